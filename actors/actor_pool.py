@@ -1,0 +1,70 @@
+"""The rollout actors of a run, as the driver sees them."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Sequence
+from typing import Any
+
+import ray
+
+from actors.rollout_actor import RolloutActor
+from video_opd.config import Config
+from video_opd.errors import RunError
+from video_opd.types import FailedPrompt, Prediction, Prompt, WeightUpdate
+
+
+class ActorPool:
+    """Starts the actors, bounds every wait on them."""
+
+    def __init__(self, name: str, config: Config):
+        self._config = config
+        self.actors = [
+            ray.remote(RolloutActor)
+            .options(
+                name=f"{name}/actor-{i}",
+                num_cpus=config.rollout.num_cpus,
+                num_gpus=config.rollout.num_gpus,
+                resources={"rollout": 1},
+                max_restarts=0,  # a silent restart would sample from old weights
+                runtime_env={"env_vars": config.worker_env},
+            )
+            .remote(f"actor-{i}", config)
+            for i in range(config.rollout.num_actors)
+        ]
+
+    async def start(self) -> None:
+        """Returns when every engine is up."""
+        await self._wait(asyncio.gather(*(a.pid.remote() for a in self.actors)), "start", self._config.start_timeout_s)
+
+    def rollout(self, actor: Any, prompts: Sequence[Prompt]) -> ray.ObjectRef:
+        """A reference to RolloutActor.rollout's result, which the teacher can fetch past the driver."""
+        return actor.rollout.remote(prompts)
+
+    async def result(self, reference: ray.ObjectRef) -> Any:
+        """The value behind `rollout`'s reference."""
+        return await self._wait(_awaited(reference), "rollout", self._config.request_timeout_s)
+
+    async def predict(self, prompts: Sequence[Prompt], blank_video: bool = False) -> list[Prediction | FailedPrompt]:
+        """The student's greedy answers, the work spread over the actors; see RolloutActor.predict."""
+        size = self._config.rollout.prompts_per_call
+        chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+        calls = [self.actors[i % len(self.actors)].predict.remote(c, blank_video) for i, c in enumerate(chunks)]
+        results = await self._wait(asyncio.gather(*calls), "predict", self._config.request_timeout_s)
+        return [answer for chunk in results for answer in chunk]
+
+    async def load_weights(self, policy_version: int, buckets: list[ray.ObjectRef], num_bytes: int) -> WeightUpdate:
+        """Every actor takes the version, after the rollouts it already has."""
+        started = time.monotonic()
+        calls = [a.load_weights.remote(policy_version, buckets) for a in self.actors]
+        await self._wait(asyncio.gather(*calls), "load_weights", self._config.request_timeout_s)
+        return WeightUpdate(policy_version=policy_version, num_bytes=num_bytes, duration_s=time.monotonic() - started)
+
+    async def _wait(self, call: Awaitable[Any], method: str, timeout_s: float) -> Any:
+        try:
+            return await asyncio.wait_for(call, timeout_s)
+        except TimeoutError:
+            raise RunError(f"the rollout actors did not finish {method} in {timeout_s:.0f} s: raise request_timeout_s") from None
+
+
+async def _awaited(reference: ray.ObjectRef) -> Any:
+    return await reference

@@ -1,0 +1,94 @@
+"""The rollout actor: prompts in, trajectories of the current policy version out."""
+
+import os
+import time
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import ray
+
+from actors.engine import Completion, PolicyEngine
+from video_opd.config import Config
+from video_opd.errors import ClipError
+from video_opd.prompting import PromptEncoder, parse_span
+from video_opd.types import EncodedPrompt, FailedPrompt, Prediction, Prompt, Trajectory, TrajectoryGroup, WeightBucket
+
+
+class RolloutActor:
+    """Runs one call at a time, in the order of arrival: a load_weights waits for the rollouts before it, and every
+    token of a trajectory comes from one policy version."""
+
+    def __init__(self, name: str, config: Config):
+        self._name, self._config = name, config
+        self._encoder = PromptEncoder(config.student, config.prompt)
+        self._engine = PolicyEngine(config.student, config.rollout, config.seed, self._encoder.pad_ids)
+        self._policy_version = -1  # the folder's weights, before the first publication
+
+    def __repr__(self) -> str:  # what the Ray dashboard and the log lines show
+        return self._name
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def rollout(self, prompts: Sequence[Prompt]) -> list[TrajectoryGroup | FailedPrompt]:
+        """rollouts_per_prompt trajectories for each prompt, in order; a FailedPrompt where the clip cannot be read.
+
+        Sampling is seeded by (config.seed, trajectory id): same weights, same trajectories.
+        """
+        encoded, results = self._encode(prompts)
+        ids = {
+            p.prompt_id: [f"{p.prompt_id}@{self._policy_version}#{i}" for i in range(self._config.rollout.rollouts_per_prompt)]
+            for p in prompts
+        }
+        seeds = [[zlib.crc32(f"{self._config.seed}:{t}".encode()) for t in ids[e.prompt_id]] for e in encoded]
+        answers = self._engine.generate(encoded, seeds) if encoded else []
+        by_prompt = {p.prompt_id: p for p in prompts}
+        for prompt, completions in zip(encoded, answers, strict=True):
+            named = zip(ids[prompt.prompt_id], completions, strict=True)
+            trajectories = tuple(self._trajectory(prompt, trajectory_id, c) for trajectory_id, c in named)
+            results[prompt.prompt_id] = TrajectoryGroup(prompt=by_prompt[prompt.prompt_id], trajectories=trajectories)
+        return [results[p.prompt_id] for p in prompts]
+
+    def predict(self, prompts: Sequence[Prompt], blank_video: bool = False) -> list[Prediction | FailedPrompt]:
+        """The greedy answer to each prompt; with `blank_video`, to the same prompt on grey frames."""
+        encoded, results = self._encode(prompts, blank_video)
+        for prompt, (completion,) in zip(encoded, self._engine.generate(encoded, None) if encoded else [], strict=True):
+            results[prompt.prompt_id] = Prediction(
+                prompt_id=prompt.prompt_id, text=completion.text, span_s=parse_span(completion.text)
+            )
+        return [results[p.prompt_id] for p in prompts]
+
+    def load_weights(self, policy_version: int, buckets: Sequence[ray.ObjectRef | WeightBucket]) -> float:
+        """Takes one published version; returns the seconds it took."""
+        started = time.monotonic()
+        whole = [ray.get(b, timeout=self._config.request_timeout_s) if isinstance(b, ray.ObjectRef) else b for b in buckets]
+        versions = {b.policy_version for b in whole}
+        assert versions == {policy_version}, f"buckets of versions {versions} published as {policy_version}"
+        self._engine.load_weights(whole)
+        self._policy_version = policy_version
+        return time.monotonic() - started
+
+    def _encode(self, prompts: Sequence[Prompt], blank_video: bool = False) -> tuple[list[EncodedPrompt], dict]:
+        """The prompts whose clips can be read, and a FailedPrompt, by prompt id, for each of the others."""
+        encoded, failed = [], {}
+        for prompt in prompts:
+            try:
+                encoded.append(self._encoder.encode(prompt, blank_video))
+            except ClipError as error:
+                failed[prompt.prompt_id] = FailedPrompt(prompt_id=prompt.prompt_id, reason=str(error))
+        return encoded, failed
+
+    def _trajectory(self, prompt: EncodedPrompt, trajectory_id: str, completion: Completion) -> Trajectory:
+        return Trajectory(
+            trajectory_id=trajectory_id,
+            prompt_id=prompt.prompt_id,
+            policy_version=self._policy_version,
+            prompt_token_ids=np.asarray(prompt.token_ids),
+            prompt_fingerprint=prompt.fingerprint,
+            response_token_ids=completion.token_ids,
+            actor_logprobs=completion.logprobs,
+            finish_reason=completion.finish_reason,
+            text=completion.text,
+            predicted_span_s=parse_span(completion.text),
+        )

@@ -1,0 +1,1 @@
+"""The curriculum: which prompts are sampled, and why."""

@@ -1,0 +1,157 @@
+"""Synthetic grounding clips: shapes that appear and disappear, as h264 mp4 files in Charades-STA layout."""
+
+import csv
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+
+DURATION_S = 12
+VIDEO_FPS = 4  # twice the rate at which models sample, so that frame selection is real
+SIZE = 32  # pixels; one video token of the tiny models covers 32 x 32 pixels of two frames
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 200, 30),
+    "blue": (40, 60, 230),
+    "yellow": (230, 220, 30),
+    "white": (240, 240, 240),
+    "magenta": (220, 40, 220),
+}
+SHAPES = ("square", "bar", "pole")
+
+
+@dataclass(frozen=True)
+class Level:
+    """How hard a clip is. Events last min_s to max_s seconds and start and end on a grid of grid_s seconds."""
+
+    num_objects: tuple[int, int]  # at least, at most
+    shapes: tuple[str, ...]  # more than one: distractors share the colour or the shape of the asked object
+    grid_s: float
+    min_s: float = 1.0
+    max_s: float = 4.0  # short events keep the best constant interval low
+
+
+LEVELS = {
+    "colour": Level(num_objects=(1, 3), shapes=("square",), grid_s=1.0),
+    "shape": Level(num_objects=(2, 3), shapes=SHAPES, grid_s=1.0),
+    "half_second": Level(num_objects=(1, 3), shapes=("square",), grid_s=0.5),
+}
+SPLIT_SEEDS = {"pretrain": 1, "train": 2, "eval": 3}  # disjoint random streams
+
+
+@dataclass(frozen=True)
+class Event:
+    """One object and the interval in which it is visible, in seconds."""
+
+    colour: str
+    shape: str
+    start_s: float
+    end_s: float
+    x: int
+    y: int
+    radius: int
+
+    @property
+    def query(self) -> str:
+        return f"the {self.colour} {self.shape} is visible"
+
+
+def draw_events(level: Level, rng: np.random.Generator) -> list[Event]:
+    """Distinct (colour, shape) pairs; with several shapes, the second object is a near miss of the first."""
+    pairs = [(c, s) for c in COLOURS for s in level.shapes]
+    chosen = [pairs[rng.integers(len(pairs))]]
+    if len(level.shapes) > 1:
+        near = [p for p in pairs if (p[0] == chosen[0][0]) != (p[1] == chosen[0][1])]
+        chosen.append(near[rng.integers(len(near))])
+    fewest, most = level.num_objects
+    num_objects = rng.integers(fewest, most + 1)
+    while len(chosen) < num_objects:
+        pair = pairs[rng.integers(len(pairs))]
+        if pair not in chosen:
+            chosen.append(pair)
+    events = []
+    for colour, shape in chosen:
+        steps = rng.integers(level.min_s / level.grid_s, level.max_s / level.grid_s + 1)
+        first = rng.integers(0, DURATION_S / level.grid_s - steps + 1)
+        x, y = rng.integers(8, SIZE - 8, size=2)
+        radius = rng.integers(5, 8)
+        start, end = first * level.grid_s, (first + steps) * level.grid_s
+        events.append(Event(colour, shape, float(start), float(end), int(x), int(y), int(radius)))
+    return events
+
+
+def _mask(event: Event) -> np.ndarray:
+    y, x = np.mgrid[0:SIZE, 0:SIZE]
+    dx, dy, r = np.abs(x - event.x), np.abs(y - event.y), event.radius
+    if event.shape == "square":
+        return (dx < r) & (dy < r)
+    return (dy if event.shape == "bar" else dx) < r // 2
+
+
+def render(events: list[Event], rng: np.random.Generator) -> np.ndarray:
+    """uint8[frames, SIZE, SIZE, 3]: the events over a dim, noisy background; later events lie on top."""
+    num_frames = DURATION_S * VIDEO_FPS
+    background = rng.uniform(0, 80, size=3)
+    frames = background + rng.normal(0, 8, size=(num_frames, SIZE, SIZE, 3))
+    for event in events:
+        shown = slice(round(event.start_s * VIDEO_FPS), round(event.end_s * VIDEO_FPS))
+        frames[shown, _mask(event)] = COLOURS[event.colour]
+    return np.clip(frames, 0, 255).astype(np.uint8)
+
+
+def write_mp4(path: Path, frames: np.ndarray) -> None:
+    """h264, yuv420p, with B-frames, as videos in the wild are."""
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=VIDEO_FPS, options={"crf": "18", "preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_split(folder: Path, split: str, num_clips: int, levels: tuple[str, ...]) -> None:
+    """Writes annotations.txt, lengths.csv and videos/ of one split; every object of a clip is asked for once.
+
+    The folder appears whole or not at all. Same arguments, same clips.
+    """
+    rng = np.random.default_rng([SPLIT_SEEDS[split], 2602_02994])
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "videos").mkdir(parents=True)
+    lines, lengths = [], []
+    for number in range(num_clips):
+        video_id = f"{split}{number:05d}"
+        events = draw_events(LEVELS[levels[number % len(levels)]], rng)
+        write_mp4(temporary / "videos" / f"{video_id}.mp4", render(events, rng))
+        lengths.append((video_id, float(DURATION_S)))
+        hidden = [_visible_share(events, i) < 0.35 for i in range(len(events))]
+        lines += [f"{video_id} {e.start_s} {e.end_s}##{e.query}" for e, h in zip(events, hidden, strict=True) if not h]
+    (temporary / "annotations.txt").write_text("\n".join(lines) + "\n")
+    with (temporary / "lengths.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("id", "length"), *lengths])
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def _visible_share(events: list[Event], index: int) -> float:
+    """Share of the object's pixels that no later object covers at any time they share."""
+    mask = _mask(events[index])
+    covered = np.zeros_like(mask)
+    for other in events[index + 1 :]:
+        if other.start_s < events[index].end_s and events[index].start_s < other.end_s:
+            covered |= _mask(other)
+    return float((mask & ~covered).sum() / mask.sum())
+
+
+SPLIT_CLIPS = {"train": 640, "eval": 96}
+DEFAULT_LEVELS = ("colour", "shape")
+
+
+def ensure_clips(folder: Path) -> list[str]:
+    """Writes the splits that `folder` lacks; returns their names."""
+    missing = [split for split in SPLIT_CLIPS if not (folder / split).is_dir()]
+    for split in missing:
+        write_split(folder / split, split, SPLIT_CLIPS[split], DEFAULT_LEVELS)
+    return missing

@@ -1,0 +1,145 @@
+"""Tiny Qwen3-VL models with a tokenizer, processor and chat template of their own, as transformers folders."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2VLImageProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+
+from demo.clips import COLOURS, DURATION_S, SHAPES, SIZE
+
+PATCH, MERGE = 16, 2  # one video token is 32 x 32 pixels of two frames: the whole picture
+HEAD_DIM = 32  # the smallest that vLLM runs on a CPU
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+CHAT_TEMPLATE = """\
+{% for message in messages %}<|im_start|>{{ message.role }}
+{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}\
+{% if part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>\
+{% elif part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
+{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width and depth of a tiny model."""
+
+    hidden: int
+    layers: int
+    vision_hidden: int
+    vision_layers: int = 2
+
+
+TEACHER = Size(hidden=128, layers=4, vision_hidden=64)
+STUDENT = Size(hidden=96, layers=3, vision_hidden=48)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE, so that any text has ids, in which every timestamp and every word of the demo is ONE token.
+
+    A timestamp of one token is what makes grounding learnable for a tiny model.
+    """
+    times = [f"{i / 10:.1f}" for i in range(10 * DURATION_S + 1)]
+    words = f"{' '.join(COLOURS)} {' '.join(SHAPES)} the is visible When From to seconds user assistant system".split()
+    corpus = [f"<{t} seconds> From {t} to {t} seconds." for t in times] + [f"{w} {w}" for w in words] * 20
+    tokenizer = Tokenizer(models.BPE())
+    pattern = Regex(r" ?\d+\.\d| ?[A-Za-z]+|\d|[^\sA-Za-z\d]|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        corpus, trainers.BpeTrainer(vocab_size=4096, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
+    )
+    tokenizer.add_special_tokens(list(SPECIAL))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=[t for t in SPECIAL if t not in ("<|im_end|>", "<|endoftext|>")],
+        clean_up_tokenization_spaces=False,
+        model_max_length=4096,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def build_processor() -> Qwen3VLProcessor:
+    tokenizer = build_tokenizer()
+    pixels = {"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE * 256}
+    shared = {"size": pixels, "patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2}
+    normal = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # vLLM normalises videos with the image processor's
+    return Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**shared, **normal),
+        video_processor=Qwen3VLVideoProcessor(**shared, **normal),
+        tokenizer=tokenizer,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model(size: Size, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3VLForConditionalGeneration:
+    """Random weights, transformers' own initialisation, from `seed`."""
+    ids = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL}
+    heads = size.hidden // HEAD_DIM
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": size.hidden,
+            "intermediate_size": 4 * size.hidden,
+            "num_hidden_layers": size.layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "head_dim": HEAD_DIM,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [8, 4, 4],
+                "mrope_interleaved": True,
+            },
+            "tie_word_embeddings": True,
+        },
+        vision_config={
+            "depth": size.vision_layers,
+            "hidden_size": size.vision_hidden,
+            "intermediate_size": 2 * size.vision_hidden,
+            "num_heads": 2,
+            "patch_size": PATCH,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": 2,
+            "out_hidden_size": size.hidden,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0],
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
+    config.architectures = ["Qwen3VLForConditionalGeneration"]
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    model = Qwen3VLForConditionalGeneration(config)
+    end = [ids["<|im_end|>"], ids["<|endoftext|>"]]
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=ids["<|endoftext|>"])
+    return model

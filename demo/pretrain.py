@@ -1,0 +1,204 @@
+"""Trains the tiny teacher and student from seeds on ground-truth answers: the models that are committed.
+
+An auxiliary head, thrown away afterwards, tells at every video token which objects are visible in each of its two
+frames, which have just appeared and which have just disappeared; without it tiny models stay on a plateau for long.
+"""
+
+import argparse
+import math
+import random
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from demo.clips import COLOURS, DEFAULT_LEVELS, SHAPES, write_split
+from demo.models import STUDENT, TEACHER, Size, build_model, build_processor
+from video_opd.config import Config, DatasetConfig, load_config
+from video_opd.datasets import read_prompts
+from video_opd.grounding import evaluate
+from video_opd.modeling import ResponseLogits, collate, generate
+from video_opd.prompting import PromptEncoder, parse_span
+from video_opd.types import EncodedPrompt, Prediction, Prompt
+
+NUM_CLIPS, NUM_VALIDATION_CLIPS = 4000, 64  # of the pretraining split; validation decides when to stop
+AUXILIARY_WEIGHT = 1.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model is trained. It stops after `steps`, or when validation mIoU passes `stop_at_miou`."""
+
+    size: Size
+    seed: int
+    steps: int
+    lr: float
+    stop_at_miou: float
+    batch: int = 32
+    validate_every: int = 50
+
+
+RECIPES = {
+    "teacher": Recipe(size=TEACHER, seed=0, steps=4000, lr=2e-3, stop_at_miou=1.0),
+    "student": Recipe(size=STUDENT, seed=1, steps=4000, lr=2e-3, stop_at_miou=0.5),
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """An encoded prompt with its answer and which objects each video token shows."""
+
+    encoded: EncodedPrompt
+    answer: np.ndarray  # int32[N], end token included
+    visible: np.ndarray  # float32[video tokens, 4 * colours * shapes]
+
+
+def build_examples(prompts: list[Prompt], encoder: PromptEncoder, config: Config) -> list[Example]:
+    by_clip: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_clip.setdefault(prompt.clip.clip_id, []).append(prompt)
+    pixels: dict[str, np.ndarray] = {}
+    examples = []
+    for prompt in prompts:
+        encoded = encoder.encode(prompt)
+        shared = pixels.setdefault(prompt.clip.clip_id, encoded.pixel_values)
+        object.__setattr__(encoded, "pixel_values", shared)  # one copy of the pixels for all queries of a clip
+        (start, end), *_ = prompt.answer_spans_s or ()
+        text = config.prompt.answer_template.format(start=start, end=end) + encoder.tokenizer.eos_token
+        answer = np.asarray(encoder.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+        examples.append(Example(encoded, answer, _visible(by_clip[prompt.clip.clip_id])))
+    return examples
+
+
+def _visible(prompts: list[Prompt]) -> np.ndarray:
+    clip = prompts[0].clip
+    times = clip.frame_indices / clip.video_fps
+    labels = np.zeros((len(times), len(COLOURS), len(SHAPES)), np.float32)
+    for prompt in prompts:
+        _, colour, shape, *_ = prompt.query.split()
+        (start, end), *_ = prompt.answer_spans_s or ()
+        shown = (start <= times) & (times < end)
+        labels[shown, list(COLOURS).index(colour), SHAPES.index(shape)] = 1
+    now = labels.reshape(len(times) // 2, 2, -1)
+    before = np.concatenate([np.zeros_like(now[:1]), now[:-1]])
+    appears, disappears = now[:, 1] * (1 - before[:, 1]), before[:, 0] * (1 - now[:, 0])
+    return np.concatenate([now[:, 0], now[:, 1], appears, disappears], axis=-1)
+
+
+def validate(model: torch.nn.Module, examples: list[Example], prompts: list[Prompt], encoder: PromptEncoder) -> dict:
+    model.eval()
+    predictions = []
+    for i in range(0, len(examples), 64):
+        answers = generate(
+            model,
+            [e.encoded for e in examples[i : i + 64]],
+            max_tokens=16,
+            pad_id=encoder.tokenizer.pad_token_id,
+            banned_ids=encoder.pad_ids,
+        )
+        for prompt, (ids,) in zip(prompts[i : i + 64], answers, strict=True):
+            text = encoder.tokenizer.decode(ids)
+            predictions.append(Prediction(prompt_id=prompt.prompt_id, text=text, span_s=parse_span(text)))
+    model.train()
+    return evaluate(predictions, prompts)
+
+
+class AuxiliaryHead(torch.nn.Module):
+    """What each video token shows, read in terms of the words that name it.
+
+    Scores hidden states against the sum of a colour's and a shape's word embedding, so that what the model sees and
+    what it is asked for meet in one space.
+    """
+
+    def __init__(self, hidden: int, tokenizer):
+        super().__init__()
+        self.project = torch.nn.Linear(hidden, 4 * hidden)
+        self.bias = torch.nn.Parameter(torch.full((1,), -3.0))
+        (self._colours, self._shapes) = (
+            torch.tensor([tokenizer(f" {w}", add_special_tokens=False)["input_ids"][0] for w in words])
+            for words in (COLOURS, SHAPES)
+        )
+
+    def forward(self, hidden: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """hidden[T, H], embedding[V, H] -> logits[T, 4 * colours * shapes]."""
+        objects = (embedding[self._colours][:, None] + embedding[self._shapes][None]).flatten(0, 1)
+        kinds = self.project(hidden).unflatten(-1, (4, -1))
+        return (kinds @ objects.T + self.bias).flatten(1)
+
+
+def train(recipe: Recipe, examples: list[Example], validation: tuple[list[Example], list[Prompt]], encoder: PromptEncoder):
+    """Cross-entropy on answers plus the auxiliary head; cosine learning rate. Returns the model."""
+    model = build_model(recipe.size, encoder.tokenizer, recipe.seed)
+    head = AuxiliaryHead(recipe.size.hidden, encoder.tokenizer)
+    logits_of = ResponseLogits(model)
+    parameters = [*model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    hidden: list[torch.Tensor] = []
+    model.model.language_model.register_forward_hook(lambda _, __, out: hidden.append(out.last_hidden_state))
+    order, started = random.Random(recipe.seed), time.monotonic()
+    for step in range(recipe.steps):
+        rate = min(1.0, (step + 1) / 100) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr * rate
+        chosen = order.sample(examples, recipe.batch)
+        batch = collate([e.encoded for e in chosen], [e.answer for e in chosen], encoder.tokenizer.pad_token_id)
+        hidden.clear()
+        answer_loss = torch.nn.functional.cross_entropy(logits_of(batch), batch.targets)
+        seen = head(hidden[0][batch.token_types == 2], model.get_input_embeddings().weight)
+        visible = torch.from_numpy(np.concatenate([e.visible for e in chosen]))
+        auxiliary = torch.nn.functional.binary_cross_entropy_with_logits(seen, visible)
+        optimizer.zero_grad()
+        (answer_loss + AUXILIARY_WEIGHT * auxiliary).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if (step + 1) % recipe.validate_every == 0:
+            metrics = validate(model, *validation, encoder)
+            hidden.clear()
+            print(
+                f"step {step + 1} answer loss {answer_loss.item():.3f} auxiliary {auxiliary.item():.3f} "
+                f"validation mIoU {metrics['miou']:.3f} R1@0.7 {metrics['r1@0.7']:.3f} {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
+            if metrics["miou"] >= recipe.stop_at_miou:
+                break
+    return model
+
+
+def pretrain(names: list[str], out: Path, data: Path) -> None:
+    config = load_config(Path(__file__).parent.parent / "configs" / "demo.yaml")
+    torch.set_num_threads(1)
+    if not (data / "pretrain").is_dir():
+        write_split(data / "pretrain", "pretrain", NUM_CLIPS, DEFAULT_LEVELS)
+    split = {"annotations": "annotations.txt", "lengths": "lengths.csv", "videos": "videos"}
+    dataset = DatasetConfig.model_validate({k: str(data / "pretrain" / v) for k, v in split.items()})
+    processor = build_processor()
+    processor_folder = out / ".processor"
+    processor.save_pretrained(processor_folder)
+    encoder = PromptEncoder(processor_folder, config.prompt)
+    prompts = read_prompts(dataset, config.video, 32)
+    examples = build_examples(prompts, encoder, config)
+    held_out = {f"pretrain{i:05d}" for i in range(NUM_VALIDATION_CLIPS)}
+    pairs = list(zip(examples, prompts, strict=True))
+    validation = [p for p in pairs if p[1].clip.clip_id in held_out]
+    training = [e for e, p in pairs if p.clip.clip_id not in held_out]
+    print(f"{len(training)} training examples, {len(validation)} for validation", flush=True)
+    for name in names:
+        print(f"{name}: {RECIPES[name]}", flush=True)
+        model = train(RECIPES[name], training, ([e for e, _ in validation], [p for _, p in validation]), encoder)
+        temporary = out / f".{name}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        shutil.rmtree(out / name, ignore_errors=True)
+        temporary.rename(out / name)
+    shutil.rmtree(processor_folder)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    here = Path(__file__).parent
+    parser.add_argument("names", nargs="*", default=list(RECIPES), help="models to train")
+    parser.add_argument("--out", type=Path, default=here / "models", help="folder of the model folders")
+    parser.add_argument("--data", type=Path, default=here / "data", help="folder of the clips")

@@ -1,0 +1,160 @@
+"""What a run shows a person: progress while it runs, a table and report.html when it is done."""
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from video_opd.clips import read_frames
+from video_opd.config import Config
+from video_opd.grounding import THRESHOLDS
+from video_opd.metrics import PHASES, read_metrics
+from video_opd.prompting import parse_span
+from video_opd.run_folder import write_atomically
+from video_opd.types import Prompt
+
+matplotlib.rcParams["svg.hashsalt"] = "video-opd"
+COLUMNS = ("miou", *(f"r1@{m}" for m in THRESHOLDS))
+NUM_EXAMPLES = 4
+NUM_EXAMPLE_FRAMES = 12
+
+
+class _StepProgress:
+    def __init__(self, progress: Progress, task: Any):
+        self._progress, self._task = progress, task
+
+    def advance(self, metrics: dict[str, float]) -> None:
+        """One step is done; shows its main numbers."""
+        self._progress.update(
+            self._task,
+            advance=1,
+            numbers=f"rollout mIoU {metrics['actors/miou']:.2f}  reverse KL {metrics['learner/reverse_kl']:.3f}  "
+            f"{metrics['time/step_s']:.1f} s/step",
+        )
+
+
+@contextmanager
+def progress_bar(num_steps: int, done: int) -> Iterator[_StepProgress]:
+    """A bar over the steps of the run on the terminal."""
+    columns = [TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[numbers]}")]
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        yield _StepProgress(progress, progress.add_task("train", total=num_steps, completed=done, numbers=""))
+
+
+def rows(summary: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    """The lines of the final table: models, then what can be had without one."""
+    baselines = summary["baselines"]
+    return [
+        ("teacher", summary["teacher"]),
+        ("student before", summary["student_before"]),
+        ("student after", summary["student_after"]),
+        ("student after, grey frames", baselines["no_video"]),
+        ("best constant interval", baselines["best_constant"]),
+        ("random interval", baselines["random"]),
+    ]
+
+
+def print_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """The final table on standard output."""
+    n = summary["student_after"]["n"]
+    table = Table(title=f"held-out split, {n} prompts, loss {summary['loss']}, seed {summary['seed']}")
+    table.add_column("")
+    for name in ("mIoU", *(f"R1@{m}" for m in THRESHOLDS), "unparsed"):
+        table.add_column(name, justify="right")
+    for name, values in rows(summary):
+        table.add_row(name, *(f"{values[c]:.3f}" for c in COLUMNS), str(values["unparsed"]))
+    console = Console()
+    console.print(table)
+    before, after, teacher = (summary[k]["miou"] for k in ("student_before", "student_after", "teacher"))
+    console.print(
+        f"mIoU {after - before:+.3f}, {after / teacher:.0%} of the teacher's, after {summary['steps']} steps in "
+        f"{summary['seconds']['total'] / 60:.1f} min; {len(summary['dropped'])} prompts dropped"
+        if teacher
+        else f"mIoU {after - before:+.3f}; the teacher's is 0"
+    )
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+
+
+def _learning(metrics: Sequence[dict[str, float]], summary: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = [m["step"] for m in metrics]
+    left.plot(steps, [m["actors/miou"] for m in metrics], color="C0", alpha=0.35, label="rollouts of the step")
+    for name, colour in (("teacher", "C2"), ("student_after", "C0"), ("student_before", "C7")):
+        left.axhline(summary[name]["miou"], color=colour, linestyle="--", label=name.replace("_", " "))
+    left.axhline(summary["baselines"]["best_constant"]["miou"], color="C3", linestyle=":", label="best constant interval")
+    left.set(xlabel="step", ylabel="mIoU", ylim=(0, 1))
+    left.legend(fontsize="x-small", loc="lower right")
+    right.plot(steps, [m["learner/reverse_kl"] for m in metrics], color="C1")
+    right.set(xlabel="step", ylabel="reverse KL, nats a token")
+    return figure
+
+
+def _phases(metrics: Sequence[dict[str, float]]) -> Figure:
+    figure = Figure(figsize=(9, 2.2), layout="constrained")
+    axes = figure.subplots()
+    names = (*PHASES, "idle")
+    axes.barh(names, [float(np.median([m[f"time/{n}_s"] for m in metrics])) for n in names])
+    axes.set(xlabel="median seconds a step (rollout and scoring overlap)")
+    return figure
+
+
+def _example(prompt: Prompt, texts: dict[str, str]) -> Figure:
+    figure = Figure(figsize=(9, 2.4), layout="constrained")
+    strip, axes = figure.subplots(2, 1, height_ratios=[1, 1.6], sharex=True)
+    frames = read_frames(prompt.clip)
+    shown = frames[np.linspace(0, len(frames) - 1, min(NUM_EXAMPLE_FRAMES, len(frames))).round().astype(int)]
+    duration = prompt.clip.duration_s
+    strip.imshow(np.concatenate(list(shown), axis=1), aspect="auto", extent=(0, duration, 0, 1))
+    strip.set(yticks=[], title=f'"{prompt.query}"')
+    spans = {"teacher": texts.get("teacher"), "after": texts.get("student_after"), "before": texts.get("student_before")}
+    for height, (_name, text) in enumerate(reversed(spans.items())):
+        span = parse_span(text) if text else None
+        if span and span[1] > span[0]:
+            axes.barh(height, span[1] - span[0], left=span[0], color="C0", height=0.6)
+    for start, end in prompt.answer_spans_s or ():
+        axes.barh(len(spans), end - start, left=start, color="C2", height=0.6)
+    axes.set(yticks=range(len(spans) + 1), yticklabels=[*reversed(spans), "truth"], xlim=(0, duration), xlabel="seconds")
+    return figure
+
+
+def draw_result(folder: Path, summary: dict[str, Any]) -> Figure:
+    """Learning curves of a finished run: the picture of the README."""
+    return _learning(read_metrics(folder), summary)
+
+
+def _embed(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def write_report(folder: Path, config: Config, prompts: Sequence[Prompt], summary: dict[str, Any]) -> None:
+    """report.html: one file that needs nothing else."""
+    metrics = read_metrics(folder)
+    examples = [
+        _embed(_example(p, {k: v[p.prompt_id] for k, v in summary["examples"].items() if p.prompt_id in v}))
+        for p in prompts[:NUM_EXAMPLES]
+    ]
+    template = jinja2.Environment(autoescape=True).from_string(Path(__file__).with_name("report.html.jinja").read_text())
+    html = template.render(
+        name=folder.name,
+        summary=summary,
+        rows=[(name, [f"{values[c]:.3f}" for c in COLUMNS], values["unparsed"]) for name, values in rows(summary)],
+        columns=["mIoU", *(f"R1@{m}" for m in THRESHOLDS)],
+        learning=_embed(_learning(metrics, summary)),
+        phases=_embed(_phases(metrics)),
+        examples=examples,
+        config=config.model_dump_json(indent=2),
+    )
+    write_atomically(folder / "report.html", html)

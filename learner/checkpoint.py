@@ -1,0 +1,63 @@
+"""A checkpoint is one folder that appears whole or not at all: learner, student folder, curriculum, progress."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from video_opd.errors import CheckpointError
+from video_opd.schemas import records_from_table, records_table, write_parquet
+
+_STATE, _RECORDS = "state.json", "curriculum.parquet"
+
+
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step}"
+
+
+def latest(run_dir: Path) -> Path:
+    """The newest whole checkpoint of a run. Raises CheckpointError if there is none."""
+    folders = [f for f in (run_dir / "checkpoints").glob("step-*") if (f / _STATE).is_file()]
+    if not folders:
+        raise CheckpointError(f"{run_dir} has no whole checkpoint: start a new run, with checkpoint_every set")
+    return max(folders, key=lambda f: int(f.name.removeprefix("step-")))
+
+
+@contextmanager
+def new_checkpoint(run_dir: Path, step: int):
+    """A temporary folder to write into; renamed to `step-N` when the block ends without an error."""
+    folder = checkpoint_folder(run_dir, step)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(temporary, folder)
+
+
+def write_state(folder: Path, step: int, shapes: Mapping[str, Any], curriculum: Mapping[str, Any]) -> None:
+    """`shapes`: of the student's architecture; `curriculum`: the scheduler's state_dict."""
+    write_parquet(records_table(curriculum["records"]), folder / _RECORDS)
+    rest = {k: v for k, v in curriculum.items() if k != "records"}
+    (folder / _STATE).write_text(json.dumps({"step": step, "shapes": dict(shapes), "curriculum": rest}))
+
+
+def read_state(folder: Path, shapes: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """(step, the scheduler's state). Raises CheckpointError if the checkpoint is of another model than `shapes` say."""
+    try:
+        state = json.loads((folder / _STATE).read_text())
+        records = records_from_table(pq.read_table(folder / _RECORDS))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {folder} cannot be read ({error}): remove it and resume again") from error
+    different = [f"{k} {state['shapes'].get(k)} / {v}" for k, v in shapes.items() if state["shapes"].get(k) != v]
+    if different:
+        raise CheckpointError(
+            f"checkpoint {folder} is of another model than the student (checkpoint / student: {'; '.join(different)}): "
+            "resume with the student the run was started with"
+        )
+    return state["step"], state["curriculum"] | {"records": records}

@@ -1,0 +1,196 @@
+"""One rank of the learner: DeepSpeed around the student."""
+
+import importlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from learner.batching import Row, plan_update
+from learner.loss import loss_per_token
+from learner.weight_sender import to_buckets
+from video_opd.config import Config
+from video_opd.modeling import ResponseLogits, collate, load_model
+from video_opd.prompting import PromptEncoder, check_parity
+from video_opd.types import ScoredGroup, WeightBucket
+
+VISION_PREFIX = "model.visual."
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """Linear warm-up over warmup_frac of the run, then linear to final_lr_frac of the peak."""
+    learner = config.learner
+    warmup = learner.warmup_frac * config.num_steps
+    if step < warmup:
+        return learner.lr * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1.0, config.num_steps - warmup)
+    return learner.lr * (1.0 - (1.0 - learner.final_lr_frac) * done)
+
+
+class LearnerEngine:
+    """Holds the student under DeepSpeed ZeRO. Every method is called on all ranks with the same arguments."""
+
+    def __init__(self, config: Config, rank: int, world_size: int, master: tuple[str, int]):
+        self._config, self._rank, self._world_size = config, rank, world_size
+        deepspeed = _init_deepspeed(config, rank, world_size, master)
+        self._deepspeed = deepspeed
+        self._encoder = PromptEncoder(config.student, config.prompt)
+        self._device = "cuda" if config.learner.num_gpus else "cpu"
+        model = load_model(config.student, "float32")
+        if config.learner.freeze_vision:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(not name.startswith(VISION_PREFIX))
+        if config.learner.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained, lr=config.learner.lr, betas=config.learner.betas, weight_decay=config.learner.weight_decay
+        )
+        self._engine, *_ = deepspeed.initialize(model=ResponseLogits(model), optimizer=optimizer, config=_deepspeed_config(config))
+
+    @property
+    def _model(self) -> torch.nn.Module:
+        return self._engine.module.model
+
+    def update(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
+        """One optimizer step on the whole batch; the same metrics on every rank, prefixed `learner/`."""
+        config, engine = self._config, self._engine
+        plan = plan_update(groups, config.loss, config.learner.micro_batch, self._rank, self._world_size)
+        lr = learning_rate(step, config)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._model.train()
+        # DeepSpeed averages gradients over ranks; the loss wants their sum over one global denominator.
+        denominator = plan.num_tokens if config.loss.reduction == "token_mean" else 1
+        total, gaps = torch.zeros((), dtype=torch.float64), []
+        for i, rows in enumerate(plan.micro_batches):
+            engine.set_gradient_accumulation_boundary(i == len(plan.micro_batches) - 1)
+            loss, gap = self._loss_sum(rows)
+            engine.backward(loss * (self._world_size / denominator))
+            engine.step()
+            total += loss.detach().double().cpu()
+            gaps.append(gap)
+        return self._reduce(total, np.concatenate(gaps), denominator) | {"learner/lr": lr, **_signal_metrics(groups, config)}
+
+    def _loss_sum(self, rows: list[Row]) -> tuple[torch.Tensor, np.ndarray]:
+        """The summed loss of a micro-batch, and |actor - learner log-prob| of its tokens (none for weight 0)."""
+        encoded = [self._encoder.encode(row.prompt) for row in rows]
+        for prompt, row in zip(encoded, rows, strict=True):
+            check_parity(prompt, row.trajectory, "the learner")
+        responses = [row.trajectory.response_token_ids for row in rows]
+        batch = collate(encoded, responses, self._encoder.tokenizer.pad_token_id, self._device)
+        logits = self._engine(batch)
+        actor = self._tensor([row.trajectory.actor_logprobs for row in rows])
+        per_token, learner = loss_per_token(
+            self._config.loss, logits, batch.targets, actor, self._tensor([row.signal for row in rows]), self._top_k(rows)
+        )
+        weights = self._tensor([np.full(len(row.signal), row.weight, np.float32) for row in rows])
+        gap = (learner - actor).abs()[weights > 0]
+        return (per_token * weights).sum(), gap.cpu().numpy()
+
+    def _tensor(self, arrays: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(arrays)).to(self._device)
+
+    def _top_k(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        top = [row.top_k for row in rows if row.top_k is not None]
+        if self._config.loss.kind != "topk":
+            return None
+        return self._tensor([t.ids for t in top]).long(), self._tensor([t.logprobs for t in top])
+
+    def _reduce(self, total: torch.Tensor, gaps: np.ndarray, denominator: int) -> dict[str, float]:
+        """Loss over all ranks; the gap's quantiles are the worst rank's."""
+        quantiles = torch.tensor(np.quantile(gaps, [0.5, 0.99, 1.0]) if len(gaps) else np.zeros(3))
+        if self._world_size > 1:
+            total, quantiles = total.to(self._device), quantiles.to(self._device)
+            torch.distributed.all_reduce(total)
+            torch.distributed.all_reduce(quantiles, op=torch.distributed.ReduceOp.MAX)
+        names = ("p50", "p99", "max")
+        return {
+            "learner/loss": float(total) / denominator,
+            "learner/grad_norm": float(self._engine.get_global_grad_norm() or 0.0),
+            **{f"learner/logprob_gap_{n}": float(q) for n, q in zip(names, quantiles, strict=True)},
+        }
+
+    def _full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter, whole, on the CPU, under its checkpoint name. All ranks must iterate together."""
+        for name, parameter in self._model.named_parameters():
+            if self._config.learner.zero_stage == 3:
+                with self._deepspeed.zero.GatheredParameters([parameter]):
+                    yield name, parameter.detach().cpu().clone()
+            else:
+                yield name, parameter.detach().cpu()
+
+    def buckets(self, policy_version: int) -> Iterator[WeightBucket]:
+        """The student's weights, for publication. All ranks must iterate together."""
+        return to_buckets(self._full_parameters(), policy_version, self._config.learner.bucket_bytes)
+
+    def save(self, folder: Path) -> None:
+        """Writes the DeepSpeed state and `student/`, a transformers folder."""
+        self._engine.save_checkpoint(str(folder / "deepspeed"), tag="state")
+        self.save_student(folder / "student")
+
+    def save_student(self, folder: Path) -> None:
+        """A folder that transformers and vLLM load: weights from the learner, all else from the student's folder."""
+        state = dict(self._full_parameters())
+        if self._rank == 0:
+            shutil.copytree(self._config.student, folder, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*"))
+            self._model.save_pretrained(folder, state_dict={n: t.contiguous() for n, t in state.items()})
+
+    def load(self, folder: Path) -> None:
+        """Restores weights and optimizer exactly."""
+        path, _ = self._engine.load_checkpoint(str(folder / "deepspeed"), tag="state")
+        assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
+
+
+def _signal_metrics(groups: Sequence[ScoredGroup], config: Config) -> dict[str, float]:
+    """The reverse KL per token as sampled (k1: mean of -r), and what the signal's options did."""
+    pairs = [(t, s) for g in groups for t, s in zip(g.group.trajectories, g.scores, strict=True)]
+    signal = np.concatenate([s.teacher_logprobs - t.actor_logprobs for t, s in pairs])
+    metrics = {
+        "learner/reverse_kl": float(-signal.mean()),
+        "learner/num_tokens": float(len(signal)),
+        "learner/response_tokens": float(np.mean([len(t.response_token_ids) for t, _ in pairs])),
+    }
+    if config.loss.clamp is not None:
+        metrics["learner/clamped_frac"] = float((np.abs(signal) > config.loss.clamp).mean())
+    if config.loss.center == "batch":
+        metrics["learner/center"] = float(signal.mean())
+    return metrics
+
+
+def _deepspeed_config(config: Config) -> dict[str, Any]:
+    learner = config.learner
+    zero: dict[str, Any] = {"stage": learner.zero_stage}
+    if learner.zero_stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return {
+        "train_micro_batch_size_per_gpu": learner.micro_batch,
+        "gradient_accumulation_steps": 1,  # the boundary is set by hand: the number of micro-batches varies
+        "gradient_clipping": learner.max_grad_norm,
+        "bf16": {"enabled": learner.dtype == "bfloat16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+def _init_deepspeed(config: Config, rank: int, world_size: int, master: tuple[str, int]):
+    on_gpu = bool(config.learner.num_gpus)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK="0",  # Ray shows each rank its own GPU alone
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR=master[0],
+        MASTER_PORT=str(master[1]),
+        **({} if on_gpu else {"DS_ACCELERATOR": "cpu"}),
+    )
+    import deepspeed
+
+    if not on_gpu:  # its shared-memory extension takes a minute to compile and a killed build hangs later runs
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    return deepspeed

@@ -1,0 +1,117 @@
+"""The learner's ranks as Ray actors, and the driver's side of them."""
+
+import asyncio
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from video_opd.config import Config
+from video_opd.errors import RunError
+from video_opd.types import ScoredGroup, StepReport
+
+
+class LearnerRank:
+    """One rank. Ranks act together: the driver calls the same method on all of them."""
+
+    def __init__(self, name: str, config: Config, rank: int):
+        self._name, self._config, self._rank = name, config, rank
+        self._engine: Any = None
+
+    def __repr__(self) -> str:
+        return self._name
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def address(self) -> tuple[str, int]:
+        """Where this rank can be met: this node's address and a free port."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return ray.util.get_node_ip_address(), free.getsockname()[1]
+
+    def start(self, master: tuple[str, int]) -> None:
+        from learner.engine import LearnerEngine
+
+        self._engine = LearnerEngine(self._config, self._rank, self._config.learner.world_size, master)
+
+    def update(self, groups: list[ScoredGroup], step: int) -> dict[str, float]:
+        return self._engine.update(groups, step)
+
+    def put_weights(self, policy_version: int) -> tuple[list[ray.ObjectRef], int]:
+        """The weights in the object store, one reference a bucket, and their bytes; rank 0 holds them."""
+        references, num_bytes = [], 0
+        for bucket in self._engine.buckets(policy_version):
+            num_bytes += bucket.buffer.nbytes
+            if self._rank == 0:
+                references.append(ray.put(bucket))
+        return references, num_bytes
+
+    def save(self, folder: Path) -> None:
+        self._engine.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self._engine.load(folder)
+
+    def save_student(self, folder: Path) -> None:
+        self._engine.save_student(folder)
+
+
+class Learner:
+    """The driver's side: starts the ranks, sends every call to all of them, bounds every wait."""
+
+    def __init__(self, name: str, config: Config):
+        self._config = config
+        self._ranks = [
+            ray.remote(LearnerRank)
+            .options(
+                name=f"{name}/learner-{rank}",
+                num_cpus=config.learner.num_cpus,
+                num_gpus=config.learner.num_gpus,
+                resources={"learner": 1},
+                max_restarts=0,  # ranks fail as a group
+                runtime_env={"env_vars": config.worker_env},
+            )
+            .remote(f"learner-{rank}", config, rank)
+            for rank in range(config.learner.world_size)
+        ]
+
+    async def start(self) -> None:
+        master = await self._wait(self._ranks[0].address.remote(), "start", self._config.start_timeout_s)
+        await self._all("start", master, timeout_s=self._config.start_timeout_s)
+
+    async def update(self, groups: list[ScoredGroup], step: int) -> StepReport:
+        """One optimizer step; the weights after it are version step + 1."""
+        metrics = (await self._all("update", ray.put(groups), step))[0]
+        return StepReport(step=step, policy_version=step + 1, metrics=metrics)
+
+    async def put_weights(self, policy_version: int) -> tuple[list[ray.ObjectRef], int]:
+        """See LearnerRank.put_weights. The references live as long as rank 0 does and the caller holds them."""
+        return (await self._all("put_weights", policy_version))[0]
+
+    async def save(self, folder: Path) -> None:
+        await self._all("save", folder)
+
+    async def load(self, folder: Path) -> None:
+        await self._all("load", folder)
+
+    async def save_student(self, folder: Path) -> None:
+        await self._all("save_student", folder)
+
+    async def pids(self) -> list[int]:
+        return await self._all("pid")
+
+    async def _all(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
+        calls = [getattr(rank, method).remote(*arguments) for rank in self._ranks]
+        return await self._wait(asyncio.gather(*calls), method, timeout_s or self._config.request_timeout_s)
+
+    async def _wait(self, call: Any, method: str, timeout_s: float) -> Any:
+        started = time.monotonic()
+        try:
+            return await asyncio.wait_for(call, timeout_s)
+        except TimeoutError:
+            waited = time.monotonic() - started
+            raise RunError(f"the learner did not finish {method} in {waited:.0f} s: raise request_timeout_s") from None

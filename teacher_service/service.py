@@ -1,0 +1,163 @@
+"""The teacher pool: a Ray Serve deployment called by handle, and the caller's side of it."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.exceptions import BackPressureError
+
+from teacher_service.engine import start_engine
+from video_opd.config import Config
+from video_opd.errors import ClipError, RunError
+from video_opd.prompting import PromptEncoder, check_parity, parse_span
+from video_opd.types import EncodedPrompt, FailedPrompt, Prediction, Prompt, TeacherScores, TrajectoryGroup
+
+BACK_PRESSURE_PAUSE_S = 0.2
+RolloutResult = TrajectoryGroup | FailedPrompt
+ScoreResult = tuple[TeacherScores, ...] | FailedPrompt
+
+
+class TeacherReplica:
+    """One replica: encodes each prompt itself, checks that it sees what the actor saw, and scores."""
+
+    def __init__(self, config: Config):
+        pool = config.teacher_pool
+        top_k = config.loss.top_k if config.loss.kind == "topk" else 0
+        self._teacher_id = Path(config.teacher).name
+        self._max_tokens = config.rollout.max_response_tokens
+        self._encoder = PromptEncoder(config.teacher, config.prompt)
+        self._engine = start_engine(config.teacher, pool, top_k, config.seed, self._encoder)
+        self._busy = asyncio.Lock()  # engines take one call at a time
+        self._score_batch.set_max_batch_size(pool.max_batch_requests)
+        self._score_batch.set_batch_wait_timeout_s(pool.batch_wait_s)
+
+    async def score(self, groups: Sequence[RolloutResult]) -> list[ScoreResult]:
+        """Scores for every group, in order; a FailedPrompt where the clip cannot be read, here or by the actor."""
+        return await self._score_batch(groups)
+
+    @serve.batch
+    async def _score_batch(self, requests: list[Sequence[RolloutResult]]) -> list[list[ScoreResult]]:
+        async with self._busy:
+            flat = await asyncio.to_thread(self._score, [g for groups in requests for g in groups])
+        results = iter(flat)
+        return [[next(results) for _ in groups] for groups in requests]
+
+    def _score(self, results: list[RolloutResult]) -> list[ScoreResult]:
+        groups = [r for r in results if isinstance(r, TrajectoryGroup)]
+        encoded = dict(zip([g.prompt.prompt_id for g in groups], self._encode([g.prompt for g in groups]), strict=True))
+        pairs = [(encoded[g.prompt.prompt_id], t) for g in groups for t in g.trajectories]
+        readable = [(e, t) for e, t in pairs if isinstance(e, EncodedPrompt)]
+        for prompt, trajectory in readable:
+            check_parity(prompt, trajectory, "the teacher")
+        scored = self._engine.score([e for e, _ in readable], [t.response_token_ids for _, t in readable]) if readable else []
+        scores = {
+            t.trajectory_id: TeacherScores(
+                trajectory_id=t.trajectory_id, teacher_id=self._teacher_id, teacher_logprobs=logprobs, top_k=top_k
+            )
+            for (_, t), (logprobs, top_k) in zip(readable, scored, strict=True)
+        }
+        return [self._score_result(r, encoded, scores) for r in results]
+
+    @staticmethod
+    def _score_result(result: RolloutResult, encoded: dict, scores: dict[str, TeacherScores]) -> ScoreResult:
+        if isinstance(result, FailedPrompt):
+            return result
+        prompt = encoded[result.prompt.prompt_id]
+        if isinstance(prompt, FailedPrompt):
+            return prompt
+        return tuple(scores[t.trajectory_id] for t in result.trajectories)
+
+    async def predict(
+        self, prompts: Sequence[Prompt], num_answers: int = 1, temperature: float = 0.0
+    ) -> list[list[Prediction] | FailedPrompt]:
+        """The teacher's own answers to each prompt, for evaluation and for the curriculum."""
+        async with self._busy:
+            return await asyncio.to_thread(self._predict, prompts, num_answers, temperature)
+
+    def _predict(self, prompts: Sequence[Prompt], num_answers: int, temperature: float) -> list[list[Prediction] | FailedPrompt]:
+        encoded = self._encode(prompts)
+        readable = [e for e in encoded if isinstance(e, EncodedPrompt)]
+        answers = iter(self._engine.predict(readable, num_answers, temperature, self._max_tokens) if readable else [])
+        return [
+            e
+            if isinstance(e, FailedPrompt)
+            else [Prediction(prompt_id=e.prompt_id, text=text, span_s=parse_span(text)) for text in next(answers)]
+            for e in encoded
+        ]
+
+    def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt | FailedPrompt]:
+        encoded: list[EncodedPrompt | FailedPrompt] = []
+        for prompt in prompts:
+            try:
+                encoded.append(self._encoder.encode(prompt))
+            except ClipError as error:
+                encoded.append(FailedPrompt(prompt_id=prompt.prompt_id, reason=str(error)))
+        return encoded
+
+
+class TeacherPool:
+    """The caller's side: starts the deployment and sends it work. Arguments and results travel as Ray objects."""
+
+    def __init__(self, name: str, config: Config):
+        self._name, self._config = name, config
+        self._handle: Any = None
+
+    async def start(self) -> None:
+        """Returns when every replica answers. Raises RunError at config.start_timeout_s."""
+        pool = self._config.teacher_pool
+        serve.start(proxy_location="Disabled")
+        deployment = serve.deployment(
+            TeacherReplica,
+            name="teacher",
+            num_replicas=pool.num_replicas,
+            max_ongoing_requests=2 * pool.max_batch_requests,
+            max_queued_requests=pool.max_queued_requests,
+            max_constructor_retry_count=1,
+            ray_actor_options={
+                "num_cpus": pool.num_cpus,
+                "num_gpus": pool.num_gpus,
+                "resources": {"teacher": 1},
+                "runtime_env": {"env_vars": self._config.worker_env},
+            },
+            logging_config={"enable_access_log": False, "log_level": "WARNING"},
+        )
+        run = asyncio.to_thread(serve.run, deployment.bind(self._config), name=self._name, route_prefix=None)
+        try:
+            self._handle = await asyncio.wait_for(run, self._config.start_timeout_s)
+        except TimeoutError:
+            raise RunError(f"the teacher service did not start in {self._config.start_timeout_s} s") from None
+
+    async def score(self, groups: ray.ObjectRef | Sequence[RolloutResult]) -> list[ScoreResult]:
+        """See TeacherReplica.score. A reference is fetched by the replica, past the caller."""
+        return await self._call("score", groups)
+
+    async def predict(
+        self, prompts: Sequence[Prompt], num_answers: int = 1, temperature: float = 0.0
+    ) -> list[list[Prediction] | FailedPrompt]:
+        """See TeacherReplica.predict. The work is spread over the replicas."""
+        size = self._config.rollout.prompts_per_call
+        chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+        results = await asyncio.gather(*(self._call("predict", chunk, num_answers, temperature) for chunk in chunks))
+        return [answer for chunk in results for answer in chunk]
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        deadline = time.monotonic() + self._config.request_timeout_s
+        while True:
+            try:
+                response = getattr(self._handle, method).remote(*arguments)
+                return await asyncio.wait_for(response, deadline - time.monotonic())
+            except BackPressureError:  # every replica's queue is full: the pool's way to say wait
+                await asyncio.sleep(BACK_PRESSURE_PAUSE_S)
+            except TimeoutError:
+                raise RunError(
+                    f"the teacher service did not answer a {method} call in {self._config.request_timeout_s} s: "
+                    "add replicas, or raise request_timeout_s"
+                ) from None
+
+    def stop(self) -> None:
+        """Deletes the deployment; other Serve applications of the cluster stay."""
+        serve.delete(self._name)

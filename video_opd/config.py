@@ -1,0 +1,278 @@
+"""The run's configuration: frozen pydantic models, strict YAML, dotted overrides, one-line errors."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from video_opd.errors import ConfigError
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Dtype = Literal["float32", "bfloat16"]
+ENVIRONMENT = "environment"  # the key of a run's config.yaml that is not configuration
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class DatasetConfig(_Section):
+    """One annotated split."""
+
+    format: Literal["charades_sta"] = Field("charades_sta", description="annotation format")
+    annotations: str = Field(description="text file: VIDEO_ID start end##sentence")
+    lengths: str = Field(description="csv with the columns id and length (seconds)")
+    videos: str = Field(description="folder of VIDEO_ID.mp4 files")
+    clamp_s: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="an annotation that ends beyond its clip by at most this is cut at the clip's end"
+    )
+    max_prompts: PositiveInt | None = Field(None, description="use only the first so many prompts")
+
+
+class DataConfig(_Section):
+    train: DatasetConfig
+    eval: DatasetConfig
+
+
+class VideoConfig(_Section):
+    """Which frames, at which size, every model sees."""
+
+    fps: PositiveFloat = Field(2.0, description="frames sampled a second")
+    min_frames: PositiveInt = 4
+    max_frames: PositiveInt = 768
+    max_video_tokens: PositiveInt = Field(8192, description="frames are scaled down to stay within")
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.min_frames > self.max_frames:
+            raise ValueError(f"min_frames={self.min_frames} is more than max_frames={self.max_frames}")
+        return self
+
+
+class PromptConfig(_Section):
+    template: str = Field(
+        "Please find the visual event described by the sentence '{query}', determining its starting and ending times. "
+        "The format should be: 'The event happens in <start time> - <end time> seconds'.",
+        description="must contain {query}",
+    )
+    answer_template: str = Field(
+        "The event happens in {start:.1f} - {end:.1f} seconds.", description="how an answer is written; used by pretraining"
+    )
+    video_first: bool = Field(True, description="video before the text, as TimeLens does")
+    frame_cache_bytes: PositiveInt = Field(1 << 30, description="decoded frames kept in each process")
+
+    @model_validator(mode="after")
+    def _has_query(self):
+        if "{query}" not in self.template:
+            raise ValueError("template must contain {query}")
+        return self
+
+
+class RolloutConfig(_Section):
+    """The vLLM actors."""
+
+    num_actors: PositiveInt = 1
+    prompts_per_call: PositiveInt = Field(32, description="prompts in flight in one call of an actor")
+    rollouts_per_prompt: PositiveInt = 1
+    temperature: PositiveFloat = Field(1.0, description="1: actor log-probs are those of the policy itself")
+    max_response_tokens: PositiveInt = 64
+    max_model_len: PositiveInt = 16000
+    max_num_seqs: PositiveInt = Field(64, description="sequences vLLM decodes at once")
+    dtype: Dtype = "bfloat16"
+    kv_cache_bytes: PositiveInt | None = Field(None, description="KV cache of one engine; None: by gpu_memory_utilization")
+    gpu_memory_utilization: Fraction = 0.85
+    enforce_eager: bool = False
+    num_gpus: Annotated[float, Field(ge=0)] = Field(1, description="of one actor; 0 on a CPU machine")
+    num_cpus: Annotated[float, Field(ge=0)] = 1
+
+    @model_validator(mode="after")
+    def _on_policy_logprobs(self):
+        if self.temperature != 1.0:
+            raise ValueError(
+                f"temperature={self.temperature}: vLLM reports log-probs before the temperature, so they would not be "
+                "those of the distribution sampled from; the method is defined at 1.0"
+            )
+        return self
+
+
+class TeacherConfig(_Section):
+    """The teacher service, a Ray Serve deployment."""
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    num_replicas: PositiveInt = 1
+    max_queued_requests: PositiveInt = Field(256, description="beyond this callers are told to wait")
+    max_batch_requests: PositiveInt = Field(4, description="concurrent calls merged into one forward pass")
+    batch_wait_s: Annotated[float, Field(ge=0)] = 0.01
+    micro_batch: PositiveInt = Field(8, description="sequences in one forward pass")
+    max_model_len: PositiveInt = 16000
+    dtype: Dtype = "bfloat16"
+    kv_cache_bytes: PositiveInt | None = None
+    gpu_memory_utilization: Fraction = 0.85
+    num_gpus: Annotated[float, Field(ge=0)] = Field(1, description="of one replica; 0 on a CPU machine")
+    num_cpus: Annotated[float, Field(ge=0)] = 1
+
+
+class LossConfig(_Section):
+    """ALGORITHM.md section 1; see learner/loss.py."""
+
+    kind: Literal["sampled", "topk"] = "sampled"
+    top_k: PositiveInt = Field(64, description="teacher tokens kept at each position, for kind=topk")
+    center: Literal["none", "batch"] = Field("none", description="subtract the batch mean from the signal r")
+    clamp: PositiveFloat | None = Field(None, description="bound on |r|, before centring")
+    max_ratio: PositiveFloat | None = Field(None, description="truncate importance ratios; None: no bound")
+    reduction: Literal["token_mean", "sum"] = "token_mean"
+
+
+class LearnerConfig(_Section):
+    """The DeepSpeed learner."""
+
+    world_size: PositiveInt = Field(1, description="data-parallel ranks")
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    dtype: Dtype = "bfloat16"
+    micro_batch: PositiveInt = Field(1, description="sequences in one forward and backward pass")
+    lr: PositiveFloat = 1e-6
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    warmup_frac: Fraction = Field(0.03, description="share of num_steps over which lr rises linearly")
+    final_lr_frac: Fraction = Field(1.0, description="lr falls linearly to this share of itself; 1: constant")
+    max_grad_norm: PositiveFloat = 1.0
+    freeze_vision: bool = Field(True, description="vision tower and merger keep their weights")
+    gradient_checkpointing: bool = True
+    bucket_bytes: PositiveInt = Field(256 << 20, description="weights travel in buckets of about this size")
+    num_gpus: Annotated[float, Field(ge=0)] = Field(1, description="of one rank; 0 on a CPU machine")
+    num_cpus: Annotated[float, Field(ge=0)] = 1
+
+
+class CurriculumConfig(_Section):
+    """Which prompts are sampled. ALGORITHM.md section 2."""
+
+    kind: Literal["uniform", "tvdf"] = "uniform"
+    num_selected: PositiveInt | None = Field(None, description="prompts of the round, for tvdf; None: all that are reliable")
+    teacher_threshold: Fraction = Field(0.7, description="drop a prompt whose teacher IoU is below (TRPV)")
+    num_teacher_predictions: PositiveInt = Field(4, description="teacher answers for each prompt (TRPV)")
+
+
+class ChecksConfig(_Section):
+    """Self-checks while running."""
+
+    max_logprob_gap: PositiveFloat | None = Field(
+        0.5, description="stop if the 99th percentile of |actor - learner log-prob| on the first batch is larger"
+    )
+
+
+class Config(_Section):
+    run_name: str | None = Field(None, description="name of the run folder; None: made from the time")
+    runs_dir: str = "runs"
+    seed: int = 0
+    student: str = Field(description="transformers folder of the student")
+    teacher: str = Field(description="transformers folder of the teacher")
+    num_steps: PositiveInt
+    groups_per_step: PositiveInt = Field(32, description="prompts of one update")
+    max_policy_lag: NonNegativeInt = Field(0, description="0: strictly on-policy")
+    checkpoint_every: NonNegativeInt = Field(0, description="steps between checkpoints; 0: only at the end")
+    eval_every: NonNegativeInt = Field(0, description="steps between evaluations on data.eval; 0: before and after only")
+    request_timeout_s: PositiveFloat = Field(600.0, description="bound on every wait for a rollout, a score or an update")
+    start_timeout_s: PositiveFloat = Field(900.0, description="bound on the start of all parts")
+    data: DataConfig
+    video: VideoConfig = VideoConfig()
+    prompt: PromptConfig = PromptConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    teacher_pool: TeacherConfig = TeacherConfig()
+    learner: LearnerConfig = LearnerConfig()
+    loss: LossConfig = LossConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
+    checks: ChecksConfig = ChecksConfig()
+    worker_env: dict[str, str] = Field({}, description="environment variables of every process of the run")
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Reads a YAML file and applies `section.key=value` overrides. Raises ConfigError with one line per problem."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {path} must be a mapping of keys to values")
+    for override in overrides:
+        _apply(tree, override)
+    tree.pop(ENVIRONMENT, None)
+    return parse_config(tree, str(path))
+
+
+def dump_config(config: Config, environment: dict[str, Any]) -> str:
+    """YAML that load_config reads back; `environment` (versions, commit) is for people."""
+    return yaml.safe_dump(config.model_dump(mode="json") | {ENVIRONMENT: environment}, sort_keys=False)
+
+
+def resolve_paths(config: Config) -> Config:
+    """Relative paths made absolute against the working directory, since the run's processes have other ones."""
+    tree = config.model_dump()
+    for key in ("student", "teacher", "runs_dir"):
+        tree[key] = str(Path(tree[key]).resolve())
+    for split in tree["data"].values():
+        for key in ("annotations", "lengths", "videos"):
+            split[key] = str(Path(split[key]).resolve())
+    return Config.model_validate(tree)
+
+
+def describe_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """One line a key: name, default, meaning."""
+    lines = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            lines += describe_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            default = "required" if field.is_required() else field.default
+            lines.append(f"  {prefix}{name}={default}" + (f"  {field.description}" if field.description else ""))
+    return lines
+
+
+def parse_config(tree: dict[str, Any], source: str) -> Config:
+    """Validates a tree of plain values; `source` names it in errors."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(f"config {source}: {_explain(e)}" for e in error.errors())) from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: write it as section.key=value")
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML") from error
+
+
+def _known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.0)[0]
+        return f"unknown key {key}; did you mean {near}?"
+    if error["type"] == "missing":
+        return f"missing key {key}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key or 'config'}={error['input']!r}: {message}" if not isinstance(error["input"], dict) else f"{key}: {message}"

@@ -1,0 +1,81 @@
+"""Annotation files -> prompts."""
+
+import csv
+import math
+import re
+from pathlib import Path
+
+from video_opd.clips import plan_clip
+from video_opd.config import DatasetConfig, VideoConfig
+from video_opd.errors import ClipError, DataError
+from video_opd.types import Clip, Prompt
+
+_LINE = re.compile(r"(?P<video>\S+)\s+(?P<start>\S+)\s+(?P<end>\S+?)##(?P<sentence>.+)")
+
+
+def read_prompts(dataset: DatasetConfig, video: VideoConfig, multiple: int) -> list[Prompt]:
+    """Reads a Charades-STA split: annotation txt, length csv, folder of mp4 files.
+
+    `multiple`: see clips.plan_clip. Each video is opened once. Raises DataError or ClipError on the first bad line,
+    named by file and line number.
+    """
+    lengths = _read_lengths(Path(dataset.lengths))
+    clips: dict[str, Clip] = {}
+    prompts = []
+    for number, line in enumerate(_read_text(Path(dataset.annotations)).splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{dataset.annotations}:{number}"
+        video_id, start, end, sentence = _parse_line(line, where)
+        if video_id not in lengths:
+            raise DataError(f"{where}: video {video_id} has no length in {dataset.lengths}: add it there")
+        if video_id not in clips:
+            try:
+                clips[video_id] = plan_clip(video_id, Path(dataset.videos) / f"{video_id}.mp4", video, multiple)
+            except ClipError as error:
+                raise ClipError(f"{where}: {error}") from error
+        span = _check_span(start, end, lengths[video_id], dataset.clamp_s, where)
+        prompts.append(Prompt(prompt_id=f"{video_id}:{number}", clip=clips[video_id], query=sentence, answer_spans_s=(span,)))
+        if len(prompts) == dataset.max_prompts:
+            break
+    if not prompts:
+        raise DataError(f"{dataset.annotations} has no annotations")
+    return prompts
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}): check the path in the config's data section") from error
+
+
+def _read_lengths(path: Path) -> dict[str, float]:
+    rows = list(csv.DictReader(_read_text(path).splitlines()))
+    try:
+        return {row["id"]: float(row["length"]) for row in rows}
+    except (KeyError, ValueError, TypeError) as error:
+        raise DataError(f"{path}: needs the columns id and length, length a number of seconds ({error!r})") from error
+
+
+def _parse_line(line: str, where: str) -> tuple[str, float, float, str]:
+    match = _LINE.fullmatch(line.strip())
+    try:
+        if match is None:
+            raise ValueError
+        return match["video"], float(match["start"]), float(match["end"]), match["sentence"].strip()
+    except ValueError:
+        raise DataError(f"{where}: expected 'VIDEO_ID start end##sentence', found {line[:80]!r}") from None
+
+
+def _check_span(start: float, end: float, length: float, clamp_s: float, where: str) -> tuple[float, float]:
+    if length < end <= length + clamp_s:
+        end = length
+    if not (math.isfinite(start) and math.isfinite(end) and 0 <= start < end):
+        raise DataError(f"{where}: {start} to {end} is not an interval in seconds: correct it or remove the line")
+    if end > length:
+        raise DataError(
+            f"{where}: the annotation ends at {end} s, its clip at {length} s: correct it, or allow "
+            f"data.*.clamp_s={end - length:.1f} or more"
+        )
+    return start, end

@@ -1,0 +1,37 @@
+"""The exception tree. Every error a user can cause derives from InputError and ends the program with code 2."""
+
+
+class VideoOPDError(Exception):
+    """Root of every error this project raises on purpose."""
+
+
+class InputError(VideoOPDError, ValueError):
+    """Bad input from the user: one line that says what, where, and what to do."""
+
+
+class ConfigError(InputError):
+    """A configuration that is missing a key, has an unknown one, or a value of the wrong type or range."""
+
+
+class DataError(InputError):
+    """An annotation file that cannot be read, or annotations that contradict themselves."""
+
+
+class ClipError(InputError):
+    """A clip that is missing or cannot be decoded. Before the run it ends it; while running it retires its prompt."""
+
+
+class ModelError(InputError):
+    """A model folder that is missing, or models that cannot work together (another tokenizer, another architecture)."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint that is missing, torn, or of another model."""
+
+
+class ParityError(VideoOPDError):
+    """Two parties see different inputs or different numbers for one trajectory; the run must stop."""
+
+
+class RunError(VideoOPDError, RuntimeError):
+    """The run cannot go on, by no fault of its input."""

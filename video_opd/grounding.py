@@ -1,0 +1,63 @@
+"""Temporal grounding metrics: IoU of intervals, R1@m and mIoU, and the blind baselines beside which they are read."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from video_opd.types import Prediction, Prompt, Span
+
+THRESHOLDS = (0.3, 0.5, 0.7)
+
+
+def temporal_iou(a: Span, b: Span) -> float:
+    """Intersection over union of two intervals; 0 when either is empty, reversed or not finite."""
+    if not np.all(np.isfinite((*a, *b))) or a[1] <= a[0] or b[1] <= b[0]:
+        return 0.0
+    intersection = min(a[1], b[1]) - max(a[0], b[0])
+    return max(0.0, intersection) / ((a[1] - a[0]) + (b[1] - b[0]) - max(0.0, intersection))
+
+
+def best_iou(span: Span | None, answers: Sequence[Span]) -> float:
+    """The largest IoU with any of the answers; 0 for an answer that could not be parsed."""
+    return 0.0 if span is None else max(temporal_iou(span, answer) for answer in answers)
+
+
+def summarise(ious: Sequence[float], num_unparsed: int = 0) -> dict[str, float]:
+    """mIoU and R1@m (share with IoU >= m) over every prompt; a failure is an IoU of 0 and stays in the denominator."""
+    values = np.asarray(ious, dtype=np.float64)
+    if len(values) == 0:
+        raise ValueError("no prompts to summarise")
+    recalls = {f"r1@{m}": float((values >= m - 1e-9).mean()) for m in THRESHOLDS}
+    return {"miou": float(values.mean()), **recalls, "n": len(values), "unparsed": num_unparsed}
+
+
+def evaluate(predictions: Sequence[Prediction], prompts: Sequence[Prompt]) -> dict[str, float]:
+    """Scores one prediction per prompt. A prompt without a prediction counts as IoU 0 and as unparsed."""
+    spans = {p.prompt_id: p.span_s for p in predictions}
+    ious = [best_iou(spans.get(p.prompt_id), p.answer_spans_s or ()) for p in prompts]
+    return summarise(ious, sum(spans.get(p.prompt_id) is None for p in prompts))
+
+
+def best_constant_interval(answers: Sequence[tuple[Sequence[Span], float]], grid: int = 24) -> Span:
+    """The interval, as fractions of the duration, with the highest mean IoU over (answer spans, duration) pairs."""
+    ticks = np.linspace(0.0, 1.0, grid + 1)
+    candidates = [(a, b) for i, a in enumerate(ticks) for b in ticks[i + 1 :]]
+    means = [np.mean([best_iou((a * d, b * d), spans) for spans, d in answers]) for a, b in candidates]
+    return candidates[int(np.argmax(means))]
+
+
+def blind_baselines(train: Sequence[Prompt], evaluation: Sequence[Prompt], seed: int = 0) -> dict[str, dict]:
+    """What can be reached without a model: the constant interval that is best on `train`, and a random interval."""
+    labelled = [(p.answer_spans_s, p.clip.duration_s) for p in train if p.answer_spans_s]
+    start, end = best_constant_interval(labelled)
+    rng = np.random.default_rng(seed)
+    constant, random = [], []
+    for prompt in evaluation:
+        d, spans = prompt.clip.duration_s, prompt.answer_spans_s or ()
+        constant.append(best_iou((start * d, end * d), spans))
+        low, high = np.sort(rng.uniform(0.0, d, size=2))
+        random.append(best_iou((float(low), float(high)), spans))
+    return {
+        "best_constant": {**summarise(constant), "interval_frac": [float(start), float(end)]},
+        "random": summarise(random),
+    }

@@ -1,0 +1,82 @@
+"""Where numbers go: phase clocks, metrics.jsonl, TensorBoard."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from video_opd.types import StepReport
+
+PHASES = ("rollout", "score", "update", "publish")
+
+
+class PhaseClock:
+    """Seconds in which at least one call of a phase was under way, and in which none of any phase was."""
+
+    def __init__(self):
+        self._active: Counter[str] = Counter()
+        self._seconds: Counter[str] = Counter()
+        self._since = time.monotonic()
+
+    def _advance(self) -> None:
+        now = time.monotonic()
+        active = [phase for phase in PHASES if self._active[phase]]
+        for phase in active or ["idle"]:
+            self._seconds[phase] += now - self._since
+        self._since = now
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        self._advance()
+        self._active[phase] += 1
+        try:
+            yield
+        finally:
+            self._advance()
+            self._active[phase] -= 1
+
+    def lap(self) -> dict[str, float]:
+        """The seconds since the last lap, by phase; phases that overlap each count in full."""
+        self._advance()
+        seconds = {phase: self._seconds[phase] for phase in (*PHASES, "idle")}
+        self._seconds.clear()
+        return seconds
+
+
+class MetricSinks:
+    """metrics.jsonl, one line a step, and TensorBoard. A resumed run goes on in the same files, each step once."""
+
+    def __init__(self, run_dir: Path, start_step: int):
+        from tensorboard.summary import Writer
+
+        self._path = run_dir / "metrics.jsonl"
+        if self._path.exists():
+            kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] < start_step]
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.rename(self._path)
+        self._file = self._path.open("a")
+        self._board = Writer(str(run_dir / "tensorboard"))
+
+    def write(self, report: StepReport, wall_s: float) -> None:
+        line = {"step": report.step, "policy_version": report.policy_version, "wall_s": wall_s, **report.metrics}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in report.metrics.items():
+            self._board.add_scalar(name, value, report.step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl; a last line torn by a crash is left out."""
+    return [json.loads(line) for line in _whole_lines(run_dir / "metrics.jsonl")]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    text = path.read_text()
+    return text[: text.rfind("\n") + 1].splitlines()

