@@ -83,13 +83,13 @@ def prepare(config: Config) -> Plan:
     train, evaluation = (read_prompts(d, config.video, student.size_multiple) for d in (config.data.train, config.data.eval))
     capacity = (config.max_policy_lag + 1) * config.groups_per_step
     pool = config.curriculum.num_selected or len(train)
-    if min(pool, len(train)) < capacity:
-        raise ConfigError(
-            f"{min(pool, len(train))} training prompts cannot fill (max_policy_lag + 1) * groups_per_step = {capacity} "
-            "slots: add data or lower groups_per_step"
-        )
     if pool > len(train):
         raise ConfigError(f"curriculum.num_selected={pool}, but the pool has {len(train)} prompts: lower it")
+    if pool < capacity:
+        raise ConfigError(
+            f"{pool} training prompts cannot fill (max_policy_lag + 1) * groups_per_step = {capacity} "
+            "slots: add data or lower groups_per_step"
+        )
     return Plan(student, train, evaluation)
 
 
@@ -129,7 +129,8 @@ def start_ray(config: Config, address: str | None) -> None:
         return
     roles = {"rollout": config.rollout.num_actors, "teacher": 64, "learner": config.learner.world_size}
     cpus = max(os.cpu_count() or 1, 4 + sum(roles.values()) - 64)
-    ray.init(address="local", num_cpus=cpus, resources={k: float(v) for k, v in roles.items()}, **shared)
+    context = ray.init(address="local", num_cpus=cpus, resources={k: float(v) for k, v in roles.items()}, **shared)
+    print(f"Ray dashboard: http://{context.dashboard_url}" if context.dashboard_url else "Ray dashboard: not installed")
 
 
 async def start_cluster(name: str, folder: Path, config: Config, plan: Plan) -> Run:
@@ -235,7 +236,7 @@ async def record(
     trajectories = [(g.group.prompt, t) for g in groups for t in g.group.trajectories]
     tokens = sum(len(t.response_token_ids) for _, t in trajectories)
     run.totals.update(rollout_tokens=tokens, scored_tokens=tokens, rollouts=len(trajectories))
-    labelled = [best_iou(t.predicted_span_s, p.answer_spans_s) for p, t in trajectories if p.answer_spans_s]
+    labelled = [best_iou(t.predicted_span_s, p.answer_spans_s or ()) for p, t in trajectories if p.answer_spans_s]
     seconds = run.clock.lap()
     run.totals.update({f"{phase}_s": s for phase, s in seconds.items()})
     metrics = report.metrics | {
@@ -277,7 +278,7 @@ async def select_prompts(run: Run) -> None:
         run.teacher.predict(pool, config.num_teacher_predictions, temperature=1.0), run.actors.predict(pool)
     )
     answered = {p.prompt_id: a for p, a in zip(pool, teacher, strict=True) if not isinstance(a, FailedPrompt)}
-    truth = {p.prompt_id: p.answer_spans_s for p in pool}
+    truth = {p.prompt_id: p.answer_spans_s or () for p in pool}
     teacher_iou = {i: float(np.mean([best_iou(a.span_s, truth[i]) for a in answers])) for i, answers in answered.items()}
     student_iou = {a.prompt_id: best_iou(a.span_s, truth[a.prompt_id]) for a in student if isinstance(a, Prediction)}
     predictions = predictions_table(a for answers in answered.values() for a in answers)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ class PolicyEngine:
         """`banned_ids` are never sampled: a sampled video pad would be taken for a video by the learner."""
         self._config = config
         self._banned = dict.fromkeys(banned_ids, -100.0)
-        self._llm = start_vllm(
+        self._llm: Any = start_vllm(
             model,
             config,
             seed,

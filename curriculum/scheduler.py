@@ -66,7 +66,7 @@ class Scheduler:
         held_back: list[str] = []
         while len(issued) < n:
             if not self._queue:
-                self._refill(n - len(issued), held_back)
+                self._refill(n - len(issued))
             prompt_id = self._queue.popleft()
             if prompt_id in self._in_flight:
                 held_back.append(prompt_id)
@@ -76,7 +76,7 @@ class Scheduler:
         self._queue.extendleft(reversed(held_back))
         return [self._prompts[p] for p in issued]
 
-    def _refill(self, wanted: int, held_back: Sequence[str]) -> None:
+    def _refill(self, wanted: int) -> None:
         """Queues one more pass over the selected prompts, shuffled."""
         alive = [p for p in self._selected if p not in self._dropped]
         available = [p for p in alive if p not in self._in_flight]
@@ -122,7 +122,7 @@ class Scheduler:
         return {
             "records": self.records(),
             "selected": list(self._selected),
-            "queue": [*self._in_flight, *(p for p in self._queue if p not in self._in_flight)],
+            "queue": [*self._in_flight, *self._queue],
             "random_state": self._rng.bit_generator.state,
         }
 

@@ -3,7 +3,6 @@
 import argparse
 from pathlib import Path
 
-import video_opd  # noqa: F401  # first: makes transformers importable
 from demo.clips import ensure_clips
 
 

@@ -29,14 +29,14 @@ class Level:
     num_objects: tuple[int, int]  # at least, at most
     shapes: tuple[str, ...]  # more than one: distractors share the colour or the shape of the asked object
     grid_s: float
-    min_s: float = 1.0
+    min_s: float = 2.0
     max_s: float = 4.0  # short events keep the best constant interval low
 
 
 LEVELS = {
-    "colour": Level(num_objects=(1, 3), shapes=("square",), grid_s=1.0),
-    "shape": Level(num_objects=(2, 3), shapes=SHAPES, grid_s=1.0),
-    "half_second": Level(num_objects=(1, 3), shapes=("square",), grid_s=0.5),
+    "colour": Level(num_objects=(1, 2), shapes=("square",), grid_s=1.0),
+    "shape": Level(num_objects=(2, 2), shapes=SHAPES, grid_s=1.0),
+    "half_second": Level(num_objects=(1, 2), shapes=("square",), grid_s=0.5),
 }
 SPLIT_SEEDS = {"pretrain": 1, "train": 2, "eval": 3}  # disjoint random streams
 
@@ -73,8 +73,8 @@ def draw_events(level: Level, rng: np.random.Generator) -> list[Event]:
             chosen.append(pair)
     events = []
     for colour, shape in chosen:
-        steps = rng.integers(level.min_s / level.grid_s, level.max_s / level.grid_s + 1)
-        first = rng.integers(0, DURATION_S / level.grid_s - steps + 1)
+        steps = rng.integers(round(level.min_s / level.grid_s), round(level.max_s / level.grid_s) + 1)
+        first = rng.integers(0, round(DURATION_S / level.grid_s) - steps + 1)
         x, y = rng.integers(8, SIZE - 8, size=2)
         radius = rng.integers(5, 8)
         start, end = first * level.grid_s, (first + steps) * level.grid_s

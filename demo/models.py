@@ -1,6 +1,7 @@
 """Tiny Qwen3-VL models with a tokenizer, processor and chat template of their own, as transformers folders."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class Size:
     vision_layers: int = 2
 
 
-TEACHER = Size(hidden=128, layers=4, vision_hidden=64)
+TEACHER = Size(hidden=128, layers=3, vision_hidden=64)
 STUDENT = Size(hidden=96, layers=3, vision_hidden=48)
 
 
@@ -86,11 +87,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_processor() -> Qwen3VLProcessor:
     tokenizer = build_tokenizer()
     pixels = {"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE * 256}
-    shared = {"size": pixels, "patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2}
-    normal = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # vLLM normalises videos with the image processor's
+    shared: dict[str, Any] = {"size": pixels, "patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2}
+    normal: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # vLLM normalises videos with the image processor's
     return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(**shared, **normal),
-        video_processor=Qwen3VLVideoProcessor(**shared, **normal),
+        video_processor=Qwen3VLVideoProcessor(**shared, **normal, cap_pixels_per_frame=False),
         tokenizer=tokenizer,
         chat_template=CHAT_TEMPLATE,
     )
@@ -98,7 +99,7 @@ def build_processor() -> Qwen3VLProcessor:
 
 def build_model(size: Size, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3VLForConditionalGeneration:
     """Random weights, transformers' own initialisation, from `seed`."""
-    ids = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL}
+    ids: dict[str, Any] = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL}
     heads = size.hidden // HEAD_DIM
     config = Qwen3VLConfig(
         text_config={

@@ -20,12 +20,12 @@ from demo.models import STUDENT, TEACHER, Size, build_model, build_processor
 from video_opd.config import Config, DatasetConfig, load_config
 from video_opd.datasets import read_prompts
 from video_opd.grounding import evaluate
-from video_opd.modeling import ResponseLogits, collate, generate
+from video_opd.modeling import ResponseLogits, VideoLLM, collate, generate
 from video_opd.prompting import PromptEncoder, parse_span
-from video_opd.types import EncodedPrompt, Prediction, Prompt
+from video_opd.types import EncodedPrompt, Prediction, Prompt, Span
 
-NUM_CLIPS, NUM_VALIDATION_CLIPS = 4000, 64  # of the pretraining split; validation decides when to stop
-AUXILIARY_WEIGHT = 1.0
+NUM_CLIPS, NUM_VALIDATION_CLIPS = 5000, 100  # of the pretraining split; validation decides when to stop
+NUM_LABELS = len(COLOURS) * len(SHAPES) + 1  # of one kind: every object, and the asked one
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Recipe:
     lr: float
     stop_at_miou: float
     batch: int = 32
-    validate_every: int = 50
+    validate_every: int = 25
 
 
 RECIPES = {
-    "teacher": Recipe(size=TEACHER, seed=0, steps=4000, lr=2e-3, stop_at_miou=1.0),
-    "student": Recipe(size=STUDENT, seed=1, steps=4000, lr=2e-3, stop_at_miou=0.5),
+    "teacher": Recipe(size=TEACHER, seed=0, steps=1800, lr=2e-3, stop_at_miou=1.0),
+    "student": Recipe(size=STUDENT, seed=1, steps=1800, lr=2e-3, stop_at_miou=0.55),
 }
 
 
@@ -53,7 +53,7 @@ class Example:
 
     encoded: EncodedPrompt
     answer: np.ndarray  # int32[N], end token included
-    visible: np.ndarray  # float32[video tokens, 4 * colours * shapes]
+    visible: np.ndarray  # float32[video tokens, 4 * (colours * shapes + 1)]
 
 
 def build_examples(prompts: list[Prompt], encoder: PromptEncoder, config: Config) -> list[Example]:
@@ -66,29 +66,37 @@ def build_examples(prompts: list[Prompt], encoder: PromptEncoder, config: Config
         encoded = encoder.encode(prompt)
         shared = pixels.setdefault(prompt.clip.clip_id, encoded.pixel_values)
         object.__setattr__(encoded, "pixel_values", shared)  # one copy of the pixels for all queries of a clip
-        (start, end), *_ = prompt.answer_spans_s or ()
+        start, end = _answer(prompt)
         text = config.prompt.answer_template.format(start=start, end=end) + encoder.tokenizer.eos_token
         answer = np.asarray(encoder.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
-        examples.append(Example(encoded, answer, _visible(by_clip[prompt.clip.clip_id])))
+        examples.append(Example(encoded, answer, _visible(prompt, by_clip[prompt.clip.clip_id])))
     return examples
 
 
-def _visible(prompts: list[Prompt]) -> np.ndarray:
-    clip = prompts[0].clip
+def _answer(prompt: Prompt) -> Span:
+    assert prompt.answer_spans_s, "the demo labels every prompt"
+    return prompt.answer_spans_s[0]
+
+
+def _visible(asked: Prompt, prompts: list[Prompt]) -> np.ndarray:
+    """The auxiliary labels of a clip's video tokens: those of every object, then those of the asked one."""
+    clip = asked.clip
     times = clip.frame_indices / clip.video_fps
-    labels = np.zeros((len(times), len(COLOURS), len(SHAPES)), np.float32)
+    labels = np.zeros((len(times), NUM_LABELS), np.float32)
     for prompt in prompts:
         _, colour, shape, *_ = prompt.query.split()
-        (start, end), *_ = prompt.answer_spans_s or ()
+        start, end = _answer(prompt)
         shown = (start <= times) & (times < end)
-        labels[shown, list(COLOURS).index(colour), SHAPES.index(shape)] = 1
+        labels[shown, list(COLOURS).index(colour) * len(SHAPES) + SHAPES.index(shape)] = 1
+        if prompt is asked:
+            labels[shown, -1] = 1
     now = labels.reshape(len(times) // 2, 2, -1)
     before = np.concatenate([np.zeros_like(now[:1]), now[:-1]])
     appears, disappears = now[:, 1] * (1 - before[:, 1]), before[:, 0] * (1 - now[:, 0])
     return np.concatenate([now[:, 0], now[:, 1], appears, disappears], axis=-1)
 
 
-def validate(model: torch.nn.Module, examples: list[Example], prompts: list[Prompt], encoder: PromptEncoder) -> dict:
+def validate(model: VideoLLM, examples: list[Example], prompts: list[Prompt], encoder: PromptEncoder) -> dict:
     model.eval()
     predictions = []
     for i in range(0, len(examples), 64):
@@ -106,33 +114,10 @@ def validate(model: torch.nn.Module, examples: list[Example], prompts: list[Prom
     return evaluate(predictions, prompts)
 
 
-class AuxiliaryHead(torch.nn.Module):
-    """What each video token shows, read in terms of the words that name it.
-
-    Scores hidden states against the sum of a colour's and a shape's word embedding, so that what the model sees and
-    what it is asked for meet in one space.
-    """
-
-    def __init__(self, hidden: int, tokenizer):
-        super().__init__()
-        self.project = torch.nn.Linear(hidden, 4 * hidden)
-        self.bias = torch.nn.Parameter(torch.full((1,), -3.0))
-        (self._colours, self._shapes) = (
-            torch.tensor([tokenizer(f" {w}", add_special_tokens=False)["input_ids"][0] for w in words])
-            for words in (COLOURS, SHAPES)
-        )
-
-    def forward(self, hidden: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """hidden[T, H], embedding[V, H] -> logits[T, 4 * colours * shapes]."""
-        objects = (embedding[self._colours][:, None] + embedding[self._shapes][None]).flatten(0, 1)
-        kinds = self.project(hidden).unflatten(-1, (4, -1))
-        return (kinds @ objects.T + self.bias).flatten(1)
-
-
 def train(recipe: Recipe, examples: list[Example], validation: tuple[list[Example], list[Prompt]], encoder: PromptEncoder):
     """Cross-entropy on answers plus the auxiliary head; cosine learning rate. Returns the model."""
     model = build_model(recipe.size, encoder.tokenizer, recipe.seed)
-    head = AuxiliaryHead(recipe.size.hidden, encoder.tokenizer)
+    head = torch.nn.Linear(recipe.size.hidden, examples[0].visible.shape[1])
     logits_of = ResponseLogits(model)
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.01)
@@ -147,11 +132,14 @@ def train(recipe: Recipe, examples: list[Example], validation: tuple[list[Exampl
         batch = collate([e.encoded for e in chosen], [e.answer for e in chosen], encoder.tokenizer.pad_token_id)
         hidden.clear()
         answer_loss = torch.nn.functional.cross_entropy(logits_of(batch), batch.targets)
-        seen = head(hidden[0][batch.token_types == 2], model.get_input_embeddings().weight)
+        seen = head(hidden[0][batch.token_types == 2])
         visible = torch.from_numpy(np.concatenate([e.visible for e in chosen]))
-        auxiliary = torch.nn.functional.binary_cross_entropy_with_logits(seen, visible)
+        losses = torch.nn.functional.binary_cross_entropy_with_logits(seen, visible, reduction="none").unflatten(
+            -1, (-1, NUM_LABELS)
+        )
+        auxiliary = losses[..., :-1].mean() + losses[..., -1].mean()
         optimizer.zero_grad()
-        (answer_loss + AUXILIARY_WEIGHT * auxiliary).backward()
+        (answer_loss + auxiliary).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if (step + 1) % recipe.validate_every == 0:

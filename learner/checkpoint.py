@@ -22,7 +22,8 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
 
 def latest(run_dir: Path) -> Path:
     """The newest whole checkpoint of a run. Raises CheckpointError if there is none."""
-    folders = [f for f in (run_dir / "checkpoints").glob("step-*") if (f / _STATE).is_file()]
+    named = [f for f in (run_dir / "checkpoints").glob("step-*") if f.name.removeprefix("step-").isdigit()]
+    folders = [f for f in named if (f / _STATE).is_file()]
     if not folders:
         raise CheckpointError(f"{run_dir} has no whole checkpoint: start a new run, with checkpoint_every set")
     return max(folders, key=lambda f: int(f.name.removeprefix("step-")))
@@ -51,13 +52,14 @@ def read_state(folder: Path, shapes: Mapping[str, Any]) -> tuple[int, dict[str, 
     """(step, the scheduler's state). Raises CheckpointError if the checkpoint is of another model than `shapes` say."""
     try:
         state = json.loads((folder / _STATE).read_text())
+        step, saved, curriculum = state["step"], state["shapes"], state["curriculum"]
         records = records_from_table(pq.read_table(folder / _RECORDS))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {folder} cannot be read ({error}): remove it and resume again") from error
-    different = [f"{k} {state['shapes'].get(k)} / {v}" for k, v in shapes.items() if state["shapes"].get(k) != v]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {folder} cannot be read ({error!r}): remove it and resume again") from error
+    different = [f"{k} {saved.get(k)} / {v}" for k, v in shapes.items() if saved.get(k) != v]
     if different:
         raise CheckpointError(
             f"checkpoint {folder} is of another model than the student (checkpoint / student: {'; '.join(different)}): "
             "resume with the student the run was started with"
         )
-    return state["step"], state["curriculum"] | {"records": records}
+    return step, curriculum | {"records": records}

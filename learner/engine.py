@@ -14,7 +14,7 @@ from learner.batching import Row, plan_update
 from learner.loss import loss_per_token
 from learner.weight_sender import to_buckets
 from video_opd.config import Config
-from video_opd.modeling import ResponseLogits, collate, load_model
+from video_opd.modeling import ResponseLogits, VideoLLM, collate, load_model
 from video_opd.prompting import PromptEncoder, check_parity
 from video_opd.types import ScoredGroup, WeightBucket
 
@@ -40,7 +40,7 @@ class LearnerEngine:
         self._deepspeed = deepspeed
         self._encoder = PromptEncoder(config.student, config.prompt)
         self._device = "cuda" if config.learner.num_gpus else "cpu"
-        model = load_model(config.student, "float32")
+        model = load_model(config.student, config.learner.dtype)  # ZeRO keeps float32 masters of bfloat16 weights
         if config.learner.freeze_vision:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(not name.startswith(VISION_PREFIX))
@@ -50,10 +50,11 @@ class LearnerEngine:
         optimizer = torch.optim.AdamW(
             trained, lr=config.learner.lr, betas=config.learner.betas, weight_decay=config.learner.weight_decay
         )
-        self._engine, *_ = deepspeed.initialize(model=ResponseLogits(model), optimizer=optimizer, config=_deepspeed_config(config))
+        engine, *_ = deepspeed.initialize(model=ResponseLogits(model), optimizer=optimizer, config=_deepspeed_config(config))
+        self._engine: Any = engine
 
     @property
-    def _model(self) -> torch.nn.Module:
+    def _model(self) -> VideoLLM:
         return self._engine.module.model
 
     def update(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
@@ -191,6 +192,7 @@ def _init_deepspeed(config: Config, rank: int, world_size: int, master: tuple[st
     import deepspeed
 
     if not on_gpu:  # its shared-memory extension takes a minute to compile and a killed build hangs later runs
-        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+        communication: Any = importlib.import_module("deepspeed.comm.torch")
+        communication.build_shm_op = lambda: None
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
     return deepspeed

@@ -54,16 +54,18 @@ class TransformersEngine:
             batch = collate([prompts[i] for i in chosen], [responses[i] for i in chosen], pad_id, self._device)
             logits = self._logits(batch)
             logprobs = token_logprobs(logits, batch.targets).cpu().numpy()
-            ids, values = None, None
-            if self._top_k:
-                values, ids = logits.log_softmax(-1).topk(self._top_k, dim=-1)
-                values, ids = values.cpu().numpy(), ids.to(torch.int32).cpu().numpy()
+            top_k = self._top_k_of(logits)
             stops = np.cumsum(batch.lengths)
             for i, stop, length in zip(chosen, stops, batch.lengths, strict=True):
                 rows = slice(stop - length, stop)
-                top_k = None if ids is None else TopK(ids=ids[rows], logprobs=values[rows])
-                scores[i] = (logprobs[rows], top_k)
+                scores[i] = (logprobs[rows], top_k and TopK(ids=top_k.ids[rows], logprobs=top_k.logprobs[rows]))
         return [scores[i] for i in range(len(prompts))]
+
+    def _top_k_of(self, logits: torch.Tensor) -> TopK | None:
+        if not self._top_k:
+            return None
+        values, ids = logits.log_softmax(-1).topk(self._top_k, dim=-1)
+        return TopK(ids=ids.to(torch.int32).cpu().numpy(), logprobs=values.cpu().numpy())
 
     def predict(self, prompts: Sequence[EncodedPrompt], num_answers: int, temperature: float, max_tokens: int) -> list[list[str]]:
         tokenizer, texts = self._encoder.tokenizer, []

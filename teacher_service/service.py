@@ -1,6 +1,7 @@
 """The teacher pool: a Ray Serve deployment called by handle, and the caller's side of it."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,8 +33,9 @@ class TeacherReplica:
         self._encoder = PromptEncoder(config.teacher, config.prompt)
         self._engine = start_engine(config.teacher, pool, top_k, config.seed, self._encoder)
         self._busy = asyncio.Lock()  # engines take one call at a time
-        self._score_batch.set_max_batch_size(pool.max_batch_requests)
-        self._score_batch.set_batch_wait_timeout_s(pool.batch_wait_s)
+        batching: Any = self._score_batch  # serve.batch adds setters
+        batching.set_max_batch_size(pool.max_batch_requests)
+        batching.set_batch_wait_timeout_s(pool.batch_wait_s)
 
     async def score(self, groups: Sequence[RolloutResult]) -> list[ScoreResult]:
         """Scores for every group, in order; a FailedPrompt where the clip cannot be read, here or by the actor."""
@@ -109,6 +111,7 @@ class TeacherPool:
     async def start(self) -> None:
         """Returns when every replica answers. Raises RunError at config.start_timeout_s."""
         pool = self._config.teacher_pool
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(proxy_location="Disabled")
         deployment = serve.deployment(
             TeacherReplica,

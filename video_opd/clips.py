@@ -15,6 +15,8 @@ from video_opd.config import VideoConfig
 from video_opd.errors import ClipError
 from video_opd.types import Clip
 
+decord.logging.set_level(decord.logging.QUIET)  # its errors are raised; the log lines add nothing
+
 TEMPORAL_PATCH = 2  # frames in one video token, in every Qwen-VL model
 
 
@@ -39,7 +41,8 @@ def choose_frame_indices(num_video_frames: int, video_fps: float, video: VideoCo
     wanted = math.floor(num_video_frames / video_fps * video.fps)
     num_frames = min(max(wanted, video.min_frames), video.max_frames, num_video_frames)
     num_frames = max(num_frames - num_frames % TEMPORAL_PATCH, TEMPORAL_PATCH)
-    step = video_fps / video.fps if num_frames in (wanted, wanted - 1) else num_video_frames / num_frames
+    as_asked = num_frames in (wanted, wanted - 1) and video.fps <= video_fps
+    step = video_fps / video.fps if as_asked else num_video_frames / num_frames
     return np.minimum(np.floor(np.arange(num_frames) * step), num_video_frames - 1).astype(np.int64)
 
 
@@ -57,7 +60,8 @@ def choose_frame_size(height: int, width: int, num_frames: int, video: VideoConf
     scale = min(1.0, math.sqrt(tokens_per_frame_pair * multiple**2 / (height * width)))
     rows = max(1, math.floor(height * scale / multiple))
     columns = max(1, math.floor(width * scale / multiple))
-    columns, rows = min(columns, tokens_per_frame_pair // rows), min(rows, tokens_per_frame_pair)
+    rows = min(rows, tokens_per_frame_pair)
+    columns = min(columns, tokens_per_frame_pair // rows)
     return rows * multiple, columns * multiple
 
 

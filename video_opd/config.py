@@ -24,14 +24,14 @@ class _Section(BaseModel):
 class DatasetConfig(_Section):
     """One annotated split."""
 
-    format: Literal["charades_sta"] = Field("charades_sta", description="annotation format")
+    format: Literal["charades_sta"] = Field(default="charades_sta", description="annotation format")
     annotations: str = Field(description="text file: VIDEO_ID start end##sentence")
     lengths: str = Field(description="csv with the columns id and length (seconds)")
     videos: str = Field(description="folder of VIDEO_ID.mp4 files")
     clamp_s: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="an annotation that ends beyond its clip by at most this is cut at the clip's end"
+        default=0.0, description="an annotation that ends beyond its clip by at most this is cut at the clip's end"
     )
-    max_prompts: PositiveInt | None = Field(None, description="use only the first so many prompts")
+    max_prompts: PositiveInt | None = Field(default=None, description="use only the first so many prompts")
 
 
 class DataConfig(_Section):
@@ -42,34 +42,40 @@ class DataConfig(_Section):
 class VideoConfig(_Section):
     """Which frames, at which size, every model sees."""
 
-    fps: PositiveFloat = Field(2.0, description="frames sampled a second")
+    fps: PositiveFloat = Field(default=2.0, description="frames sampled a second")
     min_frames: PositiveInt = 4
     max_frames: PositiveInt = 768
-    max_video_tokens: PositiveInt = Field(8192, description="frames are scaled down to stay within")
+    max_video_tokens: PositiveInt = Field(default=8192, description="frames are scaled down to stay within")
 
     @model_validator(mode="after")
     def _ordered(self):
         if self.min_frames > self.max_frames:
             raise ValueError(f"min_frames={self.min_frames} is more than max_frames={self.max_frames}")
+        if self.min_frames % 2 or self.max_frames % 2:
+            raise ValueError(f"min_frames={self.min_frames} and max_frames={self.max_frames} must be even: tokens cover two frames")
         return self
 
 
 class PromptConfig(_Section):
     template: str = Field(
-        "Please find the visual event described by the sentence '{query}', determining its starting and ending times. "
+        default="Please find the visual event described by the sentence '{query}', determining its starting and ending times. "
         "The format should be: 'The event happens in <start time> - <end time> seconds'.",
         description="must contain {query}",
     )
     answer_template: str = Field(
-        "The event happens in {start:.1f} - {end:.1f} seconds.", description="how an answer is written; used by pretraining"
+        default="The event happens in {start:.1f} - {end:.1f} seconds.", description="how an answer is written; used by pretraining"
     )
-    video_first: bool = Field(True, description="video before the text, as TimeLens does")
-    frame_cache_bytes: PositiveInt = Field(1 << 30, description="decoded frames kept in each process")
+    video_first: bool = Field(default=True, description="video before the text, as TimeLens does")
+    frame_cache_bytes: PositiveInt = Field(default=1 << 30, description="decoded frames kept in each process")
 
     @model_validator(mode="after")
     def _has_query(self):
         if "{query}" not in self.template:
             raise ValueError("template must contain {query}")
+        try:
+            self.template.format(query="")
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"template may hold {{query}} and no other braces ({error!r})") from None
         return self
 
 
@@ -77,17 +83,17 @@ class RolloutConfig(_Section):
     """The vLLM actors."""
 
     num_actors: PositiveInt = 1
-    prompts_per_call: PositiveInt = Field(32, description="prompts in flight in one call of an actor")
+    prompts_per_call: PositiveInt = Field(default=32, description="prompts in flight in one call of an actor")
     rollouts_per_prompt: PositiveInt = 1
-    temperature: PositiveFloat = Field(1.0, description="1: actor log-probs are those of the policy itself")
+    temperature: PositiveFloat = Field(default=1.0, description="1: actor log-probs are those of the policy itself")
     max_response_tokens: PositiveInt = 64
     max_model_len: PositiveInt = 16000
-    max_num_seqs: PositiveInt = Field(64, description="sequences vLLM decodes at once")
+    max_num_seqs: PositiveInt = Field(default=64, description="sequences vLLM decodes at once")
     dtype: Dtype = "bfloat16"
-    kv_cache_bytes: PositiveInt | None = Field(None, description="KV cache of one engine; None: by gpu_memory_utilization")
+    kv_cache_bytes: PositiveInt | None = Field(default=None, description="KV cache of one engine; None: by gpu_memory_utilization")
     gpu_memory_utilization: Fraction = 0.85
     enforce_eager: bool = False
-    num_gpus: Annotated[float, Field(ge=0)] = Field(1, description="of one actor; 0 on a CPU machine")
+    num_gpus: Annotated[float, Field(ge=0)] = Field(default=1, description="of one actor; 0 on a CPU machine")
     num_cpus: Annotated[float, Field(ge=0)] = 1
 
     @model_validator(mode="after")
@@ -105,15 +111,15 @@ class TeacherConfig(_Section):
 
     engine: Literal["transformers", "vllm"] = "transformers"
     num_replicas: PositiveInt = 1
-    max_queued_requests: PositiveInt = Field(256, description="beyond this callers are told to wait")
-    max_batch_requests: PositiveInt = Field(4, description="concurrent calls merged into one forward pass")
+    max_queued_requests: PositiveInt = Field(default=256, description="beyond this callers are told to wait")
+    max_batch_requests: PositiveInt = Field(default=4, description="concurrent calls merged into one forward pass")
     batch_wait_s: Annotated[float, Field(ge=0)] = 0.01
-    micro_batch: PositiveInt = Field(8, description="sequences in one forward pass")
+    micro_batch: PositiveInt = Field(default=8, description="sequences in one forward pass")
     max_model_len: PositiveInt = 16000
     dtype: Dtype = "bfloat16"
     kv_cache_bytes: PositiveInt | None = None
     gpu_memory_utilization: Fraction = 0.85
-    num_gpus: Annotated[float, Field(ge=0)] = Field(1, description="of one replica; 0 on a CPU machine")
+    num_gpus: Annotated[float, Field(ge=0)] = Field(default=1, description="of one replica; 0 on a CPU machine")
     num_cpus: Annotated[float, Field(ge=0)] = 1
 
 
@@ -121,30 +127,30 @@ class LossConfig(_Section):
     """ALGORITHM.md section 1; see learner/loss.py."""
 
     kind: Literal["sampled", "topk"] = "sampled"
-    top_k: PositiveInt = Field(64, description="teacher tokens kept at each position, for kind=topk")
-    center: Literal["none", "batch"] = Field("none", description="subtract the batch mean from the signal r")
-    clamp: PositiveFloat | None = Field(None, description="bound on |r|, before centring")
-    max_ratio: PositiveFloat | None = Field(None, description="truncate importance ratios; None: no bound")
+    top_k: PositiveInt = Field(default=64, description="teacher tokens kept at each position, for kind=topk")
+    center: Literal["none", "batch"] = Field(default="none", description="subtract the batch mean from the signal r")
+    clamp: PositiveFloat | None = Field(default=None, description="bound on |r|, before centring")
+    max_ratio: PositiveFloat | None = Field(default=None, description="truncate importance ratios; None: no bound")
     reduction: Literal["token_mean", "sum"] = "token_mean"
 
 
 class LearnerConfig(_Section):
     """The DeepSpeed learner."""
 
-    world_size: PositiveInt = Field(1, description="data-parallel ranks")
+    world_size: PositiveInt = Field(default=1, description="data-parallel ranks")
     zero_stage: Literal[0, 1, 2, 3] = 3
     dtype: Dtype = "bfloat16"
-    micro_batch: PositiveInt = Field(1, description="sequences in one forward and backward pass")
+    micro_batch: PositiveInt = Field(default=1, description="sequences in one forward and backward pass")
     lr: PositiveFloat = 1e-6
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    warmup_frac: Fraction = Field(0.03, description="share of num_steps over which lr rises linearly")
-    final_lr_frac: Fraction = Field(1.0, description="lr falls linearly to this share of itself; 1: constant")
+    warmup_frac: Fraction = Field(default=0.03, description="share of num_steps over which lr rises linearly")
+    final_lr_frac: Fraction = Field(default=1.0, description="lr falls linearly to this share of itself; 1: constant")
     max_grad_norm: PositiveFloat = 1.0
-    freeze_vision: bool = Field(True, description="vision tower and merger keep their weights")
+    freeze_vision: bool = Field(default=True, description="vision tower and merger keep their weights")
     gradient_checkpointing: bool = True
-    bucket_bytes: PositiveInt = Field(256 << 20, description="weights travel in buckets of about this size")
-    num_gpus: Annotated[float, Field(ge=0)] = Field(1, description="of one rank; 0 on a CPU machine")
+    bucket_bytes: PositiveInt = Field(default=256 << 20, description="weights travel in buckets of about this size")
+    num_gpus: Annotated[float, Field(ge=0)] = Field(default=1, description="of one rank; 0 on a CPU machine")
     num_cpus: Annotated[float, Field(ge=0)] = 1
 
 
@@ -152,32 +158,34 @@ class CurriculumConfig(_Section):
     """Which prompts are sampled. ALGORITHM.md section 2."""
 
     kind: Literal["uniform", "tvdf"] = "uniform"
-    num_selected: PositiveInt | None = Field(None, description="prompts of the round, for tvdf; None: all that are reliable")
-    teacher_threshold: Fraction = Field(0.7, description="drop a prompt whose teacher IoU is below (TRPV)")
-    num_teacher_predictions: PositiveInt = Field(4, description="teacher answers for each prompt (TRPV)")
+    num_selected: PositiveInt | None = Field(
+        default=None, description="prompts of the round, for tvdf; None: all that are reliable"
+    )
+    teacher_threshold: Fraction = Field(default=0.7, description="drop a prompt whose teacher IoU is below (TRPV)")
+    num_teacher_predictions: PositiveInt = Field(default=4, description="teacher answers for each prompt (TRPV)")
 
 
 class ChecksConfig(_Section):
     """Self-checks while running."""
 
     max_logprob_gap: PositiveFloat | None = Field(
-        0.5, description="stop if the 99th percentile of |actor - learner log-prob| on the first batch is larger"
+        default=0.5, description="stop if the 99th percentile of |actor - learner log-prob| on the first batch is larger"
     )
 
 
 class Config(_Section):
-    run_name: str | None = Field(None, description="name of the run folder; None: made from the time")
+    run_name: str | None = Field(default=None, description="name of the run folder; None: made from the time")
     runs_dir: str = "runs"
     seed: int = 0
     student: str = Field(description="transformers folder of the student")
     teacher: str = Field(description="transformers folder of the teacher")
     num_steps: PositiveInt
-    groups_per_step: PositiveInt = Field(32, description="prompts of one update")
-    max_policy_lag: NonNegativeInt = Field(0, description="0: strictly on-policy")
-    checkpoint_every: NonNegativeInt = Field(0, description="steps between checkpoints; 0: only at the end")
-    eval_every: NonNegativeInt = Field(0, description="steps between evaluations on data.eval; 0: before and after only")
-    request_timeout_s: PositiveFloat = Field(600.0, description="bound on every wait for a rollout, a score or an update")
-    start_timeout_s: PositiveFloat = Field(900.0, description="bound on the start of all parts")
+    groups_per_step: PositiveInt = Field(default=32, description="prompts of one update")
+    max_policy_lag: NonNegativeInt = Field(default=0, description="0: strictly on-policy")
+    checkpoint_every: NonNegativeInt = Field(default=0, description="steps between checkpoints; 0: only at the end")
+    eval_every: NonNegativeInt = Field(default=0, description="steps between evaluations on data.eval; 0: before and after only")
+    request_timeout_s: PositiveFloat = Field(default=600.0, description="bound on every wait for a rollout, a score or an update")
+    start_timeout_s: PositiveFloat = Field(default=900.0, description="bound on the start of all parts")
     data: DataConfig
     video: VideoConfig = VideoConfig()
     prompt: PromptConfig = PromptConfig()
@@ -187,7 +195,7 @@ class Config(_Section):
     loss: LossConfig = LossConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
     checks: ChecksConfig = ChecksConfig()
-    worker_env: dict[str, str] = Field({}, description="environment variables of every process of the run")
+    worker_env: dict[str, str] = Field(default={}, description="environment variables of every process of the run")
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -196,7 +204,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         tree = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path} must be a mapping of keys to values")
@@ -249,9 +257,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     *parents, leaf = key.split(".")
     node = tree
     for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
+        if not isinstance(node.get(parent, {}), dict):
             raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+        node[parent] = dict(node.get(parent, {}))  # a YAML anchor may share it with another section
+        node = node[parent]
     try:
         node[leaf] = yaml.safe_load(text)
     except yaml.YAMLError as error:

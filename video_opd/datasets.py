@@ -53,9 +53,13 @@ def _read_text(path: Path) -> str:
 def _read_lengths(path: Path) -> dict[str, float]:
     rows = list(csv.DictReader(_read_text(path).splitlines()))
     try:
-        return {row["id"]: float(row["length"]) for row in rows}
+        lengths = {row["id"]: float(row["length"]) for row in rows}
     except (KeyError, ValueError, TypeError) as error:
         raise DataError(f"{path}: needs the columns id and length, length a number of seconds ({error!r})") from error
+    bad = [f"{video}: {length}" for video, length in lengths.items() if not (math.isfinite(length) and length > 0)]
+    if bad:
+        raise DataError(f"{path}: {len(bad)} lengths are not positive numbers of seconds ({', '.join(bad[:3])}): correct them")
+    return lengths
 
 
 def _parse_line(line: str, where: str) -> tuple[str, float, float, str]:

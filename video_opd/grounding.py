@@ -19,7 +19,7 @@ def temporal_iou(a: Span, b: Span) -> float:
 
 def best_iou(span: Span | None, answers: Sequence[Span]) -> float:
     """The largest IoU with any of the answers; 0 for an answer that could not be parsed."""
-    return 0.0 if span is None else max(temporal_iou(span, answer) for answer in answers)
+    return 0.0 if span is None else max((temporal_iou(span, answer) for answer in answers), default=0.0)
 
 
 def summarise(ious: Sequence[float], num_unparsed: int = 0) -> dict[str, float]:

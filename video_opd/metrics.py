@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +16,8 @@ class PhaseClock:
     """Seconds in which at least one call of a phase was under way, and in which none of any phase was."""
 
     def __init__(self):
-        self._active: Counter[str] = Counter()
-        self._seconds: Counter[str] = Counter()
+        self._active: dict[str, int] = {phase: 0 for phase in PHASES}
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._since = time.monotonic()
 
     def _advance(self) -> None:

@@ -27,23 +27,48 @@ def read_model_info(folder: str | Path) -> ModelInfo:
         raise ModelError(f"{folder}: model_type {config.get('model_type')!r} is not supported; use one of {SUPPORTED}")
     if not list(Path(folder).glob("*.safetensors")):
         raise ModelError(f"{folder} has no safetensors weights: download or convert the model first")
-    vision, text = config["vision_config"], config["text_config"]
-    shapes = {
-        "model_type": config["model_type"],
-        **{f"text.{k}": text[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
-        **{f"vision.{k}": vision[k] for k in ("depth", "hidden_size", "patch_size")},
-    }
-    multiple = vision["patch_size"] * vision["spatial_merge_size"]
+    try:
+        vision, text = config["vision_config"], config["text_config"]
+        shapes = {
+            "model_type": config["model_type"],
+            **{f"text.{k}": text[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
+            **{f"vision.{k}": vision[k] for k in ("depth", "hidden_size", "patch_size")},
+        }
+        multiple = vision["patch_size"] * vision["spatial_merge_size"]
+    except KeyError as error:
+        raise ModelError(f"{folder}/config.json lacks {error}: the model folder is damaged") from error
     return ModelInfo(str(folder), config["model_type"], multiple, shapes)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}): name a transformers model folder") from error
     except ValueError as error:
         raise ModelError(f"{path} is not JSON ({error}): the model folder is damaged") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} is not a JSON object: the model folder is damaged")
+    return value
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    """What decides which ids a text gets."""
+
+    vocabulary: dict[str, int]  # added tokens included
+    merges: list[tuple[str, ...]]
+    rest: dict[str, Any]
+
+
+def _read_tokenizer(folder: str | Path) -> _Tokenizer:
+    tree = _read_json(Path(folder) / "tokenizer.json")
+    try:
+        vocabulary = tree["model"]["vocab"] | {t["content"]: t["id"] for t in tree.get("added_tokens", [])}
+        merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in tree["model"].get("merges", [])]
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"{folder}/tokenizer.json has no vocabulary ({error!r}): the model folder is damaged") from error
+    return _Tokenizer(vocabulary, merges, {k: tree.get(k) for k in ("normalizer", "pre_tokenizer")})
 
 
 def check_same_tokenizer(student: str | Path, teacher: str | Path) -> None:
@@ -51,18 +76,15 @@ def check_same_tokenizer(student: str | Path, teacher: str | Path) -> None:
 
     Compares vocabulary, merges and added tokens, never vocab_size, which only says how far embeddings are padded.
     """
-    ours, theirs = (_read_json(Path(folder) / "tokenizer.json") for folder in (student, teacher))
-    added_ours, added_theirs = ({t["content"]: t["id"] for t in j.get("added_tokens", [])} for j in (ours, theirs))
-    vocabulary_ours, vocabulary_theirs = ours["model"]["vocab"] | added_ours, theirs["model"]["vocab"] | added_theirs
-    different = {t for t in vocabulary_ours.keys() | vocabulary_theirs.keys() if vocabulary_ours.get(t) != vocabulary_theirs.get(t)}
+    ours, theirs = _read_tokenizer(student), _read_tokenizer(teacher)
+    models = f"student {student} and teacher {teacher}"
+    tokens = ours.vocabulary.keys() | theirs.vocabulary.keys()
+    different = sorted(t for t in tokens if ours.vocabulary.get(t) != theirs.vocabulary.get(t))
     if different:
-        examples = ", ".join(f"{t!r}: {vocabulary_ours.get(t)} / {vocabulary_theirs.get(t)}" for t in sorted(different)[:3])
+        examples = ", ".join(f"{t!r}: {ours.vocabulary.get(t)} / {theirs.vocabulary.get(t)}" for t in different[:3])
         raise ModelError(
-            f"student {student} and teacher {teacher} have different tokenizers: {len(different)} tokens differ "
-            f"({examples}); use a teacher of the same family"
+            f"{models} have different tokenizers: {len(different)} tokens differ ({examples}); use a teacher of the same family"
         )
-    for part in ("pre_tokenizer", "normalizer"):
-        if ours.get(part) != theirs.get(part):
-            raise ModelError(f"student {student} and teacher {teacher} differ in their {part}: use a teacher of the same family")
-    if ours["model"].get("merges") != theirs["model"].get("merges"):
-        raise ModelError(f"student {student} and teacher {teacher} have different merges: use a teacher of the same family")
+    parts = [k for k in ours.rest if ours.rest[k] != theirs.rest[k]] + (["merges"] if ours.merges != theirs.merges else [])
+    if parts:
+        raise ModelError(f"{models} have tokenizers with different {' and '.join(parts)}: use a teacher of the same family")

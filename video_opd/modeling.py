@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from video_opd.types import EncodedPrompt
+
+VideoLLM = Any
+"""A transformers Qwen-VL model: a torch module whose class is known only from its folder."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,9 @@ class ResponseLogits(torch.nn.Module):
     The language-model head runs on R rows only: a prompt has thousands of video tokens, an answer a few dozen.
     """
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: VideoLLM):
         super().__init__()
-        self.model = model
+        self.model: VideoLLM = model
 
     def forward(self, batch: ResponseBatch) -> torch.Tensor:
         dtype = self.model.get_input_embeddings().weight.dtype
@@ -73,7 +77,7 @@ class ResponseLogits(torch.nn.Module):
         return self.model.lm_head(hidden.flatten(0, 1)[batch.rows]).float()
 
 
-def load_model(path: str, dtype: str) -> torch.nn.Module:
+def load_model(path: str, dtype: str) -> VideoLLM:
     """A transformers video LLM from a folder, on the CPU, in `dtype`."""
     from transformers import AutoModelForImageTextToText
 
@@ -87,7 +91,7 @@ def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def generate(
-    model: torch.nn.Module,
+    model: VideoLLM,
     prompts: Sequence[EncodedPrompt],
     *,
     max_tokens: int,

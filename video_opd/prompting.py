@@ -26,10 +26,10 @@ def parse_span(text: str) -> Span | None:
 def fingerprint(token_ids: np.ndarray, grid_thw: tuple[int, ...], frame_indices: np.ndarray, frames: np.ndarray) -> str:
     """Identifies all that a model sees of a prompt: ids, video grid, which frames, and their pixels."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(np.ascontiguousarray(token_ids, dtype=np.int32))
-    digest.update(np.asarray(grid_thw, dtype=np.int64))
-    digest.update(np.ascontiguousarray(frame_indices, dtype=np.int64))
-    digest.update(np.ascontiguousarray(frames))
+    digest.update(np.asarray(token_ids, dtype=np.int32).tobytes())
+    digest.update(np.asarray(grid_thw, dtype=np.int64).tobytes())
+    digest.update(np.asarray(frame_indices, dtype=np.int64).tobytes())
+    digest.update(frames.tobytes())
     return digest.hexdigest()
 
 
@@ -81,9 +81,10 @@ class PromptEncoder:
             do_sample_frames=False,
             return_tensors="np",
         )
-        grid = tuple(int(n) for n in inputs["video_grid_thw"][0])
+        time, rows, columns = (int(n) for n in inputs["video_grid_thw"][0])
+        grid = (time, rows, columns)
         patch = self._processor.video_processor.patch_size
-        if (grid[1] * patch, grid[2] * patch) != clip.frame_size:
+        if (rows * patch, columns * patch) != clip.frame_size:
             raise ModelError(
                 f"clip {clip.clip_id}: the processor resizes {clip.frame_size} frames to {grid[1:]} patches of {patch}: "
                 "bring video.max_video_tokens within the processor's own limits"

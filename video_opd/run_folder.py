@@ -23,8 +23,15 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return {"python": platform.python_version(), "git_commit": git.stdout.strip() or "unknown", "versions": versions}
+    return {"python": platform.python_version(), "git_commit": _git_commit(), "versions": versions}
+
+
+def _git_commit() -> str:
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"  # no git, or not a checkout
 
 
 def create_run_folder(config: Config) -> Path:

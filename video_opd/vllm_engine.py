@@ -20,7 +20,7 @@ def start_vllm(model: str, config: RolloutConfig | TeacherConfig, seed: int, **o
     if not config.num_gpus:
         _register_architecture(model)
 
-    memory = {"kv_cache_memory_bytes": config.kv_cache_bytes} if config.kv_cache_bytes else {}
+    memory: dict[str, Any] = {"kv_cache_memory_bytes": config.kv_cache_bytes} if config.kv_cache_bytes else {}
     if config.num_gpus:
         memory["gpu_memory_utilization"] = config.gpu_memory_utilization
     else:  # a seeded request whose prefill is cut in two fails on a CPU: its generator cannot be rewound
@@ -50,7 +50,7 @@ def _register_architecture(model: str) -> None:
 def vllm_prompt(encoded: EncodedPrompt, response: np.ndarray | None = None) -> dict[str, Any]:
     """vLLM's input: UNEXPANDED prompt ids (it expands the video pad itself), the response, and the frames."""
     ids = encoded.unexpanded_token_ids + ([] if response is None else response.tolist())
-    video = (encoded.frames, encoded.video_metadata)
+    video = (encoded.frames.copy(), encoded.video_metadata)  # vLLM warns of read-only arrays
     return {"prompt_token_ids": ids, "multi_modal_data": {"video": [video]}}
 
 

@@ -1,0 +1,115 @@
+"""Tiny real models and real clips for tests of the engines themselves."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from demo.clips import write_split
+from demo.models import Size, build_model, build_processor
+from video_opd.config import Config, load_config
+from video_opd.datasets import read_prompts
+from video_opd.prompting import PromptEncoder
+from video_opd.types import FinishReason, Prompt, ScoredGroup, TeacherScores, TopK, Trajectory, TrajectoryGroup
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
+SIZES = {"student": Size(hidden=64, layers=2, vision_hidden=32), "teacher": Size(hidden=96, layers=2, vision_hidden=32)}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    """A folder with `student` and `teacher`, random weights large enough for sharp distributions."""
+    folder = tmp_path_factory.mktemp("models")
+    processor = build_processor()
+    for seed, (name, size) in enumerate(SIZES.items()):
+        model = build_model(size, processor.tokenizer, seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory) -> Path:
+    """Small train and eval splits in Charades-STA layout."""
+    folder = tmp_path_factory.mktemp("clips")
+    for split, count in (("train", 16), ("eval", 4)):
+        write_split(folder / split, split, count, ("colour", "shape"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def overrides(models, clips, tmp_path_factory) -> list[str]:
+    """What turns configs/demo.yaml into a run on the tiny models and clips."""
+    data = [
+        f"data.{split}.{key}={clips / split / name}"
+        for split in ("train", "eval")
+        for key, name in (("annotations", "annotations.txt"), ("lengths", "lengths.csv"), ("videos", "videos"))
+    ]
+    runs = tmp_path_factory.mktemp("runs")
+    return [f"student={models / 'student'}", f"teacher={models / 'teacher'}", f"runs_dir={runs}", *data]
+
+
+@pytest.fixture(scope="session")
+def config(overrides) -> Config:
+    return load_config(DEMO, overrides)
+
+
+@pytest.fixture(scope="session")
+def prompts(config) -> list[Prompt]:
+    return read_prompts(config.data.train, config.video, 32)
+
+
+@pytest.fixture(scope="session")
+def encoder(config) -> PromptEncoder:
+    return PromptEncoder(config.student, config.prompt)
+
+
+def scored_groups(prompts: list[Prompt], encoder: PromptEncoder, seed: int, top_k: int = 8) -> list[ScoredGroup]:
+    """Made-up responses of several lengths with made-up scores: the learner's arithmetic does not depend on their origin."""
+    rng = np.random.default_rng(seed)
+    groups = []
+    for prompt in prompts:
+        encoded, n = encoder.encode(prompt), int(rng.integers(3, 9))
+        trajectory = Trajectory(
+            trajectory_id=f"{prompt.prompt_id}@0#0",
+            prompt_id=prompt.prompt_id,
+            policy_version=0,
+            prompt_token_ids=encoded.token_ids,
+            prompt_fingerprint=encoded.fingerprint,
+            response_token_ids=rng.integers(0, 400, n).astype(np.int32),
+            actor_logprobs=rng.normal(-6.5, 0.3, n).astype(np.float32),
+            finish_reason=FinishReason.STOP,
+            text="",
+            predicted_span_s=None,
+        )
+        logprobs = np.log(rng.dirichlet(np.ones(top_k + 1), n)[:, :top_k]).astype(np.float32)
+        ids = np.stack([rng.choice(400, top_k, replace=False) for _ in range(n)]).astype(np.int32)
+        score = TeacherScores(
+            trajectory_id=trajectory.trajectory_id,
+            teacher_id="teacher",
+            teacher_logprobs=rng.normal(-6.5, 0.5, n).astype(np.float32),
+            top_k=TopK(ids=ids, logprobs=logprobs),
+        )
+        groups.append(ScoredGroup(group=TrajectoryGroup(prompt=prompt, trajectories=(trajectory,)), scores=(score,)))
+    return groups
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    """A Ray of this machine alone, for the tests of one module."""
+    import ray
+
+    import launch
+
+    launch.start_ray(load_config(DEMO, ["learner.world_size=2"]), address=None)
+    yield ray
+    ray.shutdown()

@@ -1,0 +1,280 @@
+"""The real command, shrunk: every part real, on tiny models and clips; and what it says of bad input."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+import launch
+from demo.clips import write_split
+from tests.real.conftest import DEMO
+from video_opd.config import load_config
+from video_opd.datasets import read_prompts
+
+ROOT = Path(launch.__file__).parent
+STEPS, GROUPS = 4, 6
+SHRUNK = [
+    f"groups_per_step={GROUPS}",
+    "rollout.prompts_per_call=4",
+    "rollout.max_response_tokens=6",
+    "learner.micro_batch=4",
+    "checks.max_logprob_gap=0.001",
+    "data.eval.max_prompts=4",
+    "start_timeout_s=180",
+    "request_timeout_s=120",
+]
+
+
+def run_launch(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "launch.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, env=os.environ | (env or {}), check=False)
+
+
+def metrics_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def trajectories_of(run: Path) -> list[dict]:
+    files = sorted((run / "trajectories").glob("*.arrows"))
+    return [row for f in files for row in pa.ipc.open_stream(pa.OSFile(str(f))).read_all().to_pylist()]
+
+
+@pytest.fixture(scope="module")
+def damaged_clips(tmp_path_factory) -> Path:
+    """A training split of its own, since one of its clips will be damaged."""
+    folder = tmp_path_factory.mktemp("damaged")
+    write_split(folder / "train", "train", 16, ("colour",))
+    return folder / "train"
+
+
+@pytest.fixture(scope="module")
+def finished(overrides, damaged_clips) -> Path:
+    """A run at lag 1 with two actors; one of its clips is damaged after the start-up checks, and mended afterwards."""
+    config = load_config(DEMO, overrides)
+    data = [
+        f"data.train.annotations={damaged_clips / 'annotations.txt'}",
+        f"data.train.lengths={damaged_clips / 'lengths.csv'}",
+        f"data.train.videos={damaged_clips / 'videos'}",
+    ]
+    path = damaged_clips / "videos" / "train00003.mp4"
+    whole = path.read_bytes()
+    damage = (
+        "import launch, pathlib, sys; start = launch.start_ray;\n"
+        "def damaged(*a):\n"
+        f"    path = pathlib.Path({str(path)!r})\n"
+        "    path.write_bytes(path.read_bytes()[:1000]); start(*a)\n"
+        "launch.start_ray = damaged; sys.exit(launch.main(sys.argv[1:]))"
+    )
+    more = [f"num_steps={STEPS}", "run_name=lag1", "max_policy_lag=1", "rollout.num_actors=2", "checkpoint_every=2"]
+    command = [sys.executable, "-c", damage, *overrides, *data, *SHRUNK, *more]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT, check=False)
+    path.write_bytes(whole)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return Path(config.runs_dir) / "lag1"
+
+
+def test_every_step_is_recorded_with_lags_within_the_bound(finished):
+    metrics = metrics_of(finished)
+    assert [m["step"] for m in metrics] == list(range(STEPS))
+    assert [m["policy_version"] for m in metrics] == list(range(1, STEPS + 1))
+    assert all(0 <= m["actors/policy_lag_max"] <= 1 for m in metrics)
+    assert all(m["learner/logprob_gap_p99"] < 1e-3 for m in metrics if m["actors/policy_lag_max"] == 0)
+    assert all(np.isfinite(m["learner/loss"]) and m["learner/grad_norm"] > 0 for m in metrics)
+
+
+def test_every_trajectory_is_trained_on_once_and_logged(finished):
+    rows = trajectories_of(finished)
+    assert Counter(r["step"] for r in rows) == dict.fromkeys(range(STEPS), GROUPS)
+    assert len({r["trajectory_id"] for r in rows}) == STEPS * GROUPS
+    assert all(r["step"] - 1 <= r["policy_version"] <= r["step"] for r in rows)
+    assert all(len(r["response_token_ids"]) == len(r["actor_logprobs"]) == len(r["teacher_logprobs"]) > 0 for r in rows)
+
+
+def test_a_clip_that_fails_while_running_is_retired_and_counted(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["dropped"]
+    assert all(prompt_id.startswith("train00003:") for prompt_id in summary["dropped"])
+    assert all("train00003.mp4" in reason for reason in summary["dropped"].values())
+    assert not any(r["prompt_id"].startswith("train00003:") for r in trajectories_of(finished))
+    records = pq.read_table(finished / "curriculum" / "records.parquet").to_pylist()
+    assert {r["prompt_id"] for r in records if r["dropped"]} == set(summary["dropped"])
+    assert sum(r["num_rollouts"] for r in records) == STEPS * GROUPS
+
+
+def test_the_run_folder_is_complete(finished):
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "report.html", "curriculum/records.parquet"):
+        assert (finished / name).stat().st_size > 0, name
+    assert list((finished / "tensorboard").iterdir())
+    assert {f.name for f in (finished / "checkpoints").iterdir()} == {"step-2", "step-4"}
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert config["max_policy_lag"] == 1
+    assert config["environment"]["versions"]["ray"]
+    summary = json.loads((finished / "summary.json").read_text())
+    for name in ("teacher", "student_before", "student_after"):
+        assert {"miou", "r1@0.3", "r1@0.5", "r1@0.7", "n", "unparsed"} <= summary[name].keys()
+        assert summary[name]["n"] == 4
+    assert summary["baselines"].keys() == {"best_constant", "random", "no_video"}
+    assert summary["tokens"]["rollout"] == sum(len(r["response_token_ids"]) for r in trajectories_of(finished))
+    assert "data:image/png;base64," in (finished / "report.html").read_text()
+
+
+def test_the_exported_student_has_the_updated_weights(finished, config):
+    from video_opd.modeling import load_model
+
+    start = dict(load_model(config.student, "float32").named_parameters())
+    end = dict(load_model(str(finished / "checkpoints" / "step-4" / "student"), "float32").named_parameters())
+    assert start.keys() == end.keys()
+    assert any((start[n] != end[n]).any() for n in start)
+
+
+def test_resume_goes_on_at_the_last_checkpoint_and_keeps_each_step_once(finished, tmp_path):
+    copy = tmp_path / "resumed"
+    shutil.copytree(finished, copy)
+    shutil.rmtree(copy / "checkpoints" / "step-4")  # as if it had died after step 3's line and before its checkpoint
+    before = metrics_of(copy)
+    done = run_launch("--resume", str(copy), "num_steps=3")
+    assert done.returncode == 0, done.stderr[-4000:]
+    after = metrics_of(copy)
+    assert [m["step"] for m in after] == [0, 1, 2]
+    assert after[:2] == before[:2]
+    assert after[2]["wall_s"] > before[-1]["wall_s"]
+    assert json.loads((copy / "summary.json").read_text())["steps"] == 3
+
+
+def test_tvdf_with_a_vllm_teacher_two_ranks_and_the_sampled_loss(overrides):
+    more = ["num_steps=2", "run_name=tvdf", "curriculum.kind=tvdf", "curriculum.teacher_threshold=0", "curriculum.num_selected=8"]
+    more += ["teacher_pool.engine=vllm", "loss.kind=sampled", "curriculum.num_teacher_predictions=2", "learner.world_size=2"]
+    done = run_launch(*overrides, *SHRUNK, *more)
+    assert done.returncode == 0, done.stderr[-4000:]
+    run = Path(load_config(DEMO, overrides).runs_dir) / "tvdf"
+    records = pq.read_table(run / "curriculum" / "records.parquet").to_pylist()
+    selected = [r for r in records if r["selected"]]
+    assert len(selected) == 8
+    assert {r["prompt_id"] for r in trajectories_of(run)} <= {r["prompt_id"] for r in selected}
+    assert all(r["teacher_iou"] is not None and r["student_iou"] is not None for r in records)
+    gaps = sorted((r["teacher_iou"] - r["student_iou"] for r in records), reverse=True)
+    assert sorted((r["teacher_iou"] - r["student_iou"] for r in selected), reverse=True) == gaps[:8]
+    predictions = pq.read_table(run / "curriculum" / "teacher_predictions.parquet").to_pylist()
+    assert Counter(p["prompt_id"] for p in predictions) == {r["prompt_id"]: 2 for r in records}
+
+
+def test_a_running_cluster_is_used_and_left_running(overrides):
+    """A head with the three roles' resources, as cluster.yaml starts it; the run joins it and leaves."""
+    from ray.cluster_utils import Cluster
+
+    env = {"RAY_AUTH_MODE": "disabled"}
+    previous = os.environ.get("RAY_AUTH_MODE")
+    os.environ |= env
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "resources": {"rollout": 1, "teacher": 1, "learner": 1}})
+    try:
+        done = run_launch(*overrides, *SHRUNK, "num_steps=1", "run_name=joined", "--address", str(cluster.address), env=env)
+        assert done.returncode == 0, done.stderr[-4000:]
+        head: Any = cluster.head_node
+        assert head.all_processes["raylet"][0].process.poll() is None
+    finally:
+        cluster.shutdown()
+        os.environ.pop("RAY_AUTH_MODE")
+        if previous:
+            os.environ["RAY_AUTH_MODE"] = previous
+
+
+def test_a_threshold_that_drops_everything_ends_the_run_with_code_2(overrides):
+    done = run_launch(
+        *overrides, *SHRUNK, "num_steps=1", "run_name=dropped", "curriculum.kind=tvdf", "curriculum.teacher_threshold=1"
+    )
+    assert done.returncode == 2, done.stderr[-4000:]
+    assert "teacher_threshold=1.0" in done.stderr.strip().splitlines()[-1]
+
+
+def bad(capsys, *arguments: str) -> str:
+    """The one line that launch.py says of bad input, and nothing may have been started."""
+    import ray
+
+    assert launch.main(list(arguments)) == 2
+    assert not ray.is_initialized()
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_dry_run_prints_the_plan_and_starts_nothing(overrides, capsys):
+    import ray
+
+    assert launch.main([*overrides, *SHRUNK, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert not ray.is_initialized()
+    assert all(word in out for word in ("student", "teacher", "actors", "data", "loss", "24 frames of 32x32"))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("learner.lrr=1", "unknown key learner.lrr; did you mean learner.lr?"),
+        ("learner.lr=fast", "learner.lr='fast'"),
+        ("num_steps=null", "num_steps"),
+        ("rollout.temperature=0.7", "temperature=0.7"),
+        ("groups_per_step=100000", "lower groups_per_step"),
+        ("teacher=/nowhere", "/nowhere/config.json"),
+        ("data.train.videos=/nowhere", "/nowhere/"),
+        ("video.max_video_tokens=3", "max_video_tokens=3"),
+        ("curriculum.num_selected=100000", "num_selected=100000"),
+    ],
+)
+def test_bad_configuration_is_one_line(overrides, capsys, override, expected):
+    assert expected in bad(capsys, *overrides, *SHRUNK, override)
+
+
+def test_a_missing_config_file_and_a_missing_run_are_one_line(capsys, tmp_path):
+    assert "nowhere.yaml" in bad(capsys, "--config", str(tmp_path / "nowhere.yaml"))
+    assert "config.yaml" in bad(capsys, "--resume", str(tmp_path))
+
+
+def test_another_tokenizer_is_refused_before_anything_starts(overrides, capsys, models, tmp_path):
+    shutil.copytree(models / "teacher", tmp_path / "teacher")
+    path = tmp_path / "teacher" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(tokenizer))
+    assert "2 tokens differ" in bad(capsys, *overrides, f"teacher={tmp_path / 'teacher'}")
+
+
+def test_a_checkpoint_of_another_model_is_refused_before_anything_starts(finished, capsys, models, tmp_path):
+    copy = tmp_path / "other"
+    shutil.copytree(finished, copy)
+    line = bad(capsys, "--resume", str(copy), f"student={models / 'teacher'}")
+    assert "another model" in line
+    assert "text.hidden_size" in line
+
+
+def test_bad_annotations_and_clips_name_the_line(overrides, capsys, clips, tmp_path):
+    def broken(change) -> str:
+        shutil.rmtree(tmp_path / "train", ignore_errors=True)
+        shutil.copytree(clips / "train", tmp_path / "train")
+        change(tmp_path / "train")
+        paths = {"annotations": "annotations.txt", "lengths": "lengths.csv", "videos": "videos"}
+        return bad(capsys, *overrides, *(f"data.train.{k}={tmp_path / 'train' / v}" for k, v in paths.items()))
+
+    def beyond(folder):
+        (folder / "annotations.txt").write_text("train00000 3.0 13.5##the red square is visible\n")
+
+    assert "annotations.txt:1: the annotation ends at 13.5 s" in broken(beyond)
+    assert "missing" in broken(lambda folder: (folder / "videos" / "train00002.mp4").unlink())
+    assert "cannot be" in broken(lambda folder: (folder / "videos" / "train00001.mp4").write_bytes(b"not a video"))
+
+
+def test_prompts_of_the_demo_match_their_files(config):
+    prompts = read_prompts(config.data.train, config.video, 32)
+    assert len({p.prompt_id for p in prompts}) == len(prompts) > 16
+    assert all(p.answer_spans_s and 0 <= p.answer_spans_s[0][0] < p.answer_spans_s[0][1] <= 12 for p in prompts)

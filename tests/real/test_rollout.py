@@ -1,0 +1,114 @@
+"""vLLM against transformers in fp32: log-probs before and after a weight publication."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from actors.engine import PolicyEngine
+from learner.weight_sender import to_buckets
+from video_opd.modeling import load_model
+from video_opd.prompting import parse_span
+from video_opd.types import EncodedPrompt, Prompt
+
+KV_BLOCK_TOKENS = 128  # of vLLM on a CPU
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def engine(config, encoder) -> PolicyEngine:
+    return PolicyEngine(config.student, config.rollout, config.seed, encoder.pad_ids)
+
+
+@pytest.fixture(scope="module")
+def model(config) -> torch.nn.Module:
+    return load_model(config.student, "float32").eval()
+
+
+@pytest.fixture(scope="module")
+def encoded(prompts, encoder) -> list[EncodedPrompt]:
+    """Short prompts, and long ones that share a video: longer than a KV block, so that the prefix cache is used."""
+    long = [
+        dataclasses.replace(prompts[0], prompt_id=f"long{i}", query=f"{prompts[0].query} {'and again ' * 12} {i}") for i in range(3)
+    ]
+    every: list[Prompt] = [*prompts[:6], *long]
+    encoded = [encoder.encode(p) for p in every]
+    assert min(len(e.token_ids) for e in encoded[6:]) > KV_BLOCK_TOKENS + 20
+    return encoded
+
+
+@torch.no_grad()
+def reference(model, prompt: EncodedPrompt, response: np.ndarray) -> np.ndarray:
+    """Log-probs of the response by one plain transformers forward over one sequence, all logits."""
+    ids = torch.tensor(np.concatenate([prompt.token_ids, response])[None], dtype=torch.int64)
+    types = torch.zeros_like(ids)
+    types[0, : len(prompt.token_types)] = torch.tensor(prompt.token_types)
+    logits = model(
+        input_ids=ids,
+        mm_token_type_ids=types,
+        pixel_values_videos=torch.from_numpy(prompt.pixel_values),
+        video_grid_thw=torch.tensor([prompt.video_grid_thw]),
+    ).logits[0]
+    logprobs = logits.log_softmax(-1)
+    positions = torch.arange(len(prompt.token_ids) - 1, ids.shape[1] - 1)
+    return logprobs[positions, torch.tensor(response.astype(np.int64))].numpy()
+
+
+def max_gap(engine, model, encoded, seed: int) -> float:
+    answers = engine.generate(encoded, [[seed]] * len(encoded))
+    gaps = [np.abs(reference(model, p, a.token_ids) - a.logprobs).max() for p, (a,) in zip(encoded, answers, strict=True)]
+    return float(max(gaps))
+
+
+def test_logprobs_match_transformers_before_and_after_a_publication(engine, model, encoded):
+    assert max_gap(engine, model, encoded, seed=1) < TOLERANCE
+    assert max_gap(engine, model, encoded, seed=2) < TOLERANCE, "with the prefix cache warm"
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    assert max_gap(engine, model, encoded, seed=3) > 100 * TOLERANCE, "the new weights must differ enough to be noticed"
+    engine.load_weights(list(to_buckets(model.named_parameters(), 1, bucket_bytes=1 << 17)))
+    assert max_gap(engine, model, encoded, seed=4) < TOLERANCE
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(before[name])
+    engine.load_weights(list(to_buckets(model.named_parameters(), 2, bucket_bytes=1 << 30)))
+    assert max_gap(engine, model, encoded, seed=5) < TOLERANCE
+
+
+def test_sampling_is_seeded_and_greedy_is_the_argmax(engine, encoded):
+    first, second, other = ([a.token_ids.tolist() for (a,) in engine.generate(encoded, [[s]] * len(encoded))] for s in (11, 11, 12))
+    assert first == second
+    assert first != other
+    two = engine.generate(encoded[:1], [[11, 12]])[0]
+    assert [a.token_ids.tolist() for a in two] == [first[0], other[0]]
+    greedy = [a for (a,) in engine.generate(encoded, None)]
+    sampled = [a for (a,) in engine.generate(encoded, [[11]] * len(encoded))]
+    assert all(g.logprobs[0] >= s.logprobs[0] - 1e-6 for g, s in zip(greedy, sampled, strict=True))
+
+
+def test_video_pads_are_never_sampled_even_when_the_model_wants_them(engine, model, encoded, encoder):
+    original = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with torch.no_grad():  # the head is tied: make the pad's embedding large along the final norm's mean direction
+        embedding = model.get_input_embeddings().weight
+        embedding[list(encoder.pad_ids)] = 20 * embedding.abs().mean() * torch.sign(embedding[encoder.pad_ids[0]])
+    engine.load_weights(list(to_buckets(model.named_parameters(), 3, bucket_bytes=1 << 30)))
+    answers = engine.generate(encoded, [[s, s + 100] for s in range(len(encoded))])
+    seen = np.concatenate([a.token_ids for row in answers for a in row])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(original[name])
+    engine.load_weights(list(to_buckets(model.named_parameters(), 4, bucket_bytes=1 << 30)))
+    assert not np.isin(seen, encoder.pad_ids).any()
+
+
+def test_blank_video_hides_the_clip_and_nothing_else(prompts, encoder):
+    shown, blank = encoder.encode(prompts[0]), encoder.encode(prompts[0], blank_video=True)
+    assert (shown.token_ids == blank.token_ids).all()
+    assert blank.frames.std() == 0
+    assert shown.frames.std() > 0
+    assert shown.fingerprint != blank.fingerprint
+    assert parse_span("no answer") is None

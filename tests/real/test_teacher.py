@@ -1,0 +1,92 @@
+"""Both teacher engines against plain transformers: token log-probs, top-K, predictions; and teacher = student."""
+
+import numpy as np
+import pytest
+import torch
+
+from teacher_service.engine import TransformersEngine, VllmEngine
+from video_opd.modeling import load_model
+from video_opd.prompting import PromptEncoder
+
+K = 5
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def teacher_encoder(config) -> PromptEncoder:
+    return PromptEncoder(config.teacher, config.prompt)
+
+
+@pytest.fixture(scope="module", params=[TransformersEngine, VllmEngine], ids=["transformers", "vllm"])
+def engine(request, config, teacher_encoder):
+    return request.param(config.teacher, config.teacher_pool, K, 0, teacher_encoder)
+
+
+@pytest.fixture(scope="module")
+def cases(prompts, teacher_encoder):
+    """Prompts of different lengths with responses of different lengths."""
+    rng = np.random.default_rng(0)
+    encoded = [teacher_encoder.encode(p) for p in prompts[:10]]
+    return encoded, [rng.integers(0, 400, n).astype(np.int32) for n in rng.integers(1, 12, len(encoded))]
+
+
+@torch.no_grad()
+def reference(model, prompt, response) -> np.ndarray:
+    """float32[N, V]: the whole distribution at each response position, one sequence at a time."""
+    ids = torch.tensor(np.concatenate([prompt.token_ids, response])[None], dtype=torch.int64)
+    types = torch.zeros_like(ids)
+    types[0, : len(prompt.token_types)] = torch.tensor(prompt.token_types)
+    logits = model(
+        input_ids=ids,
+        mm_token_type_ids=types,
+        pixel_values_videos=torch.from_numpy(prompt.pixel_values),
+        video_grid_thw=torch.tensor([prompt.video_grid_thw]),
+    ).logits[0]
+    return logits[len(prompt.token_ids) - 1 : -1].log_softmax(-1).numpy()
+
+
+def test_scores_match_transformers(engine, config, cases):
+    model = load_model(config.teacher, "float32").eval()
+    for prompt, response, (logprobs, top_k) in zip(*cases, engine.score(*cases), strict=True):
+        exact = reference(model, prompt, response)
+        assert logprobs.shape == (len(response),)
+        assert np.abs(logprobs - exact[np.arange(len(response)), response]).max() < TOLERANCE
+        assert top_k.ids.shape == top_k.logprobs.shape == (len(response), K)
+        assert np.abs(top_k.logprobs - np.sort(exact, axis=1)[:, ::-1][:, :K]).max() < TOLERANCE
+        assert np.abs(np.take_along_axis(exact, top_k.ids.astype(int), 1) - top_k.logprobs).max() < TOLERANCE
+
+
+def test_greedy_predictions_follow_the_argmax(engine, config, cases, teacher_encoder):
+    model = load_model(config.teacher, "float32").eval()
+    encoded = cases[0][:4]
+    for prompt, (text,) in zip(encoded, engine.predict(encoded, 1, 0.0, 6), strict=True):
+        ids: list[int] = []
+        for _ in range(6):  # one token at a time, from the whole distribution
+            exact = reference(model, prompt, np.asarray([*ids, 0], np.int32))[-1].copy()
+            exact[list(teacher_encoder.pad_ids)] = -np.inf
+            token = int(exact.argmax())
+            if token in model.generation_config.eos_token_id:
+                break
+            ids.append(token)
+        assert text == teacher_encoder.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_several_answers_are_sampled_for_each_prompt(engine, cases):
+    answers = engine.predict(cases[0][:3], 4, 1.0, 8)
+    assert [len(row) for row in answers] == [4, 4, 4]
+    assert all(len(set(row)) > 1 for row in answers), "answers at temperature 1 differ"
+
+
+def test_a_teacher_that_is_the_student_gives_no_signal(config, prompts, encoder):
+    from actors.engine import PolicyEngine
+
+    encoded = [encoder.encode(p) for p in prompts[:8]]
+    policy = PolicyEngine(config.student, config.rollout, 0, encoder.pad_ids)
+    answers = [row[0] for row in policy.generate(encoded, [[s] for s in range(8)])]
+    for kind in (TransformersEngine, VllmEngine):
+        teacher = kind(config.student, config.teacher_pool, 0, 0, encoder)
+        scores = teacher.score(encoded, [a.token_ids for a in answers])
+        signal = np.concatenate([logprobs - a.logprobs for (logprobs, _), a in zip(scores, answers, strict=True)])
+        assert len(signal) >= 8
+        assert np.abs(signal).max() < TOLERANCE
+        assert all(top_k is None for _, top_k in scores)

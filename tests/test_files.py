@@ -1,0 +1,400 @@
+"""What is kept on disk: model folders, checkpoints, tables, metrics and the trajectory log."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from learner.checkpoint import checkpoint_folder, latest, new_checkpoint, read_state, write_state
+from tests.fakes import make_group
+from video_opd.errors import CheckpointError, InputError, ModelError
+from video_opd.metrics import MetricSinks, read_metrics
+from video_opd.model_files import check_same_tokenizer, read_model_info
+from video_opd.schemas import TrajectoryLog, predictions_table, records_from_table, records_table, write_parquet
+from video_opd.types import Prediction, PromptRecord, StepReport
+
+TOKENIZER = {
+    "added_tokens": [{"id": 4, "content": "<|im_end|>", "special": True}, {"id": 5, "content": "<|video_pad|>", "special": True}],
+    "normalizer": None,
+    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "ba": 3}, "merges": [["a", "b"], ["b", "a"]]},
+}
+CONFIG = {
+    "model_type": "qwen3_vl",
+    "text_config": {"vocab_size": 6, "hidden_size": 8, "intermediate_size": 32, "num_hidden_layers": 2},
+    "vision_config": {"depth": 1, "hidden_size": 4, "patch_size": 16, "spatial_merge_size": 2},
+}
+
+
+def write_model(folder: Path, tokenizer: dict = TOKENIZER, config: dict = CONFIG) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(b"")
+    return folder
+
+
+@pytest.fixture
+def student(tmp_path):
+    return write_model(tmp_path / "student")
+
+
+def one_line(caught, kind: type[InputError], *named: str) -> str:
+    message = str(caught.value)
+    assert type(caught.value) is kind and "\n" not in message
+    for name in named:
+        assert name in message
+    return message
+
+
+# --- model folders ---
+
+
+def test_the_same_tokenizer_passes_whatever_the_order_of_its_file(student, tmp_path):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer["model"]["vocab"] = dict(reversed(tokenizer["model"]["vocab"].items()))
+    tokenizer["added_tokens"].reverse()
+    check_same_tokenizer(student, write_model(tmp_path / "teacher", tokenizer))
+
+
+def test_embeddings_padded_to_another_size_are_no_other_tokenizer(student, tmp_path):
+    config = CONFIG | {"text_config": CONFIG["text_config"] | {"vocab_size": 1024}}
+    check_same_tokenizer(student, write_model(tmp_path / "teacher", config=config))
+
+
+def _other_id(tokenizer: dict) -> None:
+    tokenizer["model"]["vocab"] |= {"ab": 3, "ba": 2}
+
+
+def _missing_token(tokenizer: dict) -> None:
+    del tokenizer["model"]["vocab"]["ab"]
+
+
+def _more_tokens(tokenizer: dict) -> None:
+    tokenizer["model"]["vocab"]["aba"] = 9
+
+
+def _other_added_id(tokenizer: dict) -> None:
+    tokenizer["added_tokens"][1]["id"] = 7
+
+
+def _other_merge(tokenizer: dict) -> None:
+    tokenizer["model"]["merges"][1] = ["b", "b"]
+
+
+def _merges_in_another_order(tokenizer: dict) -> None:
+    tokenizer["model"]["merges"].reverse()
+
+
+def _other_pre_tokenizer(tokenizer: dict) -> None:
+    tokenizer["pre_tokenizer"]["add_prefix_space"] = True
+
+
+def _other_normalizer(tokenizer: dict) -> None:
+    tokenizer["normalizer"] = {"type": "NFC"}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (_other_id, "2 tokens differ ('ab': 2 / 3, 'ba': 3 / 2)"),
+        (_missing_token, "1 tokens differ ('ab': 2 / None)"),
+        (_more_tokens, "1 tokens differ ('aba': None / 9)"),
+        (_other_added_id, "1 tokens differ ('<|video_pad|>': 5 / 7)"),
+        (_other_merge, "merges"),
+        (_merges_in_another_order, "merges"),
+        (_other_pre_tokenizer, "pre_tokenizer"),
+        (_other_normalizer, "normalizer"),
+    ],
+)
+def test_another_tokenizer_is_refused_with_what_differs(student, tmp_path, change, named):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    change(tokenizer)
+    teacher = write_model(tmp_path / "teacher", tokenizer)
+    with pytest.raises(ModelError) as caught:
+        check_same_tokenizer(student, teacher)
+    one_line(caught, ModelError, str(student), str(teacher), named)
+
+
+@pytest.mark.parametrize("text", ["{", "\x00", '{"added_tokens": []}', "[]"])
+def test_a_damaged_tokenizer_is_named(student, tmp_path, text):
+    teacher = write_model(tmp_path / "teacher")
+    (teacher / "tokenizer.json").write_text(text)
+    with pytest.raises(ModelError) as caught:
+        check_same_tokenizer(student, teacher)
+    one_line(caught, ModelError, str(teacher))
+
+
+def test_a_model_folder_says_what_the_run_is_planned_by(student):
+    info = read_model_info(student)
+    assert (info.path, info.model_type, info.size_multiple) == (str(student), "qwen3_vl", 32)
+    assert info.shapes == {
+        "model_type": "qwen3_vl",
+        "text.vocab_size": 6,
+        "text.hidden_size": 8,
+        "text.intermediate_size": 32,
+        "text.num_hidden_layers": 2,
+        "vision.depth": 1,
+        "vision.hidden_size": 4,
+        "vision.patch_size": 16,
+    }
+
+
+def test_a_missing_model_folder_is_named(tmp_path):
+    with pytest.raises(ModelError) as caught:
+        read_model_info(tmp_path / "none")
+    one_line(caught, ModelError, str(tmp_path / "none"), "No such file")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{'model_type'", "not JSON"),
+        ("{}", "None"),
+        ('{"model_type": "llama"}', "'llama' is not supported"),
+        ('{"model_type": "qwen3_vl"}', "config"),
+        (json.dumps(CONFIG | {"text_config": {"vocab_size": 6}}), "hidden_size"),
+        ("[]", "config"),
+    ],
+)
+def test_a_config_of_no_supported_model_is_named(student, text, named):
+    (student / "config.json").write_text(text)
+    with pytest.raises(ModelError) as caught:
+        read_model_info(student)
+    one_line(caught, ModelError, str(student), named)
+
+
+def test_a_model_folder_without_weights_is_named(student):
+    (student / "model.safetensors").unlink()
+    with pytest.raises(ModelError) as caught:
+        read_model_info(student)
+    one_line(caught, ModelError, str(student), "no safetensors weights")
+
+
+# --- checkpoints ---
+
+SHAPES = {"model_type": "qwen3_vl", "text.hidden_size": 8, "vision.depth": 1}
+RECORDS = [
+    PromptRecord(prompt_id="a", teacher_iou=0.1 + 0.2, student_iou=None, num_rollouts=3, last_step=-1, selected=True, dropped=""),
+    PromptRecord(prompt_id="ä:2", teacher_iou=None, student_iou=0.0, num_rollouts=0, last_step=7, selected=False, dropped="broken"),
+]
+CURRICULUM = {
+    "records": RECORDS,
+    "selected": ["a"],
+    "queue": ["a", "ä:2"],
+    "random_state": np.random.default_rng(5).bit_generator.state,
+}
+
+
+def write_checkpoint(run_dir: Path, step: int) -> Path:
+    with new_checkpoint(run_dir, step) as folder:
+        (folder / "weights").write_text(str(step))
+        write_state(folder, step, SHAPES, CURRICULUM)
+    return checkpoint_folder(run_dir, step)
+
+
+def test_the_state_of_a_checkpoint_is_read_back_whole(tmp_path):
+    step, curriculum = read_state(write_checkpoint(tmp_path, 12), SHAPES)
+    assert step == 12
+    assert curriculum == CURRICULUM
+    generator = np.random.default_rng(0)
+    generator.bit_generator.state = curriculum["random_state"]
+    assert generator.random() == np.random.default_rng(5).random()
+
+
+@pytest.mark.parametrize("change", [{"text.hidden_size": 16}, {"model_type": "other"}, {"text.vocab_size": 6}])
+def test_a_checkpoint_of_another_model_is_refused_with_what_differs(tmp_path, change):
+    folder = write_checkpoint(tmp_path, 1)
+    with pytest.raises(CheckpointError) as caught:
+        read_state(folder, SHAPES | change)
+    ((key, value),) = change.items()
+    one_line(caught, CheckpointError, str(folder), f"{key} {SHAPES.get(key)} / {value}")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("state.json", lambda path: path.unlink()),
+        ("state.json", lambda path: path.write_text(path.read_text()[:20])),
+        ("state.json", lambda path: path.write_text("{}")),
+        ("curriculum.parquet", lambda path: path.unlink()),
+        ("curriculum.parquet", lambda path: path.write_bytes(path.read_bytes()[:-30])),
+        ("curriculum.parquet", lambda path: path.write_bytes(b"")),
+    ],
+)
+def test_a_torn_checkpoint_is_named(tmp_path, name, damage):
+    folder = write_checkpoint(tmp_path, 1)
+    damage(folder / name)
+    with pytest.raises(CheckpointError) as caught:
+        read_state(folder, SHAPES)
+    one_line(caught, CheckpointError, str(folder), "cannot be read")
+
+
+def test_latest_is_the_highest_step_not_the_last_name(tmp_path):
+    for step in (9, 100, 20):
+        write_checkpoint(tmp_path, step)
+    assert latest(tmp_path) == checkpoint_folder(tmp_path, 100)
+
+
+def test_latest_ignores_unfinished_and_foreign_folders(tmp_path):
+    write_checkpoint(tmp_path, 3)
+    unfinished = tmp_path / "checkpoints" / ".step-9.tmp"
+    unfinished.mkdir()
+    (unfinished / "state.json").write_text("{}")
+    checkpoint_folder(tmp_path, 7).mkdir()  # without a state
+    kept = tmp_path / "checkpoints" / "step-3-kept-by-hand"
+    kept.mkdir()
+    (kept / "state.json").write_text("{}")
+    assert latest(tmp_path) == checkpoint_folder(tmp_path, 3)
+
+
+def test_no_checkpoint_is_an_error_that_names_the_run(tmp_path):
+    for run_dir in (tmp_path, tmp_path / "none"):
+        with pytest.raises(CheckpointError) as caught:
+            latest(run_dir)
+        one_line(caught, CheckpointError, str(run_dir), "no whole checkpoint")
+
+
+def fail_while_writing(run_dir: Path, step: int) -> None:
+    with new_checkpoint(run_dir, step) as folder:
+        (folder / "weights").write_text("half")
+        assert not checkpoint_folder(run_dir, step).exists() or (checkpoint_folder(run_dir, step) / "state.json").exists()
+        raise KeyboardInterrupt
+
+
+def test_a_checkpoint_that_fails_while_it_is_written_leaves_nothing_of_its_name(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fail_while_writing(tmp_path, 5)
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
+    with pytest.raises(CheckpointError):
+        latest(tmp_path)
+    write_checkpoint(tmp_path, 5)  # the left-over does not stand in the way, and nothing of it stays
+    assert (checkpoint_folder(tmp_path, 5) / "weights").read_text() == "5"
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-5"]
+
+
+def test_a_checkpoint_that_fails_leaves_the_one_of_the_same_step_whole(tmp_path):
+    folder = write_checkpoint(tmp_path, 5)
+    with pytest.raises(KeyboardInterrupt):
+        fail_while_writing(tmp_path, 5)
+    assert (folder / "weights").read_text() == "5"
+    assert read_state(folder, SHAPES)[0] == 5
+
+
+# --- tables ---
+
+
+def test_records_come_back_from_parquet_as_they_were(tmp_path):
+    path = tmp_path / "new" / "folder" / "records.parquet"
+    write_parquet(records_table(RECORDS), path)
+    assert records_from_table(pq.read_table(path)) == RECORDS
+    assert [p.name for p in path.parent.iterdir()] == ["records.parquet"]
+
+
+def test_predictions_keep_their_text_and_interval(tmp_path):
+    answers = [
+        Prediction(prompt_id="a", text="From 1.5 to 2.0 seconds.", span_s=(1.5, 2.0)),
+        Prediction(prompt_id="a", text="at 0.0 to 0.0", span_s=(0.0, 0.0)),
+        Prediction(prompt_id="b", text="?", span_s=None),
+    ]
+    write_parquet(predictions_table(answers), tmp_path / "p.parquet")
+    rows = pq.read_table(tmp_path / "p.parquet").to_pylist()
+    assert [(r["prompt_id"], r["text"]) for r in rows] == [(a.prompt_id, a.text) for a in answers]
+    assert [(r["start_s"], r["end_s"]) for r in rows] == [(1.5, 2.0), (0.0, 0.0), (None, None)]
+
+
+# --- the trajectory log ---
+
+
+def read_log(path: Path) -> list[dict]:
+    """Every whole batch of the stream, up to where it was cut off."""
+    rows = []
+    try:
+        for batch in pa.ipc.open_stream(path.read_bytes()):
+            rows += batch.to_pylist()
+    except (pa.ArrowInvalid, OSError):
+        pass
+    return rows
+
+
+def test_the_log_holds_every_trajectory_as_it_was_trained_on(tmp_path):
+    log = TrajectoryLog(tmp_path / "trajectories", start_step=3)
+    groups = [make_group("a", [2, 5], policy_version=2, seed=1), make_group("b", [1], policy_version=3, seed=2)]
+    log.write(groups, step=3)
+    log.close()
+    rows = read_log(tmp_path / "trajectories" / "from-step-000003.arrows")
+    pairs = [(t, s) for g in groups for t, s in zip(g.group.trajectories, g.scores, strict=True)]
+    assert len(rows) == len(pairs) == 3
+    for row, (t, s) in zip(rows, pairs, strict=True):
+        assert row["step"] == 3 and row["trajectory_id"] == t.trajectory_id and row["prompt_id"] == t.prompt_id
+        assert row["policy_version"] == t.policy_version and row["prompt_fingerprint"] == t.prompt_fingerprint
+        assert row["num_prompt_tokens"] == len(t.prompt_token_ids)
+        assert row["response_token_ids"] == t.response_token_ids.tolist()
+        np.testing.assert_array_equal(np.float32(row["actor_logprobs"]), t.actor_logprobs)
+        np.testing.assert_array_equal(np.float32(row["teacher_logprobs"]), s.teacher_logprobs)
+        assert (row["finish_reason"], row["text"]) == ("stop", t.text)
+        assert (row["start_s"], row["end_s"]) == t.predicted_span_s
+
+
+def test_what_was_logged_before_a_crash_is_readable(tmp_path):
+    log = TrajectoryLog(tmp_path, start_step=0)
+    path = tmp_path / "from-step-000000.arrows"
+    sizes = []
+    for step in range(3):
+        log.write([make_group(f"p{step}", [4, 2])], step)
+        sizes.append(path.stat().st_size)
+        assert [r["step"] for r in read_log(path)] == [s for s in range(step + 1) for _ in range(2)]  # while still open
+    whole = path.read_bytes()
+    for cut in (sizes[2] - 1, sizes[1] + 8, sizes[1]):
+        (tmp_path / "cut.arrows").write_bytes(whole[:cut])
+        assert [r["step"] for r in read_log(tmp_path / "cut.arrows")] == [0, 0, 1, 1]
+    log.close()
+
+
+def test_each_start_of_a_run_logs_into_a_file_of_its_own(tmp_path):
+    for start_step in (0, 40):
+        log = TrajectoryLog(tmp_path, start_step)
+        log.write([make_group("p", [1])], start_step)
+        log.close()
+    assert [r["step"] for p in sorted(tmp_path.iterdir()) for r in read_log(p)] == [0, 40]
+
+
+# --- metrics ---
+
+
+def write_steps(run_dir: Path, start_step: int, end_step: int, value: float) -> None:
+    sinks = MetricSinks(run_dir, start_step)
+    for step in range(start_step, end_step):
+        sinks.write(StepReport(step=step, policy_version=step + 1, metrics={"learner/loss": value + step}), wall_s=float(step))
+    sinks.close()
+
+
+def test_metrics_are_one_line_a_step(tmp_path):
+    write_steps(tmp_path, 0, 3, 0.5)
+    assert read_metrics(tmp_path) == [
+        {"step": s, "policy_version": s + 1, "wall_s": float(s), "learner/loss": 0.5 + s} for s in range(3)
+    ]
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_a_resumed_run_keeps_each_step_once(tmp_path):
+    """The run got to step 5 before it crashed, while a line was being written; its last checkpoint is of step 3."""
+    write_steps(tmp_path, 0, 6, 0.0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "policy_ver')
+    assert [m["step"] for m in read_metrics(tmp_path)] == [0, 1, 2, 3, 4, 5]
+    write_steps(tmp_path, 3, 8, 100.0)
+    metrics = read_metrics(tmp_path)
+    assert [m["step"] for m in metrics] == list(range(8))
+    assert [m["learner/loss"] for m in metrics] == [0.0, 1.0, 2.0, *(100.0 + s for s in range(3, 8))]
+
+
+def test_metrics_are_on_disk_before_the_run_ends(tmp_path):
+    sinks = MetricSinks(tmp_path, 0)
+    sinks.write(StepReport(step=0, policy_version=1, metrics={"x": 1.0}), wall_s=0.0)
+    assert read_metrics(tmp_path)[0]["x"] == 1.0
+    sinks.close()
