@@ -54,7 +54,6 @@ class Plan:
 class Run:
     """The parts of a run, and what it has seen so far."""
 
-    name: str
     folder: Path
     config: Config
     plan: Plan
@@ -133,10 +132,10 @@ def start_ray(config: Config, address: str | None) -> None:
     print(f"Ray dashboard: http://{context.dashboard_url}" if context.dashboard_url else "Ray dashboard: not installed")
 
 
-async def start_cluster(name: str, folder: Path, config: Config, plan: Plan) -> Run:
-    """Starts every part at once; returns when all are up."""
-    run = Run(
-        name=name,
+def create_parts(folder: Path, config: Config, plan: Plan) -> Run:
+    """The parts of a run, their processes on their way."""
+    name = f"video_opd/{folder.name}"
+    return Run(
         folder=folder,
         config=config,
         plan=plan,
@@ -145,8 +144,6 @@ async def start_cluster(name: str, folder: Path, config: Config, plan: Plan) -> 
         learner=Learner(name, config),
         curriculum=start_scheduler(name, ray.put(plan.train), config),
     )
-    await asyncio.gather(run.actors.start(), run.teacher.start(), run.learner.start())
-    return run
 
 
 async def publish_weights(run: Run, policy_version: int) -> None:
@@ -199,6 +196,9 @@ async def train(run: Run) -> None:
                     await publish_weights(run, policy_version=step + 1)
                 await buffer.release()  # only now may new prompts enter
                 log.write(groups, step)
+                if config.eval_every and (step + 1) % config.eval_every == 0:
+                    await evaluate_student(run, f"step_{step + 1}")
+                    report.metrics.update({f"eval/{k}": v for k, v in run.evaluations[f"step_{step + 1}"].items()})
                 await record(run, sinks, report, groups, lags, time.monotonic() - started, progress)
                 if config.checkpoint_every and (step + 1) % config.checkpoint_every == 0:
                     await checkpoint(run, step + 1)
@@ -298,10 +298,11 @@ async def evaluate_teacher(run: Run) -> None:
 
 async def execute(config: Config, folder: Path, plan: Plan, resume: bool) -> dict[str, Any]:
     """One run from start to summary."""
-    name, began = f"video_opd/{folder.name}", time.monotonic()
-    run = await start_cluster(name, folder, config, plan)
-    start_up_s = time.monotonic() - began
+    began = time.monotonic()
+    run = create_parts(folder, config, plan)
     try:
+        await asyncio.gather(run.actors.start(), run.teacher.start(), run.learner.start())
+        start_up_s = time.monotonic() - began
         await publish_weights(run, policy_version=0)  # the student's start, for the evaluation before training
         await asyncio.gather(evaluate_student(run, "student_before"), evaluate_teacher(run))
         if resume:

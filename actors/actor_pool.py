@@ -2,14 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 
 from actors.rollout_actor import RolloutActor
 from video_opd.config import Config
-from video_opd.errors import RunError
+from video_opd.deadline import within
 from video_opd.types import FailedPrompt, Prediction, Prompt, WeightUpdate
 
 
@@ -34,7 +34,8 @@ class ActorPool:
 
     async def start(self) -> None:
         """Returns when every engine is up."""
-        await self._wait(asyncio.gather(*(a.pid.remote() for a in self.actors)), "start", self._config.start_timeout_s)
+        calls = asyncio.gather(*(a.pid.remote() for a in self.actors))
+        await within(self._config.start_timeout_s, calls, "the start of the rollout actors")
 
     def rollout(self, actor: Any, prompts: Sequence[Prompt]) -> ray.ObjectRef:
         """A reference to RolloutActor.rollout's result, which the teacher can fetch past the driver."""
@@ -42,29 +43,19 @@ class ActorPool:
 
     async def result(self, reference: ray.ObjectRef) -> Any:
         """The value behind `rollout`'s reference."""
-        return await self._wait(_awaited(reference), "rollout", self._config.request_timeout_s)
+        return await within(self._config.request_timeout_s, asyncio.ensure_future(reference), "a rollout")
 
     async def predict(self, prompts: Sequence[Prompt], blank_video: bool = False) -> list[Prediction | FailedPrompt]:
         """The student's greedy answers, the work spread over the actors; see RolloutActor.predict."""
         size = self._config.rollout.prompts_per_call
         chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
         calls = [self.actors[i % len(self.actors)].predict.remote(c, blank_video) for i, c in enumerate(chunks)]
-        results = await self._wait(asyncio.gather(*calls), "predict", self._config.request_timeout_s)
+        results = await within(self._config.request_timeout_s, asyncio.gather(*calls), "the student's predictions")
         return [answer for chunk in results for answer in chunk]
 
     async def load_weights(self, policy_version: int, buckets: list[ray.ObjectRef], num_bytes: int) -> WeightUpdate:
         """Every actor takes the version, after the rollouts it already has."""
         started = time.monotonic()
         calls = [a.load_weights.remote(policy_version, buckets) for a in self.actors]
-        await self._wait(asyncio.gather(*calls), "load_weights", self._config.request_timeout_s)
+        await within(self._config.request_timeout_s, asyncio.gather(*calls), "loading weights into the actors")
         return WeightUpdate(policy_version=policy_version, num_bytes=num_bytes, duration_s=time.monotonic() - started)
-
-    async def _wait(self, call: Awaitable[Any], method: str, timeout_s: float) -> Any:
-        try:
-            return await asyncio.wait_for(call, timeout_s)
-        except TimeoutError:
-            raise RunError(f"the rollout actors did not finish {method} in {timeout_s:.0f} s: raise request_timeout_s") from None
-
-
-async def _awaited(reference: ray.ObjectRef) -> Any:
-    return await reference

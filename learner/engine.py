@@ -132,9 +132,9 @@ class LearnerEngine:
     def save(self, folder: Path) -> None:
         """Writes the DeepSpeed state and `student/`, a transformers folder."""
         self._engine.save_checkpoint(str(folder / "deepspeed"), tag="state")
-        self.save_student(folder / "student")
+        self._save_student(folder / "student")
 
-    def save_student(self, folder: Path) -> None:
+    def _save_student(self, folder: Path) -> None:
         """A folder that transformers and vLLM load: weights from the learner, all else from the student's folder."""
         state = dict(self._full_parameters())
         if self._rank == 0:

@@ -1,16 +1,14 @@
 """The learner's ranks as Ray actors, and the driver's side of them."""
 
 import asyncio
-import os
 import socket
-import time
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from video_opd.config import Config
-from video_opd.errors import RunError
+from video_opd.deadline import within
 from video_opd.types import ScoredGroup, StepReport
 
 
@@ -23,9 +21,6 @@ class LearnerRank:
 
     def __repr__(self) -> str:
         return self._name
-
-    def pid(self) -> int:
-        return os.getpid()
 
     def address(self) -> tuple[str, int]:
         """Where this rank can be met: this node's address and a free port."""
@@ -56,9 +51,6 @@ class LearnerRank:
     def load(self, folder: Path) -> None:
         self._engine.load(folder)
 
-    def save_student(self, folder: Path) -> None:
-        self._engine.save_student(folder)
-
 
 class Learner:
     """The driver's side: starts the ranks, sends every call to all of them, bounds every wait."""
@@ -80,8 +72,8 @@ class Learner:
         ]
 
     async def start(self) -> None:
-        master = await self._wait(self._ranks[0].address.remote(), "start", self._config.start_timeout_s)
-        await self._all("start", master, timeout_s=self._config.start_timeout_s)
+        addresses = await self._all("address", timeout_s=self._config.start_timeout_s)
+        await self._all("start", addresses[0], timeout_s=self._config.start_timeout_s)
 
     async def update(self, groups: list[ScoredGroup], step: int) -> StepReport:
         """One optimizer step; the weights after it are version step + 1."""
@@ -98,20 +90,6 @@ class Learner:
     async def load(self, folder: Path) -> None:
         await self._all("load", folder)
 
-    async def save_student(self, folder: Path) -> None:
-        await self._all("save_student", folder)
-
-    async def pids(self) -> list[int]:
-        return await self._all("pid")
-
     async def _all(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
         calls = [getattr(rank, method).remote(*arguments) for rank in self._ranks]
-        return await self._wait(asyncio.gather(*calls), method, timeout_s or self._config.request_timeout_s)
-
-    async def _wait(self, call: Any, method: str, timeout_s: float) -> Any:
-        started = time.monotonic()
-        try:
-            return await asyncio.wait_for(call, timeout_s)
-        except TimeoutError:
-            waited = time.monotonic() - started
-            raise RunError(f"the learner did not finish {method} in {waited:.0f} s: raise request_timeout_s") from None
+        return await within(timeout_s or self._config.request_timeout_s, asyncio.gather(*calls), f"the learner's {method}")

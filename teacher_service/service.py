@@ -13,7 +13,8 @@ from ray.serve.exceptions import BackPressureError
 
 from teacher_service.engine import start_engine
 from video_opd.config import Config
-from video_opd.errors import ClipError, RunError
+from video_opd.deadline import within
+from video_opd.errors import ClipError
 from video_opd.prompting import PromptEncoder, check_parity, parse_span
 from video_opd.types import EncodedPrompt, FailedPrompt, Prediction, Prompt, TeacherScores, TrajectoryGroup
 
@@ -129,10 +130,7 @@ class TeacherPool:
             logging_config={"enable_access_log": False, "log_level": "WARNING"},
         )
         run = asyncio.to_thread(serve.run, deployment.bind(self._config), name=self._name, route_prefix=None)
-        try:
-            self._handle = await asyncio.wait_for(run, self._config.start_timeout_s)
-        except TimeoutError:
-            raise RunError(f"the teacher service did not start in {self._config.start_timeout_s} s") from None
+        self._handle = await within(self._config.start_timeout_s, run, "the start of the teacher service")
 
     async def score(self, groups: ray.ObjectRef | Sequence[RolloutResult]) -> list[ScoreResult]:
         """See TeacherReplica.score. A reference is fetched by the replica, past the caller."""
@@ -150,16 +148,11 @@ class TeacherPool:
     async def _call(self, method: str, *arguments: Any) -> Any:
         deadline = time.monotonic() + self._config.request_timeout_s
         while True:
+            response = getattr(self._handle, method).remote(*arguments)
             try:
-                response = getattr(self._handle, method).remote(*arguments)
-                return await asyncio.wait_for(response, deadline - time.monotonic())
+                return await within(deadline - time.monotonic(), response, f"a {method} call to the teacher service")
             except BackPressureError:  # every replica's queue is full: the pool's way to say wait
                 await asyncio.sleep(BACK_PRESSURE_PAUSE_S)
-            except TimeoutError:
-                raise RunError(
-                    f"the teacher service did not answer a {method} call in {self._config.request_timeout_s} s: "
-                    "add replicas, or raise request_timeout_s"
-                ) from None
 
     def stop(self) -> None:
         """Deletes the deployment; other Serve applications of the cluster stay."""

@@ -28,7 +28,8 @@ def version(package):
     return versions[package]
 metadata.version = version
 import video_opd
-print(len([f for f in sys.meta_path if 'Torchvision' in type(f).__name__]), sys.modules.get('torchaudio', 'open'), sys.modules.get('torchcodec', 'open'))
+finders = [f for f in sys.meta_path if 'Torchvision' in type(f).__name__]
+print(len(finders), sys.modules.get('torchaudio', 'open'), sys.modules.get('torchcodec', 'open'))
 """
 
 
