@@ -21,7 +21,7 @@ import ray
 
 import video_opd  # noqa: F401  # first: makes transformers importable
 from actors.actor_pool import ActorPool
-from curriculum.scheduler import start_scheduler
+from curriculum.scheduler import Curriculum
 from demo.clips import ensure_clips
 from evaluation.report import print_summary, progress_bar, write_report
 from learner.checkpoint import latest, new_checkpoint, read_state, write_state
@@ -60,7 +60,7 @@ class Run:
     actors: ActorPool
     teacher: TeacherPool
     learner: Learner
-    curriculum: Any  # handle of the SchedulerActor
+    curriculum: Curriculum
     clock: PhaseClock = field(default_factory=PhaseClock)
     totals: Counter[str] = field(default_factory=Counter)
     evaluations: dict[str, Any] = field(default_factory=dict)
@@ -142,7 +142,7 @@ def create_parts(folder: Path, config: Config, plan: Plan) -> Run:
         actors=ActorPool(name, config),
         teacher=TeacherPool(f"{name}/teacher", config),
         learner=Learner(name, config),
-        curriculum=start_scheduler(name, ray.put(plan.train), config),
+        curriculum=Curriculum(name, plan.train, config),
     )
 
 
@@ -169,14 +169,14 @@ async def train(run: Run) -> None:
     async def sample(actor: Any) -> None:
         while slots := await buffer.reserve(per_call):
             while slots:  # a failed prompt leaves its slot to another prompt
-                prompts = await curriculum.next_prompts.remote(len(slots))
+                prompts = await curriculum.next_prompts(len(slots))
                 with run.clock("rollout"):
                     reference = run.actors.rollout(actor, prompts)
                     groups = await run.actors.result(reference)
                 with run.clock("score"):
                     scores = await run.teacher.score(reference)
                 failed = [s for s in scores if isinstance(s, FailedPrompt)]
-                await curriculum.retire.remote(failed)
+                await curriculum.retire(failed)
                 for group, score in zip(groups, scores, strict=True):
                     if not isinstance(score, FailedPrompt):
                         await buffer.fill(slots.popleft(), ScoredGroup(group=group, scores=score))
@@ -191,7 +191,7 @@ async def train(run: Run) -> None:
                     report = await run.learner.update(groups, step)
                 if step == run.start_step:
                     check_logprob_gap(report, config)
-                await curriculum.observe.remote(groups, step)
+                await curriculum.observe(groups, step)
                 with run.clock("publish"):
                     await publish_weights(run, policy_version=step + 1)
                 await buffer.release()  # only now may new prompts enter
@@ -245,7 +245,7 @@ async def record(
         "actors/truncated_frac": float(np.mean([t.finish_reason == "length" for _, t in trajectories])),
         "actors/policy_lag_mean": float(np.mean(lags)),
         "actors/policy_lag_max": float(max(lags)),
-        **await run.curriculum.metrics.remote(),
+        **await run.curriculum.metrics(),
         **{f"time/{phase}_s": s for phase, s in seconds.items()},
         "time/step_s": step_s,
     }
@@ -257,7 +257,7 @@ async def checkpoint(run: Run, step: int) -> None:
     """Learner, student folder, curriculum and progress as one folder that appears whole or not at all."""
     with new_checkpoint(run.folder, step) as folder:
         await run.learner.save(folder)
-        write_state(folder, step, run.plan.student.shapes, await run.curriculum.state_dict.remote())
+        write_state(folder, step, run.plan.student.shapes, await run.curriculum.state_dict())
 
 
 async def restore(run: Run) -> None:
@@ -265,7 +265,7 @@ async def restore(run: Run) -> None:
     folder = latest(run.folder)
     run.start_step, curriculum = read_state(folder, run.plan.student.shapes)
     await run.learner.load(folder)
-    await run.curriculum.load_state_dict.remote(curriculum)
+    await run.curriculum.load_state_dict(curriculum)
 
 
 async def select_prompts(run: Run) -> None:
@@ -283,7 +283,7 @@ async def select_prompts(run: Run) -> None:
     student_iou = {a.prompt_id: best_iou(a.span_s, truth[a.prompt_id]) for a in student if isinstance(a, Prediction)}
     predictions = predictions_table(a for answers in answered.values() for a in answers)
     write_parquet(predictions, run.folder / "curriculum" / "teacher_predictions.parquet")
-    await run.curriculum.start_round.remote(teacher_iou, student_iou)
+    await run.curriculum.start_round(teacher_iou, student_iou)
 
 
 async def evaluate_student(run: Run, name: str, blank_video: bool = False) -> None:
@@ -317,7 +317,7 @@ async def execute(config: Config, folder: Path, plan: Plan, resume: bool) -> dic
         await evaluate_student(run, "student_after")
         await evaluate_student(run, "no_video", blank_video=True)
         await checkpoint(run, config.num_steps)
-        records = await run.curriculum.records.remote()
+        records = await run.curriculum.records()
         write_parquet(records_table(records), folder / "curriculum" / "records.parquet")
         return {
             **{k: run.evaluations[k] for k in ("teacher", "student_before", "student_after")},

@@ -1,5 +1,6 @@
 """The scheduler actor: which prompts the actors sample next."""
 
+import asyncio
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import ray
 
 from curriculum.tvdf import disagreement, reliable, select_top_k
 from video_opd.config import Config, CurriculumConfig
+from video_opd.deadline import within
 from video_opd.errors import ConfigError, RunError
 from video_opd.types import FailedPrompt, Prompt, PromptRecord, ScoredGroup
 
@@ -158,10 +160,41 @@ class SchedulerActor(Scheduler):
         return "curriculum"
 
 
-def start_scheduler(name: str, prompts: ray.ObjectRef, config: Config):
-    """A handle to the actor, `NAME/curriculum`. The driver's process bounds every wait on it."""
-    return (
-        ray.remote(SchedulerActor)
-        .options(name=f"{name}/curriculum", num_cpus=0, max_restarts=0, runtime_env={"env_vars": config.worker_env})
-        .remote(prompts, config.curriculum, config.seed)
-    )
+class Curriculum:
+    """The driver's side of the scheduler actor, `NAME/curriculum`: the same methods, each with a deadline."""
+
+    def __init__(self, name: str, prompts: Sequence[Prompt], config: Config):
+        self._timeout_s = config.request_timeout_s
+        self._actor = (
+            ray.remote(SchedulerActor)
+            .options(name=f"{name}/curriculum", num_cpus=0, max_restarts=0, runtime_env={"env_vars": config.worker_env})
+            .remote(ray.put(prompts), config.curriculum, config.seed)
+        )
+
+    async def _ask(self, method: str, *arguments: Any) -> Any:
+        call = asyncio.ensure_future(getattr(self._actor, method).remote(*arguments))
+        return await within(self._timeout_s, call, f"the curriculum's {method}")
+
+    async def start_round(self, teacher_iou: Mapping[str, float], student_iou: Mapping[str, float]) -> int:
+        return await self._ask("start_round", teacher_iou, student_iou)
+
+    async def next_prompts(self, n: int) -> list[Prompt]:
+        return await self._ask("next_prompts", n)
+
+    async def observe(self, groups: Sequence[ScoredGroup], step: int) -> None:
+        await self._ask("observe", groups, step)
+
+    async def retire(self, failed: Sequence[FailedPrompt]) -> None:
+        await self._ask("retire", failed)
+
+    async def records(self) -> list[PromptRecord]:
+        return await self._ask("records")
+
+    async def state_dict(self) -> dict[str, Any]:
+        return await self._ask("state_dict")
+
+    async def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        await self._ask("load_state_dict", state)
+
+    async def metrics(self) -> dict[str, float]:
+        return await self._ask("metrics")

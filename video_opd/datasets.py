@@ -34,8 +34,10 @@ def read_prompts(dataset: DatasetConfig, video: VideoConfig, multiple: int) -> l
                 clips[video_id] = plan_clip(video_id, Path(dataset.videos) / f"{video_id}.mp4", video, multiple)
             except ClipError as error:
                 raise ClipError(f"{where}: {error}") from error
-        span = _check_span(start, end, lengths[video_id], dataset.clamp_s, where)
-        prompts.append(Prompt(prompt_id=f"{video_id}:{number}", clip=clips[video_id], query=sentence, answer_spans_s=(span,)))
+        clip = clips[video_id]
+        length = min(lengths[video_id], clip.duration_s + 1.0 / clip.video_fps)  # the csv may say more than the file holds
+        span = _check_span(start, end, length, dataset.clamp_s, where)
+        prompts.append(Prompt(prompt_id=f"{video_id}:{number}", clip=clip, query=sentence, answer_spans_s=(span,)))
         if len(prompts) == dataset.max_prompts:
             break
     if not prompts:
