@@ -145,7 +145,7 @@ def _visible_share(events: list[Event], index: int) -> float:
     return float((mask & ~covered).sum() / mask.sum())
 
 
-SPLIT_CLIPS = {"train": 640, "eval": 96}
+SPLIT_CLIPS = {"train": 2000, "eval": 120}
 DEFAULT_LEVELS = ("colour", "shape")
 
 
