@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -23,7 +22,6 @@ from video_opd.prompting import parse_span
 from video_opd.run_folder import write_atomically
 from video_opd.types import Prompt
 
-matplotlib.rcParams["svg.hashsalt"] = "video-opd"
 COLUMNS = ("miou", *(f"r1@{m}" for m in THRESHOLDS))
 NUM_EXAMPLES = 4
 NUM_EXAMPLE_FRAMES = 12
@@ -128,11 +126,6 @@ def _example(prompt: Prompt, texts: dict[str, str]) -> Figure:
     return figure
 
 
-def draw_result(folder: Path, summary: dict[str, Any]) -> Figure:
-    """Learning curves of a finished run: the picture of the README."""
-    return _learning(read_metrics(folder), summary)
-
-
 def _embed(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
@@ -140,8 +133,10 @@ def _embed(figure: Figure) -> str:
 
 
 def write_report(folder: Path, config: Config, prompts: Sequence[Prompt], summary: dict[str, Any]) -> None:
-    """report.html: one file that needs nothing else."""
+    """report.html, one file that needs nothing else, and learning.png, its first picture."""
     metrics = read_metrics(folder)
+    learning = _learning(metrics, summary)
+    learning.savefig(folder / "learning.png", dpi=110)
     examples = [
         _embed(_example(p, {k: v[p.prompt_id] for k, v in summary["examples"].items() if p.prompt_id in v}))
         for p in prompts[:NUM_EXAMPLES]
@@ -152,7 +147,7 @@ def write_report(folder: Path, config: Config, prompts: Sequence[Prompt], summar
         summary=summary,
         rows=[(name, [f"{values[c]:.3f}" for c in COLUMNS], values["unparsed"]) for name, values in rows(summary)],
         columns=["mIoU", *(f"R1@{m}" for m in THRESHOLDS)],
-        learning=_embed(_learning(metrics, summary)),
+        learning=_embed(learning),
         phases=_embed(_phases(metrics)),
         examples=examples,
         config=config.model_dump_json(indent=2),

@@ -42,21 +42,28 @@ def sampled_loss(
     return -ratio * signal
 
 
-def topk_loss(logits: torch.Tensor, top_k_ids: torch.Tensor, top_k_logprobs: torch.Tensor) -> torch.Tensor:
+def topk_loss(
+    logits: torch.Tensor, top_k_ids: torch.Tensor, top_k_logprobs: torch.Tensor, clamp: float | None = None
+) -> torch.Tensor:
     """Reverse KL on the teacher's K tokens plus one bucket for the remaining mass on both sides.
 
-    sum_{v in top-K} pi_theta(v) log(pi_theta(v)/pi_T(v)) + tail_theta log(tail_theta/tail_T). Without the tail
-    bucket the student escapes by moving mass out of the set (2603.25562).
+    sum_b pi_theta(b) log(pi_theta(b)/pi_T(b)) over the K tokens and the tail. Without the tail bucket the student
+    escapes by moving mass out of the set (2603.25562). The log-ratio is held constant in the gradient, which changes
+    nothing as it stands (the buckets' probabilities sum to one), and keeps the gradient a policy gradient when `clamp`
+    bounds the log-ratio: a very sure teacher otherwise drowns the batch in a few tokens.
     logits[R, V] of the student; top_k_ids int64[R, K] and top_k_logprobs float32[R, K] of the teacher.
     """
     normaliser = logits.logsumexp(-1, keepdim=True)
     student = logits.gather(-1, top_k_ids) - normaliser
-    inside = (student.exp() * (student - top_k_logprobs)).sum(-1)
-    if top_k_ids.shape[-1] == logits.shape[-1]:  # the whole vocabulary: no tail
-        return inside
-    student_tail = logits.scatter(-1, top_k_ids, -math.inf).logsumexp(-1) - normaliser[:, 0]
-    teacher_tail = (1.0 - top_k_logprobs.exp().sum(-1)).clamp(min=MIN_TAIL).log()
-    return inside + student_tail.exp() * (student_tail - teacher_tail)
+    teacher = top_k_logprobs
+    if top_k_ids.shape[-1] < logits.shape[-1]:
+        tail = logits.scatter(-1, top_k_ids, -math.inf).logsumexp(-1, keepdim=True) - normaliser
+        teacher_tail = (1.0 - teacher.exp().sum(-1, keepdim=True)).clamp(min=MIN_TAIL).log()
+        student, teacher = torch.cat([student, tail], -1), torch.cat([teacher, teacher_tail], -1)
+    log_ratio = (student - teacher).detach()
+    if clamp is not None:
+        log_ratio = log_ratio.clamp(-clamp, clamp)
+    return (student.exp() * log_ratio).sum(-1)
 
 
 def loss_per_token(
@@ -72,4 +79,4 @@ def loss_per_token(
     if loss.kind == "sampled":
         return sampled_loss(learner_logprobs, actor_logprobs, signal, loss.max_ratio), learner_logprobs.detach()
     assert top_k is not None, "loss.kind=topk needs the teacher's top-K"
-    return topk_loss(logits, *top_k), learner_logprobs.detach()
+    return topk_loss(logits, *top_k, clamp=loss.clamp), learner_logprobs.detach()

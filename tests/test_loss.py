@@ -262,3 +262,22 @@ def test_loss_per_token_computes_the_topk_loss_when_configured():
     )
     torch.testing.assert_close(loss, topk_loss(logits, *top_k))
     torch.testing.assert_close(learner, logits.detach().log_softmax(-1)[torch.arange(STATES), torch.tensor([1, 0, 4])])
+
+
+def test_topk_clamp_bounds_what_a_very_sure_teacher_can_do():
+    """Gradient with clamp = sum over buckets of grad pi(b) * clip(log-ratio), written out in float64."""
+    torch.manual_seed(5)
+    logits = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+    ids = torch.stack([torch.randperm(7)[:3] for _ in range(4)])
+    teacher = torch.tensor([0.9, 0.0999, 1e-5], dtype=torch.float64).log().expand(4, 3)
+    clamp = 1.5
+    (gradient,) = torch.autograd.grad(topk_loss(logits, ids, teacher, clamp).sum(), logits)
+    probabilities = logits.softmax(-1)
+    buckets = torch.cat([probabilities.gather(1, ids), 1 - probabilities.gather(1, ids).sum(1, keepdim=True)], 1)
+    target = torch.cat([teacher.exp(), 1 - teacher.exp().sum(1, keepdim=True)], 1)
+    ratio = (buckets / target).log().detach()
+    assert (ratio.abs() > clamp).any()
+    (expected,) = torch.autograd.grad((buckets * ratio.clip(-clamp, clamp)).sum(), logits)
+    assert torch.allclose(gradient, expected, atol=1e-9)
+    (free,) = torch.autograd.grad(topk_loss(logits, ids, teacher).sum(), logits)
+    assert not torch.allclose(gradient, free, atol=1e-3)

@@ -129,7 +129,7 @@ class LossConfig(_Section):
     kind: Literal["sampled", "topk"] = "sampled"
     top_k: PositiveInt = Field(default=64, description="teacher tokens kept at each position, for kind=topk")
     center: Literal["none", "batch"] = Field(default="none", description="subtract the batch mean from the signal r")
-    clamp: PositiveFloat | None = Field(default=None, description="bound on |r|, before centring")
+    clamp: PositiveFloat | None = Field(default=None, description="bound on the log-ratio of teacher and student, before centring")
     max_ratio: PositiveFloat | None = Field(default=None, description="truncate importance ratios; None: no bound")
     reduction: Literal["token_mean", "sum"] = "token_mean"
 

@@ -16,7 +16,7 @@ from demo.models import Size, build_model, build_processor
 from video_opd.config import Config, load_config
 from video_opd.datasets import read_prompts
 from video_opd.prompting import PromptEncoder
-from video_opd.types import FinishReason, Prompt, ScoredGroup, TeacherScores, TopK, Trajectory, TrajectoryGroup
+from video_opd.types import EncodedPrompt, FinishReason, Prompt, ScoredGroup, TeacherScores, TopK, Trajectory, TrajectoryGroup
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 SIZES = {"student": Size(hidden=64, layers=2, vision_hidden=32), "teacher": Size(hidden=96, layers=2, vision_hidden=32)}
@@ -71,6 +71,21 @@ def prompts(config) -> list[Prompt]:
 @pytest.fixture(scope="session")
 def encoder(config) -> PromptEncoder:
     return PromptEncoder(config.student, config.prompt)
+
+
+@torch.no_grad()
+def reference_logprobs(model, prompt: EncodedPrompt, response: np.ndarray) -> np.ndarray:
+    """float32[N, V]: the distribution at each response position, by one plain transformers forward over one sequence."""
+    ids = torch.tensor(np.concatenate([prompt.token_ids, response])[None], dtype=torch.int64)
+    types = torch.zeros_like(ids)
+    types[0, : len(prompt.token_types)] = torch.tensor(prompt.token_types)
+    logits = model(
+        input_ids=ids,
+        mm_token_type_ids=types,
+        pixel_values_videos=torch.from_numpy(prompt.pixel_values),
+        video_grid_thw=torch.tensor([prompt.video_grid_thw]),
+    ).logits[0]
+    return logits[len(prompt.token_ids) - 1 : -1].log_softmax(-1).numpy()
 
 
 def scored_groups(prompts: list[Prompt], encoder: PromptEncoder, seed: int, top_k: int = 8) -> list[ScoredGroup]:

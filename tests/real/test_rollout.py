@@ -8,6 +8,7 @@ import torch
 
 from actors.engine import PolicyEngine
 from learner.weight_sender import to_buckets
+from tests.real.conftest import reference_logprobs
 from video_opd.modeling import load_model
 from video_opd.prompting import parse_span
 from video_opd.types import EncodedPrompt, Prompt
@@ -38,26 +39,12 @@ def encoded(prompts, encoder) -> list[EncodedPrompt]:
     return encoded
 
 
-@torch.no_grad()
-def reference(model, prompt: EncodedPrompt, response: np.ndarray) -> np.ndarray:
-    """Log-probs of the response by one plain transformers forward over one sequence, all logits."""
-    ids = torch.tensor(np.concatenate([prompt.token_ids, response])[None], dtype=torch.int64)
-    types = torch.zeros_like(ids)
-    types[0, : len(prompt.token_types)] = torch.tensor(prompt.token_types)
-    logits = model(
-        input_ids=ids,
-        mm_token_type_ids=types,
-        pixel_values_videos=torch.from_numpy(prompt.pixel_values),
-        video_grid_thw=torch.tensor([prompt.video_grid_thw]),
-    ).logits[0]
-    logprobs = logits.log_softmax(-1)
-    positions = torch.arange(len(prompt.token_ids) - 1, ids.shape[1] - 1)
-    return logprobs[positions, torch.tensor(response.astype(np.int64))].numpy()
-
-
 def max_gap(engine, model, encoded, seed: int) -> float:
     answers = engine.generate(encoded, [[seed]] * len(encoded))
-    gaps = [np.abs(reference(model, p, a.token_ids) - a.logprobs).max() for p, (a,) in zip(encoded, answers, strict=True)]
+    gaps = []
+    for prompt, (answer,) in zip(encoded, answers, strict=True):
+        exact = reference_logprobs(model, prompt, answer.token_ids)
+        gaps.append(np.abs(exact[np.arange(len(answer.token_ids)), answer.token_ids] - answer.logprobs).max())
     return float(max(gaps))
 
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import torch
 
 from teacher_service.engine import TransformersEngine, VllmEngine
+from tests.real.conftest import reference_logprobs
 from video_opd.modeling import load_model
 from video_opd.prompting import PromptEncoder
 
@@ -30,25 +30,10 @@ def cases(prompts, teacher_encoder):
     return encoded, [rng.integers(0, 400, n).astype(np.int32) for n in rng.integers(1, 12, len(encoded))]
 
 
-@torch.no_grad()
-def reference(model, prompt, response) -> np.ndarray:
-    """float32[N, V]: the whole distribution at each response position, one sequence at a time."""
-    ids = torch.tensor(np.concatenate([prompt.token_ids, response])[None], dtype=torch.int64)
-    types = torch.zeros_like(ids)
-    types[0, : len(prompt.token_types)] = torch.tensor(prompt.token_types)
-    logits = model(
-        input_ids=ids,
-        mm_token_type_ids=types,
-        pixel_values_videos=torch.from_numpy(prompt.pixel_values),
-        video_grid_thw=torch.tensor([prompt.video_grid_thw]),
-    ).logits[0]
-    return logits[len(prompt.token_ids) - 1 : -1].log_softmax(-1).numpy()
-
-
 def test_scores_match_transformers(engine, config, cases):
     model = load_model(config.teacher, "float32").eval()
     for prompt, response, (logprobs, top_k) in zip(*cases, engine.score(*cases), strict=True):
-        exact = reference(model, prompt, response)
+        exact = reference_logprobs(model, prompt, response)
         assert logprobs.shape == (len(response),)
         assert np.abs(logprobs - exact[np.arange(len(response)), response]).max() < TOLERANCE
         assert top_k.ids.shape == top_k.logprobs.shape == (len(response), K)
@@ -62,7 +47,7 @@ def test_greedy_predictions_follow_the_argmax(engine, config, cases, teacher_enc
     for prompt, (text,) in zip(encoded, engine.predict(encoded, 1, 0.0, 6), strict=True):
         ids: list[int] = []
         for _ in range(6):  # one token at a time, from the whole distribution
-            exact = reference(model, prompt, np.asarray([*ids, 0], np.int32))[-1].copy()
+            exact = reference_logprobs(model, prompt, np.asarray([*ids, 0], np.int32))[-1].copy()
             exact[list(teacher_encoder.pad_ids)] = -np.inf
             token = int(exact.argmax())
             if token in model.generation_config.eos_token_id:
