@@ -15,7 +15,7 @@ test: $(VENV)/.$(EXTRA)-test
 check: $(VENV)/.$(EXTRA)-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/.$(EXTRA)
 	$(BIN)/python -m benchmarks.step --quick

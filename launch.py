@@ -9,6 +9,7 @@ import asyncio
 import os
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,11 +31,11 @@ from teacher_service.service import TeacherPool
 from video_opd.buffer import TrajectoryBuffer
 from video_opd.config import Config, describe_keys, load_config, resolve_paths
 from video_opd.datasets import read_prompts
-from video_opd.errors import CheckpointError, ConfigError, InputError, ParityError, VideoOPDError
+from video_opd.errors import CheckpointError, ConfigError, InputError, ParityError, RunError, VideoOPDError
 from video_opd.grounding import best_iou, blind_baselines, evaluate
 from video_opd.metrics import MetricSinks, PhaseClock
 from video_opd.model_files import ModelInfo, check_same_tokenizer, read_model_info
-from video_opd.run_folder import create_run_folder, write_json
+from video_opd.run_folder import new_run_folder, write_config, write_json
 from video_opd.schemas import TrajectoryLog, predictions_table, records_table, write_parquet
 from video_opd.types import FailedPrompt, Prediction, Prompt, ScoredGroup, StepReport
 
@@ -65,6 +66,7 @@ class Run:
     totals: Counter[str] = field(default_factory=Counter)
     evaluations: dict[str, Any] = field(default_factory=dict)
     examples: dict[str, list[Prediction]] = field(default_factory=dict)
+    failed_eval: dict[str, str] = field(default_factory=dict)  # prompt id: why; each counts as IoU 0
     start_step: int = 0
 
 
@@ -118,6 +120,7 @@ def start_ray(config: Config, address: str | None) -> None:
     shared: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": "ERROR",
+        "namespace": "video_opd",
         "runtime_env": {"env_vars": {"PYTHONPATH": paths}},
     }
     if address:
@@ -189,6 +192,7 @@ async def train(run: Run) -> None:
                 lags = check_lag(groups, step, config.max_policy_lag)
                 with run.clock("update"):
                     report = await run.learner.update(groups, step)
+                check_finite(report)
                 if step == run.start_step:
                     check_logprob_gap(report, config)
                 await curriculum.observe(groups, step)
@@ -219,10 +223,17 @@ def check_lag(groups: Sequence[ScoredGroup], step: int, max_policy_lag: int) -> 
     return lags
 
 
+def check_finite(report: StepReport) -> None:
+    """A diverged update must not be published. Raises RunError."""
+    for name in ("learner/loss", "learner/grad_norm"):
+        if not np.isfinite(report.metrics[name]):
+            raise RunError(f"step {report.step}: {name} is {report.metrics[name]}: lower learner.lr, or resume from a checkpoint")
+
+
 def check_logprob_gap(report: StepReport, config: Config) -> None:
     """Actor and learner must agree on the tokens of the first batch."""
     gap, bound = report.metrics["learner/logprob_gap_p99"], config.checks.max_logprob_gap
-    if bound is not None and gap > bound:
+    if bound is not None and not gap <= bound:
         raise ParityError(
             f"on the first batch the 99th percentile of |actor - learner log-prob| is {gap:.4f}, bound "
             f"{bound} (checks.max_logprob_gap): the two engines do not compute the same model"
@@ -257,13 +268,16 @@ async def checkpoint(run: Run, step: int) -> None:
     """Learner, student folder, curriculum and progress as one folder that appears whole or not at all."""
     with new_checkpoint(run.folder, step) as folder:
         await run.learner.save(folder)
-        write_state(folder, step, run.plan.student.shapes, await run.curriculum.state_dict())
+        if not (folder / "student").is_dir():
+            raise RunError(f"the learner's checkpoint is not at {folder}: runs_dir must be on storage that all nodes share")
+        write_state(folder, step, run.plan.student.shapes, await run.curriculum.state_dict(), run.totals)
 
 
 async def restore(run: Run) -> None:
     """Goes on where the last whole checkpoint stands."""
     folder = latest(run.folder)
-    run.start_step, curriculum = read_state(folder, run.plan.student.shapes)
+    run.start_step, curriculum, totals = read_state(folder, run.plan.student.shapes)
+    run.totals.update(totals)
     await run.learner.load(folder)
     await run.curriculum.load_state_dict(curriculum)
 
@@ -277,6 +291,7 @@ async def select_prompts(run: Run) -> None:
     teacher, student = await asyncio.gather(
         run.teacher.predict(pool, config.num_teacher_predictions, temperature=1.0), run.actors.predict(pool)
     )
+    await run.curriculum.retire([f for f in (*teacher, *student) if isinstance(f, FailedPrompt)])
     answered = {p.prompt_id: a for p, a in zip(pool, teacher, strict=True) if not isinstance(a, FailedPrompt)}
     truth = {p.prompt_id: p.answer_spans_s or () for p in pool}
     teacher_iou = {i: float(np.mean([best_iou(a.span_s, truth[i]) for a in answers])) for i, answers in answered.items()}
@@ -287,7 +302,9 @@ async def select_prompts(run: Run) -> None:
 
 
 async def evaluate_student(run: Run, name: str, blank_video: bool = False) -> None:
-    answers = [p for p in await run.actors.predict(run.plan.eval, blank_video) if isinstance(p, Prediction)]
+    results = await run.actors.predict(run.plan.eval, blank_video)
+    run.failed_eval.update({f.prompt_id: f.reason for f in results if isinstance(f, FailedPrompt)})
+    answers = [p for p in results if isinstance(p, Prediction)]
     run.evaluations[name], run.examples[name] = evaluate(answers, run.plan.eval), answers
 
 
@@ -331,6 +348,7 @@ async def execute(config: Config, folder: Path, plan: Plan, resume: bool) -> dic
             "rollouts": run.totals["rollouts"],
             "published_bytes": run.totals["published_bytes"],
             "dropped": {r.prompt_id: r.dropped for r in records if r.dropped},
+            "failed_eval": run.failed_eval,
             "examples": {k: {p.prompt_id: p.text for p in run.examples[k]} for k in run.examples if k != "no_video"},
         }
     finally:
@@ -341,10 +359,14 @@ def launch(config: Config, address: str | None = None, resume: Path | None = Non
     """Runs `config` and returns the summary. `resume`: the run folder to go on in."""
     plan = prepare(config)
     if resume:
-        read_state(latest(resume), plan.student.shapes)  # a checkpoint of another model ends it here
-    folder = resume or create_run_folder(config)
+        step, *_ = read_state(latest(resume), plan.student.shapes)  # a checkpoint of another model ends it here
+        if step > config.num_steps:
+            raise ConfigError(f"{resume} stands at step {step}, beyond num_steps={config.num_steps}: raise num_steps")
+    folder = resume or new_run_folder(config)
     start_ray(config, address)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(folder, config)
         summary = asyncio.run(execute(config, folder, plan, resume is not None))
     finally:
         ray.shutdown()
@@ -374,8 +396,10 @@ def read_config(arguments: argparse.Namespace) -> Config:
         raise ConfigError("--resume goes on with the run's own config: leave out --config")
     if arguments.resume and not (arguments.resume / "config.yaml").is_file():
         raise CheckpointError(f"{arguments.resume} is not a run folder: it has no config.yaml")
-    path = arguments.resume / "config.yaml" if arguments.resume else arguments.config or HERE / "configs" / "demo.yaml"
-    return resolve_paths(load_config(path, arguments.overrides))
+    if not arguments.resume and not arguments.config:  # the demo runs from anywhere
+        return resolve_paths(load_config(HERE / "configs" / "demo.yaml", arguments.overrides), HERE)
+    path = arguments.resume / "config.yaml" if arguments.resume else arguments.config
+    return resolve_paths(load_config(path, arguments.overrides), Path.cwd())
 
 
 def first_error(error: BaseException) -> BaseException:
@@ -397,7 +421,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (VideoOPDError, BaseExceptionGroup) as error:
         cause = first_error(error)
         if not isinstance(cause, VideoOPDError):
-            raise
+            traceback.print_exception(cause)
+            return 1
         print(f"error: {getattr(cause, 'cause', None) or cause}", file=sys.stderr)
         return 2 if isinstance(cause, InputError) else 1
     return 0

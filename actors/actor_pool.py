@@ -49,9 +49,16 @@ class ActorPool:
         """The student's greedy answers, the work spread over the actors; see RolloutActor.predict."""
         size = self._config.rollout.prompts_per_call
         chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-        calls = [self.actors[i % len(self.actors)].predict.remote(c, blank_video) for i, c in enumerate(chunks)]
-        results = await within(self._config.request_timeout_s, asyncio.gather(*calls), "the student's predictions")
-        return [answer for chunk in results for answer in chunk]
+        answers: list[list[Prediction | FailedPrompt]] = [[] for _ in chunks]
+        waiting = iter(enumerate(chunks))
+
+        async def work(actor: Any) -> None:  # one call at a time, so that its deadline covers its own work alone
+            for i, chunk in waiting:
+                call = asyncio.ensure_future(actor.predict.remote(chunk, blank_video))
+                answers[i] = await within(self._config.request_timeout_s, call, "the student's predictions")
+
+        await asyncio.gather(*(work(actor) for actor in self.actors))
+        return [answer for chunk in answers for answer in chunk]
 
     async def load_weights(self, policy_version: int, buckets: list[ray.ObjectRef], num_bytes: int) -> WeightUpdate:
         """Every actor takes the version, after the rollouts it already has."""

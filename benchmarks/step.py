@@ -54,7 +54,7 @@ def measure(overrides: list[str], num_steps: int) -> dict:
     """Runs the demo for `num_steps` steps; medians over the steps after the warm-up."""
     with tempfile.TemporaryDirectory() as runs, PeakMemory() as memory:
         forced = [f"num_steps={num_steps}", f"runs_dir={runs}", "run_name=benchmark"]
-        config = resolve_paths(load_config(launch.HERE / "configs" / "demo.yaml", [*overrides, *forced]))
+        config = resolve_paths(load_config(launch.HERE / "configs" / "demo.yaml", [*overrides, *forced]), launch.HERE)
         summary = launch.launch(config)
         lines = read_metrics(Path(runs) / "benchmark")[WARM_UP_STEPS:]
     phases = {name: float(np.median([line[f"time/{name}_s"] for line in lines])) for name in (*PHASES, "idle")}

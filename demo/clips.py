@@ -1,6 +1,7 @@
 """Synthetic grounding clips: shapes that appear and disappear, as h264 mp4 files in Charades-STA layout."""
 
 import csv
+import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,8 +151,10 @@ DEFAULT_LEVELS = ("colour", "shape")
 
 
 def ensure_clips(folder: Path) -> list[str]:
-    """Writes the splits that `folder` lacks; returns their names."""
-    missing = [split for split in SPLIT_CLIPS if not (folder / split).is_dir()]
+    """Writes the splits that `folder` lacks, or has from another version of this file; returns their names."""
+    version = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=8).hexdigest()
+    missing = [s for s in SPLIT_CLIPS if not (folder / s / "VERSION").is_file() or (folder / s / "VERSION").read_text() != version]
     for split in missing:
         write_split(folder / split, split, SPLIT_CLIPS[split], DEFAULT_LEVELS)
+        (folder / split / "VERSION").write_text(version)
     return missing

@@ -41,18 +41,20 @@ def new_checkpoint(run_dir: Path, step: int):
     os.rename(temporary, folder)
 
 
-def write_state(folder: Path, step: int, shapes: Mapping[str, Any], curriculum: Mapping[str, Any]) -> None:
-    """`shapes`: of the student's architecture; `curriculum`: the scheduler's state_dict."""
+def write_state(
+    folder: Path, step: int, shapes: Mapping[str, Any], curriculum: Mapping[str, Any], totals: Mapping[str, float]
+) -> None:
+    """`shapes`: of the student's architecture; `curriculum`: the scheduler's state_dict; `totals`: what the summary counts."""
     write_parquet(records_table(curriculum["records"]), folder / _RECORDS)
     rest = {k: v for k, v in curriculum.items() if k != "records"}
-    (folder / _STATE).write_text(json.dumps({"step": step, "shapes": dict(shapes), "curriculum": rest}))
+    (folder / _STATE).write_text(json.dumps({"step": step, "shapes": dict(shapes), "curriculum": rest, "totals": dict(totals)}))
 
 
-def read_state(folder: Path, shapes: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
-    """(step, the scheduler's state). Raises CheckpointError if the checkpoint is of another model than `shapes` say."""
+def read_state(folder: Path, shapes: Mapping[str, Any]) -> tuple[int, dict[str, Any], dict[str, float]]:
+    """(step, the scheduler's state, totals). Raises CheckpointError if the checkpoint is of another model than `shapes` say."""
     try:
         state = json.loads((folder / _STATE).read_text())
-        step, saved, curriculum = state["step"], state["shapes"], state["curriculum"]
+        step, saved, curriculum, totals = (state[k] for k in ("step", "shapes", "curriculum", "totals"))
         records = records_from_table(pq.read_table(folder / _RECORDS))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {folder} cannot be read ({error!r}): remove it and resume again") from error
@@ -62,4 +64,4 @@ def read_state(folder: Path, shapes: Mapping[str, Any]) -> tuple[int, dict[str, 
             f"checkpoint {folder} is of another model than the student (checkpoint / student: {'; '.join(different)}): "
             "resume with the student the run was started with"
         )
-    return step, curriculum | {"records": records}
+    return step, curriculum | {"records": records}, totals

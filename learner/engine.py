@@ -14,6 +14,7 @@ from learner.batching import Row, plan_update
 from learner.loss import loss_per_token
 from learner.weight_sender import to_buckets
 from video_opd.config import Config
+from video_opd.errors import ClipError, RunError
 from video_opd.modeling import ResponseLogits, VideoLLM, collate, load_model
 from video_opd.prompting import PromptEncoder, check_parity
 from video_opd.types import ScoredGroup, WeightBucket
@@ -79,7 +80,10 @@ class LearnerEngine:
 
     def _loss_sum(self, rows: list[Row]) -> tuple[torch.Tensor, np.ndarray]:
         """The summed loss of a micro-batch, and |actor - learner log-prob| of its tokens (none for weight 0)."""
-        encoded = [self._encoder.encode(row.prompt) for row in rows]
+        try:
+            encoded = [self._encoder.encode(row.prompt) for row in rows]
+        except ClipError as error:  # actor and teacher have read it: a file that changes under a run is not bad input
+            raise RunError(f"a clip that was rolled out and scored cannot be read by the learner: {error}") from error
         for prompt, row in zip(encoded, rows, strict=True):
             check_parity(prompt, row.trajectory, "the learner")
         responses = [row.trajectory.response_token_ids for row in rows]
@@ -156,10 +160,11 @@ def _signal_metrics(groups: Sequence[ScoredGroup], config: Config) -> dict[str, 
         "learner/num_tokens": float(len(signal)),
         "learner/response_tokens": float(np.mean([len(t.response_token_ids) for t, _ in pairs])),
     }
-    if config.loss.clamp is not None:
-        metrics["learner/clamped_frac"] = float((np.abs(signal) > config.loss.clamp).mean())
+    clamp = config.loss.clamp
+    if config.loss.kind == "sampled" and clamp is not None:
+        metrics["learner/clamped_frac"] = float((np.abs(signal) > clamp).mean())
     if config.loss.center == "batch":
-        metrics["learner/center"] = float(signal.mean())
+        metrics["learner/center"] = float((signal if clamp is None else np.clip(signal, -clamp, clamp)).mean())
     return metrics
 
 

@@ -10,15 +10,17 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve.exceptions import BackPressureError
+from ray.serve.schema import ApplicationStatus
 
 from teacher_service.engine import start_engine
 from video_opd.config import Config
 from video_opd.deadline import within
-from video_opd.errors import ClipError
+from video_opd.errors import ClipError, RunError
 from video_opd.prompting import PromptEncoder, check_parity, parse_span
 from video_opd.types import EncodedPrompt, FailedPrompt, Prediction, Prompt, TeacherScores, TrajectoryGroup
 
 BACK_PRESSURE_PAUSE_S = 0.2
+START_POLL_S = 0.2
 RolloutResult = TrajectoryGroup | FailedPrompt
 ScoreResult = tuple[TeacherScores, ...] | FailedPrompt
 
@@ -129,8 +131,17 @@ class TeacherPool:
             },
             logging_config={"enable_access_log": False, "log_level": "WARNING"},
         )
-        run = asyncio.to_thread(serve.run, deployment.bind(self._config), name=self._name, route_prefix=None)
-        self._handle = await within(self._config.start_timeout_s, run, "the start of the teacher service")
+        target = serve.RunTarget(deployment.bind(self._config), name=self._name, route_prefix=None)
+        serve.run_many([target], wait_for_applications_running=False)
+        self._handle = serve.get_app_handle(self._name)
+        await within(self._config.start_timeout_s, self._running(), "the start of the teacher service")
+
+    async def _running(self) -> None:
+        """Waits until the application runs. Raises RunError when Serve gives up on it."""
+        while (application := serve.status().applications[self._name]).status != ApplicationStatus.RUNNING:
+            if application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+                raise RunError(f"the teacher service did not start: {application.message.strip()[-2000:]}")
+            await asyncio.sleep(START_POLL_S)
 
     async def score(self, groups: ray.ObjectRef | Sequence[RolloutResult]) -> list[ScoreResult]:
         """See TeacherReplica.score. A reference is fetched by the replica, past the caller."""
@@ -142,7 +153,13 @@ class TeacherPool:
         """See TeacherReplica.predict. The work is spread over the replicas."""
         size = self._config.rollout.prompts_per_call
         chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-        results = await asyncio.gather(*(self._call("predict", chunk, num_answers, temperature) for chunk in chunks))
+        places = asyncio.Semaphore(self._config.teacher_pool.num_replicas)  # a call's deadline covers its own work alone
+
+        async def predict(chunk: Sequence[Prompt]) -> list[list[Prediction] | FailedPrompt]:
+            async with places:
+                return await self._call("predict", chunk, num_answers, temperature)
+
+        results = await asyncio.gather(*(predict(chunk) for chunk in chunks))
         return [answer for chunk in results for answer in chunk]
 
     async def _call(self, method: str, *arguments: Any) -> Any:
@@ -156,4 +173,4 @@ class TeacherPool:
 
     def stop(self) -> None:
         """Deletes the deployment; other Serve applications of the cluster stay."""
-        serve.delete(self._name)
+        serve.delete(self._name, _blocking=False)

@@ -187,7 +187,7 @@ def test_what_is_dumped_is_loaded_again_whole(path, tmp_path):
 
 def test_relative_paths_are_resolved_against_the_working_directory(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = resolve_paths(load_config(path, ["teacher=/abs/teacher"]))
+    config = resolve_paths(load_config(path, ["teacher=/abs/teacher"]), tmp_path)
     assert config.student == str(tmp_path / "s") and config.teacher == "/abs/teacher"
     assert config.data.eval.videos == str(tmp_path / "v")
 

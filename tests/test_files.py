@@ -193,12 +193,13 @@ CURRICULUM = {
 def write_checkpoint(run_dir: Path, step: int) -> Path:
     with new_checkpoint(run_dir, step) as folder:
         (folder / "weights").write_text(str(step))
-        write_state(folder, step, SHAPES, CURRICULUM)
+        write_state(folder, step, SHAPES, CURRICULUM, {"rollouts": 7})
     return checkpoint_folder(run_dir, step)
 
 
 def test_the_state_of_a_checkpoint_is_read_back_whole(tmp_path):
-    step, curriculum = read_state(write_checkpoint(tmp_path, 12), SHAPES)
+    step, curriculum, totals = read_state(write_checkpoint(tmp_path, 12), SHAPES)
+    assert totals == {"rollouts": 7}
     assert step == 12
     assert curriculum == CURRICULUM
     generator = np.random.default_rng(0)

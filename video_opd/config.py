@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from video_opd.errors import ConfigError
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16"]
@@ -133,6 +133,12 @@ class LossConfig(_Section):
     max_ratio: PositiveFloat | None = Field(default=None, description="truncate importance ratios; None: no bound")
     reduction: Literal["token_mean", "sum"] = "token_mean"
 
+    @model_validator(mode="after")
+    def _options_have_an_effect(self):
+        if self.kind == "topk" and (self.center != "none" or self.max_ratio is not None):
+            raise ValueError("center and max_ratio are options of kind=sampled: they do nothing for kind=topk")
+        return self
+
 
 class LearnerConfig(_Section):
     """The DeepSpeed learner."""
@@ -219,14 +225,14 @@ def dump_config(config: Config, environment: dict[str, Any]) -> str:
     return yaml.safe_dump(config.model_dump(mode="json") | {ENVIRONMENT: environment}, sort_keys=False)
 
 
-def resolve_paths(config: Config) -> Config:
-    """Relative paths made absolute against the working directory, since the run's processes have other ones."""
+def resolve_paths(config: Config, base: Path) -> Config:
+    """Relative paths made absolute against `base`, since the run's processes have other working directories."""
     tree = config.model_dump()
     for key in ("student", "teacher", "runs_dir"):
-        tree[key] = str(Path(tree[key]).resolve())
+        tree[key] = str((base / tree[key]).resolve())
     for split in tree["data"].values():
         for key in ("annotations", "lengths", "videos"):
-            split[key] = str(Path(split[key]).resolve())
+            split[key] = str((base / split[key]).resolve())
     return Config.model_validate(tree)
 
 

@@ -34,15 +34,12 @@ def _git_commit() -> str:
         return "unknown"  # no git, or not a checkout
 
 
-def create_run_folder(config: Config) -> Path:
-    """runs_dir/run_name with config.yaml. Raises ConfigError if the folder exists."""
+def new_run_folder(config: Config) -> Path:
+    """runs_dir/run_name, not made yet. Raises ConfigError if it exists."""
     name = config.run_name or time.strftime("%Y%m%d-%H%M%S")
     folder = Path(config.runs_dir) / name
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        raise ConfigError(f"{folder} exists: choose another run_name, or go on with --resume {folder}") from None
-    write_config(folder, config)
+    if folder.exists():
+        raise ConfigError(f"{folder} exists: choose another run_name, or go on with --resume {folder}")
     return folder
 
 

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
@@ -69,11 +70,13 @@ def _span(span: tuple[float, float] | None) -> dict[str, float | None]:
 class TrajectoryLog:
     """Every scored trajectory that was trained on, as an Arrow IPC stream: what was written before a crash is readable.
 
-    Each start of the run writes a file of its own, named for its first step.
+    Each start of the run writes a file of its own, named for its first step; steps that it does again leave older files.
     """
 
     def __init__(self, folder: Path, start_step: int):
         folder.mkdir(parents=True, exist_ok=True)
+        for older in folder.glob("from-step-*.arrows"):
+            _keep_steps_before(older, start_step)
         self._sink = pa.OSFile(str(folder / f"from-step-{start_step:06d}.arrows"), "wb")
         self._writer = pa.ipc.new_stream(self._sink, TRAJECTORIES)
 
@@ -102,3 +105,23 @@ class TrajectoryLog:
     def close(self) -> None:
         self._writer.close()
         self._sink.close()
+
+
+def read_trajectories(path: Path) -> pa.Table:
+    """The whole batches of one file of the log; a last batch cut off by a crash is left out."""
+    batches = []
+    with pa.OSFile(str(path)) as source:
+        try:
+            for batch in pa.ipc.open_stream(source):
+                batches.append(batch)
+        except pa.ArrowInvalid:  # the writer was stopped in the middle of a batch, or before the first
+            pass
+    return pa.Table.from_batches(batches, schema=TRAJECTORIES)
+
+
+def _keep_steps_before(path: Path, step: int) -> None:
+    kept = read_trajectories(path).filter(pc.field("step") < step)
+    temporary = path.with_suffix(".tmp")
+    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, TRAJECTORIES) as writer:
+        writer.write_table(kept)
+    temporary.rename(path)

@@ -83,13 +83,15 @@ def test_video_pads_are_never_sampled_even_when_the_model_wants_them(engine, mod
         embedding = model.get_input_embeddings().weight
         embedding[list(encoder.pad_ids)] = 20 * embedding.abs().mean() * torch.sign(embedding[encoder.pad_ids[0]])
     engine.load_weights(list(to_buckets(model.named_parameters(), 3, bucket_bytes=1 << 30)))
-    answers = engine.generate(encoded, [[s, s + 100] for s in range(len(encoded))])
-    seen = np.concatenate([a.token_ids for row in answers for a in row])
+    seeds = [[s, s + 100] for s in range(len(encoded))]
+    seen = np.concatenate([a.token_ids for row in engine.generate(encoded, seeds) for a in row])
+    wanted = max(np.exp(reference_logprobs(model, p, np.zeros(1, np.int32))[0, list(encoder.pad_ids)]).sum() for p in encoded)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(original[name])
     engine.load_weights(list(to_buckets(model.named_parameters(), 4, bucket_bytes=1 << 30)))
     assert not np.isin(seen, encoder.pad_ids).any()
+    assert wanted > 0.05, "without the ban the model must want pads for this to mean anything"
 
 
 def test_blank_video_hides_the_clip_and_nothing_else(prompts, encoder):
