@@ -24,6 +24,7 @@ from video_opd.datasets import read_prompts
 ROOT = Path(launch.__file__).parent
 STEPS, GROUPS = 4, 6
 SHRUNK = [
+    "max_policy_lag=0",
     f"groups_per_step={GROUPS}",
     "rollout.prompts_per_call=4",
     "rollout.max_response_tokens=6",

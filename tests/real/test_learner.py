@@ -33,6 +33,8 @@ def make_config(overrides, world_size: int, stage: int, *more: str):
             "start_timeout_s=120",
             "request_timeout_s=120",
             "learner.freeze_vision=false",
+            "learner.final_lr_frac=1",
+            "loss.clamp=null",
             *more,
         ],
     )
