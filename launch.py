@@ -6,49 +6,44 @@ demo on a CPU.
 
 import argparse
 import asyncio
+import math
 import os
 import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import ray
 
 import video_opd  # noqa: F401  # first: makes transformers importable
 from actors.actor_pool import ActorPool
 from curriculum.scheduler import Curriculum
+from curriculum.teacher_answers import TEMPERATURE, find_answers, prompt_keys, settings_key, write_answers
 from demo.clips import ensure_clips
-from evaluation.report import print_summary, progress_bar, write_report
+from evaluation.report import StepProgress, print_summary, progress_bar, write_report
 from learner.checkpoint import latest, new_checkpoint, read_state, write_state
 from learner.learner import Learner
-from teacher_service.service import TeacherPool
+from teacher_service.service import ScoreResult, TeacherPool
 from video_opd.buffer import TrajectoryBuffer
 from video_opd.config import Config, describe_keys, load_config, resolve_paths
-from video_opd.datasets import read_prompts
 from video_opd.errors import CheckpointError, ConfigError, InputError, ParityError, RunError, VideoOPDError
 from video_opd.grounding import best_iou, blind_baselines, evaluate
 from video_opd.metrics import MetricSinks, PhaseClock
-from video_opd.model_files import ModelInfo, check_same_tokenizer, read_model_info
+from video_opd.plan import Plan, describe, make_plan
 from video_opd.run_folder import new_run_folder, write_config, write_json
-from video_opd.schemas import TrajectoryLog, predictions_table, records_table, write_parquet
-from video_opd.types import FailedPrompt, Prediction, Prompt, ScoredGroup, StepReport
+from video_opd.schemas import TrajectoryLog, write_parquet
+from video_opd.types import FailedPrompt, Prediction, ScoredGroup, StepReport, TrajectoryGroup
 
 HERE = Path(__file__).resolve().parent
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that can be known before anything starts."""
-
-    student: ModelInfo
-    train: list[Prompt]
-    eval: list[Prompt]
+ANSWERS_A_WRITE = 4096
 
 
 @dataclass
@@ -67,50 +62,20 @@ class Run:
     evaluations: dict[str, Any] = field(default_factory=dict)
     examples: dict[str, list[Prediction]] = field(default_factory=dict)
     failed_eval: dict[str, str] = field(default_factory=dict)  # prompt id: why; each counts as IoU 0
-    start_step: int = 0
+    step: int = 0  # the next to do
+    round_end: int | None = None  # the step at which the curriculum selects again; None: never
+    gap_is_checked: bool = False
+
+    @property
+    def out_of_budget(self) -> bool:
+        return self.totals["scored_tokens"] >= (self.config.max_scored_tokens or math.inf)
 
 
 def prepare(config: Config) -> Plan:
-    """Checks models, tokenizers, annotations and videos. Raises InputError; starts nothing."""
-    student, teacher = read_model_info(config.student), read_model_info(config.teacher)
-    check_same_tokenizer(config.student, config.teacher)
-    if student.size_multiple != teacher.size_multiple:
-        raise ConfigError(
-            f"student frames come in multiples of {student.size_multiple} pixels, the teacher's of {teacher.size_multiple}: "
-            "use a teacher of the same family"
-        )
+    """The plan; the demo's clips are written where they are missing. Raises InputError; starts nothing."""
     if Path(config.data.train.annotations).is_relative_to(HERE / "demo" / "data"):
         ensure_clips(HERE / "demo" / "data")
-    train, evaluation = (read_prompts(d, config.video, student.size_multiple) for d in (config.data.train, config.data.eval))
-    capacity = (config.max_policy_lag + 1) * config.groups_per_step
-    pool = config.curriculum.num_selected or len(train)
-    if pool > len(train):
-        raise ConfigError(f"curriculum.num_selected={pool}, but the pool has {len(train)} prompts: lower it")
-    if pool < capacity:
-        raise ConfigError(
-            f"{pool} training prompts cannot fill (max_policy_lag + 1) * groups_per_step = {capacity} "
-            "slots: add data or lower groups_per_step"
-        )
-    return Plan(student, train, evaluation)
-
-
-def describe(config: Config, plan: Plan) -> str:
-    """The plan for people: what --dry-run prints."""
-    clip = plan.train[0].clip
-    rollouts = config.num_steps * config.groups_per_step * config.rollout.rollouts_per_prompt
-    return "\n".join(
-        [
-            f"student   {config.student} ({plan.student.model_type}), {config.learner.dtype}, ZeRO-{config.learner.zero_stage}, "
-            f"{config.learner.world_size} rank(s)",
-            f"teacher   {config.teacher}, {config.teacher_pool.num_replicas} replica(s) on {config.teacher_pool.engine}",
-            f"actors    {config.rollout.num_actors} on vLLM, {config.rollout.prompts_per_call} prompts a call",
-            f"data      {len(plan.train)} train and {len(plan.eval)} eval prompts; first clip: {len(clip.frame_indices)} frames "
-            f"of {clip.frame_size[0]}x{clip.frame_size[1]} from {clip.duration_s:.1f} s",
-            f"loss      {config.loss.kind}, lr {config.learner.lr:g}, curriculum {config.curriculum.kind}",
-            f"run       {config.num_steps} steps of {config.groups_per_step} prompts, {rollouts} rollouts, "
-            f"policy lag at most {config.max_policy_lag}",
-        ]
-    )
+    return make_plan(config)
 
 
 def start_ray(config: Config, address: str | None) -> None:
@@ -156,18 +121,37 @@ async def publish_weights(run: Run, policy_version: int) -> None:
     run.totals["published_bytes"] += update.num_bytes
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """What a step is told to."""
+
+    sinks: MetricSinks
+    log: TrajectoryLog
+    progress: StepProgress
+
+
 async def train(run: Run) -> None:
+    """Rounds, from where the run stands to its end: the curriculum selects, then the loop runs over what it selected."""
+    config = run.config
+    sinks, log = MetricSinks(run.folder, run.step), TrajectoryLog(run.folder / "trajectories", run.step)
+    with closing(sinks), closing(log), progress_bar(config.num_steps, run.step) as progress:
+        while run.step < config.num_steps and not run.out_of_budget:
+            if run.step == run.round_end:
+                await start_round(run, progress)
+            until = config.num_steps if run.round_end is None else min(run.round_end, config.num_steps)
+            await train_round(run, until, Outputs(sinks, log, progress))
+
+
+async def train_round(run: Run, until: int, outputs: Outputs) -> None:
     """Actors sample, the teacher scores, the curriculum steers, the learner steps.
 
     Two kinds of tasks meet at the buffer. Sampling tasks wait for free slots, and fill them; the learning task waits
     for one step's slots, updates, publishes, and frees them. A crash anywhere stops everything, loudly.
     """
     config, curriculum = run.config, run.curriculum
-    steps = config.num_steps - run.start_step
-    buffer = TrajectoryBuffer(config.groups_per_step, config.max_policy_lag, steps)
+    buffer = TrajectoryBuffer(config.groups_per_step, config.max_policy_lag, until - run.step)
     per_call = config.rollout.prompts_per_call
     capacity = (config.max_policy_lag + 1) * config.groups_per_step
-    sinks, log = MetricSinks(run.folder, run.start_step), TrajectoryLog(run.folder / "trajectories", run.start_step)
 
     async def sample(actor: Any) -> None:
         while slots := await buffer.reserve(per_call):
@@ -175,44 +159,62 @@ async def train(run: Run) -> None:
                 prompts = await curriculum.next_prompts(len(slots))
                 with run.clock("rollout"):
                     reference = run.actors.rollout(actor, prompts)
-                    groups = await run.actors.result(reference)
-                with run.clock("score"):
-                    scores = await run.teacher.score(reference)
-                failed = [s for s in scores if isinstance(s, FailedPrompt)]
-                await curriculum.retire(failed)
-                for group, score in zip(groups, scores, strict=True):
-                    if not isinstance(score, FailedPrompt):
-                        await buffer.fill(slots.popleft(), ScoredGroup(group=group, scores=score))
+                    results = await run.actors.result(reference)
+                groups = await score(run, reference, results)
+                await curriculum.retire([g for g in groups if isinstance(g, FailedPrompt)])
+                for group in groups:
+                    if isinstance(group, ScoredGroup):
+                        await buffer.fill(slots.popleft(), group)
 
     async def learn() -> None:
-        with progress_bar(config.num_steps, run.start_step) as progress:
-            for step in range(run.start_step, config.num_steps):
-                started = time.monotonic()
-                groups = await buffer.take()
-                lags = check_lag(groups, step, config.max_policy_lag)
-                with run.clock("update"):
-                    report = await run.learner.update(groups, step)
-                check_finite(report)
-                if step == run.start_step:
-                    check_logprob_gap(report, config)
-                await curriculum.observe(groups, step)
-                with run.clock("publish"):
-                    await publish_weights(run, policy_version=step + 1)
-                await buffer.release()  # only now may new prompts enter
-                log.write(groups, step)
-                if config.eval_every and (step + 1) % config.eval_every == 0:
-                    await evaluate_student(run, f"step_{step + 1}")
-                    report.metrics.update({f"eval/{k}": v for k, v in run.evaluations[f"step_{step + 1}"].items()})
-                await record(run, sinks, report, groups, lags, time.monotonic() - started, progress)
-                if config.checkpoint_every and (step + 1) % config.checkpoint_every == 0:
-                    await checkpoint(run, step + 1)
+        while run.step < until and not run.out_of_budget:
+            step, started = run.step, time.monotonic()
+            groups = await buffer.take()
+            lags = check_lag(groups, step, config.max_policy_lag)
+            with run.clock("update"):
+                report = await run.learner.update(groups, step)
+            check_finite(report)
+            check_logprob_gap(run, report)
+            await curriculum.observe(groups, step)
+            with run.clock("publish"):
+                await publish_weights(run, policy_version=step + 1)
+            run.step += 1
+            await buffer.release()  # only now may new prompts enter
+            if config.eval_every and run.step % config.eval_every == 0:
+                await evaluate_student(run, f"step_{run.step}")
+                report.metrics.update({f"eval/{k}": v for k, v in run.evaluations[f"step_{run.step}"].items()})
+            await record(run, outputs, report, groups, lags, time.monotonic() - started)
+            if config.checkpoint_every and run.step % config.checkpoint_every == 0:
+                await checkpoint(run)
+        await buffer.close()
 
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(learn())
         for actor in islice(cycle(run.actors.actors), max(len(run.actors.actors), -(-capacity // per_call))):
             tasks.create_task(sample(actor))
-    sinks.close()
-    log.close()
+
+
+async def score(
+    run: Run, reference: ray.ObjectRef, results: Sequence[TrajectoryGroup | FailedPrompt]
+) -> list[ScoredGroup | FailedPrompt]:
+    """Every group with the teacher's scores, in order. The teacher is not asked for suspended rollouts and failed prompts."""
+    groups = [r if isinstance(r, FailedPrompt) else run.curriculum.route(r) for r in results]
+    asked = [g for g in groups if isinstance(g, TrajectoryGroup) and g.trajectories]
+    whole = len(asked) == len(results) and not any(g.suspended for g in asked)
+    scores: Iterator[ScoreResult] = iter(())
+    if asked:
+        with run.clock("score"):
+            scores = iter(await run.teacher.score(reference if whole else asked))  # the reference is fetched past the driver
+    run.totals["scored_rollouts"] += sum(len(g.trajectories) for g in asked)
+    run.totals["scored_tokens"] += sum(len(t.response_token_ids) for g in asked for t in g.trajectories)
+    scored: list[ScoredGroup | FailedPrompt] = []
+    for group in groups:
+        if isinstance(group, TrajectoryGroup):
+            result = next(scores) if group.trajectories else ()
+            scored.append(result if isinstance(result, FailedPrompt) else ScoredGroup(group=group, scores=result))
+        else:
+            scored.append(group)
+    return scored
 
 
 def check_lag(groups: Sequence[ScoredGroup], step: int, max_policy_lag: int) -> list[int]:
@@ -230,23 +232,25 @@ def check_finite(report: StepReport) -> None:
             raise RunError(f"step {report.step}: {name} is {report.metrics[name]}: lower learner.lr, or resume from a checkpoint")
 
 
-def check_logprob_gap(report: StepReport, config: Config) -> None:
-    """Actor and learner must agree on the tokens of the first batch."""
-    gap, bound = report.metrics["learner/logprob_gap_p99"], config.checks.max_logprob_gap
-    if bound is not None and not gap <= bound:
+def check_logprob_gap(run: Run, report: StepReport) -> None:
+    """Actor and learner must agree on the tokens of the first batch that has any."""
+    gap, bound = report.metrics.get("learner/logprob_gap_p99"), run.config.checks.max_logprob_gap
+    if run.gap_is_checked or bound is None or gap is None:
+        return
+    run.gap_is_checked = True
+    if not gap <= bound:
         raise ParityError(
             f"on the first batch the 99th percentile of |actor - learner log-prob| is {gap:.4f}, bound "
             f"{bound} (checks.max_logprob_gap): the two engines do not compute the same model"
         )
 
 
-async def record(
-    run: Run, sinks: MetricSinks, report: StepReport, groups: list[ScoredGroup], lags: list[int], step_s: float, progress: Any
-) -> None:
+async def record(run: Run, outputs: Outputs, report: StepReport, groups: list[ScoredGroup], lags: list[int], step_s: float) -> None:
     """One line of metrics: what the learner, the actors and the curriculum say of this step, and where its time went."""
-    trajectories = [(g.group.prompt, t) for g in groups for t in g.group.trajectories]
+    trajectories = [(g.group.prompt, t) for g in groups for t in g.group.sampled]
+    num_suspended = sum(len(g.group.suspended) for g in groups)
     tokens = sum(len(t.response_token_ids) for _, t in trajectories)
-    run.totals.update(rollout_tokens=tokens, scored_tokens=tokens, rollouts=len(trajectories))
+    run.totals.update(rollout_tokens=tokens, rollouts=len(trajectories), suspended_rollouts=num_suspended)
     labelled = [best_iou(t.predicted_span_s, p.answer_spans_s or ()) for p, t in trajectories if p.answer_spans_s]
     seconds = run.clock.lap()
     run.totals.update({f"{phase}_s": s for phase, s in seconds.items()})
@@ -256,49 +260,81 @@ async def record(
         "actors/truncated_frac": float(np.mean([t.finish_reason == "length" for _, t in trajectories])),
         "actors/policy_lag_mean": float(np.mean(lags)),
         "actors/policy_lag_max": float(max(lags)),
+        "teacher/scored_tokens": float(run.totals["scored_tokens"]),
+        "curriculum/suspended_frac": num_suspended / len(trajectories),
         **await run.curriculum.metrics(),
         **{f"time/{phase}_s": s for phase, s in seconds.items()},
         "time/step_s": step_s,
     }
-    sinks.write(StepReport(step=report.step, policy_version=report.policy_version, metrics=metrics), time.time())
-    progress.advance(metrics)
+    outputs.log.write(groups, report.step)
+    outputs.sinks.write(StepReport(step=report.step, policy_version=report.policy_version, metrics=metrics), time.time())
+    outputs.progress.advance(metrics)
 
 
-async def checkpoint(run: Run, step: int) -> None:
+async def checkpoint(run: Run) -> None:
     """Learner, student folder, curriculum and progress as one folder that appears whole or not at all."""
-    with new_checkpoint(run.folder, step) as folder:
+    with new_checkpoint(run.folder, run.step) as folder:
         await run.learner.save(folder)
         if not (folder / "student").is_dir():
             raise RunError(f"the learner's checkpoint is not at {folder}: runs_dir must be on storage that all nodes share")
-        write_state(folder, step, run.plan.student.shapes, await run.curriculum.state_dict(), run.totals)
+        write_state(folder, run.step, run.plan.student.shapes, await run.curriculum.state_dict(), run.totals)
 
 
 async def restore(run: Run) -> None:
     """Goes on where the last whole checkpoint stands."""
     folder = latest(run.folder)
-    run.start_step, curriculum, totals = read_state(folder, run.plan.student.shapes)
+    run.step, curriculum, totals = read_state(folder, run.plan.student.shapes)
     run.totals.update(totals)
     await run.learner.load(folder)
     await run.curriculum.load_state_dict(curriculum)
 
 
-async def select_prompts(run: Run) -> None:
-    """TVDF: teacher and student answer the pool once; the curriculum drops and selects."""
-    config, pool = run.config.curriculum, run.plan.train
-    unlabelled = sum(p.answer_spans_s is None for p in pool)
-    if unlabelled:
-        raise ConfigError(f"curriculum.kind=tvdf validates with ground truth, {unlabelled} prompts have none: label or drop them")
-    teacher, student = await asyncio.gather(
-        run.teacher.predict(pool, config.num_teacher_predictions, temperature=1.0), run.actors.predict(pool)
-    )
-    await run.curriculum.retire([f for f in (*teacher, *student) if isinstance(f, FailedPrompt)])
-    answered = {p.prompt_id: a for p, a in zip(pool, teacher, strict=True) if not isinstance(a, FailedPrompt)}
-    truth = {p.prompt_id: p.answer_spans_s or () for p in pool}
-    teacher_iou = {i: float(np.mean([best_iou(a.span_s, truth[i]) for a in answers])) for i, answers in answered.items()}
-    student_iou = {a.prompt_id: best_iou(a.span_s, truth[a.prompt_id]) for a in student if isinstance(a, Prediction)}
-    predictions = predictions_table(a for answers in answered.values() for a in answers)
-    write_parquet(predictions, run.folder / "curriculum" / "teacher_predictions.parquet")
-    await run.curriculum.start_round(teacher_iou, student_iou)
+async def start_round(run: Run, progress: StepProgress) -> None:
+    """The curriculum's next round: the teacher answers the pool once a run, the student at the start of every round."""
+    config, started = run.config.curriculum, time.monotonic()
+    if run.step == 0 and (config.trpv or config.dbtp or config.kind == "scc"):
+        await run.curriculum.validate(await teacher_ious(run, progress))
+    student_iou = await student_ious(run) if config.dbtp or config.kind == "scc" else None
+    run.round_end = await run.curriculum.start_round(student_iou, run.step)
+    records = await run.curriculum.records()
+    number = len(records["student_iou"][0])
+    write_parquet(records, run.folder / "curriculum" / f"round-{number}.parquet")
+    selected, dropped = records["selected"].to_numpy(), records["dropped"].to_numpy() != ""
+    progress.say(f"round {number}: {selected.sum()} of {len(records)} prompts selected, {dropped.sum()} dropped")
+    run.clock.lap()  # no step's time
+    run.totals.update({"select_s": time.monotonic() - started})
+
+
+async def teacher_ious(run: Run, progress: StepProgress) -> np.ndarray:
+    """float64[P]: tau, NaN where a clip cannot be read. Answers that a run in runs_dir has are not generated again."""
+    config, pool = run.config, run.plan.train
+    settings, keys = settings_key(config), prompt_keys(pool, config)
+    answers = find_answers(Path(config.runs_dir).iterdir(), settings, set(keys))
+    missing = [(key, prompt) for key, prompt in zip(keys, pool, strict=True) if key not in answers]
+    progress.say(f"teacher answers: {len(pool) - len(missing)} of {len(pool)} prompts found in {config.runs_dir}")
+    for first in range(0, len(missing), ANSWERS_A_WRITE):
+        part = missing[first : first + ANSWERS_A_WRITE]
+        results = await run.teacher.predict([p for _, p in part], config.curriculum.num_teacher_predictions, TEMPERATURE)
+        run.totals["teacher_answers"] += sum(len(r) for r in results if not isinstance(r, FailedPrompt))
+        await run.curriculum.retire([r for r in results if isinstance(r, FailedPrompt)])
+        answers |= {key: r for (key, _), r in zip(part, results, strict=True) if not isinstance(r, FailedPrompt)}
+        write_answers(run.folder, settings, answers)  # whole again each time: an interrupted run has answered what it has
+    write_answers(run.folder, settings, answers)
+    ious = [[run.curriculum.iou(a.span_s, p) for a in answers.get(key, ())] for key, p in zip(keys, pool, strict=True)]
+    return np.array([np.mean(of_prompt) if of_prompt else np.nan for of_prompt in ious])
+
+
+async def student_ious(run: Run) -> np.ndarray:
+    """float64[P]: sigma of the current student, NaN where a clip cannot be read or the prompt is dropped."""
+    places = await run.curriculum.alive()
+    pool = [run.plan.train[i] for i in places]
+    results = await run.actors.predict(pool)
+    await run.curriculum.retire([r for r in results if isinstance(r, FailedPrompt)])
+    ious = np.full(len(run.plan.train), np.nan)
+    ious[places] = [
+        np.nan if isinstance(r, FailedPrompt) else run.curriculum.iou(r.span_s, p) for r, p in zip(results, pool, strict=True)
+    ]
+    return ious
 
 
 async def evaluate_student(run: Run, name: str, blank_video: bool = False) -> None:
@@ -324,30 +360,32 @@ async def execute(config: Config, folder: Path, plan: Plan, resume: bool) -> dic
         await asyncio.gather(evaluate_student(run, "student_before"), evaluate_teacher(run))
         if resume:
             await restore(run)
-            await publish_weights(run, policy_version=run.start_step)
-        elif config.curriculum.kind == "tvdf":
-            await select_prompts(run)
+            await publish_weights(run, policy_version=run.step)
+        run.round_end = await run.curriculum.round_end()
         run.clock.lap()
         trained = time.monotonic()
         await train(run)
         train_s = time.monotonic() - trained
         await evaluate_student(run, "student_after")
         await evaluate_student(run, "no_video", blank_video=True)
-        await checkpoint(run, config.num_steps)
+        await checkpoint(run)
         records = await run.curriculum.records()
-        write_parquet(records_table(records), folder / "curriculum" / "records.parquet")
+        write_parquet(records, folder / "curriculum" / "records.parquet")
         return {
             **{k: run.evaluations[k] for k in ("teacher", "student_before", "student_after")},
             "baselines": blind_baselines(plan.train, plan.eval, config.seed) | {"no_video": run.evaluations["no_video"]},
-            "steps": config.num_steps,
+            "steps": run.step,
             "seed": config.seed,
             "loss": config.loss.kind,
             "seconds": {"start_up": start_up_s, "train": train_s, "total": time.monotonic() - began}
             | {k.removesuffix("_s"): v for k, v in run.totals.items() if k.endswith("_s")},
             "tokens": {k.removesuffix("_tokens"): v for k, v in run.totals.items() if k.endswith("_tokens")},
             "rollouts": run.totals["rollouts"],
+            "suspended_rollouts": run.totals["suspended_rollouts"],
+            "teacher_calls": run.totals["scored_rollouts"],
+            "teacher_answers": run.totals["teacher_answers"],
             "published_bytes": run.totals["published_bytes"],
-            "dropped": {r.prompt_id: r.dropped for r in records if r.dropped},
+            "dropped": {r["prompt_id"]: r["dropped"] for r in records.filter(pc.field("dropped") != "").to_pylist()},
             "failed_eval": run.failed_eval,
             "examples": {k: {p.prompt_id: p.text for p in run.examples[k]} for k in run.examples if k != "no_video"},
         }

@@ -1,156 +1,257 @@
 """The scheduler actor: which prompts the actors sample next."""
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 
-from curriculum.tvdf import disagreement, reliable, select_top_k
-from video_opd.config import Config, CurriculumConfig
+from curriculum.coupling import anchors_and_frontier, suspend
+from curriculum.tvdf import SAMPLERS, disagreement, reliable
+from video_opd.config import Config
 from video_opd.deadline import within
-from video_opd.errors import ConfigError, RunError
-from video_opd.types import FailedPrompt, Prompt, PromptRecord, ScoredGroup
+from video_opd.errors import CheckpointError, ConfigError, RunError
+from video_opd.grounding import MULTI_SPAN_IOU
+from video_opd.schemas import RECORDS
+from video_opd.types import FailedPrompt, Prompt, ScoredGroup, TrajectoryGroup
+
+NAMED_IN_ERRORS = 3
+UNREADABLE = "no answer: its clip cannot be read"
 
 
 class Scheduler:
-    """Issues the pool in shuffled passes; a prompt in flight is not issued again.
+    """Issues prompts in shuffled passes; a prompt in flight is not issued again.
 
-    `uniform` passes over the whole pool, `tvdf` over the prompts that `start_round` selected.
+    `uniform` passes over the whole pool; `tvdf` and `scc` over the prompts that `start_round` selected. What is known of
+    the P prompts is held in arrays, in the order of the pool.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], config: CurriculumConfig, seed: int):
-        self._prompts = {p.prompt_id: p for p in prompts}
-        self._config = config
-        self._rng = np.random.default_rng(seed)
-        self._selected = list(self._prompts)
-        self._queue: deque[str] = deque()
-        self._in_flight: dict[str, None] = {}
-        self._dropped: dict[str, str] = {}
-        self._num_rollouts = dict.fromkeys(self._prompts, 0)
-        self._last_step = dict.fromkeys(self._prompts, -1)
-        self._teacher_iou: dict[str, float] = {}
-        self._student_iou: dict[str, float] = {}
+    def __init__(self, prompts: Sequence[Prompt], config: Config):
+        self._prompts, self._config = list(prompts), config
+        self._index = {p.prompt_id: i for i, p in enumerate(self._prompts)}
+        videos = {path: i for i, path in enumerate(dict.fromkeys(p.clip.video_path for p in self._prompts))}
+        self._video = np.array([videos[p.clip.video_path] for p in self._prompts])
+        self._rng = np.random.default_rng(config.seed)
+        size = len(self._prompts)
+        self._teacher_iou = np.full(size, np.nan)
+        self._student_iou: list[np.ndarray] = []  # one float64[P] a round
+        self._selected = np.ones(size, bool)
+        self._num_rollouts = np.zeros(size, np.int64)
+        self._last_step = np.full(size, -1)
+        self._suspended = np.zeros(size, bool)
+        self._dropped: dict[int, str] = {}
+        self._queue: deque[int] = deque()
+        self._in_flight: dict[int, None] = {}
+        self._round_end = None if config.curriculum.kind == "uniform" else 0
 
-    def start_round(self, teacher_iou: Mapping[str, float], student_iou: Mapping[str, float]) -> int:
-        """TVDF: drops the prompts that the teacher gets wrong, selects those it gets right and the student does not.
+    def validate(self, teacher_iou: np.ndarray) -> None:
+        """TRPV, once a run: drops the prompts that the teacher gets wrong.
 
-        Both map prompt ids to IoUs; a prompt without a teacher IoU is dropped. Returns how many were selected.
+        tau: float64[P] in the order of the pool, NaN where the clip could not be read.
         """
-        self._teacher_iou, self._student_iou = dict(teacher_iou), dict(student_iou)
-        for prompt_id in self._prompts:
-            if prompt_id not in teacher_iou or prompt_id not in student_iou:
-                self._dropped.setdefault(prompt_id, "no prediction: its clip cannot be read")
-        pool = [p for p in self._prompts if p not in self._dropped]
-        tau = np.array([teacher_iou[p] for p in pool])
-        sigma = np.array([student_iou[p] for p in pool])
-        keep = reliable(tau, self._config.teacher_threshold)
-        for prompt_id, kept, iou in zip(pool, keep, tau, strict=True):
-            if not kept:
-                self._dropped[prompt_id] = f"teacher IoU {iou:.3f} is below {self._config.teacher_threshold}"
-        kept_ids = [p for p, kept in zip(pool, keep, strict=True) if kept]
-        k = self._config.num_selected or len(kept_ids)
-        chosen = select_top_k(disagreement(tau[keep], sigma[keep]), k)
-        if len(chosen) < k or not len(chosen):
-            raise ConfigError(
-                f"curriculum: {len(kept_ids)} of {len(self._prompts)} prompts reach teacher_threshold="
-                f"{self._config.teacher_threshold}, fewer than the {max(k, 1)} to select: lower the threshold or num_selected"
-            )
-        self._selected = [kept_ids[i] for i in chosen]
+        self._teacher_iou = np.asarray(teacher_iou, np.float64)
+        self._drop(np.isnan(self._teacher_iou), UNREADABLE)
+        if self._config.curriculum.trpv:
+            threshold = self._config.curriculum.teacher_threshold
+            self._drop(~reliable(self._teacher_iou, threshold), f"teacher IoU is below {threshold}")
+
+    def start_round(self, student_iou: np.ndarray | None, step: int) -> int | None:
+        """DBTP: selects the round's prompts, and forgets what was queued. Returns `round_end`.
+
+        sigma: float64[P] in the order of the pool, NaN where the clip could not be read or the prompt is dropped; None
+        where the config does not ask the student. Raises ConfigError when too few prompts can be selected.
+        """
+        curriculum, size = self._config.curriculum, len(self._prompts)
+        self._student_iou.append(np.full(size, np.nan) if student_iou is None else np.asarray(student_iou, np.float64))
+        if student_iou is not None:
+            self._drop(np.isnan(self._student_iou[-1]), UNREADABLE)
+        chosen = self._select(self.alive())
+        self._selected = np.zeros(size, bool)
+        self._selected[chosen] = True
         self._queue.clear()
-        return len(self._selected)
+        if curriculum.kind == "tvdf":
+            self._round_end = step + len(chosen) * curriculum.passes_per_round // self._config.groups_per_step
+        else:
+            self._round_end = None
+        return self._round_end
+
+    def alive(self) -> np.ndarray:
+        """int64: the places in the pool of the prompts that are not dropped."""
+        return np.flatnonzero(self._is_alive())
+
+    def _drop(self, which: np.ndarray, reason: str) -> None:
+        for i in np.flatnonzero(which & self._is_alive()).tolist():
+            self._dropped[i] = reason
+
+    def _is_alive(self) -> np.ndarray:
+        alive = np.ones(len(self._prompts), bool)
+        alive[list(self._dropped)] = False
+        return alive
+
+    def _select(self, alive: np.ndarray) -> np.ndarray:
+        """The round's prompts, out of those that are not dropped. Raises ConfigError when there are too few."""
+        curriculum, sigma = self._config.curriculum, self._student_iou[-1][alive]
+        k = curriculum.num_selected
+        advice = f"{self._describe_dropped()}; lower teacher_threshold, num_selected or groups_per_step, or add data"
+        if len(alive) < (k or 1):
+            raise ConfigError(
+                f"curriculum: {len(alive)} of {len(self._prompts)} prompts are left, {k or 1} are to be selected: {advice}"
+            )
+        if curriculum.kind == "scc":
+            bounds = (curriculum.anchor_iou, curriculum.frontier_iou, curriculum.anchor_frac)
+            try:
+                chosen = anchors_and_frontier(sigma, k, *bounds, self._rng)
+            except ValueError as error:
+                raise ConfigError(f"curriculum: {error}; change anchor_frac or the bounds; {advice}") from None
+        else:
+            delta = disagreement(self._teacher_iou[alive], sigma)
+            chosen = SAMPLERS[curriculum.sampler if curriculum.dbtp else "uniform"](delta, k or len(alive), self._rng)
+        in_flight = (self._config.max_policy_lag + 1) * self._config.groups_per_step
+        if len(chosen) < in_flight:
+            raise ConfigError(
+                f"curriculum: {len(chosen)} of {len(self._prompts)} prompts are selected, fewer than the "
+                f"(max_policy_lag + 1) * groups_per_step = {in_flight} in flight: {advice}"
+            )
+        return alive[chosen]
+
+    def _describe_dropped(self) -> str:
+        """How many were dropped for each reason, and the first of them."""
+        if not self._dropped:
+            return "none was dropped"
+        by_reason: dict[str, list[int]] = {}
+        for i, reason in self._dropped.items():
+            by_reason.setdefault(reason, []).append(i)
+        return "; ".join(
+            f"{len(which)} dropped, {reason} ({', '.join(self._prompts[i].prompt_id for i in which[:NAMED_IN_ERRORS])}"
+            f"{', ...' if len(which) > NAMED_IN_ERRORS else ''})"
+            for reason, which in by_reason.items()
+        )
+
+    def round_end(self) -> int | None:
+        """The step at which the next round is to start; None: this one lasts as long as the run."""
+        return self._round_end
 
     def next_prompts(self, n: int) -> list[Prompt]:
         """The next n prompts, none of them in flight. Raises RunError when fewer are left."""
-        issued: list[str] = []
-        held_back: list[str] = []
+        issued: list[int] = []
+        held_back: list[int] = []
         while len(issued) < n:
             if not self._queue:
                 self._refill(n - len(issued))
-            prompt_id = self._queue.popleft()
-            if prompt_id in self._in_flight:
-                held_back.append(prompt_id)
-            elif prompt_id not in self._dropped:
-                self._in_flight[prompt_id] = None
-                issued.append(prompt_id)
+            i = self._queue.popleft()
+            if i in self._in_flight:
+                held_back.append(i)
+            elif i not in self._dropped:
+                self._in_flight[i] = None
+                issued.append(i)
         self._queue.extendleft(reversed(held_back))
-        return [self._prompts[p] for p in issued]
+        return [self._prompts[i] for i in issued]
 
     def _refill(self, wanted: int) -> None:
         """Queues one more pass over the selected prompts, shuffled."""
-        alive = [p for p in self._selected if p not in self._dropped]
-        available = [p for p in alive if p not in self._in_flight]
-        if len(available) < wanted:
+        alive = np.flatnonzero(self._selected & self._is_alive())
+        available = len(alive) - sum(i not in self._dropped and bool(self._selected[i]) for i in self._in_flight)
+        if available < wanted:
             raise RunError(
-                f"the curriculum has {len(available)} prompts that are not in flight, {wanted} more are asked for "
+                f"the curriculum has {available} prompts that are not in flight, {wanted} more are asked for "
                 f"({len(self._dropped)} of {len(self._prompts)} were dropped): add data or lower groups_per_step"
             )
-        self._queue.extend(alive[i] for i in self._rng.permutation(len(alive)))
+        self._queue.extend(self._shuffle(alive).tolist())
+
+    def _shuffle(self, which: np.ndarray) -> np.ndarray:
+        """A random order; with group_by_video, of the videos, each with its prompts next to each other."""
+        which = self._rng.permutation(which)
+        if not self._config.curriculum.group_by_video:
+            return which
+        _, first, video = np.unique(self._video[which], return_index=True, return_inverse=True)
+        return which[np.argsort(first[video], kind="stable")]
 
     def observe(self, groups: Sequence[ScoredGroup], step: int) -> None:
-        """These groups were trained on at `step`; their prompts are no longer in flight."""
-        for group in groups:
-            prompt_id = group.group.prompt.prompt_id
-            del self._in_flight[prompt_id]
-            self._num_rollouts[prompt_id] += len(group.group.trajectories)
-            self._last_step[prompt_id] = step
+        """These groups were trained on, or suspended, at `step`; their prompts are no longer in flight."""
+        for group in (g.group for g in groups):
+            i = self._index[group.prompt.prompt_id]
+            del self._in_flight[i]
+            self._num_rollouts[i] += len(group.sampled)
+            self._last_step[i] = step
+            self._suspended[i] = not group.trajectories
 
     def retire(self, failed: Sequence[FailedPrompt]) -> None:
         """These prompts' clips cannot be read; they are never issued again."""
         for failure in failed:
-            self._in_flight.pop(failure.prompt_id, None)
-            self._dropped[failure.prompt_id] = failure.reason
+            i = self._index[failure.prompt_id]
+            self._in_flight.pop(i, None)
+            self._dropped[i] = failure.reason
 
-    def records(self) -> list[PromptRecord]:
-        """What is known of every prompt, in the order of the pool."""
-        selected = set(self._selected)
-        return [
-            PromptRecord(
-                prompt_id=p,
-                teacher_iou=self._teacher_iou.get(p),
-                student_iou=self._student_iou.get(p),
-                num_rollouts=self._num_rollouts[p],
-                last_step=self._last_step[p],
-                selected=p in selected,
-                dropped=self._dropped.get(p, ""),
-            )
-            for p in self._prompts
+    def records(self) -> pa.Table:
+        """What is known of every prompt, in the order of the pool; see schemas.RECORDS."""
+        size, rounds = len(self._prompts), len(self._student_iou)
+        sigma = np.stack(self._student_iou, axis=1).ravel() if rounds else np.zeros(0)
+        student_iou = pa.ListArray.from_arrays(pa.array(np.arange(size + 1) * rounds, pa.int32()), _nullable(sigma))
+        delta = disagreement(self._teacher_iou, self._student_iou[-1]) if rounds else np.full(size, np.nan)
+        columns = [
+            pa.array(list(self._index)),
+            _nullable(self._teacher_iou),
+            student_iou,
+            _nullable(delta),
+            pa.array(self._selected),
+            pa.array(self._num_rollouts),
+            pa.array(self._last_step),
+            pa.array(self._suspended),
+            pa.array([self._dropped.get(i, "") for i in range(size)], pa.string()),
         ]
+        return pa.Table.from_arrays(columns, schema=RECORDS)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes, as plain values; prompts in flight are to be issued again, first."""
+        """All that changes: `records` in Arrow, the rest plain values. Prompts in flight are to be issued again, first."""
         return {
             "records": self.records(),
-            "selected": list(self._selected),
             "queue": [*self._in_flight, *self._queue],
+            "round_end": self._round_end,
             "random_state": self._rng.bit_generator.state,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of state_dict, on the same pool."""
-        for record in state["records"]:
-            self._num_rollouts[record.prompt_id] = record.num_rollouts
-            self._last_step[record.prompt_id] = record.last_step
-            if record.teacher_iou is not None:
-                self._teacher_iou[record.prompt_id] = record.teacher_iou
-            if record.student_iou is not None:
-                self._student_iou[record.prompt_id] = record.student_iou
-            if record.dropped:
-                self._dropped[record.prompt_id] = record.dropped
-        self._selected = list(state["selected"])
+        """The inverse of state_dict. Raises CheckpointError on another pool than the state's."""
+        records: pa.Table = state["records"]
+        saved = records["prompt_id"].to_pylist()
+        if saved != list(self._index):
+            other = sorted(set(saved) ^ set(self._index))
+            raise CheckpointError(
+                f"the checkpoint's curriculum has {len(saved)} prompts, the data {len(self._prompts)}; {len(other)} are in one of "
+                f"them only ({', '.join(other[:NAMED_IN_ERRORS])}): resume with the data the run was started with"
+            )
+        self._teacher_iou = records["teacher_iou"].to_numpy()
+        student_iou = records["student_iou"].combine_chunks()
+        by_prompt = student_iou.values.to_numpy(zero_copy_only=False).reshape(len(saved), len(student_iou[0]))
+        self._student_iou = list(by_prompt.T.copy())
+        self._selected = records["selected"].to_numpy().copy()
+        self._num_rollouts = records["num_rollouts"].to_numpy().copy()
+        self._last_step = records["last_step"].to_numpy().copy()
+        self._suspended = records["suspended"].to_numpy().copy()
+        self._dropped = {i: reason for i, reason in enumerate(records["dropped"].to_pylist()) if reason}
         self._queue = deque(state["queue"])
         self._in_flight = {}
+        self._round_end = state["round_end"]
         self._rng.bit_generator.state = state["random_state"]
 
     def metrics(self) -> dict[str, float]:
+        selected = self._selected
         return {
+            "curriculum/round": len(self._student_iou),
             "curriculum/in_flight": len(self._in_flight),
-            "curriculum/selected": len(self._selected),
+            "curriculum/selected": int(selected.sum()),
             "curriculum/dropped": len(self._dropped),
-            "curriculum/seen_frac": float(np.mean([self._num_rollouts[p] > 0 for p in self._selected])),
+            "curriculum/suspended": int(self._suspended.sum()),
+            "curriculum/seen_frac": float((self._num_rollouts[selected] > 0).mean()),
         }
+
+
+def _nullable(values: np.ndarray) -> pa.Array:
+    return pa.array(values, pa.float64(), from_pandas=True)  # NaN: null
 
 
 class SchedulerActor(Scheduler):
@@ -164,30 +265,55 @@ class Curriculum:
     """The driver's side of the scheduler actor, `NAME/curriculum`: the same methods, each with a deadline."""
 
     def __init__(self, name: str, prompts: Sequence[Prompt], config: Config):
-        self._timeout_s = config.request_timeout_s
+        self._config = config
+        self._iou = MULTI_SPAN_IOU[config.curriculum.multi_span_iou]
+        self._next_prompts_s = 0.0
         self._actor = (
             ray.remote(SchedulerActor)
             .options(name=f"{name}/curriculum", num_cpus=0, max_restarts=0, runtime_env={"env_vars": config.worker_env})
-            .remote(ray.put(prompts), config.curriculum, config.seed)
+            .remote(ray.put(prompts), config)
         )
 
     async def _ask(self, method: str, *arguments: Any) -> Any:
         call = asyncio.ensure_future(getattr(self._actor, method).remote(*arguments))
-        return await within(self._timeout_s, call, f"the curriculum's {method}")
+        return await within(self._config.request_timeout_s, call, f"the curriculum's {method}")
 
-    async def start_round(self, teacher_iou: Mapping[str, float], student_iou: Mapping[str, float]) -> int:
-        return await self._ask("start_round", teacher_iou, student_iou)
+    def iou(self, span: Any, prompt: Prompt) -> float:
+        """With the prompt's ground truth, as curriculum.multi_span_iou reads it."""
+        return self._iou(span, prompt.answer_spans_s or ())
+
+    def route(self, group: TrajectoryGroup) -> TrajectoryGroup:
+        """The group as it goes on to the teacher: with scc, without the rollouts that are suspended."""
+        if self._config.curriculum.kind != "scc":
+            return group
+        return suspend(group, lambda span: self.iou(span, group.prompt), self._config.curriculum.suspend_iou)
+
+    async def validate(self, teacher_iou: np.ndarray) -> None:
+        await self._ask("validate", teacher_iou)
+
+    async def alive(self) -> np.ndarray:
+        return await self._ask("alive")
+
+    async def start_round(self, student_iou: np.ndarray | None, step: int) -> int | None:
+        return await self._ask("start_round", student_iou, step)
+
+    async def round_end(self) -> int | None:
+        return await self._ask("round_end")
 
     async def next_prompts(self, n: int) -> list[Prompt]:
-        return await self._ask("next_prompts", n)
+        started = time.monotonic()
+        prompts = await self._ask("next_prompts", n)
+        self._next_prompts_s += time.monotonic() - started
+        return prompts
 
     async def observe(self, groups: Sequence[ScoredGroup], step: int) -> None:
         await self._ask("observe", groups, step)
 
     async def retire(self, failed: Sequence[FailedPrompt]) -> None:
-        await self._ask("retire", failed)
+        if failed:
+            await self._ask("retire", failed)
 
-    async def records(self) -> list[PromptRecord]:
+    async def records(self) -> pa.Table:
         return await self._ask("records")
 
     async def state_dict(self) -> dict[str, Any]:
@@ -197,4 +323,6 @@ class Curriculum:
         await self._ask("load_state_dict", state)
 
     async def metrics(self) -> dict[str, float]:
-        return await self._ask("metrics")
+        """The scheduler's, and the seconds that callers waited for next_prompts since the last call."""
+        waited, self._next_prompts_s = self._next_prompts_s, 0.0
+        return {**await self._ask("metrics"), "curriculum/next_prompts_s": waited}

@@ -5,9 +5,12 @@ import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
+
+from video_opd.grounding import temporal_iou
 
 DURATION_S = 12
 VIDEO_FPS = 4  # twice the rate at which models sample, so that frame selection is real
@@ -32,13 +35,16 @@ class Level:
     grid_s: float
     min_s: float = 2.0
     max_s: float = 4.0  # short events keep the best constant interval low
+    opacity: float = 1.0  # of the objects over the background
 
 
 LEVELS = {
     "colour": Level(num_objects=(1, 2), shapes=("square",), grid_s=1.0),
     "shape": Level(num_objects=(2, 2), shapes=SHAPES, grid_s=1.0),
     "half_second": Level(num_objects=(1, 2), shapes=("square",), grid_s=0.5),
+    "faint": Level(num_objects=(2, 2), shapes=SHAPES, grid_s=1.0, opacity=0.15),  # the demo's teacher answers badly
 }
+MAX_SPOILED_IOU = 0.3  # of a wrong label with the truth
 SPLIT_SEEDS = {"pretrain": 1, "train": 2, "eval": 3}  # disjoint random streams
 
 
@@ -53,6 +59,7 @@ class Event:
     x: int
     y: int
     radius: int
+    opacity: float
 
     @property
     def query(self) -> str:
@@ -79,7 +86,7 @@ def draw_events(level: Level, rng: np.random.Generator) -> list[Event]:
         x, y = rng.integers(8, SIZE - 8, size=2)
         radius = rng.integers(5, 8)
         start, end = first * level.grid_s, (first + steps) * level.grid_s
-        events.append(Event(colour, shape, float(start), float(end), int(x), int(y), int(radius)))
+        events.append(Event(colour, shape, float(start), float(end), int(x), int(y), int(radius), level.opacity))
     return events
 
 
@@ -98,42 +105,69 @@ def render(events: list[Event], rng: np.random.Generator) -> np.ndarray:
     frames = background + rng.normal(0, 8, size=(num_frames, SIZE, SIZE, 3))
     for event in events:
         shown = slice(round(event.start_s * VIDEO_FPS), round(event.end_s * VIDEO_FPS))
-        frames[shown, _mask(event)] = COLOURS[event.colour]
+        under = frames[shown, _mask(event)]
+        frames[shown, _mask(event)] = event.opacity * np.array(COLOURS[event.colour]) + (1.0 - event.opacity) * under
     return np.clip(frames, 0, 255).astype(np.uint8)
 
 
 def write_mp4(path: Path, frames: np.ndarray) -> None:
-    """h264, yuv420p, with B-frames, as videos in the wild are."""
+    """h264, yuv420p, with B-frames, as videos in the wild are; without x264's assembly, which on frames this small is not
+    the same from one call to the next."""
     with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=VIDEO_FPS, options={"crf": "18", "preset": "veryfast"})
+        stream = container.add_stream(
+            "libx264", rate=VIDEO_FPS, options={"crf": "18", "preset": "veryfast", "x264-params": "asm=0"}
+        )
+        stream.codec_context.thread_count = 1
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
 
 
-def write_split(folder: Path, split: str, num_clips: int, levels: tuple[str, ...]) -> None:
+def write_split(folder: Path, split: str, num_clips: int, levels: tuple[str, ...], spoil_frac: float = 0.0) -> None:
     """Writes annotations.txt, lengths.csv and videos/ of one split; every object of a clip is asked for once.
 
-    The folder appears whole or not at all. Same arguments, same clips.
+    A share of spoil_frac of the labels, drawn at random, names a wrong interval; spoiled.csv lists their lines and the
+    truth. The folder appears whole or not at all. Same arguments, same clips; the clips do not depend on spoil_frac.
     """
     rng = np.random.default_rng([SPLIT_SEEDS[split], 2602_02994])
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "videos").mkdir(parents=True)
-    lines, lengths = [], []
+    asked: list[tuple[str, Event]] = []
+    lengths = []
     for number in range(num_clips):
         video_id = f"{split}{number:05d}"
         events = draw_events(LEVELS[levels[number % len(levels)]], rng)
         write_mp4(temporary / "videos" / f"{video_id}.mp4", render(events, rng))
         lengths.append((video_id, float(DURATION_S)))
         hidden = [_visible_share(events, i) < 0.35 for i in range(len(events))]
-        lines += [f"{video_id} {e.start_s} {e.end_s}##{e.query}" for e, h in zip(events, hidden, strict=True) if not h]
+        asked += [(video_id, event) for event, h in zip(events, hidden, strict=True) if not h]
+    labels, spoiled = _labels([event for _, event in asked], spoil_frac, np.random.default_rng([SPLIT_SEEDS[split], 1]))
+    lines = [f"{video} {start} {end}##{event.query}" for (video, event), (start, end) in zip(asked, labels, strict=True)]
     (temporary / "annotations.txt").write_text("\n".join(lines) + "\n")
-    with (temporary / "lengths.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("id", "length"), *lengths])
+    _write_csv(temporary / "lengths.csv", ("id", "length"), lengths)
+    truth = [(i + 1, asked[i][1].start_s, asked[i][1].end_s) for i in spoiled]
+    _write_csv(temporary / "spoiled.csv", ("line", "true_start_s", "true_end_s"), truth)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+def _labels(events: list[Event], spoil_frac: float, rng: np.random.Generator) -> tuple[list[tuple[float, float]], list[int]]:
+    """Every event's interval, and which of them are wrong: moved to where less than MAX_SPOILED_IOU of it is right."""
+    labels = [(e.start_s, e.end_s) for e in events]
+    spoiled = sorted(rng.permutation(len(events))[: round(spoil_frac * len(events))].tolist())
+    for i in spoiled:
+        true, length = labels[i], labels[i][1] - labels[i][0]
+        while temporal_iou(labels[i], true) >= MAX_SPOILED_IOU:
+            start = float(rng.integers(0, DURATION_S - round(length) + 1))
+            labels[i] = (start, min(start + length, float(DURATION_S)))
+    return labels, spoiled
+
+
+def _write_csv(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
 
 
 def _visible_share(events: list[Event], index: int) -> float:
@@ -150,11 +184,23 @@ SPLIT_CLIPS = {"train": 2000, "eval": 120}
 DEFAULT_LEVELS = ("colour", "shape")
 
 
-def ensure_clips(folder: Path) -> list[str]:
-    """Writes the splits that `folder` lacks, or has from another version of this file; returns their names."""
-    version = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=8).hexdigest()
-    missing = [s for s in SPLIT_CLIPS if not (folder / s / "VERSION").is_file() or (folder / s / "VERSION").read_text() != version]
-    for split in missing:
-        write_split(folder / split, split, SPLIT_CLIPS[split], DEFAULT_LEVELS)
-        (folder / split / "VERSION").write_text(version)
-    return missing
+def ensure_clips(
+    folder: Path, levels: tuple[str, ...] = DEFAULT_LEVELS, spoil_frac: float = 0.0, num_train: int = SPLIT_CLIPS["train"]
+) -> list[str]:
+    """Writes the splits that `folder` lacks, or has from other arguments or another version of this file; returns their names.
+
+    The arguments are those of the training split; the evaluation split is always clean and of the default levels.
+    """
+    code = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=8).hexdigest()
+    arguments: dict[str, Any] = {
+        "train": {"num_clips": num_train, "levels": levels, "spoil_frac": spoil_frac},
+        "eval": {"num_clips": SPLIT_CLIPS["eval"], "levels": DEFAULT_LEVELS},
+    }
+    written = []
+    for split, of_split in arguments.items():
+        version, stamp = f"{code} {of_split}", folder / split / "VERSION"
+        if not stamp.is_file() or stamp.read_text() != version:
+            write_split(folder / split, split, **of_split)
+            stamp.write_text(version)
+            written.append(split)
+    return written

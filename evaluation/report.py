@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -25,9 +28,12 @@ from video_opd.types import Prompt
 COLUMNS = ("miou", *(f"r1@{m}" for m in THRESHOLDS))
 NUM_EXAMPLES = 4
 NUM_EXAMPLE_FRAMES = 12
+MAX_ROUNDS_SHOWN = 4
 
 
-class _StepProgress:
+class StepProgress:
+    """The bar of a run."""
+
     def __init__(self, progress: Progress, task: Any):
         self._progress, self._task = progress, task
 
@@ -36,17 +42,21 @@ class _StepProgress:
         self._progress.update(
             self._task,
             advance=1,
-            numbers=f"rollout mIoU {metrics['actors/miou']:.2f}  reverse KL {metrics['learner/reverse_kl']:.3f}  "
+            numbers=f"rollout mIoU {metrics['actors/miou']:.2f}  reverse KL {metrics.get('learner/reverse_kl', math.nan):.3f}  "
             f"{metrics['time/step_s']:.1f} s/step",
         )
 
+    def say(self, line: str) -> None:
+        """Prints a line above the bar."""
+        self._progress.console.print(line, soft_wrap=True)
+
 
 @contextmanager
-def progress_bar(num_steps: int, done: int) -> Iterator[_StepProgress]:
+def progress_bar(num_steps: int, done: int) -> Iterator[StepProgress]:
     """A bar over the steps of the run on the terminal."""
     columns = [TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[numbers]}")]
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        yield _StepProgress(progress, progress.add_task("train", total=num_steps, completed=done, numbers=""))
+        yield StepProgress(progress, progress.add_task("train", total=num_steps, completed=done, numbers=""))
 
 
 def rows(summary: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
@@ -87,13 +97,13 @@ def _learning(metrics: Sequence[dict[str, float]], summary: dict[str, Any]) -> F
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps = [m["step"] for m in metrics]
-    left.plot(steps, [m["actors/miou"] for m in metrics], color="C0", alpha=0.35, label="rollouts of the step")
+    left.plot(steps, [m.get("actors/miou", math.nan) for m in metrics], color="C0", alpha=0.35, label="rollouts of the step")
     for name, colour in (("teacher", "C2"), ("student_after", "C0"), ("student_before", "C7")):
         left.axhline(summary[name]["miou"], color=colour, linestyle="--", label=name.replace("_", " "))
     left.axhline(summary["baselines"]["best_constant"]["miou"], color="C3", linestyle=":", label="best constant interval")
     left.set(xlabel="step", ylabel="mIoU", ylim=(0, 1))
     left.legend(fontsize="x-small", loc="lower right")
-    right.plot(steps, [m["learner/reverse_kl"] for m in metrics], color="C1")
+    right.plot(steps, [m.get("learner/reverse_kl", math.nan) for m in metrics], color="C1")
     right.set(xlabel="step", ylabel="reverse KL, nats a token")
     return figure
 
@@ -105,6 +115,39 @@ def _phases(metrics: Sequence[dict[str, float]]) -> Figure:
     axes.barh(names, [float(np.median([m[f"time/{n}_s"] for m in metrics])) for n in names])
     axes.set(xlabel="median seconds a step (rollout and scoring overlap)")
     return figure
+
+
+def _disagreements(rounds: Sequence[pa.Table]) -> Figure:
+    """delta of every prompt, round by round: selected, left, dropped."""
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    panels = figure.subplots(1, len(rounds), squeeze=False, sharey=True)[0]
+    for number, (axes, records) in enumerate(zip(panels, rounds, strict=True), 1):
+        delta = records["disagreement"].to_numpy()
+        selected, dropped = records["selected"].to_numpy(), records["dropped"].to_numpy() != ""
+        kinds = {"selected": selected, "left": ~selected & ~dropped, "dropped": dropped}
+        shares = [delta[which & np.isfinite(delta)] for which in kinds.values()]
+        axes.hist(shares, bins=np.linspace(-1, 1, 41), stacked=True, color=["C0", "C7", "C3"], label=list(kinds))
+        axes.set(xlabel="disagreement (teacher IoU - student IoU)", title=f"round {number}")
+    panels[0].set(ylabel="prompts")
+    panels[0].legend(fontsize="x-small")
+    return figure
+
+
+def _routing(metrics: Sequence[dict[str, float]]) -> Figure:
+    figure = Figure(figsize=(9, 2.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([m["step"] for m in metrics], [m["curriculum/suspended_frac"] for m in metrics], color="C4")
+    axes.set(xlabel="step", ylabel="share of rollouts suspended", ylim=(0, 1))
+    return figure
+
+
+def _curriculum(folder: Path, config: Config, metrics: Sequence[dict[str, float]]) -> list[Figure]:
+    """The curriculum's pictures, where it has something to show: one snapshot a round, newest last."""
+    paths = sorted((folder / "curriculum").glob("round-*.parquet"), key=lambda path: int(path.stem.removeprefix("round-")))
+    rounds = [pq.read_table(path) for path in paths[-MAX_ROUNDS_SHOWN:]]
+    known = [r for r in rounds if r["disagreement"].null_count < len(r)]
+    figures = [_disagreements(known)] if known else []
+    return figures + ([_routing(metrics)] if config.curriculum.kind == "scc" else [])
 
 
 def _example(prompt: Prompt, texts: dict[str, str]) -> Figure:
@@ -149,6 +192,7 @@ def write_report(folder: Path, config: Config, prompts: Sequence[Prompt], summar
         columns=["mIoU", *(f"R1@{m}" for m in THRESHOLDS)],
         learning=_embed(learning),
         phases=_embed(_phases(metrics)),
+        curriculum=[_embed(figure) for figure in _curriculum(folder, config, metrics)],
         examples=examples,
         config=config.model_dump_json(indent=2),
     )

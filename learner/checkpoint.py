@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from video_opd.errors import CheckpointError
-from video_opd.schemas import records_from_table, records_table, write_parquet
+from video_opd.schemas import write_parquet
 
 _STATE, _RECORDS = "state.json", "curriculum.parquet"
 
@@ -45,7 +45,7 @@ def write_state(
     folder: Path, step: int, shapes: Mapping[str, Any], curriculum: Mapping[str, Any], totals: Mapping[str, float]
 ) -> None:
     """`shapes`: of the student's architecture; `curriculum`: the scheduler's state_dict; `totals`: what the summary counts."""
-    write_parquet(records_table(curriculum["records"]), folder / _RECORDS)
+    write_parquet(curriculum["records"], folder / _RECORDS)
     rest = {k: v for k, v in curriculum.items() if k != "records"}
     (folder / _STATE).write_text(json.dumps({"step": step, "shapes": dict(shapes), "curriculum": rest, "totals": dict(totals)}))
 
@@ -55,7 +55,7 @@ def read_state(folder: Path, shapes: Mapping[str, Any]) -> tuple[int, dict[str, 
     try:
         state = json.loads((folder / _STATE).read_text())
         step, saved, curriculum, totals = (state[k] for k in ("step", "shapes", "curriculum", "totals"))
-        records = records_from_table(pq.read_table(folder / _RECORDS))
+        records = pq.read_table(folder / _RECORDS)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {folder} cannot be read ({error!r}): remove it and resume again") from error
     different = [f"{k} {saved.get(k)} / {v}" for k, v in shapes.items() if saved.get(k) != v]

@@ -59,9 +59,14 @@ class LearnerEngine:
         return self._engine.module.model
 
     def update(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
-        """One optimizer step on the whole batch; the same metrics on every rank, prefixed `learner/`."""
+        """One optimizer step on the whole batch; the same metrics on every rank, prefixed `learner/`.
+
+        A batch of suspended rollouts alone leaves weights, moments and weight decay untouched.
+        """
         config, engine = self._config, self._engine
         plan = plan_update(groups, config.loss, config.learner.micro_batch, self._rank, self._world_size)
+        if not plan.micro_batches:
+            return {"learner/loss": 0.0, "learner/grad_norm": 0.0, "learner/num_tokens": 0.0, "learner/skipped": 1.0}
         lr = learning_rate(step, config)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr

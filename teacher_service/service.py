@@ -21,7 +21,6 @@ from video_opd.types import EncodedPrompt, FailedPrompt, Prediction, Prompt, Tea
 
 BACK_PRESSURE_PAUSE_S = 0.2
 START_POLL_S = 0.2
-RolloutResult = TrajectoryGroup | FailedPrompt
 ScoreResult = tuple[TeacherScores, ...] | FailedPrompt
 
 
@@ -40,41 +39,31 @@ class TeacherReplica:
         batching.set_max_batch_size(pool.max_batch_requests)
         batching.set_batch_wait_timeout_s(pool.batch_wait_s)
 
-    async def score(self, groups: Sequence[RolloutResult]) -> list[ScoreResult]:
-        """Scores for every group, in order; a FailedPrompt where the clip cannot be read, here or by the actor."""
+    async def score(self, groups: Sequence[TrajectoryGroup]) -> list[ScoreResult]:
+        """Scores for every group, in order; a FailedPrompt where the clip cannot be read."""
         return await self._score_batch(groups)
 
     @serve.batch
-    async def _score_batch(self, requests: list[Sequence[RolloutResult]]) -> list[list[ScoreResult]]:
+    async def _score_batch(self, requests: list[Sequence[TrajectoryGroup]]) -> list[list[ScoreResult]]:
         async with self._busy:
             flat = await asyncio.to_thread(self._score, [g for groups in requests for g in groups])
         results = iter(flat)
         return [[next(results) for _ in groups] for groups in requests]
 
-    def _score(self, results: list[RolloutResult]) -> list[ScoreResult]:
-        groups = [r for r in results if isinstance(r, TrajectoryGroup)]
-        encoded = dict(zip([g.prompt.prompt_id for g in groups], self._encode([g.prompt for g in groups]), strict=True))
-        pairs = [(encoded[g.prompt.prompt_id], t) for g in groups for t in g.trajectories]
-        readable = [(e, t) for e, t in pairs if isinstance(e, EncodedPrompt)]
-        for prompt, trajectory in readable:
+    def _score(self, groups: list[TrajectoryGroup]) -> list[ScoreResult]:
+        encoded = self._encode([g.prompt for g in groups])
+        pairs = [(e, t) for e, g in zip(encoded, groups, strict=True) if isinstance(e, EncodedPrompt) for t in g.trajectories]
+        for prompt, trajectory in pairs:
             check_parity(prompt, trajectory, "the teacher")
-        scored = self._engine.score([e for e, _ in readable], [t.response_token_ids for _, t in readable]) if readable else []
-        scores = {
-            t.trajectory_id: TeacherScores(
-                trajectory_id=t.trajectory_id, teacher_id=self._teacher_id, teacher_logprobs=logprobs, top_k=top_k
-            )
-            for (_, t), (logprobs, top_k) in zip(readable, scored, strict=True)
-        }
-        return [self._score_result(r, encoded, scores) for r in results]
-
-    @staticmethod
-    def _score_result(result: RolloutResult, encoded: dict, scores: dict[str, TeacherScores]) -> ScoreResult:
-        if isinstance(result, FailedPrompt):
-            return result
-        prompt = encoded[result.prompt.prompt_id]
-        if isinstance(prompt, FailedPrompt):
-            return prompt
-        return tuple(scores[t.trajectory_id] for t in result.trajectories)
+        scored = self._engine.score([e for e, _ in pairs], [t.response_token_ids for _, t in pairs]) if pairs else []
+        scores = iter(
+            TeacherScores(trajectory_id=t.trajectory_id, teacher_id=self._teacher_id, teacher_logprobs=logprobs, top_k=top_k)
+            for (_, t), (logprobs, top_k) in zip(pairs, scored, strict=True)
+        )
+        return [
+            e if isinstance(e, FailedPrompt) else tuple(next(scores) for _ in g.trajectories)
+            for e, g in zip(encoded, groups, strict=True)
+        ]
 
     async def predict(
         self, prompts: Sequence[Prompt], num_answers: int = 1, temperature: float = 0.0
@@ -143,7 +132,7 @@ class TeacherPool:
                 raise RunError(f"the teacher service did not start: {application.message.strip()[-2000:]}")
             await asyncio.sleep(START_POLL_S)
 
-    async def score(self, groups: ray.ObjectRef | Sequence[RolloutResult]) -> list[ScoreResult]:
+    async def score(self, groups: ray.ObjectRef | Sequence[TrajectoryGroup]) -> list[ScoreResult]:
         """See TeacherReplica.score. A reference is fetched by the replica, past the caller."""
         return await self._call("score", groups)
 

@@ -23,10 +23,12 @@ def make_clip(clip_id: str = "clip", duration_s: float = 12.0) -> Clip:
     )
 
 
-def make_prompt(prompt_id: str, answers: tuple[Span, ...] | None = ((2.0, 5.0),), duration_s: float = 12.0) -> Prompt:
+def make_prompt(
+    prompt_id: str, answers: tuple[Span, ...] | None = ((2.0, 5.0),), duration_s: float = 12.0, clip_id: str | None = None
+) -> Prompt:
     return Prompt(
         prompt_id=prompt_id,
-        clip=make_clip(prompt_id, duration_s),
+        clip=make_clip(clip_id or prompt_id, duration_s),
         query="the red square is visible",
         answer_spans_s=answers,
     )
@@ -39,11 +41,15 @@ def make_group(
     num_prompt_tokens: int = 5,
     top_k: int | None = None,
     seed: int = 0,
+    suspended: Sequence[int] = (),
 ) -> ScoredGroup:
-    """One trajectory per entry of `lengths`, with random tokens, log-probs and, if asked for, teacher top-K."""
+    """One trajectory per entry of `lengths`, with random tokens, log-probs and, if asked for, teacher top-K.
+
+    One more per entry of `suspended`, without scores.
+    """
     rng = np.random.default_rng(seed)
     trajectories, scores = [], []
-    for number, length in enumerate(lengths):
+    for number, length in enumerate((*lengths, *suspended)):
         trajectory_id = f"{prompt_id}/{number}"
         trajectories.append(
             Trajectory(
@@ -67,8 +73,11 @@ def make_group(
                 top_k=None if top_k is None else _make_top_k(rng, length, top_k),
             )
         )
-    group = TrajectoryGroup(prompt=make_prompt(prompt_id), trajectories=tuple(trajectories))
-    return ScoredGroup(group=group, scores=tuple(scores))
+    active = len(lengths)
+    group = TrajectoryGroup(
+        prompt=make_prompt(prompt_id), trajectories=tuple(trajectories[:active]), suspended=tuple(trajectories[active:])
+    )
+    return ScoredGroup(group=group, scores=tuple(scores[:active]))
 
 
 def _make_top_k(rng: np.random.Generator, length: int, k: int, vocabulary: int = 50) -> TopK:

@@ -93,6 +93,20 @@ def test_micro_batches_hold_like_lengths(lengths, micro_batch, world_size):
         assert min(_length(r) for p in of_ranks for r in p.micro_batches[earlier]) >= longest_later
 
 
+@given(lengths=groups_of_lengths, data=st.data(), world_size=st.integers(1, 3))
+def test_suspended_rollouts_count_in_the_denominator_and_nowhere_else(lengths, data, world_size):
+    groups = []
+    for i, of_group in enumerate(lengths):
+        cut = data.draw(st.integers(0, len(of_group)))
+        groups.append(make_group(f"p{i}", of_group[:cut], suspended=of_group[cut:], seed=i))
+    of_ranks = plans(groups, 2, world_size)
+    assert {p.num_tokens for p in of_ranks} == {sum(map(sum, lengths))}
+    trained = sorted(row.trajectory.trajectory_id for p in of_ranks for row in rows(p) if row.weight)
+    assert trained == sorted(t.trajectory_id for g in groups for t in g.group.trajectories)
+    if not trained:
+        assert all(p.micro_batches == [] for p in of_ranks)
+
+
 def test_scores_in_another_order_than_their_trajectories_are_refused():
     group = make_group("p", [2, 3])
     with pytest.raises(ValueError, match=r"prompt p: trajectories \['p/0', 'p/1'\] were scored as \['p/1', 'p/0'\]"):

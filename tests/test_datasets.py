@@ -1,5 +1,6 @@
 """The Charades-STA reader on real clips, and the line and file that each kind of bad input is blamed on."""
 
+import csv
 import itertools
 import re
 import shutil
@@ -12,6 +13,7 @@ from demo.clips import DEFAULT_LEVELS, DURATION_S, VIDEO_FPS, write_split
 from video_opd.config import DatasetConfig, VideoConfig
 from video_opd.datasets import read_prompts
 from video_opd.errors import ClipError, DataError, InputError
+from video_opd.grounding import temporal_iou
 
 VIDEO = VideoConfig(fps=2, max_frames=24, max_video_tokens=256)
 MULTIPLE = 32
@@ -142,6 +144,31 @@ def test_line_numbers_count_blank_lines_which_are_skipped(folder):
 def test_an_interval_that_is_none_is_named(folder, span):
     where = line_of(folder, 2, lambda line: re.sub(r" \S+ \S+##", f" {span}##", line, count=1))
     assert failure(folder, DataError, where, "is not an interval").startswith(where)
+
+
+def test_several_bad_intervals_are_counted_and_the_first_of_them_named(folder):
+    lines = (folder / "annotations.txt").read_text().splitlines()
+    spans = ["5.0 2.0", "nan 2.0", "0.0 99.0", "3.0 3.0"]
+    changed = [re.sub(r" \S+ \S+##", f" {span}##", line, count=1) for line, span in zip(lines, spans, strict=False)]
+    (folder / "annotations.txt").write_text("\n".join([*changed, *lines[4:]]))
+    message = failure(folder, DataError, "4 such lines in all", "annotations.txt:1: 5.0 to 2.0", "annotations.txt:2: nan")
+    assert "annotations.txt:3: the annotation ends at 99.0 s" in message and "txt:4" not in message and "\n" not in message
+
+
+def test_spoiled_labels_are_wrong_listed_and_leave_all_else_as_it_was(tmp_path):
+    folders = [tmp_path / name for name in ("clean", "spoiled")]
+    for folder, share in zip(folders, (0.0, 0.3), strict=True):
+        write_split(folder, "train", 20, DEFAULT_LEVELS, spoil_frac=share)
+    clean, spoiled = ([span for p in read(folder) for span in p.answer_spans_s or ()] for folder in folders)
+    rows = list(csv.DictReader((folders[1] / "spoiled.csv").open()))
+    assert len(rows) == round(0.3 * len(clean))
+    truth = {int(row["line"]) - 1: (float(row["true_start_s"]), float(row["true_end_s"])) for row in rows}
+    for i, (a, b) in enumerate(zip(clean, spoiled, strict=True)):
+        assert a == truth.get(i, b)
+        assert (temporal_iou(a, b) < 0.3) if i in truth else a == b
+    assert list(csv.DictReader((folders[0] / "spoiled.csv").open())) == []
+    one, other = ((folder / "videos" / "train00003.mp4").read_bytes() for folder in folders)
+    assert one == other
 
 
 def test_an_annotation_beyond_the_clips_end_is_named_or_clamped_within_the_allowance(folder):

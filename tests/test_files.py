@@ -14,8 +14,9 @@ from tests.fakes import make_group
 from video_opd.errors import CheckpointError, InputError, ModelError
 from video_opd.metrics import MetricSinks, read_metrics
 from video_opd.model_files import check_same_tokenizer, read_model_info
-from video_opd.schemas import TrajectoryLog, predictions_table, records_from_table, records_table, write_parquet
-from video_opd.types import Prediction, PromptRecord, StepReport
+from video_opd.schemas import RECORDS as RECORDS_SCHEMA
+from video_opd.schemas import TrajectoryLog, write_parquet
+from video_opd.types import StepReport
 
 TOKENIZER = {
     "added_tokens": [{"id": 4, "content": "<|im_end|>", "special": True}, {"id": 5, "content": "<|video_pad|>", "special": True}],
@@ -178,13 +179,30 @@ def test_a_model_folder_without_weights_is_named(student):
 # --- checkpoints ---
 
 SHAPES = {"model_type": "qwen3_vl", "text.hidden_size": 8, "vision.depth": 1}
-RECORDS = [
-    PromptRecord(prompt_id="a", teacher_iou=0.1 + 0.2, student_iou=None, num_rollouts=3, last_step=-1, selected=True, dropped=""),
-    PromptRecord(prompt_id="ä:2", teacher_iou=None, student_iou=0.0, num_rollouts=0, last_step=7, selected=False, dropped="broken"),
-]
+RECORDS = pa.Table.from_pylist(
+    [
+        {
+            "prompt_id": "a",
+            "teacher_iou": 0.1 + 0.2,
+            "student_iou": [None, 0.5],
+            "num_rollouts": 3,
+            "last_step": -1,
+            "selected": True,
+        },
+        {
+            "prompt_id": "ä:2",
+            "student_iou": [0.0, 1.0],
+            "disagreement": -0.25,
+            "num_rollouts": 0,
+            "last_step": 7,
+            "dropped": "broken",
+        },
+    ],
+    schema=RECORDS_SCHEMA,
+)
 CURRICULUM = {
     "records": RECORDS,
-    "selected": ["a"],
+    "round_end": 12,
     "queue": ["a", "ä:2"],
     "random_state": np.random.default_rng(5).bit_generator.state,
 }
@@ -291,21 +309,9 @@ def test_a_checkpoint_that_fails_leaves_the_one_of_the_same_step_whole(tmp_path)
 
 def test_records_come_back_from_parquet_as_they_were(tmp_path):
     path = tmp_path / "new" / "folder" / "records.parquet"
-    write_parquet(records_table(RECORDS), path)
-    assert records_from_table(pq.read_table(path)) == RECORDS
+    write_parquet(RECORDS, path)
+    assert pq.read_table(path) == RECORDS
     assert [p.name for p in path.parent.iterdir()] == ["records.parquet"]
-
-
-def test_predictions_keep_their_text_and_interval(tmp_path):
-    answers = [
-        Prediction(prompt_id="a", text="From 1.5 to 2.0 seconds.", span_s=(1.5, 2.0)),
-        Prediction(prompt_id="a", text="at 0.0 to 0.0", span_s=(0.0, 0.0)),
-        Prediction(prompt_id="b", text="?", span_s=None),
-    ]
-    write_parquet(predictions_table(answers), tmp_path / "p.parquet")
-    rows = pq.read_table(tmp_path / "p.parquet").to_pylist()
-    assert [(r["prompt_id"], r["text"]) for r in rows] == [(a.prompt_id, a.text) for a in answers]
-    assert [(r["start_s"], r["end_s"]) for r in rows] == [(1.5, 2.0), (0.0, 0.0), (None, None)]
 
 
 # --- the trajectory log ---

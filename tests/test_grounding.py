@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fakes import make_prompt
-from video_opd.grounding import best_constant_interval, best_iou, blind_baselines, evaluate, summarise, temporal_iou
+from video_opd.grounding import best_constant_interval, best_iou, blind_baselines, evaluate, merged_iou, summarise, temporal_iou
 from video_opd.prompting import parse_span
 from video_opd.types import Prediction, Span
 
@@ -55,6 +55,22 @@ def test_iou_by_hand():
 def test_best_iou_is_that_of_the_nearest_answer_and_zero_for_no_interval():
     assert best_iou((0.0, 2.0), [(5.0, 6.0), (0.0, 4.0), (1.0, 2.0)]) == pytest.approx(0.5)
     assert best_iou(None, [(0.0, 4.0)]) == 0.0
+
+
+spans = st.tuples(st.integers(0, 12), st.integers(0, 12)).filter(lambda s: s[0] < s[1])
+
+
+@given(span=spans, answers=st.lists(spans, min_size=1, max_size=4))
+def test_merged_iou_is_that_with_the_union_of_all_answers_on_a_fine_grid(span, answers):
+    covered = {t for a, b in answers for t in range(a, b)}
+    predicted = set(range(*span))
+    assert merged_iou(span, answers) == pytest.approx(len(covered & predicted) / len(covered | predicted))
+    assert merged_iou(span, answers[:1]) == pytest.approx(best_iou(span, answers[:1]))
+
+
+@pytest.mark.parametrize("bad", [None, (3.0, 3.0), (4.0, 2.0), (0.0, float("nan")), (float("-inf"), 1.0)])
+def test_merged_iou_of_no_interval_is_zero(bad):
+    assert merged_iou(bad, [(0.0, 4.0), (6.0, 8.0)]) == 0.0
 
 
 def test_summary_counts_thresholds_inclusively_and_over_every_prompt():

@@ -1,23 +1,44 @@
 """The scheduler without Ray: shuffled passes, prompts in flight, resuming, and TVDF selection."""
 
+import itertools
 import json
 import random
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from curriculum.scheduler import Scheduler
 from tests.fakes import make_group, make_prompt
-from video_opd.config import CurriculumConfig
-from video_opd.errors import ConfigError, RunError
+from video_opd.config import Config, CurriculumConfig, load_config
+from video_opd.errors import CheckpointError, ConfigError, RunError
 from video_opd.types import FailedPrompt
 
+DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
+KINDS = ("uniform", "tvdf", "scc")
 
-def make_scheduler(num_prompts: int, seed: int = 0, **options) -> Scheduler:
-    return Scheduler([make_prompt(f"p{i}") for i in range(num_prompts)], CurriculumConfig(**options), seed)
+
+def make_config(seed: int = 0, groups_per_step: int = 1, **options) -> Config:
+    """The demo's, with the curriculum that the test names."""
+    demo = load_config(DEMO, [f"seed={seed}", f"groups_per_step={groups_per_step}", "max_policy_lag=0", "num_steps=1000"])
+    return demo.model_copy(update={"curriculum": CurriculumConfig(**options)})
+
+
+def make_scheduler(num_prompts: int, seed: int = 0, groups_per_step: int = 1, **options) -> Scheduler:
+    return Scheduler([make_prompt(f"p{i}") for i in range(num_prompts)], make_config(seed, groups_per_step, **options))
+
+
+def start_round(scheduler: Scheduler, teacher_iou: Sequence[float], student_iou: Sequence[float], step: int = 0) -> int | None:
+    scheduler.validate(np.array(teacher_iou))
+    return scheduler.start_round(np.array(student_iou), step)
+
+
+def records_of(scheduler: Scheduler) -> list[dict]:
+    return scheduler.records().to_pylist()
 
 
 def issue(scheduler: Scheduler, n: int) -> list[str]:
@@ -84,7 +105,7 @@ def test_a_prompt_is_never_in_flight_twice_and_a_retired_one_is_never_issued_aga
         retired |= set(failed)
         train(scheduler, [p for p in finished if p not in failed], step)
         assert scheduler.metrics()["curriculum/in_flight"] == len(in_flight)
-    assert {r.prompt_id for r in scheduler.records() if r.dropped} == retired
+    assert {r["prompt_id"] for r in records_of(scheduler) if r["dropped"]} == retired
 
 
 @given(pool=st.integers(4, 12), in_flight=st.integers(1, 4), seed=st.integers(0, 1000))
@@ -120,7 +141,7 @@ def test_a_retired_prompt_is_counted_with_its_reason_and_replaced_by_another():
     first = issue(scheduler, 1)
     scheduler.retire([FailedPrompt(prompt_id=first[0], reason="video x cannot be decoded")])
     assert sorted(issue(scheduler, 2)) == sorted({"p0", "p1", "p2"} - set(first))
-    assert {r.prompt_id: r.dropped for r in scheduler.records() if r.dropped} == {first[0]: "video x cannot be decoded"}
+    assert {r["prompt_id"]: r["dropped"] for r in records_of(scheduler) if r["dropped"]} == {first[0]: "video x cannot be decoded"}
     assert scheduler.metrics()["curriculum/dropped"] == 1
 
 
@@ -138,12 +159,12 @@ def test_records_count_rollouts_and_the_last_step_in_the_order_of_the_pool():
     train(scheduler, issue(scheduler, 3), step=4, rollouts=2)
     second = issue(scheduler, 1)
     train(scheduler, second, step=5, rollouts=3)
-    records = scheduler.records()
-    assert [r.prompt_id for r in records] == ["p0", "p1", "p2"]
-    assert {r.prompt_id: (r.num_rollouts, r.last_step) for r in records} == {
+    records = records_of(scheduler)
+    assert [r["prompt_id"] for r in records] == ["p0", "p1", "p2"]
+    assert {r["prompt_id"]: (r["num_rollouts"], r["last_step"]) for r in records} == {
         p: (5, 5) if p in second else (2, 4) for p in ("p0", "p1", "p2")
     }
-    assert [(r.teacher_iou, r.student_iou, r.selected, r.dropped) for r in records] == [(None, None, True, "")] * 3
+    assert [(r["teacher_iou"], r["student_iou"], r["selected"], r["dropped"]) for r in records] == [(None, [], True, "")] * 3
 
 
 def test_seen_share_is_over_the_selected_prompts():
@@ -153,28 +174,50 @@ def test_seen_share_is_over_the_selected_prompts():
     assert scheduler.metrics()["curriculum/seen_frac"] == 0.75
 
 
-def restored(state: dict, num_prompts: int, **options) -> Scheduler:
+def restored(state: dict, num_prompts: int, groups_per_step: int = 1, **options) -> Scheduler:
     """A fresh scheduler with the state, which has been through JSON as in a checkpoint; another seed, to be overwritten."""
     rest = json.loads(json.dumps({k: v for k, v in state.items() if k != "records"}))
-    scheduler = make_scheduler(num_prompts, seed=999, **options)
+    scheduler = make_scheduler(num_prompts, seed=999, groups_per_step=groups_per_step, **options)
     scheduler.load_state_dict(rest | {"records": state["records"]})
     return scheduler
 
 
-@given(pool=st.integers(1, 12), data=st.data())
-def test_a_restored_scheduler_goes_on_in_the_same_order(pool, data):
-    per_call = data.draw(st.integers(1, pool))
-    scheduler = make_scheduler(pool, seed=data.draw(st.integers(0, 1000)))
-    issue_and_train(scheduler, per_call, data.draw(st.integers(0, 15)))
-    copy = restored(scheduler.state_dict(), pool)
+def run_rounds(scheduler: Scheduler, per_step: int, first: int, last: int, sigma_seed: int) -> list[list[str]]:
+    """The steps `first` to `last` as the loop does them: select where a round ends, sample, train; sigma is the step's own."""
+    steps = []
+    for step in range(first, last):
+        if step == scheduler.round_end():
+            if step == 0:
+                scheduler.validate(np.random.default_rng(sigma_seed).uniform(0.4, 1, 24))
+            scheduler.start_round(np.random.default_rng([sigma_seed, step]).uniform(0, 1, 24), step)
+        steps.append(issue(scheduler, per_step))
+        train(scheduler, steps[-1], step)
+    return steps
+
+
+@given(
+    kind=st.sampled_from(KINDS),
+    sampler=st.sampled_from(["top_k", "dsus", "bbds", "gwds", "uniform"]),
+    stop=st.integers(1, 11),
+    by_video=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_a_run_stopped_anywhere_and_restored_samples_what_one_that_was_never_stopped_does(kind, sampler, stop, by_video, seed):
+    """Across rounds and in their middle, with every sampler: same prompts, same order, same records, same random state."""
+    options = {"kind": kind, "sampler": sampler, "teacher_threshold": 0.5, "group_by_video": by_video, "anchor_frac": 0.5}
+    if kind != "uniform":
+        options["num_selected"] = 4 if kind == "scc" else 9
+    scheduler = make_scheduler(24, seed, groups_per_step=2, **options)
+    run_rounds(scheduler, 2, 0, stop, seed)
+    copy = restored(scheduler.state_dict(), 24, groups_per_step=2, **options)
     assert copy.records() == scheduler.records()
-    assert issue_and_train(copy, per_call, 3 * pool) == issue_and_train(scheduler, per_call, 3 * pool)
+    assert run_rounds(copy, 2, stop, 12, seed) == run_rounds(scheduler, 2, stop, 12, seed)
     assert copy.state_dict() == scheduler.state_dict()
 
 
 def test_retired_and_selected_prompts_are_restored():
     scheduler = make_scheduler(6, kind="tvdf", num_selected=4)
-    scheduler.start_round({f"p{i}": 0.9 for i in range(6)}, {f"p{i}": 0.1 * i for i in range(6)})
+    start_round(scheduler, [0.9] * 6, [0.1 * i for i in range(6)])
     scheduler.retire([FailedPrompt(prompt_id="p1", reason="broken")])
     copy = restored(scheduler.state_dict(), 6, kind="tvdf", num_selected=4)
     assert copy.records() == scheduler.records()
@@ -207,6 +250,13 @@ def test_a_prompt_in_flight_at_a_restart_keeps_its_turn_in_the_pass_that_has_beg
     assert set(trained.values()) == {2}, trained
 
 
+def test_a_checkpoint_of_other_prompts_is_refused_with_their_names():
+    with pytest.raises(CheckpointError, match=r"has 3 prompts, the data 4; 1 are in one of them only \(p3\)"):
+        restored(make_scheduler(3).state_dict(), 4)
+
+
+# --- rounds ---
+
 ious = st.floats(0, 1)
 
 
@@ -220,52 +270,134 @@ def test_tvdf_selects_the_largest_disagreements_among_prompts_the_teacher_gets_r
     expected = {f"p{i}" for i in by_disagreement[:k]}
 
     scheduler = make_scheduler(len(scores), kind="tvdf", num_selected=k, teacher_threshold=threshold)
-    tau, sigma = ({f"p{i}": pair[part] for i, pair in enumerate(scores)} for part in (0, 1))
-    assert scheduler.start_round(tau, sigma) == k
-    assert set(issue_and_train(scheduler, 1, 2 * k)) == expected
-    for i, record in enumerate(scheduler.records()):
-        assert (record.teacher_iou, record.student_iou) == scores[i]
-        assert record.selected == (f"p{i}" in expected)
-        assert bool(record.dropped) == (i not in reliable)
+    assert start_round(scheduler, *zip(*scores, strict=True), step=7) == 7 + k
+    assert set(issue_and_train(scheduler, 1, k)) == expected
+    for i, record in enumerate(records_of(scheduler)):
+        assert (record["teacher_iou"], record["student_iou"]) == (scores[i][0], [scores[i][1]])
+        assert record["disagreement"] == scores[i][0] - scores[i][1]
+        assert record["selected"] == (f"p{i}" in expected)
+        assert bool(record["dropped"]) == (i not in reliable)
 
 
-def test_tvdf_by_hand():
-    scheduler = make_scheduler(5, kind="tvdf", num_selected=2, teacher_threshold=0.7)
-    tau = {"p0": 0.9, "p1": 0.7, "p2": 0.69, "p3": 1.0, "p4": 0.8}
-    sigma = {"p0": 0.8, "p1": 0.1, "p2": 0.0, "p3": 0.9, "p4": 0.5}  # disagreements 0.1, 0.6, dropped, 0.1, 0.3
-    scheduler.start_round(tau, sigma)
-    assert [r.prompt_id for r in scheduler.records() if r.selected] == ["p1", "p4"]
-    assert {r.prompt_id: r.dropped for r in scheduler.records() if r.dropped} == {"p2": "teacher IoU 0.690 is below 0.7"}
+TAU, SIGMA = [0.9, 0.7, 0.69, 1.0, 0.8], [0.8, 0.1, 0.0, 0.9, 0.5]  # disagreements 0.1, 0.6, 0.69, 0.1, 0.3
+
+
+@pytest.mark.parametrize(
+    ("options", "selected", "dropped"),
+    [
+        ({}, ["p1", "p4"], ["p2"]),
+        ({"trpv": False}, ["p1", "p2"], []),
+        ({"sampler": "dsus"}, ["p1", "p0"], ["p2"]),  # of p1 p4 p0 p3: places 0 and 2
+    ],
+    ids=["both", "without trpv", "dsus"],
+)
+def test_tvdf_by_hand(options, selected, dropped):
+    scheduler = make_scheduler(5, kind="tvdf", num_selected=2, teacher_threshold=0.7, **options)
+    start_round(scheduler, TAU, SIGMA)
+    assert {r["prompt_id"] for r in records_of(scheduler) if r["selected"]} == set(selected)
+    assert {r["prompt_id"]: r["dropped"] for r in records_of(scheduler) if r["dropped"]} == dict.fromkeys(
+        dropped, "teacher IoU is below 0.7"
+    )
+
+
+def test_without_dbtp_the_round_is_drawn_at_random_from_the_reliable_prompts():
+    drawn = Counter()
+    for seed in range(300):
+        scheduler = make_scheduler(5, seed, kind="tvdf", num_selected=2, teacher_threshold=0.7, dbtp=False)
+        scheduler.validate(np.array(TAU))
+        scheduler.start_round(None, 0)
+        drawn.update(r["prompt_id"] for r in records_of(scheduler) if r["selected"])
+    assert drawn.keys() == {"p0", "p1", "p3", "p4"}
+    assert all(abs(count - 150) < 45 for count in drawn.values()), drawn  # sd 8.7
+
+
+def test_with_neither_trpv_nor_dbtp_no_model_is_asked():
+    scheduler = make_scheduler(6, kind="tvdf", num_selected=4, trpv=False, dbtp=False)
+    assert scheduler.start_round(None, 0) == 4
+    assert len(set(issue_and_train(scheduler, 2, 2))) == 4
 
 
 def test_tvdf_without_a_number_selects_all_that_are_reliable():
     scheduler = make_scheduler(4, kind="tvdf", teacher_threshold=0.5)
-    assert scheduler.start_round({"p0": 0.5, "p1": 0.4, "p2": 1.0, "p3": 0.9}, dict.fromkeys(("p0", "p1", "p2", "p3"), 0.0)) == 3
+    assert start_round(scheduler, [0.5, 0.4, 1.0, 0.9], [0.0] * 4) == 3
     assert sorted(issue_and_train(scheduler, 3, 1)) == ["p0", "p2", "p3"]
 
 
 def test_a_prompt_without_a_prediction_is_dropped():
     scheduler = make_scheduler(3, kind="tvdf")
-    assert scheduler.start_round({"p0": 0.9, "p1": 0.9}, {"p0": 0.1, "p2": 0.1}) == 1
-    assert [bool(r.dropped) for r in scheduler.records()] == [False, True, True]
-    assert [r.teacher_iou for r in scheduler.records()] == [0.9, 0.9, None]
+    assert start_round(scheduler, [0.9, 0.9, np.nan], [0.1, np.nan, 0.1]) == 1
+    assert [r["dropped"] for r in records_of(scheduler)] == ["", *["no answer: its clip cannot be read"] * 2]
+    assert [r["teacher_iou"] for r in records_of(scheduler)] == [0.9, 0.9, None]
 
 
-def test_a_round_replaces_what_was_queued_before():
-    scheduler = make_scheduler(6, kind="tvdf", num_selected=2)
-    issue_and_train(scheduler, 1, 2)
-    scheduler.start_round(dict.fromkeys((f"p{i}" for i in range(6)), 0.9), {f"p{i}": 0.1 * i for i in range(6)})
-    assert set(issue_and_train(scheduler, 1, 8)) == {"p0", "p1"}
+def test_rounds_are_as_long_as_their_passes_and_sample_nothing_twice_unless_asked():
+    for passes in (1, 3):
+        scheduler = make_scheduler(12, groups_per_step=2, kind="tvdf", num_selected=6, passes_per_round=passes)
+        scheduler.validate(np.full(12, 0.9))
+        for _ in range(3):
+            start = scheduler.round_end() or 0
+            sigma = np.random.default_rng(start).uniform(0, 1, 12)
+            assert scheduler.start_round(sigma, start) == start + 3 * passes
+            counts = Counter(issue_and_train(scheduler, 2, 3 * passes))
+            assert set(counts.values()) == {passes} and len(counts) == 6
+
+
+def test_every_round_keeps_what_the_student_could_do_then():
+    scheduler = make_scheduler(3, kind="tvdf", num_selected=1)
+    scheduler.validate(np.array([0.9, 0.9, 0.9]))
+    chosen = []
+    for step, sigma in enumerate(([0.0, 0.5, 0.9], [0.9, 0.5, 0.9])):
+        assert scheduler.round_end() == step
+        scheduler.start_round(np.array(sigma), step)
+        chosen += issue_and_train(scheduler, 1, 1)
+    assert chosen == ["p0", "p1"]
+    assert [r["student_iou"] for r in records_of(scheduler)] == [[0.0, 0.9], [0.5, 0.5], [0.9, 0.9]]
+    assert scheduler.metrics()["curriculum/round"] == 2
+
+
+def test_scc_keeps_anchors_and_frontier_for_the_whole_run_and_marks_what_is_suspended():
+    scheduler = make_scheduler(40, kind="scc")
+    sigma = [0.9] * 5 + [0.5] * 10 + [0.1] * 25  # 25 Frontier at a share of 0.9: 27 prompts, 3 of them Anchors
+    assert start_round(scheduler, [1.0] * 40, sigma) is None
+    selected = [i for i, r in enumerate(records_of(scheduler)) if r["selected"]]
+    assert sum(i < 5 for i in selected) == 3 and sum(i >= 15 for i in selected) == 24
+    assert not any(5 <= i < 15 for i in selected)
+    first = issue(scheduler, 2)
+    scheduler.observe([make_group(first[0], [], suspended=[3]), make_group(first[1], [2])], step=0)
+    by_id = {r["prompt_id"]: r for r in records_of(scheduler)}
+    assert by_id[first[0]]["suspended"] and not by_id[first[1]]["suspended"]
+    assert by_id[first[0]]["num_rollouts"] == 1
+    counts = Counter(issue_and_train(scheduler, 1, 25 + 27))
+    assert counts[first[0]] == 1, "a suspended prompt is sampled again in the next pass"
+    assert not any(r["suspended"] for r in records_of(scheduler)), "and active again when it was not suspended then"
+
+
+def test_prompts_of_one_video_are_issued_next_to_each_other_when_asked():
+    prompts = [make_prompt(f"v{i % 5}:{i}", clip_id=f"v{i % 5}") for i in range(20)]
+    orders = []
+    for by_video in (True, False):
+        scheduler = Scheduler(prompts, make_config(group_by_video=by_video))
+        videos = [p.clip.clip_id for p in scheduler.next_prompts(20)]
+        orders.append(sum(a != b for a, b in itertools.pairwise(videos)))
+    assert orders[0] == 4 < orders[1]
 
 
 @pytest.mark.parametrize(
-    ("threshold", "num_selected", "reached"),
-    [(0.95, None, 0), (0.95, 2, 0), (0.5, 4, 3)],
-    ids=["all dropped", "all dropped, a number asked for", "fewer than asked for"],
+    ("options", "message"),
+    [
+        (
+            {"teacher_threshold": 0.95},
+            r"0 of 4 prompts are left, 1 are to be selected: 4 dropped, teacher IoU is below 0.95 \(p0, p1, p2, ...\)",
+        ),
+        ({"teacher_threshold": 0.95, "num_selected": 2}, r"0 of 4 prompts are left, 2 are to be selected"),
+        ({"teacher_threshold": 0.5, "num_selected": 4}, r"3 of 4 prompts are left, 4 are to be selected: 1 dropped, .* \(p1\)"),
+        ({"teacher_threshold": 0.8, "groups_per_step": 2}, r"1 of 4 prompts are selected, fewer than the .* = 2 in flight"),
+        ({"teacher_threshold": 0.1, "kind": "scc"}, r"0 Anchors .* and 4 Frontier .* cannot give 1 prompts .* none was dropped"),
+    ],
+    ids=["all dropped", "all dropped, a number asked for", "fewer than asked for", "fewer than in flight", "no anchors"],
 )
-def test_a_threshold_that_leaves_too_few_prompts_is_an_error_of_the_config_in_one_line(threshold, num_selected, reached):
-    scheduler = make_scheduler(4, kind="tvdf", teacher_threshold=threshold, num_selected=num_selected)
-    tau = {"p0": 0.6, "p1": 0.2, "p2": 0.7, "p3": 0.9}
-    with pytest.raises(ConfigError, match=rf"{reached} of 4 prompts reach teacher_threshold={threshold}") as caught:
-        scheduler.start_round(tau, dict.fromkeys(tau, 0.0))
+def test_too_few_prompts_to_select_is_an_error_of_the_config_that_says_how_many_and_which(options, message):
+    scheduler = make_scheduler(4, **{"kind": "tvdf"} | options)
+    with pytest.raises(ConfigError, match=message) as caught:
+        start_round(scheduler, [0.6, 0.2, 0.7, 0.9], [0.0] * 4)
     assert "\n" not in str(caught.value)

@@ -52,6 +52,12 @@ class TrajectoryBuffer:
             self._first_slot += self._groups_per_step
             return [self._filled.pop(slot) for slot in wanted]
 
+    async def close(self) -> None:
+        """No more slots are handed out: the run ends earlier than planned."""
+        async with self._changed:
+            self._left = 0
+            self._changed.notify_all()
+
     async def release(self) -> None:
         """Frees one step's slots: the weights of that step are published."""
         async with self._changed:

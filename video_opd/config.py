@@ -161,14 +161,25 @@ class LearnerConfig(_Section):
 
 
 class CurriculumConfig(_Section):
-    """Which prompts are sampled. ALGORITHM.md section 2."""
+    """Which prompts are sampled. ALGORITHM.md section 2; curriculum/tvdf.py and curriculum/coupling.py."""
 
-    kind: Literal["uniform", "tvdf"] = "uniform"
-    num_selected: PositiveInt | None = Field(
-        default=None, description="prompts of the round, for tvdf; None: all that are reliable"
+    kind: Literal["uniform", "tvdf", "scc"] = Field(
+        default="uniform",
+        description="all in shuffled passes; teacher-validated disagreement; student-curriculum coupling",
     )
+    trpv: bool = Field(default=True, description="tvdf, scc: drop prompts that the teacher gets wrong")
+    dbtp: bool = Field(default=True, description="tvdf: ask the student, select by disagreement; false: select at random")
+    sampler: Literal["top_k", "dsus", "bbds", "gwds", "uniform"] = Field(default="top_k", description="tvdf: how dbtp selects")
+    num_selected: PositiveInt | None = Field(default=None, description="prompts of a round; None: all that may be selected")
+    passes_per_round: PositiveInt = Field(default=1, description="tvdf: times that a selected prompt is sampled in a round")
     teacher_threshold: Fraction = Field(default=0.7, description="drop a prompt whose teacher IoU is below (TRPV)")
     num_teacher_predictions: PositiveInt = Field(default=4, description="teacher answers for each prompt (TRPV)")
+    multi_span_iou: Literal["best", "merged"] = Field(default="best", description="IoU with several true spans; see grounding.py")
+    group_by_video: bool = Field(default=False, description="issue prompts of one video next to each other")
+    anchor_iou: Fraction = Field(default=0.7, description="scc: prompts that the student solves from the start, Anchors")
+    frontier_iou: Fraction = Field(default=0.3, description="scc: prompts below this at the start, Frontier")
+    anchor_frac: Fraction = Field(default=0.1, description="scc: share of Anchors in the pool")
+    suspend_iou: Fraction = Field(default=0.7, description="scc: a rollout of at least this IoU is neither scored nor learnt from")
 
 
 class ChecksConfig(_Section):
@@ -186,6 +197,9 @@ class Config(_Section):
     student: str = Field(description="transformers folder of the student")
     teacher: str = Field(description="transformers folder of the teacher")
     num_steps: PositiveInt
+    max_scored_tokens: PositiveInt | None = Field(
+        default=None, description="end earlier, after the step at which the teacher has scored so many response tokens"
+    )
     groups_per_step: PositiveInt = Field(default=32, description="prompts of one update")
     max_policy_lag: NonNegativeInt = Field(default=0, description="0: strictly on-policy")
     checkpoint_every: NonNegativeInt = Field(default=0, description="steps between checkpoints; 0: only at the end")

@@ -10,18 +10,19 @@ from video_opd.config import DatasetConfig, VideoConfig
 from video_opd.errors import ClipError, DataError
 from video_opd.types import Clip, Prompt
 
+NAMED_IN_ERRORS = 3
 _LINE = re.compile(r"(?P<video>\S+)\s+(?P<start>\S+)\s+(?P<end>\S+?)##(?P<sentence>.+)")
 
 
 def read_prompts(dataset: DatasetConfig, video: VideoConfig, multiple: int) -> list[Prompt]:
     """Reads a Charades-STA split: annotation txt, length csv, folder of mp4 files.
 
-    `multiple`: see clips.plan_clip. Each video is opened once. Raises DataError or ClipError on the first bad line,
-    named by file and line number.
+    `multiple`: see clips.plan_clip. Each video is opened once. Raises DataError or ClipError on the first line or video
+    that cannot be read, and DataError for all intervals that cannot be, with their number and the first of them.
     """
     lengths = _read_lengths(Path(dataset.lengths))
     clips: dict[str, Clip] = {}
-    prompts = []
+    prompts, bad_spans = [], []
     for number, line in enumerate(_read_text(Path(dataset.annotations)).splitlines(), 1):
         if not line.strip():
             continue
@@ -36,12 +37,18 @@ def read_prompts(dataset: DatasetConfig, video: VideoConfig, multiple: int) -> l
                 raise ClipError(f"{where}: {error}") from error
         clip = clips[video_id]
         length = min(lengths[video_id], clip.duration_s + 1.0 / clip.video_fps)  # the csv may say more than the file holds
-        span = _check_span(start, end, length, dataset.clamp_s, where)
-        prompts.append(Prompt(prompt_id=f"{video_id}:{number}", clip=clip, query=sentence, answer_spans_s=(span,)))
+        if length < end <= length + dataset.clamp_s:
+            end = length
+        if problem := _span_problem(start, end, length):
+            bad_spans.append(f"{where}: {problem}")
+        prompts.append(Prompt(prompt_id=f"{video_id}:{number}", clip=clip, query=sentence, answer_spans_s=((start, end),)))
         if len(prompts) == dataset.max_prompts:
             break
     if not prompts:
         raise DataError(f"{dataset.annotations} has no annotations")
+    if bad_spans:
+        more = f" ({len(bad_spans)} such lines in all, also {'; '.join(bad_spans[1:NAMED_IN_ERRORS])})" if bad_spans[1:] else ""
+        raise DataError(f"{bad_spans[0]}{more}")
     return prompts
 
 
@@ -74,14 +81,11 @@ def _parse_line(line: str, where: str) -> tuple[str, float, float, str]:
         raise DataError(f"{where}: expected 'VIDEO_ID start end##sentence', found {line[:80]!r}") from None
 
 
-def _check_span(start: float, end: float, length: float, clamp_s: float, where: str) -> tuple[float, float]:
-    if length < end <= length + clamp_s:
-        end = length
+def _span_problem(start: float, end: float, length: float) -> str | None:
+    """What is wrong with an annotated interval, and what to do; None: nothing."""
     if not (math.isfinite(start) and math.isfinite(end) and 0 <= start < end):
-        raise DataError(f"{where}: {start} to {end} is not an interval in seconds: correct it or remove the line")
+        return f"{start} to {end} is not an interval in seconds: correct it or remove the line"
     if end > length:
-        raise DataError(
-            f"{where}: the annotation ends at {end} s, its clip at {length} s: correct it, or allow "
-            f"data.*.clamp_s={end - length:.1f} or more"
-        )
-    return start, end
+        over = f"allow data.*.clamp_s={end - length:.1f} or more"
+        return f"the annotation ends at {end} s, its clip at {length} s: correct it, or {over}"
+    return None

@@ -22,6 +22,23 @@ def best_iou(span: Span | None, answers: Sequence[Span]) -> float:
     return 0.0 if span is None else max((temporal_iou(span, answer) for answer in answers), default=0.0)
 
 
+def merged_iou(span: Span | None, answers: Sequence[Span]) -> float:
+    """IoU with the union of all answers, in seconds covered; 0 for an answer that could not be parsed."""
+    if span is None or not np.all(np.isfinite(span)) or span[1] <= span[0]:
+        return 0.0
+    covered = shared = 0.0
+    reached = -np.inf  # answers may overlap: each second counts once
+    for start, end in sorted(answers):
+        start, reached = max(start, reached), max(end, reached)
+        covered += max(0.0, end - start)
+        shared += max(0.0, min(end, span[1]) - max(start, span[0]))
+    return shared / (span[1] - span[0] + covered - shared)
+
+
+MULTI_SPAN_IOU = {"best": best_iou, "merged": merged_iou}
+"""Two readings of a ground truth of several spans; the same where there is one span."""
+
+
 def summarise(ious: Sequence[float], num_unparsed: int = 0) -> dict[str, float]:
     """mIoU and R1@m (share with IoU >= m) over every prompt; a failure is an IoU of 0 and stays in the denominator."""
     values = np.asarray(ious, dtype=np.float64)

@@ -1,6 +1,7 @@
 """Where numbers go: phase clocks, metrics.jsonl, TensorBoard."""
 
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -46,7 +47,10 @@ class PhaseClock:
 
 
 class MetricSinks:
-    """metrics.jsonl, one line a step, and TensorBoard. A resumed run goes on in the same files, each step once."""
+    """metrics.jsonl, one line a step, and TensorBoard. A resumed run goes on in the same files, each step once.
+
+    What a step has no value for (the mIoU of unlabelled prompts, say) is left out of its line.
+    """
 
     def __init__(self, run_dir: Path, start_step: int):
         from tensorboard.summary import Writer
@@ -61,10 +65,11 @@ class MetricSinks:
         self._board = Writer(str(run_dir / "tensorboard"))
 
     def write(self, report: StepReport, wall_s: float) -> None:
-        line = {"step": report.step, "policy_version": report.policy_version, "wall_s": wall_s, **report.metrics}
+        known = {name: value for name, value in report.metrics.items() if math.isfinite(value)}
+        line = {"step": report.step, "policy_version": report.policy_version, "wall_s": wall_s, **known}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        for name, value in report.metrics.items():
+        for name, value in known.items():
             self._board.add_scalar(name, value, report.step)
 
     def close(self) -> None:

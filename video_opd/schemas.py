@@ -1,7 +1,6 @@
 """Arrow schemas of what is kept on disk, and the way there and back."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,20 +8,32 @@ import pyarrow.compute as pc
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from video_opd.types import Prediction, PromptRecord, ScoredGroup
+from video_opd.types import ScoredGroup
 
 RECORDS = pa.schema(
     [
         ("prompt_id", pa.string()),
-        ("teacher_iou", pa.float64()),
-        ("student_iou", pa.float64()),
+        ("teacher_iou", pa.float64()),  # tau, mean over the teacher's answers; null: not asked, or its clip cannot be read
+        ("student_iou", pa.list_(pa.float64())),  # sigma, one a round
+        ("disagreement", pa.float64()),  # delta of the current round
+        ("selected", pa.bool_()),  # in the current round
         ("num_rollouts", pa.int64()),
-        ("last_step", pa.int64()),
-        ("selected", pa.bool_()),
-        ("dropped", pa.string()),
+        ("last_step", pa.int64()),  # -1: never sampled
+        ("suspended", pa.bool_()),  # every rollout was, the last time
+        ("dropped", pa.string()),  # why; empty: in the pool
     ]
 )
-PREDICTIONS = pa.schema([("prompt_id", pa.string()), ("text", pa.string()), ("start_s", pa.float64()), ("end_s", pa.float64())])
+"""What the curriculum knows of every prompt, in the order of the pool."""
+
+TEACHER_ANSWERS = pa.schema(
+    [
+        ("prompt_key", pa.string()),  # of the prompt's content, see curriculum/teacher_answers.py
+        ("prompt_id", pa.string()),
+        ("text", pa.string()),
+        ("start_s", pa.float64()),
+        ("end_s", pa.float64()),
+    ]
+)
 TRAJECTORIES = pa.schema(
     [
         ("step", pa.int64()),
@@ -50,20 +61,7 @@ def write_parquet(table: pa.Table, path: Path) -> None:
     temporary.rename(path)
 
 
-def records_table(records: Iterable[PromptRecord]) -> pa.Table:
-    return pa.Table.from_pylist([asdict(r) for r in records], schema=RECORDS)
-
-
-def records_from_table(table: pa.Table) -> list[PromptRecord]:
-    return [PromptRecord(**row) for row in table.to_pylist()]
-
-
-def predictions_table(predictions: Iterable[Prediction]) -> pa.Table:
-    rows = [{"prompt_id": p.prompt_id, "text": p.text, **_span(p.span_s)} for p in predictions]
-    return pa.Table.from_pylist(rows, schema=PREDICTIONS)
-
-
-def _span(span: tuple[float, float] | None) -> dict[str, float | None]:
+def span_columns(span: tuple[float, float] | None) -> dict[str, float | None]:
     return {"start_s": span[0] if span else None, "end_s": span[1] if span else None}
 
 
@@ -94,7 +92,7 @@ class TrajectoryLog:
                 "teacher_logprobs": s.teacher_logprobs,
                 "finish_reason": str(t.finish_reason),
                 "text": t.text,
-                **_span(t.predicted_span_s),
+                **span_columns(t.predicted_span_s),
             }
             for g in groups
             for t, s in zip(g.group.trajectories, g.scores, strict=True)

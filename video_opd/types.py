@@ -87,6 +87,12 @@ class TrajectoryGroup:
 
     prompt: Prompt
     trajectories: tuple[Trajectory, ...]
+    suspended: tuple[Trajectory, ...] = ()  # sampled, but neither scored nor in the loss (curriculum.kind=scc)
+
+    @property
+    def sampled(self) -> tuple[Trajectory, ...]:
+        """All that the student sampled for the prompt."""
+        return self.trajectories + self.suspended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,19 +171,6 @@ class WeightUpdate:
     policy_version: int
     num_bytes: int
     duration_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptRecord:
-    """What the curriculum knows of a prompt."""
-
-    prompt_id: str
-    teacher_iou: float | None  # tau, mean over the teacher's answers
-    student_iou: float | None  # sigma, at selection
-    num_rollouts: int
-    last_step: int  # -1: never trained on
-    selected: bool
-    dropped: str  # why; empty: in the pool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,148 @@
+"""`python -m curriculum show RUN`: what the curriculum knows of a run's prompts, and why it took or left one."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from video_opd.config import Config, load_config
+from video_opd.errors import ConfigError, InputError
+
+SHOWN = 20
+
+
+def newest_records(run: Path) -> tuple[pa.Table, Path]:
+    """The records last written: at the end, at a checkpoint or at the start of a round. Raises ConfigError if there are none."""
+    files = [
+        *run.glob("curriculum/records.parquet"),
+        *run.glob("curriculum/round-*.parquet"),
+        *run.glob("checkpoints/step-*/curriculum.parquet"),
+    ]
+    if not files:
+        raise ConfigError(f"{run} holds no curriculum records: name a run folder, e.g. runs/NAME")
+    newest = max(files, key=lambda path: path.stat().st_mtime_ns)
+    return pq.read_table(newest), newest
+
+
+def state_of(record: dict) -> str:
+    """One word for where a prompt stands."""
+    if record["dropped"]:
+        return "dropped"
+    if not record["selected"]:
+        return "left out"
+    return "suspended" if record["suspended"] else "selected"
+
+
+def overview(records: pa.Table) -> Table:
+    """Prompts by state; dropped ones by reason."""
+    rows = records.select(["dropped", "selected", "suspended", "num_rollouts", "teacher_iou", "disagreement"]).to_pylist()
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        state = state_of(row)
+        groups.setdefault(f"dropped: {row['dropped']}" if state == "dropped" else state, []).append(row)
+    table = Table("state", "prompts", "sampled", "rollouts", "teacher IoU", "disagreement", title=f"{len(records)} prompts")
+    for state, members in sorted(groups.items(), key=lambda item: -len(item[1])):
+        sampled = sum(m["num_rollouts"] > 0 for m in members)
+        means = [_mean([m[name] for m in members]) for name in ("teacher_iou", "disagreement")]
+        table.add_row(escape(state), str(len(members)), str(sampled), str(sum(m["num_rollouts"] for m in members)), *means)
+    return table
+
+
+def largest(records: pa.Table, limit: int) -> Table:
+    """The prompts of the largest disagreement that are not dropped."""
+    alive = records.filter(pc.field("dropped") == "").sort_by([("disagreement", "descending")])
+    table = Table(
+        "prompt",
+        "state",
+        "disagreement",
+        "teacher IoU",
+        "student IoU by round",
+        "rollouts",
+        "last step",
+        title="largest disagreement",
+    )
+    for record in alive.slice(0, limit).to_pylist():
+        student = " ".join(_number(iou) for iou in record["student_iou"])
+        numbers = (_number(record["disagreement"]), _number(record["teacher_iou"]), student)
+        table.add_row(
+            escape(record["prompt_id"]), state_of(record), *numbers, str(record["num_rollouts"]), str(record["last_step"])
+        )
+    return table
+
+
+def explain(records: pa.Table, prompt_id: str, config: Config) -> list[str]:
+    """Why a prompt was taken or left, in sentences. Raises ConfigError for an unknown one."""
+    found = records.filter(pc.field("prompt_id") == prompt_id).to_pylist()
+    if not found:
+        near = difflib.get_close_matches(prompt_id, records["prompt_id"].to_pylist(), n=1, cutoff=0.0)[0]
+        raise ConfigError(f"no prompt {prompt_id} among {len(records)}; did you mean {near}?")
+    record, curriculum = found[0], config.curriculum
+    lines = [f"{prompt_id}: {state_of(record)}"]
+    if record["teacher_iou"] is not None:
+        answers = curriculum.num_teacher_predictions
+        lines.append(
+            f"teacher: mean IoU {record['teacher_iou']:.3f} over {answers} answers, threshold {curriculum.teacher_threshold}"
+        )
+    if any(iou is not None for iou in record["student_iou"]):
+        lines.append(f"student: IoU by round {' '.join(_number(iou) for iou in record['student_iou'])}")
+    if record["dropped"]:
+        lines.append(f"dropped: {record['dropped']}")
+    elif record["disagreement"] is not None:
+        alive = records.filter(pc.field("dropped") == "")
+        rank = int((alive["disagreement"].to_numpy() > record["disagreement"]).sum()) + 1
+        chosen = f"{records['selected'].to_numpy().sum()} selected"
+        by = curriculum.kind if curriculum.kind != "tvdf" else curriculum.sampler if curriculum.dbtp else "at random"
+        lines.append(f"disagreement {record['disagreement']:.3f}, rank {rank} of {len(alive)}; {chosen} ({by})")
+    if record["num_rollouts"]:
+        suspended = ", suspended that time" if record["suspended"] else ""
+        lines.append(f"sampled: {record['num_rollouts']} rollouts, last at step {record['last_step']}{suspended}")
+    else:
+        lines.append("sampled: never")
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [v for v in values if v is not None]
+    return f"{np.mean(known):.3f}" if known else "-"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m curriculum", description=__doc__)
+    show = parser.add_subparsers(dest="command", required=True).add_parser("show", help="print a run's prompts by state")
+    show.add_argument("run", type=Path, help="run folder, e.g. runs/NAME")
+    show.add_argument("--prompt", metavar="ID", help="explain one prompt")
+    show.add_argument("--limit", type=int, default=SHOWN, help=f"prompts of the largest disagreement to list (default {SHOWN})")
+    parsed = parser.parse_args(arguments)
+    console = Console()
+    try:
+        records, path = newest_records(parsed.run)
+        if parsed.prompt:
+            for line in explain(records, parsed.prompt, load_config(parsed.run / "config.yaml")):
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            console.print(overview(records))
+            if records["disagreement"].null_count < len(records):
+                console.print(largest(records, parsed.limit))
+            console.print(f"from {path}", soft_wrap=True)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""The teacher's answers to the pool (TRPV), kept as Parquet in the run and found again by other runs."""
+
+import hashlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from video_opd.config import Config
+from video_opd.content import file_digest, folder_digest
+from video_opd.schemas import TEACHER_ANSWERS, span_columns, write_parquet
+from video_opd.types import Prediction, Prompt
+
+FILE = Path("curriculum") / "teacher_answers.parquet"
+TEMPERATURE = 1.0
+_SETTINGS = b"settings"
+
+
+def settings_key(config: Config) -> str:
+    """Of the teacher's folder and of all that decides how it answers, except the seed: tau is the teacher's, not the run's."""
+    pool = config.teacher_pool
+    parts = (folder_digest(config.teacher), pool.engine, pool.dtype, TEMPERATURE)
+    parts += (config.curriculum.num_teacher_predictions, config.rollout.max_response_tokens)
+    return _digest(parts)
+
+
+def prompt_keys(prompts: Sequence[Prompt], config: Config) -> list[str]:
+    """One a prompt, of what decides its fingerprint: the video file, which frames at which size, the text around them.
+
+    The fingerprint itself needs every clip decoded; these need none.
+    """
+    video = cache(file_digest)
+    text = (config.prompt.template, config.prompt.video_first)
+    return [
+        _digest((video(p.clip.video_path), p.clip.frame_indices.tobytes().hex(), p.clip.frame_size, p.query, text)) for p in prompts
+    ]
+
+
+def _digest(parts: tuple) -> str:
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+def write_answers(folder: Path, settings: str, answers: Mapping[str, Sequence[Prediction]]) -> None:
+    """Writes the run's file. `answers` maps prompt keys to the teacher's answers."""
+    rows = [
+        {"prompt_key": key, "prompt_id": p.prompt_id, "text": p.text, **span_columns(p.span_s)}
+        for key, predictions in answers.items()
+        for p in predictions
+    ]
+    schema = TEACHER_ANSWERS.with_metadata({_SETTINGS: settings})
+    write_parquet(pa.Table.from_pylist(rows, schema=schema), folder / FILE)
+
+
+def find_answers(runs: Iterable[Path], settings: str, wanted: Collection[str]) -> dict[str, list[Prediction]]:
+    """Prompt key -> answers, from the files of `runs` that were made with the same settings; prompts not found are left out."""
+    found: dict[str, list[Prediction]] = {}
+    for path in (run / FILE for run in runs):
+        try:
+            if (pq.read_schema(path).metadata or {}).get(_SETTINGS) != settings.encode():
+                continue
+            missing = pa.array([key for key in wanted if key not in found], pa.string())
+            rows = pq.read_table(path, filters=pc.field("prompt_key").isin(missing)).to_pylist()
+        except (OSError, pa.ArrowInvalid):  # no answers in this run, or a file of something else
+            continue
+        for row in rows:
+            span = None if row["start_s"] is None else (row["start_s"], row["end_s"])
+            found.setdefault(row["prompt_key"], []).append(Prediction(prompt_id=row["prompt_id"], text=row["text"], span_s=span))
+    return found

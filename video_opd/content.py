@@ -1,0 +1,29 @@
+"""Keys of content: what tells whether a file or a model is the same, without reading all of it."""
+
+import hashlib
+from pathlib import Path
+
+_BLOCK_BYTES, _NUM_BLOCKS = 64 << 10, 64
+
+
+def file_digest(path: str | Path) -> str:
+    """Of the size and of 64 blocks of 64 KiB, evenly spaced from the first to the last byte; files up to 4 MiB are read whole."""
+    path = Path(path)
+    size = path.stat().st_size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with path.open("rb") as file:
+        if size <= _BLOCK_BYTES * _NUM_BLOCKS:
+            digest.update(file.read())
+        else:
+            for i in range(_NUM_BLOCKS):
+                file.seek(i * (size - _BLOCK_BYTES) // (_NUM_BLOCKS - 1))
+                digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def folder_digest(folder: str | Path) -> str:
+    """Of the names and digests of all files in a model folder: weights, tokenizer, processor and templates."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(p for p in Path(folder).iterdir() if p.is_file()):
+        digest.update(f"{path.name}:{file_digest(path)};".encode())
+    return digest.hexdigest()

@@ -1,0 +1,85 @@
+"""All that can be known of a run before anything starts."""
+
+from dataclasses import dataclass
+
+from video_opd.config import Config
+from video_opd.datasets import read_prompts
+from video_opd.errors import ConfigError
+from video_opd.model_files import ModelInfo, check_same_tokenizer, read_model_info
+from video_opd.types import Prompt
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The student, and the prompts of both splits."""
+
+    student: ModelInfo
+    train: list[Prompt]
+    eval: list[Prompt]
+
+
+def make_plan(config: Config) -> Plan:
+    """Checks models, tokenizers, annotations, videos and the curriculum's size. Raises InputError; starts nothing."""
+    student, teacher = read_model_info(config.student), read_model_info(config.teacher)
+    check_same_tokenizer(config.student, config.teacher)
+    if student.size_multiple != teacher.size_multiple:
+        raise ConfigError(
+            f"student frames come in multiples of {student.size_multiple} pixels, the teacher's of {teacher.size_multiple}: "
+            "use a teacher of the same family"
+        )
+    train, evaluation = (read_prompts(d, config.video, student.size_multiple) for d in (config.data.train, config.data.eval))
+    check_pool(config, train)
+    return Plan(student, train, evaluation)
+
+
+def check_pool(config: Config, train: list[Prompt]) -> None:
+    """The training prompts must be enough, and labelled where the curriculum needs the truth. Raises ConfigError."""
+    curriculum = config.curriculum
+    unlabelled = [p.prompt_id for p in train if not p.answer_spans_s]
+    if curriculum.kind != "uniform" and unlabelled:
+        named = ", ".join(unlabelled[:3]) + (", ..." if len(unlabelled) > 3 else "")
+        raise ConfigError(
+            f"curriculum.kind={curriculum.kind} validates with ground truth, but {len(unlabelled)} of {len(train)} prompts "
+            f"have none ({named}): label or remove them, or use curriculum.kind=uniform"
+        )
+    selected = curriculum.num_selected if curriculum.kind != "uniform" else None
+    if selected and selected > len(train):
+        raise ConfigError(f"curriculum.num_selected={selected}, but the pool has {len(train)} prompts: lower it")
+    pool, in_flight = selected or len(train), (config.max_policy_lag + 1) * config.groups_per_step
+    if pool < in_flight:
+        raise ConfigError(
+            f"{pool} training prompts cannot fill (max_policy_lag + 1) * groups_per_step = {in_flight} "
+            "slots: add data or lower groups_per_step"
+        )
+
+
+def describe(config: Config, plan: Plan) -> str:
+    """The plan for people: what --dry-run prints."""
+    clip = plan.train[0].clip
+    rollouts = config.num_steps * config.groups_per_step * config.rollout.rollouts_per_prompt
+    return "\n".join(
+        [
+            f"student   {config.student} ({plan.student.model_type}), {config.learner.dtype}, ZeRO-{config.learner.zero_stage}, "
+            f"{config.learner.world_size} rank(s)",
+            f"teacher   {config.teacher}, {config.teacher_pool.num_replicas} replica(s) on {config.teacher_pool.engine}",
+            f"actors    {config.rollout.num_actors} on vLLM, {config.rollout.prompts_per_call} prompts a call",
+            f"data      {len(plan.train)} train and {len(plan.eval)} eval prompts; first clip: {len(clip.frame_indices)} frames "
+            f"of {clip.frame_size[0]}x{clip.frame_size[1]} from {clip.duration_s:.1f} s",
+            f"loss      {config.loss.kind}, lr {config.learner.lr:g}",
+            f"prompts   {_describe_curriculum(config)}",
+            f"run       {config.num_steps} steps of {config.groups_per_step} prompts, {rollouts} rollouts, "
+            f"policy lag at most {config.max_policy_lag}",
+        ]
+    )
+
+
+def _describe_curriculum(config: Config) -> str:
+    curriculum = config.curriculum
+    if curriculum.kind == "uniform":
+        return "curriculum uniform: shuffled passes over all"
+    selected = curriculum.num_selected or "all that may be"
+    if curriculum.kind == "scc":
+        return f"curriculum scc: {selected} selected, a share of {curriculum.anchor_frac} Anchors"
+    validated = f"teacher IoU at least {curriculum.teacher_threshold}" if curriculum.trpv else "not validated"
+    chosen = f"by disagreement ({curriculum.sampler})" if curriculum.dbtp else "at random"
+    return f"curriculum tvdf: {validated}, {selected} selected a round {chosen}, {curriculum.passes_per_round} pass(es) each"
