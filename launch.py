@@ -219,7 +219,7 @@ async def score(
 
 def check_lag(groups: Sequence[ScoredGroup], step: int, max_policy_lag: int) -> list[int]:
     """The policy lag of every trajectory. Raises ParityError where one breaks the bound."""
-    lags = [step - t.policy_version for g in groups for t in g.group.trajectories]
+    lags = [step - t.policy_version for g in groups for t in g.group.sampled]
     if min(lags) < 0 or max(lags) > max_policy_lag:
         raise ParityError(f"step {step}: policy lags {min(lags)} to {max(lags)}, allowed 0 to {max_policy_lag}")
     return lags

@@ -154,21 +154,71 @@ def test_resume_goes_on_at_the_last_checkpoint_and_keeps_each_step_once(finished
     assert (summary["steps"], summary["rollouts"]) == (3, 3 * GROUPS)
 
 
-def test_tvdf_with_a_vllm_teacher_two_ranks_and_the_sampled_loss(overrides):
-    more = ["num_steps=2", "run_name=tvdf", "curriculum.kind=tvdf", "curriculum.teacher_threshold=0", "curriculum.num_selected=8"]
-    more += ["teacher_pool.engine=vllm", "loss.kind=sampled", "curriculum.num_teacher_predictions=2", "learner.world_size=2"]
-    done = run_launch(*overrides, *SHRUNK, *more)
+TVDF = ["curriculum.teacher_threshold=0", "curriculum.num_teacher_predictions=2", "teacher_pool.engine=vllm", "loss.kind=sampled"]
+
+
+@pytest.fixture(scope="module")
+def tvdf(overrides) -> Path:
+    """A round a step, selected again with the student as it is then; a vLLM teacher, two learner ranks, the sampled loss."""
+    more = ["num_steps=2", "run_name=tvdf", "curriculum.kind=tvdf", "curriculum.num_selected=8", "learner.world_size=2"]
+    done = run_launch(*overrides, *SHRUNK, *TVDF, *more)
     assert done.returncode == 0, done.stderr[-4000:]
-    run = Path(load_config(DEMO, overrides).runs_dir) / "tvdf"
+    return Path(load_config(DEMO, overrides).runs_dir) / "tvdf"
+
+
+def test_every_round_selects_the_largest_disagreements_and_trains_on_them_alone(tvdf):
+    steps = trajectories_of(tvdf)
+    for number in (1, 2):
+        records = pq.read_table(tvdf / "curriculum" / f"round-{number}.parquet").to_pylist()
+        selected = [r for r in records if r["selected"]]
+        assert len(selected) == 8
+        assert all(r["teacher_iou"] is not None and len(r["student_iou"]) == number for r in records)
+        assert all(r["disagreement"] == r["teacher_iou"] - r["student_iou"][-1] for r in records)
+        largest = sorted((r["disagreement"] for r in records), reverse=True)
+        assert sorted((r["disagreement"] for r in selected), reverse=True) == largest[:8]
+        trained = [r["prompt_id"] for r in steps if r["step"] == number - 1]
+        assert len(set(trained)) == len(trained) == GROUPS and set(trained) <= {r["prompt_id"] for r in selected}
+    assert [m["curriculum/round"] for m in metrics_of(tvdf)] == [1, 2]
+    answers = pq.read_table(tvdf / "curriculum" / "teacher_answers.parquet").to_pylist()
+    assert Counter(a["prompt_id"] for a in answers) == {r["prompt_id"]: 2 for r in records}
+    summary = json.loads((tvdf / "summary.json").read_text())
+    assert summary["teacher_answers"] == len(answers)
+    assert (summary["teacher_calls"], summary["suspended_rollouts"]) == (2 * GROUPS, 0)
+    assert "disagreement by round" in (tvdf / "report.html").read_text()
+
+
+def test_coupling_suspends_before_scoring_and_a_second_run_generates_no_teacher_answers(overrides, tvdf, config):
+    """suspend_iou=0 suspends every rollout: no teacher call, no optimizer step, no answer generated again."""
+    more = ["num_steps=2", "run_name=scc", "curriculum.kind=scc", "curriculum.anchor_frac=0", "curriculum.suspend_iou=0"]
+    done = run_launch(*overrides, *SHRUNK, *TVDF, *more)
+    assert done.returncode == 0, done.stderr[-4000:]
+    run = tvdf.with_name("scc")
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["teacher_answers"], summary["teacher_calls"], summary["tokens"]["scored"]) == (0, 0, 0)
+    assert summary["rollouts"] == summary["suspended_rollouts"] == 2 * GROUPS
+    answers = [pq.read_table(r / "curriculum" / "teacher_answers.parquet").to_pylist() for r in (run, tvdf)]
+    assert sorted(map(str, answers[0])) == sorted(map(str, answers[1]))
+    assert [(m["curriculum/suspended_frac"], m["learner/skipped"]) for m in metrics_of(run)] == [(1.0, 1.0)] * 2
+    from video_opd.modeling import load_model
+
+    start, end = (
+        dict(load_model(str(f), "float32").named_parameters()) for f in (config.student, run / "checkpoints/step-2/student")
+    )
+    assert all((start[n] == end[n]).all() for n in start)
     records = pq.read_table(run / "curriculum" / "records.parquet").to_pylist()
-    selected = [r for r in records if r["selected"]]
-    assert len(selected) == 8
-    assert {r["prompt_id"] for r in trajectories_of(run)} <= {r["prompt_id"] for r in selected}
-    assert all(r["teacher_iou"] is not None and r["student_iou"] is not None for r in records)
-    gaps = sorted((r["teacher_iou"] - r["student_iou"] for r in records), reverse=True)
-    assert sorted((r["teacher_iou"] - r["student_iou"] for r in selected), reverse=True) == gaps[:8]
-    predictions = pq.read_table(run / "curriculum" / "teacher_predictions.parquet").to_pylist()
-    assert Counter(p["prompt_id"] for p in predictions) == {r["prompt_id"]: 2 for r in records}
+    assert sum(r["suspended"] for r in records) == len({r["prompt_id"] for r in records if r["num_rollouts"]}) > 0
+
+
+def test_a_run_ends_when_the_teacher_has_scored_its_budget_of_tokens(finished, tmp_path):
+    copy = tmp_path / "budget"
+    shutil.copytree(finished, copy)
+    shutil.rmtree(copy / "checkpoints" / "step-4")
+    scored = json.loads((copy / "checkpoints" / "step-2" / "state.json").read_text())["totals"]["scored_tokens"]
+    done = run_launch("--resume", str(copy), "num_steps=50", f"max_scored_tokens={scored + 1}")
+    assert done.returncode == 0, done.stderr[-4000:]
+    summary = json.loads((copy / "summary.json").read_text())
+    assert summary["steps"] == 3 and len(metrics_of(copy)) == 3
+    assert (copy / "checkpoints" / "step-3" / "student").is_dir()
 
 
 def test_a_running_cluster_is_used_and_left_running(overrides):
@@ -196,7 +246,8 @@ def test_a_threshold_that_drops_everything_ends_the_run_with_code_2(overrides):
         *overrides, *SHRUNK, "num_steps=1", "run_name=dropped", "curriculum.kind=tvdf", "curriculum.teacher_threshold=1"
     )
     assert done.returncode == 2, done.stderr[-4000:]
-    assert "teacher_threshold=1.0" in done.stderr.strip().splitlines()[-1]
+    assert "are to be selected" in done.stderr.strip().splitlines()[-1]
+    assert "teacher IoU is below 1.0 (train" in done.stderr.strip().splitlines()[-1]
 
 
 def bad(capsys, *arguments: str) -> str:

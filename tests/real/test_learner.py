@@ -1,6 +1,7 @@
 """DeepSpeed ranks as Ray actors against one plain torch process on the same batch."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from learner.learner import Learner
 from tests.real.conftest import DEMO, scored_groups
 from video_opd.config import load_config
 from video_opd.modeling import ResponseLogits, collate, load_model
+from video_opd.types import ScoredGroup
 
 # Adam's first steps move a weight by about lr whatever the size of its gradient; where a gradient is almost zero,
 # another order of summation changes a part of that step. Hence one bound for the worst weight and one for them all.
@@ -153,3 +155,38 @@ def test_a_frozen_vision_tower_keeps_its_weights(local_ray, overrides, prompts, 
     assert all((parameters[n] == start[n]).all() for n in vision)
     assert any((parameters[n] != start[n]).any() for n in start if n not in vision)
     stop(learner)
+
+
+def suspended(group: ScoredGroup) -> ScoredGroup:
+    """The same group with all its rollouts suspended."""
+    return ScoredGroup(group=replace(group.group, trajectories=(), suspended=group.group.sampled), scores=())
+
+
+def test_suspended_rollouts_never_scale_up_what_is_left_and_alone_they_leave_everything_as_it_was(
+    local_ray, overrides, prompts, encoder
+):
+    config = make_config(overrides, 2, 2, "loss.kind=sampled", "learner.weight_decay=0.1")
+    groups = scored_groups(prompts[:7], encoder, seed=0)
+
+    async def run():
+        learner, whole = Learner("suspended", config), Learner("active", config)
+        await learner.start()
+        await whole.start()
+        skipped = await learner.update([suspended(g) for g in groups], 0)
+        references, _ = await learner.put_weights(1)
+        parameters = {n: t.numpy().copy() for n, t in unpack(ray.get(references, timeout=60))}
+        mixed = await learner.update([*groups[:4], *map(suspended, groups[4:])], 1)
+        active = await whole.update(groups[:4], 1)
+        stop(learner)
+        stop(whole)
+        return skipped.metrics, parameters, mixed.metrics, active.metrics
+
+    skipped, parameters, mixed, active = asyncio.run(run())
+    start = {n: p.detach().numpy() for n, p in load_model(config.student, "float32").named_parameters()}
+    assert largest_gap(parameters, start) == 0, "no optimizer step and no weight decay"
+    assert skipped["learner/skipped"] == 1.0 and skipped["learner/num_tokens"] == 0
+    tokens = [len(g.group.trajectories[0].response_token_ids) for g in groups]
+    share = sum(tokens[:4]) / sum(tokens)
+    assert mixed["learner/loss"] == pytest.approx(active["learner/loss"] * share, rel=1e-5)
+    assert mixed["learner/grad_norm"] == pytest.approx(active["learner/grad_norm"] * share, rel=1e-4)
+    assert mixed["learner/num_tokens"] == active["learner/num_tokens"] == sum(tokens[:4])
