@@ -35,7 +35,7 @@ from teacher_service.service import ScoreResult, TeacherPool
 from video_opd.buffer import TrajectoryBuffer
 from video_opd.config import Config, describe_keys, load_config, resolve_paths
 from video_opd.errors import CheckpointError, ConfigError, InputError, ParityError, RunError, VideoOPDError
-from video_opd.grounding import best_iou, blind_baselines, evaluate
+from video_opd.grounding import best_iou, blind_baselines, evaluate, prompt_iou
 from video_opd.metrics import MetricSinks, PhaseClock
 from video_opd.plan import Plan, describe, make_plan
 from video_opd.run_folder import new_run_folder, write_config, write_json
@@ -287,14 +287,19 @@ async def restore(run: Run) -> None:
     run.totals.update(totals)
     await run.learner.load(folder)
     await run.curriculum.load_state_dict(curriculum)
+    num_rounds = len(curriculum["records"]["student_iou"][0])
+    for snapshot in (run.folder / "curriculum").glob("*.parquet"):  # later than where the run now stands
+        number = snapshot.stem.removeprefix("round-")
+        if snapshot.stem == "records" or (number.isdigit() and int(number) > num_rounds):
+            snapshot.unlink()
 
 
 async def start_round(run: Run, progress: StepProgress) -> None:
     """The curriculum's next round: the teacher answers the pool once a run, the student at the start of every round."""
     config, started = run.config.curriculum, time.monotonic()
-    if run.step == 0 and (config.trpv or config.dbtp or config.kind == "scc"):
+    if run.step == 0 and config.asks_teacher:
         await run.curriculum.validate(await teacher_ious(run, progress))
-    student_iou = await student_ious(run) if config.dbtp or config.kind == "scc" else None
+    student_iou = await student_ious(run) if config.asks_student else None
     run.round_end = await run.curriculum.start_round(student_iou, run.step)
     records = await run.curriculum.records()
     number = len(records["student_iou"][0])
@@ -308,10 +313,10 @@ async def start_round(run: Run, progress: StepProgress) -> None:
 async def teacher_ious(run: Run, progress: StepProgress) -> np.ndarray:
     """float64[P]: tau, NaN where a clip cannot be read. Answers that a run in runs_dir has are not generated again."""
     config, pool = run.config, run.plan.train
-    settings, keys = settings_key(config), prompt_keys(pool, config)
-    answers = find_answers(Path(config.runs_dir).iterdir(), settings, set(keys))
-    missing = [(key, prompt) for key, prompt in zip(keys, pool, strict=True) if key not in answers]
-    progress.say(f"teacher answers: {len(pool) - len(missing)} of {len(pool)} prompts found in {config.runs_dir}")
+    settings, keys = settings_key(config), await asyncio.to_thread(prompt_keys, pool, config)
+    answers = find_answers(sorted(Path(config.runs_dir).iterdir()), settings, set(keys))
+    progress.say(f"teacher answers: {len(answers)} of {len(set(keys))} found in {config.runs_dir}")
+    missing = [(key, prompt) for key, prompt in dict(zip(keys, pool, strict=True)).items() if key not in answers]
     for first in range(0, len(missing), ANSWERS_A_WRITE):
         part = missing[first : first + ANSWERS_A_WRITE]
         results = await run.teacher.predict([p for _, p in part], config.curriculum.num_teacher_predictions, TEMPERATURE)
@@ -320,7 +325,8 @@ async def teacher_ious(run: Run, progress: StepProgress) -> np.ndarray:
         answers |= {key: r for (key, _), r in zip(part, results, strict=True) if not isinstance(r, FailedPrompt)}
         write_answers(run.folder, settings, answers)  # whole again each time: an interrupted run has answered what it has
     write_answers(run.folder, settings, answers)
-    ious = [[run.curriculum.iou(a.span_s, p) for a in answers.get(key, ())] for key, p in zip(keys, pool, strict=True)]
+    reading = config.curriculum.multi_span_iou
+    ious = [[prompt_iou(a.span_s, p, reading) for a in answers.get(key, ())] for key, p in zip(keys, pool, strict=True)]
     return np.array([np.mean(of_prompt) if of_prompt else np.nan for of_prompt in ious])
 
 
@@ -331,8 +337,9 @@ async def student_ious(run: Run) -> np.ndarray:
     results = await run.actors.predict(pool)
     await run.curriculum.retire([r for r in results if isinstance(r, FailedPrompt)])
     ious = np.full(len(run.plan.train), np.nan)
+    reading = run.config.curriculum.multi_span_iou
     ious[places] = [
-        np.nan if isinstance(r, FailedPrompt) else run.curriculum.iou(r.span_s, p) for r, p in zip(results, pool, strict=True)
+        np.nan if isinstance(r, FailedPrompt) else prompt_iou(r.span_s, p, reading) for r, p in zip(results, pool, strict=True)
     ]
     return ious
 

@@ -35,6 +35,7 @@ KINDS = {
 def measure(kind: str, seed: int, data: Path, runs: Path, num_rounds: int, more: list[str]) -> dict:
     """One run. Every kind ends when the teacher has scored the same number of tokens; lr is constant, so that none is cut short."""
     budget = int(num_rounds * ROUND_STEPS * GROUPS * TOKENS_A_RESPONSE)
+    num_steps = 20 * num_rounds * ROUND_STEPS  # not reached: the budget ends the run
     overrides = [
         *(f"data.{split}.{key}={data / split / name}" for split in ("train", "eval") for key, name in FILES.items()),
         f"runs_dir={runs}",
@@ -42,7 +43,7 @@ def measure(kind: str, seed: int, data: Path, runs: Path, num_rounds: int, more:
         f"seed={seed}",
         f"groups_per_step={GROUPS}",
         f"max_scored_tokens={budget}",
-        f"num_steps={20 * num_rounds * ROUND_STEPS}",  # not reached: the budget ends the run
+        f"num_steps={num_steps}",
         "learner.lr=5e-4",
         "learner.final_lr_frac=1",
         "learner.warmup_frac=0",
@@ -52,6 +53,7 @@ def measure(kind: str, seed: int, data: Path, runs: Path, num_rounds: int, more:
         *more,
     ]
     summary = launch.launch(resolve_paths(load_config(launch.HERE / "configs" / "demo.yaml", overrides), launch.HERE))
+    assert summary["steps"] < num_steps, f"{kind}: the budget of {budget} scored tokens was not used up in {num_steps} steps"
     return {
         "kind": kind,
         "seed": seed,
@@ -82,6 +84,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         out = (arguments.out or Path(temporary)).resolve()
         ensure_clips(out / "data", LEVELS, SPOIL_FRAC, NUM_CLIPS)
+        answers = measure(
+            "+TRPV", 0, out / "data", out / "runs", 1, [*arguments.overrides, "run_name=answers", "max_scored_tokens=1"]
+        )
         rows = []
         for seed in range(1 if arguments.quick else arguments.seeds):
             for kind in arguments.kinds:
@@ -92,18 +97,18 @@ def main() -> None:
     by_kind: dict[str, list[dict]] = defaultdict(list)
     for row in rows:
         by_kind[row["kind"]].append(row)
-    columns = ("miou", "r1_07", "teacher_calls", "rollouts", "steps", "wall_s", "select_s", "dropped")
+    columns = ("miou", "r1_07", "scored_tokens", "teacher_calls", "rollouts", "steps", "wall_s", "select_s", "dropped")
     table = Table(
         "", *columns, title=f"mean (lowest to highest) of {len(by_kind[rows[0]['kind']])} seed(s), equal teacher-scored tokens"
     )
     for kind, of_kind in by_kind.items():
         table.add_row(kind, *(_spread([row[column] for row in of_kind]) for column in columns))
     Console(width=180).print(table)
-    before, teacher = rows[0]["miou_before"], rows[0]["teacher_miou"]
     print(
-        f"mIoU before {before:.3f}, teacher {teacher:.3f}; the teacher's own answers are generated once, by the first run that asks"
+        f"mIoU before {rows[0]['miou_before']:.3f}, teacher {rows[0]['teacher_miou']:.3f}. Not in these times: the teacher's "
+        f"{answers['teacher_answers']} own answers, generated once before, {answers['select_s']:.0f} s"
     )
-    print(json.dumps({"rows": rows}))
+    print(json.dumps({"rows": rows, "answers": answers}))
 
 
 def _spread(values: list[float]) -> str:

@@ -21,16 +21,21 @@ SHOWN = 20
 
 
 def newest_records(run: Path) -> tuple[pa.Table, Path]:
-    """The records last written: at the end, at a checkpoint or at the start of a round. Raises ConfigError if there are none."""
-    files = [
-        *run.glob("curriculum/records.parquet"),
-        *run.glob("curriculum/round-*.parquet"),
-        *run.glob("checkpoints/step-*/curriculum.parquet"),
-    ]
-    if not files:
+    """The run's last records, or those of its latest checkpoint or round. Raises ConfigError if there are none."""
+    final = run / "curriculum" / "records.parquet"
+    if final.is_file():
+        return pq.read_table(final), final
+    checkpoints = sorted(run.glob("checkpoints/step-*/curriculum.parquet"), key=lambda p: _number_of(p.parent.name))[-1:]
+    rounds = sorted(run.glob("curriculum/round-*.parquet"), key=lambda p: _number_of(p.stem))[-1:]
+    tables = [(pq.read_table(path), path) for path in (*rounds, *checkpoints)]
+    if not tables:
         raise ConfigError(f"{run} holds no curriculum records: name a run folder, e.g. runs/NAME")
-    newest = max(files, key=lambda path: path.stat().st_mtime_ns)
-    return pq.read_table(newest), newest
+    return max(tables, key=lambda table: (len(table[0]["student_iou"][0]), table[0]["last_step"].to_numpy().max()))
+
+
+def _number_of(name: str) -> int:
+    """N of step-N and round-N."""
+    return int(name.rpartition("-")[2])
 
 
 def state_of(record: dict) -> str:
@@ -96,18 +101,32 @@ def explain(records: pa.Table, prompt_id: str, config: Config) -> list[str]:
         lines.append(f"student: IoU by round {' '.join(_number(iou) for iou in record['student_iou'])}")
     if record["dropped"]:
         lines.append(f"dropped: {record['dropped']}")
-    elif record["disagreement"] is not None:
-        alive = records.filter(pc.field("dropped") == "")
-        rank = int((alive["disagreement"].to_numpy() > record["disagreement"]).sum()) + 1
-        chosen = f"{records['selected'].to_numpy().sum()} selected"
-        by = curriculum.kind if curriculum.kind != "tvdf" else curriculum.sampler if curriculum.dbtp else "at random"
-        lines.append(f"disagreement {record['disagreement']:.3f}, rank {rank} of {len(alive)}; {chosen} ({by})")
+    else:
+        lines += _why(record, records, config)
     if record["num_rollouts"]:
         suspended = ", suspended that time" if record["suspended"] else ""
         lines.append(f"sampled: {record['num_rollouts']} rollouts, last at step {record['last_step']}{suspended}")
     else:
         lines.append("sampled: never")
     return lines
+
+
+def _why(record: dict, records: pa.Table, config: Config) -> list[str]:
+    """What decided whether a prompt that is not dropped was selected."""
+    curriculum, chosen = config.curriculum, int(records["selected"].to_numpy().sum())
+    if curriculum.kind == "scc":
+        sigma = record["student_iou"][0]
+        kind = "Anchor" if sigma >= curriculum.anchor_iou else "Frontier" if sigma < curriculum.frontier_iou else "neither kind"
+        return [
+            f"{kind}: Anchors start at {curriculum.anchor_iou}, Frontier ends below {curriculum.frontier_iou}; {chosen} selected"
+        ]
+    if curriculum.kind == "tvdf" and not curriculum.dbtp:
+        return [f"drawn at random: {chosen} selected"]
+    if record["disagreement"] is None:
+        return []
+    alive = records.filter(pc.field("dropped") == "")
+    rank = int((alive["disagreement"].to_numpy() > record["disagreement"]).sum()) + 1
+    return [f"disagreement {record['disagreement']:.3f}, rank {rank} of {len(alive)}; {chosen} selected ({curriculum.sampler})"]
 
 
 def _number(value: float | None) -> str:

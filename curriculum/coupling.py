@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from video_opd.grounding import ROUNDING
 from video_opd.types import Span, TrajectoryGroup
 
 
@@ -16,7 +17,7 @@ def anchors_and_frontier(
     A share of anchor_frac are Anchors (paper: 1 of 10). k None: as many as both kinds allow at that share.
     Raises ValueError when there are too few of a kind.
     """
-    anchors, frontier = np.flatnonzero(student_iou >= anchor_iou), np.flatnonzero(student_iou < frontier_iou)
+    anchors, frontier = np.flatnonzero(student_iou >= anchor_iou - ROUNDING), np.flatnonzero(student_iou < frontier_iou - ROUNDING)
     if k is None:
         k = int(min(_at_share(len(anchors), anchor_frac), _at_share(len(frontier), 1.0 - anchor_frac), len(student_iou)))
     num_anchors = round(k * anchor_frac)
@@ -39,7 +40,7 @@ def suspend(group: TrajectoryGroup, iou: Callable[[Span | None], float], thresho
 
     The decision is of this rollout alone: the prompt is active again as soon as the student falls below.
     """
-    solved = [iou(t.predicted_span_s) >= threshold for t in group.trajectories]
+    solved = [iou(t.predicted_span_s) >= threshold - ROUNDING for t in group.trajectories]
     return replace(
         group,
         trajectories=tuple(t for t, s in zip(group.trajectories, solved, strict=True) if not s),

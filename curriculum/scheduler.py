@@ -15,7 +15,7 @@ from curriculum.tvdf import SAMPLERS, disagreement, reliable
 from video_opd.config import Config
 from video_opd.deadline import within
 from video_opd.errors import CheckpointError, ConfigError, RunError
-from video_opd.grounding import MULTI_SPAN_IOU
+from video_opd.grounding import prompt_iou
 from video_opd.schemas import RECORDS
 from video_opd.types import FailedPrompt, Prompt, ScoredGroup, TrajectoryGroup
 
@@ -69,7 +69,7 @@ class Scheduler:
         self._student_iou.append(np.full(size, np.nan) if student_iou is None else np.asarray(student_iou, np.float64))
         if student_iou is not None:
             self._drop(np.isnan(self._student_iou[-1]), UNREADABLE)
-        chosen = self._select(self.alive())
+        chosen = self._select_round(self.alive())
         self._selected = np.zeros(size, bool)
         self._selected[chosen] = True
         self._queue.clear()
@@ -92,31 +92,41 @@ class Scheduler:
         alive[list(self._dropped)] = False
         return alive
 
-    def _select(self, alive: np.ndarray) -> np.ndarray:
+    def _select_round(self, alive: np.ndarray) -> np.ndarray:
         """The round's prompts, out of those that are not dropped. Raises ConfigError when there are too few."""
-        curriculum, sigma = self._config.curriculum, self._student_iou[-1][alive]
-        k = curriculum.num_selected
-        advice = f"{self._describe_dropped()}; lower teacher_threshold, num_selected or groups_per_step, or add data"
+        curriculum, k = self._config.curriculum, self._config.curriculum.num_selected
+        if k and len(self._student_iou) > 1:  # what failed since the first round must not end the run
+            k = min(k, len(alive))
         if len(alive) < (k or 1):
             raise ConfigError(
-                f"curriculum: {len(alive)} of {len(self._prompts)} prompts are left, {k or 1} are to be selected: {advice}"
+                f"curriculum: {len(alive)} of {len(self._prompts)} prompts are left, {k or 1} are to be selected: {self._advice()}"
             )
         if curriculum.kind == "scc":
             bounds = (curriculum.anchor_iou, curriculum.frontier_iou, curriculum.anchor_frac)
             try:
-                chosen = anchors_and_frontier(sigma, k, *bounds, self._rng)
+                chosen = alive[anchors_and_frontier(self._student_iou[-1][alive], k, *bounds, self._rng)]
             except ValueError as error:
-                raise ConfigError(f"curriculum: {error}; change anchor_frac or the bounds; {advice}") from None
+                raise ConfigError(f"curriculum: {error}; change anchor_frac or the bounds; {self._advice()}") from None
         else:
-            delta = disagreement(self._teacher_iou[alive], sigma)
-            chosen = SAMPLERS[curriculum.sampler if curriculum.dbtp else "uniform"](delta, k or len(alive), self._rng)
+            chosen = self._sample(alive, k or len(alive))
         in_flight = (self._config.max_policy_lag + 1) * self._config.groups_per_step
         if len(chosen) < in_flight:
             raise ConfigError(
                 f"curriculum: {len(chosen)} of {len(self._prompts)} prompts are selected, fewer than the "
-                f"(max_policy_lag + 1) * groups_per_step = {in_flight} in flight: {advice}"
+                f"(max_policy_lag + 1) * groups_per_step = {in_flight} in flight: {self._advice()}"
             )
-        return alive[chosen]
+        return chosen
+
+    def _sample(self, candidates: np.ndarray, k: int) -> np.ndarray:
+        """k of the candidates, by the configured sampler."""
+        curriculum = self._config.curriculum
+        sampler = curriculum.sampler if curriculum.dbtp else "uniform"
+        delta = disagreement(self._teacher_iou, self._student_iou[-1])[candidates]
+        assert sampler == "uniform" or np.isfinite(delta).all(), "a prompt without both answers can have no disagreement"
+        return candidates[SAMPLERS[sampler](delta, k, self._rng)]
+
+    def _advice(self) -> str:
+        return f"{self._describe_dropped()}; lower teacher_threshold, num_selected or groups_per_step, or add data"
 
     def _describe_dropped(self) -> str:
         """How many were dropped for each reason, and the first of them."""
@@ -180,11 +190,18 @@ class Scheduler:
             self._suspended[i] = not group.trajectories
 
     def retire(self, failed: Sequence[FailedPrompt]) -> None:
-        """These prompts' clips cannot be read; they are never issued again."""
+        """These prompts' clips cannot be read; they are never issued again. In a tvdf round others take their places."""
+        lost = 0
         for failure in failed:
             i = self._index[failure.prompt_id]
             self._in_flight.pop(i, None)
+            lost += bool(self._selected[i]) and i not in self._dropped
             self._dropped[i] = failure.reason
+        if self._round_end and self._student_iou:
+            spare = np.flatnonzero(~self._selected & self._is_alive())
+            taken = self._sample(spare, min(lost, len(spare)))
+            self._selected[taken] = True
+            self._queue.extend(taken.tolist())
 
     def records(self) -> pa.Table:
         """What is known of every prompt, in the order of the pool; see schemas.RECORDS."""
@@ -211,18 +228,34 @@ class Scheduler:
             "records": self.records(),
             "queue": [*self._in_flight, *self._queue],
             "round_end": self._round_end,
+            "settings": self._settings(),
             "random_state": self._rng.bit_generator.state,
         }
 
+    def _settings(self) -> dict[str, Any]:
+        """What cannot change between a checkpoint and its resumption."""
+        curriculum = self._config.curriculum
+        return {"kind": curriculum.kind, "asks_teacher": curriculum.asks_teacher, "asks_student": curriculum.asks_student}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of state_dict. Raises CheckpointError on another pool than the state's."""
+        """The inverse of state_dict. Raises CheckpointError on another pool or kind of curriculum than the state's."""
+        if state["settings"] != self._settings():
+            raise CheckpointError(
+                f"the checkpoint's curriculum is {state['settings']}, the config's {self._settings()}: resume with the curriculum "
+                "the run was started with"
+            )
         records: pa.Table = state["records"]
         saved = records["prompt_id"].to_pylist()
         if saved != list(self._index):
             other = sorted(set(saved) ^ set(self._index))
             raise CheckpointError(
-                f"the checkpoint's curriculum has {len(saved)} prompts, the data {len(self._prompts)}; {len(other)} are in one of "
-                f"them only ({', '.join(other[:NAMED_IN_ERRORS])}): resume with the data the run was started with"
+                f"the checkpoint's curriculum has {len(saved)} prompts, the data {len(self._prompts)}; "
+                + (
+                    f"{len(other)} are in one of them only ({', '.join(other[:NAMED_IN_ERRORS])})"
+                    if other
+                    else "their order differs"
+                )
+                + ": resume with the data the run was started with"
             )
         self._teacher_iou = records["teacher_iou"].to_numpy()
         student_iou = records["student_iou"].combine_chunks()
@@ -239,7 +272,7 @@ class Scheduler:
         self._rng.bit_generator.state = state["random_state"]
 
     def metrics(self) -> dict[str, float]:
-        selected = self._selected
+        selected = self._selected & self._is_alive()
         return {
             "curriculum/round": len(self._student_iou),
             "curriculum/in_flight": len(self._in_flight),
@@ -266,7 +299,6 @@ class Curriculum:
 
     def __init__(self, name: str, prompts: Sequence[Prompt], config: Config):
         self._config = config
-        self._iou = MULTI_SPAN_IOU[config.curriculum.multi_span_iou]
         self._next_prompts_s = 0.0
         self._actor = (
             ray.remote(SchedulerActor)
@@ -278,15 +310,12 @@ class Curriculum:
         call = asyncio.ensure_future(getattr(self._actor, method).remote(*arguments))
         return await within(self._config.request_timeout_s, call, f"the curriculum's {method}")
 
-    def iou(self, span: Any, prompt: Prompt) -> float:
-        """With the prompt's ground truth, as curriculum.multi_span_iou reads it."""
-        return self._iou(span, prompt.answer_spans_s or ())
-
     def route(self, group: TrajectoryGroup) -> TrajectoryGroup:
         """The group as it goes on to the teacher: with scc, without the rollouts that are suspended."""
-        if self._config.curriculum.kind != "scc":
+        curriculum = self._config.curriculum
+        if curriculum.kind != "scc":
             return group
-        return suspend(group, lambda span: self.iou(span, group.prompt), self._config.curriculum.suspend_iou)
+        return suspend(group, lambda span: prompt_iou(span, group.prompt, curriculum.multi_span_iou), curriculum.suspend_iou)
 
     async def validate(self, teacher_iou: np.ndarray) -> None:
         await self._ask("validate", teacher_iou)

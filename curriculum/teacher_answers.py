@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,6 +16,7 @@ from video_opd.types import Prediction, Prompt
 
 FILE = Path("curriculum") / "teacher_answers.parquet"
 TEMPERATURE = 1.0
+BLOCKS_A_VIDEO, NUM_READERS = 4, 16
 _SETTINGS = b"settings"
 
 
@@ -30,12 +31,14 @@ def settings_key(config: Config) -> str:
 def prompt_keys(prompts: Sequence[Prompt], config: Config) -> list[str]:
     """One a prompt, of what decides its fingerprint: the video file, which frames at which size, the text around them.
 
-    The fingerprint itself needs every clip decoded; these need none.
+    The fingerprint itself needs every clip decoded; these read a few blocks of each video.
     """
-    video = cache(file_digest)
+    paths = list(dict.fromkeys(p.clip.video_path for p in prompts))
+    with ThreadPoolExecutor(NUM_READERS) as readers:
+        video = dict(zip(paths, readers.map(lambda path: file_digest(path, BLOCKS_A_VIDEO), paths), strict=True))
     text = (config.prompt.template, config.prompt.video_first)
     return [
-        _digest((video(p.clip.video_path), p.clip.frame_indices.tobytes().hex(), p.clip.frame_size, p.query, text)) for p in prompts
+        _digest((video[p.clip.video_path], p.clip.frame_indices.tobytes().hex(), p.clip.frame_size, p.query, text)) for p in prompts
     ]
 
 

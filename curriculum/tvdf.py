@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from video_opd.grounding import ROUNDING
+
 BBDS_BUCKETS = 5
 GWDS_CENTRE, GWDS_SPREAD = 0.9, 0.2
 Sampler = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
@@ -16,7 +18,7 @@ Sampler = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
 
 def reliable(teacher_iou: np.ndarray, threshold: float) -> np.ndarray:
     """bool[P]: TRPV keeps prompt i when tau_i >= threshold."""
-    return teacher_iou >= threshold
+    return teacher_iou >= threshold - ROUNDING
 
 
 def disagreement(teacher_iou: np.ndarray, student_iou: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -117,19 +118,33 @@ def _phases(metrics: Sequence[dict[str, float]]) -> Figure:
     return figure
 
 
-def _disagreements(rounds: Sequence[pa.Table]) -> Figure:
-    """delta of every prompt, round by round: selected, left, dropped."""
+def _validation(records: pa.Table, threshold: float) -> Figure:
+    """tau of every prompt: kept and dropped by TRPV."""
+    figure = Figure(figsize=(9, 2.4), layout="constrained")
+    axes = figure.subplots()
+    tau, dropped = records["teacher_iou"].to_numpy(), records["dropped"].to_numpy() != ""
+    shares = {name: tau[which & np.isfinite(tau)] for name, which in (("kept", ~dropped), ("dropped", dropped))}
+    labels = [f"{name}: {len(values)}" for name, values in shares.items()]
+    axes.hist(list(shares.values()), bins=np.linspace(0, 1, 41).tolist(), stacked=True, color=["C2", "C3"], label=labels)
+    axes.axvline(threshold, color="black", linestyle=":")
+    axes.set(xlabel="teacher IoU (mean over its answers)", ylabel="prompts")
+    axes.legend(fontsize="x-small")
+    return figure
+
+
+def _disagreements(rounds: dict[int, pa.Table]) -> Figure:
+    """delta of every prompt that is not dropped, round by round: selected and left."""
     figure = Figure(figsize=(9, 2.6), layout="constrained")
     panels = figure.subplots(1, len(rounds), squeeze=False, sharey=True)[0]
-    for number, (axes, records) in enumerate(zip(panels, rounds, strict=True), 1):
-        delta = records["disagreement"].to_numpy()
-        selected, dropped = records["selected"].to_numpy(), records["dropped"].to_numpy() != ""
-        kinds = {"selected": selected, "left": ~selected & ~dropped, "dropped": dropped}
-        shares = [delta[which & np.isfinite(delta)] for which in kinds.values()]
-        axes.hist(shares, bins=np.linspace(-1, 1, 41), stacked=True, color=["C0", "C7", "C3"], label=list(kinds))
-        axes.set(xlabel="disagreement (teacher IoU - student IoU)", title=f"round {number}")
+    for axes, (number, every) in zip(panels, rounds.items(), strict=True):
+        records = every.filter(pc.field("dropped") == "")
+        delta, selected = records["disagreement"].to_numpy(), records["selected"].to_numpy()
+        shares = {name: delta[which & np.isfinite(delta)] for name, which in (("selected", selected), ("left", ~selected))}
+        labels = [f"{name}: {len(values)}" for name, values in shares.items()]
+        axes.hist(list(shares.values()), bins=np.linspace(-1, 1, 41).tolist(), stacked=True, color=["C0", "C7"], label=labels)
+        axes.set(xlabel="disagreement", title=f"round {number}")
+        axes.legend(fontsize="x-small")
     panels[0].set(ylabel="prompts")
-    panels[0].legend(fontsize="x-small")
     return figure
 
 
@@ -141,13 +156,21 @@ def _routing(metrics: Sequence[dict[str, float]]) -> Figure:
     return figure
 
 
-def _curriculum(folder: Path, config: Config, metrics: Sequence[dict[str, float]]) -> list[Figure]:
-    """The curriculum's pictures, where it has something to show: one snapshot a round, newest last."""
-    paths = sorted((folder / "curriculum").glob("round-*.parquet"), key=lambda path: int(path.stem.removeprefix("round-")))
-    rounds = [pq.read_table(path) for path in paths[-MAX_ROUNDS_SHOWN:]]
-    known = [r for r in rounds if r["disagreement"].null_count < len(r)]
-    figures = [_disagreements(known)] if known else []
-    return figures + ([_routing(metrics)] if config.curriculum.kind == "scc" else [])
+def _curriculum(folder: Path, config: Config, metrics: Sequence[dict[str, float]]) -> list[tuple[str, Figure]]:
+    """The curriculum's pictures with what they show, where it has something to show; the last rounds of many."""
+    paths = {int(path.stem.removeprefix("round-")): path for path in (folder / "curriculum").glob("round-*.parquet")}
+    rounds = {number: pq.read_table(paths[number]) for number in sorted(paths)[-MAX_ROUNDS_SHOWN:]}
+    figures = []
+    if rounds and config.curriculum.trpv and config.curriculum.asks_teacher:
+        figures.append(
+            ("teacher IoU, kept and dropped", _validation(next(iter(rounds.values())), config.curriculum.teacher_threshold))
+        )
+    asked = {number: records for number, records in rounds.items() if records["disagreement"].null_count < len(records)}
+    if asked:
+        figures.append(("disagreement by round", _disagreements(asked)))
+    if config.curriculum.kind == "scc":
+        figures.append(("share of rollouts suspended", _routing(metrics)))
+    return figures
 
 
 def _example(prompt: Prompt, texts: dict[str, str]) -> Figure:
@@ -192,7 +215,7 @@ def write_report(folder: Path, config: Config, prompts: Sequence[Prompt], summar
         columns=["mIoU", *(f"R1@{m}" for m in THRESHOLDS)],
         learning=_embed(learning),
         phases=_embed(_phases(metrics)),
-        curriculum=[_embed(figure) for figure in _curriculum(folder, config, metrics)],
+        curriculum=[(what, _embed(figure)) for what, figure in _curriculum(folder, config, metrics)],
         examples=examples,
         config=config.model_dump_json(indent=2),
     )

@@ -81,7 +81,11 @@ class LearnerEngine:
             engine.step()
             total += loss.detach().double().cpu()
             gaps.append(gap)
-        return self._reduce(total, np.concatenate(gaps), denominator) | {"learner/lr": lr, **_signal_metrics(groups, config)}
+        return self._reduce(total, np.concatenate(gaps), denominator) | {
+            "learner/lr": lr,
+            "learner/skipped": 0.0,
+            **_signal_metrics(groups, config),
+        }
 
     def _loss_sum(self, rows: list[Row]) -> tuple[torch.Tensor, np.ndarray]:
         """The summed loss of a micro-batch, and |actor - learner log-prob| of its tokens (none for weight 0)."""

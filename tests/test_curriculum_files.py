@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -184,6 +185,28 @@ def test_show_explains_one_prompt(run, capsys, prompt_id, expected):
     assert all(part in out for part in expected), out
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"kind": "tvdf", "dbtp": False, "num_selected": 2}, {"drawn at random: 2 selected"}),
+        ({"kind": "scc", "anchor_frac": 0.5, "num_selected": 2}, {"Anchor:", "Frontier:", "neither kind:"}),
+    ],
+    ids=["without dbtp", "scc"],
+)
+def test_show_explains_prompts_that_disagreement_did_not_decide(config, tmp_path, capsys, options, expected):
+    config = config.model_copy(update={"curriculum": CurriculumConfig(**options), "groups_per_step": 1, "max_policy_lag": 0})
+    scheduler = Scheduler([make_prompt(f"p{i}") for i in range(3)], config)
+    scheduler.validate(np.array([0.9, 0.9, 0.9]))
+    scheduler.start_round(np.array([0.9, 0.5, 0.1]) if options["kind"] == "scc" else None, 0)
+    write_parquet(scheduler.records(), tmp_path / "curriculum" / "records.parquet")
+    (tmp_path / "config.yaml").write_text(dump_config(config, {}))
+    for i in range(3):
+        main(["show", str(tmp_path), "--prompt", f"p{i}"])
+    out = capsys.readouterr().out
+    assert all(part in out for part in expected), out
+    assert "rank" not in out
+
+
 def test_show_says_what_is_wrong_in_one_line(run, capsys, tmp_path):
     for arguments, expected in (
         ([str(tmp_path / "nowhere")], "holds no curriculum records"),
@@ -192,6 +215,21 @@ def test_show_says_what_is_wrong_in_one_line(run, capsys, tmp_path):
         assert main(["show", *arguments]) == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and expected in lines[0]
+
+
+def test_the_report_shows_what_was_kept_and_selected(run):
+    from evaluation.report import _curriculum
+
+    config = load_config(run / "config.yaml")
+    pictures = dict(_curriculum(run, config, []))
+    legends = {}
+    for what, figure in pictures.items():
+        shown: Any = [axes.get_legend() for axes in figure.axes]
+        legends[what] = [text.get_text() for legend in shown for text in legend.get_texts()]
+    assert legends == {
+        "teacher IoU, kept and dropped": ["kept: 3", "dropped: 2"],
+        "disagreement by round": ["selected: 2", "left: 1"],
+    }
 
 
 def test_records_without_a_round_are_shown_too(config, tmp_path, capsys):

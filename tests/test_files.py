@@ -203,6 +203,7 @@ RECORDS = pa.Table.from_pylist(
 CURRICULUM = {
     "records": RECORDS,
     "round_end": 12,
+    "settings": {"kind": "uniform"},
     "queue": ["a", "ä:2"],
     "random_state": np.random.default_rng(5).bit_generator.state,
 }

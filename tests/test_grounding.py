@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fakes import make_prompt
-from video_opd.grounding import best_constant_interval, best_iou, blind_baselines, evaluate, merged_iou, summarise, temporal_iou
+from video_opd.grounding import (
+    best_constant_interval,
+    best_iou,
+    blind_baselines,
+    evaluate,
+    merged_iou,
+    prompt_iou,
+    summarise,
+    temporal_iou,
+)
 from video_opd.prompting import parse_span
 from video_opd.types import Prediction, Span
 
@@ -71,6 +80,14 @@ def test_merged_iou_is_that_with_the_union_of_all_answers_on_a_fine_grid(span, a
 @pytest.mark.parametrize("bad", [None, (3.0, 3.0), (4.0, 2.0), (0.0, float("nan")), (float("-inf"), 1.0)])
 def test_merged_iou_of_no_interval_is_zero(bad):
     assert merged_iou(bad, [(0.0, 4.0), (6.0, 8.0)]) == 0.0
+
+
+def test_a_prompt_of_several_spans_is_read_as_its_nearest_or_as_their_union():
+    prompt = make_prompt("p", ((0.0, 2.0), (6.0, 8.0)))
+    assert prompt_iou((0.0, 2.0), prompt, "best") == 1.0
+    assert prompt_iou((0.0, 2.0), prompt, "merged") == 0.5
+    assert prompt_iou((0.0, 8.0), prompt, "merged") == 0.5
+    assert prompt_iou(None, prompt, "best") == prompt_iou(None, prompt, "merged") == 0.0
 
 
 def test_summary_counts_thresholds_inclusively_and_over_every_prompt():

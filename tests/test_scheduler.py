@@ -1,5 +1,6 @@
 """The scheduler without Ray: shuffled passes, prompts in flight, resuming, and TVDF selection."""
 
+import io
 import itertools
 import json
 import random
@@ -8,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -175,10 +177,12 @@ def test_seen_share_is_over_the_selected_prompts():
 
 
 def restored(state: dict, num_prompts: int, groups_per_step: int = 1, **options) -> Scheduler:
-    """A fresh scheduler with the state, which has been through JSON as in a checkpoint; another seed, to be overwritten."""
+    """A fresh scheduler with the state, which has been on disk as in a checkpoint; another seed, to be overwritten."""
     rest = json.loads(json.dumps({k: v for k, v in state.items() if k != "records"}))
+    file = io.BytesIO()
+    pq.write_table(state["records"], file)
     scheduler = make_scheduler(num_prompts, seed=999, groups_per_step=groups_per_step, **options)
-    scheduler.load_state_dict(rest | {"records": state["records"]})
+    scheduler.load_state_dict(rest | {"records": pq.read_table(file)})
     return scheduler
 
 
@@ -188,8 +192,8 @@ def run_rounds(scheduler: Scheduler, per_step: int, first: int, last: int, sigma
     for step in range(first, last):
         if step == scheduler.round_end():
             if step == 0:
-                scheduler.validate(np.random.default_rng(sigma_seed).uniform(0.4, 1, 24))
-            scheduler.start_round(np.random.default_rng([sigma_seed, step]).uniform(0, 1, 24), step)
+                scheduler.validate(np.random.default_rng(sigma_seed).permutation(np.linspace(0.4, 1, 24)))  # 4 below 0.5
+            scheduler.start_round(np.random.default_rng([sigma_seed, step]).permutation(np.linspace(0, 1, 24)), step)
         steps.append(issue(scheduler, per_step))
         train(scheduler, steps[-1], step)
     return steps
@@ -221,7 +225,7 @@ def test_retired_and_selected_prompts_are_restored():
     scheduler.retire([FailedPrompt(prompt_id="p1", reason="broken")])
     copy = restored(scheduler.state_dict(), 6, kind="tvdf", num_selected=4)
     assert copy.records() == scheduler.records()
-    assert sorted(issue_and_train(copy, 1, 3)) == ["p0", "p2", "p3"]
+    assert sorted(issue_and_train(copy, 1, 4)) == ["p0", "p2", "p3", "p4"], "p4 took the place of p1"
 
 
 def test_prompts_in_flight_are_issued_first_after_a_restart_and_the_pass_goes_on():
@@ -253,6 +257,14 @@ def test_a_prompt_in_flight_at_a_restart_keeps_its_turn_in_the_pass_that_has_beg
 def test_a_checkpoint_of_other_prompts_is_refused_with_their_names():
     with pytest.raises(CheckpointError, match=r"has 3 prompts, the data 4; 1 are in one of them only \(p3\)"):
         restored(make_scheduler(3).state_dict(), 4)
+
+
+def test_a_checkpoint_of_another_curriculum_is_refused():
+    state = make_scheduler(6, kind="tvdf", num_selected=2, dbtp=False).state_dict()
+    for kind in KINDS:
+        with pytest.raises(CheckpointError, match="resume with the curriculum the run was started with"):
+            restored(state, 6, kind=kind)
+    restored(state, 6, kind="tvdf", dbtp=False, num_selected=3)
 
 
 # --- rounds ---
@@ -340,6 +352,20 @@ def test_rounds_are_as_long_as_their_passes_and_sample_nothing_twice_unless_aske
             assert scheduler.start_round(sigma, start) == start + 3 * passes
             counts = Counter(issue_and_train(scheduler, 2, 3 * passes))
             assert set(counts.values()) == {passes} and len(counts) == 6
+
+
+def test_a_prompt_that_fails_in_a_round_leaves_its_place_to_the_next_by_disagreement():
+    scheduler = make_scheduler(8, groups_per_step=4, kind="tvdf", num_selected=4)
+    start_round(scheduler, [1.0] * 8, [0.1 * i for i in range(8)])
+    in_flight = issue(scheduler, 4)
+    assert set(in_flight) == {"p0", "p1", "p2", "p3"}
+    scheduler.retire([FailedPrompt(prompt_id="p1", reason="broken"), FailedPrompt(prompt_id="p6", reason="broken too")])
+    assert issue(scheduler, 1) == ["p4"], "p6 was not selected, so nothing takes its place"
+    assert {r["prompt_id"] for r in records_of(scheduler) if r["selected"] and not r["dropped"]} == {"p0", "p2", "p3", "p4"}
+    train(scheduler, ["p0", "p2", "p3", "p4"])
+    scheduler.retire([FailedPrompt(prompt_id=f"p{i}", reason="broken") for i in (0, 2)])
+    scheduler.start_round(np.array([np.nan, np.nan, np.nan, 0.0, 0.1, 0.2, np.nan, 0.3]), 1)
+    assert sorted(issue(scheduler, 4)) == ["p3", "p4", "p5", "p7"], "fewer than num_selected would be left: all of them"
 
 
 def test_every_round_keeps_what_the_student_could_do_then():

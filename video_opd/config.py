@@ -181,6 +181,23 @@ class CurriculumConfig(_Section):
     anchor_frac: Fraction = Field(default=0.1, description="scc: share of Anchors in the pool")
     suspend_iou: Fraction = Field(default=0.7, description="scc: a rollout of at least this IoU is neither scored nor learnt from")
 
+    @model_validator(mode="after")
+    def _kinds_are_apart(self):
+        if self.frontier_iou > self.anchor_iou:
+            raise ValueError(f"frontier_iou={self.frontier_iou} is above anchor_iou={self.anchor_iou}: a prompt could be both")
+        return self
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the teacher's own answers to the pool are needed."""
+        by_disagreement = self.kind == "tvdf" and self.dbtp and self.sampler != "uniform"
+        return self.kind != "uniform" and (self.trpv or by_disagreement)
+
+    @property
+    def asks_student(self) -> bool:
+        """Whether the student's answers are needed at the start of a round."""
+        return self.kind == "scc" or (self.kind == "tvdf" and self.dbtp)
+
 
 class ChecksConfig(_Section):
     """Self-checks while running."""
@@ -198,7 +215,8 @@ class Config(_Section):
     teacher: str = Field(description="transformers folder of the teacher")
     num_steps: PositiveInt
     max_scored_tokens: PositiveInt | None = Field(
-        default=None, description="end earlier, after the step at which the teacher has scored so many response tokens"
+        default=None,
+        description="end earlier, after the step at which the teacher has scored so many response tokens, unused ones included",
     )
     groups_per_step: PositiveInt = Field(default=32, description="prompts of one update")
     max_policy_lag: NonNegativeInt = Field(default=0, description="0: strictly on-policy")

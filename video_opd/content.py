@@ -3,20 +3,20 @@
 import hashlib
 from pathlib import Path
 
-_BLOCK_BYTES, _NUM_BLOCKS = 64 << 10, 64
+_BLOCK_BYTES = 64 << 10
 
 
-def file_digest(path: str | Path) -> str:
-    """Of the size and of 64 blocks of 64 KiB, evenly spaced from the first to the last byte; files up to 4 MiB are read whole."""
+def file_digest(path: str | Path, num_blocks: int = 64) -> str:
+    """Of the size and of `num_blocks` blocks of 64 KiB, evenly spaced from the first to the last byte; smaller files whole."""
     path = Path(path)
     size = path.stat().st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     with path.open("rb") as file:
-        if size <= _BLOCK_BYTES * _NUM_BLOCKS:
+        if size <= _BLOCK_BYTES * num_blocks:
             digest.update(file.read())
         else:
-            for i in range(_NUM_BLOCKS):
-                file.seek(i * (size - _BLOCK_BYTES) // (_NUM_BLOCKS - 1))
+            for i in range(num_blocks):
+                file.seek(i * (size - _BLOCK_BYTES) // (num_blocks - 1))
                 digest.update(file.read(_BLOCK_BYTES))
     return digest.hexdigest()
 

@@ -7,6 +7,7 @@ import numpy as np
 from video_opd.types import Prediction, Prompt, Span
 
 THRESHOLDS = (0.3, 0.5, 0.7)
+ROUNDING = 1e-9  # an IoU that rounding keeps below a threshold has reached it
 
 
 def temporal_iou(a: Span, b: Span) -> float:
@@ -35,8 +36,9 @@ def merged_iou(span: Span | None, answers: Sequence[Span]) -> float:
     return shared / (span[1] - span[0] + covered - shared)
 
 
-MULTI_SPAN_IOU = {"best": best_iou, "merged": merged_iou}
-"""Two readings of a ground truth of several spans; the same where there is one span."""
+def prompt_iou(span: Span | None, prompt: Prompt, multi_span: str) -> float:
+    """IoU with the prompt's ground truth; `multi_span` names the reading of several spans: best or merged."""
+    return {"best": best_iou, "merged": merged_iou}[multi_span](span, prompt.answer_spans_s or ())
 
 
 def summarise(ious: Sequence[float], num_unparsed: int = 0) -> dict[str, float]:
@@ -44,7 +46,7 @@ def summarise(ious: Sequence[float], num_unparsed: int = 0) -> dict[str, float]:
     values = np.asarray(ious, dtype=np.float64)
     if len(values) == 0:
         raise ValueError("no prompts to summarise")
-    recalls = {f"r1@{m}": float((values >= m - 1e-9).mean()) for m in THRESHOLDS}
+    recalls = {f"r1@{m}": float((values >= m - ROUNDING).mean()) for m in THRESHOLDS}
     return {"miou": float(values.mean()), **recalls, "n": len(values), "unparsed": num_unparsed}
 
 

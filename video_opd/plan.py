@@ -49,7 +49,7 @@ def check_pool(config: Config, train: list[Prompt]) -> None:
     if pool < in_flight:
         raise ConfigError(
             f"{pool} training prompts cannot fill (max_policy_lag + 1) * groups_per_step = {in_flight} "
-            "slots: add data or lower groups_per_step"
+            f"slots: {'raise curriculum.num_selected' if selected else 'add data'} or lower groups_per_step"
         )
 
 

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -159,32 +159,52 @@ TVDF = ["curriculum.teacher_threshold=0", "curriculum.num_teacher_predictions=2"
 
 @pytest.fixture(scope="module")
 def tvdf(overrides) -> Path:
-    """A round a step, selected again with the student as it is then; a vLLM teacher, two learner ranks, the sampled loss."""
-    more = ["num_steps=2", "run_name=tvdf", "curriculum.kind=tvdf", "curriculum.num_selected=8", "learner.world_size=2"]
-    done = run_launch(*overrides, *SHRUNK, *TVDF, *more)
+    """Two rounds of two steps, the second selected with the student as it is then; a vLLM teacher, two learner ranks."""
+    more = ["num_steps=4", "checkpoint_every=3", "run_name=tvdf", "curriculum.kind=tvdf", "curriculum.num_selected=12"]
+    done = run_launch(*overrides, *SHRUNK, *TVDF, *more, "learner.world_size=2")
     assert done.returncode == 0, done.stderr[-4000:]
     return Path(load_config(DEMO, overrides).runs_dir) / "tvdf"
 
 
-def test_every_round_selects_the_largest_disagreements_and_trains_on_them_alone(tvdf):
-    steps = trajectories_of(tvdf)
+def prompts_by_step(run: Path) -> dict[int, list[str]]:
+    steps = defaultdict(list)
+    for row in trajectories_of(run):
+        steps[row["step"]].append(row["prompt_id"])
+    return steps
+
+
+def test_every_round_selects_the_largest_disagreements_and_trains_on_each_once(tvdf):
+    steps = prompts_by_step(tvdf)
     for number in (1, 2):
         records = pq.read_table(tvdf / "curriculum" / f"round-{number}.parquet").to_pylist()
         selected = [r for r in records if r["selected"]]
-        assert len(selected) == 8
+        assert len(selected) == 12
         assert all(r["teacher_iou"] is not None and len(r["student_iou"]) == number for r in records)
         assert all(r["disagreement"] == r["teacher_iou"] - r["student_iou"][-1] for r in records)
         largest = sorted((r["disagreement"] for r in records), reverse=True)
-        assert sorted((r["disagreement"] for r in selected), reverse=True) == largest[:8]
-        trained = [r["prompt_id"] for r in steps if r["step"] == number - 1]
-        assert len(set(trained)) == len(trained) == GROUPS and set(trained) <= {r["prompt_id"] for r in selected}
-    assert [m["curriculum/round"] for m in metrics_of(tvdf)] == [1, 2]
+        assert sorted((r["disagreement"] for r in selected), reverse=True) == largest[:12]
+        trained = [p for step in (2 * number - 2, 2 * number - 1) for p in steps[step]]
+        assert sorted(trained) == sorted(r["prompt_id"] for r in selected)
+    assert [m["curriculum/round"] for m in metrics_of(tvdf)] == [1, 1, 2, 2]
     answers = pq.read_table(tvdf / "curriculum" / "teacher_answers.parquet").to_pylist()
     assert Counter(a["prompt_id"] for a in answers) == {r["prompt_id"]: 2 for r in records}
     summary = json.loads((tvdf / "summary.json").read_text())
     assert summary["teacher_answers"] == len(answers)
-    assert (summary["teacher_calls"], summary["suspended_rollouts"]) == (2 * GROUPS, 0)
-    assert "disagreement by round" in (tvdf / "report.html").read_text()
+    assert (summary["teacher_calls"], summary["suspended_rollouts"]) == (4 * GROUPS, 0)
+    report = (tvdf / "report.html").read_text()
+    assert "teacher IoU, kept and dropped" in report and "disagreement by round" in report
+
+
+def test_a_run_stopped_in_the_middle_of_a_round_goes_on_with_what_is_left_of_it(tvdf, tmp_path):
+    copy = tmp_path / "resumed"
+    shutil.copytree(tvdf, copy)
+    shutil.rmtree(copy / "checkpoints" / "step-4")
+    done = run_launch("--resume", str(copy))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert prompts_by_step(copy) == prompts_by_step(tvdf)
+    assert {f.name for f in (copy / "curriculum").iterdir()} == {f.name for f in (tvdf / "curriculum").iterdir()}
+    refused = run_launch("--resume", str(copy), "curriculum.dbtp=false", "num_steps=6")
+    assert refused.returncode == 2 and "the curriculum the run was started with" in refused.stderr.splitlines()[-1]
 
 
 def test_coupling_suspends_before_scoring_and_a_second_run_generates_no_teacher_answers(overrides, tvdf, config):
@@ -281,7 +301,8 @@ def test_dry_run_prints_the_plan_and_starts_nothing(overrides, capsys):
         ("teacher=/nowhere", "/nowhere/config.json"),
         ("data.train.videos=/nowhere", "/nowhere/"),
         ("video.max_video_tokens=3", "max_video_tokens=3"),
-        ("curriculum.num_selected=100000", "num_selected=100000"),
+        ("curriculum={kind: tvdf, num_selected: 100000}", "num_selected=100000"),
+        ("curriculum.frontier_iou=0.8", "frontier_iou=0.8"),
     ],
 )
 def test_bad_configuration_is_one_line(overrides, capsys, override, expected):
