@@ -15,7 +15,7 @@ from learner.loss import loss_per_token
 from learner.weight_sender import to_buckets
 from video_opd.config import Config
 from video_opd.errors import ClipError, RunError
-from video_opd.modeling import ResponseLogits, VideoLLM, collate, load_model
+from video_opd.modeling import ResponseLoss, VideoLLM, collate, load_model
 from video_opd.prompting import PromptEncoder, check_parity
 from video_opd.types import ScoredGroup, WeightBucket
 
@@ -51,7 +51,8 @@ class LearnerEngine:
         optimizer = torch.optim.AdamW(
             trained, lr=config.learner.lr, betas=config.learner.betas, weight_decay=config.learner.weight_decay
         )
-        engine, *_ = deepspeed.initialize(model=ResponseLogits(model), optimizer=optimizer, config=_deepspeed_config(config))
+        module = ResponseLoss(model, config.learner.logit_rows)
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=_deepspeed_config(config))
         self._engine: Any = engine
 
     @property
@@ -97,11 +98,14 @@ class LearnerEngine:
             check_parity(prompt, row.trajectory, "the learner")
         responses = [row.trajectory.response_token_ids for row in rows]
         batch = collate(encoded, responses, self._encoder.tokenizer.pad_token_id, self._device)
-        logits = self._engine(batch)
-        actor = self._tensor([row.trajectory.actor_logprobs for row in rows])
-        per_token, learner = loss_per_token(
-            self._config.loss, logits, batch.targets, actor, self._tensor([row.signal for row in rows]), self._top_k(rows)
-        )
+        actor, signal = (self._tensor(a) for a in ([r.trajectory.actor_logprobs for r in rows], [r.signal for r in rows]))
+        top_k = self._top_k(rows)
+
+        def loss(logits: torch.Tensor, which: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            of_rows = None if top_k is None else (top_k[0][which], top_k[1][which])
+            return loss_per_token(self._config.loss, logits, batch.targets[which], actor[which], signal[which], of_rows)
+
+        per_token, learner = self._engine(batch, loss)
         weights = self._tensor([np.full(len(row.signal), row.weight, np.float32) for row in rows])
         gap = (learner - actor).abs()[weights > 0]
         return (per_token * weights).sum(), gap.cpu().numpy()

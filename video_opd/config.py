@@ -147,6 +147,7 @@ class LearnerConfig(_Section):
     zero_stage: Literal[0, 1, 2, 3] = 3
     dtype: Dtype = "bfloat16"
     micro_batch: PositiveInt = Field(default=1, description="sequences in one forward and backward pass")
+    logit_rows: PositiveInt = Field(default=512, description="response tokens whose logits are held at once")
     lr: PositiveFloat = 1e-6
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)

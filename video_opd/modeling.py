@@ -1,16 +1,20 @@
 """The forward pass that teacher scoring and learning share: logits on response rows only."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from video_opd.types import EncodedPrompt
 
 VideoLLM = Any
 """A transformers Qwen-VL model: a torch module whose class is known only from its folder."""
+
+RowLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, ...]]
+"""Logits float32[rows, V] and which rows of the batch they are -> tensors of one value a row."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ class ResponseLogits(torch.nn.Module):
         super().__init__()
         self.model: VideoLLM = model
 
-    def forward(self, batch: ResponseBatch) -> torch.Tensor:
+    def hidden(self, batch: ResponseBatch) -> torch.Tensor:
+        """What the head sees of the response rows, [R, hidden size] in the model's dtype."""
         dtype = self.model.get_input_embeddings().weight.dtype
         hidden = self.model.model(
             input_ids=batch.input_ids,
@@ -74,7 +79,39 @@ class ResponseLogits(torch.nn.Module):
             video_grid_thw=batch.video_grid_thw,
             use_cache=False,
         ).last_hidden_state
-        return self.model.lm_head(hidden.flatten(0, 1)[batch.rows]).float()
+        return hidden.flatten(0, 1)[batch.rows]
+
+    def forward(self, batch: ResponseBatch) -> torch.Tensor:
+        return self.model.lm_head(self.hidden(batch)).float()
+
+
+class ResponseLoss(ResponseLogits):
+    """A video LLM whose forward returns a loss of the response rows, and never holds the logits of more than `chunk` of them."""
+
+    def __init__(self, model: VideoLLM, chunk: int):
+        super().__init__(model)
+        self._chunk = chunk
+
+    def forward(self, batch: ResponseBatch, loss: RowLoss) -> tuple[torch.Tensor, ...]:
+        return by_chunks(self.model.lm_head, self.hidden(batch), loss, self._chunk)
+
+
+def by_chunks(
+    head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, loss: RowLoss, chunk: int
+) -> tuple[torch.Tensor, ...]:
+    """loss(head(hidden)) row by row, `chunk` rows at a time; several chunks are computed again in the backward pass.
+
+    Peak memory is that of one chunk's logits and their gradient, whatever the number of rows.
+    """
+    rows = [slice(first, first + chunk) for first in range(0, len(hidden), chunk)]
+
+    def of(part: torch.Tensor, which: slice) -> tuple[torch.Tensor, ...]:
+        return loss(head(part).float(), which)
+
+    if len(rows) == 1:
+        return of(hidden, rows[0])
+    parts = [checkpoint(of, hidden[which], which, use_reentrant=False) for which in rows]
+    return tuple(torch.cat(of_chunks) for of_chunks in zip(*parts, strict=True))
 
 
 def load_model(path: str, dtype: str) -> VideoLLM:

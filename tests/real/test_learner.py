@@ -32,6 +32,7 @@ def make_config(overrides, world_size: int, stage: int, *more: str):
             f"learner.lr={LR}",
             "learner.warmup_frac=0",
             "learner.micro_batch=3",
+            "learner.logit_rows=5",  # fewer than a micro-batch has
             "start_timeout_s=120",
             "request_timeout_s=120",
             "learner.freeze_vision=false",

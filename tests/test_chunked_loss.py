@@ -1,0 +1,39 @@
+"""The loss in chunks of rows against the loss at once: values, gradients, and how many logits exist at a time."""
+
+import pytest
+import torch
+
+from learner.loss import loss_per_token
+from video_opd.config import LossConfig
+from video_opd.modeling import by_chunks
+
+ROWS, HIDDEN, V, K = 13, 8, 40, 5
+
+
+@pytest.mark.parametrize("kind", ["sampled", "topk"])
+@pytest.mark.parametrize("chunk", [1, 4, 13, 50])
+def test_chunks_change_neither_value_nor_gradient(kind, chunk):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(HIDDEN, V, bias=False).double()
+    hidden = torch.randn(ROWS, HIDDEN, dtype=torch.float64, requires_grad=True)
+    targets, actor, signal = torch.randint(V, (ROWS,)), torch.randn(ROWS) - 3, torch.randn(ROWS)
+    teacher = torch.randn(ROWS, V).log_softmax(-1).topk(K)
+    largest = 0
+
+    def loss(logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
+        nonlocal largest
+        largest = max(largest, len(logits))
+        top_k = (teacher.indices[rows], teacher.values[rows])
+        return loss_per_token(LossConfig(kind=kind), logits, targets[rows], actor[rows], signal[rows], top_k)
+
+    def run(size: int) -> tuple[torch.Tensor, ...]:
+        per_token, logprobs = by_chunks(head, hidden, loss, size)
+        weights = torch.linspace(0.5, 2, ROWS)
+        gradients = torch.autograd.grad((per_token * weights).sum(), [hidden, head.weight])
+        return per_token, logprobs, *gradients
+
+    expected = run(ROWS)
+    largest = 0
+    for ours, whole in zip(run(chunk), expected, strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-5, atol=1e-6)
+    assert largest == min(chunk, ROWS)
