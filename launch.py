@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import cycle, islice
+from itertools import cycle, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,15 @@ from learner.learner import Learner
 from teacher_service.service import ScoreResult, TeacherPool
 from video_opd.buffer import TrajectoryBuffer
 from video_opd.config import Config, describe_keys, load_config, resolve_paths
+from video_opd.demonstrations import Demonstrator
 from video_opd.errors import CheckpointError, ConfigError, InputError, ParityError, RunError, VideoOPDError
 from video_opd.grounding import best_iou, blind_baselines, evaluate, prompt_iou
 from video_opd.metrics import MetricSinks, PhaseClock
 from video_opd.plan import Plan, describe, make_plan
+from video_opd.rewards import load_rewards, total_reward
 from video_opd.run_folder import new_run_folder, write_config, write_json
 from video_opd.schemas import TrajectoryLog, write_parquet
-from video_opd.types import FailedPrompt, Prediction, ScoredGroup, StepReport, TrajectoryGroup
+from video_opd.types import FailedPrompt, Prediction, ScoredGroup, StepReport, TeacherScores, TrajectoryGroup
 
 HERE = Path(__file__).resolve().parent
 ANSWERS_A_WRITE = 4096
@@ -54,7 +56,7 @@ class Run:
     config: Config
     plan: Plan
     actors: ActorPool
-    teacher: TeacherPool
+    teacher: TeacherPool | None  # None: neither the objective nor the curriculum asks one
     learner: Learner
     curriculum: Curriculum
     clock: PhaseClock = field(default_factory=PhaseClock)
@@ -108,7 +110,7 @@ def create_parts(folder: Path, config: Config, plan: Plan) -> Run:
         config=config,
         plan=plan,
         actors=ActorPool(name, config),
-        teacher=TeacherPool(f"{name}/teacher", config),
+        teacher=TeacherPool(f"{name}/teacher", config) if config.needs_teacher else None,
         learner=Learner(name, config),
         curriculum=Curriculum(name, plan.train, config),
     )
@@ -149,6 +151,7 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
     for one step's slots, updates, publishes, and frees them. A crash anywhere stops everything, loudly.
     """
     config, curriculum = run.config, run.curriculum
+    demonstrate = Demonstrator(config)
     buffer = TrajectoryBuffer(config.groups_per_step, config.max_policy_lag, until - run.step)
     per_call = config.rollout.prompts_per_call
     capacity = (config.max_policy_lag + 1) * config.groups_per_step
@@ -157,9 +160,12 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
         while slots := await buffer.reserve(per_call):
             while slots:  # a failed prompt leaves its slot to another prompt
                 prompts = await curriculum.next_prompts(len(slots))
-                with run.clock("rollout"):
-                    reference = run.actors.rollout(actor, prompts)
-                    results = await run.actors.result(reference)
+                if config.loss.needs.rollouts:
+                    with run.clock("rollout"):
+                        reference = run.actors.rollout(actor, prompts)
+                        results = await run.actors.result(reference)
+                else:
+                    reference = results = demonstrate(prompts, run.step)
                 groups = await score(run, reference, results)
                 await curriculum.retire([g for g in groups if isinstance(g, FailedPrompt)])
                 for group in groups:
@@ -176,11 +182,13 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
             check_finite(report)
             check_logprob_gap(run, report)
             await curriculum.observe(groups, step)
-            with run.clock("publish"):
-                await publish_weights(run, policy_version=step + 1)
+            evaluates = config.eval_every and (step + 1) % config.eval_every == 0
+            if config.loss.needs.rollouts or evaluates or step + 1 == until:  # what nobody samples from is not published
+                with run.clock("publish"):
+                    await publish_weights(run, policy_version=step + 1)
             run.step += 1
             await buffer.release()  # only now may new prompts enter
-            if config.eval_every and run.step % config.eval_every == 0:
+            if evaluates:
                 await evaluate_student(run, f"step_{run.step}")
                 report.metrics.update({f"eval/{k}": v for k, v in run.evaluations[f"step_{run.step}"].items()})
             await record(run, outputs, report, groups, lags, time.monotonic() - started)
@@ -195,31 +203,45 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
 
 
 async def score(
-    run: Run, reference: ray.ObjectRef, results: Sequence[TrajectoryGroup | FailedPrompt]
+    run: Run, reference: ray.ObjectRef | list[TrajectoryGroup], results: Sequence[TrajectoryGroup | FailedPrompt]
 ) -> list[ScoredGroup | FailedPrompt]:
-    """Every group with the teacher's scores, in order. The teacher is not asked for suspended rollouts and failed prompts."""
+    """Every group with what the objective needs: the teacher's scores, rewards, or neither; in order.
+
+    The teacher is not asked for suspended rollouts and failed prompts. `reference`: of the results, for the teacher to fetch.
+    """
     groups = [r if isinstance(r, FailedPrompt) else run.curriculum.route(r) for r in results]
     asked = [g for g in groups if isinstance(g, TrajectoryGroup) and g.trajectories]
-    whole = len(asked) == len(results) and not any(g.suspended for g in asked)
-    scores: Iterator[ScoreResult] = iter(())
-    if asked:
+    scores: Iterator[ScoreResult] = repeat(())
+    if asked and run.config.loss.needs.teacher != "none":
+        assert run.teacher, "the objective needs a teacher"
+        whole = len(asked) == len(results) and not any(g.suspended for g in asked)
         with run.clock("score"):
             scores = iter(await run.teacher.score(reference if whole else asked))  # the reference is fetched past the driver
-    run.totals["scored_rollouts"] += sum(len(g.trajectories) for g in asked)
-    run.totals["scored_tokens"] += sum(len(t.response_token_ids) for g in asked for t in g.trajectories)
+        run.totals["scored_rollouts"] += sum(len(g.trajectories) for g in asked)
+        run.totals["scored_tokens"] += sum(len(t.response_token_ids) for g in asked for t in g.trajectories)
     scored: list[ScoredGroup | FailedPrompt] = []
     for group in groups:
         if isinstance(group, TrajectoryGroup):
             result = next(scores) if group.trajectories else ()
-            scored.append(result if isinstance(result, FailedPrompt) else ScoredGroup(group=group, scores=result))
+            scored.append(result if isinstance(result, FailedPrompt) else with_rewards(run, group, result))
         else:
             scored.append(group)
     return scored
 
 
+def with_rewards(run: Run, group: TrajectoryGroup, scores: tuple[TeacherScores, ...]) -> ScoredGroup:
+    """The learner's payload; with rewards where the objective needs them."""
+    if not run.config.loss.needs.rewards:
+        return ScoredGroup(group=group, scores=scores)
+    rewards = load_rewards(run.config.loss.rewards)
+    return ScoredGroup(
+        group=group, scores=scores, rewards=tuple(total_reward(rewards, t, group.prompt) for t in group.trajectories)
+    )
+
+
 def check_lag(groups: Sequence[ScoredGroup], step: int, max_policy_lag: int) -> list[int]:
     """The policy lag of every trajectory. Raises ParityError where one breaks the bound."""
-    lags = [step - t.policy_version for g in groups for t in g.group.sampled]
+    lags = [step - t.policy_version for g in groups for t in g.group.sampled if t.prompt_fingerprint is not None] or [0]
     if min(lags) < 0 or max(lags) > max_policy_lag:
         raise ParityError(f"step {step}: policy lags {min(lags)} to {max(lags)}, allowed 0 to {max_policy_lag}")
     return lags
@@ -313,6 +335,7 @@ async def start_round(run: Run, progress: StepProgress) -> None:
 async def teacher_ious(run: Run, progress: StepProgress) -> np.ndarray:
     """float64[P]: tau, NaN where a clip cannot be read. Answers that a run in runs_dir has are not generated again."""
     config, pool = run.config, run.plan.train
+    assert run.teacher, "the curriculum asks one"
     settings, keys = settings_key(config), await asyncio.to_thread(prompt_keys, pool, config)
     answers = find_answers(sorted(Path(config.runs_dir).iterdir()), settings, set(keys))
     progress.say(f"teacher answers: {len(answers)} of {len(set(keys))} found in {config.runs_dir}")
@@ -352,6 +375,8 @@ async def evaluate_student(run: Run, name: str, blank_video: bool = False) -> No
 
 
 async def evaluate_teacher(run: Run) -> None:
+    if run.teacher is None:
+        return
     answers = [a[0] for a in await run.teacher.predict(run.plan.eval) if not isinstance(a, FailedPrompt)]
     run.evaluations["teacher"], run.examples["teacher"] = evaluate(answers, run.plan.eval), answers
 
@@ -361,7 +386,7 @@ async def execute(config: Config, folder: Path, plan: Plan, resume: bool) -> dic
     began = time.monotonic()
     run = create_parts(folder, config, plan)
     try:
-        await asyncio.gather(run.actors.start(), run.teacher.start(), run.learner.start())
+        await asyncio.gather(run.actors.start(), run.learner.start(), *([run.teacher.start()] if run.teacher else []))
         start_up_s = time.monotonic() - began
         await publish_weights(run, policy_version=0)  # the student's start, for the evaluation before training
         await asyncio.gather(evaluate_student(run, "student_before"), evaluate_teacher(run))
@@ -379,7 +404,7 @@ async def execute(config: Config, folder: Path, plan: Plan, resume: bool) -> dic
         records = await run.curriculum.records()
         write_parquet(records, folder / "curriculum" / "records.parquet")
         return {
-            **{k: run.evaluations[k] for k in ("teacher", "student_before", "student_after")},
+            **{k: run.evaluations.get(k) for k in ("teacher", "student_before", "student_after")},
             "baselines": blind_baselines(plan.train, plan.eval, config.seed) | {"no_video": run.evaluations["no_video"]},
             "steps": run.step,
             "seed": config.seed,
@@ -397,7 +422,8 @@ async def execute(config: Config, folder: Path, plan: Plan, resume: bool) -> dic
             "examples": {k: {p.prompt_id: p.text for p in run.examples[k]} for k in run.examples if k != "no_video"},
         }
     finally:
-        run.teacher.stop()
+        if run.teacher:
+            run.teacher.stop()
 
 
 def launch(config: Config, address: str | None = None, resume: Path | None = None) -> dict[str, Any]:

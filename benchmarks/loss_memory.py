@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from learner.loss import loss_per_token
+from learner.loss import ResponseTokens, loss_per_token
 from video_opd.config import LearnerConfig, LossConfig
 from video_opd.modeling import by_chunks
 
@@ -33,8 +33,10 @@ def peak_bytes_of(response_tokens: int, device: str, chunk: int) -> tuple[int, f
     targets = torch.randint(VOCABULARY, (response_tokens,), device=device)
     actor, signal = torch.full((response_tokens,), -12.0, device=device), torch.randn(response_tokens, device=device)
 
+    tokens = ResponseTokens(targets, actor, signal)
+
     def loss(logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
-        return loss_per_token(LossConfig(), logits, targets[rows], actor[rows], signal[rows], None)
+        return loss_per_token(LossConfig(), logits, tokens, rows)
 
     if device == "cuda":
         torch.cuda.synchronize()

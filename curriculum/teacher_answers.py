@@ -22,6 +22,7 @@ _SETTINGS = b"settings"
 
 def settings_key(config: Config) -> str:
     """Of the teacher's folder and of all that decides how it answers, except the seed: tau is the teacher's, not the run's."""
+    assert config.teacher, "the curriculum asks no teacher"
     pool = config.teacher_pool
     parts = (folder_digest(config.teacher), pool.engine, pool.dtype, TEMPERATURE)
     parts += (config.curriculum.num_teacher_predictions, config.rollout.max_response_tokens)

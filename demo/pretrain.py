@@ -17,7 +17,7 @@ import torch
 
 from demo.clips import COLOURS, DEFAULT_LEVELS, SHAPES, write_split
 from demo.models import STUDENT, TEACHER, Size, build_model, build_processor
-from video_opd.config import Config, DatasetConfig, load_config
+from video_opd.config import DatasetConfig, load_config
 from video_opd.datasets import read_prompts
 from video_opd.grounding import evaluate
 from video_opd.modeling import ResponseLogits, VideoLLM, collate, generate
@@ -57,7 +57,7 @@ class Example:
     labels: np.ndarray  # float32[video tokens, 5 * NUM_LABELS]
 
 
-def build_examples(prompts: list[Prompt], encoder: PromptEncoder, config: Config) -> list[Example]:
+def build_examples(prompts: list[Prompt], encoder: PromptEncoder) -> list[Example]:
     by_clip: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         by_clip.setdefault(prompt.clip.clip_id, []).append(prompt)
@@ -67,10 +67,7 @@ def build_examples(prompts: list[Prompt], encoder: PromptEncoder, config: Config
         encoded = encoder.encode(prompt)
         shared = pixels.setdefault(prompt.clip.clip_id, encoded.pixel_values)
         object.__setattr__(encoded, "pixel_values", shared)  # one copy of the pixels for all queries of a clip
-        start, end = _answer(prompt)
-        text = config.prompt.answer_template.format(start=start, end=end) + encoder.tokenizer.eos_token
-        answer = np.asarray(encoder.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
-        examples.append(Example(encoded, answer, _labels(prompt, by_clip[prompt.clip.clip_id])))
+        examples.append(Example(encoded, encoder.answer_ids(_answer(prompt)), _labels(prompt, by_clip[prompt.clip.clip_id])))
     return examples
 
 
@@ -178,7 +175,7 @@ def pretrain(names: list[str], out: Path, data: Path) -> None:
     processor.save_pretrained(processor_folder)
     encoder = PromptEncoder(processor_folder, config.prompt)
     prompts = read_prompts(dataset, config.video, 32)
-    examples = build_examples(prompts, encoder, config)
+    examples = build_examples(prompts, encoder)
     held_out = {f"pretrain{i:05d}" for i in range(NUM_VALIDATION_CLIPS)}
     pairs = list(zip(examples, prompts, strict=True))
     validation = [p for p in pairs if p[1].clip.clip_id in held_out]

@@ -64,7 +64,7 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     """The lines of the final table: models, then what can be had without one."""
     baselines = summary["baselines"]
     return [
-        ("teacher", summary["teacher"]),
+        *([("teacher", summary["teacher"])] if summary["teacher"] else []),
         ("student before", summary["student_before"]),
         ("student after", summary["student_after"]),
         ("student after, grey frames", baselines["no_video"]),
@@ -84,12 +84,12 @@ def print_summary(folder: Path, summary: dict[str, Any]) -> None:
         table.add_row(name, *(f"{values[c]:.3f}" for c in COLUMNS), str(values["unparsed"]))
     console = Console()
     console.print(table)
-    before, after, teacher = (summary[k]["miou"] for k in ("student_before", "student_after", "teacher"))
+    before, after = summary["student_before"]["miou"], summary["student_after"]["miou"]
+    teacher = summary["teacher"]["miou"] if summary["teacher"] else 0.0
+    of_teacher = f", {after / teacher:.0%} of the teacher's" if teacher else ""
     console.print(
-        f"mIoU {after - before:+.3f}, {after / teacher:.0%} of the teacher's, after {summary['steps']} steps in "
+        f"mIoU {after - before:+.3f}{of_teacher}, after {summary['steps']} steps in "
         f"{summary['seconds']['total'] / 60:.1f} min; {len(summary['dropped'])} prompts dropped"
-        if teacher
-        else f"mIoU {after - before:+.3f}; the teacher's is 0"
     )
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
 
@@ -100,7 +100,8 @@ def _learning(metrics: Sequence[dict[str, float]], summary: dict[str, Any]) -> F
     steps = [m["step"] for m in metrics]
     left.plot(steps, [m.get("actors/miou", math.nan) for m in metrics], color="C0", alpha=0.35, label="rollouts of the step")
     for name, colour in (("teacher", "C2"), ("student_after", "C0"), ("student_before", "C7")):
-        left.axhline(summary[name]["miou"], color=colour, linestyle="--", label=name.replace("_", " "))
+        if summary[name]:
+            left.axhline(summary[name]["miou"], color=colour, linestyle="--", label=name.replace("_", " "))
     left.axhline(summary["baselines"]["best_constant"]["miou"], color="C3", linestyle=":", label="best constant interval")
     left.set(xlabel="step", ylabel="mIoU", ylim=(0, 1))
     left.legend(fontsize="x-small", loc="lower right")

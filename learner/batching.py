@@ -1,13 +1,13 @@
 """Scored groups -> the micro-batches of one rank."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from learner.loss import pointwise_signal
+from learner.loss import group_advantages, pointwise_signal
 from video_opd.config import LossConfig
-from video_opd.types import Prompt, ScoredGroup, TopK, Trajectory
+from video_opd.types import Prompt, ScoredGroup, TeacherScores, Trajectory
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class Row:
 
     prompt: Prompt
     trajectory: Trajectory
-    signal: np.ndarray  # float32[N]
-    top_k: TopK | None
+    signal: np.ndarray  # float32[N]; see signals_of
+    scores: TeacherScores | None
     weight: float  # 1, or 0 for a row that only keeps ranks in step
 
 
@@ -36,23 +36,34 @@ def plan_update(groups: Sequence[ScoredGroup], loss: LossConfig, micro_batch: in
     that has no row for its last micro-batch repeats one with weight 0. Suspended rollouts are in the denominator
     alone, so that suspension never scales up what is left; when all are suspended there are no micro-batches.
     """
-    pairs = [(g.group.prompt, t, s) for g in groups for t, s in zip(g.group.trajectories, g.scores, strict=True)]
-    lengths = [len(t.response_token_ids) for _, t, _ in pairs]
+    trajectories = [(g.group.prompt, t) for g in groups for t in g.group.trajectories]
     num_tokens = sum(len(t.response_token_ids) for g in groups for t in g.group.sampled)
-    if not pairs:
+    if not trajectories:
         return UpdatePlan([], num_tokens)
-    signal = pointwise_signal(
-        np.concatenate([s.teacher_logprobs for _, _, s in pairs]),
-        np.concatenate([t.actor_logprobs for _, t, _ in pairs]),
-        loss,
-    )
-    signals = np.split(signal, np.cumsum(lengths)[:-1])
-    rows = [Row(p, t, r, s.top_k, 1.0) for (p, t, s), r in zip(pairs, signals, strict=True)]
+    scores = [s for g in groups for s in g.scores] or [None] * len(trajectories)
+    rows = [
+        Row(prompt, trajectory, signal, score, 1.0)
+        for (prompt, trajectory), signal, score in zip(trajectories, signals_of(groups, loss), scores, strict=True)
+    ]
     rows.sort(key=lambda row: len(row.trajectory.prompt_token_ids) + len(row.signal), reverse=True)
     per_round = micro_batch * world_size
     micro_batches = []
     for first in range(0, len(rows), per_round):
         mine = rows[first : first + per_round][rank::world_size]
-        filler = Row(rows[0].prompt, rows[0].trajectory, rows[0].signal, rows[0].top_k, 0.0)
-        micro_batches.append(mine or [filler])
+        micro_batches.append(mine or [replace(rows[0], weight=0.0)])
     return UpdatePlan(micro_batches, num_tokens)
+
+
+def signals_of(groups: Sequence[ScoredGroup], loss: LossConfig) -> list[np.ndarray]:
+    """float32[N] for every trajectory: its advantage (grpo), the teacher's log-probs (off_policy_rkd), r_t, or zeros."""
+    trajectories = [t for g in groups for t in g.group.trajectories]
+    lengths = [len(t.response_token_ids) for t in trajectories]
+    if loss.needs.rewards:
+        advantages = np.concatenate([group_advantages(g.rewards or (), loss.advantage_std) for g in groups if g.group.trajectories])
+        return [np.full(n, a, np.float32) for n, a in zip(lengths, advantages, strict=True)]
+    if loss.needs.teacher == "none":
+        return [np.zeros(n, np.float32) for n in lengths]
+    teacher = np.concatenate([s.teacher_logprobs for g in groups for s in g.scores])
+    if loss.needs.rollouts:
+        teacher = pointwise_signal(teacher, np.concatenate([t.actor_logprobs for t in trajectories]), loss)
+    return np.split(teacher, np.cumsum(lengths)[:-1])

@@ -3,7 +3,7 @@
 import importlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from learner.batching import Row, plan_update
-from learner.loss import loss_per_token
+from learner.loss import ResponseTokens, loss_per_token
 from learner.weight_sender import to_buckets
 from video_opd.config import Config
 from video_opd.errors import ClipError, RunError
-from video_opd.modeling import ResponseLoss, VideoLLM, collate, load_model
+from video_opd.modeling import ResponseLoss, VideoLLM, collate, load_head, load_model
 from video_opd.prompting import PromptEncoder, check_parity
 from video_opd.types import ScoredGroup, WeightBucket
 
@@ -52,6 +52,10 @@ class LearnerEngine:
             trained, lr=config.learner.lr, betas=config.learner.betas, weight_decay=config.learner.weight_decay
         )
         module = ResponseLoss(model, config.learner.logit_rows)
+        self._teacher_head: torch.Tensor | None = None
+        if config.loss.needs.teacher == "hidden":
+            assert config.teacher, "make_plan asks for a teacher"
+            self._teacher_head = load_head(config.teacher, config.teacher_pool.dtype).to(self._device)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=_deepspeed_config(config))
         self._engine: Any = engine
 
@@ -98,26 +102,40 @@ class LearnerEngine:
             check_parity(prompt, row.trajectory, "the learner")
         responses = [row.trajectory.response_token_ids for row in rows]
         batch = collate(encoded, responses, self._encoder.tokenizer.pad_token_id, self._device)
-        actor, signal = (self._tensor(a) for a in ([r.trajectory.actor_logprobs for r in rows], [r.signal for r in rows]))
-        top_k = self._top_k(rows)
+        tokens = self._response_tokens(rows, batch.targets)
 
         def loss(logits: torch.Tensor, which: slice) -> tuple[torch.Tensor, torch.Tensor]:
-            of_rows = None if top_k is None else (top_k[0][which], top_k[1][which])
-            return loss_per_token(self._config.loss, logits, batch.targets[which], actor[which], signal[which], of_rows)
+            return loss_per_token(self._config.loss, logits, tokens, which)
 
         per_token, learner = self._engine(batch, loss)
         weights = self._tensor([np.full(len(row.signal), row.weight, np.float32) for row in rows])
-        gap = (learner - actor).abs()[weights > 0]
+        gap = (learner - tokens.actor_logprobs).abs()[weights > 0]
         return (per_token * weights).sum(), gap.cpu().numpy()
+
+    def _response_tokens(self, rows: list[Row], targets: torch.Tensor) -> ResponseTokens:
+        top_k: tuple[torch.Tensor, torch.Tensor] | None = None
+        teacher_logits: Callable[[slice], torch.Tensor] | None = None
+        scores = [row.scores for row in rows if row.scores is not None]
+        if self._config.loss.needs.teacher == "top_k":
+            top = [s.top_k for s in scores if s.top_k is not None]
+            top_k = (self._tensor([t.ids for t in top]).long(), self._tensor([t.logprobs for t in top]))
+        if self._teacher_head is not None:
+            head, hidden = self._teacher_head, self._tensor([s.hidden for s in scores if s.hidden is not None])
+
+            def of_rows(which: slice) -> torch.Tensor:
+                return hidden[which].to(head.dtype).matmul(head.T).float()
+
+            teacher_logits = of_rows
+        return ResponseTokens(
+            targets=targets,
+            actor_logprobs=self._tensor([row.trajectory.actor_logprobs for row in rows]),
+            signal=self._tensor([row.signal for row in rows]),
+            top_k=top_k,
+            teacher_logits=teacher_logits,
+        )
 
     def _tensor(self, arrays: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(self._device)
-
-    def _top_k(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        top = [row.top_k for row in rows if row.top_k is not None]
-        if self._config.loss.kind != "topk":
-            return None
-        return self._tensor([t.ids for t in top]).long(), self._tensor([t.logprobs for t in top])
 
     def _reduce(self, total: torch.Tensor, gaps: np.ndarray, denominator: int) -> dict[str, float]:
         """Loss over all ranks; the gap's quantiles are the worst rank's."""
@@ -127,10 +145,11 @@ class LearnerEngine:
             torch.distributed.all_reduce(total)
             torch.distributed.all_reduce(quantiles, op=torch.distributed.ReduceOp.MAX)
         names = ("p50", "p99", "max")
+        gap = {f"learner/logprob_gap_{n}": float(q) for n, q in zip(names, quantiles, strict=True)}
         return {
             "learner/loss": float(total) / denominator,
             "learner/grad_norm": float(self._engine.get_global_grad_norm() or 0.0),
-            **{f"learner/logprob_gap_{n}": float(q) for n, q in zip(names, quantiles, strict=True)},
+            **(gap if self._config.loss.needs.rollouts else {}),
         }
 
     def _full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -165,19 +184,23 @@ class LearnerEngine:
 
 
 def _signal_metrics(groups: Sequence[ScoredGroup], config: Config) -> dict[str, float]:
-    """The reverse KL per token as sampled (k1: mean of -r), and what the signal's options did."""
-    pairs = [(t, s) for g in groups for t, s in zip(g.group.trajectories, g.scores, strict=True)]
-    signal = np.concatenate([s.teacher_logprobs - t.actor_logprobs for t, s in pairs])
-    metrics = {
-        "learner/reverse_kl": float(-signal.mean()),
-        "learner/num_tokens": float(len(signal)),
-        "learner/response_tokens": float(np.mean([len(t.response_token_ids) for t, _ in pairs])),
-    }
-    clamp = config.loss.clamp
-    if config.loss.kind == "sampled" and clamp is not None:
-        metrics["learner/clamped_frac"] = float((np.abs(signal) > clamp).mean())
-    if config.loss.center == "batch":
-        metrics["learner/center"] = float((signal if clamp is None else np.clip(signal, -clamp, clamp)).mean())
+    """What the batch says of itself: rewards, the reverse KL per token as sampled (k1: mean of -r), the options' effect."""
+    loss, trajectories = config.loss, [t for g in groups for t in g.group.trajectories]
+    lengths = [len(t.response_token_ids) for t in trajectories]
+    metrics = {"learner/num_tokens": float(sum(lengths)), "learner/response_tokens": float(np.mean(lengths))}
+    rewards = [r for g in groups for r in g.rewards or ()]
+    if rewards:
+        flat = [len(set(g.rewards or ())) <= 1 for g in groups]
+        metrics |= {"learner/reward": float(np.mean(rewards)), "learner/flat_groups_frac": float(np.mean(flat))}
+    if loss.needs.teacher == "none" or not loss.needs.rollouts:
+        return metrics
+    scores = [s for g in groups for s in g.scores]
+    signal = np.concatenate([s.teacher_logprobs - t.actor_logprobs for t, s in zip(trajectories, scores, strict=True)])
+    metrics["learner/reverse_kl"] = float(-signal.mean())
+    if loss.kind == "opd" and loss.clamp is not None:
+        metrics["learner/clamped_frac"] = float((np.abs(signal) > loss.clamp).mean())
+    if loss.center == "batch":
+        metrics["learner/center"] = float((signal if loss.clamp is None else np.clip(signal, -loss.clamp, loss.clamp)).mean())
     return metrics
 
 

@@ -1,10 +1,12 @@
-"""The reverse-KL losses of on-policy distillation: pure functions of tensors (ALGORITHM.md section 1).
+"""The objectives: pure functions of tensors (ALGORITHM.md sections 1 and 3).
 
-R response tokens, V vocabulary, K teacher tokens. Each function returns one value per response token, float32[R];
-the caller sums them and divides by the token count of the whole batch, over all ranks and micro-batches.
+R response tokens, V vocabulary, K teacher tokens. Each loss returns one value per response token, float32[R]; the
+caller sums them and divides by the token count of the whole batch, over all ranks and micro-batches.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,6 +15,18 @@ from video_opd.config import LossConfig
 from video_opd.modeling import token_logprobs
 
 MIN_TAIL = 1e-6  # floor of the teacher's tail mass: float32 top-K log-probs do not resolve it further
+ADVANTAGE_EPSILON = 1e-4
+
+
+@dataclass(frozen=True)
+class ResponseTokens:
+    """What the losses need of R response tokens beside the student's logits. A loss reads what its objective needs."""
+
+    targets: torch.Tensor  # int64[R]
+    actor_logprobs: torch.Tensor  # float32[R]; of the ground truth, which nobody sampled: zeros
+    signal: torch.Tensor  # float32[R]: r_t, the advantage, or the teacher's log-probs; see learner/batching.py
+    top_k: tuple[torch.Tensor, torch.Tensor] | None = None  # the teacher's ids int64[R, K] and log-probs float32[R, K]
+    teacher_logits: Callable[[slice], torch.Tensor] | None = None  # rows -> float32[rows, V]
 
 
 def pointwise_signal(teacher_logprobs: np.ndarray, actor_logprobs: np.ndarray, loss: LossConfig) -> np.ndarray:
@@ -27,6 +41,12 @@ def pointwise_signal(teacher_logprobs: np.ndarray, actor_logprobs: np.ndarray, l
     if loss.center == "batch":
         signal = signal - signal.mean()
     return signal.astype(np.float32)
+
+
+def group_advantages(rewards: Sequence[float], divide_by_std: bool) -> np.ndarray:
+    """GRPO's (r - mean) / (std + 1e-4) over the G responses to one prompt, float32[G]; without the std: r - mean (Dr. GRPO)."""
+    centred = np.asarray(rewards, np.float64) - np.mean(rewards)
+    return (centred / (np.std(rewards) + ADVANTAGE_EPSILON) if divide_by_std else centred).astype(np.float32)
 
 
 def sampled_loss(
@@ -66,17 +86,59 @@ def topk_loss(
     return (student.exp() * log_ratio).sum(-1)
 
 
+def full_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, divergence: str, beta: float = 0.5) -> torch.Tensor:
+    """A divergence over the whole vocabulary; logits[R, V] of student and teacher, both of the same V tokens.
+
+    reverse: KL(pi_theta || pi_T). forward: KL(pi_T || pi_theta). jsd: beta KL(pi_T || m) + (1 - beta) KL(pi_theta || m)
+    with m = beta pi_T + (1 - beta) pi_theta (generalised Jensen-Shannon, arXiv 2306.13649).
+    """
+    student, teacher = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    if divergence == "reverse":
+        return _kl(student, teacher)
+    if divergence == "forward":
+        return _kl(teacher, student)
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    return beta * _kl(teacher, mixture) + (1.0 - beta) * _kl(student, mixture)
+
+
+def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of log-probs[R, V], float32[R]."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def grpo_loss(learner_logprobs: torch.Tensor, actor_logprobs: torch.Tensor, advantage: torch.Tensor, clip: float) -> torch.Tensor:
+    """-min(rho_t A, clip(rho_t, 1 - clip, 1 + clip) A): PPO's bound with the group's advantage (GRPO, arXiv 2402.03300)."""
+    ratio = (learner_logprobs - actor_logprobs).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1.0 - clip, 1.0 + clip) * advantage)
+
+
 def loss_per_token(
-    loss: LossConfig,
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    actor_logprobs: torch.Tensor,
-    signal: torch.Tensor,
-    top_k: tuple[torch.Tensor, torch.Tensor] | None,
+    loss: LossConfig, logits: torch.Tensor, tokens: ResponseTokens, rows: slice
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The configured loss and the learner's log-probs of the response tokens, both float32[R]."""
-    learner_logprobs = token_logprobs(logits, targets)
-    if loss.kind == "sampled":
-        return sampled_loss(learner_logprobs, actor_logprobs, signal, loss.max_ratio), learner_logprobs.detach()
-    assert top_k is not None, "loss.kind=topk needs the teacher's top-K"
-    return topk_loss(logits, *top_k, clamp=loss.clamp), learner_logprobs.detach()
+    """The configured loss of some rows and the learner's log-probs of their tokens, both float32[rows].
+
+    logits[rows, V] of the student.
+    """
+    learner = token_logprobs(logits, tokens.targets[rows])
+    actor, signal = tokens.actor_logprobs[rows], tokens.signal[rows]
+    match loss.kind:
+        case "opd":
+            value = sampled_loss(learner, actor, signal, loss.max_ratio)
+        case "opd_topk":
+            assert tokens.top_k is not None, "opd_topk needs the teacher's top-K"
+            value = topk_loss(logits, tokens.top_k[0][rows], tokens.top_k[1][rows], loss.clamp)
+        case "opd_full" | "off_policy_fkd":
+            assert tokens.teacher_logits is not None, f"{loss.kind} needs the teacher's logits"
+            teacher = tokens.teacher_logits(rows)
+            shared = min(logits.shape[-1], teacher.shape[-1])  # beyond it are only padded embeddings
+            divergence = loss.divergence if loss.kind == "opd_full" else "forward"
+            value = full_loss(logits[:, :shared], teacher[:, :shared], divergence, loss.beta)
+        case "grpo":
+            value = grpo_loss(learner, actor, signal, loss.clip)
+        case "off_policy_rkd":  # r_t against the student as it is now: nobody sampled these tokens
+            now = learner.detach()
+            ratio = signal - now
+            value = sampled_loss(learner, now, ratio if loss.clamp is None else ratio.clamp(-loss.clamp, loss.clamp))
+        case "sft":
+            value = -learner
+    return value, learner.detach()

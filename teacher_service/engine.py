@@ -1,12 +1,13 @@
 """Scoring engines: given tokens in, the teacher's log-probs out. Two of them behind one interface."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from video_opd.config import TeacherConfig
+from video_opd.config import LossConfig, TeacherConfig
 from video_opd.modeling import ResponseLogits, collate, generate, load_model, token_logprobs
 from video_opd.prompting import PromptEncoder
 from video_opd.types import EncodedPrompt, TopK
@@ -15,11 +16,32 @@ from video_opd.vllm_engine import check_expansion, start_vllm, vllm_prompt
 T = TypeVar("T")
 
 
+class TokenScores(NamedTuple):
+    """What the teacher says of one response of N tokens."""
+
+    logprobs: np.ndarray  # float32[N]
+    top_k: TopK | None
+    hidden: np.ndarray | None  # float32[N, H]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the objective needs of the teacher beside log-probs."""
+
+    top_k: int = 0
+    hidden: bool = False
+
+
+def wanted_by(loss: LossConfig) -> Wanted:
+    needs = loss.needs.teacher
+    return Wanted(top_k=loss.top_k if needs == "top_k" else 0, hidden=needs == "hidden")
+
+
 class ScoringEngine(Protocol):
     """What the teacher service asks of an engine."""
 
-    def score(self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray]) -> list[tuple[np.ndarray, TopK | None]]:
-        """For each response int32[N]: its log-probs float32[N], and the top-K at its positions when K > 0."""
+    def score(self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray]) -> list[TokenScores]:
+        """For each response int32[N], what is wanted of its tokens."""
         ...
 
     def predict(self, prompts: Sequence[EncodedPrompt], num_answers: int, temperature: float, max_tokens: int) -> list[list[str]]:
@@ -27,44 +49,47 @@ class ScoringEngine(Protocol):
         ...
 
 
-def start_engine(model: str, config: TeacherConfig, top_k: int, seed: int, encoder: PromptEncoder) -> ScoringEngine:
-    """The engine the config names. `top_k`: 0 for none."""
+def start_engine(model: str, config: TeacherConfig, wanted: Wanted, seed: int, encoder: PromptEncoder) -> ScoringEngine:
+    """The engine the config names."""
     engine = {"transformers": TransformersEngine, "vllm": VllmEngine}[config.engine]
-    return engine(model, config, top_k, seed, encoder)
+    return engine(model, config, wanted, seed, encoder)
 
 
 class TransformersEngine:
     """Prefill with transformers: the language-model head runs on response rows only."""
 
-    def __init__(self, model: str, config: TeacherConfig, top_k: int, seed: int, encoder: PromptEncoder):
+    def __init__(self, model: str, config: TeacherConfig, wanted: Wanted, seed: int, encoder: PromptEncoder):
         torch.manual_seed(seed)
         device = "cuda" if config.num_gpus else "cpu"
         self._model = load_model(model, config.dtype).eval().to(device)
         self._logits = ResponseLogits(self._model)
         self._config, self._encoder, self._device = config, encoder, device
-        self._top_k = min(top_k, self._model.config.get_text_config().vocab_size)
+        self._wanted = wanted
 
     @torch.inference_mode()
-    def score(self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray]) -> list[tuple[np.ndarray, TopK | None]]:
+    def score(self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray]) -> list[TokenScores]:
         lengths = [len(p.token_ids) + len(r) for p, r in zip(prompts, responses, strict=True)]
         order = np.argsort(lengths, kind="stable")  # like lengths share a pass
-        scores: dict[int, tuple[np.ndarray, TopK | None]] = {}
+        scores: dict[int, TokenScores] = {}
         for chosen in _chunks(order.tolist(), self._config.micro_batch):
             pad_id = self._encoder.tokenizer.pad_token_id
             batch = collate([prompts[i] for i in chosen], [responses[i] for i in chosen], pad_id, self._device)
-            logits = self._logits(batch)
+            hidden = self._logits.hidden(batch)
+            logits = self._model.lm_head(hidden).float()
             logprobs = token_logprobs(logits, batch.targets).cpu().numpy()
             top_k = self._top_k_of(logits)
+            kept = hidden.float().cpu().numpy() if self._wanted.hidden else None
             stops = np.cumsum(batch.lengths)
             for i, stop, length in zip(chosen, stops, batch.lengths, strict=True):
                 rows = slice(stop - length, stop)
-                scores[i] = (logprobs[rows], top_k and TopK(ids=top_k.ids[rows], logprobs=top_k.logprobs[rows]))
+                of_rows = top_k and TopK(ids=top_k.ids[rows], logprobs=top_k.logprobs[rows])
+                scores[i] = TokenScores(logprobs[rows], of_rows, None if kept is None else kept[rows])
         return [scores[i] for i in range(len(prompts))]
 
     def _top_k_of(self, logits: torch.Tensor) -> TopK | None:
-        if not self._top_k:
+        if not self._wanted.top_k:
             return None
-        values, ids = logits.log_softmax(-1).topk(self._top_k, dim=-1)
+        values, ids = logits.log_softmax(-1).topk(self._wanted.top_k, dim=-1)
         return TopK(ids=ids.to(torch.int32).cpu().numpy(), logprobs=values.cpu().numpy())
 
     def predict(self, prompts: Sequence[EncodedPrompt], num_answers: int, temperature: float, max_tokens: int) -> list[list[str]]:
@@ -90,14 +115,14 @@ class VllmEngine:
     prefer `transformers` for long videos (STACK.md).
     """
 
-    def __init__(self, model: str, config: TeacherConfig, top_k: int, seed: int, encoder: PromptEncoder):
+    def __init__(self, model: str, config: TeacherConfig, wanted: Wanted, seed: int, encoder: PromptEncoder):
+        most = max(wanted.top_k, 1)
         self._llm: Any = start_vllm(
-            model, config, seed, enforce_eager=not config.num_gpus, max_num_seqs=config.micro_batch, max_logprobs=max(top_k, 1)
+            model, config, seed, enforce_eager=not config.num_gpus, max_num_seqs=config.micro_batch, max_logprobs=most
         )
-        vocabulary = self._llm.llm_engine.model_config.get_vocab_size()
-        self._top_k, self._seed, self._banned = min(top_k, vocabulary), seed, dict.fromkeys(encoder.pad_ids, -100.0)
+        self._top_k, self._seed, self._banned = wanted.top_k, seed, dict.fromkeys(encoder.pad_ids, -100.0)
 
-    def score(self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray]) -> list[tuple[np.ndarray, TopK | None]]:
+    def score(self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray]) -> list[TokenScores]:
         from vllm import SamplingParams
 
         parameters = SamplingParams(max_tokens=1, prompt_logprobs=self._top_k, detokenize=False)
@@ -108,7 +133,7 @@ class VllmEngine:
             check_expansion(prompt, output.prompt_token_ids[: -len(response)], "the teacher")
             positions = output.prompt_logprobs[-len(response) :]
             logprobs = [p[token].logprob for p, token in zip(positions, response.tolist(), strict=True)]
-            scores.append((np.asarray(logprobs, np.float32), self._top_k_of(positions)))
+            scores.append(TokenScores(np.asarray(logprobs, np.float32), self._top_k_of(positions), None))
         return scores
 
     def _top_k_of(self, positions: list[dict]) -> TopK | None:

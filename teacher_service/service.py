@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ApplicationStatus
 
-from teacher_service.engine import start_engine
+from teacher_service.engine import start_engine, wanted_by
 from video_opd.config import Config
 from video_opd.deadline import within
 from video_opd.errors import ClipError, RunError
@@ -29,11 +29,11 @@ class TeacherReplica:
 
     def __init__(self, config: Config):
         pool = config.teacher_pool
-        top_k = config.loss.top_k if config.loss.kind == "topk" else 0
+        assert config.teacher, "make_plan asks for a teacher"
         self._teacher_id = Path(config.teacher).name
         self._max_tokens = config.rollout.max_response_tokens
         self._encoder = PromptEncoder(config.teacher, config.prompt)
-        self._engine = start_engine(config.teacher, pool, top_k, config.seed, self._encoder)
+        self._engine = start_engine(config.teacher, pool, wanted_by(config.loss), config.seed, self._encoder)
         self._busy = asyncio.Lock()  # engines take one call at a time
         batching: Any = self._score_batch  # serve.batch adds setters
         batching.set_max_batch_size(pool.max_batch_requests)
@@ -57,8 +57,14 @@ class TeacherReplica:
             check_parity(prompt, trajectory, "the teacher")
         scored = self._engine.score([e for e, _ in pairs], [t.response_token_ids for _, t in pairs]) if pairs else []
         scores = iter(
-            TeacherScores(trajectory_id=t.trajectory_id, teacher_id=self._teacher_id, teacher_logprobs=logprobs, top_k=top_k)
-            for (_, t), (logprobs, top_k) in zip(pairs, scored, strict=True)
+            TeacherScores(
+                trajectory_id=t.trajectory_id,
+                teacher_id=self._teacher_id,
+                teacher_logprobs=s.logprobs,
+                top_k=s.top_k,
+                hidden=s.hidden,
+            )
+            for (_, t), s in zip(pairs, scored, strict=True)
         )
         return [
             e if isinstance(e, FailedPrompt) else tuple(next(scores) for _ in g.trajectories)

@@ -80,7 +80,7 @@ def test_rows_carry_their_own_signal_centred_on_the_whole_batch(loss, lengths, m
         for row in rows(plan):
             name = row.trajectory.trajectory_id
             np.testing.assert_allclose(row.signal, raw[name] - mean, atol=1e-5)
-            assert row.top_k is top_k[name]
+            assert row.scores is not None and row.scores.top_k is top_k[name]
             assert row.prompt.prompt_id == row.trajectory.prompt_id
 
 

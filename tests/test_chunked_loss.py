@@ -3,28 +3,30 @@
 import pytest
 import torch
 
-from learner.loss import loss_per_token
+from learner.loss import ResponseTokens, loss_per_token
 from video_opd.config import LossConfig
 from video_opd.modeling import by_chunks
+from video_opd.objectives import OBJECTIVES
 
 ROWS, HIDDEN, V, K = 13, 8, 40, 5
 
 
-@pytest.mark.parametrize("kind", ["sampled", "topk"])
+@pytest.mark.parametrize("kind", OBJECTIVES)
 @pytest.mark.parametrize("chunk", [1, 4, 13, 50])
 def test_chunks_change_neither_value_nor_gradient(kind, chunk):
     torch.manual_seed(0)
     head = torch.nn.Linear(HIDDEN, V, bias=False).double()
     hidden = torch.randn(ROWS, HIDDEN, dtype=torch.float64, requires_grad=True)
     targets, actor, signal = torch.randint(V, (ROWS,)), torch.randn(ROWS) - 3, torch.randn(ROWS)
-    teacher = torch.randn(ROWS, V).log_softmax(-1).topk(K)
+    teacher = torch.randn(ROWS, V)
+    top = teacher.log_softmax(-1).topk(K)
+    tokens = ResponseTokens(targets, actor, signal, (top.indices, top.values), lambda rows: teacher[rows])
     largest = 0
 
     def loss(logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
         nonlocal largest
         largest = max(largest, len(logits))
-        top_k = (teacher.indices[rows], teacher.values[rows])
-        return loss_per_token(LossConfig(kind=kind), logits, targets[rows], actor[rows], signal[rows], top_k)
+        return loss_per_token(LossConfig(kind=kind), logits, tokens, rows)
 
     def run(size: int) -> tuple[torch.Tensor, ...]:
         per_token, logprobs = by_chunks(head, hidden, loss, size)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from learner.loss import MIN_TAIL, loss_per_token, pointwise_signal, sampled_loss, topk_loss
+from learner.loss import MIN_TAIL, ResponseTokens, loss_per_token, pointwise_signal, sampled_loss, topk_loss
 from video_opd.config import LossConfig
 
 V = 6
+ALL = slice(None)
 STATES = 3
 
 
@@ -58,7 +59,7 @@ def test_expected_sampled_gradient_is_the_gradient_of_the_reverse_kl():
         targets = torch.full((STATES,), token)
         actor = logits.detach().log_softmax(-1)[:, token]
         signal = teacher[:, token] - actor
-        loss, _ = loss_per_token(LossConfig(kind="sampled"), logits, targets, actor, signal, None)
+        loss, _ = loss_per_token(LossConfig(kind="opd"), logits, ResponseTokens(targets, actor, signal), ALL)
         expected += gradient((probabilities[:, token] * loss).sum(), logits)
 
     torch.testing.assert_close(expected, exact, rtol=1e-9, atol=1e-12)
@@ -91,7 +92,7 @@ def test_monte_carlo_gradient_converges_like_one_over_root_n():
     def estimate(tokens: torch.Tensor) -> torch.Tensor:
         actor = torch.from_numpy(actor_all)[tokens]
         signal = torch.from_numpy(pointwise_signal(teacher_all[tokens.numpy()], actor.numpy(), LossConfig()))
-        loss, _ = loss_per_token(LossConfig(), logits.expand(len(tokens), V), tokens, actor, signal, None)
+        loss, _ = loss_per_token(LossConfig(), logits.expand(len(tokens), V), ResponseTokens(tokens, actor, signal), ALL)
         return gradient(loss.mean(), logits)
 
     each = torch.cat([estimate(torch.tensor([token])) for token in range(V)])
@@ -206,7 +207,7 @@ def test_a_student_equal_to_the_teacher_has_no_signal_and_no_sampled_gradient():
     logprobs = logits.detach().log_softmax(-1)[torch.arange(STATES), targets]
     signal = pointwise_signal(logprobs.numpy(), logprobs.numpy(), LossConfig(center="batch", clamp=3.0))
     assert (signal == 0).all()
-    loss, _ = loss_per_token(LossConfig(), logits, targets, logprobs, torch.from_numpy(signal), None)
+    loss, _ = loss_per_token(LossConfig(), logits, ResponseTokens(targets, logprobs, torch.from_numpy(signal)), ALL)
     assert (loss == 0).all() and (gradient(loss.sum(), logits) == 0).all()
 
 
@@ -248,7 +249,9 @@ def test_loss_per_token_passes_the_ratio_bound_and_returns_the_learners_logprobs
     logits, _ = distributions(13)
     targets = torch.tensor([1, 0, 4])
     logprobs = logits.detach().log_softmax(-1)[torch.arange(STATES), targets]
-    loss, learner = loss_per_token(LossConfig(max_ratio=1.5), logits, targets, logprobs - 2.0, torch.ones(STATES), None)
+    loss, learner = loss_per_token(
+        LossConfig(max_ratio=1.5), logits, ResponseTokens(targets, logprobs - 2.0, torch.ones(STATES)), ALL
+    )
     assert loss.tolist() == pytest.approx([-1.5] * STATES)
     torch.testing.assert_close(learner, logprobs)
     assert not learner.requires_grad
@@ -258,7 +261,10 @@ def test_loss_per_token_computes_the_topk_loss_when_configured():
     logits, teacher = distributions(14)
     top_k = teacher_top_k(teacher, 2)
     loss, learner = loss_per_token(
-        LossConfig(kind="topk", top_k=2), logits, torch.tensor([1, 0, 4]), torch.zeros(STATES), torch.ones(STATES), top_k
+        LossConfig(kind="opd_topk", top_k=2),
+        logits,
+        ResponseTokens(torch.tensor([1, 0, 4]), torch.zeros(STATES), torch.ones(STATES), top_k),
+        ALL,
     )
     torch.testing.assert_close(loss, topk_loss(logits, *top_k))
     torch.testing.assert_close(learner, logits.detach().log_softmax(-1)[torch.arange(STATES), torch.tensor([1, 0, 4])])

@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from video_opd.errors import ConfigError
+from video_opd.objectives import OBJECTIVES, LossKind, Objective
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
@@ -124,19 +125,35 @@ class TeacherConfig(_Section):
 
 
 class LossConfig(_Section):
-    """ALGORITHM.md section 1; see learner/loss.py."""
+    """ALGORITHM.md sections 1 and 3; see learner/loss.py and video_opd/objectives.py."""
 
-    kind: Literal["sampled", "topk"] = "sampled"
-    top_k: PositiveInt = Field(default=64, description="teacher tokens kept at each position, for kind=topk")
-    center: Literal["none", "batch"] = Field(default="none", description="subtract the batch mean from the signal r")
-    clamp: PositiveFloat | None = Field(default=None, description="bound on the log-ratio of teacher and student, before centring")
-    max_ratio: PositiveFloat | None = Field(default=None, description="truncate importance ratios; None: no bound")
+    kind: LossKind = Field(default="opd", description="objective: on-policy distillation, its baselines, or none of a teacher")
+    top_k: PositiveInt = Field(default=64, description="opd_topk: teacher tokens kept at each position")
+    center: Literal["none", "batch"] = Field(default="none", description="opd: subtract the batch mean from the signal r")
+    clamp: PositiveFloat | None = Field(
+        default=None, description="opd, opd_topk, off_policy_rkd: bound on the log-ratio of teacher and student, before centring"
+    )
+    max_ratio: PositiveFloat | None = Field(default=None, description="opd: truncate importance ratios; None: no bound")
+    divergence: Literal["reverse", "forward", "jsd"] = Field(default="reverse", description="opd_full: KL(student || teacher), ...")
+    beta: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.5, description="opd_full, divergence=jsd: weight of the teacher")
+    clip: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.2, description="grpo: importance ratios count within 1 +- clip")
+    advantage_std: bool = Field(default=True, description="grpo: divide a group's advantages by their standard deviation")
+    rewards: tuple[str, ...] = Field(
+        default=("video_opd.rewards:iou",), description="grpo: functions (trajectory, prompt) -> float, by import path; summed"
+    )
     reduction: Literal["token_mean", "sum"] = "token_mean"
+
+    @property
+    def needs(self) -> Objective:
+        """What the loop must bring to the learner."""
+        return OBJECTIVES[self.kind]
 
     @model_validator(mode="after")
     def _options_have_an_effect(self):
-        if self.kind == "topk" and (self.center != "none" or self.max_ratio is not None):
-            raise ValueError("center and max_ratio are options of kind=sampled: they do nothing for kind=topk")
+        if self.kind != "opd" and (self.center != "none" or self.max_ratio is not None):
+            raise ValueError(f"center and max_ratio are options of kind=opd: they do nothing for kind={self.kind}")
+        if self.kind not in ("opd", "opd_topk", "off_policy_rkd") and self.clamp is not None:
+            raise ValueError(f"clamp bounds the log-ratio of teacher and student: it does nothing for kind={self.kind}")
         return self
 
 
@@ -213,7 +230,7 @@ class Config(_Section):
     runs_dir: str = "runs"
     seed: int = 0
     student: str = Field(description="transformers folder of the student")
-    teacher: str = Field(description="transformers folder of the teacher")
+    teacher: str | None = Field(default=None, description="transformers folder of the teacher, where one is needed")
     num_steps: PositiveInt
     max_scored_tokens: PositiveInt | None = Field(
         default=None,
@@ -235,6 +252,23 @@ class Config(_Section):
     curriculum: CurriculumConfig = CurriculumConfig()
     checks: ChecksConfig = ChecksConfig()
     worker_env: dict[str, str] = Field(default={}, description="environment variables of every process of the run")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the objective or the curriculum asks one."""
+        return self.loss.needs.teacher != "none" or self.curriculum.asks_teacher
+
+    @model_validator(mode="after")
+    def _sections_fit(self):
+        if self.loss.kind == "grpo" and self.rollout.rollouts_per_prompt < 2:
+            raise ValueError("loss.kind=grpo compares the responses to one prompt: set rollout.rollouts_per_prompt to 2 or more")
+        if self.loss.needs.teacher == "hidden" and self.teacher_pool.engine == "vllm":
+            raise ValueError(f"loss.kind={self.loss.kind} needs the teacher's hidden states: use teacher_pool.engine=transformers")
+        if not self.loss.needs.rollouts and self.curriculum.kind == "scc":
+            raise ValueError(f"curriculum.kind=scc suspends rollouts, loss.kind={self.loss.kind} has none: use tvdf or uniform")
+        if self.needs_teacher and self.teacher is None:
+            raise ValueError(f"loss.kind={self.loss.kind} with curriculum.kind={self.curriculum.kind} needs a teacher: set teacher")
+        return self
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -262,7 +296,8 @@ def resolve_paths(config: Config, base: Path) -> Config:
     """Relative paths made absolute against `base`, since the run's processes have other working directories."""
     tree = config.model_dump()
     for key in ("student", "teacher", "runs_dir"):
-        tree[key] = str((base / tree[key]).resolve())
+        if tree[key] is not None:
+            tree[key] = str((base / tree[key]).resolve())
     for split in tree["data"].values():
         for key in ("annotations", "lengths", "videos"):
             split[key] = str((base / split[key]).resolve())

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
 
+from video_opd.errors import ModelError
 from video_opd.types import EncodedPrompt
 
 VideoLLM = Any
@@ -119,6 +122,19 @@ def load_model(path: str, dtype: str) -> VideoLLM:
     from transformers import AutoModelForImageTextToText
 
     return AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+
+
+def load_head(folder: str, dtype: str) -> torch.Tensor:
+    """The language-model head [V, H] of a model folder, read alone; of tied weights, the embeddings. Raises ModelError."""
+    names = ("lm_head.weight", "model.language_model.embed_tokens.weight")
+    found = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(str(path), "pt") as tensors:
+            found |= {name: tensors.get_tensor(name) for name in names if name in tensors.keys()}  # noqa: SIM118
+    for name in names:
+        if name in found:
+            return found[name].to(getattr(torch, dtype))
+    raise ModelError(f"{folder} has neither {names[0]} nor {names[1]}: use a Qwen-VL model folder")
 
 
 def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

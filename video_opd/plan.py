@@ -6,6 +6,7 @@ from video_opd.config import Config
 from video_opd.datasets import read_prompts
 from video_opd.errors import ConfigError
 from video_opd.model_files import ModelInfo, check_same_tokenizer, read_model_info
+from video_opd.rewards import load_rewards
 from video_opd.types import Prompt
 
 
@@ -20,27 +21,41 @@ class Plan:
 
 def make_plan(config: Config) -> Plan:
     """Checks models, tokenizers, annotations, videos and the curriculum's size. Raises InputError; starts nothing."""
-    student, teacher = read_model_info(config.student), read_model_info(config.teacher)
-    check_same_tokenizer(config.student, config.teacher)
+    student = read_model_info(config.student)
+    if config.needs_teacher and config.teacher:
+        check_teacher(config, student, read_model_info(config.teacher))
+    if config.loss.needs.rewards:
+        load_rewards(config.loss.rewards)
+    train, evaluation = (read_prompts(d, config.video, student.size_multiple) for d in (config.data.train, config.data.eval))
+    check_pool(config, train)
+    return Plan(student, train, evaluation)
+
+
+def check_teacher(config: Config, student: ModelInfo, teacher: ModelInfo) -> None:
+    """Who may teach whom (ALGORITHM.md section 5). Raises InputError."""
+    check_same_tokenizer(config.student, teacher.path)
     if student.size_multiple != teacher.size_multiple:
         raise ConfigError(
             f"student frames come in multiples of {student.size_multiple} pixels, the teacher's of {teacher.size_multiple}: "
             "use a teacher of the same family"
         )
-    train, evaluation = (read_prompts(d, config.video, student.size_multiple) for d in (config.data.train, config.data.eval))
-    check_pool(config, train)
-    return Plan(student, train, evaluation)
+    vocabulary = teacher.shapes["text.vocab_size"]
+    if config.loss.needs.teacher == "top_k" and config.loss.top_k > vocabulary:
+        raise ConfigError(f"loss.top_k={config.loss.top_k}, but the teacher has {vocabulary} tokens: lower it")
 
 
 def check_pool(config: Config, train: list[Prompt]) -> None:
     """The training prompts must be enough, and labelled where the curriculum needs the truth. Raises ConfigError."""
     curriculum = config.curriculum
     unlabelled = [p.prompt_id for p in train if not p.answer_spans_s]
-    if curriculum.kind != "uniform" and unlabelled:
+    needs = config.loss.needs
+    users = [f"curriculum.kind={curriculum.kind}"] if curriculum.kind != "uniform" else []
+    users += [f"loss.kind={config.loss.kind}"] if needs.rewards or not needs.rollouts else []
+    if users and unlabelled:
         named = ", ".join(unlabelled[:3]) + (", ..." if len(unlabelled) > 3 else "")
         raise ConfigError(
-            f"curriculum.kind={curriculum.kind} validates with ground truth, but {len(unlabelled)} of {len(train)} prompts "
-            f"have none ({named}): label or remove them, or use curriculum.kind=uniform"
+            f"{' and '.join(users)} need ground truth, but {len(unlabelled)} of {len(train)} prompts have none ({named}): "
+            "label or remove them"
         )
     selected = curriculum.num_selected if curriculum.kind != "uniform" else None
     if selected and selected > len(train):
@@ -61,7 +76,9 @@ def describe(config: Config, plan: Plan) -> str:
         [
             f"student   {config.student} ({plan.student.model_type}), {config.learner.dtype}, ZeRO-{config.learner.zero_stage}, "
             f"{config.learner.world_size} rank(s)",
-            f"teacher   {config.teacher}, {config.teacher_pool.num_replicas} replica(s) on {config.teacher_pool.engine}",
+            f"teacher   {config.teacher}, {config.teacher_pool.num_replicas} replica(s) on {config.teacher_pool.engine}"
+            if config.needs_teacher
+            else "teacher   none",
             f"actors    {config.rollout.num_actors} on vLLM, {config.rollout.prompts_per_call} prompts a call",
             f"data      {len(plan.train)} train and {len(plan.eval)} eval prompts; first clip: {len(clip.frame_indices)} frames "
             f"of {clip.frame_size[0]}x{clip.frame_size[1]} from {clip.duration_s:.1f} s",

@@ -55,6 +55,11 @@ class PromptEncoder:
         messages = [{"role": "user", "content": content}]
         return self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
+    def answer_ids(self, span: Span) -> np.ndarray:
+        """int32[N]: an interval written as prompt.answer_template says, end token included."""
+        text = self._config.answer_template.format(start=span[0], end=span[1]) + self.tokenizer.eos_token
+        return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+
     def encode(self, prompt: Prompt, blank_video: bool = False) -> EncodedPrompt:
         """Reads the clip, expands the video into timestamps and pads, normalises the pixels. Raises ClipError.
 
@@ -104,8 +109,8 @@ class PromptEncoder:
 
 
 def check_parity(encoded: EncodedPrompt, trajectory: Trajectory, party: str) -> None:
-    """Stops the run unless `party` sees the prompt exactly as the actor that sampled the trajectory saw it."""
-    if encoded.fingerprint == trajectory.prompt_fingerprint:
+    """Stops the run unless `party` sees the prompt exactly as the actor that sampled the trajectory, if any, saw it."""
+    if trajectory.prompt_fingerprint in (None, encoded.fingerprint):
         return
     ours, theirs = encoded.token_ids, trajectory.prompt_token_ids
     where = "the token ids agree, so frames or grid differ"

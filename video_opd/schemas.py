@@ -89,13 +89,13 @@ class TrajectoryLog:
                 "num_prompt_tokens": len(t.prompt_token_ids),
                 "response_token_ids": t.response_token_ids,
                 "actor_logprobs": t.actor_logprobs,
-                "teacher_logprobs": s.teacher_logprobs,
+                "teacher_logprobs": None if s is None else s.teacher_logprobs,
                 "finish_reason": str(t.finish_reason),
                 "text": t.text,
                 **span_columns(t.predicted_span_s),
             }
             for g in groups
-            for t, s in zip(g.group.trajectories, g.scores, strict=True)
+            for t, s in zip(g.group.trajectories, g.scores or [None] * len(g.group.trajectories), strict=True)
         ]
         self._writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=TRAJECTORIES))
         self._sink.flush()

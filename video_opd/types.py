@@ -65,10 +65,10 @@ class Trajectory:
     trajectory_id: str
     prompt_id: str
     policy_version: int  # of the weights that sampled every one of its tokens
-    prompt_token_ids: np.ndarray  # int32[M], as vLLM expanded them
-    prompt_fingerprint: str
+    prompt_token_ids: np.ndarray  # int32[M], as vLLM expanded them; empty for the ground truth
+    prompt_fingerprint: str | None  # None: the ground truth written as an answer, for which no actor saw the prompt
     response_token_ids: np.ndarray  # int32[N], the end token included when it was sampled
-    actor_logprobs: np.ndarray  # float32[N], log pi_old of the sampled tokens
+    actor_logprobs: np.ndarray  # float32[N], log pi_old of the sampled tokens; zeros for the ground truth
     finish_reason: FinishReason
     text: str
     predicted_span_s: Span | None  # None: the answer could not be parsed
@@ -109,26 +109,34 @@ class TeacherScores:
 
     trajectory_id: str
     teacher_id: str
-    teacher_logprobs: np.ndarray  # float32[N], of the student's tokens
+    teacher_logprobs: np.ndarray  # float32[N], of the response's tokens
     top_k: TopK | None
+    hidden: np.ndarray | None = None  # float32[N, H], what the teacher's language-model head sees
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup:
-    """A group with its scores in the same order: the learner's only payload. Alignment is checked here, once."""
+    """A group with what its objective needs, in the same order: the learner's only payload. Alignment is checked here, once."""
 
     group: TrajectoryGroup
-    scores: tuple[TeacherScores, ...]
+    scores: tuple[TeacherScores, ...]  # empty without a teacher
+    rewards: tuple[float, ...] | None = None  # of the trajectories
 
     def __post_init__(self):
         ids = [t.trajectory_id for t in self.group.trajectories]
         scored = [s.trajectory_id for s in self.scores]
-        if ids != scored:
+        if scored and ids != scored:
             raise ValueError(f"prompt {self.group.prompt.prompt_id}: trajectories {ids} were scored as {scored}")
+        if self.rewards is not None and len(self.rewards) != len(ids):
+            raise ValueError(f"prompt {self.group.prompt.prompt_id}: {len(ids)} trajectories, {len(self.rewards)} rewards")
+        if not scored:
+            return
         for trajectory, score in zip(self.group.trajectories, self.scores, strict=True):
             sizes = {len(trajectory.response_token_ids), len(score.teacher_logprobs)}
             if score.top_k is not None:
                 sizes |= {len(score.top_k.ids), len(score.top_k.logprobs)}
+            if score.hidden is not None:
+                sizes |= {len(score.hidden)}
             if len(sizes) > 1:
                 raise ValueError(
                     f"trajectory {trajectory.trajectory_id}: {len(trajectory.response_token_ids)} response tokens, "

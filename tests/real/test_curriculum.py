@@ -8,7 +8,7 @@ import pytest
 
 from curriculum.scheduler import Scheduler
 from demo.clips import DEFAULT_LEVELS, write_split
-from teacher_service.engine import TransformersEngine
+from teacher_service.engine import TransformersEngine, Wanted
 from tests.real.conftest import DEMO
 from video_opd.config import Config, load_config, resolve_paths
 from video_opd.datasets import read_prompts
@@ -25,14 +25,18 @@ def config() -> Config:
     return resolve_paths(load_config(DEMO, more), ROOT)
 
 
+def encoder_of(config: Config) -> PromptEncoder:
+    return PromptEncoder(str(config.teacher), config.prompt)
+
+
 @pytest.fixture(scope="module")
 def engine(config) -> TransformersEngine:
-    return TransformersEngine(config.teacher, config.teacher_pool, 0, 0, PromptEncoder(config.teacher, config.prompt))
+    return TransformersEngine(str(config.teacher), config.teacher_pool, Wanted(), 0, encoder_of(config))
 
 
 def ious_of(engine, config: Config, prompts: list[Prompt], truth: list, num_answers: int, temperature: float) -> np.ndarray:
     """float64[P]: mean IoU of the teacher's answers with `truth`."""
-    encoder = PromptEncoder(config.teacher, config.prompt)
+    encoder = encoder_of(config)
     answers = engine.predict([encoder.encode(p) for p in prompts], num_answers, temperature, config.rollout.max_response_tokens)
     return np.array([np.mean([best_iou(parse_span(a), t) for a in of_one]) for of_one, t in zip(answers, truth, strict=True)])
 

@@ -154,7 +154,7 @@ def test_resume_goes_on_at_the_last_checkpoint_and_keeps_each_step_once(finished
     assert (summary["steps"], summary["rollouts"]) == (3, 3 * GROUPS)
 
 
-TVDF = ["curriculum.teacher_threshold=0", "curriculum.num_teacher_predictions=2", "teacher_pool.engine=vllm", "loss.kind=sampled"]
+TVDF = ["curriculum.teacher_threshold=0", "curriculum.num_teacher_predictions=2", "teacher_pool.engine=vllm", "loss.kind=opd"]
 
 
 @pytest.fixture(scope="module")

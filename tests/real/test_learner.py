@@ -59,7 +59,7 @@ def reference_parameters(config, prompts, encoder) -> dict[str, np.ndarray]:
         encoded = [encoder.encode(g.group.prompt) for g in groups]
         batch = collate(encoded, [t.response_token_ids for t in trajectories], encoder.tokenizer.pad_token_id)
         logprobs = logits_of(batch).log_softmax(-1)
-        if config.loss.kind == "sampled":
+        if config.loss.kind == "opd":
             taken = logprobs[torch.arange(len(batch.targets)), batch.targets]
             actor = torch.from_numpy(np.concatenate([t.actor_logprobs for t in trajectories]))
             signal = torch.from_numpy(np.concatenate([s.teacher_logprobs for s in scores])) - actor
@@ -100,7 +100,7 @@ def largest_gap(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> f
     return max(float(np.abs(ours[n] - theirs[n]).max()) for n in ours)
 
 
-@pytest.mark.parametrize(("world_size", "stage", "loss"), [(1, 2, "topk"), (2, 0, "sampled"), (2, 2, "topk"), (2, 3, "sampled")])
+@pytest.mark.parametrize(("world_size", "stage", "loss"), [(1, 2, "opd_topk"), (2, 0, "opd"), (2, 2, "opd_topk"), (2, 3, "opd")])
 def test_ranks_compute_what_one_process_does(local_ray, overrides, prompts, encoder, world_size, stage, loss):
     config = make_config(overrides, world_size, stage, f"loss.kind={loss}")
     expected = reference_parameters(config, prompts, encoder)
@@ -121,7 +121,7 @@ def test_ranks_compute_what_one_process_does(local_ray, overrides, prompts, enco
 def test_a_checkpoint_restores_weights_and_optimizer_exactly_and_its_student_loads(
     local_ray, overrides, prompts, encoder, tmp_path
 ):
-    config = make_config(overrides, 2, 2, "loss.kind=topk")
+    config = make_config(overrides, 2, 2, "loss.kind=opd_topk")
     more = scored_groups(prompts[20:26], encoder, seed=9)
 
     async def go_on(learner):
@@ -148,7 +148,7 @@ def test_a_checkpoint_restores_weights_and_optimizer_exactly_and_its_student_loa
 
 
 def test_a_frozen_vision_tower_keeps_its_weights(local_ray, overrides, prompts, encoder):
-    config = make_config(overrides, 1, 0, "learner.freeze_vision=true", "loss.kind=sampled")
+    config = make_config(overrides, 1, 0, "learner.freeze_vision=true", "loss.kind=opd")
     learner, parameters, _ = asyncio.run(train("frozen", config, prompts, encoder))
     start = {n: p.detach().numpy() for n, p in load_model(config.student, "float32").named_parameters()}
     vision = [n for n in start if n.startswith("model.visual.")]
@@ -166,19 +166,20 @@ def suspended(group: ScoredGroup) -> ScoredGroup:
 def test_suspended_rollouts_never_scale_up_what_is_left_and_alone_they_leave_everything_as_it_was(
     local_ray, overrides, prompts, encoder
 ):
-    config = make_config(overrides, 2, 2, "loss.kind=sampled", "learner.weight_decay=0.1")
+    config = make_config(overrides, 2, 2, "loss.kind=opd", "learner.weight_decay=0.1")
     groups = scored_groups(prompts[:7], encoder, seed=0)
 
     async def run():
-        learner, whole = Learner("suspended", config), Learner("active", config)
+        learner = Learner("suspended", config)
         await learner.start()
-        await whole.start()
         skipped = await learner.update([suspended(g) for g in groups], 0)
         references, _ = await learner.put_weights(1)
         parameters = {n: t.numpy().copy() for n, t in unpack(ray.get(references, timeout=60))}
         mixed = await learner.update([*groups[:4], *map(suspended, groups[4:])], 1)
-        active = await whole.update(groups[:4], 1)
         stop(learner)
+        whole = Learner("active", config)
+        await whole.start()
+        active = await whole.update(groups[:4], 1)
         stop(whole)
         return skipped.metrics, parameters, mixed.metrics, active.metrics
 

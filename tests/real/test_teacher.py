@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
-from teacher_service.engine import TransformersEngine, VllmEngine
+from teacher_service.engine import TransformersEngine, VllmEngine, Wanted
 from tests.real.conftest import reference_logprobs
-from video_opd.modeling import load_model
+from video_opd.modeling import load_head, load_model
 from video_opd.prompting import PromptEncoder
 
 K = 5
@@ -19,7 +20,7 @@ def teacher_encoder(config) -> PromptEncoder:
 
 @pytest.fixture(scope="module", params=[TransformersEngine, VllmEngine], ids=["transformers", "vllm"])
 def engine(request, config, teacher_encoder):
-    return request.param(config.teacher, config.teacher_pool, K, 0, teacher_encoder)
+    return request.param(config.teacher, config.teacher_pool, Wanted(top_k=K), 0, teacher_encoder)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def cases(prompts, teacher_encoder):
 
 def test_scores_match_transformers(engine, config, cases):
     model = load_model(config.teacher, "float32").eval()
-    for prompt, response, (logprobs, top_k) in zip(*cases, engine.score(*cases), strict=True):
+    for prompt, response, (logprobs, top_k, _) in zip(*cases, engine.score(*cases), strict=True):
         exact = reference_logprobs(model, prompt, response)
         assert logprobs.shape == (len(response),)
         assert np.abs(logprobs - exact[np.arange(len(response)), response]).max() < TOLERANCE
@@ -69,9 +70,17 @@ def test_a_teacher_that_is_the_student_gives_no_signal(config, prompts, encoder)
     policy = PolicyEngine(config.student, config.rollout, 0, encoder.pad_ids)
     answers = [row[0] for row in policy.generate(encoded, [[s] for s in range(8)])]
     for kind in (TransformersEngine, VllmEngine):
-        teacher = kind(config.student, config.teacher_pool, 0, 0, encoder)
+        teacher = kind(config.student, config.teacher_pool, Wanted(), 0, encoder)
         scores = teacher.score(encoded, [a.token_ids for a in answers])
-        signal = np.concatenate([logprobs - a.logprobs for (logprobs, _), a in zip(scores, answers, strict=True)])
+        signal = np.concatenate([s.logprobs - a.logprobs for s, a in zip(scores, answers, strict=True)])
         assert len(signal) >= 8
         assert np.abs(signal).max() < TOLERANCE
-        assert all(top_k is None for _, top_k in scores)
+        assert all(s.top_k is None and s.hidden is None for s in scores)
+
+
+def test_shipped_hidden_states_and_the_head_read_from_the_folder_give_the_teachers_distribution(config, cases, teacher_encoder):
+    engine = TransformersEngine(config.teacher, config.teacher_pool, Wanted(hidden=True), 0, teacher_encoder)
+    head, model = load_head(config.teacher, "float32"), load_model(config.teacher, "float32").eval()
+    for prompt, response, scores in zip(*cases, engine.score(*cases), strict=True):
+        ours = torch.from_numpy(scores.hidden).matmul(head.T).log_softmax(-1).numpy()
+        assert np.abs(ours - reference_logprobs(model, prompt, response)).max() < TOLERANCE

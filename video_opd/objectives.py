@@ -1,0 +1,26 @@
+"""The objectives of learner/loss.py as the loop sees them: what each needs brought to the learner."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+LossKind = Literal["opd", "opd_topk", "opd_full", "grpo", "off_policy_rkd", "off_policy_fkd", "sft"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What one loss.kind is computed from."""
+
+    rollouts: bool  # the student's own responses; else the ground truth, written as an answer
+    teacher: Literal["none", "logprobs", "top_k", "hidden"]  # of the response tokens; each more than the one before
+    rewards: bool = False  # of whole responses
+
+
+OBJECTIVES: dict[LossKind, Objective] = {
+    "opd": Objective(rollouts=True, teacher="logprobs"),
+    "opd_topk": Objective(rollouts=True, teacher="top_k"),
+    "opd_full": Objective(rollouts=True, teacher="hidden"),
+    "grpo": Objective(rollouts=True, teacher="none", rewards=True),
+    "off_policy_rkd": Objective(rollouts=False, teacher="logprobs"),
+    "off_policy_fkd": Objective(rollouts=False, teacher="hidden"),
+    "sft": Objective(rollouts=False, teacher="none"),
+}
