@@ -241,6 +241,51 @@ def test_a_run_ends_when_the_teacher_has_scored_its_budget_of_tokens(finished, t
     assert (copy / "checkpoints" / "step-3" / "student").is_dir()
 
 
+GRPO = ["loss.kind=grpo", "loss.clamp=null", "rollout.rollouts_per_prompt=2", "loss.rewards=[tests.real.test_launch:longer]"]
+
+
+def longer(trajectory, prompt) -> float:
+    """A reward that random models can earn."""
+    return float(len(trajectory.text))
+
+
+def test_grpo_makes_the_teacher_of_the_next_run(overrides):
+    """The two-command recipe: no teacher in the first run; its student, over the whole vocabulary, in the second."""
+    runs = Path(load_config(DEMO, overrides).runs_dir)
+    made = run_launch(*overrides, *SHRUNK, *GRPO, "teacher=null", "num_steps=2", "run_name=grpo", "learner.world_size=2")
+    assert made.returncode == 0, made.stderr[-4000:]
+    summary = json.loads((runs / "grpo" / "summary.json").read_text())
+    assert summary["teacher"] is None and summary["teacher_calls"] == 0 and summary["rollouts"] == 2 * 2 * GROUPS
+    assert all(m["learner/reward"] > 0 and m["learner/flat_groups_frac"] < 1 for m in metrics_of(runs / "grpo"))
+    assert all(r["teacher_logprobs"] is None for r in trajectories_of(runs / "grpo"))
+    teacher = runs / "grpo" / "checkpoints" / "step-2" / "student"
+    more = ["loss.kind=opd_full", "loss.clamp=null", f"teacher={teacher}", "num_steps=1", "run_name=taught"]
+    taught = run_launch(*overrides, *SHRUNK, *more)
+    assert taught.returncode == 0, taught.stderr[-4000:]
+    first = metrics_of(runs / "taught")[0]
+    assert 0 < first["learner/loss"] < 0.5, "two steps away from its student, the teacher is near"
+
+
+def test_sft_learns_the_ground_truth_without_a_teacher(overrides, config):
+    more = ["loss.kind=sft", "loss.clamp=null", "teacher=null", "num_steps=8", "run_name=sft", "learner.lr=3e-3"]
+    done = run_launch(*overrides, *SHRUNK, *more)
+    assert done.returncode == 0, done.stderr[-4000:]
+    run = Path(config.runs_dir) / "sft"
+    losses = [m["learner/loss"] for m in metrics_of(run)]
+    assert losses[-1] < losses[0] - 0.5
+    rows = trajectories_of(run)
+    assert all(r["text"].startswith("From ") and r["start_s"] < r["end_s"] for r in rows) and len(rows) == 8 * GROUPS
+
+
+@pytest.mark.parametrize("kind", ["off_policy_rkd", "off_policy_fkd"])
+def test_off_policy_distillation_scores_the_ground_truth(overrides, config, kind):
+    done = run_launch(*overrides, *SHRUNK, f"loss.kind={kind}", "loss.clamp=null", "num_steps=2", f"run_name={kind}")
+    assert done.returncode == 0, done.stderr[-4000:]
+    summary = json.loads((Path(config.runs_dir) / kind / "summary.json").read_text())
+    assert summary["teacher_calls"] == 2 * GROUPS and summary["teacher"]["n"] == 4
+    assert all(r["text"].startswith("From ") and r["teacher_logprobs"] for r in trajectories_of(Path(config.runs_dir) / kind))
+
+
 def test_a_running_cluster_is_used_and_left_running(overrides):
     """A head with the three roles' resources, as cluster.yaml starts it; the run joins it and leaves."""
     from ray.cluster_utils import Cluster
@@ -303,6 +348,11 @@ def test_dry_run_prints_the_plan_and_starts_nothing(overrides, capsys):
         ("video.max_video_tokens=3", "max_video_tokens=3"),
         ("curriculum={kind: tvdf, num_selected: 100000}", "num_selected=100000"),
         ("curriculum.frontier_iou=0.8", "frontier_iou=0.8"),
+        ("loss={kind: grpo}", "rollouts_per_prompt to 2 or more"),
+        ("loss={kind: grpo, clamp: 3}", "clamp bounds the log-ratio"),
+        ("loss={kind: opd_full, divergence: jsd, beta: 1.5}", "loss.beta=1.5"),
+        ("loss={kind: opd_topk, top_k: 100000}", "loss.top_k=100000, but the teacher has"),
+        ("teacher=null", "needs a teacher"),
     ],
 )
 def test_bad_configuration_is_one_line(overrides, capsys, override, expected):
