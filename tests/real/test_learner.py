@@ -170,15 +170,16 @@ def test_suspended_rollouts_never_scale_up_what_is_left_and_alone_they_leave_eve
     groups = scored_groups(prompts[:7], encoder, seed=0)
 
     async def run():
-        learner, whole = Learner("suspended", config), Learner("active", config)
+        learner = Learner("suspended", config)
         await learner.start()
-        await whole.start()
         skipped = await learner.update([suspended(g) for g in groups], 0)
         references, _ = await learner.put_weights(1)
         parameters = {n: t.numpy().copy() for n, t in unpack(ray.get(references, timeout=60))}
         mixed = await learner.update([*groups[:4], *map(suspended, groups[4:])], 1)
-        active = await whole.update(groups[:4], 1)
         stop(learner)
+        whole = Learner("active", config)
+        await whole.start()
+        active = await whole.update(groups[:4], 1)
         stop(whole)
         return skipped.metrics, parameters, mixed.metrics, active.metrics
 
