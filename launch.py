@@ -411,7 +411,7 @@ async def execute(config: Config, folder: Path, plan: Plan, resume: bool) -> dic
             "loss": config.loss.kind,
             "seconds": {"start_up": start_up_s, "train": train_s, "total": time.monotonic() - began}
             | {k.removesuffix("_s"): v for k, v in run.totals.items() if k.endswith("_s")},
-            "tokens": {k.removesuffix("_tokens"): v for k, v in run.totals.items() if k.endswith("_tokens")},
+            "tokens": {k: run.totals[f"{k}_tokens"] for k in ("rollout", "scored")},
             "rollouts": run.totals["rollouts"],
             "suspended_rollouts": run.totals["suspended_rollouts"],
             "teacher_calls": run.totals["scored_rollouts"],

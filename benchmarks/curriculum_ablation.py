@@ -19,9 +19,9 @@ from demo.clips import ensure_clips
 from video_opd.config import load_config, resolve_paths
 
 LEVELS, SPOIL_FRAC, NUM_CLIPS = ("colour", "shape", "faint"), 0.3, 1200
-GROUPS, ROUND_STEPS, NUM_ROUNDS, PASSES = 64, 20, 3, 2
+GROUPS, ROUND_STEPS, NUM_ROUNDS, PASSES = 64, 12, 3, 2
 NUM_SELECTED = GROUPS * ROUND_STEPS // PASSES
-TOKENS_A_RESPONSE = 10.5  # of the demo's answers, on average
+TOKENS_A_RESPONSE = 7.0  # of the demo's answers, on average
 FILES = {"annotations": "annotations.txt", "lengths": "lengths.csv", "videos": "videos"}
 KINDS = {
     "uniform": ["curriculum.kind=uniform"],
