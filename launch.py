@@ -42,7 +42,7 @@ from video_opd.plan import Plan, describe, make_plan
 from video_opd.rewards import load_rewards, total_reward
 from video_opd.run_folder import new_run_folder, write_config, write_json
 from video_opd.schemas import TrajectoryLog, write_parquet
-from video_opd.types import FailedPrompt, Prediction, ScoredGroup, StepReport, TeacherScores, TrajectoryGroup
+from video_opd.types import FailedPrompt, Prediction, Prompt, ScoredGroup, StepReport, TeacherScores, TrajectoryGroup
 
 HERE = Path(__file__).resolve().parent
 ANSWERS_A_WRITE = 4096
@@ -65,6 +65,7 @@ class Run:
     examples: dict[str, list[Prediction]] = field(default_factory=dict)
     failed_eval: dict[str, str] = field(default_factory=dict)  # prompt id: why; each counts as IoU 0
     step: int = 0  # the next to do
+    published: int = -1  # the version that the actors have
     round_end: int | None = None  # the step at which the curriculum selects again; None: never
     gap_is_checked: bool = False
 
@@ -121,6 +122,14 @@ async def publish_weights(run: Run, policy_version: int) -> None:
     buckets, num_bytes = await run.learner.put_weights(policy_version)
     update = await run.actors.load_weights(policy_version, buckets, num_bytes)
     run.totals["published_bytes"] += update.num_bytes
+    run.published = policy_version
+
+
+async def ask_student(run: Run, prompts: Sequence[Prompt], blank_video: bool = False) -> list[Prediction | FailedPrompt]:
+    """The student's greedy answers, with the weights of the step where the run stands."""
+    if run.published != run.step:  # without rollouts nobody needed them before
+        await publish_weights(run, run.step)
+    return await run.actors.predict(prompts, blank_video)
 
 
 @dataclass(frozen=True)
@@ -182,13 +191,12 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
             check_finite(report)
             check_logprob_gap(run, report)
             await curriculum.observe(groups, step)
-            evaluates = config.eval_every and (step + 1) % config.eval_every == 0
-            if config.loss.needs.rollouts or evaluates or step + 1 == until:  # what nobody samples from is not published
+            if config.loss.needs.rollouts:
                 with run.clock("publish"):
                     await publish_weights(run, policy_version=step + 1)
             run.step += 1
             await buffer.release()  # only now may new prompts enter
-            if evaluates:
+            if config.eval_every and run.step % config.eval_every == 0:
                 await evaluate_student(run, f"step_{run.step}")
                 report.metrics.update({f"eval/{k}": v for k, v in run.evaluations[f"step_{run.step}"].items()})
             await record(run, outputs, report, groups, lags, time.monotonic() - started)
@@ -357,7 +365,7 @@ async def student_ious(run: Run) -> np.ndarray:
     """float64[P]: sigma of the current student, NaN where a clip cannot be read or the prompt is dropped."""
     places = await run.curriculum.alive()
     pool = [run.plan.train[i] for i in places]
-    results = await run.actors.predict(pool)
+    results = await ask_student(run, pool)
     await run.curriculum.retire([r for r in results if isinstance(r, FailedPrompt)])
     ious = np.full(len(run.plan.train), np.nan)
     reading = run.config.curriculum.multi_span_iou
@@ -368,7 +376,7 @@ async def student_ious(run: Run) -> np.ndarray:
 
 
 async def evaluate_student(run: Run, name: str, blank_video: bool = False) -> None:
-    results = await run.actors.predict(run.plan.eval, blank_video)
+    results = await ask_student(run, run.plan.eval, blank_video)
     run.failed_eval.update({f.prompt_id: f.reason for f in results if isinstance(f, FailedPrompt)})
     answers = [p for p in results if isinstance(p, Prediction)]
     run.evaluations[name], run.examples[name] = evaluate(answers, run.plan.eval), answers

@@ -273,6 +273,8 @@ def test_sft_learns_the_ground_truth_without_a_teacher(overrides, config):
     run = Path(config.runs_dir) / "sft"
     losses = [m["learner/loss"] for m in metrics_of(run)]
     assert losses[-1] < losses[0] - 0.5
+    examples = json.loads((run / "summary.json").read_text())["examples"]
+    assert examples["student_after"] != examples["student_before"], "the actors answer with the trained weights"
     rows = trajectories_of(run)
     assert all(r["text"].startswith("From ") and r["start_s"] < r["end_s"] for r in rows) and len(rows) == 8 * GROUPS
 
