@@ -44,6 +44,7 @@ def measure(kind: str, seed: int, data: Path, runs: Path, num_rounds: int, more:
         f"groups_per_step={GROUPS}",
         f"max_scored_tokens={budget}",
         f"num_steps={num_steps}",
+        "max_policy_lag=0",  # nothing is scored that is not trained on, so that budgets are equal to a step
         "learner.lr=5e-4",
         "learner.final_lr_frac=1",
         "learner.warmup_frac=0",
