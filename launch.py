@@ -39,7 +39,7 @@ from video_opd.errors import CheckpointError, ConfigError, InputError, ParityErr
 from video_opd.grounding import best_iou, blind_baselines, evaluate, prompt_iou
 from video_opd.metrics import MetricSinks, PhaseClock
 from video_opd.plan import Plan, describe, make_plan
-from video_opd.rewards import load_rewards, total_reward
+from video_opd.rewards import Reward, load_rewards, total_reward
 from video_opd.run_folder import new_run_folder, write_config, write_json
 from video_opd.schemas import TrajectoryLog, write_parquet
 from video_opd.types import FailedPrompt, Prediction, Prompt, ScoredGroup, StepReport, TeacherScores, TrajectoryGroup
@@ -59,6 +59,7 @@ class Run:
     teacher: TeacherPool | None  # None: neither the objective nor the curriculum asks one
     learner: Learner
     curriculum: Curriculum
+    rewards: list[Reward]  # empty: the objective needs none
     clock: PhaseClock = field(default_factory=PhaseClock)
     totals: Counter[str] = field(default_factory=Counter)
     evaluations: dict[str, Any] = field(default_factory=dict)
@@ -114,6 +115,7 @@ def create_parts(folder: Path, config: Config, plan: Plan) -> Run:
         teacher=TeacherPool(f"{name}/teacher", config) if config.needs_teacher else None,
         learner=Learner(name, config),
         curriculum=Curriculum(name, plan.train, config),
+        rewards=load_rewards(config.loss.rewards) if config.loss.needs.rewards else [],
     )
 
 
@@ -239,12 +241,8 @@ async def score(
 
 def with_rewards(run: Run, group: TrajectoryGroup, scores: tuple[TeacherScores, ...]) -> ScoredGroup:
     """The learner's payload; with rewards where the objective needs them."""
-    if not run.config.loss.needs.rewards:
-        return ScoredGroup(group=group, scores=scores)
-    rewards = load_rewards(run.config.loss.rewards)
-    return ScoredGroup(
-        group=group, scores=scores, rewards=tuple(total_reward(rewards, t, group.prompt) for t in group.trajectories)
-    )
+    rewards = tuple(total_reward(run.rewards, t, group.prompt) for t in group.trajectories) if run.rewards else None
+    return ScoredGroup(group=group, scores=scores, rewards=rewards)
 
 
 def check_lag(groups: Sequence[ScoredGroup], step: int, max_policy_lag: int) -> list[int]:

@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 from rich.console import Console
 from rich.table import Table
 
 import launch
+from benchmarks.memory import peak_bytes, reset_peak
 from curriculum.scheduler import Scheduler
 from curriculum.tvdf import SAMPLERS
 from video_opd.config import Config, load_config, resolve_paths
@@ -51,24 +51,13 @@ def make_prompts(num_prompts: int) -> list[Prompt]:
     ]
 
 
-def peak_bytes_reset() -> int:
-    """Forgets the peak of this process's memory (Linux); returns what it uses now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return psutil.Process().memory_info().rss
-
-
-def peak_bytes() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
 def select(kind: str, sampler: str, num_prompts: int) -> dict:
     """One round over `num_prompts`, in a process of its own: seconds and bytes above what the pool itself takes."""
     overrides = [f"curriculum.kind={kind}", f"curriculum.num_selected={NUM_SELECTED}", f"curriculum.sampler={sampler}"]
     scheduler = Scheduler(make_prompts(num_prompts), demo_config([*overrides, "curriculum.group_by_video=true"]))
     rng = np.random.default_rng(0)
     teacher_iou, student_iou = rng.uniform(0.5, 1, num_prompts), rng.uniform(0, 1, num_prompts)
-    before, started = peak_bytes_reset(), time.perf_counter()
+    before, started = reset_peak(), time.perf_counter()
     scheduler.validate(teacher_iou)
     scheduler.start_round(student_iou, 0)
     selected = time.perf_counter()

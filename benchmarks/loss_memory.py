@@ -8,13 +8,13 @@ import argparse
 import json
 import multiprocessing
 import time
-from pathlib import Path
 
 import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.memory import peak_bytes, reset_peak
 from learner.loss import ResponseTokens, loss_per_token
 from video_opd.config import LearnerConfig, LossConfig
 from video_opd.modeling import by_chunks
@@ -43,16 +43,14 @@ def peak_bytes_of(response_tokens: int, device: str, chunk: int) -> tuple[int, f
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-        before = psutil.Process().memory_info().rss
+        before = reset_peak()
     started = time.perf_counter()
     by_chunks(head, hidden, loss, chunk)[0].sum().backward()
     if device == "cuda":
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated()
     else:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        peak = int(line.split()[1]) * 1024
+        peak = peak_bytes()
     return peak - before, time.perf_counter() - started
 
 

@@ -26,10 +26,11 @@ def main() -> None:
     pretraining.add_arguments(pretrain)
     arguments = parser.parse_args()
     if arguments.command == "clips":
-        default = (arguments.levels, arguments.spoil, arguments.num_train) == (DEFAULT_LEVELS, 0.0, SPLIT_CLIPS["train"])
+        levels = tuple(arguments.levels)
+        default = (levels, arguments.spoil, arguments.num_train) == (DEFAULT_LEVELS, 0.0, SPLIT_CLIPS["train"])
         if not default and arguments.out == clips.get_default("out"):
             parser.error("name another folder with --out: launch.py keeps its own clips in the default one as they are")
-        written = ensure_clips(arguments.out, tuple(arguments.levels), arguments.spoil, arguments.num_train)
+        written = ensure_clips(arguments.out, levels, arguments.spoil, arguments.num_train)
         print(f"wrote {', '.join(written)}" if written else f"{arguments.out} is complete")
     else:
         pretraining.pretrain(arguments.names, arguments.out, arguments.data)

@@ -96,8 +96,8 @@ class LearnerEngine:
         """The summed loss of a micro-batch, and |actor - learner log-prob| of its tokens (none for weight 0)."""
         try:
             encoded = [self._encoder.encode(row.prompt) for row in rows]
-        except ClipError as error:  # actor and teacher have read it: a file that changes under a run is not bad input
-            raise RunError(f"a clip that was rolled out and scored cannot be read by the learner: {error}") from error
+        except ClipError as error:  # where others read it before, a file that changes under a run; not bad input
+            raise RunError(f"a clip cannot be read by the learner: {error}") from error
         for prompt, row in zip(encoded, rows, strict=True):
             check_parity(prompt, row.trajectory, "the learner")
         responses = [row.trajectory.response_token_ids for row in rows]
