@@ -139,7 +139,9 @@ class LossConfig(_Section):
     clip: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.2, description="grpo: importance ratios count within 1 +- clip")
     advantage_std: bool = Field(default=True, description="grpo: divide a group's advantages by their standard deviation")
     rewards: tuple[str, ...] = Field(
-        default=("video_opd.rewards:iou",), description="grpo: functions (trajectory, prompt) -> float, by import path; summed"
+        default=("video_opd.rewards:iou",),
+        min_length=1,
+        description="grpo: functions (trajectory, prompt) -> float, by import path; summed",
     )
     reduction: Literal["token_mean", "sum"] = "token_mean"
 
