@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import cycle, islice, repeat
@@ -42,7 +42,7 @@ from video_opd.plan import Plan, describe, make_plan
 from video_opd.rewards import Reward, load_rewards, total_reward
 from video_opd.run_folder import new_run_folder, write_config, write_json
 from video_opd.schemas import TrajectoryLog, write_parquet
-from video_opd.types import FailedPrompt, Prediction, Prompt, ScoredGroup, StepReport, TeacherScores, TrajectoryGroup
+from video_opd.types import FailedPrompt, Prediction, Prompt, ScoredGroup, StepReport, TeacherScores, Trajectory, TrajectoryGroup
 
 HERE = Path(__file__).resolve().parent
 ANSWERS_A_WRITE = 4096
@@ -175,6 +175,7 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
                     with run.clock("rollout"):
                         reference = run.actors.rollout(actor, prompts)
                         results = await run.actors.result(reference)
+                    run.clock.count("rollout", sum(num_tokens(r.trajectories) for r in results if isinstance(r, TrajectoryGroup)))
                 else:
                     reference = results = demonstrate(prompts, run.step)
                 groups = await score(run, reference, results)
@@ -190,6 +191,7 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
             lags = check_lag(groups, step, config.max_policy_lag)
             with run.clock("update"):
                 report = await run.learner.update(groups, step)
+            run.clock.count("update", sum(num_tokens(g.group.trajectories) for g in groups))
             check_finite(report)
             check_logprob_gap(run, report)
             await curriculum.observe(groups, step)
@@ -198,10 +200,12 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
                     await publish_weights(run, policy_version=step + 1)
             run.step += 1
             await buffer.release()  # only now may new prompts enter
+            step_s = time.monotonic() - started
             if config.eval_every and run.step % config.eval_every == 0:
-                await evaluate_student(run, f"step_{run.step}")
+                with run.clock("evaluate"):
+                    await evaluate_student(run, f"step_{run.step}")
                 report.metrics.update({f"eval/{k}": v for k, v in run.evaluations[f"step_{run.step}"].items()})
-            await record(run, outputs, report, groups, lags, time.monotonic() - started)
+            await record(run, outputs, report, groups, lags, step_s)
             if config.checkpoint_every and run.step % config.checkpoint_every == 0:
                 await checkpoint(run)
         await buffer.close()
@@ -228,7 +232,9 @@ async def score(
         with run.clock("score"):
             scores = iter(await run.teacher.score(reference if whole else asked))  # the reference is fetched past the driver
         run.totals["scored_rollouts"] += sum(len(g.trajectories) for g in asked)
-        run.totals["scored_tokens"] += sum(len(t.response_token_ids) for g in asked for t in g.trajectories)
+        tokens = sum(num_tokens(g.trajectories) for g in asked)
+        run.totals["scored_tokens"] += tokens
+        run.clock.count("score", tokens)
     scored: list[ScoredGroup | FailedPrompt] = []
     for group in groups:
         if isinstance(group, TrajectoryGroup):
@@ -245,10 +251,20 @@ def with_rewards(run: Run, group: TrajectoryGroup, scores: tuple[TeacherScores, 
     return ScoredGroup(group=group, scores=scores, rewards=rewards)
 
 
+def mean(values: Sequence[float]) -> float:
+    """NaN of nothing, which no sink writes."""
+    return float(np.mean(values)) if values else math.nan
+
+
+def num_tokens(trajectories: Iterable[Trajectory]) -> int:
+    """Response tokens."""
+    return sum(len(t.response_token_ids) for t in trajectories)
+
+
 def check_lag(groups: Sequence[ScoredGroup], step: int, max_policy_lag: int) -> list[int]:
     """The policy lag of every trajectory. Raises ParityError where one breaks the bound."""
-    lags = [step - t.policy_version for g in groups for t in g.group.sampled if t.prompt_fingerprint is not None] or [0]
-    if min(lags) < 0 or max(lags) > max_policy_lag:
+    lags = [step - t.policy_version for g in groups for t in g.group.sampled if t.prompt_fingerprint is not None]
+    if lags and (min(lags) < 0 or max(lags) > max_policy_lag):
         raise ParityError(f"step {step}: policy lags {min(lags)} to {max(lags)}, allowed 0 to {max_policy_lag}")
     return lags
 
@@ -275,24 +291,26 @@ def check_logprob_gap(run: Run, report: StepReport) -> None:
 
 async def record(run: Run, outputs: Outputs, report: StepReport, groups: list[ScoredGroup], lags: list[int], step_s: float) -> None:
     """One line of metrics: what the learner, the actors and the curriculum say of this step, and where its time went."""
-    trajectories = [(g.group.prompt, t) for g in groups for t in g.group.sampled]
+    trajectories = [(g.group.prompt, t) for g in groups for t in g.group.sampled if t.prompt_fingerprint is not None]
     num_suspended = sum(len(g.group.suspended) for g in groups)
-    tokens = sum(len(t.response_token_ids) for _, t in trajectories)
-    run.totals.update(rollout_tokens=tokens, rollouts=len(trajectories), suspended_rollouts=num_suspended)
+    rollout_tokens = num_tokens(t for _, t in trajectories)
+    run.totals.update(rollout_tokens=rollout_tokens, rollouts=len(trajectories), suspended_rollouts=num_suspended)
     labelled = [best_iou(t.predicted_span_s, p.answer_spans_s or ()) for p, t in trajectories if p.answer_spans_s]
-    seconds = run.clock.lap()
+    seconds, tokens_per_s = run.clock.lap()
     run.totals.update({f"{phase}_s": s for phase, s in seconds.items()})
     metrics = report.metrics | {
-        "actors/miou": float(np.mean(labelled)) if labelled else float("nan"),
-        "actors/unparsed_frac": float(np.mean([t.predicted_span_s is None for _, t in trajectories])),
-        "actors/truncated_frac": float(np.mean([t.finish_reason == "length" for _, t in trajectories])),
-        "actors/policy_lag_mean": float(np.mean(lags)),
-        "actors/policy_lag_max": float(max(lags)),
+        "actors/miou": mean(labelled),
+        "actors/unparsed_frac": mean([t.predicted_span_s is None for _, t in trajectories]),
+        "actors/truncated_frac": mean([t.finish_reason == "length" for _, t in trajectories]),
+        "actors/policy_lag_mean": mean(lags),
+        "actors/policy_lag_max": float(max(lags, default=math.nan)),
+        "actors/rollout_tokens": float(run.totals["rollout_tokens"]),
         "teacher/scored_tokens": float(run.totals["scored_tokens"]),
-        "curriculum/suspended_frac": num_suspended / len(trajectories),
+        "curriculum/suspended_frac": num_suspended / max(1, len(trajectories)),
         **await run.curriculum.metrics(),
         **{f"time/{phase}_s": s for phase, s in seconds.items()},
         "time/step_s": step_s,
+        **{f"tokens_per_s/{phase}": rate for phase, rate in tokens_per_s.items()},
     }
     outputs.log.write(groups, report.step)
     outputs.sinks.write(StepReport(step=report.step, policy_version=report.policy_version, metrics=metrics), time.time())

@@ -7,14 +7,13 @@ demo's own. `python -m benchmarks.curriculum_ablation [--quick]`. The last line 
 import argparse
 import json
 import tempfile
-from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 import launch
+from benchmarks.rows import append_row, by_kind, spread
 from demo.clips import ensure_clips
 from video_opd.config import load_config, resolve_paths
 
@@ -82,6 +81,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="keep clips, run folders and rows.jsonl here (default: a temporary folder)")
     parser.add_argument("--quick", action="store_true", help="one round and one seed")
     arguments = parser.parse_args()
+    seeds = 1 if arguments.quick else arguments.seeds
     with tempfile.TemporaryDirectory() as temporary:
         out = (arguments.out or Path(temporary)).resolve()
         ensure_clips(out / "data", LEVELS, SPOIL_FRAC, NUM_CLIPS)
@@ -89,32 +89,21 @@ def main() -> None:
             "+TRPV", 0, out / "data", out / "runs", 1, [*arguments.overrides, "run_name=answers", "max_scored_tokens=1"]
         )
         rows = []
-        for seed in range(1 if arguments.quick else arguments.seeds):
+        for seed in range(seeds):
             for kind in arguments.kinds:
                 rounds = 1 if arguments.quick else NUM_ROUNDS
                 rows.append(measure(kind, seed, out / "data", out / "runs", rounds, arguments.overrides))
-                with (out / "rows.jsonl").open("a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
-    by_kind: dict[str, list[dict]] = defaultdict(list)
-    for row in rows:
-        by_kind[row["kind"]].append(row)
+                append_row(out / "rows.jsonl", rows[-1])
     columns = ("miou", "r1_07", "scored_tokens", "teacher_calls", "rollouts", "steps", "wall_s", "select_s", "dropped")
-    table = Table(
-        "", *columns, title=f"mean (lowest to highest) of {len(by_kind[rows[0]['kind']])} seed(s), equal teacher-scored tokens"
-    )
-    for kind, of_kind in by_kind.items():
-        table.add_row(kind, *(_spread([row[column] for row in of_kind]) for column in columns))
+    table = Table("", *columns, title=f"mean (lowest to highest) of {seeds} seed(s), equal teacher-scored tokens")
+    for kind, of_kind in by_kind(rows).items():
+        table.add_row(kind, *(spread([row[column] for row in of_kind]) for column in columns))
     Console(width=180).print(table)
     print(
         f"mIoU before {rows[0]['miou_before']:.3f}, teacher {rows[0]['teacher_miou']:.3f}. Not in these times: the teacher's "
         f"{answers['teacher_answers']} own answers, generated once before, {answers['select_s']:.0f} s"
     )
     print(json.dumps({"rows": rows, "answers": answers}))
-
-
-def _spread(values: list[float]) -> str:
-    digits = 3 if max(values) <= 1 else 0
-    return f"{np.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 if __name__ == "__main__":

@@ -193,7 +193,8 @@ def _example(prompt: Prompt, texts: dict[str, str]) -> Figure:
     return figure
 
 
-def _embed(figure: Figure) -> str:
+def embed(figure: Figure) -> str:
+    """The figure as base64 of a PNG, for a data URL."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return base64.b64encode(buffer.getvalue()).decode()
@@ -205,7 +206,7 @@ def write_report(folder: Path, config: Config, prompts: Sequence[Prompt], summar
     learning = _learning(metrics, summary)
     learning.savefig(folder / "learning.png", dpi=110)
     examples = [
-        _embed(_example(p, {k: v[p.prompt_id] for k, v in summary["examples"].items() if p.prompt_id in v}))
+        embed(_example(p, {k: v[p.prompt_id] for k, v in summary["examples"].items() if p.prompt_id in v}))
         for p in prompts[:NUM_EXAMPLES]
     ]
     template = jinja2.Environment(autoescape=True).from_string(Path(__file__).with_name("report.html.jinja").read_text())
@@ -214,9 +215,9 @@ def write_report(folder: Path, config: Config, prompts: Sequence[Prompt], summar
         summary=summary,
         rows=[(name, [f"{values[c]:.3f}" for c in COLUMNS], values["unparsed"]) for name, values in rows(summary)],
         columns=["mIoU", *(f"R1@{m}" for m in THRESHOLDS)],
-        learning=_embed(learning),
-        phases=_embed(_phases(metrics)),
-        curriculum=[(what, _embed(figure)) for what, figure in _curriculum(folder, config, metrics)],
+        learning=embed(learning),
+        phases=embed(_phases(metrics)),
+        curriculum=[(what, embed(figure)) for what, figure in _curriculum(folder, config, metrics)],
         examples=examples,
         config=config.model_dump_json(indent=2),
     )

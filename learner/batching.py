@@ -55,15 +55,14 @@ def plan_update(groups: Sequence[ScoredGroup], loss: LossConfig, micro_batch: in
 
 
 def signals_of(groups: Sequence[ScoredGroup], loss: LossConfig) -> list[np.ndarray]:
-    """float32[N] for every trajectory: its advantage (grpo), the teacher's log-probs (off_policy_rkd), r_t, or zeros."""
+    """float32[N] for every trajectory: its advantage (grpo), r_t where a teacher scored what the student sampled, or zeros."""
     trajectories = [t for g in groups for t in g.group.trajectories]
     lengths = [len(t.response_token_ids) for t in trajectories]
     if loss.needs.rewards:
         advantages = np.concatenate([group_advantages(g.rewards or (), loss.advantage_std) for g in groups if g.group.trajectories])
         return [np.full(n, a, np.float32) for n, a in zip(lengths, advantages, strict=True)]
-    if loss.needs.teacher == "none":
+    if loss.needs.teacher == "none" or not loss.needs.rollouts:
         return [np.zeros(n, np.float32) for n in lengths]
     teacher = np.concatenate([s.teacher_logprobs for g in groups for s in g.scores])
-    if loss.needs.rollouts:
-        teacher = pointwise_signal(teacher, np.concatenate([t.actor_logprobs for t in trajectories]), loss)
-    return np.split(teacher, np.cumsum(lengths)[:-1])
+    signal = pointwise_signal(teacher, np.concatenate([t.actor_logprobs for t in trajectories]), loss)
+    return np.split(signal, np.cumsum(lengths)[:-1])

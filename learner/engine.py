@@ -4,20 +4,25 @@ import importlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from learner.adapters import add_adapters, merge, merged_parameters
 from learner.batching import Row, plan_update
 from learner.loss import ResponseTokens, loss_per_token
+from learner.signals import TimestampTokens, TokenRecords, batch_signals, policy_signals
+from learner.vision_cache import VisionCache
 from learner.weight_sender import to_buckets
+from video_opd.clips import frames_key
 from video_opd.config import Config
 from video_opd.errors import ClipError, RunError
-from video_opd.modeling import ResponseLoss, VideoLLM, collate, load_head, load_model
+from video_opd.modeling import ResponseBatch, ResponseLoss, VideoLLM, collate, load_head, load_model, token_entropy
 from video_opd.prompting import PromptEncoder, check_parity
-from video_opd.types import ScoredGroup, WeightBucket
+from video_opd.types import EncodedPrompt, ScoredGroup, WeightBucket
 
 VISION_PREFIX = "model.visual."
 
@@ -42,6 +47,9 @@ class LearnerEngine:
         self._encoder = PromptEncoder(config.student, config.prompt)
         self._device = "cuda" if config.learner.num_gpus else "cpu"
         model = load_model(config.student, config.learner.dtype)  # ZeRO keeps float32 masters of bfloat16 weights
+        if config.learner.lora_rank:
+            torch.manual_seed(config.seed)  # every rank draws the same adapters
+            add_adapters(model, config.learner)
         if config.learner.freeze_vision:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(not name.startswith(VISION_PREFIX))
@@ -58,6 +66,9 @@ class LearnerEngine:
             self._teacher_head = load_head(config.teacher, config.teacher_pool.dtype).to(self._device)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=_deepspeed_config(config))
         self._engine: Any = engine
+        self._is_time = TimestampTokens(self._encoder.tokenizer)
+        cache_bytes = config.learner.vision_cache_bytes
+        self._vision_cache = VisionCache(self._model, cache_bytes) if cache_bytes else None
 
     @property
     def _model(self) -> VideoLLM:
@@ -78,22 +89,29 @@ class LearnerEngine:
         self._model.train()
         # DeepSpeed averages gradients over ranks; the loss wants their sum over one global denominator.
         denominator = plan.num_tokens if config.loss.reduction == "token_mean" else 1
-        total, gaps = torch.zeros((), dtype=torch.float64), []
+        total, records = torch.zeros((), dtype=torch.float64), []
         for i, rows in enumerate(plan.micro_batches):
             engine.set_gradient_accumulation_boundary(i == len(plan.micro_batches) - 1)
-            loss, gap = self._loss_sum(rows)
+            loss, of_tokens = self._loss_sum(rows)
             engine.backward(loss * (self._world_size / denominator))
             engine.step()
             total += loss.detach().double().cpu()
-            gaps.append(gap)
-        return self._reduce(total, np.concatenate(gaps), denominator) | {
+            records.append(of_tokens)
+        if self._world_size > 1:
+            total = total.to(self._device)
+            torch.distributed.all_reduce(total)
+        return {
+            "learner/loss": float(total) / denominator,
+            "learner/grad_norm": float(engine.get_global_grad_norm() or 0.0),
             "learner/lr": lr,
             "learner/skipped": 0.0,
-            **_signal_metrics(groups, config),
+            **policy_signals(TokenRecords.of_all_ranks(records, self._world_size), config.loss),
+            **batch_signals(groups, config, self._is_time),
+            **(self._vision_cache.lap() if self._vision_cache else {}),
         }
 
-    def _loss_sum(self, rows: list[Row]) -> tuple[torch.Tensor, np.ndarray]:
-        """The summed loss of a micro-batch, and |actor - learner log-prob| of its tokens (none for weight 0)."""
+    def _loss_sum(self, rows: list[Row]) -> tuple[torch.Tensor, TokenRecords]:
+        """The summed loss of a micro-batch, and what is recorded of its tokens (none for weight 0)."""
         try:
             encoded = [self._encoder.encode(row.prompt) for row in rows]
         except ClipError as error:  # where others read it before, a file that changes under a run; not bad input
@@ -102,15 +120,25 @@ class LearnerEngine:
             check_parity(prompt, row.trajectory, "the learner")
         responses = [row.trajectory.response_token_ids for row in rows]
         batch = collate(encoded, responses, self._encoder.tokenizer.pad_token_id, self._device)
+        batch = self._with_features(batch, rows, encoded)
         tokens = self._response_tokens(rows, batch.targets)
 
-        def loss(logits: torch.Tensor, which: slice) -> tuple[torch.Tensor, torch.Tensor]:
-            return loss_per_token(self._config.loss, logits, tokens, which)
+        def loss(logits: torch.Tensor, which: slice) -> tuple[torch.Tensor, ...]:
+            return *loss_per_token(self._config.loss, logits, tokens, which), token_entropy(logits.detach())
 
-        per_token, learner = self._engine(batch, loss)
+        per_token, learner, entropy = self._engine(batch, loss)
         weights = self._tensor([np.full(len(row.signal), row.weight, np.float32) for row in rows])
-        gap = (learner - tokens.actor_logprobs).abs()[weights > 0]
-        return (per_token * weights).sum(), gap.cpu().numpy()
+        trained = weights > 0
+        records = (values[trained].cpu().numpy() for values in (learner, tokens.actor_logprobs, entropy))
+        return (per_token * weights).sum(), TokenRecords(*records)
+
+    def _with_features(self, batch: ResponseBatch, rows: list[Row], encoded: list[EncodedPrompt]) -> ResponseBatch:
+        """With what the frozen vision tower sees, where it is kept."""
+        if self._vision_cache is None:
+            return batch
+        keys = [frames_key(row.prompt.clip) for row in rows]
+        pixels = batch.pixel_values.split([len(p.pixel_values) for p in encoded])
+        return replace(batch, video_features=self._vision_cache.features(keys, pixels, batch.video_grid_thw))
 
     def _response_tokens(self, rows: list[Row], targets: torch.Tensor) -> ResponseTokens:
         top_k: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -130,6 +158,7 @@ class LearnerEngine:
             targets=targets,
             actor_logprobs=self._tensor([row.trajectory.actor_logprobs for row in rows]),
             signal=self._tensor([row.signal for row in rows]),
+            teacher_logprobs=self._tensor([s.teacher_logprobs for s in scores]) if scores else None,
             top_k=top_k,
             teacher_logits=teacher_logits,
         )
@@ -137,29 +166,14 @@ class LearnerEngine:
     def _tensor(self, arrays: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(self._device)
 
-    def _reduce(self, total: torch.Tensor, gaps: np.ndarray, denominator: int) -> dict[str, float]:
-        """Loss over all ranks; the gap's quantiles are the worst rank's."""
-        quantiles = torch.tensor(np.quantile(gaps, [0.5, 0.99, 1.0]) if len(gaps) else np.zeros(3))
-        if self._world_size > 1:
-            total, quantiles = total.to(self._device), quantiles.to(self._device)
-            torch.distributed.all_reduce(total)
-            torch.distributed.all_reduce(quantiles, op=torch.distributed.ReduceOp.MAX)
-        names = ("p50", "p99", "max")
-        gap = {f"learner/logprob_gap_{n}": float(q) for n, q in zip(names, quantiles, strict=True)}
-        return {
-            "learner/loss": float(total) / denominator,
-            "learner/grad_norm": float(self._engine.get_global_grad_norm() or 0.0),
-            **(gap if self._config.loss.needs.rollouts else {}),
-        }
-
     def _full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter, whole, on the CPU, under its checkpoint name. All ranks must iterate together."""
-        for name, parameter in self._model.named_parameters():
+        """Every parameter of the plain model, whole, on the CPU, adapters merged. All ranks must iterate together."""
+        for name, parts, scaling in merged_parameters(self._model):
             if self._config.learner.zero_stage == 3:
-                with self._deepspeed.zero.GatheredParameters([parameter]):
-                    yield name, parameter.detach().cpu().clone()
+                with self._deepspeed.zero.GatheredParameters(parts):
+                    yield name, merge(parts, scaling).clone()
             else:
-                yield name, parameter.detach().cpu()
+                yield name, merge(parts, scaling)
 
     def buckets(self, policy_version: int) -> Iterator[WeightBucket]:
         """The student's weights, for publication. All ranks must iterate together."""
@@ -181,27 +195,6 @@ class LearnerEngine:
         """Restores weights and optimizer exactly."""
         path, _ = self._engine.load_checkpoint(str(folder / "deepspeed"), tag="state")
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
-
-
-def _signal_metrics(groups: Sequence[ScoredGroup], config: Config) -> dict[str, float]:
-    """What the batch says of itself: rewards, the reverse KL per token as sampled (k1: mean of -r), the options' effect."""
-    loss, trajectories = config.loss, [t for g in groups for t in g.group.trajectories]
-    lengths = [len(t.response_token_ids) for t in trajectories]
-    metrics = {"learner/num_tokens": float(sum(lengths)), "learner/response_tokens": float(np.mean(lengths))}
-    rewards = [r for g in groups for r in g.rewards or ()]
-    if rewards:
-        flat = [len(set(g.rewards or ())) <= 1 for g in groups]
-        metrics |= {"learner/reward": float(np.mean(rewards)), "learner/flat_groups_frac": float(np.mean(flat))}
-    if loss.needs.teacher == "none" or not loss.needs.rollouts:
-        return metrics
-    scores = [s for g in groups for s in g.scores]
-    signal = np.concatenate([s.teacher_logprobs - t.actor_logprobs for t, s in zip(trajectories, scores, strict=True)])
-    metrics["learner/reverse_kl"] = float(-signal.mean())
-    if loss.kind == "opd" and loss.clamp is not None:
-        metrics["learner/clamped_frac"] = float((np.abs(signal) > loss.clamp).mean())
-    if loss.center == "batch":
-        metrics["learner/center"] = float((signal if loss.clamp is None else np.clip(signal, -loss.clamp, loss.clamp)).mean())
-    return metrics
 
 
 def _deepspeed_config(config: Config) -> dict[str, Any]:

@@ -24,9 +24,10 @@ class ResponseTokens:
 
     targets: torch.Tensor  # int64[R]
     actor_logprobs: torch.Tensor  # float32[R]; of the ground truth, which nobody sampled: zeros
-    signal: torch.Tensor  # float32[R]: r_t, the advantage, or the teacher's log-probs; see learner/batching.py
+    signal: torch.Tensor  # float32[R]: r_t or the advantage; see learner/batching.py
     top_k: tuple[torch.Tensor, torch.Tensor] | None = None  # the teacher's ids int64[R, K] and log-probs float32[R, K]
     teacher_logits: Callable[[slice], torch.Tensor] | None = None  # rows -> float32[rows, V]
+    teacher_logprobs: torch.Tensor | None = None  # float32[R]
 
 
 def pointwise_signal(teacher_logprobs: np.ndarray, actor_logprobs: np.ndarray, loss: LossConfig) -> np.ndarray:
@@ -112,6 +113,12 @@ def grpo_loss(learner_logprobs: torch.Tensor, actor_logprobs: torch.Tensor, adva
     return -torch.minimum(ratio * advantage, ratio.clamp(1.0 - clip, 1.0 + clip) * advantage)
 
 
+def reference_kl(learner_logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> torch.Tensor:
+    """GRPO's k3 estimate of KL(pi_theta || pi_ref) at sampled tokens: x - 1 - log x with x = pi_ref/pi_theta, never negative."""
+    log_ratio = reference_logprobs - learner_logprobs
+    return log_ratio.exp() - 1.0 - log_ratio
+
+
 def loss_per_token(
     loss: LossConfig, logits: torch.Tensor, tokens: ResponseTokens, rows: slice
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,9 +142,13 @@ def loss_per_token(
             value = full_loss(logits[:, :shared], teacher[:, :shared], divergence, loss.beta)
         case "grpo":
             value = grpo_loss(learner, actor, signal, loss.clip)
+            if loss.kl_coef:
+                assert tokens.teacher_logprobs is not None, "kl_coef needs a reference"
+                value = value + loss.kl_coef * reference_kl(learner, tokens.teacher_logprobs[rows])
         case "off_policy_rkd":  # r_t against the student as it is now: nobody sampled these tokens
+            assert tokens.teacher_logprobs is not None, "off_policy_rkd needs the teacher's log-probs"
             now = learner.detach()
-            ratio = signal - now
+            ratio = tokens.teacher_logprobs[rows] - now
             value = sampled_loss(learner, now, ratio if loss.clamp is None else ratio.clamp(-loss.clamp, loss.clamp))
         case "sft":
             value = -learner

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from video_opd.config import LossConfig, TeacherConfig
-from video_opd.modeling import ResponseLogits, collate, generate, load_model, token_logprobs
+from video_opd.modeling import ResponseLogits, collate, generate, load_model, token_entropy, token_logprobs
 from video_opd.prompting import PromptEncoder
 from video_opd.types import EncodedPrompt, TopK
 from video_opd.vllm_engine import check_expansion, start_vllm, vllm_prompt
@@ -22,6 +22,7 @@ class TokenScores(NamedTuple):
     logprobs: np.ndarray  # float32[N]
     top_k: TopK | None
     hidden: np.ndarray | None  # float32[N, H]
+    entropy: np.ndarray | None  # float32[N]
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,13 @@ class TransformersEngine:
             hidden = self._logits.hidden(batch)
             logits = self._model.lm_head(hidden).float()
             logprobs = token_logprobs(logits, batch.targets).cpu().numpy()
-            top_k = self._top_k_of(logits)
+            entropy, top_k = token_entropy(logits).cpu().numpy(), self._top_k_of(logits)
             kept = hidden.float().cpu().numpy() if self._wanted.hidden else None
             stops = np.cumsum(batch.lengths)
             for i, stop, length in zip(chosen, stops, batch.lengths, strict=True):
                 rows = slice(stop - length, stop)
                 of_rows = top_k and TopK(ids=top_k.ids[rows], logprobs=top_k.logprobs[rows])
-                scores[i] = TokenScores(logprobs[rows], of_rows, None if kept is None else kept[rows])
+                scores[i] = TokenScores(logprobs[rows], of_rows, None if kept is None else kept[rows], entropy[rows])
         return [scores[i] for i in range(len(prompts))]
 
     def _top_k_of(self, logits: torch.Tensor) -> TopK | None:
@@ -133,7 +134,7 @@ class VllmEngine:
             check_expansion(prompt, output.prompt_token_ids[: -len(response)], "the teacher")
             positions = output.prompt_logprobs[-len(response) :]
             logprobs = [p[token].logprob for p, token in zip(positions, response.tolist(), strict=True)]
-            scores.append(TokenScores(np.asarray(logprobs, np.float32), self._top_k_of(positions), None))
+            scores.append(TokenScores(np.asarray(logprobs, np.float32), self._top_k_of(positions), None, None))
         return scores
 
     def _top_k_of(self, positions: list[dict]) -> TopK | None:

@@ -63,6 +63,7 @@ class TeacherReplica:
                 teacher_logprobs=s.logprobs,
                 top_k=s.top_k,
                 hidden=s.hidden,
+                entropy=s.entropy,
             )
             for (_, t), s in zip(pairs, scored, strict=True)
         )

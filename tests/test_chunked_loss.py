@@ -20,7 +20,7 @@ def test_chunks_change_neither_value_nor_gradient(kind, chunk):
     targets, actor, signal = torch.randint(V, (ROWS,)), torch.randn(ROWS) - 3, torch.randn(ROWS)
     teacher = torch.randn(ROWS, V)
     top = teacher.log_softmax(-1).topk(K)
-    tokens = ResponseTokens(targets, actor, signal, (top.indices, top.values), lambda rows: teacher[rows])
+    tokens = ResponseTokens(targets, actor, signal, (top.indices, top.values), lambda rows: teacher[rows], signal - 2)
     largest = 0
 
     def loss(logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:

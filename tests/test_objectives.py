@@ -114,9 +114,8 @@ def test_off_policy_rkd_weighs_each_truth_token_by_how_much_more_the_teacher_lik
     """Gradient of -sum_t r_t log pi(a_t), r_t = log pi_T(a_t) - log pi(a_t) held constant."""
     logits, teacher, targets = draw(3)
     wanted = teacher.log_softmax(-1)[torch.arange(R), targets]
-    loss, _ = loss_per_token(
-        LossConfig(kind="off_policy_rkd", clamp=clamp), logits, ResponseTokens(targets, torch.zeros(R), wanted), ALL
-    )
+    tokens = ResponseTokens(targets, torch.zeros(R), torch.zeros(R), teacher_logprobs=wanted)
+    loss, _ = loss_per_token(LossConfig(kind="off_policy_rkd", clamp=clamp), logits, tokens, ALL)
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     p = logits.detach().softmax(-1)
     r = wanted - p.log()[torch.arange(R), targets]

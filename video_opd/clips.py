@@ -6,6 +6,7 @@ fingerprinted is what every model sees.
 
 import math
 from collections import OrderedDict
+from collections.abc import Hashable
 from pathlib import Path
 
 import decord
@@ -112,16 +113,21 @@ def _resize(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return resized.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
+def frames_key(clip: Clip) -> Hashable:
+    """The same for clips of the same frames of the same file at the same size."""
+    return clip.video_path, clip.frame_size, clip.frame_indices.tobytes()
+
+
 class FrameCache:
     """The last decoded clips of this process, at most `max_bytes` of them."""
 
     def __init__(self, max_bytes: int):
         self._max_bytes, self._bytes = max_bytes, 0
-        self._frames: OrderedDict[tuple, np.ndarray] = OrderedDict()
+        self._frames: OrderedDict[Hashable, np.ndarray] = OrderedDict()
         self.num_decodes = 0
 
     def read(self, clip: Clip) -> np.ndarray:
-        key = (clip.video_path, clip.frame_size, clip.frame_indices.tobytes())
+        key = frames_key(clip)
         if key in self._frames:
             self._frames.move_to_end(key)
             return self._frames[key]

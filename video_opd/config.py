@@ -1,6 +1,7 @@
 """The run's configuration: frozen pydantic models, strict YAML, dotted overrides, one-line errors."""
 
 import difflib
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -137,6 +138,9 @@ class LossConfig(_Section):
     divergence: Literal["reverse", "forward", "jsd"] = Field(default="reverse", description="opd_full: KL(student || teacher), ...")
     beta: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.5, description="opd_full, divergence=jsd: weight of the teacher")
     clip: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.2, description="grpo: importance ratios count within 1 +- clip")
+    kl_coef: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="grpo: weight of the KL to a reference, which is the model `teacher`: the student's own start, say"
+    )
     advantage_std: bool = Field(default=True, description="grpo: divide a group's advantages by their standard deviation")
     rewards: tuple[str, ...] = Field(
         default=("video_opd.rewards:iou",),
@@ -148,10 +152,13 @@ class LossConfig(_Section):
     @property
     def needs(self) -> Objective:
         """What the loop must bring to the learner."""
-        return OBJECTIVES[self.kind]
+        needs = OBJECTIVES[self.kind]
+        return replace(needs, teacher="logprobs") if self.kl_coef else needs
 
     @model_validator(mode="after")
     def _options_have_an_effect(self):
+        if self.kind != "grpo" and self.kl_coef:
+            raise ValueError(f"kl_coef is an option of kind=grpo: it does nothing for kind={self.kind}")
         if self.kind != "opd" and (self.center != "none" or self.max_ratio is not None):
             raise ValueError(f"center and max_ratio are options of kind=opd: they do nothing for kind={self.kind}")
         if self.kind not in ("opd", "opd_topk", "off_policy_rkd") and self.clamp is not None:
@@ -174,10 +181,24 @@ class LearnerConfig(_Section):
     final_lr_frac: Fraction = Field(default=1.0, description="lr falls linearly to this share of itself; 1: constant")
     max_grad_norm: PositiveFloat = 1.0
     freeze_vision: bool = Field(default=True, description="vision tower and merger keep their weights")
+    vision_cache_bytes: NonNegativeInt = Field(
+        default=0, description="outputs of the frozen vision tower kept for clips seen again, in each rank's memory; 0: none"
+    )
+    lora_rank: NonNegativeInt = Field(default=0, description="train low-rank adapters of this rank alone; 0: the weights")
+    lora_alpha: PositiveFloat = Field(default=32.0, description="adapters count lora_alpha / lora_rank")
+    lora_targets: str = Field(
+        default=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj", description="regular expression: linear layers with adapters"
+    )
     gradient_checkpointing: bool = True
     bucket_bytes: PositiveInt = Field(default=256 << 20, description="weights travel in buckets of about this size")
     num_gpus: Annotated[float, Field(ge=0)] = Field(default=1, description="of one rank; 0 on a CPU machine")
     num_cpus: Annotated[float, Field(ge=0)] = 1
+
+    @model_validator(mode="after")
+    def _cached_features_stay_true(self):
+        if self.vision_cache_bytes and not self.freeze_vision:
+            raise ValueError("vision_cache_bytes keeps what the vision tower computed: set freeze_vision, or leave it 0")
+        return self
 
 
 class CurriculumConfig(_Section):

@@ -3,14 +3,22 @@
 import json
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from video_opd.types import StepReport
 
-PHASES = ("rollout", "score", "update", "publish")
+PHASES = ("rollout", "score", "update", "publish", "evaluate")
+
+
+class Lap(NamedTuple):
+    """What happened since the lap before."""
+
+    seconds: dict[str, float]  # by phase, and idle; phases that overlap each count in full
+    tokens_per_s: dict[str, float]  # response tokens, of the phases that counted any
 
 
 class PhaseClock:
@@ -19,6 +27,7 @@ class PhaseClock:
     def __init__(self):
         self._active: dict[str, int] = {phase: 0 for phase in PHASES}
         self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._tokens: Counter[str] = Counter()
         self._since = time.monotonic()
 
     def _advance(self) -> None:
@@ -38,12 +47,17 @@ class PhaseClock:
             self._advance()
             self._active[phase] -= 1
 
-    def lap(self) -> dict[str, float]:
-        """The seconds since the last lap, by phase; phases that overlap each count in full."""
+    def count(self, phase: str, tokens: int) -> None:
+        """Response tokens that a call of the phase was about."""
+        self._tokens[phase] += tokens
+
+    def lap(self) -> Lap:
         self._advance()
         seconds = {phase: self._seconds[phase] for phase in (*PHASES, "idle")}
+        rates = {phase: tokens / seconds[phase] for phase, tokens in self._tokens.items() if seconds[phase]}
         self._seconds.clear()
-        return seconds
+        self._tokens.clear()
+        return Lap(seconds, rates)
 
 
 class MetricSinks:

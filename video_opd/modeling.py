@@ -32,6 +32,7 @@ class ResponseBatch:
     rows: torch.Tensor  # int64[R], flat positions whose logits predict the response tokens
     targets: torch.Tensor  # int64[R], the response tokens
     lengths: tuple[int, ...]  # response tokens of each of the B sequences
+    video_features: Any = None  # the vision tower's output, where it is known: see learner/vision_cache.py
 
 
 def collate(
@@ -73,14 +74,17 @@ class ResponseLogits(torch.nn.Module):
 
     def hidden(self, batch: ResponseBatch) -> torch.Tensor:
         """What the head sees of the response rows, [R, hidden size] in the model's dtype."""
-        dtype = self.model.get_input_embeddings().weight.dtype
+        if batch.video_features is None:
+            seen = {"pixel_values_videos": batch.pixel_values.to(self.model.get_input_embeddings().weight.dtype)}
+        else:
+            seen = {"mm_encoder_outputs": {"video": batch.video_features}}
         hidden = self.model.model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             mm_token_type_ids=batch.token_types,
-            pixel_values_videos=batch.pixel_values.to(dtype),
             video_grid_thw=batch.video_grid_thw,
             use_cache=False,
+            **seen,
         ).last_hidden_state
         return hidden.flatten(0, 1)[batch.rows]
 
@@ -140,6 +144,12 @@ def load_head(folder: str, dtype: str) -> torch.Tensor:
 def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """float32[R]: log-softmax of logits[R, V] at targets[R]."""
     return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+
+def token_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """float32[R]: entropy of the distribution of logits[R, V], in nats."""
+    logprobs = logits.log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
 
 
 @torch.inference_mode()

@@ -112,6 +112,7 @@ class TeacherScores:
     teacher_logprobs: np.ndarray  # float32[N], of the response's tokens
     top_k: TopK | None
     hidden: np.ndarray | None = None  # float32[N, H], what the teacher's language-model head sees
+    entropy: np.ndarray | None = None  # float32[N], of the teacher's distribution; None: the engine does not know it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,8 +136,7 @@ class ScoredGroup:
             sizes = {len(trajectory.response_token_ids), len(score.teacher_logprobs)}
             if score.top_k is not None:
                 sizes |= {len(score.top_k.ids), len(score.top_k.logprobs)}
-            if score.hidden is not None:
-                sizes |= {len(score.hidden)}
+            sizes |= {len(values) for values in (score.hidden, score.entropy) if values is not None}
             if len(sizes) > 1:
                 raise ValueError(
                     f"trajectory {trajectory.trajectory_id}: {len(trajectory.response_token_ids)} response tokens, "

@@ -88,33 +88,48 @@ def reference_logprobs(model, prompt: EncodedPrompt, response: np.ndarray) -> np
     return logits[len(prompt.token_ids) - 1 : -1].log_softmax(-1).numpy()
 
 
-def scored_groups(prompts: list[Prompt], encoder: PromptEncoder, seed: int, top_k: int = 8) -> list[ScoredGroup]:
-    """Made-up responses of several lengths with made-up scores: the learner's arithmetic does not depend on their origin."""
+def scored_groups(
+    prompts: list[Prompt], encoder: PromptEncoder, seed: int, top_k: int = 8, rollouts: int = 1, sampled: bool = True
+) -> list[ScoredGroup]:
+    """Made-up responses of several lengths with made-up scores: the learner's arithmetic does not depend on their origin.
+
+    `sampled` false: nobody sampled them, as in demonstrations.
+    """
     rng = np.random.default_rng(seed)
     groups = []
     for prompt in prompts:
-        encoded, n = encoder.encode(prompt), int(rng.integers(3, 9))
-        trajectory = Trajectory(
-            trajectory_id=f"{prompt.prompt_id}@0#0",
-            prompt_id=prompt.prompt_id,
-            policy_version=0,
-            prompt_token_ids=encoded.token_ids,
-            prompt_fingerprint=encoded.fingerprint,
-            response_token_ids=rng.integers(0, 400, n).astype(np.int32),
-            actor_logprobs=rng.normal(-6.5, 0.3, n).astype(np.float32),
-            finish_reason=FinishReason.STOP,
-            text="",
-            predicted_span_s=None,
-        )
-        logprobs = np.log(rng.dirichlet(np.ones(top_k + 1), n)[:, :top_k]).astype(np.float32)
-        ids = np.stack([rng.choice(400, top_k, replace=False) for _ in range(n)]).astype(np.int32)
-        score = TeacherScores(
-            trajectory_id=trajectory.trajectory_id,
-            teacher_id="teacher",
-            teacher_logprobs=rng.normal(-6.5, 0.5, n).astype(np.float32),
-            top_k=TopK(ids=ids, logprobs=logprobs),
-        )
-        groups.append(ScoredGroup(group=TrajectoryGroup(prompt=prompt, trajectories=(trajectory,)), scores=(score,)))
+        encoded, trajectories, scores = encoder.encode(prompt), [], []
+        for number in range(rollouts):
+            n = int(rng.integers(3, 9))
+            trajectories.append(
+                Trajectory(
+                    trajectory_id=f"{prompt.prompt_id}@0#{number}",
+                    prompt_id=prompt.prompt_id,
+                    policy_version=0,
+                    prompt_token_ids=encoded.token_ids if sampled else encoded.token_ids[:0],
+                    prompt_fingerprint=encoded.fingerprint if sampled else None,
+                    response_token_ids=rng.integers(0, 400, n).astype(np.int32),
+                    actor_logprobs=(rng.normal(-6.5, 0.3, n) * sampled).astype(np.float32),
+                    finish_reason=FinishReason.STOP,
+                    text="",
+                    predicted_span_s=None,
+                )
+            )
+            logprobs = np.log(rng.dirichlet(np.ones(top_k + 1), n)[:, :top_k]).astype(np.float32)
+            ids = np.stack([rng.choice(400, top_k, replace=False) for _ in range(n)]).astype(np.int32)
+            scores.append(
+                TeacherScores(
+                    trajectory_id=trajectories[-1].trajectory_id,
+                    teacher_id="teacher",
+                    teacher_logprobs=rng.normal(-6.5, 0.5, n).astype(np.float32),
+                    top_k=TopK(ids=ids, logprobs=logprobs),
+                    hidden=rng.normal(0, 0.3, (n, SIZES["teacher"].hidden)).astype(np.float32),
+                    entropy=rng.exponential(1.0, n).astype(np.float32),
+                )
+            )
+        rewards = tuple(float(r) for r in rng.random(rollouts))
+        group = TrajectoryGroup(prompt=prompt, trajectories=tuple(trajectories))
+        groups.append(ScoredGroup(group=group, scores=tuple(scores), rewards=rewards))
     return groups
 
 

@@ -1,6 +1,7 @@
 """DeepSpeed ranks as Ray actors against one plain torch process on the same batch."""
 
 import asyncio
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from actors.weight_receiver import unpack
 from learner.learner import Learner
-from tests.real.conftest import DEMO, scored_groups
+from tests.real.conftest import DEMO, reference_logprobs, scored_groups
 from video_opd.config import load_config
 from video_opd.modeling import ResponseLogits, collate, load_model
 from video_opd.types import ScoredGroup
@@ -43,33 +44,70 @@ def make_config(overrides, world_size: int, stage: int, *more: str):
     )
 
 
-def batches(prompts, encoder):
+def batches(config, prompts, encoder):
     """Seven groups a step: neither ranks nor micro-batches come out even."""
-    return [scored_groups(prompts[i * 7 : i * 7 + 7], encoder, seed=i) for i in range(STEPS)]
+    needs = config.loss.needs
+    rollouts = 2 if needs.rewards else 1
+    return [
+        scored_groups(prompts[i * 7 : i * 7 + 7], encoder, seed=i, rollouts=rollouts, sampled=needs.rollouts) for i in range(STEPS)
+    ]
+
+
+def literal_loss(config, groups, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The summed loss of a batch in float64, read from the formulas of docs/algorithm.md. No code of learner/ is used."""
+    loss = config.loss
+    trajectories = [t for g in groups for t in g.group.trajectories]
+    scores: list[Any] = [s for g in groups for s in g.scores]
+
+    def concatenated(arrays) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(list(arrays))).double()
+
+    student = logits.double().log_softmax(-1)
+    taken = student[torch.arange(len(targets)), targets]
+    actor = concatenated(t.actor_logprobs for t in trajectories)
+    teacher = concatenated(s.teacher_logprobs for s in scores)
+    ratio = (taken - actor).exp()
+    match loss.kind:
+        case "opd":
+            return -(ratio * (teacher - actor)).sum()
+        case "opd_topk":
+            ids = concatenated(s.top_k.ids for s in scores).long()
+            top = concatenated(s.top_k.logprobs for s in scores)
+            of_set = student.gather(-1, ids)
+            tail, teacher_tail = 1 - of_set.exp().sum(-1), 1 - top.exp().sum(-1)
+            return (of_set.exp() * (of_set - top)).sum() + (tail * (tail / teacher_tail).log()).sum()
+        case "opd_full" | "off_policy_fkd":
+            embeddings = load_model(config.teacher, "float32").get_input_embeddings().weight.detach()
+            whole = (concatenated(s.hidden for s in scores).float() @ embeddings.T).double().log_softmax(-1)
+            p, q = (student, whole) if loss.kind == "opd_full" else (whole, student)
+            return (p.exp() * (p - q)).sum()
+        case "grpo":
+            advantages = []
+            for group in groups:
+                mean = sum(group.rewards) / len(group.rewards)
+                std = (sum((r - mean) ** 2 for r in group.rewards) / len(group.rewards)) ** 0.5
+                for trajectory, reward in zip(group.group.trajectories, group.rewards, strict=True):
+                    advantages += [(reward - mean) / (std + 1e-4)] * len(trajectory.response_token_ids)
+            a = torch.tensor(advantages, dtype=torch.float64)
+            away = (teacher - taken).exp() - 1 - (teacher - taken)
+            return (-torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a) + loss.kl_coef * away).sum()
+        case "off_policy_rkd":
+            return -((teacher - taken).detach() * taken).sum()
+        case "sft":
+            return -taken.sum()
+    raise AssertionError(loss.kind)
 
 
 def reference_parameters(config, prompts, encoder) -> dict[str, np.ndarray]:
-    """Plain torch: the literal loss over the whole batch at once, clipped, AdamW. No code of learner/ is used."""
+    """Plain torch: the literal loss over the whole batch at once, clipped, AdamW."""
     model = load_model(config.student, "float32").train()
     logits_of = ResponseLogits(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=config.learner.betas, weight_decay=0.0)
-    for groups in batches(prompts, encoder):
-        trajectories = [g.group.trajectories[0] for g in groups]
-        scores: list[Any] = [g.scores[0] for g in groups]
-        encoded = [encoder.encode(g.group.prompt) for g in groups]
-        batch = collate(encoded, [t.response_token_ids for t in trajectories], encoder.tokenizer.pad_token_id)
-        logprobs = logits_of(batch).log_softmax(-1)
-        if config.loss.kind == "opd":
-            taken = logprobs[torch.arange(len(batch.targets)), batch.targets]
-            actor = torch.from_numpy(np.concatenate([t.actor_logprobs for t in trajectories]))
-            signal = torch.from_numpy(np.concatenate([s.teacher_logprobs for s in scores])) - actor
-            loss = -((taken - actor).exp() * signal).sum()
-        else:
-            ids = torch.from_numpy(np.concatenate([s.top_k.ids for s in scores])).long()
-            teacher = torch.from_numpy(np.concatenate([s.top_k.logprobs for s in scores]))
-            student = logprobs.gather(-1, ids)
-            student_tail, teacher_tail = 1 - student.exp().sum(-1), 1 - teacher.exp().sum(-1)
-            loss = (student.exp() * (student - teacher)).sum() + (student_tail * (student_tail / teacher_tail).log()).sum()
+    for groups in batches(config, prompts, encoder):
+        rows = [(g.group.prompt, t) for g in groups for t in g.group.trajectories]
+        encoded, responses = [encoder.encode(p) for p, _ in rows], [t.response_token_ids for _, t in rows]
+        batch = collate(encoded, responses, encoder.tokenizer.pad_token_id)
+        loss = literal_loss(config, groups, logits_of(batch), batch.targets)
         optimizer.zero_grad()
         (loss / len(batch.targets)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.learner.max_grad_norm)
@@ -81,7 +119,7 @@ async def train(name, config, prompts, encoder, folder=None):
     """The learner's parameters after the same updates, as they are published; its metrics; checkpoint if asked."""
     learner = Learner(name, config)
     await learner.start()
-    reports = [await learner.update(groups, step) for step, groups in enumerate(batches(prompts, encoder))]
+    reports = [await learner.update(groups, step) for step, groups in enumerate(batches(config, prompts, encoder))]
     if folder:
         await learner.save(folder)
     references, _ = await learner.put_weights(STEPS)
@@ -100,28 +138,49 @@ def largest_gap(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> f
     return max(float(np.abs(ours[n] - theirs[n]).max()) for n in ours)
 
 
-@pytest.mark.parametrize(("world_size", "stage", "loss"), [(1, 2, "opd_topk"), (2, 0, "opd"), (2, 2, "opd_topk"), (2, 3, "opd")])
+EVERY_OBJECTIVE = [
+    (1, 2, "opd_topk"),
+    (2, 0, "opd"),
+    (2, 2, "opd_topk"),
+    (2, 3, "opd"),
+    (2, 2, "opd_full"),
+    (2, 2, "grpo"),
+    (2, 2, "off_policy_rkd"),
+    (2, 2, "off_policy_fkd"),
+    (2, 2, "sft"),
+]
+
+
+@pytest.mark.parametrize(("world_size", "stage", "loss"), EVERY_OBJECTIVE)
 def test_ranks_compute_what_one_process_does(local_ray, overrides, prompts, encoder, world_size, stage, loss):
-    config = make_config(overrides, world_size, stage, f"loss.kind={loss}")
+    grpo = ["rollout.rollouts_per_prompt=2", "loss.kl_coef=0.5"] if loss == "grpo" else []
+    config = make_config(overrides, world_size, stage, f"loss.kind={loss}", *grpo)
     expected = reference_parameters(config, prompts, encoder)
-    learner, parameters, metrics = asyncio.run(train(f"l{world_size}{stage}", config, prompts, encoder))
+    learner, parameters, metrics = asyncio.run(train(f"l{world_size}{stage}{loss}", config, prompts, encoder))
     start = {n: p.detach().numpy() for n, p in load_model(config.student, "float32").named_parameters()}
     moved = largest_gap(parameters, start)
     assert moved > 0.5 * LR, "the updates must move the weights for the comparison to mean anything"
     assert largest_gap(parameters, expected) < WORST
     gaps = np.concatenate([(parameters[n] - expected[n]).ravel() for n in expected])
     assert np.sqrt(np.mean(np.square(gaps))) < RMS
-    tokens = [sum(len(g.group.trajectories[0].response_token_ids) for g in groups) for groups in batches(prompts, encoder)]
+    tokens = [
+        sum(len(t.response_token_ids) for g in groups for t in g.group.trajectories) for groups in batches(config, prompts, encoder)
+    ]
     assert [m["learner/num_tokens"] for m in metrics] == tokens
     if stage:  # DeepSpeed reports no norm at stage 0
         assert all(m["learner/grad_norm"] > 0 for m in metrics)
     stop(learner)
 
 
+LORA = ("learner.lora_rank=4", "learner.lora_alpha=8")
+
+
+@pytest.mark.parametrize("more_options", [(2,), (3, *LORA)], ids=["whole", "lora"])
 def test_a_checkpoint_restores_weights_and_optimizer_exactly_and_its_student_loads(
-    local_ray, overrides, prompts, encoder, tmp_path
+    local_ray, overrides, prompts, encoder, tmp_path, more_options
 ):
-    config = make_config(overrides, 2, 2, "loss.kind=opd_topk")
+    stage, *options = more_options
+    config = make_config(overrides, 2, stage, "loss.kind=opd_topk", *options)
     more = scored_groups(prompts[20:26], encoder, seed=9)
 
     async def go_on(learner):
@@ -130,10 +189,10 @@ def test_a_checkpoint_restores_weights_and_optimizer_exactly_and_its_student_loa
         return {n: t.numpy() for n, t in unpack(ray.get(references, timeout=60))}
 
     async def run():
-        learner, saved, _ = await train("before", config, prompts, encoder, tmp_path)
+        learner, saved, _ = await train(f"before{stage}", config, prompts, encoder, tmp_path)
         after = await go_on(learner)
         stop(learner)
-        fresh = Learner("after", config)
+        fresh = Learner(f"after{stage}", config)
         await fresh.start()
         await fresh.load(tmp_path)
         resumed = await go_on(fresh)
@@ -156,6 +215,62 @@ def test_a_frozen_vision_tower_keeps_its_weights(local_ray, overrides, prompts, 
     assert all((parameters[n] == start[n]).all() for n in vision)
     assert any((parameters[n] != start[n]).any() for n in start if n not in vision)
     stop(learner)
+
+
+def with_actor_logprobs(groups: list[ScoredGroup], model, encoder) -> list[ScoredGroup]:
+    """As if a plain transformers model had sampled them."""
+    changed = []
+    for group in groups:
+        (trajectory,) = group.group.trajectories
+        response = trajectory.response_token_ids
+        logprobs = reference_logprobs(model, encoder.encode(group.group.prompt), response)[np.arange(len(response)), response]
+        trajectories = (replace(trajectory, actor_logprobs=logprobs.astype(np.float32)),)
+        changed.append(replace(group, group=replace(group.group, trajectories=trajectories)))
+    return changed
+
+
+def test_lora_trains_adapters_alone_and_publishes_what_it_computes(local_ray, overrides, prompts, encoder, tmp_path):
+    config = make_config(overrides, 2, 3, "loss.kind=opd", *LORA)
+    start = {n: p.detach().numpy() for n, p in load_model(config.student, "float32").named_parameters()}
+
+    async def run():
+        learner, published, _ = await train("lora", config, prompts, encoder, tmp_path)
+        plain = load_model(str(tmp_path / "student"), "float32").eval()
+        again = with_actor_logprobs(scored_groups(prompts[:6], encoder, seed=3), plain, encoder)
+        report = await learner.update(again, STEPS)
+        stop(learner)
+        single, alone, _ = await train("lora1", make_config(overrides, 1, 2, "loss.kind=opd", *LORA), prompts, encoder)
+        stop(single)
+        return published, report.metrics, alone
+
+    published, metrics, alone = asyncio.run(run())
+    assert published.keys() == start.keys(), "the plain model's names and no others"
+    changes = {n: published[n] - start[n] for n in start if (published[n] != start[n]).any()}
+    assert changes and all(re.fullmatch(config.learner.lora_targets, n.removesuffix(".weight")) for n in changes)
+    assert {np.linalg.matrix_rank(c, tol=1e-6) for c in changes.values()} <= {1, 2, 3, 4}
+    assert max(np.abs(c).max() for c in changes.values()) > 0.1 * LR
+    assert metrics["learner/logprob_gap_max"] < 1e-4, "learner and published weights are one model"
+    assert largest_gap(published, alone) < WORST, "ranks draw the same adapters"
+
+
+def test_cached_vision_features_change_nothing_but_the_work(local_ray, overrides, prompts, encoder):
+    plain_config = make_config(overrides, 1, 2, "loss.kind=grpo", "rollout.rollouts_per_prompt=2", "learner.freeze_vision=true")
+    cached_config = plain_config.model_copy(
+        update={"learner": plain_config.learner.model_copy(update={"vision_cache_bytes": 1 << 20})}
+    )
+
+    async def run():
+        plain, expected, _ = await train("seen", plain_config, prompts, encoder)
+        stop(plain)
+        cached, ours, first = await train("kept", cached_config, prompts, encoder)
+        again = await cached.update(batches(cached_config, prompts, encoder)[0], STEPS)
+        stop(cached)
+        return expected, ours, first, again.metrics
+
+    expected, ours, first, again = asyncio.run(run())
+    assert largest_gap(ours, expected) < WORST
+    assert first[0]["learner/vision_cache_hit_frac"] == pytest.approx(0.5), "the second rollout of every prompt"
+    assert again["learner/vision_cache_hit_frac"] == 1.0
 
 
 def suspended(group: ScoredGroup) -> ScoredGroup:

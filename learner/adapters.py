@@ -1,0 +1,49 @@
+"""LoRA on the student (arXiv 2106.09685): adapters inside the model's own layers, merged wherever weights leave the learner."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.layer import LoraLayer
+
+from video_opd.config import LearnerConfig
+from video_opd.errors import ConfigError
+from video_opd.modeling import VideoLLM
+
+_ADAPTER = "default"
+
+
+def add_adapters(model: VideoLLM, learner: LearnerConfig) -> None:
+    """Puts adapters into the layers that lora_targets names; they alone are trained. Raises ConfigError if it names none."""
+    config = LoraConfig(
+        r=learner.lora_rank,
+        lora_alpha=learner.lora_alpha,  # pyright: ignore[reportArgumentType]  # peft takes fractions
+        target_modules=learner.lora_targets,
+        lora_dropout=0.0,  # what is trained must be what the actors sample from
+    )
+    try:
+        inject_adapter_in_model(config, model)
+    except ValueError as error:
+        raise ConfigError(f"learner.lora_targets={learner.lora_targets!r} takes no adapters: {error}") from error
+
+
+def merged_parameters(model: VideoLLM) -> Iterator[tuple[str, list[torch.nn.Parameter], float]]:
+    """(name without adapters, [weight] or [weight, A, B], scaling): merge() makes the plain model's parameter of each."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    for name, parameter in model.named_parameters():
+        owner, _, rest = name.partition(".base_layer.")
+        if owner in layers and rest == "weight":
+            layer = layers[owner]
+            factors = [layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight]
+            yield f"{owner}.weight", [parameter, *factors], layer.scaling[_ADAPTER]
+        elif ".lora_A." not in name and ".lora_B." not in name:
+            yield name.replace(".base_layer.", "."), [parameter], 1.0
+
+
+def merge(parameters: Sequence[torch.Tensor], scaling: float) -> torch.Tensor:
+    """W, or W + scaling B A computed in float32 and rounded once to W's dtype; on the CPU."""
+    weight, *factors = (p.detach() for p in parameters)
+    if not factors:
+        return weight.cpu()
+    a, b = factors
+    return (weight.float() + scaling * (b.float() @ a.float())).to(weight.dtype).cpu()

@@ -1,0 +1,55 @@
+"""What a frozen vision tower computes of a clip is the same in every epoch, rollout and step: kept, within bounds."""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+
+import torch
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+from video_opd.modeling import VideoLLM
+
+
+class VisionCache:
+    """The last clips' features on the CPU, at most `max_bytes` of them; one clip is kept however large."""
+
+    def __init__(self, model: VideoLLM, max_bytes: int):
+        self._model, self._max_bytes, self._bytes = model, max_bytes, 0
+        self._features: OrderedDict[Hashable, list[torch.Tensor]] = OrderedDict()
+        self._asked = self._computed = 0
+
+    @torch.no_grad()
+    def features(
+        self, keys: Sequence[Hashable], pixel_values: Sequence[torch.Tensor], grids: torch.Tensor
+    ) -> BaseModelOutputWithDeepstackFeatures:
+        """The tower's output for B videos, as the model's forward takes it in place of pixels.
+
+        keys: equal where the pixels are; pixel_values: [patches, patch_dim] of each; grids: int64[B, 3]. Unknown videos
+        go through the tower in one pass, each once.
+        """
+        unknown = {key: i for i, key in enumerate(keys) if key not in self._features}
+        self._asked += len(keys)
+        self._computed += len(unknown)
+        known = {key: self._features[key] for key in keys if key in self._features}
+        if unknown:
+            chosen = list(unknown.values())
+            output = self._model.model.get_video_features(torch.cat([pixel_values[i] for i in chosen]), grids[chosen])
+            for place, key in enumerate(unknown):
+                known[key] = [output.pooler_output[place], *(layer[place] for layer in output.deepstack_features)]
+                self._keep(key, [tensor.cpu() for tensor in known[key]])
+        for key in keys:
+            if key in self._features:
+                self._features.move_to_end(key)
+        first, *layers = zip(*([t.to(grids.device) for t in known[key]] for key in keys), strict=True)
+        return BaseModelOutputWithDeepstackFeatures(pooler_output=first, deepstack_features=layers)  # pyright: ignore
+
+    def lap(self) -> dict[str, float]:
+        """The share of videos since the last lap that went past the tower."""
+        share = 1.0 - self._computed / self._asked
+        self._asked = self._computed = 0
+        return {"learner/vision_cache_hit_frac": share}
+
+    def _keep(self, key: Hashable, tensors: list[torch.Tensor]) -> None:
+        self._features[key] = tensors
+        self._bytes += sum(t.nbytes for t in tensors)
+        while self._bytes > self._max_bytes and len(self._features) > 1:
+            self._bytes -= sum(t.nbytes for t in self._features.popitem(last=False)[1])
