@@ -45,7 +45,11 @@ KINDS: dict[str, list[str]] = {
 }
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Objectives</title>
-<style>body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem; } td, th { padding: .25rem .8rem; text-align: right; } img { max-width: 100%; }</style>
+<style>
+  body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem; }
+  td, th { padding: .25rem .8rem; text-align: right; }
+  img { max-width: 100%; }
+</style>
 <h1>Objectives</h1><p>{{ title }}</p>
 <table><tr>{% for name in header %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for line in lines %}<tr>{% for value in line %}<td>{{ value }}</td>{% endfor %}</tr>{% endfor %}</table>

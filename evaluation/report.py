@@ -30,6 +30,11 @@ COLUMNS = ("miou", *(f"r1@{m}" for m in THRESHOLDS))
 NUM_EXAMPLES = 4
 NUM_EXAMPLE_FRAMES = 12
 MAX_ROUNDS_SHOWN = 4
+REVERSE_KL = {
+    "learner/reverse_kl": ("all", "C1"),
+    "learner/reverse_kl_time": ("tokens of a time", "C4"),
+    "learner/reverse_kl_rest": ("the rest", "C7"),
+}
 
 
 class StepProgress:
@@ -98,15 +103,43 @@ def _learning(metrics: Sequence[dict[str, float]], summary: dict[str, Any]) -> F
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps = [m["step"] for m in metrics]
-    left.plot(steps, [m.get("actors/miou", math.nan) for m in metrics], color="C0", alpha=0.35, label="rollouts of the step")
+    left.plot(steps, _series(metrics, "actors/miou"), color="C0", alpha=0.35, label="rollouts of the step")
+    evaluated = {m["step"] + 1: m["eval/miou"] for m in metrics if "eval/miou" in m}
+    if evaluated:
+        left.plot(list(evaluated), list(evaluated.values()), color="C0", marker="o", label="held-out split")
     for name, colour in (("teacher", "C2"), ("student_after", "C0"), ("student_before", "C7")):
         if summary[name]:
             left.axhline(summary[name]["miou"], color=colour, linestyle="--", label=name.replace("_", " "))
     left.axhline(summary["baselines"]["best_constant"]["miou"], color="C3", linestyle=":", label="best constant interval")
     left.set(xlabel="step", ylabel="mIoU", ylim=(0, 1))
     left.legend(fontsize="x-small", loc="lower right")
-    right.plot(steps, [m.get("learner/reverse_kl", math.nan) for m in metrics], color="C1")
+    for name, (label, colour) in REVERSE_KL.items():
+        if any(name in m for m in metrics):
+            right.plot(steps, _series(metrics, name), color=colour, label=label, alpha=0.8)
+            right.legend(fontsize="x-small")
     right.set(xlabel="step", ylabel="reverse KL, nats a token")
+    return figure
+
+
+def _series(metrics: Sequence[dict[str, float]], name: str) -> list[float]:
+    return [m.get(name, math.nan) for m in metrics]
+
+
+def _policy(metrics: Sequence[dict[str, float]]) -> Figure:
+    """How sure student and teacher are, and how far the learner's policy is from the one that sampled."""
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = [m["step"] for m in metrics]
+    for name, label in (("learner/entropy", "student"), ("teacher/entropy", "teacher")):
+        left.plot(steps, _series(metrics, name), label=label)
+    left.set(xlabel="step", ylabel="entropy, nats a token")
+    left.legend(fontsize="x-small")
+    right.plot(steps, _series(metrics, "learner/ratio_p50"), color="C0", label="median")
+    right.fill_between(
+        steps, _series(metrics, "learner/ratio_p01"), _series(metrics, "learner/ratio_p99"), alpha=0.3, label="1 to 99 %"
+    )
+    right.set(xlabel="step", ylabel="importance ratio")
+    right.legend(fontsize="x-small")
     return figure
 
 
@@ -216,6 +249,7 @@ def write_report(folder: Path, config: Config, prompts: Sequence[Prompt], summar
         rows=[(name, [f"{values[c]:.3f}" for c in COLUMNS], values["unparsed"]) for name, values in rows(summary)],
         columns=["mIoU", *(f"R1@{m}" for m in THRESHOLDS)],
         learning=embed(learning),
+        policy=embed(_policy(metrics)),
         phases=embed(_phases(metrics)),
         curriculum=[(what, embed(figure)) for what, figure in _curriculum(folder, config, metrics)],
         examples=examples,
