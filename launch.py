@@ -100,7 +100,7 @@ def start_ray(config: Config, address: str | None) -> None:
         return
     roles = {"rollout": config.rollout.num_actors, "teacher": 64, "learner": config.learner.world_size}
     cpus = max(os.cpu_count() or 1, 4 + sum(roles.values()) - 64)
-    context = ray.init(address="local", num_cpus=cpus, resources={k: float(v) for k, v in roles.items()}, **shared)
+    context = ray.init(address="local", num_cpus=cpus, resources={k: float(v) for k, v in roles.items() if v}, **shared)
     print(f"Ray dashboard: http://{context.dashboard_url}" if context.dashboard_url else "Ray dashboard: not installed")
 
 
@@ -204,7 +204,7 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
             if config.eval_every and run.step % config.eval_every == 0:
                 with run.clock("evaluate"):
                     await evaluate_student(run, f"step_{run.step}")
-                report.metrics.update({f"eval/{k}": v for k, v in run.evaluations[f"step_{run.step}"].items()})
+                report.metrics.update({f"eval/{k}": v for k, v in run.evaluations.get(f"step_{run.step}", {}).items()})
             await record(run, outputs, report, groups, lags, step_s)
             if config.checkpoint_every and run.step % config.checkpoint_every == 0:
                 await checkpoint(run)
@@ -212,7 +212,7 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
 
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(learn())
-        for actor in islice(cycle(run.actors.actors), max(len(run.actors.actors), -(-capacity // per_call))):
+        for actor in islice(cycle(run.actors.actors or [None]), max(len(run.actors.actors), -(-capacity // per_call))):
             tasks.create_task(sample(actor))
 
 
@@ -392,6 +392,8 @@ async def student_ious(run: Run) -> np.ndarray:
 
 
 async def evaluate_student(run: Run, name: str, blank_video: bool = False) -> None:
+    if not run.actors.actors:
+        return
     results = await ask_student(run, run.plan.eval, blank_video)
     run.failed_eval.update({f.prompt_id: f.reason for f in results if isinstance(f, FailedPrompt)})
     answers = [p for p in results if isinstance(p, Prediction)]
@@ -412,11 +414,11 @@ async def execute(config: Config, folder: Path, plan: Plan, resume: bool) -> dic
     try:
         await asyncio.gather(run.actors.start(), run.learner.start(), *([run.teacher.start()] if run.teacher else []))
         start_up_s = time.monotonic() - began
-        await publish_weights(run, policy_version=0)  # the student's start, for the evaluation before training
         await asyncio.gather(evaluate_student(run, "student_before"), evaluate_teacher(run))
         if resume:
             await restore(run)
-            await publish_weights(run, policy_version=run.step)
+            if run.actors.actors:
+                await publish_weights(run, policy_version=run.step)
         run.round_end = await run.curriculum.round_end()
         run.clock.lap()
         trained = time.monotonic()
@@ -429,7 +431,7 @@ async def execute(config: Config, folder: Path, plan: Plan, resume: bool) -> dic
         write_parquet(records, folder / "curriculum" / "records.parquet")
         return {
             **{k: run.evaluations.get(k) for k in ("teacher", "student_before", "student_after")},
-            "baselines": blind_baselines(plan.train, plan.eval, config.seed) | {"no_video": run.evaluations["no_video"]},
+            "baselines": blind_baselines(plan.train, plan.eval, config.seed) | {"no_video": run.evaluations.get("no_video")},
             "steps": run.step,
             "seed": config.seed,
             "loss": config.loss.kind,

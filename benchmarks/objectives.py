@@ -8,6 +8,7 @@ report.html; the last line is one JSON object.
 import argparse
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ KINDS: dict[str, list[str]] = {
     "off_policy_rkd": ["loss={kind: off_policy_rkd, clamp: 3}", "learner.lr=1e-3"],
     "off_policy_fkd": ["loss={kind: off_policy_fkd}", "learner.lr=1e-3"],
     "sft": ["loss={kind: sft}", "learner.lr=1e-3"],
+    **{f"opd_topk K={k}": [f"loss={{kind: opd_topk, top_k: {k}, clamp: 3}}", "learner.lr=1e-3"] for k in (1, 4, 128)},
 }
+DEFAULT_KINDS = [kind for kind in KINDS if "K=" not in kind]
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Objectives</title>
 <style>
@@ -66,7 +69,7 @@ AXES = {
 
 def measure(kind: str, seed: int, runs: Path, num_steps: int, more: Sequence[str]) -> dict[str, Any]:
     """One run: what it cost, and its curve on the held-out split. Evaluation is in no time."""
-    name = f"{kind.replace('/', '-').replace(' ', '-')}-{seed}"
+    name = re.sub(r"\W", "-", f"{kind} {seed}")
     overrides = [
         f"runs_dir={runs}",
         f"run_name={name}",
@@ -155,7 +158,7 @@ def table_of(rows: dict[str, list[dict[str, Any]]], target: float) -> tuple[list
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.objectives", description=__doc__)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values of every run")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=DEFAULT_KINDS)
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--steps", type=int, default=NUM_STEPS, help="updates of every run")
     parser.add_argument("--target", type=float, default=0.75, help="mIoU to which time is measured")

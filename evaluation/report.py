@@ -66,21 +66,22 @@ def progress_bar(num_steps: int, done: int) -> Iterator[StepProgress]:
 
 
 def rows(summary: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
-    """The lines of the final table: models, then what can be had without one."""
+    """The lines of the final table: models, then what can be had without one. A run without teacher or actors has fewer."""
     baselines = summary["baselines"]
-    return [
-        *([("teacher", summary["teacher"])] if summary["teacher"] else []),
+    lines = [
+        ("teacher", summary["teacher"]),
         ("student before", summary["student_before"]),
         ("student after", summary["student_after"]),
         ("student after, grey frames", baselines["no_video"]),
         ("best constant interval", baselines["best_constant"]),
         ("random interval", baselines["random"]),
     ]
+    return [(name, values) for name, values in lines if values]
 
 
 def print_summary(folder: Path, summary: dict[str, Any]) -> None:
     """The final table on standard output."""
-    n = summary["student_after"]["n"]
+    n = summary["baselines"]["random"]["n"]
     table = Table(title=f"held-out split, {n} prompts, loss {summary['loss']}, seed {summary['seed']}")
     table.add_column("")
     for name in ("mIoU", *(f"R1@{m}" for m in THRESHOLDS), "unparsed"):
@@ -89,14 +90,16 @@ def print_summary(folder: Path, summary: dict[str, Any]) -> None:
         table.add_row(name, *(f"{values[c]:.3f}" for c in COLUMNS), str(values["unparsed"]))
     console = Console()
     console.print(table)
+    student = _improvement(summary) if summary["student_after"] else "not evaluated"
+    minutes = summary["seconds"]["total"] / 60
+    console.print(f"{student}, after {summary['steps']} steps in {minutes:.1f} min; {len(summary['dropped'])} prompts dropped")
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+
+
+def _improvement(summary: dict[str, Any]) -> str:
     before, after = summary["student_before"]["miou"], summary["student_after"]["miou"]
     teacher = summary["teacher"]["miou"] if summary["teacher"] else 0.0
-    of_teacher = f", {after / teacher:.0%} of the teacher's" if teacher else ""
-    console.print(
-        f"mIoU {after - before:+.3f}{of_teacher}, after {summary['steps']} steps in "
-        f"{summary['seconds']['total'] / 60:.1f} min; {len(summary['dropped'])} prompts dropped"
-    )
-    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+    return f"mIoU {after - before:+.3f}" + (f", {after / teacher:.0%} of the teacher's" if teacher else "")
 
 
 def _learning(metrics: Sequence[dict[str, float]], summary: dict[str, Any]) -> Figure:

@@ -56,6 +56,12 @@ def start_engine(model: str, config: TeacherConfig, wanted: Wanted, seed: int, e
     return engine(model, config, wanted, seed, encoder)
 
 
+def top_k_of(logits: torch.Tensor, k: int) -> TopK:
+    """The k most likely tokens of every row of logits[R, V]."""
+    values, ids = logits.log_softmax(-1).topk(k, dim=-1)
+    return TopK(ids=ids.to(torch.int32).cpu().numpy(), logprobs=values.cpu().numpy())
+
+
 class TransformersEngine:
     """Prefill with transformers: the language-model head runs on response rows only."""
 
@@ -78,7 +84,8 @@ class TransformersEngine:
             hidden = self._logits.hidden(batch)
             logits = self._model.lm_head(hidden).float()
             logprobs = token_logprobs(logits, batch.targets).cpu().numpy()
-            entropy, top_k = token_entropy(logits).cpu().numpy(), self._top_k_of(logits)
+            entropy = token_entropy(logits).cpu().numpy()
+            top_k = top_k_of(logits, self._wanted.top_k) if self._wanted.top_k else None
             kept = hidden.float().cpu().numpy() if self._wanted.hidden else None
             stops = np.cumsum(batch.lengths)
             for i, stop, length in zip(chosen, stops, batch.lengths, strict=True):
@@ -86,12 +93,6 @@ class TransformersEngine:
                 of_rows = top_k and TopK(ids=top_k.ids[rows], logprobs=top_k.logprobs[rows])
                 scores[i] = TokenScores(logprobs[rows], of_rows, None if kept is None else kept[rows], entropy[rows])
         return [scores[i] for i in range(len(prompts))]
-
-    def _top_k_of(self, logits: torch.Tensor) -> TopK | None:
-        if not self._wanted.top_k:
-            return None
-        values, ids = logits.log_softmax(-1).topk(self._wanted.top_k, dim=-1)
-        return TopK(ids=ids.to(torch.int32).cpu().numpy(), logprobs=values.cpu().numpy())
 
     def predict(self, prompts: Sequence[EncodedPrompt], num_answers: int, temperature: float, max_tokens: int) -> list[list[str]]:
         tokenizer, texts = self._encoder.tokenizer, []

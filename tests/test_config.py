@@ -74,7 +74,10 @@ def test_a_missing_key_is_named_in_full(path, section, key):
         "learner.betas=[0.9]",
         "learner.freeze_vision=sometimes",
         "learner=3",
+        "learner.lora_targets=(",
         "loss.kind=grpo",
+        "loss.kl_coef=0.1",
+        "rollout.num_actors=0",
         "rollout.temperature=0.7",
         "curriculum.teacher_threshold=1.5",
         "prompt.template=When?",
@@ -89,6 +92,10 @@ def test_a_bad_value_is_named_by_its_key(path, override):
     message = problem(path, override)
     assert f" {key}" in message or f" {section}: " in message  # checks over several keys name the section
     assert message.startswith(f"config {path}: ")
+
+
+def test_cached_vision_features_ask_for_a_frozen_tower(path):
+    assert "set freeze_vision" in problem(path, "learner.vision_cache_bytes=1000", "learner.freeze_vision=false")
 
 
 def test_every_problem_of_a_file_is_reported_at_once_in_one_line(path):

@@ -1,12 +1,13 @@
 """The run's configuration: frozen pydantic models, strict YAML, dotted overrides, one-line errors."""
 
 import difflib
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from video_opd.errors import ConfigError
 from video_opd.objectives import OBJECTIVES, LossKind, Objective
@@ -84,7 +85,7 @@ class PromptConfig(_Section):
 class RolloutConfig(_Section):
     """The vLLM actors."""
 
-    num_actors: PositiveInt = 1
+    num_actors: NonNegativeInt = Field(default=1, description="0: none, where nobody samples; then nothing is evaluated either")
     prompts_per_call: PositiveInt = Field(default=32, description="prompts in flight in one call of an actor")
     rollouts_per_prompt: PositiveInt = 1
     temperature: PositiveFloat = Field(default=1.0, description="1: actor log-probs are those of the policy itself")
@@ -194,6 +195,15 @@ class LearnerConfig(_Section):
     num_gpus: Annotated[float, Field(ge=0)] = Field(default=1, description="of one rank; 0 on a CPU machine")
     num_cpus: Annotated[float, Field(ge=0)] = 1
 
+    @field_validator("lora_targets")
+    @classmethod
+    def _is_a_pattern(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"not a regular expression ({error})") from None
+        return pattern
+
     @model_validator(mode="after")
     def _cached_features_stay_true(self):
         if self.vision_cache_bytes and not self.freeze_vision:
@@ -285,6 +295,10 @@ class Config(_Section):
     def _sections_fit(self):
         if self.loss.kind == "grpo" and self.rollout.rollouts_per_prompt < 2:
             raise ValueError("loss.kind=grpo compares the responses to one prompt: set rollout.rollouts_per_prompt to 2 or more")
+        sampling = self.loss.needs.rollouts or self.curriculum.asks_student
+        if sampling and not self.rollout.num_actors:
+            asked = f"loss.kind={self.loss.kind} with curriculum.kind={self.curriculum.kind}"
+            raise ValueError(f"rollout.num_actors=0, but {asked} asks the student: set 1 or more")
         if self.loss.needs.teacher == "hidden" and self.teacher_pool.engine == "vllm":
             raise ValueError(f"loss.kind={self.loss.kind} needs the teacher's hidden states: use teacher_pool.engine=transformers")
         if not self.loss.needs.rollouts and self.curriculum.kind == "scc":

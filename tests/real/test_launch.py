@@ -279,6 +279,18 @@ def test_sft_learns_the_ground_truth_without_a_teacher(overrides, config):
     assert all(r["text"].startswith("From ") and r["start_s"] < r["end_s"] for r in rows) and len(rows) == 8 * GROUPS
 
 
+def test_sft_needs_neither_teacher_nor_actors(overrides, config):
+    more = ["loss.kind=sft", "loss.clamp=null", "teacher=null", "rollout.num_actors=0", "num_steps=2", "run_name=alone"]
+    done = run_launch(*overrides, *SHRUNK, *more)
+    assert done.returncode == 0, done.stderr[-4000:]
+    run = Path(config.runs_dir) / "alone"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["teacher"] is summary["student_before"] is summary["student_after"] is None
+    assert (summary["rollouts"], summary["tokens"]["rollout"], summary["published_bytes"]) == (0, 0, 0)
+    assert [m["learner/num_tokens"] > 0 for m in metrics_of(run)] == [True, True]
+    assert (run / "report.html").is_file() and (run / "checkpoints" / "step-2" / "student").is_dir()
+
+
 @pytest.mark.parametrize("kind", ["off_policy_rkd", "off_policy_fkd"])
 def test_off_policy_distillation_scores_the_ground_truth(overrides, config, kind):
     done = run_launch(*overrides, *SHRUNK, f"loss.kind={kind}", "loss.clamp=null", "num_steps=2", f"run_name={kind}")

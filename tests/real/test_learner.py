@@ -11,9 +11,11 @@ import ray
 import torch
 
 from actors.weight_receiver import unpack
+from learner.adapters import add_adapters
 from learner.learner import Learner
 from tests.real.conftest import DEMO, reference_logprobs, scored_groups
 from video_opd.config import load_config
+from video_opd.errors import ConfigError
 from video_opd.modeling import ResponseLogits, collate, load_model
 from video_opd.types import ScoredGroup
 
@@ -251,6 +253,12 @@ def test_lora_trains_adapters_alone_and_publishes_what_it_computes(local_ray, ov
     assert max(np.abs(c).max() for c in changes.values()) > 0.1 * LR
     assert metrics["learner/logprob_gap_max"] < 1e-4, "learner and published weights are one model"
     assert largest_gap(published, alone) < WORST, "ranks draw the same adapters"
+
+
+def test_lora_targets_that_name_no_layer_are_one_line(config):
+    learner = config.learner.model_copy(update={"lora_rank": 4, "lora_targets": ".*nothing"})
+    with pytest.raises(ConfigError, match=r"learner\.lora_targets='\.\*nothing' takes no adapters"):
+        add_adapters(load_model(config.student, "float32"), learner)
 
 
 def test_cached_vision_features_change_nothing_but_the_work(local_ray, overrides, prompts, encoder):
