@@ -45,7 +45,7 @@ def peak_bytes_of(response_tokens: int, device: str, chunk: int) -> tuple[int, f
     else:
         before = reset_peak()
     started = time.perf_counter()
-    by_chunks(head, hidden, loss, chunk)[0].sum().backward()
+    by_chunks(head, hidden, loss, chunk, response_tokens)[0].sum().backward()
     if device == "cuda":
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated()

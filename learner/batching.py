@@ -26,6 +26,7 @@ class UpdatePlan:
     """What one rank does in one update. Every rank has the same number of micro-batches."""
 
     micro_batches: list[list[Row]]
+    most_tokens: list[int]  # of each micro-batch: the response tokens of the rank that has most
     num_tokens: int  # response tokens over ALL ranks and micro-batches, those of suspended rollouts included
 
 
@@ -39,7 +40,7 @@ def plan_update(groups: Sequence[ScoredGroup], loss: LossConfig, micro_batch: in
     trajectories = [(g.group.prompt, t) for g in groups for t in g.group.trajectories]
     num_tokens = sum(len(t.response_token_ids) for g in groups for t in g.group.sampled)
     if not trajectories:
-        return UpdatePlan([], num_tokens)
+        return UpdatePlan([], [], num_tokens)
     scores = [s for g in groups for s in g.scores] or [None] * len(trajectories)
     rows = [
         Row(prompt, trajectory, signal, score, 1.0)
@@ -47,11 +48,13 @@ def plan_update(groups: Sequence[ScoredGroup], loss: LossConfig, micro_batch: in
     ]
     rows.sort(key=lambda row: len(row.trajectory.prompt_token_ids) + len(row.signal), reverse=True)
     per_round = micro_batch * world_size
-    micro_batches = []
+    micro_batches, most_tokens = [], []
     for first in range(0, len(rows), per_round):
-        mine = rows[first : first + per_round][rank::world_size]
-        micro_batches.append(mine or [replace(rows[0], weight=0.0)])
-    return UpdatePlan(micro_batches, num_tokens)
+        dealt = rows[first : first + per_round]
+        of_ranks = [dealt[r::world_size] or [replace(rows[0], weight=0.0)] for r in range(world_size)]
+        micro_batches.append(of_ranks[rank])
+        most_tokens.append(max(sum(len(row.signal) for row in of_rank) for of_rank in of_ranks))
+    return UpdatePlan(micro_batches, most_tokens, num_tokens)
 
 
 def signals_of(groups: Sequence[ScoredGroup], loss: LossConfig) -> list[np.ndarray]:

@@ -90,9 +90,9 @@ class LearnerEngine:
         # DeepSpeed averages gradients over ranks; the loss wants their sum over one global denominator.
         denominator = plan.num_tokens if config.loss.reduction == "token_mean" else 1
         total, records = torch.zeros((), dtype=torch.float64), []
-        for i, rows in enumerate(plan.micro_batches):
+        for i, (rows, most_tokens) in enumerate(zip(plan.micro_batches, plan.most_tokens, strict=True)):
             engine.set_gradient_accumulation_boundary(i == len(plan.micro_batches) - 1)
-            loss, of_tokens = self._loss_sum(rows)
+            loss, of_tokens = self._loss_sum(rows, most_tokens)
             engine.backward(loss * (self._world_size / denominator))
             engine.step()
             total += loss.detach().double().cpu()
@@ -110,7 +110,7 @@ class LearnerEngine:
             **(self._vision_cache.lap() if self._vision_cache else {}),
         }
 
-    def _loss_sum(self, rows: list[Row]) -> tuple[torch.Tensor, TokenRecords]:
+    def _loss_sum(self, rows: list[Row], most_tokens: int) -> tuple[torch.Tensor, TokenRecords]:
         """The summed loss of a micro-batch, and what is recorded of its tokens (none for weight 0)."""
         try:
             encoded = [self._encoder.encode(row.prompt) for row in rows]
@@ -126,7 +126,7 @@ class LearnerEngine:
         def loss(logits: torch.Tensor, which: slice) -> tuple[torch.Tensor, ...]:
             return *loss_per_token(self._config.loss, logits, tokens, which), token_entropy(logits.detach())
 
-        per_token, learner, entropy = self._engine(batch, loss)
+        per_token, learner, entropy = self._engine(batch, loss, most_tokens)
         weights = self._tensor([np.full(len(row.signal), row.weight, np.float32) for row in rows])
         trained = weights > 0
         records = (values[trained].cpu().numpy() for values in (learner, tokens.actor_logprobs, entropy))

@@ -53,6 +53,13 @@ def test_filler_rows_weigh_nothing_and_stand_alone(lengths, micro_batch, world_s
                 assert len(micro) == 1 and len(micro[0].signal) == len(micro[0].trajectory.response_token_ids)
 
 
+@given(lengths=groups_of_lengths, micro_batch=st.integers(1, 5), world_size=st.integers(1, 4))
+def test_every_rank_knows_how_many_tokens_the_fullest_has(lengths, micro_batch, world_size):
+    of_ranks = plans(build(lengths), micro_batch, world_size)
+    counted = [[sum(len(row.signal) for row in m) for m in p.micro_batches] for p in of_ranks]
+    assert all(p.most_tokens == [max(of_all) for of_all in zip(*counted, strict=True)] for p in of_ranks)
+
+
 def test_a_rank_without_a_row_repeats_one_with_weight_zero():
     first, second = plans(build([[3], [2], [4]]), micro_batch=1, world_size=2)
     assert [row.weight for row in rows(first)] == [1.0, 1.0]

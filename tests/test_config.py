@@ -96,6 +96,9 @@ def test_a_bad_value_is_named_by_its_key(path, override):
 
 def test_cached_vision_features_ask_for_a_frozen_tower(path):
     assert "set freeze_vision" in problem(path, "learner.vision_cache_bytes=1000", "learner.freeze_vision=false")
+    assert "use zero_stage=2" in problem(
+        path, "learner.vision_cache_bytes=1000", "learner.zero_stage=3", "learner.world_size=2", "learner.freeze_vision=true"
+    )
 
 
 def test_every_problem_of_a_file_is_reported_at_once_in_one_line(path):

@@ -208,6 +208,10 @@ class LearnerConfig(_Section):
     def _cached_features_stay_true(self):
         if self.vision_cache_bytes and not self.freeze_vision:
             raise ValueError("vision_cache_bytes keeps what the vision tower computed: set freeze_vision, or leave it 0")
+        if self.vision_cache_bytes and self.zero_stage == 3 and self.world_size > 1:
+            raise ValueError(
+                "vision_cache_bytes lets ranks run the vision tower at unlike times, zero_stage=3 does not: use zero_stage=2"
+            )
         return self
 
 

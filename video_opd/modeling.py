@@ -99,18 +99,19 @@ class ResponseLoss(ResponseLogits):
         super().__init__(model)
         self._chunk = chunk
 
-    def forward(self, batch: ResponseBatch, loss: RowLoss) -> tuple[torch.Tensor, ...]:
-        return by_chunks(self.model.lm_head, self.hidden(batch), loss, self._chunk)
+    def forward(self, batch: ResponseBatch, loss: RowLoss, most_rows: int) -> tuple[torch.Tensor, ...]:
+        return by_chunks(self.model.lm_head, self.hidden(batch), loss, self._chunk, most_rows)
 
 
 def by_chunks(
-    head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, loss: RowLoss, chunk: int
+    head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, loss: RowLoss, chunk: int, most_rows: int
 ) -> tuple[torch.Tensor, ...]:
     """loss(head(hidden)) row by row, `chunk` rows at a time; several chunks are computed again in the backward pass.
 
-    Peak memory is that of one chunk's logits and their gradient, whatever the number of rows.
+    Peak memory is that of one chunk's logits and their gradient, whatever the number of rows. `most_rows` is that of the
+    rank with most: all ranks go through the head equally often, since under ZeRO-3 each time is a collective.
     """
-    rows = [slice(first, first + chunk) for first in range(0, len(hidden), chunk)]
+    rows = [slice(first, first + chunk) for first in range(0, max(most_rows, len(hidden)), chunk)]
 
     def of(part: torch.Tensor, which: slice) -> tuple[torch.Tensor, ...]:
         return loss(head(part).float(), which)
