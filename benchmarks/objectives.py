@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import launch
-from benchmarks.rows import append_row, by_kind, spread
+from benchmarks.rows import append_row, by_kind, read_rows, spread
 from evaluation.report import embed
 from video_opd.config import load_config, resolve_paths
 from video_opd.metrics import read_metrics
@@ -162,18 +162,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=NUM_STEPS, help="updates of every run")
     parser.add_argument("--target", type=float, default=0.75, help="mIoU to which time is measured")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/objectives"), help="a new folder for run folders, rows.jsonl, picture and report"
+        "--out",
+        type=Path,
+        default=Path("runs/objectives"),
+        help="folder of the runs, rows.jsonl, picture and report; what rows.jsonl has is not run again",
     )
     parser.add_argument("--quick", action="store_true", help="opd_topk and grpo, one seed, 10 updates")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.kinds, arguments.seeds, arguments.steps = ["opd_topk", "grpo"], 1, EVAL_EVERY
     out = arguments.out.resolve()
-    rows = []
+    rows = read_rows(out / "rows.jsonl")
     for seed in range(arguments.seeds):
         for kind in arguments.kinds:
-            rows.append(measure(kind, seed, out / "runs", arguments.steps, arguments.overrides))
-            append_row(out / "rows.jsonl", rows[-1])
+            if not any((row["kind"], row["seed"]) == (kind, seed) for row in rows):
+                rows.append(measure(kind, seed, out / "runs", arguments.steps, arguments.overrides))
+                append_row(out / "rows.jsonl", rows[-1])
     report(by_kind(rows), arguments.target, out)
     print(json.dumps({"rows": [{k: v for k, v in row.items() if k != "curve"} for row in rows]}))
 

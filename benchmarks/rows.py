@@ -9,6 +9,11 @@ from typing import Any
 import numpy as np
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """One more line of JSON."""
     with path.open("a") as file:

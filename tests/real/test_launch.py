@@ -250,7 +250,7 @@ def longer(trajectory, prompt) -> float:
 
 
 def test_grpo_makes_the_teacher_of_the_next_run(overrides):
-    """The two-command recipe: no teacher in the first run; its student, over the whole vocabulary, in the second."""
+    """The two-command recipe: no teacher in the first run; its student, over the whole vocabulary, in the second, by LoRA."""
     runs = Path(load_config(DEMO, overrides).runs_dir)
     made = run_launch(*overrides, *SHRUNK, *GRPO, "teacher=null", "num_steps=2", "run_name=grpo", "learner.world_size=2")
     assert made.returncode == 0, made.stderr[-4000:]
@@ -259,11 +259,13 @@ def test_grpo_makes_the_teacher_of_the_next_run(overrides):
     assert all(m["learner/reward"] > 0 and m["learner/flat_groups_frac"] < 1 for m in metrics_of(runs / "grpo"))
     assert all(r["teacher_logprobs"] is None for r in trajectories_of(runs / "grpo"))
     teacher = runs / "grpo" / "checkpoints" / "step-2" / "student"
-    more = ["loss.kind=opd_full", "loss.clamp=null", f"teacher={teacher}", "num_steps=1", "run_name=taught"]
+    more = ["loss.kind=opd_full", "loss.clamp=null", f"teacher={teacher}", "num_steps=2", "run_name=taught", "learner.lora_rank=4"]
     taught = run_launch(*overrides, *SHRUNK, *more)
     assert taught.returncode == 0, taught.stderr[-4000:]
-    first = metrics_of(runs / "taught")[0]
+    first, second = metrics_of(runs / "taught")
     assert 0 < first["learner/loss"] < 0.5, "two steps away from its student, the teacher is near"
+    assert first["learner/grad_norm"] > 0 and second["learner/logprob_gap_p99"] < 1e-3, "the actors sample from merged adapters"
+    assert 0 < first["teacher/entropy"] and 0 < first["learner/entropy"] and first["tokens_per_s/score"] > 0
 
 
 def test_sft_learns_the_ground_truth_without_a_teacher(overrides, config):
