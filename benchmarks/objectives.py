@@ -165,7 +165,7 @@ def main() -> None:
         "--out",
         type=Path,
         default=Path("runs/objectives"),
-        help="folder of the runs, rows.jsonl, picture and report; what rows.jsonl has is not run again",
+        help="folder of runs, rows.jsonl, picture and report; what is there is not run again",
     )
     parser.add_argument("--quick", action="store_true", help="opd_topk and grpo, one seed, 10 updates")
     arguments = parser.parse_args()

@@ -265,7 +265,7 @@ def test_grpo_makes_the_teacher_of_the_next_run(overrides):
     first, second = metrics_of(runs / "taught")
     assert 0 < first["learner/loss"] < 0.5, "two steps away from its student, the teacher is near"
     assert first["learner/grad_norm"] > 0 and second["learner/logprob_gap_p99"] < 1e-3, "the actors sample from merged adapters"
-    assert 0 < first["teacher/entropy"] and 0 < first["learner/entropy"] and first["tokens_per_s/score"] > 0
+    assert first["teacher/entropy"] > 0 and first["learner/entropy"] > 0 and first["tokens_per_s/score"] > 0
 
 
 def test_sft_learns_the_ground_truth_without_a_teacher(overrides, config):
