@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ def measure(kind: str, seed: int, runs: Path, num_steps: int, more: Sequence[str
         *KINDS[kind],
         *more,
     ]
+    shutil.rmtree(runs / name, ignore_errors=True)  # left by an interrupted run
     summary = launch.launch(resolve_paths(load_config(launch.HERE / "configs" / "demo.yaml", overrides), launch.HERE))
     lines = read_metrics(runs / name)
     step_s = float(np.median([line["time/step_s"] for line in lines]))
