@@ -34,7 +34,7 @@ class VisionCache:
             chosen = list(unknown.values())
             output = self._model.model.get_video_features(torch.cat([pixel_values[i] for i in chosen]), grids[chosen])
             for place, key in enumerate(unknown):
-                known[key] = [output.pooler_output[place], *(layer[place] for layer in output.deepstack_features)]
+                known[key] = [output.pooler_output[place], *(layer[place] for layer in getattr(output, "deepstack_features", ()))]
                 self._keep(key, [tensor.cpu() for tensor in known[key]])
         for key in keys:
             if key in self._features:

@@ -7,7 +7,7 @@ from typing import Any
 
 from video_opd.errors import ModelError
 
-SUPPORTED = ("qwen3_vl",)
+SUPPORTED = ("qwen3_vl", "qwen2_5_vl")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def read_model_info(folder: str | Path) -> ModelInfo:
     if not list(Path(folder).glob("*.safetensors")):
         raise ModelError(f"{folder} has no safetensors weights: download or convert the model first")
     try:
-        vision, text = config["vision_config"], config["text_config"]
+        vision, text = config["vision_config"], config.get("text_config", config)  # Qwen2.5-VL's first files are flat
         shapes = {
             "model_type": config["model_type"],
             **{f"text.{k}": text[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ class ResponseBatch:
     rows: torch.Tensor  # int64[R], flat positions whose logits predict the response tokens
     targets: torch.Tensor  # int64[R], the response tokens
     lengths: tuple[int, ...]  # response tokens of each of the B sequences
+    second_per_grid: torch.Tensor | None  # float[B], where the model has positions in seconds (Qwen2.5-VL)
     video_features: Any = None  # the vision tower's output, where it is known: see learner/vision_cache.py
 
 
@@ -59,7 +61,13 @@ def collate(
         rows=torch.cat(rows).to(device),
         targets=torch.from_numpy(np.concatenate(responses).astype(np.int64)).to(device),
         lengths=tuple(len(r) for r in responses),
+        second_per_grid=_second_per_grid(prompts),
     )
+
+
+def _second_per_grid(prompts: Sequence[EncodedPrompt]) -> torch.Tensor | None:
+    seconds = [p.second_per_grid for p in prompts if p.second_per_grid is not None]
+    return torch.tensor(seconds) if seconds else None
 
 
 class ResponseLogits(torch.nn.Module):
@@ -75,9 +83,11 @@ class ResponseLogits(torch.nn.Module):
     def hidden(self, batch: ResponseBatch) -> torch.Tensor:
         """What the head sees of the response rows, [R, hidden size] in the model's dtype."""
         if batch.video_features is None:
-            seen = {"pixel_values_videos": batch.pixel_values.to(self.model.get_input_embeddings().weight.dtype)}
+            seen: dict[str, Any] = {"pixel_values_videos": batch.pixel_values.to(self.model.get_input_embeddings().weight.dtype)}
         else:
             seen = {"mm_encoder_outputs": {"video": batch.video_features}}
+        if batch.second_per_grid is not None:
+            seen["second_per_grid_ts"] = batch.second_per_grid
         hidden = self.model.model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -126,12 +136,52 @@ def load_model(path: str, dtype: str) -> VideoLLM:
     """A transformers video LLM from a folder, on the CPU, in `dtype`."""
     from transformers import AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    model: VideoLLM = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    if model.config.model_type == "qwen2_5_vl":
+        model.model.get_rope_index = MethodType(_qwen2_5_positions, model.model)
+    return model
+
+
+def _qwen2_5_positions(
+    model: VideoLLM,
+    input_ids: torch.Tensor,
+    mm_token_type_ids: torch.Tensor,
+    image_grid_thw: torch.Tensor | None = None,
+    video_grid_thw: torch.Tensor | None = None,
+    second_per_grid_ts: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Qwen2.5-VL's 3-D positions as it was trained with them, int64[3, B, S], and how far they run ahead of the length, [B, 1].
+
+    One video a sequence. Text goes on after the video's LARGEST position, as in the model's own code and in vLLM;
+    transformers 5.19 goes on after its height and width, which lets text and later frames share positions.
+    """
+    assert image_grid_thw is None and video_grid_thw is not None and second_per_grid_ts is not None
+    merge = model.config.vision_config.spatial_merge_size
+    per_second = model.config.vision_config.tokens_per_second
+    positions = torch.zeros((3, *input_ids.shape), dtype=torch.int64)
+    ahead = []
+    for b, (types, grid, seconds) in enumerate(
+        zip(mm_token_type_ids.cpu(), video_grid_thw.tolist(), second_per_grid_ts, strict=True)
+    ):
+        valid = torch.ones_like(types, dtype=torch.bool) if attention_mask is None else attention_mask[b].bool().cpu()
+        video = (types[valid] != 0).nonzero()[:, 0]
+        first, last, length = int(video[0]), int(video[-1]), int(valid.sum())
+        t, h, w = grid[0], grid[1] // merge, grid[2] // merge
+        axes = torch.stack(torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")).flatten(1)
+        axes[0] = (axes[0] * (float(seconds) * per_second)).long()
+        inside = axes + first
+        after = torch.arange(length - last - 1) + inside.max() + 1
+        of_row = torch.cat([torch.arange(first).expand(3, -1), inside, after.expand(3, -1)], dim=1)
+        positions[:, b, valid] = of_row
+        ahead.append(int(of_row.max()) + 1 - length)
+    return positions.to(input_ids.device), torch.tensor(ahead, device=input_ids.device)[:, None]
 
 
 def load_head(folder: str, dtype: str) -> torch.Tensor:
     """The language-model head [V, H] of a model folder, read alone; of tied weights, the embeddings. Raises ModelError."""
-    names = ("lm_head.weight", "model.language_model.embed_tokens.weight")
+    names = ("lm_head.weight", "model.language_model.embed_tokens.weight", "model.embed_tokens.weight")
     found = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(str(path), "pt") as tensors:
@@ -139,7 +189,7 @@ def load_head(folder: str, dtype: str) -> torch.Tensor:
     for name in names:
         if name in found:
             return found[name].to(getattr(torch, dtype))
-    raise ModelError(f"{folder} has neither {names[0]} nor {names[1]}: use a Qwen-VL model folder")
+    raise ModelError(f"{folder} has none of {', '.join(names)}: use a Qwen-VL model folder")
 
 
 def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -179,6 +229,8 @@ def generate(
         mask[i, longest - m :] = 1
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
     pixels = torch.from_numpy(np.concatenate([p.pixel_values for p in prompts]))
+    seconds = _second_per_grid(prompts)
+    clock = {} if seconds is None else {"second_per_grid_ts": seconds}
     output = model.generate(
         input_ids=input_ids.to(device),
         attention_mask=mask.to(device),
@@ -189,6 +241,7 @@ def generate(
         suppress_tokens=list(banned_ids),
         num_return_sequences=num_answers,
         **sampling,
+        **clock,
     )
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])

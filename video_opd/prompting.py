@@ -23,13 +23,21 @@ def parse_span(text: str) -> Span | None:
     return (float(match[1]), float(match[2])) if match else None
 
 
-def fingerprint(token_ids: np.ndarray, grid_thw: tuple[int, ...], frame_indices: np.ndarray, frames: np.ndarray) -> str:
-    """Identifies all that a model sees of a prompt: ids, video grid, which frames, and their pixels."""
+def fingerprint(
+    token_ids: np.ndarray,
+    grid_thw: tuple[int, ...],
+    frame_indices: np.ndarray,
+    frames: np.ndarray,
+    second_per_grid: float | None = None,
+) -> str:
+    """Identifies all that a model sees of a prompt: ids, video grid, which frames, their pixels, and their clock."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(np.asarray(token_ids, dtype=np.int32).tobytes())
     digest.update(np.asarray(grid_thw, dtype=np.int64).tobytes())
     digest.update(np.asarray(frame_indices, dtype=np.int64).tobytes())
     digest.update(frames.tobytes())
+    if second_per_grid is not None:
+        digest.update(np.float64(second_per_grid).tobytes())
     return digest.hexdigest()
 
 
@@ -95,6 +103,7 @@ class PromptEncoder:
                 "bring video.max_video_tokens within the processor's own limits"
             )
         token_ids = np.asarray(inputs["input_ids"][0], dtype=np.int32)
+        second_per_grid = float(inputs["second_per_grid_ts"][0]) if "second_per_grid_ts" in inputs else None
         return EncodedPrompt(
             prompt_id=prompt.prompt_id,
             token_ids=token_ids,
@@ -104,7 +113,8 @@ class PromptEncoder:
             pixel_values=np.asarray(inputs["pixel_values_videos"], dtype=np.float32),
             video_grid_thw=grid,
             token_types=np.asarray(inputs["mm_token_type_ids"][0], dtype=np.int32),
-            fingerprint=fingerprint(token_ids, grid, clip.frame_indices, frames),
+            second_per_grid=second_per_grid,
+            fingerprint=fingerprint(token_ids, grid, clip.frame_indices, frames, second_per_grid),
         )
 
 

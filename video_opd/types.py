@@ -55,6 +55,7 @@ class EncodedPrompt:
     pixel_values: np.ndarray  # float32[patches, patch_dim], normalised
     video_grid_thw: tuple[int, int, int]  # patches along time, height, width
     token_types: np.ndarray  # int32[M], transformers' mm_token_type_ids
+    second_per_grid: float | None  # seconds between the video's token grids: Qwen2.5-VL's clock; Qwen3-VL writes times as text
     fingerprint: str  # of token ids, grid, frame indices and pixels (ALGORITHM.md section 6)
 
 

@@ -1,0 +1,201 @@
+"""Qwen2.5-VL, whose clock is in its positions: the same architecture at tiny widths through every part."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    GenerationConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+from demo.clips import write_mp4
+from demo.models import CHAT_TEMPLATE, SPECIAL, build_tokenizer
+from teacher_service.engine import TransformersEngine, Wanted
+from tests.real.conftest import DEMO
+from tests.real.test_launch import GROUPS, SHRUNK, metrics_of, run_launch
+from video_opd.config import Config, load_config
+from video_opd.datasets import read_prompts
+from video_opd.modeling import ResponseLogits, collate, generate, load_model
+from video_opd.prompting import PromptEncoder
+from video_opd.types import Prompt
+
+HEIGHT, WIDTH, PATCH, MERGE, PER_SECOND = 56, 84, 14, 2, 2  # 2 x 3 video tokens a frame pair
+
+
+def build(folder: Path, hidden: int, padded: int, seed: int) -> None:
+    """A model folder with untied embeddings padded by `padded` rows, as the 7B's are."""
+    tokenizer = build_tokenizer()
+    pixels = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 4096}
+    shared: dict[str, Any] = {"size": pixels, "patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2}
+    normal: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**shared, **normal),
+        video_processor=Qwen2VLVideoProcessor(**shared, **normal),
+        tokenizer=tokenizer,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+    ids: dict[str, Any] = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL}
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer) + padded,
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_hidden_layers": 2,
+            "num_attention_heads": hidden // 32,
+            "num_key_value_heads": hidden // 32,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+            "tie_word_embeddings": False,
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "patch_size": PATCH,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": 2,
+            "tokens_per_second": PER_SECOND,
+            "window_size": 56,
+            "out_hidden_size": hidden,
+            "fullatt_block_indexes": [1],
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=False,
+    )
+    config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    end = [ids["<|im_end|>"], ids["<|endoftext|>"]]
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=ids["<|endoftext|>"])
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def qwen2_5(tmp_path_factory) -> list[str]:
+    """What turns configs/demo.yaml into a run of a tiny Qwen2.5-VL pair on clips of more than one video token a frame."""
+    folder = tmp_path_factory.mktemp("qwen2_5")
+    build(folder / "student", hidden=64, padded=0, seed=0)
+    build(folder / "teacher", hidden=96, padded=7, seed=1)
+    rng = np.random.default_rng(0)
+    overrides = [f"student={folder / 'student'}", f"teacher={folder / 'teacher'}", f"runs_dir={folder / 'runs'}"]
+    for split, count in (("train", GROUPS), ("eval", 2)):
+        videos = folder / split / "videos"
+        videos.mkdir(parents=True)
+        lines, lengths = [], ["id,length"]
+        for number in range(count):
+            seconds = 3 + number
+            pictures = rng.integers(0, 256, (seconds * 4, HEIGHT // 7, WIDTH // 7, 3), dtype=np.uint8)
+            write_mp4(videos / f"{split}{number}.mp4", np.kron(pictures, np.ones((1, 7, 7, 1), np.uint8)))
+            lines.append(f"{split}{number} 0.5 {seconds - 0.5}##the red square is visible")
+            lengths.append(f"{split}{number},{seconds}")
+        (folder / split / "annotations.txt").write_text("\n".join(lines))
+        (folder / split / "lengths.csv").write_text("\n".join(lengths))
+        names = {"annotations": "annotations.txt", "lengths": "lengths.csv", "videos": "videos"}
+        overrides += [f"data.{split}.{key}={folder / split / name}" for key, name in names.items()]
+    return overrides
+
+
+@pytest.fixture(scope="module")
+def config(qwen2_5) -> Config:
+    return load_config(DEMO, qwen2_5)
+
+
+@pytest.fixture(scope="module")
+def prompts(config) -> list[Prompt]:
+    return read_prompts(config.data.train, config.video, PATCH * MERGE)
+
+
+@pytest.fixture(scope="module")
+def encoder(config) -> PromptEncoder:
+    return PromptEncoder(config.student, config.prompt)
+
+
+def literal_positions(types: list[int], grid: tuple[int, int, int], seconds: float) -> list[list[int]]:
+    """[time, row, column] of every token: text counts on, the video's tokens sit on a grid, text goes on after the largest."""
+    t, h, w = grid[0], grid[1] // MERGE, grid[2] // MERGE
+    positions, i = [], 0
+    while i < len(types):
+        after = max((max(p) for p in positions), default=-1) + 1
+        if types[i] == 0:
+            positions.append([after] * 3)
+            i += 1
+            continue
+        for frame in range(t):
+            for row in range(h):
+                for column in range(w):
+                    positions.append([after + int(frame * seconds * PER_SECOND), after + row, after + column])
+        i += t * h * w
+    return positions
+
+
+def test_positions_are_those_of_a_literal_reading_with_padding_on_either_side(config, prompts, encoder):
+    model = load_model(config.student, "float32")
+    encoded = [encoder.encode(p) for p in prompts[:3]]
+    assert all(e.second_per_grid == pytest.approx(1.0) and e.video_grid_thw[1:] == (4, 6) for e in encoded), "2 frames a second"
+    longest = max(len(e.token_ids) for e in encoded) + 4
+    for left in (False, True):
+        ids, mask, types = (torch.zeros(3, longest, dtype=torch.int64) for _ in range(3))
+        for i, e in enumerate(encoded):
+            n = len(e.token_ids)
+            where = slice(longest - n, None) if left else slice(0, n)
+            ids[i, where], mask[i, where], types[i, where] = torch.tensor(e.token_ids), 1, torch.tensor(e.token_types)
+        positions, ahead = model.model.get_rope_index(
+            ids,
+            mm_token_type_ids=types,
+            video_grid_thw=torch.tensor([e.video_grid_thw for e in encoded]),
+            second_per_grid_ts=torch.tensor([0.5, 1.0, 1.5]),
+            attention_mask=mask,
+        )
+        for i, (e, seconds) in enumerate(zip(encoded, (0.5, 1.0, 1.5), strict=True)):
+            literal = literal_positions(e.token_types.tolist(), e.video_grid_thw, seconds)
+            assert positions[:, i, mask[i].bool()].T.tolist() == literal
+            assert ahead[i].item() == max(max(p) for p in literal) + 1 - len(literal)
+
+
+def test_the_teacher_scores_what_a_plain_forward_over_one_sequence_gives(config, prompts):
+    encoder = PromptEncoder(config.teacher, config.prompt)
+    engine = TransformersEngine(config.teacher, config.teacher_pool, Wanted(), 0, encoder)
+    encoded = [encoder.encode(p) for p in prompts[:3]]
+    responses = [np.array([5, 9, 3], np.int32), np.array([7], np.int32), np.array([1, 2, 3, 4, 5], np.int32)]
+    together = engine.score(encoded, responses)
+    model = load_model(config.teacher, "float32").eval()
+    for e, response, scores in zip(encoded, responses, together, strict=True):
+        with torch.no_grad():
+            batch = collate([e], [response], encoder.tokenizer.pad_token_id)
+            alone = ResponseLogits(model)(batch).log_softmax(-1)[torch.arange(len(response)), batch.targets]
+        np.testing.assert_allclose(scores.logprobs, alone.numpy(), atol=2e-5)
+    greedy = generate(model, encoded, max_tokens=5, pad_id=encoder.tokenizer.pad_token_id, banned_ids=encoder.pad_ids)
+    for e, (answer,) in zip(encoded, greedy, strict=True):  # token by token, each from a whole forward
+        for n in range(1, len(answer)):
+            with torch.no_grad():
+                logits = ResponseLogits(model)(collate([e], [answer[:n]], encoder.tokenizer.pad_token_id))
+            logits[:, list(encoder.pad_ids)] = -torch.inf
+            assert logits[-1].argmax().item() == answer[n - 1]
+
+
+def test_a_run_samples_scores_learns_and_publishes(qwen2_5, config):
+    """checks.max_logprob_gap holds the actors' log-probs to the learner's, before and after publication."""
+    more = ["loss.kind=opd_full", "loss.clamp=null", "num_steps=2", "run_name=both", "learner.lr=3e-3", "data.eval.max_prompts=2"]
+    done = run_launch(*qwen2_5, *SHRUNK, *more)
+    assert done.returncode == 0, done.stderr[-4000:]
+    run = Path(config.runs_dir) / "both"
+    first, second = metrics_of(run)
+    assert first["learner/loss"] > 0 and first["learner/grad_norm"] > 0
+    assert first["learner/logprob_gap_max"] < 1e-3 and second["learner/logprob_gap_max"] < 1e-3
+    assert json.loads((run / "summary.json").read_text())["student_after"]["n"] == 2
+    assert (run / "checkpoints" / "step-2" / "student" / "config.json").is_file()
