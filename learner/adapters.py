@@ -1,6 +1,7 @@
 """LoRA on the student (arXiv 2106.09685): adapters inside the model's own layers, merged wherever weights leave the learner."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -34,7 +35,7 @@ def merged_parameters(model: VideoLLM) -> Iterator[tuple[str, list[torch.nn.Para
         owner, _, rest = name.partition(".base_layer.")
         if owner in layers and rest == "weight":
             layer = layers[owner]
-            factors = [layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight]
+            factors: list[Any] = [layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight]
             yield f"{owner}.weight", [parameter, *factors], layer.scaling[_ADAPTER]
         elif ".lora_A." not in name and ".lora_B." not in name:
             yield name.replace(".base_layer.", "."), [parameter], 1.0
