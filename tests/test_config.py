@@ -199,7 +199,12 @@ def test_relative_paths_are_resolved_against_the_working_directory(path, tmp_pat
     monkeypatch.chdir(tmp_path)
     config = resolve_paths(load_config(path, ["teacher=/abs/teacher"]), tmp_path)
     assert config.student == str(tmp_path / "s") and config.teacher == "/abs/teacher"
-    assert config.data.eval.videos == str(tmp_path / "v")
+    assert config.data.eval.videos == str(tmp_path / "v") and config.data.eval.lengths == str(tmp_path / "l.csv")
+
+
+def test_a_dataset_needs_no_lengths(path, tmp_path):
+    config = resolve_paths(load_config(path, ["data.eval={annotations: m.parquet, videos: v, format: manifest}"]), tmp_path)
+    assert config.data.eval.lengths is None and config.data.eval.annotations == str(tmp_path / "m.parquet")
 
 
 def leaves() -> list[str]:

@@ -4,7 +4,7 @@ import difflib
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -17,6 +17,21 @@ NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16"]
+AnnotationFormat = Literal[
+    "auto",
+    "charades_sta",
+    "charades_json",
+    "activitynet",
+    "qvhighlights",
+    "timelens_bench",
+    "timelens_100k",
+    "time_r1",
+    "tvgbench",
+    "didemo",
+    "tacos",
+    "videomind",
+    "manifest",
+]
 ENVIRONMENT = "environment"  # the key of a run's config.yaml that is not configuration
 
 
@@ -24,14 +39,29 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
+Section = TypeVar("Section", bound=_Section)
+
+
 class DatasetConfig(_Section):
     """One annotated split."""
 
-    format: Literal["charades_sta"] = Field(default="charades_sta", description="annotation format")
-    annotations: str = Field(description="text file: VIDEO_ID start end##sentence")
-    lengths: str = Field(description="csv with the columns id and length (seconds)")
-    videos: str = Field(description="folder of VIDEO_ID.mp4 files")
-    clamp_s: Annotated[float, Field(ge=0)] = Field(
+    format: AnnotationFormat = Field(default="charades_sta", description="annotation format, see docs/data.md; auto: by content")
+    annotations: str = Field(description="annotation file, or a manifest")
+    lengths: str | None = Field(default=None, description="charades_sta: csv with the columns id and length (seconds)")
+    videos: str = Field(description="folder of the video files")
+    cleaning: Literal["as_written", "strip", "parse_query", "time_r1"] | None = Field(
+        default=None, description="how queries are cleaned; None: as the format's codebase does"
+    )
+    round_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="annotated times are rounded to multiples of it; 0: not; None: as the format's codebase does"
+    )
+    annotators: Literal["mean", "majority", "first", "all"] | None = Field(
+        default=None, description="didemo: which of several annotators' intervals count; None: mean"
+    )
+    cuts: Literal["apply", "ignore"] | None = Field(
+        default=None, description="time_r1, tvgbench: ignore where the files are cut already; None: apply"
+    )
+    clamp_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         default=0.0, description="an annotation that ends beyond its clip by at most this is cut at the clip's end"
     )
     max_prompts: PositiveInt | None = Field(default=None, description="use only the first so many prompts")
@@ -341,7 +371,8 @@ def resolve_paths(config: Config, base: Path) -> Config:
             tree[key] = str((base / tree[key]).resolve())
     for split in tree["data"].values():
         for key in ("annotations", "lengths", "videos"):
-            split[key] = str((base / split[key]).resolve())
+            if split[key] is not None:
+                split[key] = str((base / split[key]).resolve())
     return Config.model_validate(tree)
 
 
@@ -359,10 +390,15 @@ def describe_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[s
 
 def parse_config(tree: dict[str, Any], source: str) -> Config:
     """Validates a tree of plain values; `source` names it in errors."""
+    return parse_section(Config, tree, f"config {source}")
+
+
+def parse_section(section: type[Section], tree: dict[str, Any], source: str) -> Section:
+    """The same for any section. Raises ConfigError with one line per problem."""
     try:
-        return Config.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("; ".join(f"config {source}: {_explain(e)}" for e in error.errors())) from error
+        raise ConfigError("; ".join(f"{source}: {_explain(e)}" for e in error.errors())) from error
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

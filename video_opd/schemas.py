@@ -25,6 +25,24 @@ RECORDS = pa.schema(
 )
 """What the curriculum knows of every prompt, in the order of the pool."""
 
+MANIFEST = pa.schema(
+    [
+        ("prompt_id", pa.string()),  # VIDEO_ID:NUMBER, unique
+        ("video", pa.string()),  # path below the folder of videos
+        ("query", pa.string()),  # cleaned
+        (
+            "spans_s",
+            pa.list_(pa.list_(pa.float64())),
+        ),  # [start, end] of each true interval, from the clip's start; null: unlabelled
+        ("duration_s", pa.float64()),  # of the clip, as the annotations say; null: they do not
+        ("clip_start_s", pa.float64()),  # the part of the file that is the clip; null: all of it
+        ("clip_end_s", pa.float64()),
+        ("fps", pa.float64()),  # by which the annotations counted frames; null: they count seconds
+        ("source", pa.string()),  # annotation file and place in it
+    ]
+)
+"""Annotations of any format, one row a query (docs/data.md)."""
+
 TEACHER_ANSWERS = pa.schema(
     [
         ("prompt_key", pa.string()),  # of the prompt's content, see curriculum/teacher_answers.py
