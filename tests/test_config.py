@@ -6,6 +6,8 @@ import yaml
 import launch
 from video_opd.config import Config, describe_keys, dump_config, load_config, resolve_paths
 from video_opd.errors import ConfigError, InputError
+from video_opd.prompt_styles import STYLES
+from video_opd.prompting import parse_span
 
 SPLIT = {"annotations": "a.txt", "lengths": "l.csv", "videos": "v"}
 MINIMAL = {"student": "s", "teacher": "t", "num_steps": 3, "data": {"train": SPLIT, "eval": dict(SPLIT)}}
@@ -81,6 +83,8 @@ def test_a_missing_key_is_named_in_full(path, section, key):
         "rollout.temperature=0.7",
         "curriculum.teacher_threshold=1.5",
         "prompt.template=When?",
+        "prompt.answer_template={begin}",
+        "prompt.style=own",
         "video.min_frames=1000",
         "max_policy_lag=-1",
         "worker_env=[1]",
@@ -92,6 +96,18 @@ def test_a_bad_value_is_named_by_its_key(path, override):
     message = problem(path, override)
     assert f" {key}" in message or f" {section}: " in message  # checks over several keys name the section
     assert message.startswith(f"config {path}: ")
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_prompt_style_sets_what_is_not_given_and_its_answers_are_understood(path, style, tmp_path):
+    prompt = load_config(path, [f"prompt.style={style}"]).prompt
+    assert {key: getattr(prompt, key) for key in STYLES[style]} == STYLES[style]
+    assert parse_span(prompt.answer_template.format(start=3.5, end=12.0)) == (3.5, 12.0)
+    own = load_config(path, [f"prompt.style={style}", "prompt.template=When {query}?", "prompt.video_first=false"])
+    assert (own.prompt.template, own.prompt.video_first) == ("When {query}?", False)
+    assert own.prompt.answer_template == STYLES[style]["answer_template"]
+    (tmp_path / "again.yaml").write_text(dump_config(own, {}))
+    assert load_config(tmp_path / "again.yaml").prompt == own.prompt
 
 
 def test_cached_vision_features_ask_for_a_frozen_tower(path):

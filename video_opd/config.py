@@ -11,12 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from video_opd.errors import ConfigError
 from video_opd.objectives import OBJECTIVES, LossKind, Objective
+from video_opd.prompt_styles import STYLES
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16"]
+PromptStyle = Literal["timelens", "time_r1", "time_r1_think", "timelens2"]
 AnnotationFormat = Literal[
     "auto",
     "charades_sta",
@@ -90,16 +92,21 @@ class VideoConfig(_Section):
 
 
 class PromptConfig(_Section):
-    template: str = Field(
-        default="Please find the visual event described by the sentence '{query}', determining its starting and ending times. "
-        "The format should be: 'The event happens in <start time> - <end time> seconds'.",
-        description="must contain {query}",
+    style: PromptStyle = Field(
+        default="timelens", description="published prompt; template, answer_template and video_first are its own where not given"
     )
+    template: str = Field(default=STYLES["timelens"]["template"], description="must contain {query}")
     answer_template: str = Field(
-        default="The event happens in {start:.1f} - {end:.1f} seconds.", description="how an answer is written; used by pretraining"
+        default=STYLES["timelens"]["answer_template"], description="how the truth is written where it is an answer"
     )
-    video_first: bool = Field(default=True, description="video before the text, as TimeLens does")
+    video_first: bool = Field(default=STYLES["timelens"]["video_first"], description="video before the text")
     frame_cache_bytes: PositiveInt = Field(default=1 << 30, description="decoded frames kept in each process")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_style(cls, values: Any) -> Any:
+        style = values.get("style") if isinstance(values, dict) else None
+        return STYLES[style] | values if style in STYLES else values
 
     @model_validator(mode="after")
     def _has_query(self):
@@ -109,6 +116,10 @@ class PromptConfig(_Section):
             self.template.format(query="")
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(f"template may hold {{query}} and no other braces ({error!r})") from None
+        try:
+            self.answer_template.format(start=0.0, end=0.0)
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"answer_template may hold {{start}} and {{end}} with number formats alone ({error!r})") from None
         return self
 
 
