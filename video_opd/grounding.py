@@ -83,7 +83,7 @@ def blind_baselines(train: Sequence[Prompt], evaluation: Sequence[Prompt], seed:
     start, end = best_constant_interval([(p.answer_spans_s, p.clip.duration_s) for p in train if p.answer_spans_s])
     durations = [p.clip.duration_s for p in evaluation]
     spans = {"best_constant": [(start * d, end * d) for d in durations], "random": random_spans(durations, seed)}
-    scores = {
+    scores: dict[str, dict] = {
         name: summarise([best_iou(span, p.answer_spans_s or ()) for span, p in zip(of_kind, evaluation, strict=True)])
         for name, of_kind in spans.items()
     }
