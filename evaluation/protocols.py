@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -60,12 +61,13 @@ def _clock_seconds(match: re.Match[str]) -> float:
 def read_timelens(text: str) -> Span | None:
     """The first two clock times; else the first pair with a hyphen; else the first with 'to'; else the first two numbers."""
     text = text.lower()
-    times = [_clock_seconds(match) for match in _CLOCK.finditer(text)]
-    if len(times) >= 2:
+    times = [_clock_seconds(match) for match in islice(_CLOCK.finditer(text), 2)]
+    if len(times) == 2:
         return times[0], times[1]
-    pair = _first(_WITH_DASH, text) or _first(_WITH_TO, text)
-    numbers = [float(number) for number in _LOOSE.findall(text)]
-    return pair or ((numbers[0], numbers[1]) if len(numbers) >= 2 else None)
+    if pair := _first(_WITH_DASH, text) or _first(_WITH_TO, text):
+        return pair
+    numbers = _LOOSE.findall(text)
+    return (float(numbers[0]), float(numbers[1])) if len(numbers) >= 2 else None
 
 
 def read_time_r1(text: str) -> Span | None:
