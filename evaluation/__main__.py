@@ -42,11 +42,7 @@ from video_opd.types import FailedPrompt, Prediction, Prompt
 
 COUNTS = ("n", "unparsed", "reversed", "out_of_range", "missing")
 NO_FRAMES = 1  # read_prompts' multiple where nobody looks at a frame: its size does not matter
-NAMES = {
-    "best_constant": "best constant interval of the training split",
-    "random": "random interval",
-    "no_video": "no video (grey frames)",
-}
+NAMES = {"best_constant": "best constant", "random": "random", "no_video": "no video"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +148,7 @@ def print_result(result: dict[str, Any], folder: Path) -> None:
     for name in METRICS:
         table.add_column(name.replace("miou", "mIoU").replace("r1", "R1"), justify="right")
     table.add_row("answers", *(f"{main[m]:.3f}" for m in METRICS))
-    table.add_row("  95 % interval", *("{:.3f} to {:.3f}".format(*intervals[m]) for m in METRICS))
+    table.add_row("95 % interval", *("{:.3f}–{:.3f}".format(*intervals[m]) for m in METRICS))
     for name, values in result["baselines"].items():
         table.add_row(NAMES[name], *(f"{values[m]:.3f}" for m in METRICS))
     console = Console()

@@ -28,6 +28,7 @@ def draw_timelines(scored: Sequence[ScoredAnswer]) -> Figure:
         title = question.query if len(question.query) <= MAX_QUERY_CHARACTERS else question.query[:MAX_QUERY_CHARACTERS] + "..."
         axes.set_title(f"{title} ({verdict})", fontsize="small", loc="left", parse_math=False)
         axes.tick_params(labelsize="x-small")
+    figure.supxlabel("seconds", fontsize="small")
     return figure
 
 
