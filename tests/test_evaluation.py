@@ -26,11 +26,11 @@ from evaluation.scoring import (
 )
 from evaluation.timelines import NUM_SHOWN, draw_timelines
 from tests.fakes import make_prompt
-from video_opd.errors import DataError
+from video_opd.errors import DataError, ParityError
 from video_opd.grounding import blind_baselines, evaluate
 from video_opd.prompting import parse_span
 from video_opd.schemas import EVALUATION
-from video_opd.types import Prediction, Span
+from video_opd.types import FailedPrompt, Prediction, Span
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 STRICT = PROTOCOLS["strict"]
@@ -272,6 +272,32 @@ def test_predictions_of_another_program_are_scored_on_the_configs_split(config, 
     assert pq.read_table(tmp_path / "strict.parquet").to_pylist()[0]["failure"] == "no prediction"
     assert main(["--predictions", file, "--out", str(tmp_path), "--no-baselines", *config]) == 0
     assert json.loads((tmp_path / "strict.json").read_text())["baselines"] == {}
+
+
+def test_a_models_failures_count_and_an_engines_error_is_exit_code_1(config, tmp_path, capsys, monkeypatch):
+    """Everything but vLLM: two prompts are answered, the others' clips fail; on grey frames nothing has an interval."""
+
+    def ask(config, prompts, blanks):
+        texts = [f"From {p.answer_spans_s[0][0]} to {p.answer_spans_s[0][1]} seconds." for p in prompts[:2]]
+        answers = [Prediction(prompt_id=p.prompt_id, text=t, span_s=None) for p, t in zip(prompts, texts, strict=False)]
+        failed = [FailedPrompt(prompt_id=p.prompt_id, reason="torn") for p in prompts[2:]]
+        return [[*answers, *failed], [Prediction(prompt_id=p.prompt_id, text="?", span_s=None) for p in prompts]]
+
+    model = ["--model", str(DEMO.parents[1] / "demo" / "models" / "student"), "--out", str(tmp_path), *config]
+    monkeypatch.setattr("evaluation.__main__.ask_model", ask)
+    assert main(model) == 0
+    result = json.loads((tmp_path / "strict.json").read_text())
+    n = result["result"]["n"]
+    assert (result["result"]["miou"], result["result"]["missing"]) == (pytest.approx(2 / n), n - 2)
+    assert result["baselines"]["no_video"]["unparsed"] == n and "best_constant" in result["baselines"]
+    assert pq.read_table(tmp_path / "strict.parquet")["failure"].to_pylist() == [None, None, *["torn"] * (n - 2)]
+
+    def fail(config, prompts, blanks):
+        raise ParityError("the processor sees 7 tokens")
+
+    monkeypatch.setattr("evaluation.__main__.ask_model", fail)
+    assert main(model) == 1
+    assert capsys.readouterr().err == "error: the processor sees 7 tokens\n"
 
 
 def bad(capsys, *arguments: str) -> str:
