@@ -29,7 +29,7 @@ from curriculum.scheduler import Curriculum
 from curriculum.teacher_answers import TEMPERATURE, find_answers, prompt_keys, settings_key, write_answers
 from demo.clips import ensure_clips
 from evaluation.report import StepProgress, print_summary, progress_bar, write_report
-from learner.checkpoint import latest, new_checkpoint, read_state, write_state
+from learner.checkpoint import new_checkpoint, read_state, write_state
 from learner.learner import Learner
 from teacher_service.service import ScoreResult, TeacherPool
 from video_opd.buffer import TrajectoryBuffer
@@ -40,7 +40,7 @@ from video_opd.grounding import best_iou, blind_baselines, evaluate, prompt_iou
 from video_opd.metrics import MetricSinks, PhaseClock
 from video_opd.plan import Plan, describe, make_plan
 from video_opd.rewards import Reward, load_rewards, total_reward
-from video_opd.run_folder import new_run_folder, write_config, write_json
+from video_opd.run_folder import latest_checkpoint, new_run_folder, write_config, write_json
 from video_opd.schemas import TrajectoryLog, write_parquet
 from video_opd.types import FailedPrompt, Prediction, Prompt, ScoredGroup, StepReport, TeacherScores, Trajectory, TrajectoryGroup
 
@@ -328,7 +328,7 @@ async def checkpoint(run: Run) -> None:
 
 async def restore(run: Run) -> None:
     """Goes on where the last whole checkpoint stands."""
-    folder = latest(run.folder)
+    folder = latest_checkpoint(run.folder)
     run.step, curriculum, totals = read_state(folder, run.plan.student.shapes)
     run.totals.update(totals)
     await run.learner.load(folder)
@@ -456,7 +456,7 @@ def launch(config: Config, address: str | None = None, resume: Path | None = Non
     """Runs `config` and returns the summary. `resume`: the run folder to go on in."""
     plan = prepare(config)
     if resume:
-        step, *_ = read_state(latest(resume), plan.student.shapes)  # a checkpoint of another model ends it here
+        step, *_ = read_state(latest_checkpoint(resume), plan.student.shapes)  # a checkpoint of another model ends it here
         if step > config.num_steps:
             raise ConfigError(f"{resume} stands at step {step}, beyond num_steps={config.num_steps}: raise num_steps")
     folder = resume or new_run_folder(config)

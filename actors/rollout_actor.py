@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 import ray
 
-from actors.engine import Completion, PolicyEngine
+from actors.engine import PolicyEngine
 from video_opd.config import Config
-from video_opd.errors import ClipError
 from video_opd.prompting import PromptEncoder, parse_span
 from video_opd.types import EncodedPrompt, FailedPrompt, Prediction, Prompt, Trajectory, TrajectoryGroup, WeightBucket
+from video_opd.vllm_engine import Completion, predict
 
 
 class RolloutActor:
@@ -36,7 +36,8 @@ class RolloutActor:
 
         Sampling is seeded by (config.seed, trajectory id): same weights, same trajectories.
         """
-        encoded, results = self._encode(prompts)
+        encoded, failed = self._encoder.encode_readable(prompts)
+        results: dict[str, TrajectoryGroup | FailedPrompt] = dict(failed)
         ids = {
             p.prompt_id: [f"{p.prompt_id}@{self._policy_version}#{i}" for i in range(self._config.rollout.rollouts_per_prompt)]
             for p in prompts
@@ -52,12 +53,7 @@ class RolloutActor:
 
     def predict(self, prompts: Sequence[Prompt], blank_video: bool = False) -> list[Prediction | FailedPrompt]:
         """The greedy answer to each prompt; with `blank_video`, to the same prompt on grey frames."""
-        encoded, results = self._encode(prompts, blank_video)
-        for prompt, (completion,) in zip(encoded, self._engine.generate(encoded, None) if encoded else [], strict=True):
-            results[prompt.prompt_id] = Prediction(
-                prompt_id=prompt.prompt_id, text=completion.text, span_s=parse_span(completion.text)
-            )
-        return [results[p.prompt_id] for p in prompts]
+        return predict(self._encoder, self._engine, prompts, blank_video)
 
     def load_weights(self, policy_version: int, buckets: Sequence[ray.ObjectRef | WeightBucket]) -> float:
         """Takes one published version; returns the seconds it took."""
@@ -68,16 +64,6 @@ class RolloutActor:
         self._engine.load_weights(whole)
         self._policy_version = policy_version
         return time.monotonic() - started
-
-    def _encode(self, prompts: Sequence[Prompt], blank_video: bool = False) -> tuple[list[EncodedPrompt], dict]:
-        """The prompts whose clips can be read, and a FailedPrompt, by prompt id, for each of the others."""
-        encoded, failed = [], {}
-        for prompt in prompts:
-            try:
-                encoded.append(self._encoder.encode(prompt, blank_video))
-            except ClipError as error:
-                failed[prompt.prompt_id] = FailedPrompt(prompt_id=prompt.prompt_id, reason=str(error))
-        return encoded, failed
 
     def _trajectory(self, prompt: EncodedPrompt, trajectory_id: str, completion: Completion) -> Trajectory:
         return Trajectory(

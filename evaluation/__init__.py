@@ -1,1 +1,1 @@
-"""Reports of a run."""
+"""Reports of a run, and `python -m evaluation`: scores of any model under named protocols."""

@@ -11,22 +11,14 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from video_opd.errors import CheckpointError
+from video_opd.run_folder import CHECKPOINT_STATE
 from video_opd.schemas import write_parquet
 
-_STATE, _RECORDS = "state.json", "curriculum.parquet"
+_RECORDS = "curriculum.parquet"
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step}"
-
-
-def latest(run_dir: Path) -> Path:
-    """The newest whole checkpoint of a run. Raises CheckpointError if there is none."""
-    named = [f for f in (run_dir / "checkpoints").glob("step-*") if f.name.removeprefix("step-").isdigit()]
-    folders = [f for f in named if (f / _STATE).is_file()]
-    if not folders:
-        raise CheckpointError(f"{run_dir} has no whole checkpoint: start a new run, with checkpoint_every set")
-    return max(folders, key=lambda f: int(f.name.removeprefix("step-")))
 
 
 @contextmanager
@@ -47,13 +39,14 @@ def write_state(
     """`shapes`: of the student's architecture; `curriculum`: the scheduler's state_dict; `totals`: what the summary counts."""
     write_parquet(curriculum["records"], folder / _RECORDS)
     rest = {k: v for k, v in curriculum.items() if k != "records"}
-    (folder / _STATE).write_text(json.dumps({"step": step, "shapes": dict(shapes), "curriculum": rest, "totals": dict(totals)}))
+    state = {"step": step, "shapes": dict(shapes), "curriculum": rest, "totals": dict(totals)}
+    (folder / CHECKPOINT_STATE).write_text(json.dumps(state))
 
 
 def read_state(folder: Path, shapes: Mapping[str, Any]) -> tuple[int, dict[str, Any], dict[str, float]]:
     """(step, the scheduler's state, totals). Raises CheckpointError if the checkpoint is of another model than `shapes` say."""
     try:
-        state = json.loads((folder / _STATE).read_text())
+        state = json.loads((folder / CHECKPOINT_STATE).read_text())
         step, saved, curriculum, totals = (state[k] for k in ("step", "shapes", "curriculum", "totals"))
         if missing := {"queue", "round_end", "settings", "random_state"} - curriculum.keys():
             raise KeyError(*sorted(missing))

@@ -9,11 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from learner.checkpoint import checkpoint_folder, latest, new_checkpoint, read_state, write_state
+from learner.checkpoint import checkpoint_folder, new_checkpoint, read_state, write_state
 from tests.fakes import make_group
 from video_opd.errors import CheckpointError, InputError, ModelError
 from video_opd.metrics import MetricSinks, read_metrics
 from video_opd.model_files import check_same_tokenizer, read_model_info
+from video_opd.run_folder import latest_checkpoint
 from video_opd.schemas import RECORDS as RECORDS_SCHEMA
 from video_opd.schemas import TrajectoryLog, write_parquet
 from video_opd.types import StepReport
@@ -257,7 +258,7 @@ def test_a_torn_checkpoint_is_named(tmp_path, name, damage):
 def test_latest_is_the_highest_step_not_the_last_name(tmp_path):
     for step in (9, 100, 20):
         write_checkpoint(tmp_path, step)
-    assert latest(tmp_path) == checkpoint_folder(tmp_path, 100)
+    assert latest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 100)
 
 
 def test_latest_ignores_unfinished_and_foreign_folders(tmp_path):
@@ -269,13 +270,13 @@ def test_latest_ignores_unfinished_and_foreign_folders(tmp_path):
     kept = tmp_path / "checkpoints" / "step-3-kept-by-hand"
     kept.mkdir()
     (kept / "state.json").write_text("{}")
-    assert latest(tmp_path) == checkpoint_folder(tmp_path, 3)
+    assert latest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 3)
 
 
 def test_no_checkpoint_is_an_error_that_names_the_run(tmp_path):
     for run_dir in (tmp_path, tmp_path / "none"):
         with pytest.raises(CheckpointError) as caught:
-            latest(run_dir)
+            latest_checkpoint(run_dir)
         one_line(caught, CheckpointError, str(run_dir), "no whole checkpoint")
 
 
@@ -291,7 +292,7 @@ def test_a_checkpoint_that_fails_while_it_is_written_leaves_nothing_of_its_name(
         fail_while_writing(tmp_path, 5)
     assert not list((tmp_path / "checkpoints").glob("step-*"))
     with pytest.raises(CheckpointError):
-        latest(tmp_path)
+        latest_checkpoint(tmp_path)
     write_checkpoint(tmp_path, 5)  # the left-over does not stand in the way, and nothing of it stays
     assert (checkpoint_folder(tmp_path, 5) / "weights").read_text() == "5"
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-5"]

@@ -1,6 +1,6 @@
 """Temporal grounding metrics: IoU of intervals, R1@m and mIoU, and the blind baselines beside which they are read."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -41,12 +41,19 @@ def prompt_iou(span: Span | None, prompt: Prompt, multi_span: str) -> float:
     return {"best": best_iou, "merged": merged_iou}[multi_span](span, prompt.answer_spans_s or ())
 
 
-def summarise(ious: Sequence[float], num_unparsed: int = 0) -> dict[str, float]:
-    """mIoU and R1@m (share with IoU >= m) over every prompt; a failure is an IoU of 0 and stays in the denominator."""
+def reaches(ious: np.ndarray, threshold: float) -> np.ndarray:
+    """bool[N]: IoU >= threshold, up to ROUNDING."""
+    return ious >= threshold - ROUNDING
+
+
+def summarise(
+    ious: Sequence[float], num_unparsed: int = 0, reached: Callable[[np.ndarray, float], np.ndarray] = reaches
+) -> dict[str, float]:
+    """mIoU and R1@m (share that `reached` m) over every prompt; a failure is an IoU of 0 and stays in the denominator."""
     values = np.asarray(ious, dtype=np.float64)
     if len(values) == 0:
         raise ValueError("no prompts to summarise")
-    recalls = {f"r1@{m}": float((values >= m - ROUNDING).mean()) for m in THRESHOLDS}
+    recalls = {f"r1@{m}": float(reached(values, m).mean()) for m in THRESHOLDS}
     return {"miou": float(values.mean()), **recalls, "n": len(values), "unparsed": num_unparsed}
 
 
@@ -65,18 +72,20 @@ def best_constant_interval(answers: Sequence[tuple[Sequence[Span], float]], grid
     return candidates[int(np.argmax(means))]
 
 
+def random_spans(durations_s: Sequence[float], seed: int) -> list[Span]:
+    """One interval in each clip, both ends drawn evenly from it."""
+    rng = np.random.default_rng(seed)
+    return [(float(low), float(high)) for low, high in (np.sort(rng.uniform(0.0, d, size=2)) for d in durations_s)]
+
+
 def blind_baselines(train: Sequence[Prompt], evaluation: Sequence[Prompt], seed: int = 0) -> dict[str, dict]:
     """What can be reached without a model: the constant interval that is best on `train`, and a random interval."""
-    labelled = [(p.answer_spans_s, p.clip.duration_s) for p in train if p.answer_spans_s]
-    start, end = best_constant_interval(labelled)
-    rng = np.random.default_rng(seed)
-    constant, random = [], []
-    for prompt in evaluation:
-        d, spans = prompt.clip.duration_s, prompt.answer_spans_s or ()
-        constant.append(best_iou((start * d, end * d), spans))
-        low, high = np.sort(rng.uniform(0.0, d, size=2))
-        random.append(best_iou((float(low), float(high)), spans))
-    return {
-        "best_constant": {**summarise(constant), "interval_frac": [float(start), float(end)]},
-        "random": summarise(random),
+    start, end = best_constant_interval([(p.answer_spans_s, p.clip.duration_s) for p in train if p.answer_spans_s])
+    durations = [p.clip.duration_s for p in evaluation]
+    spans = {"best_constant": [(start * d, end * d) for d in durations], "random": random_spans(durations, seed)}
+    scores: dict[str, dict] = {
+        name: summarise([best_iou(span, p.answer_spans_s or ()) for span, p in zip(of_kind, evaluation, strict=True)])
+        for name, of_kind in spans.items()
     }
+    scores["best_constant"]["interval_frac"] = [float(start), float(end)]
+    return scores

@@ -2,16 +2,20 @@
 
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from video_opd.clips import FrameCache
 from video_opd.config import PromptConfig
-from video_opd.errors import ModelError, ParityError
-from video_opd.types import EncodedPrompt, Prompt, Span, Trajectory
+from video_opd.errors import ClipError, ModelError, ParityError
+from video_opd.types import EncodedPrompt, FailedPrompt, Prompt, Span, Trajectory
 
-_SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*(?:s|sec|seconds?)?\s*(?:to|and|-|–|—|,)\s*(\d+(?:\.\d+)?)")
+_NUMBER = r"(\d++(?:\.\d++)?+)"
+_SPAN = re.compile(  # from the start of a run of digits, and without going back: linear in the length of any answer
+    rf"(?<!\d){_NUMBER}\s*+(?:s(?:ec(?:onds?+)?+)?+\s*+)?+(?:to|and|-|–|—|,)\s*+{_NUMBER}"
+)
 
 
 def parse_span(text: str) -> Span | None:
@@ -116,6 +120,18 @@ class PromptEncoder:
             second_per_grid=second_per_grid,
             fingerprint=fingerprint(token_ids, grid, clip.frame_indices, frames, second_per_grid),
         )
+
+    def encode_readable(
+        self, prompts: Sequence[Prompt], blank_video: bool = False
+    ) -> tuple[list[EncodedPrompt], dict[str, FailedPrompt]]:
+        """The prompts whose clips can be read, and a FailedPrompt, by prompt id, for each of the others."""
+        encoded, failed = [], {}
+        for prompt in prompts:
+            try:
+                encoded.append(self.encode(prompt, blank_video))
+            except ClipError as error:
+                failed[prompt.prompt_id] = FailedPrompt(prompt_id=prompt.prompt_id, reason=str(error))
+        return encoded, failed
 
 
 def check_parity(encoded: EncodedPrompt, trajectory: Trajectory, party: str) -> None:

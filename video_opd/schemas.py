@@ -69,6 +69,25 @@ TRAJECTORIES = pa.schema(
         ("end_s", pa.float64()),
     ]
 )
+EVALUATION = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("video", pa.string()),  # clip id
+        ("query", pa.string()),
+        ("duration_s", pa.float64()),
+        ("answer_spans_s", pa.list_(pa.list_(pa.float64()))),  # the truth: [start, end] each
+        ("text", pa.string()),  # null: missing
+        ("start_s", pa.float64()),  # as the protocol scored it; null: unparsed
+        ("end_s", pa.float64()),
+        ("iou", pa.float64()),
+        ("unparsed", pa.bool_()),
+        ("reversed", pa.bool_()),
+        ("out_of_range", pa.bool_()),
+        ("missing", pa.bool_()),
+        ("failure", pa.string()),  # why the answer could not be right; null: it could
+    ]
+)
+"""Every prompt of one evaluation under one protocol, in the order of the split; see docs/evaluation.md."""
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:

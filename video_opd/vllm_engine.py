@@ -1,7 +1,9 @@
-"""Starting vLLM and feeding it encoded prompts: what rollout and the vLLM teacher share."""
+"""Starting vLLM and feeding it encoded prompts: what rollout, evaluation and the vLLM teacher share."""
 
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ import numpy as np
 
 from video_opd.config import RolloutConfig, TeacherConfig
 from video_opd.errors import ParityError
-from video_opd.types import EncodedPrompt
+from video_opd.prompting import PromptEncoder, parse_span
+from video_opd.types import EncodedPrompt, FailedPrompt, FinishReason, Prediction, Prompt
 
 
 def start_vllm(model: str, config: RolloutConfig | TeacherConfig, seed: int, **options: Any):
@@ -62,3 +65,72 @@ def check_expansion(encoded: EncodedPrompt, seen: list[int], party: str) -> None
             f"prompt {encoded.prompt_id}: {party}'s vLLM expands it to {len(seen)} tokens {list(seen)[:40]}..., "
             f"the processor to {len(expected)} tokens {expected[:40].tolist()}..."
         )
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled response."""
+
+    token_ids: np.ndarray  # int32[N]
+    logprobs: np.ndarray  # float32[N]
+    finish_reason: FinishReason
+    text: str
+
+
+class SamplingEngine:
+    """Samples from a student's folder with vLLM."""
+
+    def __init__(self, model: str, config: RolloutConfig, seed: int, banned_ids: Sequence[int], **options: Any):
+        """`banned_ids` are never sampled: a sampled video pad would be taken for a video by the learner."""
+        self._config = config
+        self._banned = dict.fromkeys(banned_ids, -100.0)
+        self._llm: Any = start_vllm(
+            model, config, seed, enforce_eager=config.enforce_eager, max_num_seqs=config.max_num_seqs, **options
+        )
+
+    def generate(self, prompts: Sequence[EncodedPrompt], seeds: Sequence[Sequence[int]] | None) -> list[list[Completion]]:
+        """Responses to each prompt: one per seed, sampled at temperature 1; greedy, and one, when `seeds` is None.
+
+        Log-probs are those of the model itself, before the ban.
+        """
+        from vllm import SamplingParams
+
+        wanted = [(p, seed) for p, row in zip(prompts, seeds or [[None]] * len(prompts), strict=True) for seed in row]
+        parameters = [
+            SamplingParams(
+                temperature=0.0 if seed is None else self._config.temperature,
+                seed=seed,
+                max_tokens=self._config.max_response_tokens,
+                logprobs=0,
+                logit_bias=self._banned,
+            )
+            for _, seed in wanted
+        ]
+        outputs = self._llm.generate([vllm_prompt(p) for p, _ in wanted], parameters, use_tqdm=False)
+        completions = []
+        for (prompt, _), output in zip(wanted, outputs, strict=True):
+            check_expansion(prompt, output.prompt_token_ids, "the actor")
+            completions.append(self._completion(output.outputs[0]))
+        grouped = iter(completions)
+        return [[next(grouped) for _ in row] for row in (seeds or [[None]] * len(prompts))]
+
+    def _completion(self, output) -> Completion:
+        ids = np.asarray(output.token_ids, dtype=np.int32)
+        assert not np.isin(ids, list(self._banned)).any(), f"a banned token was sampled: {ids}"
+        logprobs = [position[token].logprob for position, token in zip(output.logprobs, output.token_ids, strict=True)]
+        return Completion(ids, np.asarray(logprobs, np.float32), FinishReason(output.finish_reason), output.text)
+
+
+def predict(
+    encoder: PromptEncoder, engine: SamplingEngine, prompts: Sequence[Prompt], blank_video: bool = False
+) -> list[Prediction | FailedPrompt]:
+    """The greedy answer to each prompt, in order, from one call of vLLM; with `blank_video`, to the same prompt on grey frames.
+
+    A FailedPrompt where the clip cannot be read.
+    """
+    encoded, failed = encoder.encode_readable(prompts, blank_video)
+    answers: dict[str, Prediction | FailedPrompt] = dict(failed)
+    for prompt, (completion,) in zip(encoded, engine.generate(encoded, None) if encoded else [], strict=True):
+        text = completion.text
+        answers[prompt.prompt_id] = Prediction(prompt_id=prompt.prompt_id, text=text, span_s=parse_span(text))
+    return [answers[p.prompt_id] for p in prompts]

@@ -1,0 +1,150 @@
+"""Answers -> scored answers -> numbers: means over every prompt, counts of every kind of failure, bootstrap intervals."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from evaluation.protocols import Protocol
+from video_opd.errors import DataError
+from video_opd.grounding import THRESHOLDS, best_constant_interval, random_spans, summarise
+from video_opd.types import Prompt, Span
+
+METRICS = ("miou", *(f"r1@{m}" for m in THRESHOLDS))
+NUM_RESAMPLES = 1000
+INTERVAL_PERCENT = (2.5, 97.5)  # of the resamples: a 95 % interval
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A prompt as scoring sees it: no frames."""
+
+    prompt_id: str
+    video: str  # clip id; questions of one video are resampled together
+    query: str
+    duration_s: float
+    answer_spans_s: tuple[Span, ...]
+
+    def __post_init__(self):
+        numbers = (self.duration_s, *(end for span in self.answer_spans_s for end in span))
+        if not self.answer_spans_s or not all(math.isfinite(x) for x in numbers) or self.duration_s <= 0:
+            raise DataError(
+                f"prompt {self.prompt_id}: duration {self.duration_s} s, true spans {list(self.answer_spans_s)}: evaluation "
+                "needs a positive duration and at least one span of finite numbers"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredAnswer:
+    """A question, the answer to it, and what a protocol makes of both."""
+
+    question: Question
+    text: str | None  # None: missing
+    span_s: Span | None  # as scored, in seconds; None: the answer has no interval
+    iou: float  # 0 for every failure
+    is_reversed: bool  # as written; some protocols put it in order
+    failure: str | None  # why the answer could not be right, whatever the truth; None: it could
+
+    @property
+    def is_missing(self) -> bool:
+        return self.text is None
+
+    @property
+    def is_out_of_range(self) -> bool:
+        """Whether the interval reaches beyond the clip's end. No protocol clamps or forbids it."""
+        return self.span_s is not None and not max(self.span_s) <= self.question.duration_s
+
+
+def questions_of(prompts: Sequence[Prompt]) -> list[Question]:
+    """Raises DataError for a prompt without ground truth."""
+    return [
+        Question(
+            prompt_id=p.prompt_id,
+            video=p.clip.clip_id,
+            query=p.query,
+            duration_s=p.clip.duration_s,
+            answer_spans_s=tuple(p.answer_spans_s or ()),
+        )
+        for p in prompts
+    ]
+
+
+def score_answer(question: Question, text: str | None, protocol: Protocol, why_missing: str = "no prediction") -> ScoredAnswer:
+    """What `protocol` makes of the answer; `text` None: there is none, because of `why_missing`."""
+    reading = None if text is None else protocol.parse(text)
+    if reading is None:
+        failure = why_missing if text is None else "no interval in the answer"
+        return ScoredAnswer(question=question, text=text, span_s=None, iou=0.0, is_reversed=False, failure=failure)
+    start, end = span_s = protocol.seconds(reading.span, question.duration_s)
+    failure = None
+    if not (math.isfinite(start) and math.isfinite(end)):
+        failure = "not finite"
+    elif start >= end:
+        failure = "reversed" if start > end else "zero length"
+    return ScoredAnswer(
+        question=question,
+        text=text,
+        span_s=span_s,
+        iou=protocol.score(reading.span, question.answer_spans_s, question.duration_s),
+        is_reversed=reading.is_reversed,
+        failure=failure,
+    )
+
+
+def score_answers(
+    questions: Sequence[Question], texts: Mapping[str, str | None], protocol: Protocol, why_missing: Mapping[str, str]
+) -> list[ScoredAnswer]:
+    """One for each question, in order. `texts` and `why_missing` by prompt id; a question that neither has was not answered."""
+    return [score_answer(q, texts.get(q.prompt_id), protocol, why_missing.get(q.prompt_id, "no prediction")) for q in questions]
+
+
+def summarise_answers(scored: Sequence[ScoredAnswer], protocol: Protocol) -> dict[str, float]:
+    """mIoU, R1@m, n, and how many prompts are unparsed (missing ones included), reversed, out of range, missing."""
+    return {
+        **summarise([a.iou for a in scored], sum(a.span_s is None for a in scored), protocol.reaches),
+        "reversed": sum(a.is_reversed for a in scored),
+        "out_of_range": sum(a.is_out_of_range for a in scored),
+        "missing": sum(a.is_missing for a in scored),
+    }
+
+
+def bootstrap_intervals(
+    scored: Sequence[ScoredAnswer], protocol: Protocol, seed: int = 0, num_resamples: int = NUM_RESAMPLES
+) -> dict[str, tuple[float, float]]:
+    """95 % percentile intervals of mIoU and R1@m by resampling VIDEOS with replacement.
+
+    A resample is as many videos as there are, each with all of its prompts: the answers about one video are not independent.
+    Its value is the mean over the prompts it holds (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 8, 13).
+    """
+    ious = np.array([a.iou for a in scored])
+    values = np.stack([ious, *(protocol.reaches(ious, m) for m in THRESHOLDS)], axis=1).astype(np.float64)  # [N, metrics]
+    videos, of_prompt = np.unique([a.question.video for a in scored], return_inverse=True)
+    sums = np.zeros((len(videos), values.shape[1]))
+    np.add.at(sums, of_prompt, values)
+    counts = np.bincount(of_prompt, minlength=len(videos))
+    rng = np.random.default_rng(seed)
+    means = np.empty((num_resamples, values.shape[1]))
+    for row in means:
+        drawn = rng.integers(0, len(videos), len(videos))
+        row[:] = sums[drawn].sum(0) / counts[drawn].sum()
+    low, high = np.percentile(means, INTERVAL_PERCENT, axis=0)
+    return {name: (float(low[i]), float(high[i])) for i, name in enumerate(METRICS)}
+
+
+def score_baseline(questions: Sequence[Question], spans_s: Sequence[Span], protocol: Protocol) -> dict[str, float]:
+    """The numbers of one interval a question that nobody had to write as text."""
+    ious = [protocol.score_seconds(span, q.answer_spans_s, q.duration_s) for q, span in zip(questions, spans_s, strict=True)]
+    return summarise(ious, reached=protocol.reaches)
+
+
+def random_baseline(questions: Sequence[Question], protocol: Protocol, seed: int) -> dict[str, float]:
+    """An interval drawn evenly from each clip."""
+    return score_baseline(questions, random_spans([q.duration_s for q in questions], seed), protocol)
+
+
+def constant_baseline(questions: Sequence[Question], train: Sequence[Prompt], protocol: Protocol) -> dict[str, object]:
+    """The interval, as shares of the duration, that is best on the training split (by the strict IoU)."""
+    start, end = best_constant_interval([(p.answer_spans_s, p.clip.duration_s) for p in train if p.answer_spans_s])
+    spans = [(start * q.duration_s, end * q.duration_s) for q in questions]
+    return {**score_baseline(questions, spans, protocol), "interval_frac": [float(start), float(end)]}
