@@ -34,7 +34,7 @@ TABLE = [  # answer, then what is scored under each of NAMES: seconds, vtimellm 
     ("12.54 to 17.83", (12.54, 17.83), (13.0, 18.0), (12.54, 17.83), (0.54, 0.17), (12.54, 17.83)),
     (
         "<think>first 1.0 to 2.0</think><answer>12.54 to 17.83</answer>",
-        (1.0, 2.0),
+        (12.54, 17.83),
         (1.0, 2.0),
         (12.54, 17.83),
         (0.54, 0.17),

@@ -21,9 +21,10 @@ _SPAN = re.compile(  # from the start of a run of digits, and without going back
 def parse_span(text: str) -> Span | None:
     """The first pair of numbers joined by 'to', 'and', a dash or a comma, in seconds; None if there is none.
 
-    A reversed pair is returned as written: it is an answer, and its IoU is 0.
+    Where the text has an <answer> tag, only what follows the last one counts: times that are thought of before are no
+    answer. A reversed pair is returned as written: it is an answer, and its IoU is 0.
     """
-    match = _SPAN.search(text)
+    match = _SPAN.search(text, max(text.rfind("<answer>"), 0))
     return (float(match[1]), float(match[2])) if match else None
 
 
