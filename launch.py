@@ -37,8 +37,9 @@ from video_opd.config import Config, describe_keys, load_config, resolve_paths
 from video_opd.demonstrations import Demonstrator
 from video_opd.errors import CheckpointError, ConfigError, InputError, ParityError, RunError, VideoOPDError
 from video_opd.grounding import best_iou, blind_baselines, evaluate, prompt_iou
+from video_opd.memory_check import check_fits, describe_memory
 from video_opd.metrics import MetricSinks, PhaseClock
-from video_opd.plan import Plan, describe, make_plan
+from video_opd.plan import Plan, describe, make_draft, make_plan, memory_plan
 from video_opd.rewards import Reward, load_rewards, total_reward
 from video_opd.run_folder import latest_checkpoint, new_run_folder, write_config, write_json
 from video_opd.schemas import TrajectoryLog, write_parquet
@@ -452,9 +453,21 @@ async def execute(config: Config, folder: Path, plan: Plan, resume: bool) -> dic
             run.teacher.stop()
 
 
-def launch(config: Config, address: str | None = None, resume: Path | None = None) -> dict[str, Any]:
+def dry_run(config: Config, gpu_memory_gib: float | None) -> None:
+    """Checks what is here, prints the plan and its memory; starts and writes nothing. Raises InputError."""
+    draft = make_draft(config)
+    memory = memory_plan(config, draft, gpu_memory_gib)
+    print(describe(config, draft))
+    print(describe_memory(memory))
+    check_fits(memory, one_machine=True)
+
+
+def launch(
+    config: Config, address: str | None = None, resume: Path | None = None, gpu_memory_gib: float | None = None
+) -> dict[str, Any]:
     """Runs `config` and returns the summary. `resume`: the run folder to go on in."""
     plan = prepare(config)
+    check_fits(memory_plan(config, plan, gpu_memory_gib), one_machine=False)
     if resume:
         step, *_ = read_state(latest_checkpoint(resume), plan.student.shapes)  # a checkpoint of another model ends it here
         if step > config.num_steps:
@@ -484,7 +497,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help="YAML file (default: configs/demo.yaml, the embedded demo)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on in this run folder from its last checkpoint")
     parser.add_argument("--address", help="of a running Ray cluster, e.g. auto (default: start one on this machine)")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
+    parser.add_argument("--dry-run", action="store_true", help="check what is here, print plan and memory, start nothing")
+    parser.add_argument("--gpu-memory-gib", type=float, help="memory of one GPU (default: this machine's, or 80 without one)")
     return parser.parse_args(arguments)
 
 
@@ -512,9 +526,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = read_config(parsed)
         if parsed.dry_run:
-            print(describe(config, prepare(config)))
+            dry_run(config, parsed.gpu_memory_gib)
         else:
-            launch(config, parsed.address, parsed.resume.resolve() if parsed.resume else None)
+            launch(config, parsed.address, parsed.resume.resolve() if parsed.resume else None, parsed.gpu_memory_gib)
     except (VideoOPDError, BaseExceptionGroup) as error:
         cause = first_error(error)
         if not isinstance(cause, VideoOPDError):

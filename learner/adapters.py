@@ -12,6 +12,17 @@ from video_opd.errors import ConfigError
 from video_opd.modeling import VideoLLM
 
 _ADAPTER = "default"
+VISION_PREFIX = "model.visual."
+
+
+def choose_trained(model: VideoLLM, learner: LearnerConfig) -> None:
+    """Marks what is trained: adapters alone where lora_rank asks for them, else all weights; never a frozen vision tower."""
+    if learner.lora_rank:
+        add_adapters(model, learner)
+    if learner.freeze_vision:
+        for name, parameter in model.named_parameters():
+            if name.startswith(VISION_PREFIX):
+                parameter.requires_grad_(False)
 
 
 def add_adapters(model: VideoLLM, learner: LearnerConfig) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from learner.adapters import add_adapters, merge, merged_parameters
+from learner.adapters import choose_trained, merge, merged_parameters
 from learner.batching import Row, plan_update
 from learner.loss import ResponseTokens, loss_per_token
 from learner.signals import TimestampTokens, TokenRecords, batch_signals, policy_signals
@@ -23,8 +23,6 @@ from video_opd.errors import ClipError, RunError
 from video_opd.modeling import ResponseBatch, ResponseLoss, VideoLLM, collate, load_head, load_model, token_entropy
 from video_opd.prompting import PromptEncoder, check_parity
 from video_opd.types import EncodedPrompt, ScoredGroup, WeightBucket
-
-VISION_PREFIX = "model.visual."
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -49,10 +47,7 @@ class LearnerEngine:
         model = load_model(config.student, config.learner.dtype)  # ZeRO keeps float32 masters of bfloat16 weights
         if config.learner.lora_rank:
             torch.manual_seed(config.seed)  # every rank draws the same adapters
-            add_adapters(model, config.learner)
-        if config.learner.freeze_vision:
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(not name.startswith(VISION_PREFIX))
+        choose_trained(model, config.learner)
         if config.learner.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         trained = [p for p in model.parameters() if p.requires_grad]

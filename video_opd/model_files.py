@@ -22,7 +22,7 @@ class ModelInfo:
 
 def read_model_info(folder: str | Path) -> ModelInfo:
     """Reads config.json. Raises ModelError if the folder is not a model of a supported kind."""
-    config = _read_json(Path(folder) / "config.json")
+    config = read_json(Path(folder) / "config.json")
     if config.get("model_type") not in SUPPORTED:
         raise ModelError(f"{folder}: model_type {config.get('model_type')!r} is not supported; use one of {SUPPORTED}")
     if not list(Path(folder).glob("*.safetensors")):
@@ -40,7 +40,8 @@ def read_model_info(folder: str | Path) -> ModelInfo:
     return ModelInfo(str(folder), config["model_type"], multiple, shapes)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a model folder. Raises ModelError."""
     try:
         value = json.loads(path.read_text())
     except OSError as error:
@@ -62,7 +63,7 @@ class _Tokenizer:
 
 
 def _read_tokenizer(folder: str | Path) -> _Tokenizer:
-    tree = _read_json(Path(folder) / "tokenizer.json")
+    tree = read_json(Path(folder) / "tokenizer.json")
     try:
         vocabulary = tree["model"]["vocab"] | {t["content"]: t["id"] for t in tree.get("added_tokens", [])}
         merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in tree["model"].get("merges", [])]

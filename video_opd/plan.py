@@ -1,13 +1,20 @@
 """All that can be known of a run before anything starts."""
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
-from video_opd.config import Config
+from video_opd.config import Config, DatasetConfig
 from video_opd.datasets import read_prompts
 from video_opd.errors import ConfigError
-from video_opd.model_files import ModelInfo, check_same_tokenizer, read_model_info
+from video_opd.memory_check import MemoryPlan, device_gpu_bytes, machine_bytes
+from video_opd.memory_plan import GIB, Workload, workload_of, workload_of_budget
+from video_opd.model_files import SUPPORTED, ModelInfo, check_same_tokenizer, read_model_info
+from video_opd.model_shapes import ModelShapes, find_shapes, read_shapes
 from video_opd.rewards import load_rewards
 from video_opd.types import Prompt
+
+SHAPES = Path(__file__).resolve().parents[1] / "configs" / "shapes"  # config.json's of published models, the fields needed
 
 
 @dataclass(frozen=True)
@@ -17,6 +24,17 @@ class Plan:
     student: ModelInfo
     train: list[Prompt]
     eval: list[Prompt]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What --dry-run can say where models or data are not on this machine."""
+
+    student: ModelShapes
+    teacher: ModelShapes | None
+    train: list[Prompt] | None  # None: the split is not here
+    eval: list[Prompt] | None
+    unchecked: tuple[str, ...]  # what a launch checks and this could not
 
 
 def make_plan(config: Config) -> Plan:
@@ -31,15 +49,84 @@ def make_plan(config: Config) -> Plan:
     return Plan(student, train, evaluation)
 
 
+def make_draft(config: Config) -> Draft:
+    """The checks of make_plan as far as models and data are here; of model folders that are not, the committed shapes.
+
+    Raises InputError for what is here and wrong, and for a model that neither is here nor has committed shapes.
+    """
+    student = find_shapes(config.student, SHAPES)
+    teacher = find_shapes(config.teacher, SHAPES) if config.needs_teacher and config.teacher else None
+    models = [("student", config.student, student)]
+    if teacher and config.teacher:
+        models.append(("teacher", config.teacher, teacher))
+        check_vocabularies(config, student, teacher)
+    unchecked = [note for role, folder, shapes in models for note in _unchecked_model(role, Path(folder), shapes)]
+    if config.teacher and all((Path(folder) / "tokenizer.json").is_file() for _, folder, _ in models):
+        check_same_tokenizer(config.student, config.teacher)
+    elif teacher:
+        unchecked.append("tokenizers: a tokenizer.json is missing, so they were not compared")
+    if config.loss.needs.rewards:
+        load_rewards(config.loss.rewards)
+    splits: list[list[Prompt] | None] = []
+    for name, dataset in (("train", config.data.train), ("eval", config.data.eval)):
+        here = _is_here(dataset)
+        splits.append(read_prompts(dataset, config.video, student.size_multiple) if here else None)
+        if not here:
+            unchecked.append(f"annotations and videos of data.{name}: {dataset.annotations} does not exist")
+    if splits[0] is not None:
+        check_pool(config, splits[0])
+    return Draft(student, teacher, *splits, unchecked=tuple(unchecked))
+
+
+def _unchecked_model(role: str, folder: Path, shapes: ModelShapes) -> list[str]:
+    notes = []
+    if shapes.committed:
+        notes.append(f"{role}: {folder} does not exist; its shapes are the committed copy, configs/shapes/{shapes.name}.json")
+    elif not list(folder.glob("*.safetensors")):
+        notes.append(f"{role}'s weights: {folder} has no safetensors")
+    if shapes.model_type not in SUPPORTED:
+        notes.append(f"{role}: a launch refuses model_type {shapes.model_type} as yet; this is its memory alone")
+    return notes
+
+
+def _is_here(dataset: DatasetConfig) -> bool:
+    """False where none of its files exist. One of them missing is a mistake, which reading then names."""
+    return any(Path(path).exists() for path in (dataset.annotations, dataset.lengths, dataset.videos))
+
+
+def memory_plan(config: Config, draft: Plan | Draft, gpu_memory_gib: float | None) -> MemoryPlan:
+    """What the run needs, and what there is: `gpu_memory_gib` a GPU, or that of this machine's GPU, or 80 where it has none.
+
+    Raises InputError."""
+    if isinstance(draft, Draft):
+        student, teacher = draft.student, draft.teacher
+    else:
+        student = read_shapes(config.student)
+        teacher = read_shapes(config.teacher) if config.needs_teacher and config.teacher else None
+
+    def workload(prompts: list[Prompt] | None) -> Workload:
+        return workload_of_budget(config.video, student) if prompts is None else workload_of(prompts, student)
+
+    if gpu_memory_gib is not None and not (math.isfinite(gpu_memory_gib) and gpu_memory_gib > 0):
+        raise ConfigError(f"--gpu-memory-gib {gpu_memory_gib}: give the memory of one GPU, more than 0")
+    gpu_bytes = device_gpu_bytes() if gpu_memory_gib is None else int(gpu_memory_gib * GIB)
+    return MemoryPlan(config, student, teacher, workload(draft.train), workload(draft.eval), gpu_bytes, machine_bytes())
+
+
 def check_teacher(config: Config, student: ModelInfo, teacher: ModelInfo) -> None:
     """Who may teach whom (ALGORITHM.md section 5). Raises InputError."""
     check_same_tokenizer(config.student, teacher.path)
+    check_vocabularies(config, read_shapes(student.path), read_shapes(teacher.path))
+
+
+def check_vocabularies(config: Config, student: ModelShapes, teacher: ModelShapes) -> None:
+    """The part of check_teacher that shapes decide. Raises ConfigError."""
     if student.size_multiple != teacher.size_multiple:
         raise ConfigError(
             f"student frames come in multiples of {student.size_multiple} pixels, the teacher's of {teacher.size_multiple}: "
             "use a teacher of the same family"
         )
-    vocabulary = teacher.shapes["text.vocab_size"]
+    vocabulary = teacher.text.vocab_size
     if config.loss.needs.teacher == "top_k" and config.loss.top_k > vocabulary:
         raise ConfigError(f"loss.top_k={config.loss.top_k}, but the teacher has {vocabulary} tokens: lower it")
 
@@ -68,26 +155,33 @@ def check_pool(config: Config, train: list[Prompt]) -> None:
         )
 
 
-def describe(config: Config, plan: Plan) -> str:
-    """The plan for people: what --dry-run prints."""
-    clip = plan.train[0].clip
+def describe(config: Config, draft: Draft) -> str:
+    """The plan for people: what --dry-run prints first."""
     rollouts = config.num_steps * config.groups_per_step * config.rollout.rollouts_per_prompt
     return "\n".join(
         [
-            f"student   {config.student} ({plan.student.model_type}), {config.learner.dtype}, ZeRO-{config.learner.zero_stage}, "
+            *(f"NOT CHECKED  {note}" for note in draft.unchecked),
+            f"student   {config.student} ({draft.student.model_type}), {config.learner.dtype}, ZeRO-{config.learner.zero_stage}, "
             f"{config.learner.world_size} rank(s)",
             f"teacher   {config.teacher}, {config.teacher_pool.num_replicas} replica(s) on {config.teacher_pool.engine}"
             if config.needs_teacher
             else "teacher   none",
             f"actors    {config.rollout.num_actors} on vLLM, {config.rollout.prompts_per_call} prompts a call",
-            f"data      {len(plan.train)} train and {len(plan.eval)} eval prompts; first clip: {len(clip.frame_indices)} frames "
-            f"of {clip.frame_size[0]}x{clip.frame_size[1]} from {clip.duration_s:.1f} s",
+            f"data      {_describe_split(draft.train, 'train')}; {_describe_split(draft.eval, 'eval')}",
             f"loss      {config.loss.kind}, lr {config.learner.lr:g}",
             f"prompts   {_describe_curriculum(config)}",
             f"run       {config.num_steps} steps of {config.groups_per_step} prompts, {rollouts} rollouts, "
             f"policy lag at most {config.max_policy_lag}",
         ]
     )
+
+
+def _describe_split(prompts: list[Prompt] | None, name: str) -> str:
+    if prompts is None:
+        return f"{name} NOT checked"
+    clip = prompts[0].clip
+    frames = f"{len(clip.frame_indices)} frames of {clip.frame_size[0]}x{clip.frame_size[1]} from {clip.duration_s:.1f} s"
+    return f"{len(prompts)} {name} prompts, first clip {frames}"
 
 
 def _describe_curriculum(config: Config) -> str:

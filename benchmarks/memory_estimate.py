@@ -1,0 +1,149 @@
+"""The memory that --dry-run estimates for the demo against what its processes take, by role.
+
+`python -m benchmarks.memory_estimate [--quick] [--empty]`. Proportional set size of every process of the run, sampled; shared
+pages count once. `--empty` starts the processes, does nothing with them, and prints what memory_plan.EMPTY_PROCESS_BYTES holds.
+The last line is one JSON object.
+"""
+
+import argparse
+import asyncio
+import json
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import ray
+from rich.console import Console
+from rich.table import Table
+
+import launch
+from video_opd.config import Config, load_config, resolve_paths
+from video_opd.memory_plan import GIB
+from video_opd.plan import make_draft, memory_plan
+
+SAMPLE_EVERY_S = 1.0
+SETTLE_S = 10.0
+ROLE_OF = {  # how a worker's title starts, idle or in a call; every other process below this one is Ray's own
+    "ray::LearnerRank": "learner",
+    "ray::learner-": "learner",
+    "ray::RolloutActor": "actors",
+    "ray::actor-": "actors",
+    "ray::ServeReplica": "teacher",
+    "ray::ServeController": "serve",
+    "ray::SchedulerActor": "curriculum",
+    "ray::curriculum": "curriculum",
+}
+
+
+def role_of(title: str) -> str:
+    return next((role for start, role in ROLE_OF.items() if title.startswith(start)), "ray")
+
+
+def sample() -> Counter[str]:
+    """Proportional set size now, bytes by role."""
+    me, sizes = psutil.Process(), Counter({"driver": psutil.Process().memory_full_info().pss})
+    for process in me.children(recursive=True):
+        try:
+            sizes[role_of(process.cmdline()[0])] += process.memory_full_info().pss
+        except (psutil.NoSuchProcess, IndexError):  # it ended while we looked
+            continue
+    return sizes
+
+
+class PeakByRole:
+    """The sample with the largest sum, and the largest of each role."""
+
+    def __init__(self):
+        self.at_peak: Counter[str] = Counter()
+        self.of_role: Counter[str] = Counter()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(SAMPLE_EVERY_S):
+            sizes = sample()
+            self.of_role |= sizes
+            if sizes.total() > self.at_peak.total():
+                self.at_peak = sizes
+
+
+def demo(num_steps: int, runs: str, overrides: list[str]) -> Config:
+    forced = [f"num_steps={num_steps}", f"runs_dir={runs}", "run_name=benchmark"]
+    return resolve_paths(load_config(launch.HERE / "configs" / "demo.yaml", [*overrides, *forced]), launch.HERE)
+
+
+def empty_processes() -> Counter[str]:
+    """Starts every process of the demo and samples once all are ready."""
+    with tempfile.TemporaryDirectory() as runs:
+        config = demo(1, runs, [])
+        plan = launch.prepare(config)
+        launch.start_ray(config, address=None)
+
+        async def start() -> Counter[str]:
+            run = launch.create_parts(Path(runs) / "benchmark", config, plan)
+            assert run.teacher, "the demo has one"
+            await asyncio.gather(run.actors.start(), run.learner.start(), run.teacher.start(), run.curriculum.round_end())
+            await asyncio.to_thread(time.sleep, SETTLE_S)
+            sizes = sample()
+            run.teacher.stop()
+            return sizes
+
+        try:
+            return asyncio.run(start())
+        finally:
+            ray.shutdown()
+
+
+def estimated(config: Config) -> Counter[str]:
+    """Bytes by role, as --dry-run says."""
+    roles = memory_plan(config, make_draft(config), None).roles
+    return Counter({role.role: role.processes * role.host.peak_bytes for role in roles})
+
+
+def measured(config: Config) -> PeakByRole:
+    with PeakByRole() as memory:
+        launch.launch(config)
+    return memory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory_estimate", description=__doc__)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values of the demo")
+    parser.add_argument("--quick", action="store_true", help="8 steps instead of 30")
+    parser.add_argument("--empty", action="store_true", help="measure processes that do nothing")
+    arguments = parser.parse_args()
+    if arguments.empty:
+        sizes = empty_processes()
+        print(json.dumps({role: sizes[role] for role in sorted(sizes)}))
+        return
+    with tempfile.TemporaryDirectory() as runs:
+        config = demo(8 if arguments.quick else 30, runs, arguments.overrides)
+        expected, seen = estimated(config), measured(config)
+    table = Table("role", "estimate MiB", "at the peak MiB", "its own peak MiB", "estimate / own peak", title="memory of the demo")
+    for role in sorted(expected.keys() | seen.of_role.keys(), key=lambda r: -expected[r]):
+        own = seen.of_role[role]
+        ratio = f"{expected[role] / own:.2f}" if own else "-"
+        table.add_row(role, *(f"{n / 2**20:.0f}" for n in (expected[role], seen.at_peak[role], own)), ratio)
+    Console().print(table)
+    total, peak = expected.total(), seen.at_peak.total()
+    print(f"estimate {total / GIB:.2f} GiB, measured peak {peak / GIB:.2f} GiB, estimate / measured {total / peak:.2f}")
+    print(
+        json.dumps(
+            {"estimate_bytes": total, "peak_bytes": peak, "ratio": total / peak, "estimate": expected, "measured": seen.at_peak}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
