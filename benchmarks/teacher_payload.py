@@ -7,6 +7,7 @@ must compute to have the teacher's log-probs again. The last line is one JSON ob
 
 import argparse
 import json
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="64 response tokens")
     tokens = 64 if parser.parse_args().quick else TOKENS
     torch.set_num_threads(1)
-    ray.init(address="local", num_cpus=1, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    ray.init(address="local", num_cpus=1, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     rows = measure(tokens)
     ray.shutdown()
     table = Table(

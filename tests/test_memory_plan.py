@@ -189,7 +189,7 @@ def test_what_layers_keep_for_the_backward_pass(model, dtype):
     model, e = model.to(getattr(torch, dtype)).train(), DTYPE_BYTES[dtype]
     shapes, batch = shapes_of(model), batch_of(model)
     with LiveBytes() as live:
-        result = ResponseLoss(model, 512)(batch, lambda logits, _: (logits.logsumexp(-1),))
+        result = ResponseLoss(model, 512)(batch, lambda logits, _: (logits.logsumexp(-1),), len(batch.targets))
         kept = live.now
     del result
     layers = batch.input_ids.numel() * SIZE.layers * text_layer_saved(shapes, e)
@@ -211,7 +211,7 @@ def test_the_peak_of_a_learners_pass(tokenizer, dtype, checkpointing):
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     with LiveBytes() as live:
-        loss, *_ = ResponseLoss(model, 512)(batch, lambda logits, _: (logits.logsumexp(-1),))
+        loss, *_ = ResponseLoss(model, 512)(batch, lambda logits, _: (logits.logsumexp(-1),), len(batch.targets))
         loss.sum().backward()
     config = config_of("demo.yaml").model_copy(
         update={
@@ -266,7 +266,7 @@ def test_copies_of_the_logits_at_the_peak_of_every_loss(loss, chunk):
         return *loss_per_token(loss, logits, tokens, which), token_entropy(logits.detach())
 
     with LiveBytes() as live:
-        by_chunks(head, torch.randn(rows, hidden, requires_grad=True), of_rows, chunk)[0].sum().backward()
+        by_chunks(head, torch.randn(rows, hidden, requires_grad=True), of_rows, chunk, rows)[0].sum().backward()
     most = 4 * chunk * vocabulary * logit_copies(loss)
     gradient_of_head = head.weight.nbytes
     assert live.peak <= 1.02 * most + gradient_of_head

@@ -33,7 +33,7 @@ class ResponseBatch:
     rows: torch.Tensor  # int64[R], flat positions whose logits predict the response tokens
     targets: torch.Tensor  # int64[R], the response tokens
     lengths: tuple[int, ...]  # response tokens of each of the B sequences
-    second_per_grid: torch.Tensor | None  # float[B], where the model has positions in seconds (Qwen2.5-VL)
+    second_per_grid: torch.Tensor | None = None  # float[B], where the model has positions in seconds (Qwen2.5-VL)
     video_features: Any = None  # the vision tower's output, where it is known: see learner/vision_cache.py
 
 

@@ -9,7 +9,7 @@ from video_opd.datasets import read_prompts
 from video_opd.errors import ConfigError
 from video_opd.memory_check import MemoryPlan, device_gpu_bytes, machine_bytes
 from video_opd.memory_plan import GIB, Workload, workload_of, workload_of_budget
-from video_opd.model_files import SUPPORTED, ModelInfo, check_same_tokenizer, read_model_info
+from video_opd.model_files import ModelInfo, check_same_tokenizer, read_model_info
 from video_opd.model_shapes import ModelShapes, find_shapes, read_shapes
 from video_opd.rewards import load_rewards
 from video_opd.types import Prompt
@@ -84,14 +84,12 @@ def _unchecked_model(role: str, folder: Path, shapes: ModelShapes) -> list[str]:
         notes.append(f"{role}: {folder} does not exist; its shapes are the committed copy, configs/shapes/{shapes.name}.json")
     elif not list(folder.glob("*.safetensors")):
         notes.append(f"{role}'s weights: {folder} has no safetensors")
-    if shapes.model_type not in SUPPORTED:
-        notes.append(f"{role}: a launch refuses model_type {shapes.model_type} as yet; this is its memory alone")
     return notes
 
 
 def _is_here(dataset: DatasetConfig) -> bool:
     """False where none of its files exist. One of them missing is a mistake, which reading then names."""
-    return any(Path(path).exists() for path in (dataset.annotations, dataset.lengths, dataset.videos))
+    return any(Path(path).exists() for path in (dataset.annotations, dataset.lengths, dataset.videos) if path)
 
 
 def memory_plan(config: Config, draft: Plan | Draft, gpu_memory_gib: float | None) -> MemoryPlan:
