@@ -10,7 +10,6 @@ import ray
 
 from actors.engine import Completion, PolicyEngine
 from video_opd.config import Config
-from video_opd.errors import ClipError
 from video_opd.prompting import PromptEncoder, parse_span
 from video_opd.types import EncodedPrompt, FailedPrompt, Prediction, Prompt, Trajectory, TrajectoryGroup, WeightBucket
 
@@ -21,7 +20,7 @@ class RolloutActor:
 
     def __init__(self, name: str, config: Config):
         self._name, self._config = name, config
-        self._encoder = PromptEncoder(config.student, config.prompt)
+        self._encoder = PromptEncoder(config.student, config.prompt, config.video)
         self._engine = PolicyEngine(config.student, config.rollout, config.seed, self._encoder.pad_ids)
         self._policy_version = -1  # the folder's weights, before the first publication
 
@@ -71,13 +70,9 @@ class RolloutActor:
 
     def _encode(self, prompts: Sequence[Prompt], blank_video: bool = False) -> tuple[list[EncodedPrompt], dict]:
         """The prompts whose clips can be read, and a FailedPrompt, by prompt id, for each of the others."""
-        encoded, failed = [], {}
-        for prompt in prompts:
-            try:
-                encoded.append(self._encoder.encode(prompt, blank_video))
-            except ClipError as error:
-                failed[prompt.prompt_id] = FailedPrompt(prompt_id=prompt.prompt_id, reason=str(error))
-        return encoded, failed
+        encoded = self._encoder.encode_all(prompts, blank_video)
+        failed = {e.prompt_id: e for e in encoded if isinstance(e, FailedPrompt)}
+        return [e for e in encoded if isinstance(e, EncodedPrompt)], failed
 
     def _trajectory(self, prompt: EncodedPrompt, trajectory_id: str, completion: Completion) -> Trajectory:
         return Trajectory(

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+from video_opd.clips import num_video_tokens
 from video_opd.config import Config
 from video_opd.datasets import read_prompts
+from video_opd.decode_pool import shared_pool
 from video_opd.errors import ConfigError
 from video_opd.model_files import ModelInfo, check_same_tokenizer, read_model_info
 from video_opd.rewards import load_rewards
@@ -27,6 +29,7 @@ def make_plan(config: Config) -> Plan:
     if config.loss.needs.rewards:
         load_rewards(config.loss.rewards)
     train, evaluation = (read_prompts(d, config.video, student.size_multiple) for d in (config.data.train, config.data.eval))
+    shared_pool(config.video).close()  # who plans decodes no more
     check_pool(config, train)
     return Plan(student, train, evaluation)
 
@@ -70,7 +73,6 @@ def check_pool(config: Config, train: list[Prompt]) -> None:
 
 def describe(config: Config, plan: Plan) -> str:
     """The plan for people: what --dry-run prints."""
-    clip = plan.train[0].clip
     rollouts = config.num_steps * config.groups_per_step * config.rollout.rollouts_per_prompt
     return "\n".join(
         [
@@ -80,13 +82,26 @@ def describe(config: Config, plan: Plan) -> str:
             if config.needs_teacher
             else "teacher   none",
             f"actors    {config.rollout.num_actors} on vLLM, {config.rollout.prompts_per_call} prompts a call",
-            f"data      {len(plan.train)} train and {len(plan.eval)} eval prompts; first clip: {len(clip.frame_indices)} frames "
-            f"of {clip.frame_size[0]}x{clip.frame_size[1]} from {clip.duration_s:.1f} s",
+            f"data      {len(plan.train)} train and {len(plan.eval)} eval prompts",
+            f"video     {_describe_clips(config, plan)}",
             f"loss      {config.loss.kind}, lr {config.learner.lr:g}",
             f"prompts   {_describe_curriculum(config)}",
             f"run       {config.num_steps} steps of {config.groups_per_step} prompts, {rollouts} rollouts, "
             f"policy lag at most {config.max_policy_lag}",
         ]
+    )
+
+
+def _describe_clips(config: Config, plan: Plan) -> str:
+    """Frames, rate and tokens that models see of a clip, next to what was asked for."""
+    clips = list({p.clip.clip_id: p.clip for p in plan.train}.values())
+    rates = [c.sampled_fps for c in clips]
+    tokens = [num_video_tokens(c, plan.student.size_multiple) for c in clips]
+    frames = [len(c.frame_indices) for c in clips]
+    return (
+        f"{len(clips)} train clips by {config.video.decoder}, frames {min(frames)} to {max(frames)}, "
+        f"a second {min(rates):.2f} to {max(rates):.2f} (asked {config.video.fps:g}), "
+        f"tokens {min(tokens)} to {max(tokens)} (at most {config.video.max_video_tokens}), mean {sum(tokens) / len(tokens):.0f}"
     )
 
 

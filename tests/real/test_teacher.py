@@ -15,7 +15,7 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def teacher_encoder(config) -> PromptEncoder:
-    return PromptEncoder(config.teacher, config.prompt)
+    return PromptEncoder(config.teacher, config.prompt, config.video)
 
 
 @pytest.fixture(scope="module", params=[TransformersEngine, VllmEngine], ids=["transformers", "vllm"])
