@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from demo.clips import write_mp4
+from tests.videos import write_video
 from video_opd.clips import choose_frame_indices, choose_frame_size, num_video_tokens, plan_clip, read_frames
 from video_opd.config import VideoConfig
 from video_opd.errors import ClipError
@@ -181,3 +182,19 @@ def test_a_video_that_was_replaced_or_removed_is_an_error_on_read(noise_video, n
     noise_video.unlink()
     with pytest.raises(ClipError, match="is missing"):
         read_frames(clip, VIDEO)
+
+
+@pytest.mark.parametrize("rate", [4, 24, 25, 30])
+def test_a_plain_video_has_the_times_of_its_indices(noise, tmp_path, rate):
+    """No float32 from a container comes between: prompts and fingerprints of plain videos stay what they are."""
+    write_video(tmp_path / "a.mp4", noise, rate=rate)
+    clip = plan_clip("a", tmp_path / "a.mp4", VIDEO, 32)
+    assert clip.is_plain and clip.duration_s == 48 / rate
+    np.testing.assert_array_equal(clip.frame_indices, choose_frame_indices(48, float(rate), VIDEO))
+    np.testing.assert_array_equal(clip.timestamps_s, clip.frame_indices / rate)
+
+
+def test_tokens_of_a_clip(noise_video):
+    clip = plan_clip("a", noise_video, VIDEO, 32)
+    assert num_video_tokens(clip, 32) == len(clip.frame_indices) // 2
+    assert num_video_tokens(replace(clip, frame_size=(64, 96)), 32) == len(clip.frame_indices) // 2 * 6

@@ -14,12 +14,10 @@ TURNED = {  # the display matrices of phones, by degrees clockwise
 }
 
 
-def write_video(
-    path: Path, frames: np.ndarray, rate: int = RATE, times_ms: np.ndarray | None = None, codec: str = "libx264"
-) -> None:
+def write_video(path: Path, frames: np.ndarray, rate: int = RATE, times_ms: np.ndarray | None = None) -> None:
     """Frames at a constant rate, or each at its own time in milliseconds. h264 has B-frames."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate, options={"crf": "18", "preset": "veryfast"})
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "18", "preset": "veryfast"})
         stream.codec_context.thread_count = 1
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         if times_ms is not None:

@@ -68,7 +68,9 @@ class _Worker:
         self._owes_answer = True  # it takes no requests
         self.end()
         if isinstance(hello, Unavailable):
-            raise ConfigError(f"video.decoder={decoder} cannot be imported here ({hello.reason}): install it or set another")
+            raise ConfigError(
+                f"video.decoder={decoder} cannot be imported here ({hello.reason}): install a build that fits torch, or set another"
+            )
         how = f"did not start in {START_TIMEOUT_S:.0f} s" if hello is None else f"ended as it started (exit code {hello})"
         raise RunError(f"a decode worker {how}: its own output says why")
 

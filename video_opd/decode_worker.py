@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from video_opd.decoders import DecodeError, Decoder, FrameFolder, VideoInfo, first_line, load_decoder
+from video_opd.decoders import Decoder, FrameFolder, VideoInfo, first_line, load_decoder
 
 PART_BYTES = 64 << 20  # of frames in one answer: bounds the memory of a worker and of its buffer
 ALARM_SLACK_S = 5.0  # the parent, which knows the deadline, comes first
@@ -89,16 +89,14 @@ class DecodeWorker:
         return self._open[1:]
 
     def _read(self, decoder: Decoder, size: tuple[int, int], indices: np.ndarray) -> Frames:
-        height, width = size
-        num_frames = max(1, PART_BYTES // (height * width * 3))
-        frames = decoder.read(indices[:num_frames])
-        if frames.shape[1:] != (height, width, 3):
-            raise DecodeError(f"its frames are {frames.shape[1:]}, not {(height, width, 3)}")
-        if self._buffer is None or len(self._buffer) < frames.nbytes:
-            os.ftruncate(self._buffer_fd, frames.nbytes)
-            self._buffer = mmap.mmap(self._buffer_fd, frames.nbytes)
-        np.frombuffer(self._buffer, np.uint8, frames.size).reshape(frames.shape)[:] = frames
-        return Frames(shape=frames.shape)
+        frame_bytes = size[0] * size[1] * 3
+        indices = indices[: max(1, PART_BYTES // frame_bytes)]
+        num_bytes, shape = len(indices) * frame_bytes, (len(indices), *size, 3)
+        if self._buffer is None or len(self._buffer) < num_bytes:
+            os.ftruncate(self._buffer_fd, num_bytes)
+            self._buffer = mmap.mmap(self._buffer_fd, num_bytes)
+        decoder.read(indices, np.frombuffer(self._buffer, np.uint8, num_bytes).reshape(shape))
+        return Frames(shape=shape)
 
 
 def main() -> None:

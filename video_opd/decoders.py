@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+_NO_NEIGHBOURS = 1e-9  # share of a file's frames that decord may replace before it fails; 0 would mean all
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp"))
 
 
@@ -36,32 +37,37 @@ class Decoder(Protocol):
 
     def describe(self) -> VideoInfo: ...
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        """uint8[F, H, W, 3]: the frames at int64[F], in any order, repeats allowed."""
+    def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
+        """Writes the frames at int64[F], in any order, repeats allowed, to uint8[F, H, W, 3]."""
         ...
 
 
 class DecordDecoder:
-    """decord. Files that are to be turned by 90 degrees go to PyAV: decord 0.6 garbles them."""
+    """decord 0.6. Files that it misreads go to PyAV: those to be turned by 90 degrees, and those without presentation times.
+
+    It fails where it notices that it would give a neighbour in place of a frame. It does not notice all: where a file has fewer
+    pictures than packets, the frames that are not there are other frames of the file.
+    """
 
     def __init__(self, path: str):
         decord = import_module("decord")
         decord.logging.set_level(decord.logging.QUIET)  # its errors are raised; the log lines add nothing
-        self._reader = decord.VideoReader(path, num_threads=1)
+        self._reader = decord.VideoReader(path, num_threads=1, fault_tol=_NO_NEIGHBOURS)
         self._shape = self._reader[0].shape
-        self._turned = PyAVDecoder(path) if self._shape[2] != 3 else None
+        self._times = _from_first(self._reader.get_frame_timestamp(np.arange(len(self._reader)))[:, 0].astype(np.float64))
+        self._instead = PyAVDecoder(path) if self._shape[2] != 3 or self._times is None else None
 
     def describe(self) -> VideoInfo:
-        if self._turned:
-            return self._turned.describe()
-        num_frames = len(self._reader)
-        times = self._reader.get_frame_timestamp(np.arange(num_frames))[:, 0].astype(np.float64)
-        return VideoInfo(
-            num_frames=num_frames, fps=float(self._reader.get_avg_fps()), size=self._shape[:2], times_s=_from_first(times)
-        )
+        if self._instead:
+            return self._instead.describe()
+        fps = float(self._reader.get_avg_fps())
+        return VideoInfo(num_frames=len(self._reader), fps=fps, size=self._shape[:2], times_s=self._times)
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        return self._turned.read(indices) if self._turned else self._reader.get_batch(indices).asnumpy()
+    def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
+        if self._instead:
+            self._instead.read(indices, frames)
+        else:
+            frames[:] = self._reader.get_batch(indices).asnumpy()
 
 
 class PyAVDecoder:
@@ -98,13 +104,11 @@ class PyAVDecoder:
             times_s=None if times is None else _from_first(times),
         )
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        frames = np.empty((len(indices), *self._shape), np.uint8)
+    def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
         order = np.argsort(indices, kind="stable")
         for place, before in zip(order, [None, *order[:-1]], strict=True):
             repeated = before is not None and indices[place] == indices[before]
             frames[place] = frames[before] if repeated else self._frame(int(indices[place]))
-        return frames
 
     def _frame(self, index: int) -> np.ndarray:
         """uint8[H, W, 3]: the frame, by going on from where decoding stands, or from the key frame before it, or from the start."""
@@ -150,8 +154,11 @@ class TorchcodecDecoder:
     def describe(self) -> VideoInfo:
         return self._av.describe()
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        return self._decoder.get_frames_at(indices.tolist()).data.numpy() if self._decoder else self._av.read(indices)
+    def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
+        if self._decoder:
+            frames[:] = self._decoder.get_frames_at(indices.tolist()).data.numpy()
+        else:
+            self._av.read(indices, frames)
 
 
 class FrameFolder:
@@ -164,8 +171,9 @@ class FrameFolder:
     def describe(self) -> VideoInfo:
         return VideoInfo(num_frames=len(self._paths), fps=None, size=self._size, times_s=None)
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        return np.stack([self._image(int(i), *self._size) for i in indices])
+    def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
+        for place, index in enumerate(indices):
+            frames[place] = self._image(int(index), *self._size)
 
     def _image(self, index: int, height: int | None = None, width: int | None = None) -> np.ndarray:
         av = import_module("av")

@@ -10,6 +10,7 @@ import logging
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -86,7 +87,7 @@ class FrameCache:
             with pa.memory_map(str(path)) as file:
                 pa.ipc.read_tensor(file)
                 frames = pa.ipc.read_tensor(file).to_numpy()
-            os.utime(path)  # used now
+            _touch(path)
             return frames
         except FileNotFoundError:
             return None  # never there, or evicted
@@ -101,6 +102,7 @@ class FrameCache:
             with pa.OSFile(str(temporary), "wb") as file:
                 pa.ipc.write_tensor(pa.Tensor.from_numpy(times_s), file)
                 pa.ipc.write_tensor(pa.Tensor.from_numpy(frames), file)
+            _touch(temporary)
             os.replace(temporary, path)
         except OSError as error:  # the frames are there all the same
             temporary.unlink(missing_ok=True)
@@ -136,3 +138,8 @@ class FrameCache:
         with (self._folder / "locks" / name).open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _touch(path: Path) -> None:
+    """Used now. The system's own clock for files ticks in milliseconds."""
+    os.utime(path, ns=(time.time_ns(), time.time_ns()))
