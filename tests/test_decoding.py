@@ -403,18 +403,18 @@ def test_a_broken_video_is_listed_with_its_reason_and_not_tried_again_until_it_i
     path, listed = tmp_path / "ü.mp4", tmp_path / "sub" / "quarantine.jsonl"
     path.write_bytes(b"")
     video = config(quarantine=str(listed))
-    with pytest.raises(ClipError, match="cannot be opened"):
+    with pytest.raises(ClipError, match="cannot be decoded"):
         plan_clip("a", path, video, 32)
     (line,) = listed.read_text().splitlines()
     entry = json.loads(line)
-    assert entry["video"] == str(path) and entry["decoder"] == "decord" and "cannot be opened" in entry["reason"]
+    assert entry["video"] == str(path) and entry["decoder"] == "decord" and "cannot be decoded" in entry["reason"]
 
     elsewhere = tmp_path / "copy.jsonl"  # as another process or run reads it
     elsewhere.write_bytes(listed.read_bytes())
     again = config(quarantine=str(elsewhere))
     with monkeypatch.context() as patched:
         patched.setattr(DecodePool, "describe", lambda *_: pytest.fail("was opened again"))
-        with pytest.raises(ClipError, match="cannot be opened"):
+        with pytest.raises(ClipError, match="cannot be decoded"):
             plan_clip("a", path, again, 32)
     write_video(path, noise(60))
     assert plan_clip("a", path, again, 32).num_video_frames == 60

@@ -152,7 +152,7 @@ class DecodePool:
 
     def _error(self, path: str, answer: Answer | int | None) -> ClipError:
         if isinstance(answer, Failure):
-            return BrokenVideo(path, f"cannot be {'decoded' if answer.opened else 'opened'} ({answer.reason})")
+            return BrokenVideo(path, f"cannot be decoded ({answer.reason})")
         if answer is None:
             return BrokenVideo(path, f"was not decoded within {self._timeout_s:g} s (video.decode_timeout_s)")
         if answer == -signal.SIGKILL:  # not by us, so by the system or by a person: the file may be sound

@@ -42,7 +42,6 @@ class Failure:
     """The file cannot be read."""
 
     reason: str
-    opened: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,15 +68,13 @@ class DecodeWorker:
         self._open: tuple[tuple, Decoder, VideoInfo] | None = None
 
     def answer(self, request: Request) -> Answer:
-        opened = False
         try:
             decoder, info = self._file(request.path)
-            opened = True
             wanted = len(request.indices) and info.num_frames == request.num_video_frames
             return self._read(decoder, info.size, request.indices) if wanted else info
         except Exception as error:  # whatever a library raises at a broken file, it is that file's fate alone
             self._open = None
-            return Failure(reason=first_line(error), opened=opened)
+            return Failure(reason=first_line(error))
 
     def _file(self, path: str) -> tuple[Decoder, VideoInfo]:
         status = os.stat(path)

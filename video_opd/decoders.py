@@ -80,15 +80,14 @@ class PyAVDecoder:
         if self._stream is None:
             raise DecodeError("it has no video stream")
         self._stream.codec_context.thread_count = 1
-        packets = [p for p in self._container.demux(self._stream) if p.size and not p.is_discard]
-        self._num_frames = len(packets)
-        self._has_times = all(p.pts is not None for p in packets)
-        self._pts = np.array(sorted(p.pts for p in packets) if self._has_times else range(len(packets)), np.int64)
-        self._keys = (
-            np.array(sorted(p.pts for p in packets if p.is_keyframe), np.int64) if self._has_times else np.zeros(0, np.int64)
-        )
+        packets = [(p.pts, p.is_keyframe) for p in self._container.demux(self._stream) if p.size and not p.is_discard]
         if not packets:
             raise DecodeError("it has no frames")
+        self._num_frames = len(packets)
+        self._has_times = all(pts is not None for pts, _ in packets)
+        times = packets if self._has_times else [(i, False) for i in range(len(packets))]
+        self._pts = np.array(sorted(pts for pts, _ in times), np.int64)
+        self._keys = np.array(sorted(pts for pts, is_key in times if is_key), np.int64)
         self._size: tuple[int, int] | None = None  # (H, W) as coded
         self._frames: Iterator[tuple[int, Any]] = self._decode_from(int(self._pts[0]))
         self._last: int | None = None  # pts of the frame decoded last
