@@ -21,7 +21,7 @@ class RolloutActor:
 
     def __init__(self, name: str, config: Config):
         self._name, self._config = name, config
-        self._encoder = PromptEncoder(config.student, config.prompt)
+        self._encoder = PromptEncoder(config.student, config.prompt, config.video)
         self._engine = PolicyEngine(config.student, config.rollout, config.seed, self._encoder.pad_ids)
         self._policy_version = -1  # the folder's weights, before the first publication
 

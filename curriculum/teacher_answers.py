@@ -30,17 +30,20 @@ def settings_key(config: Config) -> str:
 
 
 def prompt_keys(prompts: Sequence[Prompt], config: Config) -> list[str]:
-    """One a prompt, of what decides its fingerprint: the video file, which frames at which size, the text around them.
+    """One a prompt, of what decides its fingerprint: the video file, which frames at which times and size, the text around them.
 
     The fingerprint itself needs every clip decoded; these read a few blocks of each video.
     """
     paths = list(dict.fromkeys(p.clip.video_path for p in prompts))
+
+    def digest(path: str) -> str:
+        return folder_digest(path) if Path(path).is_dir() else file_digest(path, BLOCKS_A_VIDEO)
+
     with ThreadPoolExecutor(NUM_READERS) as readers:
-        video = dict(zip(paths, readers.map(lambda path: file_digest(path, BLOCKS_A_VIDEO), paths), strict=True))
+        video = dict(zip(paths, readers.map(digest, paths), strict=True))
     text = (config.prompt.template, config.prompt.video_first)
-    return [
-        _digest((video[p.clip.video_path], p.clip.frame_indices.tobytes().hex(), p.clip.frame_size, p.query, text)) for p in prompts
-    ]
+    shown = [(p.clip.frame_indices.tobytes(), p.clip.timestamps_s.tobytes(), p.clip.duration_s, p.clip.frame_size) for p in prompts]
+    return [_digest((video[p.clip.video_path], *frames, p.query, text)) for p, frames in zip(prompts, shown, strict=True)]
 
 
 def _digest(parts: tuple) -> str:

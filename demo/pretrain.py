@@ -88,7 +88,7 @@ def _labels(asked: Prompt, prompts: list[Prompt]) -> np.ndarray:
     Five kinds: visible in the token's first frame, in its second, just appeared, just disappeared (each for every object,
     then for the asked one), and which object is asked for. Without the last one a tiny model long answers for any object.
     """
-    times = asked.clip.frame_indices / asked.clip.video_fps
+    times = asked.clip.timestamps_s
     visible = np.zeros((len(times), NUM_LABELS), np.float32)
     for prompt in prompts:
         start, end = _answer(prompt)
@@ -173,7 +173,7 @@ def pretrain(names: list[str], out: Path, data: Path) -> None:
     processor = build_processor()
     processor_folder = out / ".processor"
     processor.save_pretrained(processor_folder)
-    encoder = PromptEncoder(processor_folder, config.prompt)
+    encoder = PromptEncoder(processor_folder, config.prompt, config.video)
     prompts = read_prompts(dataset, config.video, 32)
     examples = build_examples(prompts, encoder)
     held_out = {f"pretrain{i:05d}" for i in range(NUM_VALIDATION_CLIPS)}

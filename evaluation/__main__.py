@@ -64,7 +64,7 @@ def ask_model(config: Config, prompts: Sequence[Prompt], blanks: bool) -> list[l
     from video_opd.prompting import PromptEncoder
     from video_opd.vllm_engine import SamplingEngine, predict
 
-    encoder = PromptEncoder(config.student, config.prompt)
+    encoder = PromptEncoder(config.student, config.prompt, config.video)
     engine = SamplingEngine(config.student, config.rollout, config.seed, encoder.pad_ids)
     size, passes = config.rollout.prompts_per_call, []
     for blank_video in (False, True) if blanks else (False,):

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from video_opd.clips import read_frames
 from video_opd.config import Config
+from video_opd.frame_cache import FrameCache
 from video_opd.grounding import THRESHOLDS
 from video_opd.metrics import PHASES, read_metrics
 from video_opd.prompting import parse_span
@@ -210,10 +210,9 @@ def _curriculum(folder: Path, config: Config, metrics: Sequence[dict[str, float]
     return figures
 
 
-def _example(prompt: Prompt, texts: dict[str, str]) -> Figure:
+def _example(prompt: Prompt, frames: np.ndarray, texts: dict[str, str]) -> Figure:
     figure = Figure(figsize=(9, 2.4), layout="constrained")
     strip, axes = figure.subplots(2, 1, height_ratios=[1, 1.6], sharex=True)
-    frames = read_frames(prompt.clip)
     shown = frames[np.linspace(0, len(frames) - 1, min(NUM_EXAMPLE_FRAMES, len(frames))).round().astype(int)]
     duration = prompt.clip.duration_s
     strip.imshow(np.concatenate(list(shown), axis=1), aspect="auto", extent=(0, duration, 0, 1))
@@ -241,9 +240,10 @@ def write_report(folder: Path, config: Config, prompts: Sequence[Prompt], summar
     metrics = read_metrics(folder)
     learning = _learning(metrics, summary)
     learning.savefig(folder / "learning.png", dpi=110)
+    cache, readable = FrameCache(config.video), [p for p in prompts if p.prompt_id not in summary["failed_eval"]]
     examples = [
-        embed(_example(p, {k: v[p.prompt_id] for k, v in summary["examples"].items() if p.prompt_id in v}))
-        for p in prompts[:NUM_EXAMPLES]
+        embed(_example(p, cache.read(p.clip), {k: v[p.prompt_id] for k, v in summary["examples"].items() if p.prompt_id in v}))
+        for p in readable[:NUM_EXAMPLES]
     ]
     template = jinja2.Environment(autoescape=True).from_string(Path(__file__).with_name("report.html.jinja").read_text())
     html = template.render(

@@ -42,7 +42,7 @@ class LearnerEngine:
         self._config, self._rank, self._world_size = config, rank, world_size
         deepspeed = _init_deepspeed(config, rank, world_size, master)
         self._deepspeed = deepspeed
-        self._encoder = PromptEncoder(config.student, config.prompt)
+        self._encoder = PromptEncoder(config.student, config.prompt, config.video)
         self._device = "cuda" if config.learner.num_gpus else "cpu"
         model = load_model(config.student, config.learner.dtype)  # ZeRO keeps float32 masters of bfloat16 weights
         if config.learner.lora_rank:

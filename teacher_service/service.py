@@ -15,7 +15,7 @@ from ray.serve.schema import ApplicationStatus
 from teacher_service.engine import start_engine, wanted_by
 from video_opd.config import Config
 from video_opd.deadline import within
-from video_opd.errors import ClipError, RunError
+from video_opd.errors import RunError
 from video_opd.prompting import PromptEncoder, check_parity, parse_span
 from video_opd.types import EncodedPrompt, FailedPrompt, Prediction, Prompt, TeacherScores, TrajectoryGroup
 
@@ -32,7 +32,7 @@ class TeacherReplica:
         assert config.teacher, "make_plan asks for a teacher"
         self._teacher_id = Path(config.teacher).name
         self._max_tokens = config.rollout.max_response_tokens
-        self._encoder = PromptEncoder(config.teacher, config.prompt)
+        self._encoder = PromptEncoder(config.teacher, config.prompt, config.video)
         self._engine = start_engine(config.teacher, pool, wanted_by(config.loss), config.seed, self._encoder)
         self._busy = asyncio.Lock()  # engines take one call at a time
         batching: Any = self._score_batch  # serve.batch adds setters
@@ -51,7 +51,7 @@ class TeacherReplica:
         return [[next(results) for _ in groups] for groups in requests]
 
     def _score(self, groups: list[TrajectoryGroup]) -> list[ScoreResult]:
-        encoded = self._encode([g.prompt for g in groups])
+        encoded = self._encoder.encode_all([g.prompt for g in groups])
         pairs = [(e, t) for e, g in zip(encoded, groups, strict=True) if isinstance(e, EncodedPrompt) for t in g.trajectories]
         for prompt, trajectory in pairs:
             check_parity(prompt, trajectory, "the teacher")
@@ -80,7 +80,7 @@ class TeacherReplica:
             return await asyncio.to_thread(self._predict, prompts, num_answers, temperature)
 
     def _predict(self, prompts: Sequence[Prompt], num_answers: int, temperature: float) -> list[list[Prediction] | FailedPrompt]:
-        encoded = self._encode(prompts)
+        encoded = self._encoder.encode_all(prompts)
         readable = [e for e in encoded if isinstance(e, EncodedPrompt)]
         answers = iter(self._engine.predict(readable, num_answers, temperature, self._max_tokens) if readable else [])
         return [
@@ -89,15 +89,6 @@ class TeacherReplica:
             else [Prediction(prompt_id=e.prompt_id, text=text, span_s=parse_span(text)) for text in next(answers)]
             for e in encoded
         ]
-
-    def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt | FailedPrompt]:
-        encoded: list[EncodedPrompt | FailedPrompt] = []
-        for prompt in prompts:
-            try:
-                encoded.append(self._encoder.encode(prompt))
-            except ClipError as error:
-                encoded.append(FailedPrompt(prompt_id=prompt.prompt_id, reason=str(error)))
-        return encoded
 
 
 class TeacherPool:

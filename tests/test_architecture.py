@@ -85,7 +85,7 @@ def test_evaluation_imports_only_the_shared_package_and_itself():
 
 
 def test_clips_are_decoded_in_one_file():
-    assert importers_of("decord") == {Path("video_opd/clips.py")}
+    assert importers_of("decord") == {Path("video_opd/decoders.py")}
 
 
 def test_vllm_is_imported_by_engines_and_the_weight_receiver_only():

@@ -1,6 +1,5 @@
 """Frames: which are chosen, at which size, and that they are the ones another decoder sees."""
 
-import shutil
 from dataclasses import replace
 
 import av
@@ -9,9 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import video_opd.clips
 from demo.clips import write_mp4
-from video_opd.clips import FrameCache, choose_frame_indices, choose_frame_size, plan_clip, read_frames
+from tests.videos import write_video
+from video_opd.clips import choose_frame_indices, choose_frame_size, num_video_tokens, plan_clip, read_frames
 from video_opd.config import VideoConfig
 from video_opd.errors import ClipError
 
@@ -40,7 +39,7 @@ def decode_all(path) -> np.ndarray:
 def test_read_frames_are_the_frames_that_another_decoder_sees(split_folder):
     for path in sorted((split_folder / "videos").iterdir()):
         clip = plan_clip("clip", path, VIDEO, 32)
-        frames = read_frames(clip)
+        frames = read_frames(clip, VIDEO)
         assert (frames.shape, frames.dtype) == ((24, 32, 32, 3), np.uint8)
         np.testing.assert_array_equal(frames, decode_all(path)[clip.frame_indices])
 
@@ -51,7 +50,7 @@ def test_frames_are_right_in_any_order_and_when_repeated(noise_video, seed):
     rng = np.random.default_rng(seed)
     indices = rng.integers(0, 48, size=20)
     clip = replace(plan_clip("clip", noise_video, VIDEO, 32), frame_indices=indices)
-    np.testing.assert_array_equal(read_frames(clip), decode_all(noise_video)[indices])
+    np.testing.assert_array_equal(read_frames(clip, VIDEO), decode_all(noise_video)[indices])
 
 
 def test_frames_are_resized_to_the_planned_size(tmp_path):
@@ -60,7 +59,7 @@ def test_frames_are_resized_to_the_planned_size(tmp_path):
     frames[:, :, 64:] = 255
     write_mp4(tmp_path / "wide.mp4", frames)
     clip = plan_clip("clip", tmp_path / "wide.mp4", replace_tokens(2), 32)
-    pixels = read_frames(clip)
+    pixels = read_frames(clip, VIDEO)
     assert (pixels.shape, pixels.dtype) == ((4, 32, 64, 3), np.uint8)
     assert pixels[:, :, :24].max() < 20 and pixels[:, :, 40:].min() > 235
 
@@ -159,7 +158,7 @@ def test_a_video_cut_off_after_it_was_planned_is_an_error_on_read(noise_video):
     clip = plan_clip("clip", noise_video, VIDEO, 32)
     noise_video.write_bytes(noise_video.read_bytes()[: noise_video.stat().st_size // 2])
     with pytest.raises(ClipError) as caught:
-        read_frames(clip)
+        read_frames(clip, VIDEO)
     assert str(noise_video) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -171,7 +170,7 @@ def test_a_video_that_opens_but_cannot_be_decoded_is_an_error_on_read(noise_vide
     data[index // 2 : index] = bytes(index - index // 2)
     noise_video.write_bytes(data)
     with pytest.raises(ClipError, match="cannot be decoded") as caught:
-        read_frames(clip)
+        read_frames(clip, VIDEO)
     assert str(noise_video) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -179,86 +178,23 @@ def test_a_video_that_was_replaced_or_removed_is_an_error_on_read(noise_video, n
     clip = plan_clip("clip", noise_video, VIDEO, 32)
     write_mp4(noise_video, noise[:40])
     with pytest.raises(ClipError, match="had 48 frames, now 40"):
-        read_frames(clip)
+        read_frames(clip, VIDEO)
     noise_video.unlink()
     with pytest.raises(ClipError, match="is missing"):
-        read_frames(clip)
+        read_frames(clip, VIDEO)
 
 
-@pytest.fixture
-def decodes(monkeypatch):
-    """The clips that were really decoded, in order."""
-    decoded = []
-
-    def counting(clip):
-        decoded.append(clip.clip_id)
-        return read_frames(clip)
-
-    monkeypatch.setattr(video_opd.clips, "read_frames", counting)
-    return decoded
+@pytest.mark.parametrize("rate", [4, 24, 25, 30])
+def test_a_plain_video_has_the_times_of_its_indices(noise, tmp_path, rate):
+    """No float32 from a container comes between: prompts and fingerprints of plain videos stay what they are."""
+    write_video(tmp_path / "a.mp4", noise, rate=rate)
+    clip = plan_clip("a", tmp_path / "a.mp4", VIDEO, 32)
+    assert clip.is_plain and clip.duration_s == 48 / rate
+    np.testing.assert_array_equal(clip.frame_indices, choose_frame_indices(48, float(rate), VIDEO))
+    np.testing.assert_array_equal(clip.timestamps_s, clip.frame_indices / rate)
 
 
-@pytest.fixture(scope="session")
-def planned(split_folder):
-    """Four clips; the frames of one take this many bytes: 24 * 32 * 32 * 3."""
-    paths = sorted((split_folder / "videos").iterdir())[:4]
-    return [plan_clip(path.stem, path, VIDEO, 32) for path in paths]
-
-
-CLIP_BYTES = 24 * 32 * 32 * 3
-
-
-def test_the_cache_decodes_each_clip_once_and_returns_its_frames(planned, decodes):
-    cache = FrameCache(4 * CLIP_BYTES)
-    for _ in range(3):
-        for clip in planned:
-            np.testing.assert_array_equal(cache.read(clip), read_frames(clip))
-    assert decodes == [clip.clip_id for clip in planned]
-    assert cache.num_decodes == 4
-
-
-def test_the_cache_is_bounded_and_drops_what_was_used_longest_ago(planned, decodes):
-    a, b, c, d = planned
-    cache = FrameCache(2 * CLIP_BYTES)
-    for clip in (a, b, a, c):  # c drives out b
-        cache.read(clip)
-    assert len(decodes) == 3
-    cache.read(a)
-    assert len(decodes) == 3
-    for clip in (b, d, c):
-        cache.read(clip)
-    assert decodes[3:] == [b.clip_id, d.clip_id, c.clip_id]
-    held = sum(frames.nbytes for frames in cache._frames.values())
-    assert held <= 2 * CLIP_BYTES
-
-
-def test_a_clip_larger_than_the_cache_is_still_read(planned, decodes):
-    cache = FrameCache(1)
-    for clip in planned:
-        np.testing.assert_array_equal(cache.read(clip), read_frames(clip))
-    assert len(cache._frames) == 1
-
-
-def test_other_frames_or_another_size_of_the_same_file_are_other_entries(planned):
-    cache = FrameCache(1 << 20)
-    clip = planned[0]
-    shifted = replace(clip, frame_indices=clip.frame_indices + 1)
-    larger = replace(clip, frame_size=(64, 64))
-    assert cache.read(larger).shape == (24, 64, 64, 3)
-    for variant in (clip, shifted):
-        np.testing.assert_array_equal(cache.read(variant), read_frames(variant))
-
-
-def test_cached_frames_cannot_be_changed(planned):
-    frames = FrameCache(1 << 20).read(planned[0])
-    with pytest.raises(ValueError, match="read-only"):
-        frames[0] = 0
-
-
-def test_one_path_in_two_spellings_is_one_file(split_folder, tmp_path, decodes):
-    path = shutil.copy(split_folder / "videos" / "train00000.mp4", tmp_path / "a.mp4")
-    (tmp_path / "sub").mkdir()
-    cache = FrameCache(1 << 20)
-    cache.read(plan_clip("one", path, VIDEO, 32))
-    cache.read(plan_clip("two", tmp_path / "sub" / ".." / "a.mp4", VIDEO, 32))
-    assert decodes == ["one"]
+def test_tokens_of_a_clip(noise_video):
+    clip = plan_clip("a", noise_video, VIDEO, 32)
+    assert num_video_tokens(clip, 32) == len(clip.frame_indices) // 2
+    assert num_video_tokens(replace(clip, frame_size=(64, 96)), 32) == len(clip.frame_indices) // 2 * 6

@@ -219,9 +219,7 @@ def test_the_peak_of_a_learners_pass(tokenizer, dtype, checkpointing):
             "rollout": config_of("demo.yaml").rollout.model_copy(update={"max_model_len": 16000, "max_response_tokens": 20}),
         }
     )
-    work = Workload(
-        num_clips=1, mean_video_tokens=128, max_video_tokens=128, max_prompt_tokens=batch.input_ids.shape[1] - 20, clip_bytes=0
-    )
+    work = Workload(mean_video_tokens=128, max_video_tokens=128, max_prompt_tokens=batch.input_ids.shape[1] - 20, clip_bytes=0)
     phases = learner_memory(config, shapes, None, work).host.phases
     planned = max(sum(phases[p].values()) - phases[p]["pixels"] for p in ("loss", "backward"))
     assert live.peak == pytest.approx(planned, rel=0.25)

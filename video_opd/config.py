@@ -81,6 +81,21 @@ class VideoConfig(_Section):
     min_frames: PositiveInt = 4
     max_frames: PositiveInt = 768
     max_video_tokens: PositiveInt = Field(default=8192, description="frames are scaled down to stay within")
+    frame_folder_fps: PositiveFloat | None = Field(
+        default=None, description="frames a second of videos that are folders of numbered images; None: there are none"
+    )
+    decoder: Literal["decord", "pyav", "torchcodec"] = "decord"
+    decode_workers: PositiveInt = Field(default=4, description="decoding processes of each process, started when first needed")
+    decode_timeout_s: PositiveFloat = Field(default=60.0, description="a clip that takes longer is given up, its worker killed")
+    quarantine: str | None = Field(
+        default=None,
+        description="JSON lines file of videos that could not be decoded, which no run tries again; None: known to a process alone",
+    )
+    cache_dir: str | None = Field(
+        default=None,
+        description="folder on the node for decoded frames, shared by its processes; None: in the temporary folder",
+    )
+    cache_bytes: PositiveInt = Field(default=8 << 30, description="decoded frames kept there, also from one run to the next")
 
     @model_validator(mode="after")
     def _ordered(self):
@@ -100,7 +115,6 @@ class PromptConfig(_Section):
         default=STYLES["timelens"]["answer_template"], description="how the truth is written where it is an answer"
     )
     video_first: bool = Field(default=STYLES["timelens"]["video_first"], description="video before the text")
-    frame_cache_bytes: PositiveInt = Field(default=1 << 30, description="decoded frames kept in each process")
 
     @model_validator(mode="before")
     @classmethod
@@ -338,6 +352,11 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _sections_fit(self):
+        if self.video.decode_timeout_s >= self.request_timeout_s:
+            raise ValueError(
+                f"video.decode_timeout_s={self.video.decode_timeout_s:g} is above request_timeout_s={self.request_timeout_s:g}: "
+                "a clip that hangs would end the run"
+            )
         if self.loss.kind == "grpo" and self.rollout.rollouts_per_prompt < 2:
             raise ValueError("loss.kind=grpo compares the responses to one prompt: set rollout.rollouts_per_prompt to 2 or more")
         sampling = self.loss.needs.rollouts or self.curriculum.asks_student
@@ -380,6 +399,9 @@ def resolve_paths(config: Config, base: Path) -> Config:
     for key in ("student", "teacher", "runs_dir"):
         if tree[key] is not None:
             tree[key] = str((base / tree[key]).resolve())
+    for key in ("quarantine", "cache_dir"):
+        if tree["video"][key] is not None:
+            tree["video"][key] = str((base / tree["video"][key]).resolve())
     for split in tree["data"].values():
         for key in ("annotations", "lengths", "videos"):
             if split[key] is not None:

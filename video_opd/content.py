@@ -1,6 +1,7 @@
 """Keys of content: what tells whether a file or a model is the same, without reading all of it."""
 
 import hashlib
+import os
 from pathlib import Path
 
 _BLOCK_BYTES = 64 << 10
@@ -19,6 +20,16 @@ def file_digest(path: str | Path, num_blocks: int = 64) -> str:
                 file.seek(i * (size - _BLOCK_BYTES) // (num_blocks - 1))
                 digest.update(file.read(_BLOCK_BYTES))
     return digest.hexdigest()
+
+
+def file_stamp(path: str | Path) -> str:
+    """Of sizes and times of change: another one when the file was replaced. A folder's is that of the files in it."""
+    path = Path(path)
+    if not path.is_dir():
+        status = path.stat()
+        return f"{status.st_size}:{status.st_mtime_ns}"
+    files = sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in os.scandir(path))
+    return hashlib.blake2b(repr(files).encode(), digest_size=16).hexdigest()
 
 
 def folder_digest(folder: str | Path) -> str:

@@ -62,7 +62,6 @@ EMPTY_PROCESS_BYTES = {
 class Workload:
     """What the clips of a split ask of memory."""
 
-    num_clips: int | None  # None: unknown
     mean_video_tokens: float | None  # of a prompt; None: unknown
     max_video_tokens: int  # of a prompt
     max_prompt_tokens: int  # video, timestamps and text
@@ -111,7 +110,6 @@ def workload_of(prompts: Sequence[Prompt], shapes: ModelShapes) -> Workload:
         for n, p in zip(pairs, prompts, strict=True)
     ]
     return Workload(
-        num_clips=len(clips),
         mean_video_tokens=sum(tokens) / len(tokens),
         max_video_tokens=max(tokens),
         max_prompt_tokens=max(t + n * PAIR_TOKENS[shapes.model_type] for t, n in zip(tokens, pairs, strict=True)) + TEXT_TOKENS,
@@ -123,7 +121,6 @@ def workload_of_budget(video: VideoConfig, shapes: ModelShapes) -> Workload:
     """The most that the config's own video budget allows, where the clips are not there to be counted."""
     pairs = min(video.max_frames // TEMPORAL_PATCH, video.max_video_tokens)
     return Workload(
-        num_clips=None,
         mean_video_tokens=None,
         max_video_tokens=video.max_video_tokens,
         max_prompt_tokens=video.max_video_tokens + pairs * PAIR_TOKENS[shapes.model_type] + TEXT_TOKENS,
@@ -295,8 +292,7 @@ def learner_memory(config: Config, student: ModelShapes, teacher: ModelShapes | 
             "optimizer step": {"float32 gradients and roots": step_bytes(num_trained, learner)},
         },
     )
-    clips = _clips_seen(config, train, None, whole_pool=False)
-    host = _prompts_bytes(config, student, train, clips, batch) | _buckets(config, student)
+    host = _prompts_bytes(student, train, batch) | _buckets(config, student)
     if learner.vision_cache_bytes:
         of_clip = video_bytes(student, e, train.max_video_tokens)["video features"]
         host["vision cache"] = min(learner.vision_cache_bytes, of_clip * clips) if clips else learner.vision_cache_bytes
@@ -317,8 +313,7 @@ def actors_memory(config: Config, student: ModelShapes, train: Workload, evaluat
         rollout.enforce_eager,
         gpu_bytes,
     )
-    clips = _clips_seen(config, train, evaluation, config.curriculum.asks_student)
-    host = _prompts_bytes(config, student, together(train, evaluation), clips, rollout.prompts_per_call) | _buckets(config, student)
+    host = _prompts_bytes(student, together(train, evaluation), rollout.prompts_per_call) | _buckets(config, student)
     return _place("actors", rollout.num_actors, rollout.num_gpus, computing, host)
 
 
@@ -351,8 +346,7 @@ def teacher_memory(config: Config, teacher: ModelShapes, train: Workload, evalua
                 },
             },
         )
-    clips = _clips_seen(config, train, evaluation, config.curriculum.asks_teacher)
-    host = _prompts_bytes(config, teacher, work, clips, pool.max_batch_requests * config.rollout.prompts_per_call)
+    host = _prompts_bytes(teacher, work, pool.max_batch_requests * config.rollout.prompts_per_call)
     return _place("teacher", pool.num_replicas, pool.num_gpus, computing, host)
 
 
@@ -417,9 +411,7 @@ def estimate(
 
 def together(train: Workload, evaluation: Workload) -> Workload:
     """What both splits ask of a process that sees both."""
-    unknown = train.num_clips is None or evaluation.num_clips is None
     return Workload(
-        num_clips=None if unknown else (train.num_clips or 0) + (evaluation.num_clips or 0),
         mean_video_tokens=train.mean_video_tokens,
         max_video_tokens=max(train.max_video_tokens, evaluation.max_video_tokens),
         max_prompt_tokens=max(train.max_prompt_tokens, evaluation.max_prompt_tokens),
@@ -446,20 +438,10 @@ def _passing(shapes: ModelShapes, e: int, tokens: int, video_tokens: int) -> dic
     return {"one layer": largest} | video_bytes(shapes, e, video_tokens)
 
 
-def _clips_seen(config: Config, train: Workload, evaluation: Workload | None, whole_pool: bool) -> int | None:
-    """Different clips that a process decodes in the whole run; None: unknown."""
-    if train.num_clips is None or (evaluation and evaluation.num_clips is None):
-        return None
-    sampled = train.num_clips if whole_pool else min(train.num_clips, config.num_steps * config.groups_per_step)
-    return sampled + ((evaluation.num_clips or 0) if evaluation else 0)
-
-
-def _prompts_bytes(config: Config, shapes: ModelShapes, work: Workload, clips: int | None, at_once: int) -> dict[str, int]:
-    """On the host: decoded frames of the clips seen, up to prompt.frame_cache_bytes, and the pixels, float32, of `at_once`
-    encoded prompts."""
-    cache = config.prompt.frame_cache_bytes if clips is None else min(config.prompt.frame_cache_bytes, clips * work.clip_bytes)
+def _prompts_bytes(shapes: ModelShapes, work: Workload, at_once: int) -> dict[str, int]:
+    """On the host: frames (mapped files of the node's cache) and pixels, float32, of `at_once` encoded prompts."""
     pixels = work.max_video_tokens * shapes.vision.patches_a_token * shapes.vision.patch_values * 4
-    return {"decoded frames": max(cache, work.clip_bytes), "encoded prompts": at_once * pixels}
+    return {"decoded frames": at_once * work.clip_bytes, "encoded prompts": at_once * pixels}
 
 
 def _buckets(config: Config, student: ModelShapes) -> dict[str, int]:

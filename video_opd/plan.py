@@ -4,8 +4,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from video_opd.clips import num_video_tokens
 from video_opd.config import Config, DatasetConfig
 from video_opd.datasets import read_prompts
+from video_opd.decode_pool import shared_pool
 from video_opd.errors import ConfigError
 from video_opd.memory_check import MemoryPlan, device_gpu_bytes, machine_bytes
 from video_opd.memory_plan import GIB, Workload, workload_of, workload_of_budget
@@ -45,6 +47,7 @@ def make_plan(config: Config) -> Plan:
     if config.loss.needs.rewards:
         load_rewards(config.loss.rewards)
     train, evaluation = (read_prompts(d, config.video, student.size_multiple) for d in (config.data.train, config.data.eval))
+    shared_pool(config.video).close()  # who plans decodes no more
     check_pool(config, train)
     return Plan(student, train, evaluation)
 
@@ -166,6 +169,7 @@ def describe(config: Config, draft: Draft) -> str:
             else "teacher   none",
             f"actors    {config.rollout.num_actors} on vLLM, {config.rollout.prompts_per_call} prompts a call",
             f"data      {_describe_split(draft.train, 'train')}; {_describe_split(draft.eval, 'eval')}",
+            f"video     {_describe_clips(config, draft)}",
             f"loss      {config.loss.kind}, lr {config.learner.lr:g}",
             f"prompts   {_describe_curriculum(config)}",
             f"run       {config.num_steps} steps of {config.groups_per_step} prompts, {rollouts} rollouts, "
@@ -175,11 +179,23 @@ def describe(config: Config, draft: Draft) -> str:
 
 
 def _describe_split(prompts: list[Prompt] | None, name: str) -> str:
-    if prompts is None:
-        return f"{name} NOT checked"
-    clip = prompts[0].clip
-    frames = f"{len(clip.frame_indices)} frames of {clip.frame_size[0]}x{clip.frame_size[1]} from {clip.duration_s:.1f} s"
-    return f"{len(prompts)} {name} prompts, first clip {frames}"
+    return f"{name} NOT checked" if prompts is None else f"{len(prompts)} {name} prompts"
+
+
+def _describe_clips(config: Config, draft: Draft) -> str:
+    """Frames, rate and tokens that models see of a clip, next to what was asked for."""
+    video = config.video
+    budget = f"asked {video.fps:g} frames a second, at most {video.max_video_tokens} tokens, by {video.decoder}"
+    if draft.train is None:
+        return budget
+    clips = list({p.clip.clip_id: p.clip for p in draft.train}.values())
+    rates = [c.sampled_fps for c in clips]
+    tokens = [num_video_tokens(c, draft.student.size_multiple) for c in clips]
+    frames = [len(c.frame_indices) for c in clips]
+    return (
+        f"{len(clips)} train clips: frames {min(frames)} to {max(frames)}, a second {min(rates):.2f} to {max(rates):.2f}, "
+        f"tokens {min(tokens)} to {max(tokens)}, mean {sum(tokens) / len(tokens):.0f}; {budget}"
+    )
 
 
 def _describe_curriculum(config: Config) -> str:

@@ -22,15 +22,34 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clip:
-    """Which frames of which file, at which size. A reference: pixels are read by clips.read_frames."""
+    """Which frames of which video, at which size. A reference: pixels are read by frame_cache.FrameCache."""
 
     clip_id: str
-    video_path: str
-    num_video_frames: int  # of the whole file
-    video_fps: float  # of the file, frames a second
-    duration_s: float
-    frame_indices: np.ndarray  # int64[F], ascending, into the file
+    video_path: str  # a file, or a folder of images
+    num_video_frames: int  # of the whole video
+    video_fps: float  # of the video, frames a second; the mean of a variable rate
+    duration_s: float  # of the clip
+    frame_indices: np.ndarray  # int64[F], ascending, into the video
     frame_size: tuple[int, int]  # (H, W) after resizing
+    frame_times_s: np.ndarray | None = None  # float64[F] in the video; None: a constant rate, frame_indices / video_fps
+    start_s: float = 0.0  # of the clip in the video
+
+    @property
+    def timestamps_s(self) -> np.ndarray:
+        """float64[F]: when each frame is shown, from the start of the clip."""
+        times = self.frame_indices / self.video_fps if self.frame_times_s is None else self.frame_times_s
+        return times - self.start_s
+
+    @property
+    def sampled_fps(self) -> float:
+        """Frames that a model sees of a second of the clip."""
+        return len(self.frame_indices) / self.duration_s
+
+    @property
+    def is_plain(self) -> bool:
+        """The whole of a video of constant rate: frame_indices / video_fps are the timestamps."""
+        whole = self.start_s == 0.0 and round(self.duration_s * self.video_fps) == self.num_video_frames
+        return self.frame_times_s is None and whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

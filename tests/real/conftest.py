@@ -55,7 +55,8 @@ def overrides(models, clips, tmp_path_factory) -> list[str]:
         for key, name in (("annotations", "annotations.txt"), ("lengths", "lengths.csv"), ("videos", "videos"))
     ]
     runs = tmp_path_factory.mktemp("runs")
-    return [f"student={models / 'student'}", f"teacher={models / 'teacher'}", f"runs_dir={runs}", *data]
+    cache = tmp_path_factory.mktemp("frames")
+    return [f"student={models / 'student'}", f"teacher={models / 'teacher'}", f"runs_dir={runs}", f"video.cache_dir={cache}", *data]
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +71,7 @@ def prompts(config) -> list[Prompt]:
 
 @pytest.fixture(scope="session")
 def encoder(config) -> PromptEncoder:
-    return PromptEncoder(config.student, config.prompt)
+    return PromptEncoder(config.student, config.prompt, config.video)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ def config() -> Config:
 
 
 def encoder_of(config: Config) -> PromptEncoder:
-    return PromptEncoder(str(config.teacher), config.prompt)
+    return PromptEncoder(str(config.teacher), config.prompt, config.video)
 
 
 @pytest.fixture(scope="module")

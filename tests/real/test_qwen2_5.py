@@ -122,7 +122,7 @@ def prompts(config) -> list[Prompt]:
 
 @pytest.fixture(scope="module")
 def encoder(config) -> PromptEncoder:
-    return PromptEncoder(config.student, config.prompt)
+    return PromptEncoder(config.student, config.prompt, config.video)
 
 
 def literal_positions(types: list[int], grid: tuple[int, int, int], seconds: float) -> list[list[int]]:
@@ -168,7 +168,7 @@ def test_positions_are_those_of_a_literal_reading_with_padding_on_either_side(co
 
 
 def test_the_teacher_scores_what_a_plain_forward_over_one_sequence_gives(config, prompts):
-    encoder = PromptEncoder(config.teacher, config.prompt)
+    encoder = PromptEncoder(config.teacher, config.prompt, config.video)
     engine = TransformersEngine(config.teacher, config.teacher_pool, Wanted(), 0, encoder)
     encoded = [encoder.encode(p) for p in prompts[:3]]
     responses = [np.array([5, 9, 3], np.int32), np.array([7], np.int32), np.array([1, 2, 3, 4, 5], np.int32)]

@@ -1,6 +1,7 @@
 """vLLM against transformers in fp32: log-probs before and after a weight publication."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import torch
 from actors.engine import PolicyEngine
 from learner.weight_sender import to_buckets
 from tests.real.conftest import reference_logprobs
+from tests.videos import noise, write_video
+from video_opd.clips import plan_clip
 from video_opd.modeling import load_model
 from video_opd.prompting import parse_span
 from video_opd.types import EncodedPrompt, Prompt
@@ -106,3 +109,18 @@ def test_blank_video_hides_the_clip_and_nothing_else(prompts, encoder):
     assert shown.frames.std() > 0
     assert shown.fingerprint != blank.fingerprint
     assert parse_span("no answer") is None
+
+
+def test_cuts_and_variable_rates_are_shown_to_vllm_as_to_transformers(engine, config, prompts, encoder, tmp_path):
+    """generate raises where vLLM expands a prompt into other ids: its timestamps are those of the encoder."""
+    write_video(tmp_path / "even.mp4", noise(48), rate=4)
+    write_video(tmp_path / "uneven.mp4", noise(48), times_ms=np.cumsum([0, *[100, 400] * 23, 100]))
+    cut = plan_clip("cut", tmp_path / "even.mp4", config.video, 32, cut_s=(3.25, 9.0))
+    uneven = plan_clip("uneven", tmp_path / "uneven.mp4", config.video, 32)
+    assert cut.start_s == 3.25 and uneven.frame_times_s is not None
+    encoded = [encoder.encode(dataclasses.replace(prompts[0], prompt_id=c.clip_id, clip=c)) for c in (cut, uneven)]
+    engine.generate(encoded, None)
+    for prompt, clip in zip(encoded, (cut, uneven), strict=True):
+        text = encoder.tokenizer.decode(prompt.token_ids)
+        pairs = clip.timestamps_s.reshape(-1, 2).mean(1)
+        assert re.findall(r"<\s*([\d.]+)\s*seconds\s*>", text) == [f"{t:.1f}" for t in pairs]

@@ -15,7 +15,7 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def teacher_encoder(config) -> PromptEncoder:
-    return PromptEncoder(config.teacher, config.prompt)
+    return PromptEncoder(config.teacher, config.prompt, config.video)
 
 
 @pytest.fixture(scope="module", params=[TransformersEngine, VllmEngine], ids=["transformers", "vllm"])
@@ -33,10 +33,12 @@ def cases(prompts, teacher_encoder):
 
 def test_scores_match_transformers(engine, config, cases):
     model = load_model(config.teacher, "float32").eval()
-    for prompt, response, (logprobs, top_k, _) in zip(*cases, engine.score(*cases), strict=True):
+    for prompt, response, (logprobs, top_k, _, entropy) in zip(*cases, engine.score(*cases), strict=True):
         exact = reference_logprobs(model, prompt, response)
         assert logprobs.shape == (len(response),)
         assert np.abs(logprobs - exact[np.arange(len(response)), response]).max() < TOLERANCE
+        if entropy is not None:  # vLLM does not give it
+            assert np.abs(entropy + (np.exp(exact) * exact).sum(-1)).max() < TOLERANCE
         assert top_k.ids.shape == top_k.logprobs.shape == (len(response), K)
         assert np.abs(top_k.logprobs - np.sort(exact, axis=1)[:, ::-1][:, :K]).max() < TOLERANCE
         assert np.abs(np.take_along_axis(exact, top_k.ids.astype(int), 1) - top_k.logprobs).max() < TOLERANCE
@@ -55,6 +57,11 @@ def test_greedy_predictions_follow_the_argmax(engine, config, cases, teacher_enc
                 break
             ids.append(token)
         assert text == teacher_encoder.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_the_transformers_engine_knows_the_teachers_entropy(engine, cases):
+    known = [s.entropy is not None for s in engine.score(*cases)]
+    assert all(known) if isinstance(engine, TransformersEngine) else not any(known)
 
 
 def test_several_answers_are_sampled_for_each_prompt(engine, cases):

@@ -1,0 +1,48 @@
+"""Decoders that misbehave, named to a decode worker as "tests.bad_decoders:NAME"."""
+
+import ctypes
+import os
+import signal
+
+import numpy as np
+
+from video_opd.decoders import VideoInfo
+
+INFO = VideoInfo(num_frames=48, fps=4.0, size=(32, 32), times_s=None)
+
+
+class Opens:
+    """48 grey frames."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def describe(self) -> VideoInfo:
+        return INFO
+
+    def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
+        frames[:] = 128
+
+
+class HangsOnRead(Opens):
+    """As decord does on a file that over-reports its length: it never comes back, and holds the GIL. Only for names with "bad"."""
+
+    def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
+        if "bad" in self.path:
+            ctypes.PyDLL(None).sleep(3600)
+        super().read(indices, frames)
+
+
+class HangsOnOpen(Opens):
+    def __init__(self, path: str):
+        ctypes.PyDLL(None).sleep(3600)
+
+
+class Crashes(Opens):
+    def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+class IsKilled(Opens):
+    def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
