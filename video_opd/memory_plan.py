@@ -294,8 +294,7 @@ def learner_memory(config: Config, student: ModelShapes, teacher: ModelShapes | 
     )
     host = _prompts_bytes(student, train, batch) | _buckets(config, student)
     if learner.vision_cache_bytes:
-        of_clip = video_bytes(student, e, train.max_video_tokens)["video features"]
-        host["vision cache"] = min(learner.vision_cache_bytes, of_clip * clips) if clips else learner.vision_cache_bytes
+        host["vision cache"] = learner.vision_cache_bytes
     return _place("learner", learner.world_size, learner.num_gpus, computing, host)
 
 
