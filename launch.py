@@ -444,7 +444,8 @@ async def execute(config: Config, folder: Path, plan: Plan, resume: bool) -> dic
             "teacher_calls": run.totals["scored_rollouts"],
             "teacher_answers": run.totals["teacher_answers"],
             "published_bytes": run.totals["published_bytes"],
-            "dropped": {r["prompt_id"]: r["dropped"] for r in records.filter(pc.field("dropped") != "").to_pylist()},
+            "dropped": plan.unreadable
+            | {r["prompt_id"]: r["dropped"] for r in records.filter(pc.field("dropped") != "").to_pylist()},
             "failed_eval": run.failed_eval,
             "examples": {k: {p.prompt_id: p.text for p in run.examples[k]} for k in run.examples if k != "no_video"},
         }

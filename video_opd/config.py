@@ -67,11 +67,22 @@ class DatasetConfig(_Section):
         default=0.0, description="an annotation that ends beyond its clip by at most this is cut at the clip's end"
     )
     max_prompts: PositiveInt | None = Field(default=None, description="use only the first so many prompts")
+    unreadable: Literal["error", "drop"] = Field(
+        default="error", description="data.train: a video that cannot be opened ends the launch, or its prompts are left out"
+    )
 
 
 class DataConfig(_Section):
     train: DatasetConfig
     eval: DatasetConfig
+
+    @model_validator(mode="after")
+    def _evaluation_leaves_nothing_out(self):
+        if self.eval.unreadable != "error":
+            raise ValueError(
+                "data.eval.unreadable=drop would leave failures out of the metrics: mend the videos or remove their lines"
+            )
+        return self
 
 
 class VideoConfig(_Section):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from video_opd.clips import num_video_tokens
 from video_opd.config import Config, DatasetConfig
-from video_opd.datasets import read_prompts
+from video_opd.datasets import read_prompts, read_split
 from video_opd.decode_pool import shared_pool
 from video_opd.errors import ConfigError
 from video_opd.memory_check import MemoryPlan, device_gpu_bytes, machine_bytes
@@ -26,6 +26,7 @@ class Plan:
     student: ModelInfo
     train: list[Prompt]
     eval: list[Prompt]
+    unreadable: dict[str, str]  # training prompt id: why its clip cannot be read
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,10 @@ def make_plan(config: Config) -> Plan:
         check_teacher(config, student, read_model_info(config.teacher))
     if config.loss.needs.rewards:
         load_rewards(config.loss.rewards)
-    train, evaluation = (read_prompts(d, config.video, student.size_multiple) for d in (config.data.train, config.data.eval))
+    train, evaluation = (read_split(d, config.video, student.size_multiple) for d in (config.data.train, config.data.eval))
     shared_pool(config.video).close()  # who plans decodes no more
-    check_pool(config, train)
-    return Plan(student, train, evaluation)
+    check_pool(config, train.prompts)
+    return Plan(student, train.prompts, evaluation.prompts, train.unreadable)
 
 
 def make_draft(config: Config) -> Draft:

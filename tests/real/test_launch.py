@@ -17,6 +17,7 @@ import yaml
 
 import launch
 from demo.clips import write_split
+from tests.videos import write_audio
 from tests.real.conftest import DEMO
 from video_opd.config import load_config
 from video_opd.datasets import read_prompts
@@ -291,6 +292,43 @@ def test_sft_needs_neither_teacher_nor_actors(overrides, config):
     assert (summary["rollouts"], summary["tokens"]["rollout"], summary["published_bytes"]) == (0, 0, 0)
     assert [m["learner/num_tokens"] > 0 for m in metrics_of(run)] == [True, True]
     assert (run / "report.html").is_file() and (run / "checkpoints" / "step-2" / "student").is_dir()
+
+
+def test_broken_clips_are_named_and_the_run_is_that_of_the_good_ones(overrides, config, tmp_path):
+    """One clip in five is broken, each in another way. The same run without their lines gives the same numbers."""
+    write_split(tmp_path / "train", "train", 25, ("colour",))
+    videos = tmp_path / "train" / "videos"
+
+    def path(number: int) -> Path:
+        return videos / f"train{number:05d}.mp4"
+
+    path(0).write_bytes(b"")
+    path(5).write_bytes(path(5).read_bytes()[:700])
+    path(10).write_text("a letter, not a film")
+    path(15).unlink()
+    write_audio(path(20))
+    annotations = tmp_path / "train" / "annotations.txt"
+    broken = [f"train{n:05d}" for n in (0, 5, 10, 15, 20)]
+    lines = annotations.read_text().splitlines()
+    good = ["" if line.split()[0] in broken else line for line in lines]
+    (tmp_path / "good.txt").write_text("\n".join(good))
+    data = [f"data.train.lengths={tmp_path / 'train' / 'lengths.csv'}", f"data.train.videos={videos}", "num_steps=2"]
+    for name, file in (("broken", annotations), ("good", tmp_path / "good.txt")):
+        more = [*data, f"data.train.annotations={file}", f"run_name={name}", "data.train.unreadable=drop"]
+        done = run_launch(*overrides, *SHRUNK, *more)
+        assert done.returncode == 0, done.stderr[-4000:]
+    runs = Path(config.runs_dir)
+    summaries = {name: json.loads((runs / name / "summary.json").read_text()) for name in ("broken", "good")}
+    dropped = summaries["broken"]["dropped"]
+    assert {prompt_id.split(":")[0] for prompt_id in dropped} == set(broken) and len(dropped) == len(lines) - sum(map(bool, good))
+    assert all(str(path(int(prompt_id[5:10]))) in reason for prompt_id, reason in dropped.items())
+    assert len({reason.replace(prompt_id[:10], "") for prompt_id, reason in dropped.items()}) >= 4, "each with its own reason"
+    assert summaries["good"]["dropped"] == {}
+    assert summaries["broken"]["student_after"] == summaries["good"]["student_after"]
+    for ours, theirs in zip(*(metrics_of(runs / name) for name in ("broken", "good")), strict=True):
+        assert {k: v for k, v in ours.items() if k.startswith(("actors/", "learner/"))} == pytest.approx(
+            {k: v for k, v in theirs.items() if k.startswith(("actors/", "learner/"))}, rel=1e-4
+        )
 
 
 @pytest.mark.parametrize("kind", ["off_policy_rkd", "off_policy_fkd"])

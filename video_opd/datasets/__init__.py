@@ -4,6 +4,6 @@ source.py reads text, fields.py single values, formats.py every layout (detect.p
 file, videos.py finds files; prompts.py is what a run reads, check.py and convert.py are `python -m video_opd.datasets`.
 """
 
-from video_opd.datasets.prompts import read_prompts
+from video_opd.datasets.prompts import Split, read_prompts, read_split
 
-__all__ = ["read_prompts"]
+__all__ = ["Split", "read_prompts", "read_split"]

@@ -1,6 +1,7 @@
 """Annotation files -> prompts."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from video_opd.clips import plan_clip
@@ -14,15 +15,29 @@ from video_opd.types import Clip, Prompt, Span
 NAMED_IN_ERRORS = 3
 
 
+@dataclass(frozen=True)
+class Split:
+    """An annotated split as a run sees it."""
+
+    prompts: list[Prompt]
+    unreadable: dict[str, str]  # prompt id: why its clip cannot be read; none where data.*.unreadable is `error`
+
+
 def read_prompts(dataset: DatasetConfig, video: VideoConfig, multiple: int) -> list[Prompt]:
+    """The prompts of read_split."""
+    return read_split(dataset, video, multiple).prompts
+
+
+def read_split(dataset: DatasetConfig, video: VideoConfig, multiple: int) -> Split:
     """Reads an annotated split of any format, in the order of its file.
 
-    `multiple`: see clips.plan_clip. Each clip is opened once. Raises DataError or ClipError on the first line or video
-    that cannot be read, and DataError for all intervals and queries that cannot be, with their number and the first of them.
+    `multiple`: see clips.plan_clip. Each clip is opened once. Raises DataError on the first line that cannot be read, ClipError
+    on the first video that cannot be (with unreadable=drop its prompts are left out), and DataError for all intervals and
+    queries that cannot be, with their number and the first of them.
     """
     dataset = resolve(dataset)
-    clips: dict[tuple[str, Span | None], Clip] = {}
-    prompts, bad = [], []
+    clips: dict[tuple[str, Span | None], Clip | ClipError] = {}
+    prompts, unreadable, bad = [], {}, []
     for annotation in read_annotations(dataset):
         path = find_video(dataset.videos, annotation.video, annotation.where)
         key = (str(path), annotation.cut_s)
@@ -31,19 +46,25 @@ def read_prompts(dataset: DatasetConfig, video: VideoConfig, multiple: int) -> l
             try:
                 clips[key] = _plan(annotation.video, str(path), annotation.cut_s, video, multiple)
             except ClipError as error:
-                raise ClipError(f"{annotation.where}: {error}") from error
+                if dataset.unreadable == "error":
+                    raise ClipError(f"{annotation.where}: {error}") from error
+                clips[key] = error
         clip = clips[key]
+        if isinstance(clip, ClipError):
+            unreadable[annotation.prompt_id] = str(clip)
+            continue
         spans, faults = fit(annotation, clip.duration_s, 1.0 / clip.video_fps, dataset.clamp_s)
         bad += [f"{annotation.where}: {fault.reason}" for fault in faults]
         prompts.append(Prompt(prompt_id=annotation.prompt_id, clip=clip, query=annotation.query, answer_spans_s=spans))
         if len(prompts) == dataset.max_prompts:
             break
     if not prompts:
-        raise DataError(f"{dataset.annotations} has no annotations")
+        why = f": the videos of all {len(unreadable)} cannot be read" if unreadable else ""
+        raise DataError(f"{dataset.annotations} has no annotations{why}")
     if bad:
         more = f" ({len(bad)} such lines in all, also {'; '.join(bad[1:NAMED_IN_ERRORS])})" if bad[1:] else ""
         raise DataError(f"{bad[0]}{more}")
-    return prompts
+    return Split(prompts, unreadable)
 
 
 def _check_cut(cut_s: Span | None, where: str) -> None:
