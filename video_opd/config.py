@@ -79,9 +79,7 @@ class DataConfig(_Section):
     @model_validator(mode="after")
     def _evaluation_leaves_nothing_out(self):
         if self.eval.unreadable != "error":
-            raise ValueError(
-                "data.eval.unreadable=drop would leave failures out of the metrics: mend the videos or remove their lines"
-            )
+            raise ValueError("data.eval.unreadable=drop would leave failures out of the metrics: mend the videos")
         return self
 
 

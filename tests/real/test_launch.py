@@ -17,8 +17,8 @@ import yaml
 
 import launch
 from demo.clips import write_split
-from tests.videos import write_audio
 from tests.real.conftest import DEMO
+from tests.videos import write_audio
 from video_opd.config import load_config
 from video_opd.datasets import read_prompts
 
