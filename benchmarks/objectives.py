@@ -17,6 +17,7 @@ from typing import Any
 import jinja2
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -136,9 +137,11 @@ def draw(rows: dict[str, list[dict[str, Any]]]) -> Figure:
                 axes.fill_between(spent, values.min(0), values.max(0), color=f"C{place}", alpha=0.15)
     for column, label in enumerate(AXES.values()):
         panels[1][column].set(xlabel=label)
+        for axes in panels[:, column]:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     for row, label in enumerate(("mIoU", "R1@0.7")):
         panels[row][0].set(ylabel=f"held-out {label}")
-    panels[0][0].legend(fontsize="small")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right")
     return figure
 
 
