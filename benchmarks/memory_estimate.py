@@ -9,73 +9,21 @@ import argparse
 import asyncio
 import json
 import tempfile
-import threading
 import time
 from collections import Counter
 from pathlib import Path
 
-import psutil
 import ray
 from rich.console import Console
 from rich.table import Table
 
 import launch
+from benchmarks.memory import PeakByRole, sample
 from video_opd.config import Config, load_config, resolve_paths
 from video_opd.memory_plan import GIB
 from video_opd.plan import make_draft, memory_plan
 
-SAMPLE_EVERY_S = 1.0
 SETTLE_S = 10.0
-ROLE_OF = {  # how a worker's title starts, idle or in a call; every other process below this one is Ray's own
-    "ray::LearnerRank": "learner",
-    "ray::learner-": "learner",
-    "ray::RolloutActor": "actors",
-    "ray::actor-": "actors",
-    "ray::ServeReplica": "teacher",
-    "ray::ServeController": "serve",
-    "ray::SchedulerActor": "curriculum",
-    "ray::curriculum": "curriculum",
-}
-
-
-def role_of(title: str) -> str:
-    return next((role for start, role in ROLE_OF.items() if title.startswith(start)), "ray")
-
-
-def sample() -> Counter[str]:
-    """Proportional set size now, bytes by role."""
-    me, sizes = psutil.Process(), Counter({"driver": psutil.Process().memory_full_info().pss})
-    for process in me.children(recursive=True):
-        try:
-            sizes[role_of(process.cmdline()[0])] += process.memory_full_info().pss
-        except (psutil.NoSuchProcess, IndexError):  # it ended while we looked
-            continue
-    return sizes
-
-
-class PeakByRole:
-    """The sample with the largest sum, and the largest of each role."""
-
-    def __init__(self):
-        self.at_peak: Counter[str] = Counter()
-        self.of_role: Counter[str] = Counter()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(SAMPLE_EVERY_S):
-            sizes = sample()
-            self.of_role |= sizes
-            if sizes.total() > self.at_peak.total():
-                self.at_peak = sizes
 
 
 def demo(num_steps: int, runs: str, overrides: list[str]) -> Config:

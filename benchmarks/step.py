@@ -6,53 +6,23 @@
 import argparse
 import json
 import tempfile
-import threading
 from pathlib import Path
 
 import numpy as np
-import psutil
 from rich.console import Console
 from rich.table import Table
 
 import launch
+from benchmarks.memory import PeakByRole
 from video_opd.config import load_config, resolve_paths
 from video_opd.metrics import PHASES, read_metrics
 
 WARM_UP_STEPS = 2  # engines allocate and caches fill
-SAMPLE_EVERY_S = 2.0
-
-
-class PeakMemory:
-    """The largest proportional set size of this process and all below it: shared pages count once."""
-
-    def __init__(self):
-        self.peak_bytes = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        me = psutil.Process()
-        while not self._stop.wait(SAMPLE_EVERY_S):
-            total = 0
-            for process in [me, *me.children(recursive=True)]:
-                try:
-                    total += process.memory_full_info().pss
-                except psutil.NoSuchProcess:  # it ended while we looked
-                    continue
-            self.peak_bytes = max(self.peak_bytes, total)
 
 
 def measure(overrides: list[str], num_steps: int) -> dict:
     """Runs the demo for `num_steps` steps; medians over the steps after the warm-up."""
-    with tempfile.TemporaryDirectory() as runs, PeakMemory() as memory:
+    with tempfile.TemporaryDirectory() as runs, PeakByRole() as memory:
         forced = [f"num_steps={num_steps}", f"runs_dir={runs}", "run_name=benchmark"]
         config = resolve_paths(load_config(launch.HERE / "configs" / "demo.yaml", [*overrides, *forced]), launch.HERE)
         summary = launch.launch(config)
@@ -63,7 +33,7 @@ def measure(overrides: list[str], num_steps: int) -> dict:
         "seconds_per_step": step_s,
         "phases": phases,
         "limit_share": max(phases[name] for name in PHASES) / step_s,
-        "peak_rss_bytes": memory.peak_bytes,
+        "peak_bytes": memory.at_peak.total(),
         "start_up_s": summary["seconds"]["start_up"],
         "steps": len(lines),
     }
@@ -82,7 +52,7 @@ def main() -> None:
     Console().print(table)
     print(
         f"slowest phase / step {result['limit_share']:.2f}, start-up {result['start_up_s']:.0f} s, "
-        f"peak memory of all processes {result['peak_rss_bytes'] / 2**30:.2f} GiB"
+        f"peak memory of all processes {result['peak_bytes'] / 2**30:.2f} GiB"
     )
     print(json.dumps(result))
 
