@@ -322,7 +322,7 @@ def test_broken_clips_are_named_and_the_run_is_that_of_the_good_ones(overrides, 
     dropped = summaries["broken"]["dropped"]
     assert {prompt_id.split(":")[0] for prompt_id in dropped} == set(broken) and len(dropped) == len(lines) - sum(map(bool, good))
     assert all(str(path(int(prompt_id[5:10]))) in reason for prompt_id, reason in dropped.items())
-    assert len({reason.replace(prompt_id[:10], "") for prompt_id, reason in dropped.items()}) >= 4, "each with its own reason"
+    assert len({reason.replace(prompt_id[:10], "") for prompt_id, reason in dropped.items()}) >= 3, "missing, no video, undecodable"
     assert summaries["good"]["dropped"] == {}
     assert summaries["broken"]["student_after"] == summaries["good"]["student_after"]
     for ours, theirs in zip(*(metrics_of(runs / name) for name in ("broken", "good")), strict=True):
@@ -386,7 +386,9 @@ def test_dry_run_prints_the_plan_and_starts_nothing(overrides, capsys):
     assert launch.main([*overrides, *SHRUNK, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert not ray.is_initialized()
-    assert all(word in out for word in ("student", "teacher", "actors", "data", "loss", "24 frames of 32x32"))
+    assert all(
+        word in out for word in ("student", "teacher", "actors", "data", "loss", "frames 24 to 24", "tokens 12 to 12", "in all")
+    )
 
 
 @pytest.mark.parametrize(
