@@ -141,7 +141,7 @@ def draw(rows: dict[str, list[dict[str, Any]]]) -> Figure:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     for row, label in enumerate(("mIoU", "R1@0.7")):
         panels[row][0].set(ylabel=f"held-out {label}")
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right")  # pyright: ignore  # its stubs lack it
     return figure
 
 
