@@ -93,6 +93,8 @@ def measure(kind: str, seed: int, runs: Path, num_steps: int, more: Sequence[str
     return {
         "kind": kind,
         "seed": seed,
+        "steps": num_steps,
+        "overrides": list(more),
         "miou": summary["student_after"]["miou"],
         "r1_07": summary["student_after"]["r1@0.7"],
         "step_s": step_s,
@@ -102,6 +104,11 @@ def measure(kind: str, seed: int, runs: Path, num_steps: int, more: Sequence[str
         "teacher_miou": summary["teacher"]["miou"] if summary["teacher"] else None,
         "curve": curve,
     }
+
+
+def key_of(row: dict[str, Any]) -> tuple:
+    """Rows with one key are of the same run."""
+    return row["kind"], row["seed"], row["steps"], *row["overrides"]
 
 
 def point(step: int, step_s: float, line: dict[str, float], values: dict[str, float]) -> dict[str, float]:
@@ -176,12 +183,15 @@ def main() -> None:
     if arguments.quick:
         arguments.kinds, arguments.seeds, arguments.steps = ["opd_topk", "grpo"], 1, EVAL_EVERY
     out = arguments.out.resolve()
-    rows = read_rows(out / "rows.jsonl")
+    done = {key_of(row): row for row in read_rows(out / "rows.jsonl")}
+    rows = []
     for seed in range(arguments.seeds):
         for kind in arguments.kinds:
-            if not any((row["kind"], row["seed"]) == (kind, seed) for row in rows):
-                rows.append(measure(kind, seed, out / "runs", arguments.steps, arguments.overrides))
-                append_row(out / "rows.jsonl", rows[-1])
+            wanted = key_of({"kind": kind, "seed": seed, "steps": arguments.steps, "overrides": arguments.overrides})
+            if wanted not in done:
+                done[wanted] = measure(kind, seed, out / "runs", arguments.steps, arguments.overrides)
+                append_row(out / "rows.jsonl", done[wanted])
+            rows.append(done[wanted])
     report(by_kind(rows), arguments.target, out)
     print(json.dumps({"rows": [{k: v for k, v in row.items() if k != "curve"} for row in rows]}))
 
