@@ -6,74 +6,42 @@ demo on a CPU.
 
 import argparse
 import asyncio
-import math
-import os
 import sys
 import time
 import traceback
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from itertools import cycle, islice, repeat
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.compute as pc
 import ray
 
 import video_opd  # noqa: F401  # first: makes transformers importable
-from actors.actor_pool import ActorPool
-from curriculum.scheduler import Curriculum
-from curriculum.teacher_answers import TEMPERATURE, find_answers, prompt_keys, settings_key, write_answers
 from demo.clips import ensure_clips
-from evaluation.report import StepProgress, print_summary, progress_bar, write_report
-from learner.checkpoint import new_checkpoint, read_state, write_state
-from learner.learner import Learner
-from teacher_service.service import ScoreResult, TeacherPool
+from driver.checkpoints import checkpoint, restore
+from driver.evaluations import evaluate_student, evaluate_teacher
+from driver.record import Outputs, check_finite, check_lag, check_logprob_gap, num_tokens, record
+from driver.rounds import start_round
+from driver.run import Run, create_parts, publish_weights, start_ray
+from evaluation.report import print_summary, progress_bar, write_report
+from learner.checkpoint import read_state
+from teacher_service.service import ScoreResult
 from video_opd.buffer import TrajectoryBuffer
 from video_opd.config import Config, describe_keys, load_config, resolve_paths
 from video_opd.demonstrations import Demonstrator
-from video_opd.errors import CheckpointError, ConfigError, InputError, ParityError, RunError, VideoOPDError
-from video_opd.grounding import best_iou, blind_baselines, evaluate, prompt_iou
+from video_opd.errors import CheckpointError, ConfigError, InputError, VideoOPDError
+from video_opd.grounding import blind_baselines
 from video_opd.memory_check import check_fits, describe_memory
-from video_opd.metrics import MetricSinks, PhaseClock
+from video_opd.metrics import MetricSinks
 from video_opd.plan import Plan, describe, make_draft, make_plan, memory_plan
-from video_opd.rewards import Reward, load_rewards, total_reward
+from video_opd.rewards import total_reward
 from video_opd.run_folder import latest_checkpoint, new_run_folder, write_config, write_json
 from video_opd.schemas import TrajectoryLog, write_parquet
-from video_opd.types import FailedPrompt, Prediction, Prompt, ScoredGroup, StepReport, TeacherScores, Trajectory, TrajectoryGroup
+from video_opd.types import FailedPrompt, ScoredGroup, TeacherScores, TrajectoryGroup
 
 HERE = Path(__file__).resolve().parent
-ANSWERS_A_WRITE = 4096
-
-
-@dataclass
-class Run:
-    """The parts of a run, and what it has seen so far."""
-
-    folder: Path
-    config: Config
-    plan: Plan
-    actors: ActorPool
-    teacher: TeacherPool | None  # None: neither the objective nor the curriculum asks one
-    learner: Learner
-    curriculum: Curriculum
-    rewards: list[Reward]  # empty: the objective needs none
-    clock: PhaseClock = field(default_factory=PhaseClock)
-    totals: Counter[str] = field(default_factory=Counter)
-    evaluations: dict[str, Any] = field(default_factory=dict)
-    examples: dict[str, list[Prediction]] = field(default_factory=dict)
-    failed_eval: dict[str, str] = field(default_factory=dict)  # prompt id: why; each counts as IoU 0
-    step: int = 0  # the next to do
-    published: int = -1  # the version that the actors have
-    round_end: int | None = None  # the step at which the curriculum selects again; None: never
-    gap_is_checked: bool = False
-
-    @property
-    def out_of_budget(self) -> bool:
-        return self.totals["scored_tokens"] >= (self.config.max_scored_tokens or math.inf)
 
 
 def prepare(config: Config) -> Plan:
@@ -81,67 +49,6 @@ def prepare(config: Config) -> Plan:
     if Path(config.data.train.annotations).is_relative_to(HERE / "demo" / "data"):
         ensure_clips(HERE / "demo" / "data")
     return make_plan(config)
-
-
-def start_ray(config: Config, address: str | None) -> None:
-    """Connects to `address`, or starts a Ray of this machine alone."""
-    os.environ.setdefault("RAY_worker_niceness", "0")  # workers are not to yield to the driver
-    paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    shared: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": "ERROR",
-        "namespace": "video_opd",
-        "runtime_env": {"env_vars": {"PYTHONPATH": paths}},
-    }
-    if address:
-        try:
-            ray.init(address=address, **shared)
-        except ConnectionError as error:
-            raise ConfigError(f"no Ray cluster answers at {address}: start one with `ray up cluster.yaml` ({error})") from error
-        return
-    roles = {"rollout": config.rollout.num_actors, "teacher": 64, "learner": config.learner.world_size}
-    cpus = max(os.cpu_count() or 1, 4 + sum(roles.values()) - 64)
-    context = ray.init(address="local", num_cpus=cpus, resources={k: float(v) for k, v in roles.items() if v}, **shared)
-    print(f"Ray dashboard: http://{context.dashboard_url}" if context.dashboard_url else "Ray dashboard: not installed")
-
-
-def create_parts(folder: Path, config: Config, plan: Plan) -> Run:
-    """The parts of a run, their processes on their way."""
-    name = f"video_opd/{folder.name}"
-    return Run(
-        folder=folder,
-        config=config,
-        plan=plan,
-        actors=ActorPool(name, config),
-        teacher=TeacherPool(f"{name}/teacher", config) if config.needs_teacher else None,
-        learner=Learner(name, config),
-        curriculum=Curriculum(name, plan.train, config),
-        rewards=load_rewards(config.loss.rewards) if config.loss.needs.rewards else [],
-    )
-
-
-async def publish_weights(run: Run, policy_version: int) -> None:
-    """The learner's weights to every actor, as one version."""
-    buckets, num_bytes = await run.learner.put_weights(policy_version)
-    update = await run.actors.load_weights(policy_version, buckets, num_bytes)
-    run.totals["published_bytes"] += update.num_bytes
-    run.published = policy_version
-
-
-async def ask_student(run: Run, prompts: Sequence[Prompt], blank_video: bool = False) -> list[Prediction | FailedPrompt]:
-    """The student's greedy answers, with the weights of the step where the run stands."""
-    if run.published != run.step:  # without rollouts nobody needed them before
-        await publish_weights(run, run.step)
-    return await run.actors.predict(prompts, blank_video)
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a step is told to."""
-
-    sinks: MetricSinks
-    log: TrajectoryLog
-    progress: StepProgress
 
 
 async def train(run: Run) -> None:
@@ -250,162 +157,6 @@ def with_rewards(run: Run, group: TrajectoryGroup, scores: tuple[TeacherScores, 
     """The learner's payload; with rewards where the objective needs them."""
     rewards = tuple(total_reward(run.rewards, t, group.prompt) for t in group.trajectories) if run.rewards else None
     return ScoredGroup(group=group, scores=scores, rewards=rewards)
-
-
-def mean(values: Sequence[float]) -> float:
-    """NaN of nothing, which no sink writes."""
-    return float(np.mean(values)) if values else math.nan
-
-
-def num_tokens(trajectories: Iterable[Trajectory]) -> int:
-    """Response tokens."""
-    return sum(len(t.response_token_ids) for t in trajectories)
-
-
-def check_lag(groups: Sequence[ScoredGroup], step: int, max_policy_lag: int) -> list[int]:
-    """The policy lag of every trajectory. Raises ParityError where one breaks the bound."""
-    lags = [step - t.policy_version for g in groups for t in g.group.sampled if t.prompt_fingerprint is not None]
-    if lags and (min(lags) < 0 or max(lags) > max_policy_lag):
-        raise ParityError(f"step {step}: policy lags {min(lags)} to {max(lags)}, allowed 0 to {max_policy_lag}")
-    return lags
-
-
-def check_finite(report: StepReport) -> None:
-    """A diverged update must not be published. Raises RunError."""
-    for name in ("learner/loss", "learner/grad_norm"):
-        if not np.isfinite(report.metrics[name]):
-            raise RunError(f"step {report.step}: {name} is {report.metrics[name]}: lower learner.lr, or resume from a checkpoint")
-
-
-def check_logprob_gap(run: Run, report: StepReport) -> None:
-    """Actor and learner must agree on the tokens of the first batch that has any."""
-    gap, bound = report.metrics.get("learner/logprob_gap_p99"), run.config.checks.max_logprob_gap
-    if run.gap_is_checked or bound is None or gap is None:
-        return
-    run.gap_is_checked = True
-    if not gap <= bound:
-        raise ParityError(
-            f"on the first batch the 99th percentile of |actor - learner log-prob| is {gap:.4f}, bound "
-            f"{bound} (checks.max_logprob_gap): the two engines do not compute the same model"
-        )
-
-
-async def record(run: Run, outputs: Outputs, report: StepReport, groups: list[ScoredGroup], lags: list[int], step_s: float) -> None:
-    """One line of metrics: what the learner, the actors and the curriculum say of this step, and where its time went."""
-    trajectories = [(g.group.prompt, t) for g in groups for t in g.group.sampled if t.prompt_fingerprint is not None]
-    num_suspended = sum(len(g.group.suspended) for g in groups)
-    rollout_tokens = num_tokens(t for _, t in trajectories)
-    run.totals.update(rollout_tokens=rollout_tokens, rollouts=len(trajectories), suspended_rollouts=num_suspended)
-    labelled = [best_iou(t.predicted_span_s, p.answer_spans_s or ()) for p, t in trajectories if p.answer_spans_s]
-    seconds, tokens_per_s = run.clock.lap()
-    run.totals.update({f"{phase}_s": s for phase, s in seconds.items()})
-    metrics = report.metrics | {
-        "actors/miou": mean(labelled),
-        "actors/unparsed_frac": mean([t.predicted_span_s is None for _, t in trajectories]),
-        "actors/truncated_frac": mean([t.finish_reason == "length" for _, t in trajectories]),
-        "actors/policy_lag_mean": mean(lags),
-        "actors/policy_lag_max": float(max(lags, default=math.nan)),
-        "actors/rollout_tokens": float(run.totals["rollout_tokens"]),
-        "teacher/scored_tokens": float(run.totals["scored_tokens"]),
-        "curriculum/suspended_frac": num_suspended / max(1, len(trajectories)),
-        **await run.curriculum.metrics(),
-        **{f"time/{phase}_s": s for phase, s in seconds.items()},
-        "time/step_s": step_s,
-        **{f"tokens_per_s/{phase}": rate for phase, rate in tokens_per_s.items()},
-    }
-    outputs.log.write(groups, report.step)
-    outputs.sinks.write(StepReport(step=report.step, policy_version=report.policy_version, metrics=metrics), time.time())
-    outputs.progress.advance(metrics)
-
-
-async def checkpoint(run: Run) -> None:
-    """Learner, student folder, curriculum and progress as one folder that appears whole or not at all."""
-    with new_checkpoint(run.folder, run.step) as folder:
-        await run.learner.save(folder)
-        if not (folder / "student").is_dir():
-            raise RunError(f"the learner's checkpoint is not at {folder}: runs_dir must be on storage that all nodes share")
-        write_state(folder, run.step, run.plan.student.shapes, await run.curriculum.state_dict(), run.totals)
-
-
-async def restore(run: Run) -> None:
-    """Goes on where the last whole checkpoint stands."""
-    folder = latest_checkpoint(run.folder)
-    run.step, curriculum, totals = read_state(folder, run.plan.student.shapes)
-    run.totals.update(totals)
-    await run.learner.load(folder)
-    await run.curriculum.load_state_dict(curriculum)
-    num_rounds = len(curriculum["records"]["student_iou"][0])
-    for snapshot in (run.folder / "curriculum").glob("*.parquet"):  # later than where the run now stands
-        number = snapshot.stem.removeprefix("round-")
-        if snapshot.stem == "records" or (number.isdigit() and int(number) > num_rounds):
-            snapshot.unlink()
-
-
-async def start_round(run: Run, progress: StepProgress) -> None:
-    """The curriculum's next round: the teacher answers the pool once a run, the student at the start of every round."""
-    config, started = run.config.curriculum, time.monotonic()
-    if run.step == 0 and config.asks_teacher:
-        await run.curriculum.validate(await teacher_ious(run, progress))
-    student_iou = await student_ious(run) if config.asks_student else None
-    run.round_end = await run.curriculum.start_round(student_iou, run.step)
-    records = await run.curriculum.records()
-    number = len(records["student_iou"][0])
-    write_parquet(records, run.folder / "curriculum" / f"round-{number}.parquet")
-    selected, dropped = records["selected"].to_numpy(), records["dropped"].to_numpy() != ""
-    progress.say(f"round {number}: {selected.sum()} of {len(records)} prompts selected, {dropped.sum()} dropped")
-    run.clock.lap()  # no step's time
-    run.totals.update({"select_s": time.monotonic() - started})
-
-
-async def teacher_ious(run: Run, progress: StepProgress) -> np.ndarray:
-    """float64[P]: tau, NaN where a clip cannot be read. Answers that a run in runs_dir has are not generated again."""
-    config, pool = run.config, run.plan.train
-    assert run.teacher, "the curriculum asks one"
-    settings, keys = settings_key(config), await asyncio.to_thread(prompt_keys, pool, config)
-    answers = find_answers(sorted(Path(config.runs_dir).iterdir()), settings, set(keys))
-    progress.say(f"teacher answers: {len(answers)} of {len(set(keys))} found in {config.runs_dir}")
-    missing = [(key, prompt) for key, prompt in dict(zip(keys, pool, strict=True)).items() if key not in answers]
-    for first in range(0, len(missing), ANSWERS_A_WRITE):
-        part = missing[first : first + ANSWERS_A_WRITE]
-        results = await run.teacher.predict([p for _, p in part], config.curriculum.num_teacher_predictions, TEMPERATURE)
-        run.totals["teacher_answers"] += sum(len(r) for r in results if not isinstance(r, FailedPrompt))
-        await run.curriculum.retire([r for r in results if isinstance(r, FailedPrompt)])
-        answers |= {key: r for (key, _), r in zip(part, results, strict=True) if not isinstance(r, FailedPrompt)}
-        write_answers(run.folder, settings, answers)  # whole again each time: an interrupted run has answered what it has
-    write_answers(run.folder, settings, answers)
-    reading = config.curriculum.multi_span_iou
-    ious = [[prompt_iou(a.span_s, p, reading) for a in answers.get(key, ())] for key, p in zip(keys, pool, strict=True)]
-    return np.array([np.mean(of_prompt) if of_prompt else np.nan for of_prompt in ious])
-
-
-async def student_ious(run: Run) -> np.ndarray:
-    """float64[P]: sigma of the current student, NaN where a clip cannot be read or the prompt is dropped."""
-    places = await run.curriculum.alive()
-    pool = [run.plan.train[i] for i in places]
-    results = await ask_student(run, pool)
-    await run.curriculum.retire([r for r in results if isinstance(r, FailedPrompt)])
-    ious = np.full(len(run.plan.train), np.nan)
-    reading = run.config.curriculum.multi_span_iou
-    ious[places] = [
-        np.nan if isinstance(r, FailedPrompt) else prompt_iou(r.span_s, p, reading) for r, p in zip(results, pool, strict=True)
-    ]
-    return ious
-
-
-async def evaluate_student(run: Run, name: str, blank_video: bool = False) -> None:
-    if not run.actors.actors:
-        return
-    results = await ask_student(run, run.plan.eval, blank_video)
-    run.failed_eval.update({f.prompt_id: f.reason for f in results if isinstance(f, FailedPrompt)})
-    answers = [p for p in results if isinstance(p, Prediction)]
-    run.evaluations[name], run.examples[name] = evaluate(answers, run.plan.eval), answers
-
-
-async def evaluate_teacher(run: Run) -> None:
-    if run.teacher is None:
-        return
-    answers = [a[0] for a in await run.teacher.predict(run.plan.eval) if not isinstance(a, FailedPrompt)]
-    run.evaluations["teacher"], run.examples["teacher"] = evaluate(answers, run.plan.eval), answers
 
 
 async def execute(config: Config, folder: Path, plan: Plan, resume: bool) -> dict[str, Any]:

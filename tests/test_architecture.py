@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("actors", "learner", "teacher_service", "curriculum")
-OURS = {*ROOMS, "video_opd", "evaluation", "demo", "benchmarks", "launch"}
+OURS = {*ROOMS, "video_opd", "driver", "evaluation", "demo", "benchmarks", "launch"}
 SOURCES = [*sorted(p for name in OURS - {"launch"} for p in (ROOT / name).rglob("*.py")), ROOT / "launch.py"]
 
 

@@ -1,0 +1,91 @@
+"""What a step is held to, and what is recorded of it."""
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from driver.run import Run
+from evaluation.report import StepProgress
+from video_opd.errors import ParityError, RunError
+from video_opd.grounding import best_iou
+from video_opd.metrics import MetricSinks
+from video_opd.schemas import TrajectoryLog
+from video_opd.types import ScoredGroup, StepReport, Trajectory
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a step is told to."""
+
+    sinks: MetricSinks
+    log: TrajectoryLog
+    progress: StepProgress
+
+
+def mean(values: Sequence[float]) -> float:
+    """NaN of nothing, which no sink writes."""
+    return float(np.mean(values)) if values else math.nan
+
+
+def num_tokens(trajectories: Iterable[Trajectory]) -> int:
+    """Response tokens."""
+    return sum(len(t.response_token_ids) for t in trajectories)
+
+
+def check_lag(groups: Sequence[ScoredGroup], step: int, max_policy_lag: int) -> list[int]:
+    """The policy lag of every trajectory. Raises ParityError where one breaks the bound."""
+    lags = [step - t.policy_version for g in groups for t in g.group.sampled if t.prompt_fingerprint is not None]
+    if lags and (min(lags) < 0 or max(lags) > max_policy_lag):
+        raise ParityError(f"step {step}: policy lags {min(lags)} to {max(lags)}, allowed 0 to {max_policy_lag}")
+    return lags
+
+
+def check_finite(report: StepReport) -> None:
+    """A diverged update must not be published. Raises RunError."""
+    for name in ("learner/loss", "learner/grad_norm"):
+        if not np.isfinite(report.metrics[name]):
+            raise RunError(f"step {report.step}: {name} is {report.metrics[name]}: lower learner.lr, or resume from a checkpoint")
+
+
+def check_logprob_gap(run: Run, report: StepReport) -> None:
+    """Actor and learner must agree on the tokens of the first batch that has any."""
+    gap, bound = report.metrics.get("learner/logprob_gap_p99"), run.config.checks.max_logprob_gap
+    if run.gap_is_checked or bound is None or gap is None:
+        return
+    run.gap_is_checked = True
+    if not gap <= bound:
+        raise ParityError(
+            f"on the first batch the 99th percentile of |actor - learner log-prob| is {gap:.4f}, bound "
+            f"{bound} (checks.max_logprob_gap): the two engines do not compute the same model"
+        )
+
+
+async def record(run: Run, outputs: Outputs, report: StepReport, groups: list[ScoredGroup], lags: list[int], step_s: float) -> None:
+    """One line of metrics: what the learner, the actors and the curriculum say of this step, and where its time went."""
+    trajectories = [(g.group.prompt, t) for g in groups for t in g.group.sampled if t.prompt_fingerprint is not None]
+    num_suspended = sum(len(g.group.suspended) for g in groups)
+    rollout_tokens = num_tokens(t for _, t in trajectories)
+    run.totals.update(rollout_tokens=rollout_tokens, rollouts=len(trajectories), suspended_rollouts=num_suspended)
+    labelled = [best_iou(t.predicted_span_s, p.answer_spans_s or ()) for p, t in trajectories if p.answer_spans_s]
+    seconds, tokens_per_s = run.clock.lap()
+    run.totals.update({f"{phase}_s": s for phase, s in seconds.items()})
+    metrics = report.metrics | {
+        "actors/miou": mean(labelled),
+        "actors/unparsed_frac": mean([t.predicted_span_s is None for _, t in trajectories]),
+        "actors/truncated_frac": mean([t.finish_reason == "length" for _, t in trajectories]),
+        "actors/policy_lag_mean": mean(lags),
+        "actors/policy_lag_max": float(max(lags, default=math.nan)),
+        "actors/rollout_tokens": float(run.totals["rollout_tokens"]),
+        "teacher/scored_tokens": float(run.totals["scored_tokens"]),
+        "curriculum/suspended_frac": num_suspended / max(1, len(trajectories)),
+        **await run.curriculum.metrics(),
+        **{f"time/{phase}_s": s for phase, s in seconds.items()},
+        "time/step_s": step_s,
+        **{f"tokens_per_s/{phase}": rate for phase, rate in tokens_per_s.items()},
+    }
+    outputs.log.write(groups, report.step)
+    outputs.sinks.write(StepReport(step=report.step, policy_version=report.policy_version, metrics=metrics), time.time())
+    outputs.progress.advance(metrics)

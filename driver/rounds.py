@@ -1,0 +1,67 @@
+"""The curriculum's rounds: who is asked what before prompts are selected."""
+
+import asyncio
+import time
+from pathlib import Path
+
+import numpy as np
+
+from curriculum.teacher_answers import TEMPERATURE, find_answers, prompt_keys, settings_key, write_answers
+from driver.run import Run, ask_student
+from evaluation.report import StepProgress
+from video_opd.grounding import prompt_iou
+from video_opd.schemas import write_parquet
+from video_opd.types import FailedPrompt
+
+ANSWERS_A_WRITE = 4096
+
+
+async def start_round(run: Run, progress: StepProgress) -> None:
+    """The curriculum's next round: the teacher answers the pool once a run, the student at the start of every round."""
+    config, started = run.config.curriculum, time.monotonic()
+    if run.step == 0 and config.asks_teacher:
+        await run.curriculum.validate(await teacher_ious(run, progress))
+    student_iou = await student_ious(run) if config.asks_student else None
+    run.round_end = await run.curriculum.start_round(student_iou, run.step)
+    records = await run.curriculum.records()
+    number = len(records["student_iou"][0])
+    write_parquet(records, run.folder / "curriculum" / f"round-{number}.parquet")
+    selected, dropped = records["selected"].to_numpy(), records["dropped"].to_numpy() != ""
+    progress.say(f"round {number}: {selected.sum()} of {len(records)} prompts selected, {dropped.sum()} dropped")
+    run.clock.lap()  # no step's time
+    run.totals.update({"select_s": time.monotonic() - started})
+
+
+async def teacher_ious(run: Run, progress: StepProgress) -> np.ndarray:
+    """float64[P]: tau, NaN where a clip cannot be read. Answers that a run in runs_dir has are not generated again."""
+    config, pool = run.config, run.plan.train
+    assert run.teacher, "the curriculum asks one"
+    settings, keys = settings_key(config), await asyncio.to_thread(prompt_keys, pool, config)
+    answers = find_answers(sorted(Path(config.runs_dir).iterdir()), settings, set(keys))
+    progress.say(f"teacher answers: {len(answers)} of {len(set(keys))} found in {config.runs_dir}")
+    missing = [(key, prompt) for key, prompt in dict(zip(keys, pool, strict=True)).items() if key not in answers]
+    for first in range(0, len(missing), ANSWERS_A_WRITE):
+        part = missing[first : first + ANSWERS_A_WRITE]
+        results = await run.teacher.predict([p for _, p in part], config.curriculum.num_teacher_predictions, TEMPERATURE)
+        run.totals["teacher_answers"] += sum(len(r) for r in results if not isinstance(r, FailedPrompt))
+        await run.curriculum.retire([r for r in results if isinstance(r, FailedPrompt)])
+        answers |= {key: r for (key, _), r in zip(part, results, strict=True) if not isinstance(r, FailedPrompt)}
+        write_answers(run.folder, settings, answers)  # whole again each time: an interrupted run has answered what it has
+    write_answers(run.folder, settings, answers)
+    reading = config.curriculum.multi_span_iou
+    ious = [[prompt_iou(a.span_s, p, reading) for a in answers.get(key, ())] for key, p in zip(keys, pool, strict=True)]
+    return np.array([np.mean(of_prompt) if of_prompt else np.nan for of_prompt in ious])
+
+
+async def student_ious(run: Run) -> np.ndarray:
+    """float64[P]: sigma of the current student, NaN where a clip cannot be read or the prompt is dropped."""
+    places = await run.curriculum.alive()
+    pool = [run.plan.train[i] for i in places]
+    results = await ask_student(run, pool)
+    await run.curriculum.retire([r for r in results if isinstance(r, FailedPrompt)])
+    ious = np.full(len(run.plan.train), np.nan)
+    reading = run.config.curriculum.multi_span_iou
+    ious[places] = [
+        np.nan if isinstance(r, FailedPrompt) else prompt_iou(r.span_s, p, reading) for r, p in zip(results, pool, strict=True)
+    ]
+    return ious
