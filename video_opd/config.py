@@ -343,6 +343,10 @@ class Config(_Section):
     eval_every: NonNegativeInt = Field(default=0, description="steps between evaluations on data.eval; 0: before and after only")
     request_timeout_s: PositiveFloat = Field(default=600.0, description="bound on every wait for a rollout, a score or an update")
     start_timeout_s: PositiveFloat = Field(default=900.0, description="bound on the start of all parts")
+    max_retries: NonNegativeInt = Field(
+        default=3, description="times in a row that a call is made again, or a part started again, after a process died or hangs"
+    )
+    watchdog_s: PositiveFloat = Field(default=120.0, description="without a step for so long, what is waited for is printed")
     data: DataConfig
     video: VideoConfig = VideoConfig()
     prompt: PromptConfig = PromptConfig()

@@ -1,19 +1,41 @@
-"""Every wait for another process has a deadline."""
+"""Every wait for another process has a deadline and a name."""
 
 import asyncio
+import itertools
+import time
 from collections.abc import Awaitable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-from video_opd.errors import RunError
+from video_opd.errors import DeadlineError
 
 T = TypeVar("T")
 
 
+class Wait(NamedTuple):
+    """One wait under way."""
+
+    what: str
+    since_s: float  # monotonic clock
+
+
+_waits: dict[int, Wait] = {}
+_numbers = itertools.count()
+
+
 async def within(timeout_s: float, call: Awaitable[T], what: str) -> T:
-    """The call's result. Raises RunError, naming `what` was waited for, after `timeout_s` seconds."""
+    """The call's result. Raises DeadlineError, naming `what` was waited for, after `timeout_s` seconds."""
+    number = next(_numbers)
+    _waits[number] = Wait(what, time.monotonic())
     try:
         return await asyncio.wait_for(call, timeout_s)
     except TimeoutError:
-        raise RunError(
+        raise DeadlineError(
             f"{what} did not end within {timeout_s:.0f} s: see the Ray dashboard, or raise request_timeout_s or start_timeout_s"
         ) from None
+    finally:
+        del _waits[number]
+
+
+def waits() -> list[Wait]:
+    """All that this process waits for, longest first."""
+    return sorted(_waits.values(), key=lambda wait: wait.since_s)

@@ -35,3 +35,11 @@ class ParityError(VideoOPDError):
 
 class RunError(VideoOPDError, RuntimeError):
     """The run cannot go on, by no fault of its input."""
+
+
+class DeadlineError(RunError):
+    """A wait for another process reached its deadline."""
+
+
+class PartLostError(RunError):
+    """A process of the run died, hangs, or took its results with it, more often than it may be started again."""
