@@ -3,19 +3,13 @@
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from ray.exceptions import (
-    ActorUnavailableError,
-    NodeDiedError,
-    ObjectLostError,
-    RayActorError,
-    WorkerCrashedError,
-)
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
 
 from video_opd.errors import DeadlineError, PartLostError
 
 T = TypeVar("T")
 
-LOST = (RayActorError, ActorUnavailableError, NodeDiedError, ObjectLostError, WorkerCrashedError, DeadlineError)
+LOST = (RayActorError, NodeDiedError, ObjectLostError, WorkerCrashedError, DeadlineError)
 """A dead process, an object that died with its owner or node, or no answer by the deadline."""
 
 
