@@ -1,5 +1,7 @@
 """A run's way to disk and back."""
 
+from collections import Counter
+
 from driver.run import Run
 from learner.checkpoint import new_checkpoint, read_state, write_state
 from video_opd.errors import RunError
@@ -19,11 +21,25 @@ async def restore(run: Run) -> None:
     """Goes on where the last whole checkpoint stands."""
     folder = latest_checkpoint(run.folder)
     run.step, curriculum, totals = read_state(folder, run.plan.student.shapes)
-    run.totals.update(totals)
+    run.totals = Counter(totals)
     await run.learner.load(folder)
     await run.curriculum.load_state_dict(curriculum)
-    num_rounds = len(curriculum["records"]["student_iou"][0])
-    for snapshot in (run.folder / "curriculum").glob("*.parquet"):  # later than where the run now stands
+    await run.curriculum.reissue()
+    run.round_end = await run.curriculum.round_end()
+    _forget_rounds_after(run, len(curriculum["records"]["student_iou"][0]))
+
+
+async def start_over(run: Run) -> None:
+    """Goes on from the beginning, with a learner that has just started."""
+    run.step, run.totals = 0, Counter()
+    await run.curriculum.start_over()
+    run.round_end = await run.curriculum.round_end()
+    _forget_rounds_after(run, 0)
+
+
+def _forget_rounds_after(run: Run, num_rounds: int) -> None:
+    """Removes snapshots of the curriculum that are later than where the run now stands."""
+    for snapshot in (run.folder / "curriculum").glob("*.parquet"):
         number = snapshot.stem.removeprefix("round-")
         if snapshot.stem == "records" or (number.isdigit() and int(number) > num_rounds):
             snapshot.unlink()

@@ -6,7 +6,7 @@ from video_opd.types import FailedPrompt, Prediction
 
 
 async def evaluate_student(run: Run, name: str, blank_video: bool = False) -> None:
-    if not run.actors.actors:
+    if not run.actors.num_wanted:
         return
     results = await ask_student(run, run.plan.eval, blank_video)
     run.failed_eval.update({f.prompt_id: f.reason for f in results if isinstance(f, FailedPrompt)})

@@ -45,6 +45,7 @@ class Run:
     published: int = -1  # the version that the actors have
     round_end: int | None = None  # the step at which the curriculum selects again; None: never
     gap_is_checked: bool = False
+    num_restarts: Counter[int] = field(default_factory=Counter)  # of the learner, by the step that it went back to
 
     @property
     def out_of_budget(self) -> bool:

@@ -48,7 +48,7 @@ def read_state(folder: Path, shapes: Mapping[str, Any]) -> tuple[int, dict[str, 
     try:
         state = json.loads((folder / CHECKPOINT_STATE).read_text())
         step, saved, curriculum, totals = (state[k] for k in ("step", "shapes", "curriculum", "totals"))
-        if missing := {"queue", "round_end", "settings", "random_state"} - curriculum.keys():
+        if missing := {"queue", "in_flight", "round_end", "settings", "random_state"} - curriculum.keys():
             raise KeyError(*sorted(missing))
         records = pq.read_table(folder / _RECORDS)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -206,6 +206,7 @@ CURRICULUM = {
     "round_end": 12,
     "settings": {"kind": "uniform"},
     "queue": ["a", "ä:2"],
+    "in_flight": [3, 1],
     "random_state": np.random.default_rng(5).bit_generator.state,
 }
 

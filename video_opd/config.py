@@ -151,6 +151,9 @@ class RolloutConfig(_Section):
 
     num_actors: NonNegativeInt = Field(default=1, description="0: none, where nobody samples; then nothing is evaluated either")
     prompts_per_call: PositiveInt = Field(default=32, description="prompts in flight in one call of an actor")
+    prompts_per_result: PositiveInt = Field(
+        default=4, description="finished prompts that an actor hands on together: the teacher scores them while others are sampled"
+    )
     rollouts_per_prompt: PositiveInt = 1
     temperature: PositiveFloat = Field(default=1.0, description="1: actor log-probs are those of the policy itself")
     max_response_tokens: PositiveInt = 64

@@ -41,5 +41,9 @@ class DeadlineError(RunError):
     """A wait for another process reached its deadline."""
 
 
+class LearnerLostError(RunError):
+    """A rank of the learner died or hangs, or took the weights with it: the group must start again from a checkpoint."""
+
+
 class PartLostError(RunError):
-    """A process of the run died, hangs, or took its results with it, more often than it may be started again."""
+    """A process of the run was lost more often than it may be started again."""

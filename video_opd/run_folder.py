@@ -44,6 +44,11 @@ def new_run_folder(config: Config) -> Path:
     return folder
 
 
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether there is one to go back to."""
+    return any((run_dir / "checkpoints").glob(f"step-*/{CHECKPOINT_STATE}"))
+
+
 def latest_checkpoint(run_dir: Path) -> Path:
     """The newest whole checkpoint of a run. Raises CheckpointError if there is none."""
     named = [f for f in (run_dir / "checkpoints").glob("step-*") if f.name.removeprefix("step-").isdigit()]

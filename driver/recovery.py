@@ -1,0 +1,50 @@
+"""A run that goes on when its parts do not."""
+
+import asyncio
+import time
+
+from driver.checkpoints import restore, start_over
+from driver.run import Run
+from video_opd.deadline import waits
+from video_opd.errors import LearnerLostError, PartLostError
+from video_opd.run_folder import has_checkpoint
+
+WAITS_SHOWN = 4
+
+
+def first_error(error: BaseException) -> BaseException:
+    """The error inside a task group's."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+async def recover(run: Run, cause: LearnerLostError) -> None:
+    """A new group of learner ranks, and the whole run back where the last checkpoint stands.
+
+    Raises PartLostError after max_retries from the same checkpoint.
+    """
+    lost_at = run.step
+    await run.learner.restart()
+    if has_checkpoint(run.folder):
+        await restore(run)
+    else:
+        await start_over(run)
+    run.num_restarts[run.step] += 1
+    if run.num_restarts[run.step] > run.config.max_retries:
+        raise PartLostError(f"{cause}; it was started again {run.config.max_retries} times at step {run.step}") from cause
+    run.published = -1
+    print(f"{cause}; it was started again, and the run goes back from step {lost_at} to {run.step}", flush=True)
+
+
+async def watch(run: Run) -> None:
+    """The watchdog: while no step ends, says what is waited for."""
+    seen, since = run.step, time.monotonic()
+    while True:
+        await asyncio.sleep(run.config.watchdog_s / 4)
+        now = time.monotonic()
+        if run.step != seen:
+            seen, since = run.step, now
+        elif now - since > run.config.watchdog_s:
+            oldest = "; ".join(f"{w.what} ({now - w.since_s:.0f} s)" for w in waits()[:WAITS_SHOWN])
+            print(f"no step for {now - since:.0f} s; waiting for {oldest or 'nothing: please report this'}", flush=True)
