@@ -24,7 +24,7 @@ from demo.clips import ensure_clips
 from driver.checkpoints import checkpoint, restore
 from driver.evaluations import evaluate_student, evaluate_teacher
 from driver.record import Outputs, check_finite, check_lag, check_logprob_gap, num_tokens, record
-from driver.recovery import first_error, recover, watch
+from driver.recovery import first_error, obey, recover, watch
 from driver.rounds import start_round
 from driver.run import Run, create_parts, publish_weights, start_ray
 from driver.summary import summarise
@@ -208,19 +208,22 @@ async def execute(config: Config, folder: Path, plan: Plan, resume: bool) -> dic
     """One run from start to summary."""
     began = time.monotonic()
     run = create_parts(folder, config, plan)
-    watchdog = asyncio.create_task(watch(run))
-    try:
-        await asyncio.gather(run.actors.start(), run.learner.start(), *([run.teacher.start()] if run.teacher else []))
-        start_up_s = time.monotonic() - began
-        await train_to_the_end(run, resume)
-        records = await run.curriculum.records()
-        write_parquet(records, folder / "curriculum" / "records.parquet")
-        return summarise(run, records, {"start_up": start_up_s, "total": time.monotonic() - began})
-    finally:
-        watchdog.cancel()
-        run.actors.stop()
-        if run.teacher:
-            run.teacher.stop()
+    async with asyncio.TaskGroup() as tasks:
+        beside = [tasks.create_task(watch(run))]
+        try:
+            await asyncio.gather(run.actors.start(), run.learner.start(), *([run.teacher.start()] if run.teacher else []))
+            beside.append(tasks.create_task(obey(run)))
+            start_up_s = time.monotonic() - began
+            await train_to_the_end(run, resume)
+            records = await run.curriculum.records()
+            write_parquet(records, folder / "curriculum" / "records.parquet")
+            return summarise(run, records, {"start_up": start_up_s, "total": time.monotonic() - began})
+        finally:
+            for task in beside:
+                task.cancel()
+            run.actors.stop()
+            if run.teacher:
+                run.teacher.stop()
 
 
 def dry_run(config: Config, gpu_memory_gib: float | None) -> None:

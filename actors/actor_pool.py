@@ -84,10 +84,6 @@ class ActorPool:
         return _Member(name, options.remote(name, self._config))
 
     @property
-    def num_running(self) -> int:
-        return len(self._members)
-
-    @property
     def num_wanted(self) -> int:
         return self._wanted
 
@@ -264,10 +260,14 @@ class ActorPool:
             member.advance()
             busy.append(min(member.busy_s, wall_s))
             member.busy_s = 0.0
-        metrics = {"actors/running": len(self._members), "actors/wanted": self._wanted, "actors/lost": self._num_lost}
-        if busy and wall_s > 0:
-            metrics |= {"actors/wait_s": wall_s - sum(busy) / len(busy), "actors/utilisation": sum(busy) / len(busy) / wall_s}
-        return {name: float(value) for name, value in metrics.items()}
+        if not busy:
+            return self.counts()
+        busy_s = sum(busy) / len(busy)
+        return self.counts() | {"actors/wait_s": wall_s - busy_s, "actors/utilisation": busy_s / wall_s}
+
+    def counts(self) -> dict[str, float]:
+        """How many there are, are wanted, and were lost since the start."""
+        return {"actors/running": len(self._members), "actors/wanted": self._wanted, "actors/lost": self._num_lost}
 
     def stop(self) -> None:
         """Ends what the pool does by itself."""

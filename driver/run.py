@@ -19,8 +19,10 @@ from video_opd.errors import ConfigError
 from video_opd.metrics import PhaseClock
 from video_opd.plan import Plan
 from video_opd.rewards import Reward, load_rewards
+from video_opd.run_control import NAMESPACE, create_control
 from video_opd.types import FailedPrompt, Prediction, Prompt
 
+LOCAL_ROLES = 64  # rollout actors and teacher replicas that a Ray of this machine alone lets in; memory bounds them, not Ray
 HERE = Path(__file__).resolve().parent.parent
 
 
@@ -31,6 +33,7 @@ class Run:
     folder: Path
     config: Config
     plan: Plan
+    control: Any  # the RunControl actor
     actors: ActorPool
     teacher: TeacherPool | None  # None: neither the objective nor the curriculum asks one
     learner: Learner
@@ -59,7 +62,7 @@ def start_ray(config: Config, address: str | None) -> None:
     shared: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": "ERROR",
-        "namespace": "video_opd",
+        "namespace": NAMESPACE,
         "runtime_env": {"env_vars": {"PYTHONPATH": paths}},
     }
     if address:
@@ -68,9 +71,9 @@ def start_ray(config: Config, address: str | None) -> None:
         except ConnectionError as error:
             raise ConfigError(f"no Ray cluster answers at {address}: start one with `ray up cluster.yaml` ({error})") from error
         return
-    roles = {"rollout": config.rollout.num_actors, "teacher": 64, "learner": config.learner.world_size}
-    cpus = max(os.cpu_count() or 1, 4 + sum(roles.values()) - 64)
-    context = ray.init(address="local", num_cpus=cpus, resources={k: float(v) for k, v in roles.items() if v}, **shared)
+    roles = {"rollout": LOCAL_ROLES, "teacher": LOCAL_ROLES, "learner": config.learner.world_size}
+    cpus = max(os.cpu_count() or 1, 8 + config.rollout.num_actors + config.learner.world_size)
+    context = ray.init(address="local", num_cpus=cpus, resources={k: float(v) for k, v in roles.items()}, **shared)
     print(f"Ray dashboard: http://{context.dashboard_url}" if context.dashboard_url else "Ray dashboard: not installed")
 
 
@@ -81,6 +84,7 @@ def create_parts(folder: Path, config: Config, plan: Plan) -> Run:
         folder=folder,
         config=config,
         plan=plan,
+        control=create_control(name),
         actors=ActorPool(name, config),
         teacher=TeacherPool(f"{name}/teacher", config) if config.needs_teacher else None,
         learner=Learner(name, config),

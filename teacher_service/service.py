@@ -155,6 +155,8 @@ class TeacherPool:
             response = getattr(self._handle, method).remote(*arguments)
             try:
                 return await within(deadline - time.monotonic(), response, f"a {method} call to the teacher service")
+            except ray.exceptions.RayActorError:
+                await asyncio.sleep(BACK_PRESSURE_PAUSE_S)
             except BackPressureError:  # every replica's queue is full: the pool's way to say wait
                 await asyncio.sleep(BACK_PRESSURE_PAUSE_S)
 
