@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -29,6 +28,7 @@ TITLES = {  # of Ray's processes, as `ps` shows them
     "rank": "ray::LearnerRank",
 }
 PATIENCE_S = 240.0
+PARAMETER_TOLERANCE = 1e-3  # engines merge calls as they come, and float sums depend on the batch
 GROUPS, STEPS = 6, 40
 
 
@@ -168,7 +168,7 @@ def test_every_scheduled_prompt_is_trained_on_exactly_once(survived):
     assert all(len(r["teacher_logprobs"]) == len(r["response_token_ids"]) for r in rows)
 
 
-KILLS, KILLED_STEPS = 10, 60
+KILLS, KILLED_STEPS, STARTING_S = 10, 60, 8.0
 
 
 def killed_options(folder: Path) -> list[str]:
@@ -180,7 +180,7 @@ def killed_options(folder: Path) -> list[str]:
 
 
 def test_a_run_killed_at_ten_random_moments_ends_as_an_undisturbed_one_does(overrides, pool, tmp_path):
-    """Lag 0, same seed: the same prompts at every step. Parameters within float rounding of differently merged passes."""
+    """Lag 0, same seed: the same prompts at every step; parameters within PARAMETER_TOLERANCE of the largest that any moved."""
     options = killed_options(tmp_path)
     undisturbed = start(tmp_path, *overrides, *pool, *options, "run_name=undisturbed")
     end(undisturbed, tmp_path)
@@ -190,15 +190,18 @@ def test_a_run_killed_at_ten_random_moments_ends_as_an_undisturbed_one_does(over
     for _ in range(KILLS):
         before = last_step(folder)
         try:
-            wait_for(lambda: (folder / "checkpoints").exists(), run, "the first checkpoint")
-            wait_for(lambda before=before: last_step(folder) != before, run, "a step")
-            time.sleep(rng.uniform(0, 2))
+            if moments and rng.random() < 0.5:  # while it starts, or restores
+                time.sleep(rng.uniform(0, STARTING_S))
+            else:
+                wait_for(lambda: (folder / "checkpoints").exists(), run, "the first checkpoint")
+                wait_for(lambda before=before: last_step(folder) != before, run, "a step")
+                time.sleep(rng.uniform(0, 2))
         finally:
             kill_all(run)
         moments.append(last_step(folder))
         run = start(tmp_path, "--resume", str(folder))
     output = end(run, tmp_path)
-    assert len(set(moments)) > KILLS // 2, moments
+    assert len(set(moments)) >= 3, moments
 
     def prompts_of(name: str) -> list[tuple[int, str]]:
         return [(r["step"], r["prompt_id"]) for r in sorted(trajectories_of(tmp_path / name), key=lambda r: r["step"])]
@@ -210,7 +213,8 @@ def test_a_run_killed_at_ten_random_moments_ends_as_an_undisturbed_one_does(over
         for name in ("killed", "undisturbed")
     ]
     begin = dict(load_model(load_config(DEMO, overrides).student, "float32").named_parameters())
-    moved = max(float((ends[1][n] - begin[n]).abs().max()) for n in begin)
-    apart = max(float((ends[0][n] - ends[1][n]).abs().max()) for n in begin)
-    assert torch.isfinite(torch.tensor(apart)) and moved > 1e-3
-    assert apart < 1e-3 * moved + 1e-6, (apart, moved, np.mean(moments))
+    with torch.no_grad():
+        moved = max(float((ends[1][n] - begin[n]).abs().max()) for n in begin)
+        apart = max(float((ends[0][n] - ends[1][n]).abs().max()) for n in begin)
+    assert moved > 1e-3
+    assert apart < PARAMETER_TOLERANCE * moved, (apart, moved)
