@@ -73,7 +73,7 @@ async def restore(run: Run, step: int | None = None) -> None:
     """Goes on where the newest whole checkpoint stands, or that of `step`: what is later is set aside once all is loaded."""
     run.settled.clear()
     progress = find_progress(run.folder, run.config, run.plan, step)
-    await run.learner.load(checkpoint_folder(run.folder, progress.step))
+    await run.learner.load(checkpoint_folder(run.folder, progress.step), progress.learner["world_size"])
     await run.curriculum.load_state_dict(progress.curriculum)
     run.step = run.checkpointed = progress.step
     run.totals.clear()

@@ -193,11 +193,12 @@ def test_a_byte_changed_anywhere_is_never_read_as_whole(whole, tmp_path, name, w
     content = bytearray((folder / name).read_bytes())
     content[int(len(content) * where)] ^= 0x10
     (folder / name).write_bytes(content)
+    said = ""
     try:
         assert read(folder) == progress_at(3)  # white space of the manifest, or a file that it no longer names
-        assert name == MANIFEST
     except CheckpointError as error:
-        assert "\n" not in str(error)
+        said = str(error)
+    assert (name == MANIFEST or said) and "\n" not in said
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -331,9 +332,10 @@ def test_a_crash_at_any_moment_of_a_replacement_leaves_the_old_one_or_the_new_on
     for fail_at in range(len(calls)):
         run_dir = tmp_path / str(fail_at)
         write_checkpoint(run_dir, 5, "old")
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with pytest.MonkeyPatch.context() as patch:
             watch(patch, fail_at, exchanges)
-            write_checkpoint(run_dir, 5, "new")
+            with pytest.raises(KeyboardInterrupt):
+                write_checkpoint(run_dir, 5, "new")
         mend(run_dir / "checkpoints")
         folder = find_checkpoint(run_dir)
         assert read(folder) == progress_at(5)

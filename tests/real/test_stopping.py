@@ -1,7 +1,6 @@
 """A run that is told to stop, and goes on elsewhere: the real command, shrunk."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
