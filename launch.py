@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import cycle, islice, repeat
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow.compute as pc
@@ -22,10 +23,12 @@ import video_opd  # noqa: F401  # first: makes transformers importable
 from demo.clips import ensure_clips
 from driver.checkpoints import checkpoint, find_progress, restore, save_if_due
 from driver.evaluations import evaluate_student, evaluate_teacher
+from driver.export import export_student
 from driver.record import Outputs, check_finite, check_lag, check_logprob_gap, num_tokens, record
 from driver.rounds import start_round
 from driver.run import Run, create_parts, publish_weights, start_ray
 from driver.stopping import ending
+from driver.upload import check_writable, fetch_config, fetch_run
 from evaluation.report import print_summary, progress_bar, write_report
 from teacher_service.service import ScoreResult
 from video_opd.buffer import TrajectoryBuffer
@@ -182,6 +185,7 @@ async def execute(config: Config, folder: Path, plan: Plan, resume: int | None) 
         await evaluate_student(run, "student_after")
         await evaluate_student(run, "no_video", blank_video=True)
         await checkpoint(run)
+        await export_student(run)
         records = await run.curriculum.records()
         write_parquet(records, folder / "curriculum" / "records.parquet")
         return {
@@ -225,10 +229,13 @@ def launch(
     plan = prepare(config)
     check_fits(memory_plan(config, plan, gpu_memory_gib), one_machine=False)
     if resume:
-        mend(resume / CHECKPOINTS)
+        for folder in (resume, resume / CHECKPOINTS):
+            mend(folder)
         step = find_progress(resume, config, plan, step).step  # a checkpoint that cannot be used ends it here
         if step > config.num_steps:
             raise ConfigError(f"{resume} stands at step {step}, beyond num_steps={config.num_steps}: raise num_steps")
+    if config.checkpoint_url:
+        check_writable(config.checkpoint_url)
     folder = resume or new_run_folder(config)
     start_ray(config, address)
     try:
@@ -252,7 +259,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values, e.g. learner.lr=1e-6")
     parser.add_argument("--config", type=Path, help="YAML file (default: configs/demo.yaml, the embedded demo)")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on in this run folder from its last checkpoint")
+    parser.add_argument(
+        "--resume", metavar="RUN", help="go on in this run folder from its newest checkpoint, or in a copy of a URL"
+    )
     parser.add_argument("--step", type=int, metavar="N", help="with --resume: from its checkpoint of step N, not from the newest")
     parser.add_argument("--address", help="of a running Ray cluster, e.g. auto (default: start one on this machine)")
     parser.add_argument("--dry-run", action="store_true", help="check what is here, print plan and memory, start nothing")
@@ -265,12 +274,22 @@ def read_config(arguments: argparse.Namespace) -> Config:
         raise ConfigError("--step chooses a checkpoint of the run that --resume names: give --resume RUN")
     if arguments.resume and arguments.config:
         raise ConfigError("--resume goes on with the run's own config: leave out --config")
-    if arguments.resume and not (arguments.resume / "config.yaml").is_file():
+    if arguments.resume and "://" in arguments.resume:
+        with TemporaryDirectory() as folder:
+            return resolve_paths(load_config(fetch_config(arguments.resume, Path(folder)), arguments.overrides), Path.cwd())
+    if arguments.resume and not (Path(arguments.resume) / "config.yaml").is_file():
         raise CheckpointError(f"{arguments.resume} is not a run folder: it has no config.yaml")
     if not arguments.resume and not arguments.config:  # the demo runs from anywhere
         return resolve_paths(load_config(HERE / "configs" / "demo.yaml", arguments.overrides), HERE)
-    path = arguments.resume / "config.yaml" if arguments.resume else arguments.config
+    path = Path(arguments.resume) / "config.yaml" if arguments.resume else arguments.config
     return resolve_paths(load_config(path, arguments.overrides), Path.cwd())
+
+
+def resumed_folder(arguments: argparse.Namespace, config: Config) -> Path | None:
+    """The run folder to go on in: the one that is named, or a copy of what its URL holds, made here."""
+    if arguments.resume and "://" in arguments.resume:
+        return fetch_run(arguments.resume, Path(config.runs_dir), arguments.step)
+    return Path(arguments.resume).resolve() if arguments.resume else None
 
 
 def first_error(error: BaseException) -> BaseException:
@@ -288,8 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.dry_run:
             dry_run(config, parsed.gpu_memory_gib)
         else:
-            resume = parsed.resume.resolve() if parsed.resume else None
-            launch(config, parsed.address, resume, parsed.gpu_memory_gib, parsed.step)
+            launch(config, parsed.address, resumed_folder(parsed, config), parsed.gpu_memory_gib, parsed.step)
     except (VideoOPDError, BaseExceptionGroup) as error:
         cause = first_error(error)
         if isinstance(cause, StoppedError):

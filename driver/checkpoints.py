@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from driver.evaluations import AFTER, NO_VIDEO, at_step, eval_key, miou_by_step
+from driver.export import STUDENT, best_step, export_student, exported_step
 from driver.run import Run
 from learner.checkpoint import (
     Progress,
@@ -22,7 +23,6 @@ from video_opd.plan import Plan
 from video_opd.run_folder import checkpoint_folder, checkpoint_steps, find_checkpoint
 
 SET_ASIDE = "set-aside"
-STUDENT = "student"
 
 
 async def checkpoint(run: Run) -> None:
@@ -37,15 +37,20 @@ async def checkpoint(run: Run) -> None:
         await asyncio.to_thread(finish_checkpoint, temporary, run.folder, run.step)
         run.checkpointed = run.step
         keep_last, keep_best = run.config.checkpoint_keep_last, run.config.checkpoint_keep_best
-        await asyncio.to_thread(retain, run.folder, run.step, keep_last, keep_best, miou_by_step(run))
+        spare = [run.uploads.under_way] if run.uploads and run.uploads.under_way is not None else []
+        await asyncio.to_thread(retain, run.folder, run.step, keep_last, keep_best, miou_by_step(run), spare)
+        if run.uploads:
+            run.uploads.start(run.step)
     finally:
         run.saving = False
 
 
 async def save_if_due(run: Run) -> None:
-    """The checkpoint that the config asks for at this step."""
+    """The checkpoint that the config asks for at this step, and RUN/student where it is the best so far."""
     if run.config.checkpoint_every and run.step % run.config.checkpoint_every == 0:
         await checkpoint(run)
+    if run.config.eval_every and best_step(miou_by_step(run)) == run.step:
+        await export_student(run)
 
 
 def progress_of(run: Run, curriculum: dict) -> Progress:
@@ -107,6 +112,8 @@ def set_aside_after(run_dir: Path, step: int) -> Path | None:
     for name in ("trajectories", "curriculum"):
         if (run_dir / name).exists():
             shutil.copytree(run_dir / name, folder / name)
+    if (exported_step(run_dir) or 0) > step:
+        (run_dir / STUDENT).rename(folder / STUDENT)
     for number in later:
         source = checkpoint_folder(run_dir, number)
         source.rename(folder / "checkpoints" / source.name)

@@ -14,6 +14,7 @@ import ray
 
 from actors.actor_pool import ActorPool
 from curriculum.scheduler import Curriculum
+from driver.upload import Uploads
 from learner.learner import Learner
 from teacher_service.service import TeacherPool
 from video_opd.config import Config
@@ -55,6 +56,7 @@ class Run:
     published: int = -1  # the version that the actors have
     round_end: int | None = None  # the step at which the curriculum selects again; None: never
     gap_is_checked: bool = False
+    uploads: Uploads | None = None  # None: checkpoints stay here
     checkpointed: int | None = None  # the step of the newest whole checkpoint
     stopped_by: signal.Signals | None = None
     stop: asyncio.Event = field(default_factory=asyncio.Event)  # set: the run is to end after the step under way
@@ -105,6 +107,9 @@ def create_parts(folder: Path, config: Config, plan: Plan) -> Run:
         learner=Learner(name, config),
         curriculum=Curriculum(name, plan.train, config),
         rewards=load_rewards(config.loss.rewards) if config.loss.needs.rewards else [],
+        uploads=Uploads(config.checkpoint_url, folder, config.max_retries, config.upload_timeout_s)
+        if config.checkpoint_url
+        else None,
     )
 
 

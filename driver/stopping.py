@@ -20,7 +20,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @asynccontextmanager
 async def ending(run: Run) -> AsyncIterator[None]:
-    """The block is the run. Whatever ends it, the teacher service is taken down.
+    """The block is the run. Whatever ends it, checkpoints on their way elsewhere arrive and the teacher service is taken down.
 
     The first SIGTERM or SIGINT lets the update under way end within stop_grace_s, ends the block there, and writes a checkpoint;
     a second one ends the process at once. Raises StoppedError, which says where the run can go on.
@@ -39,6 +39,8 @@ async def ending(run: Run) -> AsyncIterator[None]:
         raise await _stopped(run) from None
     finally:
         stopping.cancel()
+        if run.uploads:
+            await run.uploads.finish()
         if run.teacher:
             run.teacher.stop()
         for which in handled:

@@ -344,6 +344,11 @@ class Config(_Section):
     checkpoint_keep_best: NonNegativeInt = Field(
         default=1, description="checkpoints kept besides, of the steps with the best mIoU on data.eval; needs eval_every"
     )
+    checkpoint_url: str | None = Field(
+        default=None,
+        description="where checkpoints are copied to, below the run's name: s3://..., file://..., all that fsspec opens",
+    )
+    upload_timeout_s: PositiveFloat = Field(default=3600.0, description="bound on the copy of one checkpoint to checkpoint_url")
     stop_grace_s: PositiveFloat = Field(
         default=60.0, description="after SIGTERM or SIGINT the update under way may take so long before it is given up"
     )

@@ -218,8 +218,8 @@ def optimizer_state(rank: Any) -> dict[str, tuple[np.ndarray, ...]]:
         if not parameter.requires_grad:
             continue
         if engine._config.learner.zero_stage:
-            moments = [safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")]
-            tensors = [safe_get_full_fp32_param(parameter), *moments]
+            tensors: list[Any] = [safe_get_full_fp32_param(parameter)]
+            tensors += [safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")]
         else:
             of_parameter = engine._engine.optimizer.state[parameter]
             tensors = [parameter.detach(), of_parameter["exp_avg"], of_parameter["exp_avg_sq"]]
