@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import closing
 from itertools import repeat
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
@@ -21,26 +22,29 @@ from ray.exceptions import ObjectLostError
 import video_opd  # noqa: F401  # first: makes transformers importable
 from actors.actor_pool import RolloutResult
 from demo.clips import ensure_clips
-from driver.checkpoints import checkpoint, restore
-from driver.evaluations import evaluate_student, evaluate_teacher
+from driver.checkpoints import checkpoint, find_progress, restore, save_if_due
+from driver.evaluations import AFTER, BEFORE, NO_VIDEO, evaluate_student, evaluate_teacher
+from driver.export import export_student
 from driver.record import Outputs, check_finite, check_lag, check_logprob_gap, num_tokens, record
 from driver.recovery import first_error, obey, recover, watch
 from driver.rounds import start_round
 from driver.run import Run, create_parts, publish_weights, start_ray
+from driver.stopping import ending
 from driver.summary import summarise
+from driver.upload import check_writable, fetch_config, fetch_run
 from evaluation.report import print_summary, progress_bar, write_report
-from learner.checkpoint import read_state
 from teacher_service.service import ScoreResult
 from video_opd.buffer import TrajectoryBuffer
 from video_opd.config import Config, describe_keys, load_config, resolve_paths
 from video_opd.deadline import waiting
 from video_opd.demonstrations import Demonstrator
-from video_opd.errors import CheckpointError, ConfigError, InputError, LearnerLostError, VideoOPDError
+from video_opd.durable import mend
+from video_opd.errors import CheckpointError, ConfigError, InputError, LearnerLostError, StoppedError, VideoOPDError
 from video_opd.memory_check import check_fits, describe_memory
 from video_opd.metrics import MetricSinks
 from video_opd.plan import Plan, describe, make_draft, make_plan, memory_plan
 from video_opd.rewards import total_reward
-from video_opd.run_folder import latest_checkpoint, new_run_folder, write_config, write_json
+from video_opd.run_folder import CHECKPOINTS, new_run_folder, write_config, write_json
 from video_opd.schemas import TrajectoryLog, write_parquet
 from video_opd.types import FailedPrompt, Prompt, ScoredGroup, TeacherScores, TrajectoryGroup
 
@@ -59,7 +63,7 @@ async def train(run: Run) -> None:
     config = run.config
     sinks, log = MetricSinks(run.folder, run.step), TrajectoryLog(run.folder / "trajectories", run.step)
     with closing(sinks), closing(log), progress_bar(config.num_steps, run.step) as progress:
-        while run.step < config.num_steps and not run.out_of_budget:
+        while run.step < config.num_steps and not run.is_over:
             if run.step == run.round_end:
                 await start_round(run, progress)
             until = config.num_steps if run.round_end is None else min(run.round_end, config.num_steps)
@@ -95,12 +99,13 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
                 await buffer.fill(slot_of.pop(group.group.prompt.prompt_id), group)
 
     async def learn() -> None:
-        while run.step < until and not run.out_of_budget:
+        while run.step < until and not run.is_over:
             step, started = run.step, time.monotonic()
             with waiting(f"the trajectories of step {step}"):
                 groups = await buffer.take()
             wait_s = time.monotonic() - started
             lags = check_lag(groups, step, config.max_policy_lag)
+            run.settled.clear()  # from here to where it is set again a signal waits
             with run.clock("update"):
                 report = await run.learner.update(groups, step)
             run.clock.count("update", sum(num_tokens(g.group.trajectories) for g in groups))
@@ -118,8 +123,8 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
                     await evaluate_student(run, f"step_{run.step}")
                 report.metrics.update({f"eval/{k}": v for k, v in run.evaluations.get(f"step_{run.step}", {}).items()})
             await record(run, outputs, report, groups, lags)
-            if config.checkpoint_every and run.step % config.checkpoint_every == 0:
-                await checkpoint(run)
+            await save_if_due(run)
+            run.settled.set()
         await buffer.close()
 
     async with asyncio.TaskGroup() as tasks:
@@ -179,36 +184,37 @@ def with_rewards(run: Run, group: TrajectoryGroup, scores: tuple[TeacherScores, 
     return ScoredGroup(group=group, scores=scores, rewards=rewards)
 
 
-async def train_to_the_end(run: Run, resume: bool) -> None:
+async def train_to_the_end(run: Run, resume: int | None) -> None:
     """Everything between the start of the parts and the summary; done again from the last checkpoint when the learner is lost."""
-    if resume:
-        await restore(run)
-    else:
+    if resume is None:
         run.round_end = await run.curriculum.round_end()
+    else:
+        await restore(run, resume)
     while True:
         try:
             if run.published != run.step and run.actors.num_wanted:
                 await publish_weights(run, run.step)
-            if "student_before" not in run.evaluations:
-                await asyncio.gather(evaluate_student(run, "student_before"), evaluate_teacher(run))
+            if BEFORE not in run.evaluations:
+                await asyncio.gather(evaluate_student(run, BEFORE), evaluate_teacher(run))
             run.clock.lap()
             started = time.monotonic()
             await train(run)
             run.totals.update({"train_s": time.monotonic() - started})
-            await evaluate_student(run, "student_after")
-            await evaluate_student(run, "no_video", blank_video=True)
-            return await checkpoint(run)
+            await evaluate_student(run, AFTER)
+            await evaluate_student(run, NO_VIDEO, blank_video=True)
+            await checkpoint(run)
+            return await export_student(run)
         except (LearnerLostError, BaseExceptionGroup) as error:
             if not isinstance(cause := first_error(error), LearnerLostError):
                 raise
             await recover(run, cause)
 
 
-async def execute(config: Config, folder: Path, plan: Plan, resume: bool) -> dict[str, Any]:
-    """One run from start to summary."""
+async def execute(config: Config, folder: Path, plan: Plan, resume: int | None) -> dict[str, Any]:
+    """One run from start to summary. `resume`: the step whose checkpoint it goes on from."""
     began = time.monotonic()
     run = create_parts(folder, config, plan)
-    async with asyncio.TaskGroup() as tasks:
+    async with asyncio.TaskGroup() as tasks, ending(run):
         beside = [tasks.create_task(watch(run))]
         try:
             await asyncio.gather(run.actors.start(), run.learner.start(), *([run.teacher.start()] if run.teacher else []))
@@ -222,8 +228,6 @@ async def execute(config: Config, folder: Path, plan: Plan, resume: bool) -> dic
             for task in beside:
                 task.cancel()
             run.actors.stop()
-            if run.teacher:
-                run.teacher.stop()
 
 
 def dry_run(config: Config, gpu_memory_gib: float | None) -> None:
@@ -236,21 +240,29 @@ def dry_run(config: Config, gpu_memory_gib: float | None) -> None:
 
 
 def launch(
-    config: Config, address: str | None = None, resume: Path | None = None, gpu_memory_gib: float | None = None
+    config: Config,
+    address: str | None = None,
+    resume: Path | None = None,
+    gpu_memory_gib: float | None = None,
+    step: int | None = None,
 ) -> dict[str, Any]:
-    """Runs `config` and returns the summary. `resume`: the run folder to go on in."""
+    """Runs `config` and returns the summary. `resume`: the run folder to go on in, from its newest checkpoint or that of `step`."""
     plan = prepare(config)
     check_fits(memory_plan(config, plan, gpu_memory_gib), one_machine=False)
     if resume:
-        step, *_ = read_state(latest_checkpoint(resume), plan.student.shapes)  # a checkpoint of another model ends it here
+        for folder in (resume, resume / CHECKPOINTS):
+            mend(folder)
+        step = find_progress(resume, config, plan, step).step  # a checkpoint that cannot be used ends it here
         if step > config.num_steps:
             raise ConfigError(f"{resume} stands at step {step}, beyond num_steps={config.num_steps}: raise num_steps")
+    if config.checkpoint_url:
+        check_writable(config.checkpoint_url)
     folder = resume or new_run_folder(config)
     start_ray(config, address)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_config(folder, config)
-        summary = asyncio.run(execute(config, folder, plan, resume is not None))
+        summary = asyncio.run(execute(config, folder, plan, step))
     finally:
         ray.shutdown()
     write_json(folder / "summary.json", summary)
@@ -268,7 +280,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values, e.g. learner.lr=1e-6")
     parser.add_argument("--config", type=Path, help="YAML file (default: configs/demo.yaml, the embedded demo)")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on in this run folder from its last checkpoint")
+    parser.add_argument(
+        "--resume", metavar="RUN", help="go on in this run folder from its newest checkpoint, or in a copy of a URL"
+    )
+    parser.add_argument("--step", type=int, metavar="N", help="with --resume: from its checkpoint of step N, not from the newest")
     parser.add_argument("--address", help="of a running Ray cluster, e.g. auto (default: start one on this machine)")
     parser.add_argument("--dry-run", action="store_true", help="check what is here, print plan and memory, start nothing")
     parser.add_argument("--gpu-memory-gib", type=float, help="memory of one GPU (default: this machine's, or 80 without one)")
@@ -276,27 +291,42 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_config(arguments: argparse.Namespace) -> Config:
+    if arguments.step is not None and not arguments.resume:
+        raise ConfigError("--step chooses a checkpoint of the run that --resume names: give --resume RUN")
     if arguments.resume and arguments.config:
         raise ConfigError("--resume goes on with the run's own config: leave out --config")
-    if arguments.resume and not (arguments.resume / "config.yaml").is_file():
+    if arguments.resume and "://" in arguments.resume:
+        with TemporaryDirectory() as folder:
+            return resolve_paths(load_config(fetch_config(arguments.resume, Path(folder)), arguments.overrides), Path.cwd())
+    if arguments.resume and not (Path(arguments.resume) / "config.yaml").is_file():
         raise CheckpointError(f"{arguments.resume} is not a run folder: it has no config.yaml")
     if not arguments.resume and not arguments.config:  # the demo runs from anywhere
         return resolve_paths(load_config(HERE / "configs" / "demo.yaml", arguments.overrides), HERE)
-    path = arguments.resume / "config.yaml" if arguments.resume else arguments.config
+    path = Path(arguments.resume) / "config.yaml" if arguments.resume else arguments.config
     return resolve_paths(load_config(path, arguments.overrides), Path.cwd())
 
 
+def resumed_folder(arguments: argparse.Namespace, config: Config) -> Path | None:
+    """The run folder to go on in: the one that is named, or a copy of what its URL holds, made here."""
+    if arguments.resume and "://" in arguments.resume:
+        return fetch_run(arguments.resume, Path(config.runs_dir), arguments.step)
+    return Path(arguments.resume).resolve() if arguments.resume else None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 the run failed, 2 bad input."""
+    """Returns the exit code: 0 done, 1 the run failed, 2 bad input, 128 + n stopped by signal n."""
     parsed = parse_arguments(arguments)
     try:
         config = read_config(parsed)
         if parsed.dry_run:
             dry_run(config, parsed.gpu_memory_gib)
         else:
-            launch(config, parsed.address, parsed.resume.resolve() if parsed.resume else None, parsed.gpu_memory_gib)
+            launch(config, parsed.address, resumed_folder(parsed, config), parsed.gpu_memory_gib, parsed.step)
     except (VideoOPDError, BaseExceptionGroup) as error:
         cause = first_error(error)
+        if isinstance(cause, StoppedError):
+            print(cause, file=sys.stderr)
+            return cause.exit_code
         if not isinstance(cause, VideoOPDError):
             traceback.print_exception(cause)
             return 1

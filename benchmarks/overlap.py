@@ -9,6 +9,7 @@ prompts need from end to end. The last line is one JSON object.
 
 import argparse
 import asyncio
+import itertools
 import json
 import statistics
 import tempfile
@@ -18,6 +19,7 @@ from typing import Any
 import ray
 from rich.console import Console
 from rich.table import Table
+from teacher_service.pool import TeacherPool
 
 import launch
 from actors.actor_pool import ActorPool
@@ -27,7 +29,6 @@ from benchmarks.emulated_teacher import EmulatedReplica
 from curriculum.scheduler import Curriculum
 from driver.run import Run, start_ray
 from learner.learner import Learner
-from teacher_service.pool import TeacherPool
 from video_opd.config import Config, load_config, resolve_paths
 from video_opd.metrics import read_metrics
 from video_opd.plan import Plan
@@ -45,7 +46,7 @@ def demo_config(overrides: list[str]) -> Config:
 def step_seconds(run_dir: Path) -> list[float]:
     """From one step's line to the next, the first ones left out."""
     ends = [line["wall_s"] for line in read_metrics(run_dir)][WARM_UP_STEPS:]
-    return [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(ends)]
 
 
 def emulated_config(lag: int, parts: int, num_steps: int, runs: str) -> Config:
@@ -100,7 +101,13 @@ def emulate(lag: int, parts: int, num_steps: int) -> float:
 def train_demo(lag: int, num_steps: int) -> float:
     """Median steps a second of the demo itself."""
     with tempfile.TemporaryDirectory() as runs:
-        overrides = [f"max_policy_lag={lag}", f"num_steps={num_steps}", f"runs_dir={runs}", "run_name=demo", "data.eval.max_prompts=8"]
+        overrides = [
+            f"max_policy_lag={lag}",
+            f"num_steps={num_steps}",
+            f"runs_dir={runs}",
+            "run_name=demo",
+            "data.eval.max_prompts=8",
+        ]
         launch.launch(demo_config(overrides))
         return 1 / statistics.median(step_seconds(Path(runs) / "demo"))
 
@@ -116,7 +123,9 @@ def main() -> None:
             seconds = emulate(lag, parts, emulated_steps + WARM_UP_STEPS + 1)
             rows.append({"handed_on": handed_on, "lag": lag, "seconds_per_step": seconds, "over_slowest": seconds / SLOWEST_S})
     demo = {lag: train_demo(lag, demo_steps + WARM_UP_STEPS + 1) for lag in (0, 1)}
-    table = Table("rollouts handed on", "lag", "s a step", "over the slowest phase", title="emulated: rollout 4 s, score 2 s, update 3 s")
+    table = Table(
+        "rollouts handed on", "lag", "s a step", "over the slowest phase", title="emulated: rollout 4 s, score 2 s, update 3 s"
+    )
     for row in rows:
         table.add_row(row["handed_on"], str(row["lag"]), f"{row['seconds_per_step']:.2f}", f"{row['over_slowest']:.3f}")
     Console().print(table)

@@ -418,7 +418,7 @@ class Curriculum:
     async def records(self) -> pa.Table:
         return await self._ask("records")
 
-    async def state_dict(self) -> Mapping[str, Any]:
+    async def state_dict(self) -> dict[str, Any]:
         state = await self._ask("state_dict")
         self._saved, self._changes = state, []
         return state

@@ -8,7 +8,6 @@ from driver.run import Run
 from video_opd.deadline import waits, within
 from video_opd.errors import LearnerLostError, PartLostError
 from video_opd.faults import LOST
-from video_opd.run_folder import has_checkpoint
 
 WAITS_SHOWN = 4
 CONTROL_TIMEOUT_S, CONTROL_POLL_S = 10.0, 0.5
@@ -28,7 +27,7 @@ async def recover(run: Run, cause: LearnerLostError) -> None:
     """
     lost_at = run.step
     await run.learner.restart()
-    if has_checkpoint(run.folder):
+    if run.checkpointed is not None:
         await restore(run)
     else:
         await start_over(run)

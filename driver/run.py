@@ -1,17 +1,20 @@
 """The parts of a run and the Ray they run on."""
 
+import asyncio
 import math
 import os
+import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
 from actors.actor_pool import ActorPool
 from curriculum.scheduler import Curriculum
+from driver.upload import Uploads
 from learner.learner import Learner
 from teacher_service.service import TeacherPool
 from video_opd.config import Config
@@ -22,8 +25,16 @@ from video_opd.rewards import Reward, load_rewards
 from video_opd.run_control import NAMESPACE, create_control
 from video_opd.types import FailedPrompt, Prediction, Prompt
 
+T = TypeVar("T")
+
 LOCAL_ROLES = 64  # rollout actors and teacher replicas that a Ray of this machine alone lets in; memory bounds them, not Ray
 HERE = Path(__file__).resolve().parent.parent
+
+
+def _set_event() -> asyncio.Event:
+    event = asyncio.Event()
+    event.set()
+    return event
 
 
 @dataclass
@@ -49,10 +60,21 @@ class Run:
     round_end: int | None = None  # the step at which the curriculum selects again; None: never
     gap_is_checked: bool = False
     num_restarts: Counter[int] = field(default_factory=Counter)  # of the learner, by the step that it went back to
+    uploads: Uploads | None = None  # None: checkpoints stay here
+    checkpointed: int | None = None  # the step of the newest whole checkpoint
+    stopped_by: signal.Signals | None = None
+    stop: asyncio.Event = field(default_factory=asyncio.Event)  # set: the run is to end after the step under way
+    settled: asyncio.Event = field(default_factory=_set_event)  # cleared: learner, curriculum and `step` do not fit each other
+    saving: bool = False  # a checkpoint or an export is being written
 
     @property
     def out_of_budget(self) -> bool:
         return self.totals["scored_tokens"] >= (self.config.max_scored_tokens or math.inf)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no further step is to begin, whatever num_steps says."""
+        return self.out_of_budget or self.stop.is_set()
 
 
 def start_ray(config: Config, address: str | None) -> None:
@@ -90,6 +112,9 @@ def create_parts(folder: Path, config: Config, plan: Plan) -> Run:
         learner=Learner(name, config),
         curriculum=Curriculum(name, plan.train, config),
         rewards=load_rewards(config.loss.rewards) if config.loss.needs.rewards else [],
+        uploads=Uploads(config.checkpoint_url, folder, config.max_retries, config.upload_timeout_s)
+        if config.checkpoint_url
+        else None,
     )
 
 
@@ -99,6 +124,17 @@ async def publish_weights(run: Run, policy_version: int) -> None:
     update = await run.actors.load_weights(policy_version, buckets, num_bytes)
     run.totals["published_bytes"] += update.num_bytes
     run.published = policy_version
+
+
+async def unless_stopped(run: Run, call: Awaitable[T]) -> T | None:
+    """The call's result, or None, and the call is given up, where a signal asks the run to stop first."""
+    asked, stop = asyncio.ensure_future(call), asyncio.ensure_future(run.stop.wait())
+    try:
+        await asyncio.wait({asked, stop}, return_when=asyncio.FIRST_COMPLETED)
+        return asked.result() if asked.done() else None
+    finally:
+        asked.cancel()
+        stop.cancel()
 
 
 async def ask_student(run: Run, prompts: Sequence[Prompt], blank_video: bool = False) -> list[Prediction | FailedPrompt]:

@@ -1,6 +1,7 @@
 """The learner's ranks as Ray actors, and the driver's side of them."""
 
 import asyncio
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
+from learner.universal import convert, needs_conversion
 from video_opd.config import Config
 from video_opd.deadline import within
 from video_opd.errors import LearnerLostError
@@ -53,8 +55,11 @@ class LearnerRank:
     def save(self, folder: Path) -> None:
         self._engine.save(folder)
 
-    def load(self, folder: Path) -> None:
-        self._engine.load(folder)
+    def export(self, folder: Path) -> None:
+        self._engine.export(folder)
+
+    def load(self, folder: Path, universal: bool) -> None:
+        self._engine.load(folder, universal)
 
 
 class Learner:
@@ -108,8 +113,23 @@ class Learner:
     async def save(self, folder: Path) -> None:
         await self._all("save", folder)
 
-    async def load(self, folder: Path) -> None:
-        await self._all("load", folder)
+    async def export(self, folder: Path) -> None:
+        """Writes the student alone: a transformers folder."""
+        await self._all("export", folder)
+
+    async def load(self, folder: Path, saved_world_size: int | None = None) -> None:
+        """A checkpoint's weights and optimizer, exactly. `saved_world_size`: ranks that wrote it; None: as many as there are."""
+        learner = self._config.learner
+        if not needs_conversion(learner.zero_stage, saved_world_size or learner.world_size, learner.world_size):
+            await self._all("load", folder, False)
+            return
+        converted = folder.with_name(f".{folder.name}-universal.tmp")
+        shutil.rmtree(converted, ignore_errors=True)
+        try:
+            await asyncio.to_thread(convert, folder, converted, self._config.start_timeout_s)
+            await self._all("load", converted, True)
+        finally:
+            shutil.rmtree(converted, ignore_errors=True)
 
     async def _all(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
         calls = [asyncio.ensure_future(getattr(rank, method).remote(*arguments)) for rank in self._ranks]
