@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,14 +13,14 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from actors.rollout_actor import RolloutActor
+from actors.weight_broadcast import WeightBroadcast, WeightSource
 from video_opd.config import Config
 from video_opd.deadline import within
-from video_opd.errors import PartLostError
+from video_opd.errors import LearnerLostError, PartLostError, WeightsLostError
 from video_opd.faults import LOST, cause_of, retried
 from video_opd.types import FailedPrompt, Prediction, Prompt, TrajectoryGroup, WeightUpdate
 
 RolloutResult = TrajectoryGroup | FailedPrompt
-LOST_WEIGHTS_PAUSE_S = 1.0
 DRAIN_POLL_S = 0.1
 
 
@@ -31,6 +31,7 @@ class _Member:
     name: str
     handle: Any
     calls: int = 0  # under way
+    num_loads: int = 0  # versions that it took whole
     busy_s: float = 0.0  # with at least one call under way, since the last lap
     since_s: float = field(default_factory=time.monotonic)  # up to which busy_s counts
 
@@ -53,7 +54,9 @@ class _Member:
 class ActorPool:
     """Calls go to the actor that has the fewest. One that dies, or misses a deadline, is replaced and its work is done again.
 
-    Every actor that joins has loaded the current weights before its first prompt.
+    Every actor that joins has loaded the current weights before its first prompt. One that is alive without a whole version
+    of them (a broadcast broke off, or they cannot be had when it joins) is set aside: it gets no calls until a publication
+    has loaded one into it. An actor itself refuses to sample from anything but a whole version.
     """
 
     def __init__(self, name: str, config: Config, actor_class: type = RolloutActor):
@@ -61,7 +64,10 @@ class ActorPool:
         self._numbers = itertools.count()
         self._members: list[_Member] = []
         self._wanted = 0
-        self._weights: tuple[int, list[ray.ObjectRef]] | None = None  # what the members have
+        self._aside: list[_Member] = []
+        self._weights: tuple[int, list[ray.ObjectRef] | None] | None = None  # what the members have; None: not in the store
+        self._source: WeightSource | None = None  # of weights that are not in the store
+        self._broadcast = WeightBroadcast(config)
         self._loading = asyncio.Lock()  # nobody joins while a version is handed out
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task] = set()
@@ -102,7 +108,7 @@ class ActorPool:
 
     def _fill_up(self) -> None:
         """Starts as many actors as are missing."""
-        for _ in range(self._wanted - len(self._members) - self._starting):
+        for _ in range(self._wanted - len(self._members) - len(self._aside) - self._starting):
             self._starting += 1
             self._spawn(self._replace())
 
@@ -120,40 +126,71 @@ class ActorPool:
             print(f"{error}; {len(self._members)} rollout actors go on", flush=True)
         finally:
             self._starting -= 1
-            async with self._changed:
-                self._changed.notify_all()
+            await self._notify()
 
     async def _join(self, member: _Member) -> None:
         """Among the members once it is up and has the current weights; not if fewer are wanted by then."""
         try:
             await within(self._config.start_timeout_s, member.handle.pid.remote(), f"the start of {member.name}")
-            while not await self._joined(member):
-                await asyncio.sleep(LOST_WEIGHTS_PAUSE_S)
+            await self._load_current(member)
         except BaseException:
             ray.kill(member.handle)
             raise
-        async with self._changed:
-            self._changed.notify_all()
+        await self._notify()
 
-    async def _joined(self, member: _Member) -> bool:
-        """False: the weights went with the learner, which will publish again."""
+    async def _load_current(self, member: _Member) -> None:
+        """Takes the member in with the weights that the others have; sets it aside if they cannot be had any more.
+
+        They went with the learner, or it is about to change them: either way it will publish again.
+        """
         async with self._loading:
-            if len(self._members) >= self._wanted:
-                ray.kill(member.handle)
-                return True
             try:
-                if self._weights is not None:
-                    await self._load(member, *self._weights)
-            except ObjectLostError:
-                return False
-            member.since_s = time.monotonic()
-            self._members.append(member)
-            return True
+                if self._weights is not None and len(self._members) < self._wanted:
+                    version, buckets = self._weights
+                    if buckets is None:
+                        assert self._source
+                        buckets = await self._source.put_published_weights(version)
+                        self._weights = (version, buckets)
+                    await self._load(member, version, buckets)
+            except (ObjectLostError, LearnerLostError, WeightsLostError):
+                self._aside.append(member)
+            else:
+                self._take_in(member)
+
+    def _take_in(self, member: _Member) -> None:
+        """Among those who may be called; not if fewer are wanted by now."""
+        if len(self._members) >= self._wanted:
+            ray.kill(member.handle)
+            return
+        member.since_s = time.monotonic()
+        self._members.append(member)
+
+    def _set_aside(self, member: _Member) -> None:
+        if member in self._members:
+            self._members.remove(member)
+            self._aside.append(member)
 
     async def _load(self, member: _Member, policy_version: int, buckets: list[ray.ObjectRef]) -> None:
         call = member.handle.load_weights.remote(policy_version, buckets)
         with member.called():
             await within(self._config.request_timeout_s, call, f"loading weights into {member.name}")
+        member.num_loads += 1
+
+    async def _load_into(self, members: Sequence[_Member], policy_version: int, buckets: list[ray.ObjectRef]) -> None:
+        """Those that were aside are taken in."""
+
+        async def load(member: _Member) -> None:
+            try:
+                await self._load(member, policy_version, buckets)
+            except ObjectLostError:
+                raise
+            except LOST as error:  # its successor loads them when it joins
+                self._lose(member, error)
+            if member in self._aside:
+                self._aside.remove(member)
+                self._take_in(member)
+
+        await asyncio.gather(*(load(member) for member in members))
 
     async def _drain(self, member: _Member) -> None:
         while member.calls:
@@ -162,9 +199,10 @@ class ActorPool:
 
     def _lose(self, member: _Member, error: Exception) -> None:
         """Takes a dead or hanging actor out, and starts another in its place."""
-        if member not in self._members:  # several calls to it fail at once; or it was draining
+        among = next((those for those in (self._members, self._aside) if member in those), None)
+        if among is None:  # several calls to it fail at once; or it was draining
             return
-        self._members.remove(member)
+        among.remove(member)
         self._num_lost += 1
         ray.kill(member.handle)
         print(f"{member.name} was lost and is replaced: {cause_of(error)}", flush=True)
@@ -173,7 +211,7 @@ class ActorPool:
     async def _choose(self) -> _Member:
         """The actor with the fewest calls, waiting for one to join. Raises PartLostError when none will."""
         async with self._changed:
-            joined = self._changed.wait_for(lambda: self._members or not self._starting)
+            joined = self._changed.wait_for(lambda: self._members or not (self._starting or self._aside))
             await within(self._config.start_timeout_s, joined, "a rollout actor to join")
         if not self._members:
             raise self._failure or PartLostError("no rollout actor is left")
@@ -181,9 +219,14 @@ class ActorPool:
 
     @contextmanager
     def _calling(self, member: _Member) -> Iterator[None]:
+        num_loads = member.num_loads
         try:
             with member.called():
                 yield
+        except WeightsLostError:
+            if member.num_loads == num_loads:  # else it holds a whole version again
+                self._set_aside(member)
+            raise
         except LOST as error:
             self._lose(member, error)
             raise
@@ -202,6 +245,8 @@ class ActorPool:
                         del left[result.prompt_id if isinstance(result, FailedPrompt) else result.prompt.prompt_id]
                     failures = 0
                     yield reference, results
+            except WeightsLostError:  # of an actor that was set aside
+                continue
             except LOST as error:
                 failures += 1
                 if failures > self._config.max_retries:
@@ -237,19 +282,59 @@ class ActorPool:
     async def load_weights(self, policy_version: int, buckets: list[ray.ObjectRef], num_bytes: int) -> WeightUpdate:
         """Every actor takes the version, after the rollouts it already has. Raises ObjectLostError when the weights are gone."""
         started = time.monotonic()
-
-        async def load(member: _Member) -> None:
-            try:
-                await self._load(member, policy_version, buckets)
-            except ObjectLostError:
-                raise
-            except LOST as error:  # its successor loads them when it joins
-                self._lose(member, error)
-
         async with self._loading:
             self._weights = (policy_version, buckets)
-            await asyncio.gather(*(load(member) for member in list(self._members)))
+            await self._load_into([*self._members, *self._aside], policy_version, buckets)
+        await self._notify()
         return WeightUpdate(policy_version=policy_version, num_bytes=num_bytes, duration_s=time.monotonic() - started)
+
+    async def receive_weights(self, policy_version: int, source: WeightSource) -> WeightUpdate:
+        """The same, by a broadcast from the learner. Raises LearnerLostError.
+
+        Actors that the broadcast left without a whole version, those set aside before, and those that join later take it
+        from the object store: a group of fixed members is of no use to them.
+        """
+        started = time.monotonic()
+        async with self._loading:
+            members = list(self._members)
+            self._weights, self._source = (policy_version, None), source
+            num_bytes = await self._broadcast_to(members, policy_version, source) if members else 0
+            if self._aside or not members:
+                buckets, num_bytes = await source.put_weights(policy_version)
+                self._weights = (policy_version, buckets)
+                await self._load_into(list(self._aside), policy_version, buckets)
+        await self._notify()
+        return WeightUpdate(policy_version=policy_version, num_bytes=num_bytes, duration_s=time.monotonic() - started)
+
+    async def _broadcast_to(self, members: Sequence[_Member], policy_version: int, source: WeightSource) -> int:
+        """Bytes sent. Who did not take the version whole is lost, or set aside."""
+        with ExitStack() as calls:
+            for member in members:
+                calls.enter_context(member.called())
+            outcome = await self._broadcast(source, policy_version, {m.name: m.handle for m in members})
+        for member in members:
+            error = outcome.lost.get(member.name)
+            if error is None:
+                member.num_loads += 1
+            elif isinstance(error, LOST):
+                self._lose(member, error)
+            elif isinstance(error, WeightsLostError):
+                self._set_aside(member)
+            else:
+                raise error
+        if outcome.source_error is not None and not isinstance(outcome.source_error, WeightsLostError):
+            raise outcome.source_error
+        if outcome.lost:
+            causes = "; ".join(f"{name}: {cause_of(error)}" for name, error in outcome.lost.items())
+            print(
+                f"weights {policy_version} were not broadcast to all, the object store brings them to the others ({causes})",
+                flush=True,
+            )
+        return outcome.num_bytes
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
 
     def lap(self) -> dict[str, float]:
         """Metrics since the last lap: seconds that an actor had nothing to do, on average, and the share in which it had."""

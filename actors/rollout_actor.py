@@ -4,14 +4,25 @@ import os
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import ray
 
 from actors.engine import PolicyEngine
 from video_opd.config import Config
+from video_opd.errors import WeightsLostError
 from video_opd.prompting import PromptEncoder, parse_span
-from video_opd.types import EncodedPrompt, FailedPrompt, Prediction, Prompt, Trajectory, TrajectoryGroup, WeightBucket
+from video_opd.types import (
+    EncodedPrompt,
+    FailedPrompt,
+    GroupPlace,
+    Prediction,
+    Prompt,
+    Trajectory,
+    TrajectoryGroup,
+    WeightBucket,
+)
 from video_opd.vllm_engine import Completion, predict
 
 
@@ -23,7 +34,7 @@ class RolloutActor:
         self._name, self._config = name, config
         self._encoder = PromptEncoder(config.student, config.prompt, config.video)
         self._engine = PolicyEngine(config.student, config.rollout, config.seed, self._encoder.pad_ids)
-        self._policy_version = -1  # the folder's weights, before the first publication
+        self._policy_version: int | None = -1  # the folder's weights, before the first publication; None: no whole version
 
     def __repr__(self) -> str:  # what the Ray dashboard and the log lines show
         return self._name
@@ -35,8 +46,9 @@ class RolloutActor:
         """rollouts_per_prompt trajectories for each prompt, a FailedPrompt where the clip cannot be read.
 
         Results come as prompts finish, `rollout.prompts_per_result` of them at a time. Sampling is seeded by
-        (config.seed, trajectory id): same weights, same trajectories.
+        (config.seed, trajectory id): same weights, same trajectories. Raises WeightsLostError while it holds no whole version.
         """
+        self._check_whole()
         encoded, failed = self._encoder.encode_readable(prompts)
         ready: list[TrajectoryGroup | FailedPrompt] = list(failed.values())
         by_id = {p.prompt_id: p for p in prompts}
@@ -55,20 +67,38 @@ class RolloutActor:
             yield ready
 
     def predict(self, prompts: Sequence[Prompt], blank_video: bool = False) -> list[Prediction | FailedPrompt]:
-        """The greedy answer to each prompt; with `blank_video`, to the same prompt on grey frames."""
+        """The greedy answer to each prompt; with `blank_video`, to the same prompt on grey frames. Raises WeightsLostError."""
+        self._check_whole()
         return predict(self._encoder, self._engine, prompts, blank_video)
 
     def load_weights(self, policy_version: int, buckets: Sequence[ray.ObjectRef | WeightBucket]) -> float:
-        """Takes one published version; returns the seconds it took."""
+        """Takes one published version; returns the seconds it took. Raises WeightsLostError unless it is whole."""
         started = time.monotonic()
         whole = [ray.get(b, timeout=self._config.request_timeout_s) if isinstance(b, ray.ObjectRef) else b for b in buckets]
-        versions = {b.policy_version for b in whole}
-        assert versions == {policy_version}, f"buckets of versions {versions} published as {policy_version}"
-        self._engine.load_weights(whole)
-        self._policy_version = policy_version
+        with self._replacing_weights(policy_version):
+            self._engine.load_weights(policy_version, whole)
         return time.monotonic() - started
 
+    def receive_weights(self, policy_version: int, place: GroupPlace | None) -> float:
+        """Takes a version that the learner broadcasts; see WeightReceiver.receive_broadcast and load_weights."""
+        started = time.monotonic()
+        with self._replacing_weights(policy_version):
+            self._engine.receive_weights(policy_version, place, self._config.request_timeout_s)
+        return time.monotonic() - started
+
+    @contextmanager
+    def _replacing_weights(self, policy_version: int) -> Iterator[None]:
+        """No version until the new one is whole: nothing is sampled from a mixture."""
+        self._policy_version = None
+        yield
+        self._policy_version = policy_version
+
+    def _check_whole(self) -> None:
+        if self._policy_version is None:
+            raise WeightsLostError(f"{self._name} holds no whole version of the weights")
+
     def _trajectory(self, prompt: EncodedPrompt, trajectory_id: str, completion: Completion) -> Trajectory:
+        assert self._policy_version is not None
         return Trajectory(
             trajectory_id=trajectory_id,
             prompt_id=prompt.prompt_id,

@@ -119,9 +119,12 @@ def create_parts(folder: Path, config: Config, plan: Plan) -> Run:
 
 
 async def publish_weights(run: Run, policy_version: int) -> None:
-    """The learner's weights to every actor, as one version."""
-    buckets, num_bytes = await run.learner.put_weights(policy_version)
-    update = await run.actors.load_weights(policy_version, buckets, num_bytes)
+    """The learner's weights to every actor, as one version, the way that learner.weight_transfer says."""
+    if run.config.learner.weight_transfer == "collective":
+        update = await run.actors.receive_weights(policy_version, run.learner)
+    else:
+        buckets, num_bytes = await run.learner.put_weights(policy_version)
+        update = await run.actors.load_weights(policy_version, buckets, num_bytes)
     run.totals["published_bytes"] += update.num_bytes
     run.published = policy_version
 

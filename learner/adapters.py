@@ -53,9 +53,9 @@ def merged_parameters(model: VideoLLM) -> Iterator[tuple[str, list[torch.nn.Para
 
 
 def merge(parameters: Sequence[torch.Tensor], scaling: float) -> torch.Tensor:
-    """W, or W + scaling B A computed in float32 and rounded once to W's dtype; on the CPU."""
+    """W, or W + scaling B A computed in float32 and rounded once to W's dtype."""
     weight, *factors = (p.detach() for p in parameters)
     if not factors:
-        return weight.cpu()
+        return weight
     a, b = factors
-    return (weight.float() + scaling * (b.float() @ a.float())).to(weight.dtype).cpu()
+    return (weight.float() + scaling * (b.float() @ a.float())).to(weight.dtype)

@@ -17,7 +17,7 @@ from learner.loss import ResponseTokens, loss_per_token
 from learner.signals import TimestampTokens, TokenRecords, batch_signals, policy_signals
 from learner.universal import TAG as universal_tag
 from learner.vision_cache import VisionCache
-from learner.weight_sender import to_buckets
+from learner.weight_sender import Bucket, tensor_buckets, to_buckets
 from video_opd.clips import frames_key
 from video_opd.config import Config
 from video_opd.errors import ClipError, RunError
@@ -162,18 +162,22 @@ class LearnerEngine:
     def _tensor(self, arrays: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(self._device)
 
-    def _full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter of the plain model, whole, on the CPU, adapters merged. All ranks must iterate together."""
+    def _full_parameters(self, device: str | torch.device | None = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter of the plain model, whole, adapters merged, on `device` (None: where it is). All ranks iterate together."""
         for name, parts, scaling in merged_parameters(self._model):
             if self._config.learner.zero_stage == 3:
                 with self._deepspeed.zero.GatheredParameters(parts):
-                    yield name, merge(parts, scaling).clone()
+                    yield name, merge(parts, scaling).to(device=device, copy=True)
             else:
-                yield name, merge(parts, scaling)
+                yield name, merge(parts, scaling).to(device=device)
 
     def buckets(self, policy_version: int) -> Iterator[WeightBucket]:
         """The student's weights, for publication. All ranks must iterate together."""
         return to_buckets(self._full_parameters(), policy_version, self._config.learner.bucket_bytes)
+
+    def broadcast_buckets(self, policy_version: int, device: torch.device | None) -> Iterator[Bucket]:
+        """The same, for a broadcast of tensors on `device`. All ranks must iterate together."""
+        return tensor_buckets(self._full_parameters(device), policy_version, self._config.learner.bucket_bytes)
 
     def save(self, folder: Path) -> None:
         """Writes the DeepSpeed state and `student/`, a transformers folder."""

@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import ray
 from ray.exceptions import RayTaskError
 
 from learner.universal import convert, needs_conversion
+from learner.weight_sender import to_flat
+from video_opd.broadcast import ABANDON_S, BroadcastGroup
 from video_opd.config import Config
 from video_opd.deadline import within
-from video_opd.errors import LearnerLostError
+from video_opd.errors import LearnerLostError, WeightsLostError
 from video_opd.faults import LOST, cause_of, started_badly
-from video_opd.types import ScoredGroup, StepReport
+from video_opd.types import GroupPlace, ScoredGroup, StepReport
 
 NEIGHBOUR_GRACE_S = 15.0
 
@@ -25,6 +28,7 @@ class LearnerRank:
     def __init__(self, name: str, config: Config, rank: int):
         self._name, self._config, self._rank = name, config, rank
         self._engine: Any = None
+        self._group: BroadcastGroup | None = None
 
     def __repr__(self) -> str:
         return self._name
@@ -47,10 +51,48 @@ class LearnerRank:
         """The weights in the object store, one reference a bucket, and their bytes; rank 0 holds them."""
         references, num_bytes = [], 0
         for bucket in self._engine.buckets(policy_version):
-            num_bytes += bucket.buffer.nbytes
+            num_bytes += bucket.num_bytes
             if self._rank == 0:
                 references.append(ray.put(bucket))
         return references, num_bytes
+
+    def meet_actors(self, place: GroupPlace | None) -> None:
+        """Rank 0 alone: returns when every actor is ready to receive. `place`: of a new group; None: in the last one.
+
+        Raises WeightsLostError when the driver gives the group up.
+        """
+        if place is not None:
+            self._leave_group()
+            self._group = BroadcastGroup(place, self._config.request_timeout_s)
+        assert self._group, "the first meeting needs a place"
+        self._group.meet()
+
+    def send_weights(self, policy_version: int) -> int:
+        """Broadcasts the weights to the actors that rank 0 met; returns their bytes.
+
+        Raises WeightsLostError when the group failed. Even then every rank goes through all parameters: each is a
+        collective of the learner's own under ZeRO-3, and a rank that left in the middle would hang the others.
+        """
+        sends = self._rank == 0
+        assert self._group or not sends, "rank 0 has met nobody"
+        num_bytes, failure = 0, None
+        device = self._group.device if self._group else None
+        for header, tensors in self._engine.broadcast_buckets(policy_version, device):
+            num_bytes += sum(t.nbytes for t in tensors)
+            if self._group and failure is None:
+                try:
+                    self._group.send(header, to_flat(tensors))
+                except WeightsLostError as error:
+                    failure = error
+        if failure:
+            self._leave_group()
+            raise failure
+        return num_bytes
+
+    def _leave_group(self) -> None:
+        if self._group:
+            self._group.close()
+        self._group = None
 
     def save(self, folder: Path) -> None:
         self._engine.save(folder)
@@ -71,6 +113,7 @@ class Learner:
     def __init__(self, name: str, config: Config, rank_class: type = LearnerRank):
         self._name, self._config, self._rank_class = name, config, rank_class
         self._num_starts = 0
+        self._version: int | None = None  # of the ranks' weights, once they are published; None: they changed since
         self._ranks = self._create()
 
     def _create(self) -> list[Any]:
@@ -96,6 +139,7 @@ class Learner:
 
     async def restart(self) -> None:
         """A new group with the student's first weights, in place of what is left of the old one."""
+        self._version = None
         for rank in self._ranks:
             ray.kill(rank)
         self._ranks = self._create()
@@ -103,12 +147,38 @@ class Learner:
 
     async def update(self, groups: list[ScoredGroup], step: int) -> StepReport:
         """One optimizer step; the weights after it are version step + 1."""
+        self._version = None
         metrics = (await self._all("update", ray.put(groups), step))[0]
         return StepReport(step=step, policy_version=step + 1, metrics=metrics)
 
     async def put_weights(self, policy_version: int) -> tuple[list[ray.ObjectRef], int]:
         """See LearnerRank.put_weights. The references live as long as rank 0 does and the caller holds them."""
+        self._version = policy_version
         return (await self._all("put_weights", policy_version))[0]
+
+    async def put_published_weights(self, policy_version: int) -> list[ray.ObjectRef]:
+        """The same, later: for an actor that joins. Raises WeightsLostError once the weights are to change.
+
+        Ranks serve calls in order, so what is asked for before the next update is what was published.
+        """
+        if self._version != policy_version:
+            raise WeightsLostError(f"the learner's weights are no longer version {policy_version}")
+        return (await self.put_weights(policy_version))[0]
+
+    @property
+    def generation(self) -> int:
+        """Another number when the ranks are other processes."""
+        return self._num_starts
+
+    async def meet_actors(self, place: GroupPlace | None) -> None:
+        """See LearnerRank.meet_actors."""
+        await self._all("meet_actors", place, timeout_s=self._config.request_timeout_s + ABANDON_S, ranks=self._ranks[:1])
+
+    async def send_weights(self, policy_version: int) -> int:
+        """See LearnerRank.send_weights."""
+        self._version = policy_version
+        timeout_s = self._config.request_timeout_s + ABANDON_S
+        return (await self._all("send_weights", policy_version, timeout_s=timeout_s))[0]
 
     async def save(self, folder: Path) -> None:
         await self._all("save", folder)
@@ -119,6 +189,7 @@ class Learner:
 
     async def load(self, folder: Path, saved_world_size: int | None = None) -> None:
         """A checkpoint's weights and optimizer, exactly. `saved_world_size`: ranks that wrote it; None: as many as there are."""
+        self._version = None
         learner = self._config.learner
         if not needs_conversion(learner.zero_stage, saved_world_size or learner.world_size, learner.world_size):
             await self._all("load", folder, False)
@@ -131,8 +202,11 @@ class Learner:
         finally:
             shutil.rmtree(converted, ignore_errors=True)
 
-    async def _all(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
-        calls = [asyncio.ensure_future(getattr(rank, method).remote(*arguments)) for rank in self._ranks]
+    async def _all(
+        self, method: str, *arguments: Any, timeout_s: float | None = None, ranks: Sequence[Any] | None = None
+    ) -> list[Any]:
+        """Each rank's answer. `ranks`: those asked, where it is not all."""
+        calls = [asyncio.ensure_future(getattr(rank, method).remote(*arguments)) for rank in ranks or self._ranks]
         try:
             return await within(timeout_s or self._config.request_timeout_s, asyncio.gather(*calls), f"the learner's {method}")
         except LOST as error:

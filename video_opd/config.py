@@ -259,6 +259,11 @@ class LearnerConfig(_Section):
     )
     gradient_checkpointing: bool = True
     bucket_bytes: PositiveInt = Field(default=256 << 20, description="weights travel in buckets of about this size")
+    weight_transfer: Literal["object_store", "collective"] = Field(
+        default="object_store",
+        description="weights reach the actors through Ray's object store, or by a broadcast of torch.distributed: gloo on CPUs, "
+        "measured in docs/performance.md; NCCL where learner and actors have GPUs, never run so far",
+    )
     num_gpus: Annotated[float, Field(ge=0)] = Field(default=1, description="of one rank; 0 on a CPU machine")
     num_cpus: Annotated[float, Field(ge=0)] = 1
 
@@ -385,6 +390,9 @@ class Config(_Section):
                 f"video.decode_timeout_s={self.video.decode_timeout_s:g} is above request_timeout_s={self.request_timeout_s:g}: "
                 "a clip that hangs would end the run"
             )
+        shared = any(0 < part.num_gpus < 1 for part in (self.learner, self.rollout))
+        if self.learner.weight_transfer == "collective" and shared:
+            raise ValueError("learner.weight_transfer=collective: NCCL wants a GPU for each member, so num_gpus is 0 or 1 and more")
         if self.loss.kind == "grpo" and self.rollout.rollouts_per_prompt < 2:
             raise ValueError("loss.kind=grpo compares the responses to one prompt: set rollout.rollouts_per_prompt to 2 or more")
         sampling = self.loss.needs.rollouts or self.curriculum.asks_student

@@ -41,6 +41,10 @@ class RunError(VideoOPDError, RuntimeError):
     """The run cannot go on, by no fault of its input."""
 
 
+class WeightsLostError(RunError):
+    """A version of the weights that did not arrive whole, or is no longer to be had: it must be sent anew, or a later one."""
+
+
 class DeadlineError(RunError):
     """A wait for another process reached its deadline."""
 

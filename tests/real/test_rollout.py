@@ -60,12 +60,12 @@ def test_logprobs_match_transformers_before_and_after_a_publication(engine, mode
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     assert max_gap(engine, model, encoded, seed=3) > 100 * TOLERANCE, "the new weights must differ enough to be noticed"
-    engine.load_weights(list(to_buckets(model.named_parameters(), 1, bucket_bytes=1 << 17)))
+    engine.load_weights(1, list(to_buckets(model.named_parameters(), 1, bucket_bytes=1 << 17)))
     assert max_gap(engine, model, encoded, seed=4) < TOLERANCE
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(before[name])
-    engine.load_weights(list(to_buckets(model.named_parameters(), 2, bucket_bytes=1 << 30)))
+    engine.load_weights(2, list(to_buckets(model.named_parameters(), 2, bucket_bytes=1 << 30)))
     assert max_gap(engine, model, encoded, seed=5) < TOLERANCE
 
 
@@ -92,12 +92,12 @@ def test_video_pads_are_never_sampled_even_when_the_model_wants_them(engine, mod
         ).last_hidden_state[0, -1]
         model.get_input_embeddings().weight[list(encoder.pad_ids)] = 3 * hidden / hidden.norm()
     wanted = np.exp(reference_logprobs(model, prompt, np.zeros(1, np.int32))[0, list(encoder.pad_ids)]).sum()
-    engine.load_weights(list(to_buckets(model.named_parameters(), 3, bucket_bytes=1 << 30)))
+    engine.load_weights(3, list(to_buckets(model.named_parameters(), 3, bucket_bytes=1 << 30)))
     (answers,) = engine.generate([prompt], [list(range(32))])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(original[name])
-    engine.load_weights(list(to_buckets(model.named_parameters(), 4, bucket_bytes=1 << 30)))
+    engine.load_weights(4, list(to_buckets(model.named_parameters(), 4, bucket_bytes=1 << 30)))
     assert wanted > 0.9, "without the ban the first token would be a pad"
     assert not any(np.isin(answer.token_ids, encoder.pad_ids).any() for answer in answers)
 
