@@ -325,11 +325,9 @@ class ActorPool:
         if outcome.source_error is not None and not isinstance(outcome.source_error, WeightsLostError):
             raise outcome.source_error
         if outcome.lost:
-            causes = "; ".join(f"{name}: {cause_of(error)}" for name, error in outcome.lost.items())
-            print(
-                f"weights {policy_version} were not broadcast to all, the object store brings them to the others ({causes})",
-                flush=True,
-            )
+            error = min(outcome.lost.values(), key=lambda e: not isinstance(e, LOST))  # a death says more than what it broke off
+            cause = cause_of(getattr(error, "cause", None) or error)
+            print(f"the broadcast of weights {policy_version} broke off, the object store brings them: {cause}", flush=True)
         return outcome.num_bytes
 
     async def _notify(self) -> None:

@@ -163,7 +163,7 @@ class LearnerEngine:
         return torch.from_numpy(np.concatenate(arrays)).to(self._device)
 
     def _full_parameters(self, device: str | torch.device | None = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter of the plain model, whole, adapters merged, on `device` (None: where it is). All ranks iterate together."""
+        """Every parameter of the plain model, whole, adapters merged, on `device` (None: as it is). All ranks iterate together."""
         for name, parts, scaling in merged_parameters(self._model):
             if self._config.learner.zero_stage == 3:
                 with self._deepspeed.zero.GatheredParameters(parts):

@@ -111,6 +111,9 @@ class BroadcastGroup:
             self._group = None
             threading.Thread(target=last.clear, daemon=True).start()
 
+    def __del__(self) -> None:  # else the backend's end would hold up whichever thread drops the last reference
+        self.close()
+
     def _connect(self, connected: Future[Any]) -> None:
         """All that blocks: backends try to reach a dead member until their timeout, NCCL also in the first operation."""
         try:
