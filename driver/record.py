@@ -82,6 +82,7 @@ async def record(run: Run, outputs: Outputs, report: StepReport, groups: list[Sc
         "teacher/scored_tokens": float(run.totals["scored_tokens"]),
         "curriculum/suspended_frac": num_suspended / max(1, len(trajectories)),
         **await run.curriculum.metrics(),
+        **(await run.teacher.lap() if run.teacher else {}),
         **{f"time/{phase}_s": s for phase, s in seconds.items()},
         "time/step_s": step_s,
         **{f"tokens_per_s/{phase}": rate for phase, rate in tokens_per_s.items()},

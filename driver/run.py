@@ -13,7 +13,7 @@ import ray
 from actors.actor_pool import ActorPool
 from curriculum.scheduler import Curriculum
 from learner.learner import Learner
-from teacher_service.service import TeacherPool
+from teacher_service.pool import TeacherPool
 from video_opd.config import Config
 from video_opd.errors import ConfigError
 from video_opd.metrics import PhaseClock
@@ -22,6 +22,7 @@ from video_opd.rewards import Reward, load_rewards
 from video_opd.types import FailedPrompt, Prediction, Prompt
 
 HERE = Path(__file__).resolve().parent.parent
+SERVE_ENV = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}  # one that hangs cannot drain: it gives its device to the next
 
 
 @dataclass
@@ -59,7 +60,7 @@ def start_ray(config: Config, address: str | None) -> None:
         "log_to_driver": False,
         "logging_level": "ERROR",
         "namespace": "video_opd",
-        "runtime_env": {"env_vars": {"PYTHONPATH": paths}},
+        "runtime_env": {"env_vars": {"PYTHONPATH": paths, **SERVE_ENV}},
     }
     if address:
         try:
@@ -81,7 +82,7 @@ def create_parts(folder: Path, config: Config, plan: Plan) -> Run:
         config=config,
         plan=plan,
         actors=ActorPool(name, config),
-        teacher=TeacherPool(f"{name}/teacher", config) if config.needs_teacher else None,
+        teacher=TeacherPool(name, config, config.teacher_models[0]) if config.needs_teacher else None,
         learner=Learner(name, config),
         curriculum=Curriculum(name, plan.train, config),
         rewards=load_rewards(config.loss.rewards) if config.loss.needs.rewards else [],
