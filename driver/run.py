@@ -16,7 +16,7 @@ from actors.actor_pool import ActorPool
 from curriculum.scheduler import Curriculum
 from driver.upload import Uploads
 from learner.learner import Learner
-from teacher_service.service import TeacherPool
+from teacher_service.pool import TeacherPool
 from video_opd.config import Config
 from video_opd.errors import ConfigError
 from video_opd.metrics import PhaseClock
@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 LOCAL_ROLES = 64  # rollout actors and teacher replicas that a Ray of this machine alone lets in; memory bounds them, not Ray
 HERE = Path(__file__).resolve().parent.parent
+SERVE_ENV = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}  # one that hangs cannot drain: it gives its device to the next
 
 
 def _set_event() -> asyncio.Event:
@@ -85,7 +86,7 @@ def start_ray(config: Config, address: str | None) -> None:
         "log_to_driver": False,
         "logging_level": "ERROR",
         "namespace": NAMESPACE,
-        "runtime_env": {"env_vars": {"PYTHONPATH": paths}},
+        "runtime_env": {"env_vars": {"PYTHONPATH": paths, **SERVE_ENV}},
     }
     if address:
         try:
@@ -108,7 +109,7 @@ def create_parts(folder: Path, config: Config, plan: Plan) -> Run:
         plan=plan,
         control=create_control(name),
         actors=ActorPool(name, config),
-        teacher=TeacherPool(f"{name}/teacher", config) if config.needs_teacher else None,
+        teacher=TeacherPool(name, config, config.teacher_models[0]) if config.needs_teacher else None,
         learner=Learner(name, config),
         curriculum=Curriculum(name, plan.train, config),
         rewards=load_rewards(config.loss.rewards) if config.loss.needs.rewards else [],
