@@ -14,6 +14,7 @@ from actors.actor_pool import ActorPool
 from curriculum.scheduler import Curriculum
 from learner.learner import Learner
 from teacher_service.pool import TeacherPool
+from teacher_service.teachers import Teachers, create_teacher
 from video_opd.config import Config
 from video_opd.errors import ConfigError
 from video_opd.metrics import PhaseClock
@@ -33,7 +34,7 @@ class Run:
     config: Config
     plan: Plan
     actors: ActorPool
-    teacher: TeacherPool | None  # None: neither the objective nor the curriculum asks one
+    teacher: TeacherPool | Teachers | None  # None: neither the objective nor the curriculum asks one
     learner: Learner
     curriculum: Curriculum
     rewards: list[Reward]  # empty: the objective needs none
@@ -82,7 +83,7 @@ def create_parts(folder: Path, config: Config, plan: Plan) -> Run:
         config=config,
         plan=plan,
         actors=ActorPool(name, config),
-        teacher=TeacherPool(name, config, config.teacher_models[0]) if config.needs_teacher else None,
+        teacher=create_teacher(name, config),
         learner=Learner(name, config),
         curriculum=Curriculum(name, plan.train, config),
         rewards=load_rewards(config.loss.rewards) if config.loss.needs.rewards else [],
