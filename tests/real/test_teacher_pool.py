@@ -229,13 +229,8 @@ def test_two_tiny_teachers_say_what_their_engines_say(local_ray, config, prompts
     config = config.model_copy(update={"teacher": None, "teachers": tuple(teachers)})
     groups = [g.group for g in scored_groups([prompts[0], prompts[3]], encoder, seed=0, rollouts=2)]
     pairs = [(encoder.encode(g.prompt), t.response_token_ids) for g in groups for t in g.trajectories]
-    large, small = (
-        [
-            s.logprobs
-            for s in TransformersEngine(t.model, config.teacher_pool, Wanted(), 0, encoder).score(*zip(*pairs, strict=True))
-        ]
-        for t in teachers
-    )
+    engines = (TransformersEngine(t.model, config.teacher_pool, Wanted(), 0, encoder) for t in teachers)
+    large, small = ([s.logprobs for s in engine.score(*zip(*pairs, strict=True))] for engine in engines)
     expected = [*large[:2], *(0.75 * a + 0.25 * b for a, b in zip(large[2:], small[2:], strict=True))]
 
     async def score() -> None:
