@@ -9,37 +9,44 @@ import asyncio
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import closing
-from itertools import cycle, islice, repeat
+from itertools import repeat
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import pyarrow.compute as pc
 import ray
+from ray.exceptions import ObjectLostError
 
 import video_opd  # noqa: F401  # first: makes transformers importable
+from actors.actor_pool import RolloutResult
 from demo.clips import ensure_clips
-from driver.checkpoints import checkpoint, restore
-from driver.evaluations import evaluate_student, evaluate_teacher
+from driver.checkpoints import checkpoint, find_progress, restore, save_if_due
+from driver.evaluations import AFTER, BEFORE, NO_VIDEO, evaluate_student, evaluate_teacher
+from driver.export import export_student
 from driver.record import Outputs, check_finite, check_lag, check_logprob_gap, num_tokens, record
+from driver.recovery import first_error, obey, recover, watch
 from driver.rounds import start_round
 from driver.run import Run, create_parts, publish_weights, start_ray
+from driver.stopping import ending
+from driver.summary import summarise
+from driver.upload import check_writable, fetch_config, fetch_run
 from evaluation.report import print_summary, progress_bar, write_report
-from learner.checkpoint import read_state
 from teacher_service.service import ScoreResult
 from video_opd.buffer import TrajectoryBuffer
 from video_opd.config import Config, describe_keys, load_config, resolve_paths
+from video_opd.deadline import waiting
 from video_opd.demonstrations import Demonstrator
-from video_opd.errors import CheckpointError, ConfigError, InputError, VideoOPDError
-from video_opd.grounding import blind_baselines
+from video_opd.durable import mend
+from video_opd.errors import CheckpointError, ConfigError, InputError, LearnerLostError, StoppedError, VideoOPDError
 from video_opd.memory_check import check_fits, describe_memory
 from video_opd.metrics import MetricSinks
 from video_opd.plan import Plan, describe, make_draft, make_plan, memory_plan
 from video_opd.rewards import total_reward
-from video_opd.run_folder import latest_checkpoint, new_run_folder, write_config, write_json
+from video_opd.run_folder import CHECKPOINTS, new_run_folder, write_config, write_json
 from video_opd.schemas import TrajectoryLog, write_parquet
-from video_opd.types import FailedPrompt, ScoredGroup, TeacherScores, TrajectoryGroup
+from video_opd.types import FailedPrompt, Prompt, ScoredGroup, TeacherScores, TrajectoryGroup
 
 HERE = Path(__file__).resolve().parent
 
@@ -56,7 +63,7 @@ async def train(run: Run) -> None:
     config = run.config
     sinks, log = MetricSinks(run.folder, run.step), TrajectoryLog(run.folder / "trajectories", run.step)
     with closing(sinks), closing(log), progress_bar(config.num_steps, run.step) as progress:
-        while run.step < config.num_steps and not run.out_of_budget:
+        while run.step < config.num_steps and not run.is_over:
             if run.step == run.round_end:
                 await start_round(run, progress)
             until = config.num_steps if run.round_end is None else min(run.round_end, config.num_steps)
@@ -70,33 +77,35 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
     for one step's slots, updates, publishes, and frees them. A crash anywhere stops everything, loudly.
     """
     config, curriculum = run.config, run.curriculum
-    demonstrate = Demonstrator(config)
     buffer = TrajectoryBuffer(config.groups_per_step, config.max_policy_lag, until - run.step)
     per_call = config.rollout.prompts_per_call
     capacity = (config.max_policy_lag + 1) * config.groups_per_step
 
-    async def sample(actor: Any) -> None:
+    async def sample() -> None:
         while slots := await buffer.reserve(per_call):
             while slots:  # a failed prompt leaves its slot to another prompt
                 prompts = await curriculum.next_prompts(len(slots))
-                if config.loss.needs.rollouts:
-                    with run.clock("rollout"):
-                        reference = run.actors.rollout(actor, prompts)
-                        results = await run.actors.result(reference)
-                    run.clock.count("rollout", sum(num_tokens(r.trajectories) for r in results if isinstance(r, TrajectoryGroup)))
-                else:
-                    reference = results = demonstrate(prompts, run.step)
-                groups = await score(run, reference, results)
-                await curriculum.retire([g for g in groups if isinstance(g, FailedPrompt)])
-                for group in groups:
-                    if isinstance(group, ScoredGroup):
-                        await buffer.fill(slots.popleft(), group)
+                slot_of = {p.prompt_id: slots.popleft() for p in prompts}
+                async with asyncio.TaskGroup() as scoring:  # each rollout as soon as it is finished
+                    async for reference, results in roll_out(run, prompts):
+                        scoring.create_task(score_and_fill(slot_of, reference, results))
+                slots.extend(slot_of.values())
+
+    async def score_and_fill(slot_of: dict[str, int], reference: Any, results: Sequence[RolloutResult]) -> None:
+        groups = await score(run, reference, results)
+        await curriculum.retire([g for g in groups if isinstance(g, FailedPrompt)])
+        for group in groups:
+            if isinstance(group, ScoredGroup):
+                await buffer.fill(slot_of.pop(group.group.prompt.prompt_id), group)
 
     async def learn() -> None:
-        while run.step < until and not run.out_of_budget:
+        while run.step < until and not run.is_over:
             step, started = run.step, time.monotonic()
-            groups = await buffer.take()
+            with waiting(f"the trajectories of step {step}"):
+                groups = await buffer.take()
+            wait_s = time.monotonic() - started
             lags = check_lag(groups, step, config.max_policy_lag)
+            run.settled.clear()  # from here to where it is set again a signal waits
             with run.clock("update"):
                 report = await run.learner.update(groups, step)
             run.clock.count("update", sum(num_tokens(g.group.trajectories) for g in groups))
@@ -108,24 +117,36 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
                     await publish_weights(run, policy_version=step + 1)
             run.step += 1
             await buffer.release()  # only now may new prompts enter
-            step_s = time.monotonic() - started
+            report.metrics.update({"time/step_s": time.monotonic() - started, "learner/wait_s": wait_s})
             if config.eval_every and run.step % config.eval_every == 0:
                 with run.clock("evaluate"):
                     await evaluate_student(run, f"step_{run.step}")
                 report.metrics.update({f"eval/{k}": v for k, v in run.evaluations.get(f"step_{run.step}", {}).items()})
-            await record(run, outputs, report, groups, lags, step_s)
-            if config.checkpoint_every and run.step % config.checkpoint_every == 0:
-                await checkpoint(run)
+            await record(run, outputs, report, groups, lags)
+            await save_if_due(run)
+            run.settled.set()
         await buffer.close()
 
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(learn())
-        for actor in islice(cycle(run.actors.actors or [None]), max(len(run.actors.actors), -(-capacity // per_call))):
-            tasks.create_task(sample(actor))
+        for _ in range(-(-capacity // per_call)):
+            tasks.create_task(sample())
+
+
+async def roll_out(run: Run, prompts: list[Prompt]) -> AsyncIterator[tuple[Any, Sequence[RolloutResult]]]:
+    """What the student sampled, as it comes, each part after its reference; the ground truth where the objective takes that."""
+    if not run.config.loss.needs.rollouts:
+        groups = Demonstrator(run.config)(prompts, run.step)
+        yield groups, groups
+        return
+    with run.clock("rollout"):
+        async for reference, results in run.actors.rollout(prompts):
+            run.clock.count("rollout", sum(num_tokens(r.trajectories) for r in results if isinstance(r, TrajectoryGroup)))
+            yield reference, results
 
 
 async def score(
-    run: Run, reference: ray.ObjectRef | list[TrajectoryGroup], results: Sequence[TrajectoryGroup | FailedPrompt]
+    run: Run, reference: ray.ObjectRef | Sequence[RolloutResult], results: Sequence[RolloutResult]
 ) -> list[ScoredGroup | FailedPrompt]:
     """Every group with what the objective needs: the teacher's scores, rewards, or neither; in order.
 
@@ -137,8 +158,12 @@ async def score(
     if asked and run.config.loss.needs.teacher != "none":
         assert run.teacher, "the objective needs a teacher"
         whole = len(asked) == len(results) and not any(g.suspended for g in asked)
+        sent: Any = reference if whole else asked  # a reference is fetched past the driver
         with run.clock("score"):
-            scores = iter(await run.teacher.score(reference if whole else asked))  # the reference is fetched past the driver
+            try:
+                scores = iter(await run.teacher.score(sent))
+            except ObjectLostError:  # with the actor's node; the driver has the value
+                scores = iter(await run.teacher.score(asked))
         run.totals["scored_rollouts"] += sum(len(g.trajectories) for g in asked)
         tokens = sum(num_tokens(g.trajectories) for g in asked)
         run.totals["scored_tokens"] += tokens
@@ -159,50 +184,50 @@ def with_rewards(run: Run, group: TrajectoryGroup, scores: tuple[TeacherScores, 
     return ScoredGroup(group=group, scores=scores, rewards=rewards)
 
 
-async def execute(config: Config, folder: Path, plan: Plan, resume: bool) -> dict[str, Any]:
-    """One run from start to summary."""
+async def train_to_the_end(run: Run, resume: int | None) -> None:
+    """Everything between the start of the parts and the summary; done again from the last checkpoint when the learner is lost."""
+    if resume is None:
+        run.round_end = await run.curriculum.round_end()
+    else:
+        await restore(run, resume)
+    while True:
+        try:
+            if run.published != run.step and run.actors.num_wanted:
+                await publish_weights(run, run.step)
+            if BEFORE not in run.evaluations:
+                await asyncio.gather(evaluate_student(run, BEFORE), evaluate_teacher(run))
+            run.clock.lap()
+            started = time.monotonic()
+            await train(run)
+            run.totals.update({"train_s": time.monotonic() - started})
+            await evaluate_student(run, AFTER)
+            await evaluate_student(run, NO_VIDEO, blank_video=True)
+            await checkpoint(run)
+            return await export_student(run)
+        except (LearnerLostError, BaseExceptionGroup) as error:
+            if not isinstance(cause := first_error(error), LearnerLostError):
+                raise
+            await recover(run, cause)
+
+
+async def execute(config: Config, folder: Path, plan: Plan, resume: int | None) -> dict[str, Any]:
+    """One run from start to summary. `resume`: the step whose checkpoint it goes on from."""
     began = time.monotonic()
     run = create_parts(folder, config, plan)
-    try:
-        await asyncio.gather(run.actors.start(), run.learner.start(), *([run.teacher.start()] if run.teacher else []))
-        start_up_s = time.monotonic() - began
-        await asyncio.gather(evaluate_student(run, "student_before"), evaluate_teacher(run))
-        if resume:
-            await restore(run)
-            if run.actors.actors:
-                await publish_weights(run, policy_version=run.step)
-        run.round_end = await run.curriculum.round_end()
-        run.clock.lap()
-        trained = time.monotonic()
-        await train(run)
-        train_s = time.monotonic() - trained
-        await evaluate_student(run, "student_after")
-        await evaluate_student(run, "no_video", blank_video=True)
-        await checkpoint(run)
-        records = await run.curriculum.records()
-        write_parquet(records, folder / "curriculum" / "records.parquet")
-        return {
-            **{k: run.evaluations.get(k) for k in ("teacher", "student_before", "student_after")},
-            "baselines": blind_baselines(plan.train, plan.eval, config.seed) | {"no_video": run.evaluations.get("no_video")},
-            "steps": run.step,
-            "seed": config.seed,
-            "loss": config.loss.kind,
-            "seconds": {"start_up": start_up_s, "train": train_s, "total": time.monotonic() - began}
-            | {k.removesuffix("_s"): v for k, v in run.totals.items() if k.endswith("_s")},
-            "tokens": {k: run.totals[f"{k}_tokens"] for k in ("rollout", "scored")},
-            "rollouts": run.totals["rollouts"],
-            "suspended_rollouts": run.totals["suspended_rollouts"],
-            "teacher_calls": run.totals["scored_rollouts"],
-            "teacher_answers": run.totals["teacher_answers"],
-            "published_bytes": run.totals["published_bytes"],
-            "dropped": plan.unreadable
-            | {r["prompt_id"]: r["dropped"] for r in records.filter(pc.field("dropped") != "").to_pylist()},
-            "failed_eval": run.failed_eval,
-            "examples": {k: {p.prompt_id: p.text for p in run.examples[k]} for k in run.examples if k != "no_video"},
-        }
-    finally:
-        if run.teacher:
-            run.teacher.stop()
+    async with asyncio.TaskGroup() as tasks, ending(run):
+        beside = [tasks.create_task(watch(run))]
+        try:
+            await asyncio.gather(run.actors.start(), run.learner.start(), *([run.teacher.start()] if run.teacher else []))
+            beside.append(tasks.create_task(obey(run)))
+            start_up_s = time.monotonic() - began
+            await train_to_the_end(run, resume)
+            records = await run.curriculum.records()
+            write_parquet(records, folder / "curriculum" / "records.parquet")
+            return summarise(run, records, {"start_up": start_up_s, "total": time.monotonic() - began})
+        finally:
+            for task in beside:
+                task.cancel()
+            run.actors.stop()
 
 
 def dry_run(config: Config, gpu_memory_gib: float | None) -> None:
@@ -215,21 +240,29 @@ def dry_run(config: Config, gpu_memory_gib: float | None) -> None:
 
 
 def launch(
-    config: Config, address: str | None = None, resume: Path | None = None, gpu_memory_gib: float | None = None
+    config: Config,
+    address: str | None = None,
+    resume: Path | None = None,
+    gpu_memory_gib: float | None = None,
+    step: int | None = None,
 ) -> dict[str, Any]:
-    """Runs `config` and returns the summary. `resume`: the run folder to go on in."""
+    """Runs `config` and returns the summary. `resume`: the run folder to go on in, from its newest checkpoint or that of `step`."""
     plan = prepare(config)
     check_fits(memory_plan(config, plan, gpu_memory_gib), one_machine=False)
     if resume:
-        step, *_ = read_state(latest_checkpoint(resume), plan.student.shapes)  # a checkpoint of another model ends it here
+        for folder in (resume, resume / CHECKPOINTS):
+            mend(folder)
+        step = find_progress(resume, config, plan, step).step  # a checkpoint that cannot be used ends it here
         if step > config.num_steps:
             raise ConfigError(f"{resume} stands at step {step}, beyond num_steps={config.num_steps}: raise num_steps")
+    if config.checkpoint_url:
+        check_writable(config.checkpoint_url)
     folder = resume or new_run_folder(config)
     start_ray(config, address)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_config(folder, config)
-        summary = asyncio.run(execute(config, folder, plan, resume is not None))
+        summary = asyncio.run(execute(config, folder, plan, step))
     finally:
         ray.shutdown()
     write_json(folder / "summary.json", summary)
@@ -247,7 +280,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values, e.g. learner.lr=1e-6")
     parser.add_argument("--config", type=Path, help="YAML file (default: configs/demo.yaml, the embedded demo)")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on in this run folder from its last checkpoint")
+    parser.add_argument(
+        "--resume", metavar="RUN", help="go on in this run folder from its newest checkpoint, or in a copy of a URL"
+    )
+    parser.add_argument("--step", type=int, metavar="N", help="with --resume: from its checkpoint of step N, not from the newest")
     parser.add_argument("--address", help="of a running Ray cluster, e.g. auto (default: start one on this machine)")
     parser.add_argument("--dry-run", action="store_true", help="check what is here, print plan and memory, start nothing")
     parser.add_argument("--gpu-memory-gib", type=float, help="memory of one GPU (default: this machine's, or 80 without one)")
@@ -255,34 +291,42 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_config(arguments: argparse.Namespace) -> Config:
+    if arguments.step is not None and not arguments.resume:
+        raise ConfigError("--step chooses a checkpoint of the run that --resume names: give --resume RUN")
     if arguments.resume and arguments.config:
         raise ConfigError("--resume goes on with the run's own config: leave out --config")
-    if arguments.resume and not (arguments.resume / "config.yaml").is_file():
+    if arguments.resume and "://" in arguments.resume:
+        with TemporaryDirectory() as folder:
+            return resolve_paths(load_config(fetch_config(arguments.resume, Path(folder)), arguments.overrides), Path.cwd())
+    if arguments.resume and not (Path(arguments.resume) / "config.yaml").is_file():
         raise CheckpointError(f"{arguments.resume} is not a run folder: it has no config.yaml")
     if not arguments.resume and not arguments.config:  # the demo runs from anywhere
         return resolve_paths(load_config(HERE / "configs" / "demo.yaml", arguments.overrides), HERE)
-    path = arguments.resume / "config.yaml" if arguments.resume else arguments.config
+    path = Path(arguments.resume) / "config.yaml" if arguments.resume else arguments.config
     return resolve_paths(load_config(path, arguments.overrides), Path.cwd())
 
 
-def first_error(error: BaseException) -> BaseException:
-    """The error inside a task group's."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+def resumed_folder(arguments: argparse.Namespace, config: Config) -> Path | None:
+    """The run folder to go on in: the one that is named, or a copy of what its URL holds, made here."""
+    if arguments.resume and "://" in arguments.resume:
+        return fetch_run(arguments.resume, Path(config.runs_dir), arguments.step)
+    return Path(arguments.resume).resolve() if arguments.resume else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 the run failed, 2 bad input."""
+    """Returns the exit code: 0 done, 1 the run failed, 2 bad input, 128 + n stopped by signal n."""
     parsed = parse_arguments(arguments)
     try:
         config = read_config(parsed)
         if parsed.dry_run:
             dry_run(config, parsed.gpu_memory_gib)
         else:
-            launch(config, parsed.address, parsed.resume.resolve() if parsed.resume else None, parsed.gpu_memory_gib)
+            launch(config, parsed.address, resumed_folder(parsed, config), parsed.gpu_memory_gib, parsed.step)
     except (VideoOPDError, BaseExceptionGroup) as error:
         cause = first_error(error)
+        if isinstance(cause, StoppedError):
+            print(cause, file=sys.stderr)
+            return cause.exit_code
         if not isinstance(cause, VideoOPDError):
             traceback.print_exception(cause)
             return 1

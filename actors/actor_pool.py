@@ -1,68 +1,281 @@
-"""The rollout actors of a run, as the driver sees them."""
+"""The rollout actors of a run, as the driver sees them: started, replaced, added and removed while it goes on."""
 
 import asyncio
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
+from ray.exceptions import ObjectLostError
 
 from actors.rollout_actor import RolloutActor
 from video_opd.config import Config
 from video_opd.deadline import within
-from video_opd.types import FailedPrompt, Prediction, Prompt, WeightUpdate
+from video_opd.errors import PartLostError
+from video_opd.faults import LOST, cause_of, retried
+from video_opd.types import FailedPrompt, Prediction, Prompt, TrajectoryGroup, WeightUpdate
+
+RolloutResult = TrajectoryGroup | FailedPrompt
+LOST_WEIGHTS_PAUSE_S = 1.0
+DRAIN_POLL_S = 0.1
+
+
+@dataclass(eq=False)
+class _Member:
+    """An actor that may be called."""
+
+    name: str
+    handle: Any
+    calls: int = 0  # under way
+    busy_s: float = 0.0  # with at least one call under way, since the last lap
+    since_s: float = field(default_factory=time.monotonic)  # up to which busy_s counts
+
+    def advance(self) -> None:
+        now = time.monotonic()
+        self.busy_s += (now - self.since_s) * bool(self.calls)
+        self.since_s = now
+
+    @contextmanager
+    def called(self) -> Iterator[None]:
+        self.advance()
+        self.calls += 1
+        try:
+            yield
+        finally:
+            self.advance()
+            self.calls -= 1
 
 
 class ActorPool:
-    """Starts the actors, bounds every wait on them."""
+    """Calls go to the actor that has the fewest. One that dies, or misses a deadline, is replaced and its work is done again.
 
-    def __init__(self, name: str, config: Config):
-        self._config = config
-        self.actors = [
-            ray.remote(RolloutActor)
-            .options(
-                name=f"{name}/actor-{i}",
-                num_cpus=config.rollout.num_cpus,
-                num_gpus=config.rollout.num_gpus,
-                resources={"rollout": 1},
-                max_restarts=0,  # a silent restart would sample from old weights
-                runtime_env={"env_vars": config.worker_env},
-            )
-            .remote(f"actor-{i}", config)
-            for i in range(config.rollout.num_actors)
-        ]
+    Every actor that joins has loaded the current weights before its first prompt.
+    """
+
+    def __init__(self, name: str, config: Config, actor_class: type = RolloutActor):
+        self._name, self._config, self._actor_class = name, config, actor_class
+        self._numbers = itertools.count()
+        self._members: list[_Member] = []
+        self._wanted = 0
+        self._weights: tuple[int, list[ray.ObjectRef]] | None = None  # what the members have
+        self._loading = asyncio.Lock()  # nobody joins while a version is handed out
+        self._changed = asyncio.Condition()
+        self._tasks: set[asyncio.Task] = set()
+        self._starting = 0
+        self._failure: PartLostError | None = None  # why the last start was given up
+        self._num_lost = 0
+        self._lap_since_s = time.monotonic()
+        self._created = [self._create() for _ in range(config.rollout.num_actors)]  # on their way while other parts start
+
+    def _create(self) -> _Member:
+        name, rollout = f"actor-{next(self._numbers)}", self._config.rollout
+        options = ray.remote(self._actor_class).options(
+            name=f"{self._name}/{name}",
+            num_cpus=rollout.num_cpus,
+            num_gpus=rollout.num_gpus,
+            resources={"rollout": 1},
+            max_restarts=0,  # a silent restart would sample from old weights
+            runtime_env={"env_vars": self._config.worker_env},
+        )
+        return _Member(name, options.remote(name, self._config))
+
+    @property
+    def num_wanted(self) -> int:
+        return self._wanted
 
     async def start(self) -> None:
         """Returns when every engine is up."""
-        calls = asyncio.gather(*(a.pid.remote() for a in self.actors))
-        await within(self._config.start_timeout_s, calls, "the start of the rollout actors")
+        self._wanted = len(self._created)
+        await asyncio.gather(*(self._join(member) for member in self._created))
 
-    def rollout(self, actor: Any, prompts: Sequence[Prompt]) -> ray.ObjectRef:
-        """A reference to RolloutActor.rollout's result, which the teacher can fetch past the driver."""
-        return actor.rollout.remote(prompts)
+    async def scale(self, num_actors: int) -> None:
+        """Asks for so many actors. More join when they are up; those beyond get no more calls, end theirs, and go."""
+        self._wanted = num_actors
+        self._fill_up()
+        for member in sorted(self._members, key=lambda m: m.calls)[: max(0, len(self._members) - num_actors)]:
+            self._members.remove(member)
+            self._spawn(self._drain(member))
 
-    async def result(self, reference: ray.ObjectRef) -> Any:
-        """The value behind `rollout`'s reference."""
-        return await within(self._config.request_timeout_s, asyncio.ensure_future(reference), "a rollout")
+    def _fill_up(self) -> None:
+        """Starts as many actors as are missing."""
+        for _ in range(self._wanted - len(self._members) - self._starting):
+            self._starting += 1
+            self._spawn(self._replace())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _replace(self) -> None:
+        """One more member; if it cannot be had, the others go on without it."""
+        try:
+            await retried(lambda: self._join(self._create()), self._config.max_retries, "the start of a rollout actor")
+        except PartLostError as error:
+            self._failure = error
+            print(f"{error}; {len(self._members)} rollout actors go on", flush=True)
+        finally:
+            self._starting -= 1
+            async with self._changed:
+                self._changed.notify_all()
+
+    async def _join(self, member: _Member) -> None:
+        """Among the members once it is up and has the current weights; not if fewer are wanted by then."""
+        try:
+            await within(self._config.start_timeout_s, member.handle.pid.remote(), f"the start of {member.name}")
+            while not await self._joined(member):
+                await asyncio.sleep(LOST_WEIGHTS_PAUSE_S)
+        except BaseException:
+            ray.kill(member.handle)
+            raise
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _joined(self, member: _Member) -> bool:
+        """False: the weights went with the learner, which will publish again."""
+        async with self._loading:
+            if len(self._members) >= self._wanted:
+                ray.kill(member.handle)
+                return True
+            try:
+                if self._weights is not None:
+                    await self._load(member, *self._weights)
+            except ObjectLostError:
+                return False
+            member.since_s = time.monotonic()
+            self._members.append(member)
+            return True
+
+    async def _load(self, member: _Member, policy_version: int, buckets: list[ray.ObjectRef]) -> None:
+        call = member.handle.load_weights.remote(policy_version, buckets)
+        with member.called():
+            await within(self._config.request_timeout_s, call, f"loading weights into {member.name}")
+
+    async def _drain(self, member: _Member) -> None:
+        while member.calls:
+            await asyncio.sleep(DRAIN_POLL_S)
+        ray.kill(member.handle)
+
+    def _lose(self, member: _Member, error: Exception) -> None:
+        """Takes a dead or hanging actor out, and starts another in its place."""
+        if member not in self._members:  # several calls to it fail at once; or it was draining
+            return
+        self._members.remove(member)
+        self._num_lost += 1
+        ray.kill(member.handle)
+        print(f"{member.name} was lost and is replaced: {cause_of(error)}", flush=True)
+        self._fill_up()
+
+    async def _choose(self) -> _Member:
+        """The actor with the fewest calls, waiting for one to join. Raises PartLostError when none will."""
+        async with self._changed:
+            joined = self._changed.wait_for(lambda: self._members or not self._starting)
+            await within(self._config.start_timeout_s, joined, "a rollout actor to join")
+        if not self._members:
+            raise self._failure or PartLostError("no rollout actor is left")
+        return min(self._members, key=lambda m: m.calls)
+
+    @contextmanager
+    def _calling(self, member: _Member) -> Iterator[None]:
+        try:
+            with member.called():
+                yield
+        except LOST as error:
+            self._lose(member, error)
+            raise
+
+    async def rollout(self, prompts: Sequence[Prompt]) -> AsyncIterator[tuple[ray.ObjectRef, list[RolloutResult]]]:
+        """RolloutActor.rollout's results as they come, each with its reference, which the teacher can fetch past the driver.
+
+        What a lost actor had not handed on is sampled by another. Raises PartLostError after max_retries such losses in a row.
+        """
+        left = {p.prompt_id: p for p in prompts}
+        failures = 0
+        while left:
+            try:
+                async for reference, results in self._stream(list(left.values())):
+                    for result in results:
+                        del left[result.prompt_id if isinstance(result, FailedPrompt) else result.prompt.prompt_id]
+                    failures = 0
+                    yield reference, results
+            except LOST as error:
+                failures += 1
+                if failures > self._config.max_retries:
+                    raise PartLostError(f"a rollout was lost {failures} times in a row: {cause_of(error)}") from error
+
+    async def _stream(self, prompts: Sequence[Prompt]) -> AsyncIterator[tuple[ray.ObjectRef, list[RolloutResult]]]:
+        member = await self._choose()
+        with self._calling(member):
+            references = member.handle.rollout.options(num_returns="streaming").remote(prompts)
+            while item := await within(self._config.request_timeout_s, _next(references), f"a rollout of {member.name}"):
+                yield item
 
     async def predict(self, prompts: Sequence[Prompt], blank_video: bool = False) -> list[Prediction | FailedPrompt]:
         """The student's greedy answers, the work spread over the actors; see RolloutActor.predict."""
         size = self._config.rollout.prompts_per_call
         chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
         answers: list[list[Prediction | FailedPrompt]] = [[] for _ in chunks]
-        waiting = iter(enumerate(chunks))
+        waiting_chunks = iter(enumerate(chunks))
 
-        async def work(actor: Any) -> None:  # one call at a time, so that its deadline covers its own work alone
-            for i, chunk in waiting:
-                call = asyncio.ensure_future(actor.predict.remote(chunk, blank_video))
-                answers[i] = await within(self._config.request_timeout_s, call, "the student's predictions")
+        async def ask(chunk: Sequence[Prompt]) -> list[Prediction | FailedPrompt]:
+            member = await self._choose()
+            with self._calling(member):
+                call = member.handle.predict.remote(chunk, blank_video)
+                return await within(self._config.request_timeout_s, call, f"the student's predictions, by {member.name}")
 
-        await asyncio.gather(*(work(actor) for actor in self.actors))
+        async def work() -> None:  # as many calls as actors, so that a deadline covers its own call alone
+            for i, chunk in waiting_chunks:
+                answers[i] = await retried(partial(ask, chunk), self._config.max_retries, "the student's predictions")
+
+        await asyncio.gather(*(work() for _ in range(max(1, len(self._members)))))
         return [answer for chunk in answers for answer in chunk]
 
     async def load_weights(self, policy_version: int, buckets: list[ray.ObjectRef], num_bytes: int) -> WeightUpdate:
-        """Every actor takes the version, after the rollouts it already has."""
+        """Every actor takes the version, after the rollouts it already has. Raises ObjectLostError when the weights are gone."""
         started = time.monotonic()
-        calls = [a.load_weights.remote(policy_version, buckets) for a in self.actors]
-        await within(self._config.request_timeout_s, asyncio.gather(*calls), "loading weights into the actors")
+
+        async def load(member: _Member) -> None:
+            try:
+                await self._load(member, policy_version, buckets)
+            except ObjectLostError:
+                raise
+            except LOST as error:  # its successor loads them when it joins
+                self._lose(member, error)
+
+        async with self._loading:
+            self._weights = (policy_version, buckets)
+            await asyncio.gather(*(load(member) for member in list(self._members)))
         return WeightUpdate(policy_version=policy_version, num_bytes=num_bytes, duration_s=time.monotonic() - started)
+
+    def lap(self) -> dict[str, float]:
+        """Metrics since the last lap: seconds that an actor had nothing to do, on average, and the share in which it had."""
+        now = time.monotonic()
+        wall_s, self._lap_since_s = now - self._lap_since_s, now
+        busy = []
+        for member in self._members:
+            member.advance()
+            busy.append(min(member.busy_s, wall_s))
+            member.busy_s = 0.0
+        if not busy:
+            return self.counts()
+        busy_s = sum(busy) / len(busy)
+        return self.counts() | {"actors/wait_s": wall_s - busy_s, "actors/utilisation": busy_s / wall_s}
+
+    def counts(self) -> dict[str, float]:
+        """How many there are, are wanted, and were lost since the start."""
+        return {"actors/running": len(self._members), "actors/wanted": self._wanted, "actors/lost": self._num_lost}
+
+    def stop(self) -> None:
+        """Ends what the pool does by itself."""
+        for task in self._tasks:
+            task.cancel()
+
+
+async def _next(references: Any) -> tuple[ray.ObjectRef, list[RolloutResult]] | None:
+    """The next result of a streaming call, after its reference; None at the end."""
+    reference = await anext(references, None)
+    return None if reference is None else (reference, await reference)

@@ -3,7 +3,7 @@
 import os
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import ray
@@ -31,25 +31,28 @@ class RolloutActor:
     def pid(self) -> int:
         return os.getpid()
 
-    def rollout(self, prompts: Sequence[Prompt]) -> list[TrajectoryGroup | FailedPrompt]:
-        """rollouts_per_prompt trajectories for each prompt, in order; a FailedPrompt where the clip cannot be read.
+    def rollout(self, prompts: Sequence[Prompt]) -> Iterator[list[TrajectoryGroup | FailedPrompt]]:
+        """rollouts_per_prompt trajectories for each prompt, a FailedPrompt where the clip cannot be read.
 
-        Sampling is seeded by (config.seed, trajectory id): same weights, same trajectories.
+        Results come as prompts finish, `rollout.prompts_per_result` of them at a time. Sampling is seeded by
+        (config.seed, trajectory id): same weights, same trajectories.
         """
         encoded, failed = self._encoder.encode_readable(prompts)
-        results: dict[str, TrajectoryGroup | FailedPrompt] = dict(failed)
-        ids = {
-            p.prompt_id: [f"{p.prompt_id}@{self._policy_version}#{i}" for i in range(self._config.rollout.rollouts_per_prompt)]
-            for p in prompts
-        }
-        seeds = [[zlib.crc32(f"{self._config.seed}:{t}".encode()) for t in ids[e.prompt_id]] for e in encoded]
-        answers = self._engine.generate(encoded, seeds) if encoded else []
-        by_prompt = {p.prompt_id: p for p in prompts}
-        for prompt, completions in zip(encoded, answers, strict=True):
-            named = zip(ids[prompt.prompt_id], completions, strict=True)
+        ready: list[TrajectoryGroup | FailedPrompt] = list(failed.values())
+        by_id = {p.prompt_id: p for p in prompts}
+        numbers = range(self._config.rollout.rollouts_per_prompt)
+        ids = [[f"{e.prompt_id}@{self._policy_version}#{i}" for i in numbers] for e in encoded]
+        seeds = [[zlib.crc32(f"{self._config.seed}:{t}".encode()) for t in row] for row in ids]
+        for place, completions in self._engine.stream(encoded, seeds) if encoded else ():
+            prompt = encoded[place]
+            named = zip(ids[place], completions, strict=True)
             trajectories = tuple(self._trajectory(prompt, trajectory_id, c) for trajectory_id, c in named)
-            results[prompt.prompt_id] = TrajectoryGroup(prompt=by_prompt[prompt.prompt_id], trajectories=trajectories)
-        return [results[p.prompt_id] for p in prompts]
+            ready.append(TrajectoryGroup(prompt=by_id[prompt.prompt_id], trajectories=trajectories))
+            if len(ready) >= self._config.rollout.prompts_per_result:
+                yield ready
+                ready = []
+        if ready:
+            yield ready
 
     def predict(self, prompts: Sequence[Prompt], blank_video: bool = False) -> list[Prediction | FailedPrompt]:
         """The greedy answer to each prompt; with `blank_video`, to the same prompt on grey frames."""

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,12 +15,26 @@ from curriculum.tvdf import SAMPLERS, disagreement, reliable
 from video_opd.config import Config
 from video_opd.deadline import within
 from video_opd.errors import CheckpointError, ConfigError, RunError
+from video_opd.faults import LOST, cause_of, retried
 from video_opd.grounding import prompt_iou
 from video_opd.schemas import RECORDS
 from video_opd.types import FailedPrompt, Prompt, ScoredGroup, TrajectoryGroup
 
 NAMED_IN_ERRORS = 3
+CHANGES_A_STATE = 512
 UNREADABLE = "no answer: its clip cannot be read"
+
+
+class Observation(NamedTuple):
+    """What the scheduler is told of one group."""
+
+    prompt_id: str
+    num_rollouts: int
+    suspended: bool  # every one of them
+
+
+def observation(group: ScoredGroup) -> Observation:
+    return Observation(group.group.prompt.prompt_id, len(group.group.sampled), not group.group.trajectories)
 
 
 class Scheduler:
@@ -180,14 +194,19 @@ class Scheduler:
         _, first, video = np.unique(self._video[which], return_index=True, return_inverse=True)
         return which[np.argsort(first[video], kind="stable")]
 
-    def observe(self, groups: Sequence[ScoredGroup], step: int) -> None:
+    def observe(self, observations: Sequence[Observation], step: int) -> None:
         """These groups were trained on, or suspended, at `step`; their prompts are no longer in flight."""
-        for group in (g.group for g in groups):
-            i = self._index[group.prompt.prompt_id]
+        for prompt_id, num_rollouts, suspended in observations:
+            i = self._index[prompt_id]
             del self._in_flight[i]
-            self._num_rollouts[i] += len(group.sampled)
+            self._num_rollouts[i] += num_rollouts
             self._last_step[i] = step
-            self._suspended[i] = not group.trajectories
+            self._suspended[i] = suspended
+
+    def reissue(self) -> None:
+        """What is in flight is issued again, first: its rollouts ended with the process that asked for them."""
+        self._queue.extendleft(reversed(self._in_flight))
+        self._in_flight = {}
 
     def retire(self, failed: Sequence[FailedPrompt]) -> None:
         """These prompts' clips cannot be read; they are never issued again. In a tvdf round others take their places."""
@@ -215,18 +234,19 @@ class Scheduler:
             student_iou,
             _nullable(delta),
             pa.array(self._selected),
-            pa.array(self._num_rollouts),
-            pa.array(self._last_step),
+            pa.array(self._num_rollouts.copy()),  # Arrow keeps numpy's memory, and these go on changing
+            pa.array(self._last_step.copy()),
             pa.array(self._suspended),
             pa.array([self._dropped.get(i, "") for i in range(size)], pa.string()),
         ]
         return pa.Table.from_arrays(columns, schema=RECORDS)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes: `records` in Arrow, the rest plain values. Prompts in flight are to be issued again, first."""
+        """All that changes: `records` in Arrow, the rest plain values."""
         return {
             "records": self.records(),
-            "queue": [*self._in_flight, *self._queue],
+            "in_flight": list(self._in_flight),
+            "queue": list(self._queue),
             "round_end": self._round_end,
             "settings": self._settings(),
             "random_state": self._rng.bit_generator.state,
@@ -267,7 +287,7 @@ class Scheduler:
         self._suspended = records["suspended"].to_numpy().copy()
         self._dropped = {i: reason for i, reason in enumerate(records["dropped"].to_pylist()) if reason}
         self._queue = deque(state["queue"])
-        self._in_flight = {}
+        self._in_flight = dict.fromkeys(state["in_flight"])
         self._round_end = state["round_end"]
         self._rng.bit_generator.state = state["random_state"]
 
@@ -295,20 +315,70 @@ class SchedulerActor(Scheduler):
 
 
 class Curriculum:
-    """The driver's side of the scheduler actor, `NAME/curriculum`: the same methods, each with a deadline."""
+    """The driver's side of the scheduler actor, `NAME/curriculum`: the same methods, each with a deadline.
+
+    Calls go one at a time, and those that change the scheduler are kept since its last saved state. One that dies or
+    hangs is replaced by another, which loads that state and is told the same again: it then knows, draw by draw, what
+    the lost one knew.
+    """
 
     def __init__(self, name: str, prompts: Sequence[Prompt], config: Config):
-        self._config = config
+        self._name, self._config = name, config
+        self._prompts = ray.put(prompts)
         self._next_prompts_s = 0.0
-        self._actor = (
-            ray.remote(SchedulerActor)
-            .options(name=f"{name}/curriculum", num_cpus=0, max_restarts=0, runtime_env={"env_vars": config.worker_env})
-            .remote(ray.put(prompts), config)
+        self._num_starts = 0
+        self._turn = asyncio.Lock()
+        self._saved: Mapping[str, Any] | None = None  # None: as created
+        self._changes: list[tuple[str, tuple[Any, ...]]] = []  # since then
+        self._actor = self._create()
+
+    def _create(self) -> Any:
+        suffix = f"-{self._num_starts}" if self._num_starts else ""
+        self._num_starts += 1
+        actor = ray.remote(SchedulerActor).options(
+            name=f"{self._name}/curriculum{suffix}",
+            num_cpus=0,
+            max_restarts=0,  # a silent restart would begin anew
+            runtime_env={"env_vars": self._config.worker_env},
         )
+        return actor.remote(self._prompts, self._config)
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        call = getattr(self._actor, method).remote(*arguments)
+        return await within(self._config.request_timeout_s, call, f"the curriculum's {method}")
+
+    async def _rebuild(self) -> None:
+        ray.kill(self._actor)
+        self._actor = self._create()
+        if self._saved is not None:
+            await self._call("load_state_dict", self._saved)
+        for method, arguments in self._changes:
+            await self._call(method, *arguments)
 
     async def _ask(self, method: str, *arguments: Any) -> Any:
-        call = asyncio.ensure_future(getattr(self._actor, method).remote(*arguments))
-        return await within(self._config.request_timeout_s, call, f"the curriculum's {method}")
+        lost = False
+
+        async def ask() -> Any:
+            nonlocal lost
+            try:
+                if lost:
+                    await self._rebuild()
+                return await self._call(method, *arguments)
+            except LOST as error:
+                if not lost:
+                    print(f"the curriculum was lost and is rebuilt: {cause_of(error)}", flush=True)
+                lost = True
+                raise
+
+        async with self._turn:
+            return await retried(ask, self._config.max_retries, f"the curriculum's {method}")
+
+    async def _change(self, method: str, *arguments: Any) -> Any:
+        result = await self._ask(method, *arguments)
+        self._changes.append((method, arguments))
+        if len(self._changes) >= CHANGES_A_STATE:
+            await self.state_dict()
+        return result
 
     def route(self, group: TrajectoryGroup) -> TrajectoryGroup:
         """The group as it goes on to the teacher: with scc, without the rollouts that are suspended."""
@@ -318,40 +388,53 @@ class Curriculum:
         return suspend(group, lambda span: prompt_iou(span, group.prompt, curriculum.multi_span_iou), curriculum.suspend_iou)
 
     async def validate(self, teacher_iou: np.ndarray) -> None:
-        await self._ask("validate", teacher_iou)
+        await self._change("validate", teacher_iou)
 
     async def alive(self) -> np.ndarray:
         return await self._ask("alive")
 
     async def start_round(self, student_iou: np.ndarray | None, step: int) -> int | None:
-        return await self._ask("start_round", student_iou, step)
+        return await self._change("start_round", student_iou, step)
 
     async def round_end(self) -> int | None:
         return await self._ask("round_end")
 
     async def next_prompts(self, n: int) -> list[Prompt]:
         started = time.monotonic()
-        prompts = await self._ask("next_prompts", n)
+        prompts = await self._change("next_prompts", n)
         self._next_prompts_s += time.monotonic() - started
         return prompts
 
     async def observe(self, groups: Sequence[ScoredGroup], step: int) -> None:
-        await self._ask("observe", groups, step)
+        await self._change("observe", [observation(g) for g in groups], step)
 
     async def retire(self, failed: Sequence[FailedPrompt]) -> None:
         if failed:
-            await self._ask("retire", failed)
+            await self._change("retire", failed)
+
+    async def reissue(self) -> None:
+        await self._change("reissue")
 
     async def records(self) -> pa.Table:
         return await self._ask("records")
 
     async def state_dict(self) -> dict[str, Any]:
-        return await self._ask("state_dict")
+        state = await self._ask("state_dict")
+        self._saved, self._changes = state, []
+        return state
 
     async def load_state_dict(self, state: Mapping[str, Any]) -> None:
         await self._ask("load_state_dict", state)
+        self._saved, self._changes = state, []
+
+    async def start_over(self) -> None:
+        """As it was when the run began."""
+        async with self._turn:
+            self._saved, self._changes = None, []
+            await retried(self._rebuild, self._config.max_retries, "the start of the curriculum")
 
     async def metrics(self) -> dict[str, float]:
         """The scheduler's, and the seconds that callers waited for next_prompts since the last call."""
         waited, self._next_prompts_s = self._next_prompts_s, 0.0
-        return {**await self._ask("metrics"), "curriculum/next_prompts_s": waited}
+        starts = float(self._num_starts - 1)
+        return {**await self._ask("metrics"), "curriculum/next_prompts_s": waited, "curriculum/lost": starts}

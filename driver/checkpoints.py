@@ -1,29 +1,162 @@
 """A run's way to disk and back."""
 
+import asyncio
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from driver.evaluations import AFTER, NO_VIDEO, at_step, eval_key, miou_by_step
+from driver.export import STUDENT, best_step, export_student, exported_step
 from driver.run import Run
-from learner.checkpoint import new_checkpoint, read_state, write_state
-from video_opd.errors import RunError
-from video_opd.run_folder import latest_checkpoint
+from learner.checkpoint import (
+    Progress,
+    begin_checkpoint,
+    finish_checkpoint,
+    learner_settings,
+    read_progress,
+    write_progress,
+)
+from video_opd.config import Config
+from video_opd.errors import PartialCheckpointError, RunError
+from video_opd.manifest import check_whole
+from video_opd.plan import Plan
+from video_opd.run_folder import checkpoint_folder, checkpoint_steps, find_checkpoint
+
+SET_ASIDE = "set-aside"
 
 
 async def checkpoint(run: Run) -> None:
-    """Learner, student folder, curriculum and progress as one folder that appears whole or not at all."""
-    with new_checkpoint(run.folder, run.step) as folder:
-        await run.learner.save(folder)
-        if not (folder / "student").is_dir():
-            raise RunError(f"the learner's checkpoint is not at {folder}: runs_dir must be on storage that all nodes share")
-        write_state(folder, run.step, run.plan.student.shapes, await run.curriculum.state_dict(), run.totals)
+    """Learner, student folder, curriculum and progress as one folder that appears whole or not at all; then old ones go."""
+    run.saving = True
+    try:
+        temporary = begin_checkpoint(run.folder, run.step)
+        await run.learner.save(temporary)
+        if not (temporary / STUDENT).is_dir():
+            raise RunError(f"the learner's checkpoint is not at {temporary}: runs_dir must be on storage that all nodes share")
+        write_progress(temporary, progress_of(run, await run.curriculum.state_dict()))
+        await asyncio.to_thread(finish_checkpoint, temporary, run.folder, run.step)
+        run.checkpointed = run.step
+        keep_last, keep_best = run.config.checkpoint_keep_last, run.config.checkpoint_keep_best
+        spare = [run.uploads.under_way] if run.uploads and run.uploads.under_way is not None else []
+        await asyncio.to_thread(retain, run.folder, run.step, keep_last, keep_best, miou_by_step(run), spare)
+        if run.uploads:
+            run.uploads.start(run.step)
+    finally:
+        run.saving = False
 
 
-async def restore(run: Run) -> None:
-    """Goes on where the last whole checkpoint stands."""
-    folder = latest_checkpoint(run.folder)
-    run.step, curriculum, totals = read_state(folder, run.plan.student.shapes)
-    run.totals.update(totals)
-    await run.learner.load(folder)
-    await run.curriculum.load_state_dict(curriculum)
-    num_rounds = len(curriculum["records"]["student_iou"][0])
-    for snapshot in (run.folder / "curriculum").glob("*.parquet"):  # later than where the run now stands
+async def save_if_due(run: Run) -> None:
+    """The checkpoint that the config asks for at this step, and RUN/student where it is the best so far."""
+    if run.config.checkpoint_every and run.step % run.config.checkpoint_every == 0:
+        await checkpoint(run)
+    if run.config.eval_every and best_step(miou_by_step(run)) == run.step:
+        await export_student(run)
+
+
+def progress_of(run: Run, curriculum: dict) -> Progress:
+    """`curriculum`: the scheduler's state_dict."""
+    return Progress(
+        step=run.step,
+        shapes=run.plan.student.shapes,
+        learner=learner_settings(run.config.learner),
+        curriculum=curriculum,
+        totals=dict(run.totals),
+        eval_key=eval_key(run.plan.eval),
+        evaluations=run.evaluations,
+        examples=run.examples,
+        failed_eval=run.failed_eval,
+    )
+
+
+def find_progress(run_dir: Path, config: Config, plan: Plan, step: int | None = None) -> Progress:
+    """Of the newest whole checkpoint, or that of `step`. Raises CheckpointError if `config` cannot go on from it."""
+    folder = find_checkpoint(run_dir, step)
+    return read_progress(folder, plan.student.shapes, learner_settings(config.learner), eval_key(plan.eval))
+
+
+async def restore(run: Run, step: int | None = None) -> None:
+    """Goes on where the newest whole checkpoint stands, or that of `step`: what is later is set aside once all is loaded."""
+    run.settled.clear()
+    progress = find_progress(run.folder, run.config, run.plan, step)
+    await run.learner.load(checkpoint_folder(run.folder, progress.step), progress.learner["world_size"])
+    await run.curriculum.load_state_dict(progress.curriculum)
+    await run.curriculum.reissue()
+    run.round_end = await run.curriculum.round_end()
+    run.step = run.checkpointed = progress.step
+    run.totals.clear()
+    run.totals.update(progress.totals)
+    run.evaluations, run.examples, run.failed_eval = dict(progress.evaluations), dict(progress.examples), dict(progress.failed_eval)
+    for of in (run.evaluations, run.examples):  # what was last is so no longer
+        of.pop(NO_VIDEO, None)
+        if AFTER in of:
+            of.setdefault(at_step(run.step), of.pop(AFTER))
+    if step is not None and (folder := set_aside_after(run.folder, step)):
+        print(f"what the run had after step {step} is kept in {folder}: delete it when it is not needed")
+    _forget_rounds_after(run, len(progress.curriculum["records"]["student_iou"][0]))
+    run.settled.set()
+
+
+async def start_over(run: Run) -> None:
+    """Goes on from the beginning, with a learner that has just started."""
+    run.settled.clear()
+    run.step = 0
+    run.totals.clear()
+    await run.curriculum.start_over()
+    run.round_end = await run.curriculum.round_end()
+    _forget_rounds_after(run, 0)
+    run.settled.set()
+
+
+def _forget_rounds_after(run: Run, num_rounds: int) -> None:
+    """Removes snapshots of the curriculum that are later than where the run now stands."""
+    for snapshot in (run.folder / "curriculum").glob("*.parquet"):
         number = snapshot.stem.removeprefix("round-")
         if snapshot.stem == "records" or (number.isdigit() and int(number) > num_rounds):
             snapshot.unlink()
+
+
+def set_aside_after(run_dir: Path, step: int) -> Path | None:
+    """Moves later checkpoints away, with copies of what will be cut back; returns where to. None: there are none."""
+    later = [s for s in checkpoint_steps(run_dir) if s > step and not _is_partial(checkpoint_folder(run_dir, s))]
+    if not later:
+        return None
+    parent = run_dir / SET_ASIDE
+    folder = parent / f"{len(list(parent.glob('*'))) + 1:02d}-after-step-{step}"
+    (folder / "checkpoints").mkdir(parents=True)
+    for name in ("metrics.jsonl", "summary.json", "report.html"):
+        if (run_dir / name).exists():
+            shutil.copy2(run_dir / name, folder / name)
+    for name in ("trajectories", "curriculum"):
+        if (run_dir / name).exists():
+            shutil.copytree(run_dir / name, folder / name)
+    if (exported_step(run_dir) or 0) > step:
+        (run_dir / STUDENT).rename(folder / STUDENT)
+    for number in later:
+        source = checkpoint_folder(run_dir, number)
+        source.rename(folder / "checkpoints" / source.name)
+    return folder
+
+
+def retain(run_dir: Path, newest: int, keep_last: int, keep_best: int, miou: Mapping[int, float], spare: Collection[int] = ()):
+    """Removes checkpoints but the last and the best ones (the earlier of equals), `newest` and those to `spare`; and partial ones.
+
+    miou: by step, of the steps that were evaluated.
+    """
+    steps = checkpoint_steps(run_dir)
+    whole = [s for s in steps if not _is_partial(checkpoint_folder(run_dir, s))]
+    best = sorted((s for s in whole if s in miou), key=lambda s: (-miou[s], s))[:keep_best]
+    for step in set(steps) - {newest, *whole[-keep_last:], *best, *spare}:
+        folder = checkpoint_folder(run_dir, step)
+        going = folder.with_name(f".{folder.name}.tmp")  # a crash on the way leaves a leftover, and no partial checkpoint
+        folder.rename(going)
+        shutil.rmtree(going)
+
+
+def _is_partial(folder: Path) -> bool:
+    try:
+        check_whole(folder, digests=False)
+    except PartialCheckpointError:
+        return True
+    except ValueError:  # damaged, or of a newer version: for people to look at
+        return False
+    return False

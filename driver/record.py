@@ -63,14 +63,14 @@ def check_logprob_gap(run: Run, report: StepReport) -> None:
         )
 
 
-async def record(run: Run, outputs: Outputs, report: StepReport, groups: list[ScoredGroup], lags: list[int], step_s: float) -> None:
+async def record(run: Run, outputs: Outputs, report: StepReport, groups: list[ScoredGroup], lags: list[int]) -> None:
     """One line of metrics: what the learner, the actors and the curriculum say of this step, and where its time went."""
     trajectories = [(g.group.prompt, t) for g in groups for t in g.group.sampled if t.prompt_fingerprint is not None]
     num_suspended = sum(len(g.group.suspended) for g in groups)
     rollout_tokens = num_tokens(t for _, t in trajectories)
     run.totals.update(rollout_tokens=rollout_tokens, rollouts=len(trajectories), suspended_rollouts=num_suspended)
     labelled = [best_iou(t.predicted_span_s, p.answer_spans_s or ()) for p, t in trajectories if p.answer_spans_s]
-    seconds, tokens_per_s = run.clock.lap()
+    seconds, tokens_per_s, wall_s = run.clock.lap()
     run.totals.update({f"{phase}_s": s for phase, s in seconds.items()})
     metrics = report.metrics | {
         "actors/miou": mean(labelled),
@@ -81,10 +81,11 @@ async def record(run: Run, outputs: Outputs, report: StepReport, groups: list[Sc
         "actors/rollout_tokens": float(run.totals["rollout_tokens"]),
         "teacher/scored_tokens": float(run.totals["scored_tokens"]),
         "curriculum/suspended_frac": num_suspended / max(1, len(trajectories)),
+        "learner/utilisation": seconds["update"] / wall_s,
+        **run.actors.lap(),
         **await run.curriculum.metrics(),
         **(await run.teacher.lap() if run.teacher else {}),
         **{f"time/{phase}_s": s for phase, s in seconds.items()},
-        "time/step_s": step_s,
         **{f"tokens_per_s/{phase}": rate for phase, rate in tokens_per_s.items()},
     }
     outputs.log.write(groups, report.step)

@@ -1,17 +1,20 @@
 """The parts of a run and the Ray they run on."""
 
+import asyncio
 import math
 import os
+import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
 from actors.actor_pool import ActorPool
 from curriculum.scheduler import Curriculum
+from driver.upload import Uploads
 from learner.learner import Learner
 from teacher_service.pool import TeacherPool
 from teacher_service.teachers import Teachers, create_teacher
@@ -20,10 +23,20 @@ from video_opd.errors import ConfigError
 from video_opd.metrics import PhaseClock
 from video_opd.plan import Plan
 from video_opd.rewards import Reward, load_rewards
+from video_opd.run_control import NAMESPACE, create_control
 from video_opd.types import FailedPrompt, Prediction, Prompt
 
+T = TypeVar("T")
+
+LOCAL_ROLES = 64  # rollout actors and teacher replicas that a Ray of this machine alone lets in; memory bounds them, not Ray
 HERE = Path(__file__).resolve().parent.parent
 SERVE_ENV = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}  # one that hangs cannot drain: it gives its device to the next
+
+
+def _set_event() -> asyncio.Event:
+    event = asyncio.Event()
+    event.set()
+    return event
 
 
 @dataclass
@@ -33,6 +46,7 @@ class Run:
     folder: Path
     config: Config
     plan: Plan
+    control: Any  # the RunControl actor
     actors: ActorPool
     teacher: TeacherPool | Teachers | None  # None: neither the objective nor the curriculum asks one
     learner: Learner
@@ -47,10 +61,22 @@ class Run:
     published: int = -1  # the version that the actors have
     round_end: int | None = None  # the step at which the curriculum selects again; None: never
     gap_is_checked: bool = False
+    num_restarts: Counter[int] = field(default_factory=Counter)  # of the learner, by the step that it went back to
+    uploads: Uploads | None = None  # None: checkpoints stay here
+    checkpointed: int | None = None  # the step of the newest whole checkpoint
+    stopped_by: signal.Signals | None = None
+    stop: asyncio.Event = field(default_factory=asyncio.Event)  # set: the run is to end after the step under way
+    settled: asyncio.Event = field(default_factory=_set_event)  # cleared: learner, curriculum and `step` do not fit each other
+    saving: bool = False  # a checkpoint or an export is being written
 
     @property
     def out_of_budget(self) -> bool:
         return self.totals["scored_tokens"] >= (self.config.max_scored_tokens or math.inf)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no further step is to begin, whatever num_steps says."""
+        return self.out_of_budget or self.stop.is_set()
 
 
 def start_ray(config: Config, address: str | None) -> None:
@@ -60,7 +86,7 @@ def start_ray(config: Config, address: str | None) -> None:
     shared: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": "ERROR",
-        "namespace": "video_opd",
+        "namespace": NAMESPACE,
         "runtime_env": {"env_vars": {"PYTHONPATH": paths, **SERVE_ENV}},
     }
     if address:
@@ -69,9 +95,9 @@ def start_ray(config: Config, address: str | None) -> None:
         except ConnectionError as error:
             raise ConfigError(f"no Ray cluster answers at {address}: start one with `ray up cluster.yaml` ({error})") from error
         return
-    roles = {"rollout": config.rollout.num_actors, "teacher": 64, "learner": config.learner.world_size}
-    cpus = max(os.cpu_count() or 1, 4 + sum(roles.values()) - 64)
-    context = ray.init(address="local", num_cpus=cpus, resources={k: float(v) for k, v in roles.items() if v}, **shared)
+    roles = {"rollout": LOCAL_ROLES, "teacher": LOCAL_ROLES, "learner": config.learner.world_size}
+    cpus = max(os.cpu_count() or 1, 8 + config.rollout.num_actors + config.learner.world_size)
+    context = ray.init(address="local", num_cpus=cpus, resources={k: float(v) for k, v in roles.items()}, **shared)
     print(f"Ray dashboard: http://{context.dashboard_url}" if context.dashboard_url else "Ray dashboard: not installed")
 
 
@@ -82,11 +108,15 @@ def create_parts(folder: Path, config: Config, plan: Plan) -> Run:
         folder=folder,
         config=config,
         plan=plan,
+        control=create_control(name),
         actors=ActorPool(name, config),
         teacher=create_teacher(name, config),
         learner=Learner(name, config),
         curriculum=Curriculum(name, plan.train, config),
         rewards=load_rewards(config.loss.rewards) if config.loss.needs.rewards else [],
+        uploads=Uploads(config.checkpoint_url, folder, config.max_retries, config.upload_timeout_s)
+        if config.checkpoint_url
+        else None,
     )
 
 
@@ -96,6 +126,17 @@ async def publish_weights(run: Run, policy_version: int) -> None:
     update = await run.actors.load_weights(policy_version, buckets, num_bytes)
     run.totals["published_bytes"] += update.num_bytes
     run.published = policy_version
+
+
+async def unless_stopped(run: Run, call: Awaitable[T]) -> T | None:
+    """The call's result, or None, and the call is given up, where a signal asks the run to stop first."""
+    asked, stop = asyncio.ensure_future(call), asyncio.ensure_future(run.stop.wait())
+    try:
+        await asyncio.wait({asked, stop}, return_when=asyncio.FIRST_COMPLETED)
+        return asked.result() if asked.done() else None
+    finally:
+        asked.cancel()
+        stop.cancel()
 
 
 async def ask_student(run: Run, prompts: Sequence[Prompt], blank_video: bool = False) -> list[Prediction | FailedPrompt]:

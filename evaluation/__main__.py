@@ -37,7 +37,7 @@ from video_opd.config import Config, load_config, resolve_paths
 from video_opd.datasets import read_prompts
 from video_opd.errors import ConfigError, InputError, VideoOPDError
 from video_opd.model_files import read_model_info
-from video_opd.run_folder import latest_checkpoint, write_json
+from video_opd.run_folder import find_checkpoint, write_json
 from video_opd.types import FailedPrompt, Prediction, Prompt
 
 COUNTS = ("n", "unparsed", "reversed", "out_of_range", "missing")
@@ -193,7 +193,7 @@ def read_config(parsed: argparse.Namespace) -> Config | None:
         return None
     overrides = list(parsed.overrides)
     if not parsed.predictions:
-        overrides.append(f"student={parsed.model or latest_checkpoint(parsed.run) / 'student'}")
+        overrides.append(f"student={parsed.model or find_checkpoint(parsed.run) / 'student'}")
     return resolve_paths(load_config(path, overrides), Path.cwd())
 
 

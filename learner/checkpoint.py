@@ -1,62 +1,123 @@
 """A checkpoint is one folder that appears whole or not at all: learner, student folder, curriculum, progress."""
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
-from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from video_opd.config import LearnerConfig
+from video_opd.durable import fsync_path, fsync_tree, mend, replace_folder
 from video_opd.errors import CheckpointError
-from video_opd.run_folder import CHECKPOINT_STATE
-from video_opd.schemas import write_parquet
+from video_opd.manifest import MANIFEST, check_whole, damaged, write_manifest
+from video_opd.run_folder import checkpoint_folder
+from video_opd.schemas import PREDICTIONS, span_columns, write_parquet
+from video_opd.types import Prediction
 
-_RECORDS = "curriculum.parquet"
+_STATE, _RECORDS, _PREDICTIONS = "state.json", "curriculum.parquet", "predictions.parquet"
+_CURRICULUM_KEYS = {"queue", "in_flight", "round_end", "settings", "random_state"}
 
 
-def checkpoint_folder(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"step-{step}"
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands: all of its state but the learner's."""
+
+    step: int  # the next to do
+    shapes: dict[str, Any]  # of the student's architecture
+    learner: dict[str, Any]  # see learner_settings
+    curriculum: dict[str, Any]  # the scheduler's state_dict
+    totals: dict[str, float]  # what the summary counts
+    eval_key: str = ""  # of the held-out split
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)  # teacher, student_before, step_N, ...
+    examples: dict[str, list[Prediction]] = field(default_factory=dict)  # the answers, by the same names
+    failed_eval: dict[str, str] = field(default_factory=dict)  # prompt id: why
 
 
-@contextmanager
-def new_checkpoint(run_dir: Path, step: int):
-    """A temporary folder to write into; renamed to `step-N` when the block ends without an error."""
+def learner_settings(config: LearnerConfig) -> dict[str, Any]:
+    """What the learner's files depend on. All but world_size must be the same when they are read."""
+    return {
+        "world_size": config.world_size,
+        "zero_files": {0: "0", 1: "1 or 2", 2: "1 or 2", 3: "3"}[config.zero_stage],  # stages 1 and 2 write the same
+        "dtype": config.dtype,
+        "freeze_vision": config.freeze_vision,
+        "lora_rank": config.lora_rank,
+        "lora_targets": config.lora_targets if config.lora_rank else None,
+    }
+
+
+def begin_checkpoint(run_dir: Path, step: int) -> Path:
+    """An empty folder to write into, for finish_checkpoint. What earlier ones left behind unfinished is removed."""
     folder = checkpoint_folder(run_dir, step)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    mend(folder.parent)
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(temporary, folder)
+    temporary.mkdir()
+    return temporary
 
 
-def write_state(
-    folder: Path, step: int, shapes: Mapping[str, Any], curriculum: Mapping[str, Any], totals: Mapping[str, float]
-) -> None:
-    """`shapes`: of the student's architecture; `curriculum`: the scheduler's state_dict; `totals`: what the summary counts."""
-    write_parquet(curriculum["records"], folder / _RECORDS)
-    rest = {k: v for k, v in curriculum.items() if k != "records"}
-    state = {"step": step, "shapes": dict(shapes), "curriculum": rest, "totals": dict(totals)}
-    (folder / CHECKPOINT_STATE).write_text(json.dumps(state))
+def finish_checkpoint(temporary: Path, run_dir: Path, step: int) -> Path:
+    """Makes what was written durable, then whole, then visible as `step-N`, in place of one of the same name."""
+    folder = checkpoint_folder(run_dir, step)
+    fsync_tree(temporary)
+    write_manifest(temporary, step)
+    fsync_path(temporary)
+    replace_folder(temporary, folder)
+    return folder
 
 
-def read_state(folder: Path, shapes: Mapping[str, Any]) -> tuple[int, dict[str, Any], dict[str, float]]:
-    """(step, the scheduler's state, totals). Raises CheckpointError if the checkpoint is of another model than `shapes` say."""
+def write_progress(folder: Path, progress: Progress) -> None:
+    """Into a folder of begin_checkpoint."""
+    state = {k: v for k, v in vars(progress).items() if k != "examples"}
+    state["curriculum"] = {k: v for k, v in progress.curriculum.items() if k != "records"}
+    write_parquet(progress.curriculum["records"], folder / _RECORDS)
+    rows = [
+        {"evaluation": name, "prompt_id": p.prompt_id, "text": p.text, **span_columns(p.span_s)}
+        for name, predictions in progress.examples.items()
+        for p in predictions
+    ]
+    write_parquet(pa.Table.from_pylist(rows, schema=PREDICTIONS), folder / _PREDICTIONS)
+    (folder / _STATE).write_text(json.dumps(state))
+
+
+def read_progress(folder: Path, shapes: Mapping[str, Any], learner: Mapping[str, Any], eval_key: str) -> Progress:
+    """Where the checkpoint's run stood.
+
+    Raises PartialCheckpointError, or CheckpointError when it is damaged, written by a newer version, or of another model, learner
+    or held-out split than the arguments say.
+    """
+    step = check_whole(folder)
     try:
-        state = json.loads((folder / CHECKPOINT_STATE).read_text())
-        step, saved, curriculum, totals = (state[k] for k in ("step", "shapes", "curriculum", "totals"))
-        if missing := {"queue", "round_end", "settings", "random_state"} - curriculum.keys():
+        state = json.loads((folder / _STATE).read_text())
+        if missing := _CURRICULUM_KEYS - state["curriculum"].keys():
             raise KeyError(*sorted(missing))
-        records = pq.read_table(folder / _RECORDS)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {folder} cannot be read ({error!r}): remove it and resume again") from error
-    different = [f"{k} {saved.get(k)} / {v}" for k, v in shapes.items() if saved.get(k) != v]
+        state["curriculum"]["records"] = pq.read_table(folder / _RECORDS)
+        examples: dict[str, list[Prediction]] = {name: [] for name in state["evaluations"]}
+        for row in pq.read_table(folder / _PREDICTIONS).to_pylist():
+            span = None if row["start_s"] is None else (row["start_s"], row["end_s"])
+            examples[row["evaluation"]].append(Prediction(prompt_id=row["prompt_id"], text=row["text"], span_s=span))
+        progress = Progress(**state, examples=examples)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(folder, f"its state cannot be read ({error!r})") from error
+    if progress.step != step:
+        raise damaged(folder, f"its state is of step {progress.step}, its {MANIFEST} of step {step}")
+    _check_same(folder, "model than the student", "the student", progress.shapes, shapes)
+    fixed = {k: v for k, v in learner.items() if k != "world_size"}
+    _check_same(folder, "config than the learner's", "the learner section", progress.learner, fixed)
+    if progress.eval_key != eval_key:
+        raise CheckpointError(
+            f"checkpoint {folder} has evaluations on another held-out split than data.eval: resume with the data.eval the run was "
+            "started with"
+        )
+    return progress
+
+
+def _check_same(folder: Path, other: str, what: str, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    different = [f"{k} {saved.get(k)} / {v}" for k, v in wanted.items() if saved.get(k) != v]
     if different:
         raise CheckpointError(
-            f"checkpoint {folder} is of another model than the student (checkpoint / student: {'; '.join(different)}): "
-            "resume with the student the run was started with"
+            f"checkpoint {folder} is of another {other} (checkpoint / now: {'; '.join(different)}): resume with {what} that "
+            "the run was started with"
         )
-    return step, curriculum | {"records": records}, totals

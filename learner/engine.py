@@ -16,6 +16,7 @@ from learner.adapters import choose_trained, merge, merged_parameters
 from learner.batching import Row, plan_update
 from learner.loss import ResponseTokens, loss_per_token
 from learner.signals import TimestampTokens, TokenRecords, batch_signals, policy_signals
+from learner.universal import TAG as universal_tag
 from learner.vision_cache import VisionCache
 from learner.weight_sender import to_buckets
 from video_opd.clips import frames_key
@@ -189,9 +190,18 @@ class LearnerEngine:
             shutil.copytree(self._config.student, folder, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*"))
             self._model.save_pretrained(folder, state_dict={n: t.contiguous() for n, t in state.items()})
 
-    def load(self, folder: Path) -> None:
-        """Restores weights and optimizer exactly."""
-        path, _ = self._engine.load_checkpoint(str(folder / "deepspeed"), tag="state")
+    def export(self, folder: Path) -> None:
+        """Writes the student alone: a transformers folder."""
+        self._save_student(folder)
+
+    def load(self, folder: Path, universal: bool = False) -> None:
+        """Restores weights and optimizer exactly.
+
+        folder: a checkpoint of as many ranks; with `universal`, what learner/universal.py made of any.
+        """
+        self._engine._config.load_universal_checkpoint = universal  # DeepSpeed looks at it only while it loads
+        where, tag = (folder, universal_tag) if universal else (folder / "deepspeed", "state")
+        path, _ = self._engine.load_checkpoint(str(where), tag=tag)
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
 
 

@@ -1,15 +1,22 @@
 """The learner's ranks as Ray actors, and the driver's side of them."""
 
 import asyncio
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 
+from learner.universal import convert, needs_conversion
 from video_opd.config import Config
 from video_opd.deadline import within
+from video_opd.errors import LearnerLostError
+from video_opd.faults import LOST, cause_of, started_badly
 from video_opd.types import ScoredGroup, StepReport
+
+NEIGHBOUR_GRACE_S = 15.0
 
 
 class LearnerRank:
@@ -48,32 +55,51 @@ class LearnerRank:
     def save(self, folder: Path) -> None:
         self._engine.save(folder)
 
-    def load(self, folder: Path) -> None:
-        self._engine.load(folder)
+    def export(self, folder: Path) -> None:
+        self._engine.export(folder)
+
+    def load(self, folder: Path, universal: bool) -> None:
+        self._engine.load(folder, universal)
 
 
 class Learner:
-    """The driver's side: starts the ranks, sends every call to all of them, bounds every wait."""
+    """The driver's side: starts the ranks, sends every call to all of them, bounds every wait.
 
-    def __init__(self, name: str, config: Config):
-        self._config = config
-        self._ranks = [
-            ray.remote(LearnerRank)
+    Ranks fail as a group: whatever takes one away is a LearnerLostError, after which `restart` and `load` are due.
+    """
+
+    def __init__(self, name: str, config: Config, rank_class: type = LearnerRank):
+        self._name, self._config, self._rank_class = name, config, rank_class
+        self._num_starts = 0
+        self._ranks = self._create()
+
+    def _create(self) -> list[Any]:
+        learner, suffix = self._config.learner, f"-{self._num_starts}" if self._num_starts else ""
+        self._num_starts += 1
+        return [
+            ray.remote(self._rank_class)
             .options(
-                name=f"{name}/learner-{rank}",
-                num_cpus=config.learner.num_cpus,
-                num_gpus=config.learner.num_gpus,
+                name=f"{self._name}/learner-{rank}{suffix}",
+                num_cpus=learner.num_cpus,
+                num_gpus=learner.num_gpus,
                 resources={"learner": 1},
-                max_restarts=0,  # ranks fail as a group
-                runtime_env={"env_vars": config.worker_env},
+                max_restarts=0,
+                runtime_env={"env_vars": self._config.worker_env},
             )
-            .remote(f"learner-{rank}", config, rank)
-            for rank in range(config.learner.world_size)
+            .remote(f"learner-{rank}{suffix}", self._config, rank)
+            for rank in range(learner.world_size)
         ]
 
     async def start(self) -> None:
         addresses = await self._all("address", timeout_s=self._config.start_timeout_s)
         await self._all("start", addresses[0], timeout_s=self._config.start_timeout_s)
+
+    async def restart(self) -> None:
+        """A new group with the student's first weights, in place of what is left of the old one."""
+        for rank in self._ranks:
+            ray.kill(rank)
+        self._ranks = self._create()
+        await self.start()
 
     async def update(self, groups: list[ScoredGroup], step: int) -> StepReport:
         """One optimizer step; the weights after it are version step + 1."""
@@ -87,9 +113,34 @@ class Learner:
     async def save(self, folder: Path) -> None:
         await self._all("save", folder)
 
-    async def load(self, folder: Path) -> None:
-        await self._all("load", folder)
+    async def export(self, folder: Path) -> None:
+        """Writes the student alone: a transformers folder."""
+        await self._all("export", folder)
+
+    async def load(self, folder: Path, saved_world_size: int | None = None) -> None:
+        """A checkpoint's weights and optimizer, exactly. `saved_world_size`: ranks that wrote it; None: as many as there are."""
+        learner = self._config.learner
+        if not needs_conversion(learner.zero_stage, saved_world_size or learner.world_size, learner.world_size):
+            await self._all("load", folder, False)
+            return
+        converted = folder.with_name(f".{folder.name}-universal.tmp")
+        shutil.rmtree(converted, ignore_errors=True)
+        try:
+            await asyncio.to_thread(convert, folder, converted, self._config.start_timeout_s)
+            await self._all("load", converted, True)
+        finally:
+            shutil.rmtree(converted, ignore_errors=True)
 
     async def _all(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
-        calls = [getattr(rank, method).remote(*arguments) for rank in self._ranks]
-        return await within(timeout_s or self._config.request_timeout_s, asyncio.gather(*calls), f"the learner's {method}")
+        calls = [asyncio.ensure_future(getattr(rank, method).remote(*arguments)) for rank in self._ranks]
+        try:
+            return await within(timeout_s or self._config.request_timeout_s, asyncio.gather(*calls), f"the learner's {method}")
+        except LOST as error:
+            if started_badly(error):
+                raise
+            raise LearnerLostError(f"the learner's {method} was lost: {cause_of(error)}") from error
+        except RayTaskError as error:  # a rank whose neighbour died may complain first
+            await asyncio.wait(calls, timeout=NEIGHBOUR_GRACE_S)
+            if dead := [c.exception() for c in calls if c.done() and isinstance(c.exception(), LOST)]:
+                raise LearnerLostError(f"the learner's {method} was lost: {cause_of(dead[0])}") from error
+            raise

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from curriculum.__main__ import main
-from curriculum.scheduler import Scheduler
+from curriculum.scheduler import Scheduler, observation
 from curriculum.teacher_answers import FILE, find_answers, prompt_keys, settings_key, write_answers
 from tests.fakes import make_group, make_prompt
 from video_opd.config import Config, CurriculumConfig, dump_config, load_config
@@ -135,7 +135,7 @@ def run(config, tmp_path) -> Path:
     write_parquet(scheduler.records(), folder / "curriculum" / "round-1.parquet")
     scheduler.start_round(np.array([np.nan, np.nan, 0.35, 0.3, 0.75]), 1)
     scheduler.next_prompts(2)
-    scheduler.observe([make_group("p2", [3]), make_group("p3", [], suspended=[2])], 1)
+    scheduler.observe([observation(make_group("p2", [3])), observation(make_group("p3", [], suspended=[2]))], 1)
     write_parquet(scheduler.records(), folder / "checkpoints" / "step-2" / "curriculum.parquet")
     (folder / "config.yaml").write_text(dump_config(config, {}))
     return folder

@@ -1,4 +1,4 @@
-"""What is kept on disk: model folders, checkpoints, tables, metrics and the trajectory log."""
+"""What is kept on disk: model folders, tables, metrics and the trajectory log."""
 
 import copy
 import json
@@ -9,12 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from learner.checkpoint import checkpoint_folder, new_checkpoint, read_state, write_state
 from tests.fakes import make_group
-from video_opd.errors import CheckpointError, InputError, ModelError
+from video_opd.errors import InputError, ModelError
 from video_opd.metrics import MetricSinks, read_metrics
 from video_opd.model_files import check_same_tokenizer, read_model_info
-from video_opd.run_folder import latest_checkpoint
 from video_opd.schemas import RECORDS as RECORDS_SCHEMA
 from video_opd.schemas import TrajectoryLog, write_parquet
 from video_opd.types import StepReport
@@ -177,9 +175,8 @@ def test_a_model_folder_without_weights_is_named(student):
     one_line(caught, ModelError, str(student), "no safetensors weights")
 
 
-# --- checkpoints ---
+# --- tables ---
 
-SHAPES = {"model_type": "qwen3_vl", "text.hidden_size": 8, "vision.depth": 1}
 RECORDS = pa.Table.from_pylist(
     [
         {
@@ -189,124 +186,10 @@ RECORDS = pa.Table.from_pylist(
             "num_rollouts": 3,
             "last_step": -1,
             "selected": True,
-        },
-        {
-            "prompt_id": "ä:2",
-            "student_iou": [0.0, 1.0],
-            "disagreement": -0.25,
-            "num_rollouts": 0,
-            "last_step": 7,
-            "dropped": "broken",
-        },
+        }
     ],
     schema=RECORDS_SCHEMA,
 )
-CURRICULUM = {
-    "records": RECORDS,
-    "round_end": 12,
-    "settings": {"kind": "uniform"},
-    "queue": ["a", "ä:2"],
-    "random_state": np.random.default_rng(5).bit_generator.state,
-}
-
-
-def write_checkpoint(run_dir: Path, step: int) -> Path:
-    with new_checkpoint(run_dir, step) as folder:
-        (folder / "weights").write_text(str(step))
-        write_state(folder, step, SHAPES, CURRICULUM, {"rollouts": 7})
-    return checkpoint_folder(run_dir, step)
-
-
-def test_the_state_of_a_checkpoint_is_read_back_whole(tmp_path):
-    step, curriculum, totals = read_state(write_checkpoint(tmp_path, 12), SHAPES)
-    assert totals == {"rollouts": 7}
-    assert step == 12
-    assert curriculum == CURRICULUM
-    generator = np.random.default_rng(0)
-    generator.bit_generator.state = curriculum["random_state"]
-    assert generator.random() == np.random.default_rng(5).random()
-
-
-@pytest.mark.parametrize("change", [{"text.hidden_size": 16}, {"model_type": "other"}, {"text.vocab_size": 6}])
-def test_a_checkpoint_of_another_model_is_refused_with_what_differs(tmp_path, change):
-    folder = write_checkpoint(tmp_path, 1)
-    with pytest.raises(CheckpointError) as caught:
-        read_state(folder, SHAPES | change)
-    ((key, value),) = change.items()
-    one_line(caught, CheckpointError, str(folder), f"{key} {SHAPES.get(key)} / {value}")
-
-
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [
-        ("state.json", lambda path: path.unlink()),
-        ("state.json", lambda path: path.write_text(path.read_text()[:20])),
-        ("state.json", lambda path: path.write_text("{}")),
-        ("curriculum.parquet", lambda path: path.unlink()),
-        ("curriculum.parquet", lambda path: path.write_bytes(path.read_bytes()[:-30])),
-        ("curriculum.parquet", lambda path: path.write_bytes(b"")),
-    ],
-)
-def test_a_torn_checkpoint_is_named(tmp_path, name, damage):
-    folder = write_checkpoint(tmp_path, 1)
-    damage(folder / name)
-    with pytest.raises(CheckpointError) as caught:
-        read_state(folder, SHAPES)
-    one_line(caught, CheckpointError, str(folder), "cannot be read")
-
-
-def test_latest_is_the_highest_step_not_the_last_name(tmp_path):
-    for step in (9, 100, 20):
-        write_checkpoint(tmp_path, step)
-    assert latest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 100)
-
-
-def test_latest_ignores_unfinished_and_foreign_folders(tmp_path):
-    write_checkpoint(tmp_path, 3)
-    unfinished = tmp_path / "checkpoints" / ".step-9.tmp"
-    unfinished.mkdir()
-    (unfinished / "state.json").write_text("{}")
-    checkpoint_folder(tmp_path, 7).mkdir()  # without a state
-    kept = tmp_path / "checkpoints" / "step-3-kept-by-hand"
-    kept.mkdir()
-    (kept / "state.json").write_text("{}")
-    assert latest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 3)
-
-
-def test_no_checkpoint_is_an_error_that_names_the_run(tmp_path):
-    for run_dir in (tmp_path, tmp_path / "none"):
-        with pytest.raises(CheckpointError) as caught:
-            latest_checkpoint(run_dir)
-        one_line(caught, CheckpointError, str(run_dir), "no whole checkpoint")
-
-
-def fail_while_writing(run_dir: Path, step: int) -> None:
-    with new_checkpoint(run_dir, step) as folder:
-        (folder / "weights").write_text("half")
-        assert not checkpoint_folder(run_dir, step).exists() or (checkpoint_folder(run_dir, step) / "state.json").exists()
-        raise KeyboardInterrupt
-
-
-def test_a_checkpoint_that_fails_while_it_is_written_leaves_nothing_of_its_name(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        fail_while_writing(tmp_path, 5)
-    assert not list((tmp_path / "checkpoints").glob("step-*"))
-    with pytest.raises(CheckpointError):
-        latest_checkpoint(tmp_path)
-    write_checkpoint(tmp_path, 5)  # the left-over does not stand in the way, and nothing of it stays
-    assert (checkpoint_folder(tmp_path, 5) / "weights").read_text() == "5"
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-5"]
-
-
-def test_a_checkpoint_that_fails_leaves_the_one_of_the_same_step_whole(tmp_path):
-    folder = write_checkpoint(tmp_path, 5)
-    with pytest.raises(KeyboardInterrupt):
-        fail_while_writing(tmp_path, 5)
-    assert (folder / "weights").read_text() == "5"
-    assert read_state(folder, SHAPES)[0] == 5
-
-
-# --- tables ---
 
 
 def test_records_come_back_from_parquet_as_they_were(tmp_path):

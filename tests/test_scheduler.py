@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curriculum.scheduler import Scheduler
+from curriculum.scheduler import Scheduler, observation
 from tests.fakes import make_group, make_prompt
 from video_opd.config import Config, CurriculumConfig, load_config
 from video_opd.errors import CheckpointError, ConfigError, RunError
@@ -49,7 +49,7 @@ def issue(scheduler: Scheduler, n: int) -> list[str]:
 
 
 def train(scheduler: Scheduler, prompt_ids: Sequence[str], step: int = 0, rollouts: int = 1) -> None:
-    scheduler.observe([make_group(p, [3] * rollouts) for p in prompt_ids], step)
+    scheduler.observe([observation(make_group(p, [3] * rollouts)) for p in prompt_ids], step)
 
 
 def issue_and_train(scheduler: Scheduler, n: int, calls: int) -> list[str]:
@@ -184,6 +184,7 @@ def restored(state: dict, num_prompts: int, groups_per_step: int = 1, **options)
     pq.write_table(state["records"], file)
     scheduler = make_scheduler(num_prompts, seed=999, groups_per_step=groups_per_step, **options)
     scheduler.load_state_dict(rest | {"records": pq.read_table(file)})
+    scheduler.reissue()
     return scheduler
 
 
@@ -239,6 +240,49 @@ def test_prompts_in_flight_are_issued_first_after_a_restart_and_the_pass_goes_on
     rest = issue_and_train(copy, 1, 7)
     assert rest[:4] == in_flight
     assert sorted(done + rest) == sorted(f"p{i}" for i in range(10))
+
+
+@given(saved=st.integers(0, 20), lost=st.integers(0, 20), kind=st.sampled_from(["uniform", "tvdf"]), seed=st.integers(0, 1000))
+def test_a_saved_state_and_what_was_asked_since_give_the_lost_scheduler_again(saved, lost, kind, seed):
+    """What Curriculum does when its actor dies: in flight stays in flight, and every later draw is the same."""
+    rng = random.Random(seed)
+    options = {} if kind == "uniform" else {"kind": kind, "num_selected": 9, "teacher_threshold": 0}
+    scheduler = make_scheduler(16, seed, **options)
+    if kind == "tvdf":
+        start_round(scheduler, [0.9] * 16, [rng.random() for _ in range(16)])
+    waiting: list[str] = []
+
+    def change() -> tuple:
+        if waiting and rng.random() < 0.3:
+            done = waiting.pop(rng.randrange(len(waiting)))
+            return ("observe", [observation(make_group(done, [2]))], 0)
+        if waiting and rng.random() < 0.1:
+            return ("retire", [FailedPrompt(prompt_id=waiting.pop(), reason="broken")])
+        if len(waiting) > 3:
+            return ("observe", [observation(make_group(waiting.pop(0), [2]))], 0)
+        return ("next_prompts", 1)
+
+    def tell(told: Scheduler, method: str, *arguments) -> object:
+        answer = getattr(told, method)(*arguments)
+        return [p.prompt_id for p in answer] if method == "next_prompts" else answer
+
+    def go_on(times: int) -> list[tuple]:
+        changes = []
+        for _ in range(times):
+            changes.append(change())
+            answer = tell(scheduler, *changes[-1])
+            waiting.extend(answer if isinstance(answer, list) else [])
+        return changes
+
+    go_on(saved)
+    state = scheduler.state_dict()
+    changes = go_on(lost)
+    copy = make_scheduler(16, seed=999, **options)
+    copy.load_state_dict(state)
+    for since in changes:
+        tell(copy, *since)
+    assert copy.state_dict() == scheduler.state_dict()
+    assert issue(copy, 2) == issue(scheduler, 2)
 
 
 def test_a_prompt_in_flight_at_a_restart_keeps_its_turn_in_the_pass_that_has_begun():
@@ -390,7 +434,8 @@ def test_scc_keeps_anchors_and_frontier_for_the_whole_run_and_marks_what_is_susp
     assert sum(i < 5 for i in selected) == 3 and sum(i >= 15 for i in selected) == 24
     assert not any(5 <= i < 15 for i in selected)
     first = issue(scheduler, 2)
-    scheduler.observe([make_group(first[0], [], suspended=[3]), make_group(first[1], [2])], step=0)
+    groups = [make_group(first[0], [], suspended=[3]), make_group(first[1], [2])]
+    scheduler.observe([observation(g) for g in groups], step=0)
     by_id = {r["prompt_id"]: r for r in records_of(scheduler)}
     assert by_id[first[0]]["suspended"] and not by_id[first[1]]["suspended"]
     assert by_id[first[0]]["num_rollouts"] == 1

@@ -160,6 +160,9 @@ class RolloutConfig(_Section):
 
     num_actors: NonNegativeInt = Field(default=1, description="0: none, where nobody samples; then nothing is evaluated either")
     prompts_per_call: PositiveInt = Field(default=32, description="prompts in flight in one call of an actor")
+    prompts_per_result: PositiveInt = Field(
+        default=4, description="finished prompts that an actor hands on together: the teacher scores them while others are sampled"
+    )
     rollouts_per_prompt: PositiveInt = 1
     temperature: PositiveFloat = Field(default=1.0, description="1: actor log-probs are those of the policy itself")
     max_response_tokens: PositiveInt = 64
@@ -393,6 +396,18 @@ class Config(_Section):
     groups_per_step: PositiveInt = Field(default=32, description="prompts of one update")
     max_policy_lag: NonNegativeInt = Field(default=0, description="0: strictly on-policy")
     checkpoint_every: NonNegativeInt = Field(default=0, description="steps between checkpoints; 0: only at the end")
+    checkpoint_keep_last: PositiveInt = Field(default=3, description="newest checkpoints that are kept")
+    checkpoint_keep_best: NonNegativeInt = Field(
+        default=1, description="checkpoints kept besides, of the steps with the best mIoU on data.eval; needs eval_every"
+    )
+    checkpoint_url: str | None = Field(
+        default=None,
+        description="where checkpoints are copied to, below the run's name: s3://..., file://..., all that fsspec opens",
+    )
+    upload_timeout_s: PositiveFloat = Field(default=3600.0, description="bound on the copy of one checkpoint to checkpoint_url")
+    stop_grace_s: PositiveFloat = Field(
+        default=60.0, description="after SIGTERM or SIGINT the update under way may take so long before it is given up"
+    )
     eval_every: NonNegativeInt = Field(default=0, description="steps between evaluations on data.eval; 0: before and after only")
     request_timeout_s: PositiveFloat = Field(default=600.0, description="bound on every wait for a rollout, a score or an update")
     start_timeout_s: PositiveFloat = Field(default=900.0, description="bound on the start of all parts")

@@ -1,9 +1,10 @@
-"""Every wait for another process has a deadline and a name."""
+"""Every wait has a name, and a deadline where it is for another process."""
 
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 from video_opd.errors import DeadlineError
@@ -22,18 +23,26 @@ _waits: dict[int, Wait] = {}
 _numbers = itertools.count()
 
 
-async def within(timeout_s: float, call: Awaitable[T], what: str) -> T:
-    """The call's result. Raises DeadlineError, naming `what` was waited for, after `timeout_s` seconds."""
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Names a wait while it lasts, for the watchdog."""
     number = next(_numbers)
     _waits[number] = Wait(what, time.monotonic())
     try:
-        return await asyncio.wait_for(call, timeout_s)
-    except TimeoutError:
-        raise DeadlineError(
-            f"{what} did not end within {timeout_s:.0f} s: see the Ray dashboard, or raise request_timeout_s or start_timeout_s"
-        ) from None
+        yield
     finally:
         del _waits[number]
+
+
+async def within(timeout_s: float, call: Awaitable[T], what: str) -> T:
+    """The call's result. Raises DeadlineError, naming `what` was waited for, after `timeout_s` seconds."""
+    with waiting(what):
+        try:
+            return await asyncio.wait_for(call, timeout_s)
+        except TimeoutError:
+            raise DeadlineError(
+                f"{what} did not end within {timeout_s:.0f} s: see the Ray dashboard, or raise request_timeout_s or start_timeout_s"
+            ) from None
 
 
 def waits() -> list[Wait]:

@@ -26,7 +26,11 @@ class ModelError(InputError):
 
 
 class CheckpointError(InputError):
-    """A checkpoint that is missing, torn, or of another model."""
+    """A checkpoint that is missing, damaged, or of another model, config or version."""
+
+
+class PartialCheckpointError(CheckpointError):
+    """A checkpoint of which a part was provably never written, or is gone: the one before it can be used."""
 
 
 class ParityError(VideoOPDError):
@@ -41,5 +45,24 @@ class DeadlineError(RunError):
     """A wait for another process reached its deadline."""
 
 
+class LearnerLostError(RunError):
+    """A rank of the learner died or hangs, or took the weights with it: the group must start again from a checkpoint."""
+
+
 class PartLostError(RunError):
-    """A process of the run died, hangs, or took its results with it, more often than it may be started again."""
+    """A process of the run was lost more often than it may be started again."""
+
+
+class StoppedError(VideoOPDError):
+    """The run ended because it was asked to by a signal."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message, signal_number)
+        self.message, self.signal_number = message, signal_number
+
+    def __str__(self) -> str:
+        return self.message
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.signal_number

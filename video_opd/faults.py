@@ -13,9 +13,15 @@ LOST = (RayActorError, NodeDiedError, ObjectLostError, WorkerCrashedError, Deadl
 """A dead process, an object that died with its owner or node, or no answer by the deadline."""
 
 
-def one_line(error: BaseException) -> str:
-    """The first line of an error's text, for people."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def cause_of(error: BaseException) -> str:
+    """What an error says, in one line: the last of a remote traceback, else the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1] if started_badly(error) else lines[0]
+
+
+def started_badly(error: BaseException) -> bool:
+    """An actor whose constructor raised: it would raise again."""
+    return isinstance(error, RayActorError) and error.actor_init_failed
 
 
 async def retried(call: Callable[[], Awaitable[T]], max_retries: int, what: str) -> T:
@@ -24,8 +30,7 @@ async def retried(call: Callable[[], Awaitable[T]], max_retries: int, what: str)
         try:
             return await call()
         except LOST as error:
-            if attempt == max_retries:
-                raise PartLostError(
-                    f"{what} was lost {attempt + 1} times (max_retries={max_retries}): {one_line(error)}"
-                ) from error
+            if attempt == max_retries or started_badly(error):
+                times = f"{what} was lost {attempt + 1} times (max_retries={max_retries})"
+                raise PartLostError(f"{times}: {cause_of(error)}") from error
     raise AssertionError

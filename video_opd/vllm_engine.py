@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,9 +93,17 @@ class SamplingEngine:
 
         Log-probs are those of the model itself, before the ban.
         """
+        finished = dict(self.stream(prompts, seeds))
+        return [finished[place] for place in range(len(prompts))]
+
+    def stream(
+        self, prompts: Sequence[EncodedPrompt], seeds: Sequence[Sequence[int]] | None
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """The same as (place of the prompt, its responses), each as soon as the prompt's last response is finished."""
         from vllm import SamplingParams
 
-        wanted = [(p, seed) for p, row in zip(prompts, seeds or [[None]] * len(prompts), strict=True) for seed in row]
+        rows = seeds or [[None]] * len(prompts)
+        wanted = [(place, number, seed) for place, row in enumerate(rows) for number, seed in enumerate(row)]
         parameters = [
             SamplingParams(
                 temperature=0.0 if seed is None else self._config.temperature,
@@ -104,15 +112,22 @@ class SamplingEngine:
                 logprobs=0,
                 logit_bias=self._banned,
             )
-            for _, seed in wanted
+            for _, _, seed in wanted
         ]
-        outputs = self._llm.generate([vllm_prompt(p) for p, _ in wanted], parameters, use_tqdm=False)
-        completions = []
-        for (prompt, _), output in zip(wanted, outputs, strict=True):
-            check_expansion(prompt, output.prompt_token_ids, "the actor")
-            completions.append(self._completion(output.outputs[0]))
-        grouped = iter(completions)
-        return [[next(grouped) for _ in row] for row in (seeds or [[None]] * len(prompts))]
+        names = self._llm.enqueue([vllm_prompt(prompts[place]) for place, _, _ in wanted], parameters, use_tqdm=False)
+        of_request = {name.partition("-")[0]: request for name, request in zip(names, wanted, strict=True)}
+        finished: list[dict[int, Completion]] = [{} for _ in prompts]
+        engine = self._llm.llm_engine
+        try:
+            while engine.has_unfinished_requests():
+                for output in engine.step():  # finished ones alone
+                    place, number, _ = of_request.pop(output.request_id)
+                    check_expansion(prompts[place], output.prompt_token_ids, "the actor")
+                    finished[place][number] = self._completion(output.outputs[0])
+                    if len(finished[place]) == len(rows[place]):
+                        yield place, [finished[place][n] for n in range(len(rows[place]))]
+        finally:  # a caller may stop early
+            engine.abort_request(names, internal=True)
 
     def _completion(self, output) -> Completion:
         ids = np.asarray(output.token_ids, dtype=np.int32)

@@ -208,6 +208,66 @@ def test_a_checkpoint_restores_weights_and_optimizer_exactly_and_its_student_loa
     assert largest_gap(exported, saved) == 0
 
 
+def optimizer_state(rank: Any) -> dict[str, tuple[np.ndarray, ...]]:
+    """float32 weight and Adam moments of every trained parameter, whole. Runs in a LearnerRank; all must run it together."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    engine = rank._engine
+    state = {}
+    for name, parameter in engine._model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if engine._config.learner.zero_stage:
+            tensors: list[Any] = [safe_get_full_fp32_param(parameter)]
+            tensors += [safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")]
+        else:
+            of_parameter = engine._engine.optimizer.state[parameter]
+            tensors = [parameter.detach(), of_parameter["exp_avg"], of_parameter["exp_avg_sq"]]
+        state[name] = tuple(t.float().numpy().copy() for t in tensors)
+    return state
+
+
+@pytest.mark.parametrize(("stage", "before", "after", "dtype"), [(0, 2, 1, "float32"), (2, 2, 1, "float32"), (3, 1, 2, "bfloat16")])
+def test_another_number_of_ranks_goes_on_exactly(local_ray, overrides, prompts, encoder, tmp_path, stage, before, after, dtype):
+    options = ("loss.kind=opd", f"learner.dtype={dtype}", "learner.freeze_vision=true")
+    more = scored_groups(prompts[20:26], encoder, seed=9)
+
+    async def state(learner):
+        ranks: list[Any] = learner._ranks
+        return (await asyncio.gather(*(rank.__ray_call__.remote(optimizer_state) for rank in ranks)))[0]
+
+    async def states(learner):
+        """Now, and after one more update."""
+        now = await state(learner)
+        await learner.update(more, STEPS)
+        return now, await state(learner)
+
+    async def run():
+        config = make_config(overrides, before, stage, *options)
+        learner, fresh = Learner(f"ranks{stage}", config), Learner(f"more{stage}", make_config(overrides, after, stage, *options))
+        await learner.start()
+        for step, groups in enumerate(batches(config, prompts, encoder)):
+            await learner.update(groups, step)
+        await learner.save(tmp_path / "c")
+        saved = await states(learner)
+        stop(learner)
+        await fresh.start()
+        await fresh.load(tmp_path / "c", saved_world_size=before)
+        loaded = await states(fresh)
+        stop(fresh)
+        return saved, loaded
+
+    saved, loaded = asyncio.run(run())
+    bounds = (LR, 1e-3, 1e-5) if dtype == "bfloat16" else (WORST / 100, 1e-7, 1e-9)
+    for when, exact in ((0, True), (1, False)):
+        assert saved[when].keys() == loaded[when].keys() and saved[when]
+        for part, bound in enumerate(bounds):
+            gap = largest_gap({n: s[part] for n, s in saved[when].items()}, {n: s[part] for n, s in loaded[when].items()})
+            assert gap == 0 if exact else gap < bound
+    assert largest_gap({n: s[0] for n, s in saved[0].items()}, {n: s[0] for n, s in saved[1].items()}) > 0.5 * LR
+    assert not list(tmp_path.glob(".*")), "nothing of the conversion is left"
+
+
 def test_a_frozen_vision_tower_keeps_its_weights(local_ray, overrides, prompts, encoder):
     config = make_config(overrides, 1, 0, "learner.freeze_vision=true", "loss.kind=opd")
     learner, parameters, _ = asyncio.run(train("frozen", config, prompts, encoder))

@@ -1,0 +1,70 @@
+"""A run that goes on when its parts do not."""
+
+import asyncio
+import time
+
+from driver.checkpoints import restore, start_over
+from driver.run import Run
+from video_opd.deadline import waits, within
+from video_opd.errors import LearnerLostError, PartLostError
+from video_opd.faults import LOST
+
+WAITS_SHOWN = 4
+CONTROL_TIMEOUT_S, CONTROL_POLL_S = 10.0, 0.5
+
+
+def first_error(error: BaseException) -> BaseException:
+    """The error inside a task group's."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+async def recover(run: Run, cause: LearnerLostError) -> None:
+    """A new group of learner ranks, and the whole run back where the last checkpoint stands.
+
+    Raises PartLostError after max_retries from the same checkpoint.
+    """
+    lost_at = run.step
+    await run.learner.restart()
+    if run.checkpointed is not None:
+        await restore(run)
+    else:
+        await start_over(run)
+    run.num_restarts[run.step] += 1
+    if run.num_restarts[run.step] > run.config.max_retries:
+        raise PartLostError(f"{cause}; it was started again {run.config.max_retries} times at step {run.step}") from cause
+    run.published = -1
+    print(f"{cause}; it was started again, and the run goes back from step {lost_at} to {run.step}", flush=True)
+
+
+async def obey(run: Run) -> None:
+    """Takes what was asked of the run from outside, and says how it stands; see run_control.RunControl."""
+    while True:
+        try:
+            said = run.control.exchange.remote({"step": run.step, **run.actors.counts()})
+            asked = await within(CONTROL_TIMEOUT_S, said, "the run's control actor")
+        except LOST:  # Ray starts it again
+            asked = None
+        if asked is not None:
+            print(f"rollout actors: {run.actors.num_wanted} -> {asked}", flush=True)
+            await run.actors.scale(asked)
+        await asyncio.sleep(CONTROL_POLL_S)
+
+
+async def watch(run: Run) -> None:
+    """The watchdog: while no step ends, says what is waited for."""
+    seen, since = run.step, time.monotonic()
+    while True:
+        await asyncio.sleep(run.config.watchdog_s)
+        now = time.monotonic()
+        if run.step != seen:
+            seen, since = run.step, now
+        else:
+            print(f"no step for {now - since:.0f} s; waiting for {describe_waits(now)}", flush=True)
+
+
+def describe_waits(now_s: float) -> str:
+    """The longest waits of this process and their seconds."""
+    oldest = [f"{wait.what} ({now_s - wait.since_s:.0f} s)" for wait in waits()[:WAITS_SHOWN]]
+    return "; ".join(oldest) or "nothing that has a name"

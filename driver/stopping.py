@@ -1,0 +1,95 @@
+"""How a run ends, by itself or because a signal asks it to."""
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from ray.exceptions import RayError
+
+from driver.checkpoints import checkpoint
+from driver.run import Run
+from video_opd.errors import StoppedError, VideoOPDError
+from video_opd.faults import cause_of
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@asynccontextmanager
+async def ending(run: Run) -> AsyncIterator[None]:
+    """The block is the run. Whatever ends it, checkpoints on their way elsewhere arrive and the teacher service is taken down.
+
+    The first SIGTERM or SIGINT lets the update under way end within stop_grace_s, ends the block there, and writes a checkpoint;
+    a second one ends the process at once. Raises StoppedError, which says where the run can go on.
+    """
+    task = asyncio.current_task()
+    assert task
+    handled = _handle_signals(run)
+    stopping = asyncio.ensure_future(_cancel_when_settled(run, task))
+    try:
+        yield
+    except (asyncio.CancelledError, Exception) as error:
+        if run.stopped_by is None:
+            raise
+        if isinstance(error, asyncio.CancelledError):
+            task.uncancel()
+        raise await _stopped(run) from None
+    finally:
+        stopping.cancel()
+        if run.uploads:
+            await run.uploads.finish()
+        if run.teacher:
+            run.teacher.stop()
+        for which in handled:
+            asyncio.get_running_loop().remove_signal_handler(which)
+
+
+def _handle_signals(run: Run) -> list[signal.Signals]:
+    """Which signals are handled: those that are not ignored, as SIGINT is under nohup, where this is the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    handled = [which for which in SIGNALS if signal.getsignal(which) != signal.SIG_IGN]
+    for which in handled:
+        asyncio.get_running_loop().add_signal_handler(which, _on_signal, run, which)
+    return handled
+
+
+def _on_signal(run: Run, which: signal.Signals) -> None:
+    if run.stopped_by is not None:
+        signal.signal(which, signal.SIG_DFL)
+        os.kill(os.getpid(), which)
+        return
+    run.stopped_by = which
+    run.stop.set()
+    print(f"{which.name}: stopping after the step under way; a second signal ends the run at once", file=sys.stderr)
+
+
+async def _cancel_when_settled(run: Run, task: asyncio.Task) -> None:
+    """After a signal: cancels the run where a checkpoint can be written, or, after stop_grace_s, where it is."""
+    await run.stop.wait()
+    with suppress(TimeoutError):
+        await asyncio.wait_for(run.settled.wait(), run.config.stop_grace_s)
+    while run.saving:  # as good as done, and what the grace is for
+        await asyncio.sleep(0.05)
+    task.cancel()
+
+
+async def _stopped(run: Run) -> StoppedError:
+    """The run ended by a signal, after a checkpoint if there is anything new that can be written."""
+    assert run.stopped_by
+    note = ""
+    if run.settled.is_set() and run.step > (run.checkpointed or 0):
+        try:
+            await checkpoint(run)
+        except (VideoOPDError, RayError, OSError) as error:
+            note = f" (step {run.step} could not be written: {cause_of(error)})"
+    elif not run.settled.is_set():
+        note = f" (step {run.step} was not done within stop_grace_s={run.config.stop_grace_s:g})"
+    if run.checkpointed is None:
+        where = "before its first checkpoint, there is nothing to go on with"
+    else:
+        where = f"at step {run.checkpointed}: go on with --resume {run.folder}"
+    return StoppedError(f"stopped by {run.stopped_by.name} {where}{note}", run.stopped_by)

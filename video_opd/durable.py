@@ -1,0 +1,73 @@
+"""Folders that survive a power cut and are replaced without a moment in which there is none."""
+
+import ctypes
+import errno
+import os
+import shutil
+from pathlib import Path
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def fsync_tree(folder: Path) -> None:
+    """Everything below `folder`, its own entries last.
+
+    Files that other nodes wrote to storage in common were flushed when they closed them; this flushes what this node holds.
+    """
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            fsync_path(Path(parent, name))
+        fsync_path(Path(parent))
+
+
+def fsync_path(path: Path) -> None:
+    """A file's content, or a folder's entries."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Gives the folder `new`, already fsynced, the name `target` beside it, and removes what had that name.
+
+    Whoever looks sees the old folder or the new one, whole. Where the file system cannot exchange two folders (NFS) the old one
+    is called `.NAME.old` for the moment between two renames; mend() takes it back after a crash in that moment.
+    """
+    old = new
+    if not target.exists():
+        os.rename(new, target)
+    elif not _exchange(new, target):
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(target, old)
+        os.rename(new, target)
+    fsync_path(target.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Whether the two folders have swapped names, in one step. Raises OSError."""
+    library = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(library, "renameat2"):  # not Linux, or an old C library
+        return False
+    if library.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(one), None, str(other))
+
+
+def mend(folder: Path) -> None:
+    """Ends what a crash left half done in `folder`: replacements are taken back, leftovers `.*.tmp` are removed."""
+    for old in folder.glob(".*.old"):
+        target = folder / old.name.removeprefix(".").removesuffix(".old")
+        if target.exists():
+            shutil.rmtree(old)
+        else:
+            os.rename(old, target)
+    for leftover in folder.glob(".*.tmp"):
+        shutil.rmtree(leftover)
