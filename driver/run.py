@@ -17,6 +17,7 @@ from curriculum.scheduler import Curriculum
 from driver.upload import Uploads
 from learner.learner import Learner
 from teacher_service.pool import TeacherPool
+from teacher_service.teachers import Teachers, create_teacher
 from video_opd.config import Config
 from video_opd.errors import ConfigError
 from video_opd.metrics import PhaseClock
@@ -47,7 +48,7 @@ class Run:
     plan: Plan
     control: Any  # the RunControl actor
     actors: ActorPool
-    teacher: TeacherPool | None  # None: neither the objective nor the curriculum asks one
+    teacher: TeacherPool | Teachers | None  # None: neither the objective nor the curriculum asks one
     learner: Learner
     curriculum: Curriculum
     rewards: list[Reward]  # empty: the objective needs none
@@ -110,7 +111,7 @@ def create_parts(folder: Path, config: Config, plan: Plan) -> Run:
         plan=plan,
         control=create_control(name),
         actors=ActorPool(name, config),
-        teacher=TeacherPool(name, config, config.teacher_models[0]) if config.needs_teacher else None,
+        teacher=create_teacher(name, config),
         learner=Learner(name, config),
         curriculum=Curriculum(name, plan.train, config),
         rewards=load_rewards(config.loss.rewards) if config.loss.needs.rewards else [],

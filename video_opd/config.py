@@ -439,10 +439,14 @@ class Config(_Section):
         name = re.sub(r"[^\w.-]", "_", Path(self.teacher).name)
         return (TeacherModel(name=name, model=self.teacher),)
 
+    def teachers_of(self, prompt_id: str) -> tuple[TeacherModel, ...]:
+        """Those that score the prompt; the first of them answers it where answers are asked for."""
+        return tuple(t for t in self.teacher_models if t.scores(prompt_id))
+
     @model_validator(mode="after")
     def _one_teacher_or_several(self):
         if self.teacher is not None and self.teachers:
-            raise ValueError("teacher and teachers: leave out teacher, and list it among the teachers")
+            raise ValueError("teacher and teachers are both set: list all under teachers, and leave out teacher (teacher=null)")
         names = [t.name for t in self.teachers]
         if len(set(names)) < len(names):
             raise ValueError(f"teachers {', '.join(names)}: give each a name of its own")

@@ -277,7 +277,8 @@ def learner_memory(config: Config, student: ModelShapes, teacher: ModelShapes | 
     logits = rows * student.text.vocab_size * 4 * logit_copies(config.loss)
     head = {}
     if config.loss.needs.teacher == "hidden" and teacher:
-        head["teacher's head"] = teacher.text.vocab_size * teacher.text.hidden * DTYPE_BYTES[config.teacher_pool.dtype]
+        values = teacher.text.vocab_size * teacher.text.hidden * len(config.teacher_models)
+        head["teacher's head"] = values * DTYPE_BYTES[config.teacher_pool.dtype]
     computing = ProcessMemory(
         held={
             **weight_bytes(student, learner),
@@ -317,7 +318,8 @@ def actors_memory(config: Config, student: ModelShapes, train: Workload, evaluat
 
 
 def teacher_memory(config: Config, teacher: ModelShapes, train: Workload, evaluation: Workload, gpu_bytes: int) -> RoleMemory:
-    """A replica. With engine=vllm see vllm_memory; logits are those of every token of a prefill, (4 + e) V each.
+    """A replica; of several teachers all are taken to be as large as the largest. With engine=vllm see vllm_memory; logits are
+    those of every token of a prefill, (4 + e) V each.
 
     With engine=transformers weights eP and these phases, of micro_batch sequences:
     scoring: the larger of text_layer_passing B S and the vision tower's pass before it.
@@ -346,7 +348,7 @@ def teacher_memory(config: Config, teacher: ModelShapes, train: Workload, evalua
             },
         )
     host = _prompts_bytes(teacher, work, pool.max_batch_requests * config.rollout.prompts_per_call)
-    return _place("teacher", pool.num_replicas, pool.num_gpus, computing, host)
+    return _place("teacher", pool.num_replicas * len(config.teacher_models), pool.num_gpus, computing, host)
 
 
 def vllm_memory(

@@ -1,11 +1,12 @@
 """The teacher pool under load: scaled from another process, robbed of replicas, measured; and the command line around it.
 
-The replicas are real, their engine sleeps; one test has the tiny teacher. The pool is one, so the tests go on from each other's.
+The replicas are real, their engine sleeps; one test has tiny models. The pool is one, so the tests go on from each other's.
 """
 
 import asyncio
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,8 +27,9 @@ from benchmarks.emulated_teacher import EmulatedReplica, make_groups
 from teacher_service.engine import TransformersEngine, Wanted
 from teacher_service.pool import TeacherPool
 from teacher_service.scaling import Bounds, PoolStatus, read_pool
+from teacher_service.teachers import Teachers
 from tests.real.conftest import DEMO, scored_groups
-from video_opd.config import load_config
+from video_opd.config import TeacherModel, load_config
 
 RUN, CALL_S, CALLERS = "pool-test", 0.1, 6
 EMULATED = [
@@ -216,15 +218,23 @@ def test_an_argument_that_is_gone_is_the_callers_matter(pool):
     asyncio.run(score_what_died())
 
 
-def test_a_pool_of_the_tiny_teacher_says_what_its_engine_says(local_ray, config, prompts, encoder):
-    groups = [g.group for g in scored_groups(prompts[:4], encoder, seed=0, rollouts=2)]
-    (teacher,) = config.teacher_models
-    engine = TransformersEngine(teacher.model, config.teacher_pool, Wanted(), 0, encoder)
+def test_two_tiny_teachers_say_what_their_engines_say(local_ray, config, prompts, encoder):
+    """One of them scores half of the prompts alone; of the others the log-probs are the weighted mean."""
+    first, last = prompts[0].prompt_id, prompts[3].prompt_id
+    assert first != last and config.teacher
+    teachers = [
+        TeacherModel(name="large", model=config.teacher, weight=3.0),
+        TeacherModel(name="small", model=config.student, prompts=f"^{re.escape(last)}$"),
+    ]
+    config = config.model_copy(update={"teacher": None, "teachers": tuple(teachers)})
+    groups = [g.group for g in scored_groups([prompts[0], prompts[3]], encoder, seed=0, rollouts=2)]
     pairs = [(encoder.encode(g.prompt), t.response_token_ids) for g in groups for t in g.trajectories]
-    expected = [s.logprobs for s in engine.score(*zip(*pairs, strict=True))]
+    engines = (TransformersEngine(t.model, config.teacher_pool, Wanted(), 0, encoder) for t in teachers)
+    large, small = ([s.logprobs for s in engine.score(*zip(*pairs, strict=True))] for engine in engines)
+    expected = [*large[:2], *(0.75 * a + 0.25 * b for a, b in zip(large[2:], small[2:], strict=True))]
 
     async def score() -> None:
-        pool = TeacherPool("video_opd/tiny", config, teacher)
+        pool = Teachers("video_opd/tiny", config)
         await pool.start()
         try:
             results = await pool.score(ray.put(groups))
@@ -232,10 +242,10 @@ def test_a_pool_of_the_tiny_teacher_says_what_its_engine_says(local_ray, config,
         finally:
             pool.stop()
         scores = [s for of_group in results if isinstance(of_group, tuple) for s in of_group]
-        assert {s.teacher_id for s in scores} == {"teacher"}
+        assert [s.teacher_id for s in scores] == ["large", "large", "large+small", "large+small"]
         for score, exact in zip(scores, expected, strict=True):
             assert np.abs(score.teacher_logprobs - exact).max() < 1e-4
-        assert metrics["teacher/replicas"] == 1 and metrics["teacher/retries"] == 0
+        assert metrics["teacher/large/replicas"] == metrics["teacher/small/replicas"] == 1
         assert all(math.isfinite(value) and value >= 0 for value in metrics.values())
 
     asyncio.run(score())
