@@ -22,7 +22,6 @@ from typing import Any
 import ray
 from rich.console import Console
 from rich.table import Table
-from teacher_service.pool import TeacherPool
 
 import launch
 from actors.actor_pool import ActorPool
@@ -32,6 +31,7 @@ from benchmarks.emulated_teacher import EmulatedReplica
 from curriculum.scheduler import Curriculum
 from driver.run import Run, start_ray
 from learner.learner import Learner
+from teacher_service.pool import TeacherPool
 from video_opd.config import Config, load_config, resolve_paths
 from video_opd.metrics import read_metrics
 from video_opd.plan import Plan
