@@ -47,7 +47,7 @@ class EmulatedActor:
             prompt_id=prompt.prompt_id,
             policy_version=self._policy_version,
             prompt_token_ids=np.zeros(PROMPT_TOKENS, np.int32),
-            prompt_fingerprint="emulated",
+            prompt_fingerprint=prompt.prompt_id,  # as the emulated teacher knows it
             response_token_ids=np.zeros(RESPONSE_TOKENS, np.int32),
             actor_logprobs=np.zeros(RESPONSE_TOKENS, np.float32),
             finish_reason=FinishReason.STOP,

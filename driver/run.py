@@ -98,7 +98,8 @@ def start_ray(config: Config, address: str | None) -> None:
     roles = {"rollout": LOCAL_ROLES, "teacher": LOCAL_ROLES, "learner": config.learner.world_size}
     cpus = max(os.cpu_count() or 1, 8 + config.rollout.num_actors + config.learner.world_size)
     context = ray.init(address="local", num_cpus=cpus, resources={k: float(v) for k, v in roles.items()}, **shared)
-    print(f"Ray dashboard: http://{context.dashboard_url}" if context.dashboard_url else "Ray dashboard: not installed")
+    dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else "not installed"
+    print(f"Ray dashboard: {dashboard}, address {ray.get_runtime_context().gcs_address}", flush=True)
 
 
 def create_parts(folder: Path, config: Config, plan: Plan) -> Run:

@@ -78,14 +78,14 @@ def wait_for(condition, run: subprocess.Popen, what: str) -> None:
         time.sleep(0.05)
 
 
-def end(run: subprocess.Popen, folder: Path) -> str:
+def end(run: subprocess.Popen, folder: Path, expected: int = 0) -> str:
     """Waits for the end, and returns what was printed. Whatever is left of a run that fails is killed."""
     try:
         code = run.wait(PATIENCE_S)
     finally:
         kill_all(run)
     output = (folder / "output.txt").read_text()
-    assert code == 0, output[-4000:]
+    assert code == expected, output[-4000:]
     return output
 
 
