@@ -174,7 +174,7 @@ def scale(pool: PoolStatus, wanted: int | Bounds, timeout_s: float | None, wait:
     config, _ = deployed_with(app)
     timeout_s = config.start_timeout_s if timeout_s is None else timeout_s
     set_replicas(app, wanted)
-    asked = f"autoscaling {wanted}" if isinstance(wanted, Bounds) else f"{wanted} replicas"
+    asked = f"autoscaling {wanted}" if isinstance(wanted, Bounds) else f"{wanted} replica{'s' * (wanted > 1)}"
     if not wait:
         print(f"run {pool.run}, teacher {pool.teacher}: {asked} asked for")
         return

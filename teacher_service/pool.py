@@ -15,7 +15,7 @@ from ray.serve.schema import ApplicationStatus
 
 from teacher_service.scaling import DEPLOYMENT, Bounds, app_name, autoscaling, read_pool
 from teacher_service.service import Reply, ScoreResult, TeacherReplica
-from video_opd.config import Config, TeacherModel
+from video_opd.config import Config, TeacherConfig, TeacherModel
 from video_opd.deadline import within
 from video_opd.errors import RunError
 from video_opd.faults import retried
@@ -63,6 +63,22 @@ class Usage:
         return metrics
 
 
+def placement(pool: TeacherConfig, environment: dict[str, str]) -> dict[str, Any]:
+    """Where a replica runs. One in several parts takes a bundle for each, all on one node.
+
+    On GPUs vLLM starts the parts as Ray actors, one in each bundle's GPU; the replica is beside the first and takes none itself.
+    """
+    actor = {"num_cpus": pool.num_cpus, "resources": {"teacher": 1}, "runtime_env": {"env_vars": environment}}
+    if pool.tensor_parallel == 1:
+        return {"ray_actor_options": actor | {"num_gpus": pool.num_gpus}}
+    share = {name: amount for name, amount in (("CPU", pool.num_cpus), ("GPU", pool.num_gpus)) if amount}
+    return {
+        "ray_actor_options": actor | {"num_gpus": 0},
+        "placement_group_bundles": [share | {"teacher": 1}, *[share] * (pool.tensor_parallel - 1)],
+        "placement_group_strategy": "STRICT_PACK",
+    }
+
+
 def deployment_options(config: Config) -> dict[str, Any]:
     """What Serve is told of a teacher's replicas."""
     pool = config.teacher_pool
@@ -78,12 +94,7 @@ def deployment_options(config: Config) -> dict[str, Any]:
         "health_check_period_s": pool.health_check_s,
         "health_check_timeout_s": pool.health_check_s,
         "graceful_shutdown_timeout_s": config.request_timeout_s,  # a call that has begun may end
-        "ray_actor_options": {
-            "num_cpus": pool.num_cpus,
-            "num_gpus": pool.num_gpus,
-            "resources": {"teacher": 1},
-            "runtime_env": {"env_vars": config.worker_env},
-        },
+        **placement(pool, config.worker_env),
         "logging_config": {"enable_access_log": False, "log_level": "WARNING"},
     }
 
@@ -116,7 +127,8 @@ class TeacherPool:
         """Waits until the application runs. Raises RunError when Serve gives up on it."""
         while (application := serve.status().applications[self.app]).status != ApplicationStatus.RUNNING:
             if application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
-                raise RunError(f"the teacher service did not start: {application.message.strip()[-2000:]}")
+                why = "\n".join(d.message for d in application.deployments.values()) or application.message
+                raise RunError(f"teacher {self._teacher.name} did not start: {why.strip()[-2000:]}")
             await asyncio.sleep(START_POLL_S)
 
     async def score(self, groups: ray.ObjectRef | Sequence[TrajectoryGroup]) -> list[ScoreResult]:

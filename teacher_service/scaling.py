@@ -103,7 +103,7 @@ def _read(name: str, application: dict[str, Any]) -> PoolStatus:
         run=run,
         teacher=teacher,
         status=ApplicationStatus(application["status"]),
-        message=application["message"],
+        message=deployment["message"] or application["message"],
         wanted=deployment["target_num_replicas"],
         starting=len(replicas["starting"]),
         draining=len(replicas["draining"]),

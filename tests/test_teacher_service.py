@@ -2,12 +2,14 @@
 
 import asyncio
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray import serve
 from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError, WorkerCrashedError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ApplicationStatus
@@ -15,9 +17,10 @@ from ray.serve.schema import ApplicationStatus
 import teacher_service.__main__ as command_line
 import teacher_service.pool
 from benchmarks.teacher_scaling import CALL_S, calls_within
+from teacher_service.engine import parallel_options
 from teacher_service.pool import TeacherPool, Usage, deployment_options
 from teacher_service.scaling import Bounds, PoolStatus, app_name
-from teacher_service.service import Reply
+from teacher_service.service import Reply, TeacherReplica
 from tests.test_config import MINIMAL
 from video_opd.config import Config, parse_config
 from video_opd.errors import ConfigError, DeadlineError, PartLostError
@@ -166,9 +169,34 @@ def test_bounds_are_serves_autoscaling():
     assert (scaling.target_ongoing_requests, scaling.upscale_delay_s, scaling.downscale_delay_s) == (1.5, 3, 60)
 
 
+def test_a_replica_in_parts_has_a_bundle_for_each_on_one_node():
+    options = deployment_options(config_with(engine="vllm", tensor_parallel=4, num_gpus=1, num_cpus=2, num_replicas=3))
+    assert options["placement_group_bundles"] == [{"CPU": 2, "GPU": 1, "teacher": 1}, *[{"CPU": 2, "GPU": 1}] * 3]
+    assert options["placement_group_strategy"] == "STRICT_PACK"
+    actor = options["ray_actor_options"]
+    assert (actor["num_cpus"], actor["num_gpus"], actor["resources"]) == (2, 0, {"teacher": 1})  # the parts have the GPUs
+    on_cpu = deployment_options(config_with(engine="vllm", tensor_parallel=2, num_gpus=0, num_cpus=1))
+    assert on_cpu["placement_group_bundles"] == [{"CPU": 1, "teacher": 1}, {"CPU": 1}]
+    assert "placement_group_bundles" not in deployment_options(config_with(engine="vllm"))
+    serve.deployment(TeacherReplica, name="teacher", **options)  # which checks that the replica fits in its bundle
+
+
+@pytest.mark.parametrize(("num_gpus", "backend"), [(1, "ray"), (0.5, "ray"), (0, "mp")])
+def test_vllm_cuts_a_model_where_the_bundles_are(monkeypatch, num_gpus, backend):
+    monkeypatch.delenv("VLLM_RAY_PER_WORKER_GPUS", raising=False)
+    pool = config_with(engine="vllm", tensor_parallel=2, num_gpus=num_gpus).teacher_pool
+    assert parallel_options(pool) == {"tensor_parallel_size": 2, "distributed_executor_backend": backend}
+    assert os.environ.get("VLLM_RAY_PER_WORKER_GPUS") == (f"{num_gpus:g}" if num_gpus else None)
+    assert parallel_options(config_with(engine="vllm").teacher_pool) == {}
+
+
 @pytest.mark.parametrize(
     ("pool", "said"),
     [
+        ({"tensor_parallel": 2}, "tensor_parallel=2 is vLLM's: use engine=vllm"),
+        ({"tensor_parallel": 0, "engine": "vllm"}, "tensor_parallel"),
+        ({"tensor_parallel": 2, "engine": "vllm", "num_gpus": 2}, "at most one GPU"),
+        ({"tensor_parallel": 2, "engine": "vllm", "num_gpus": 0, "num_cpus": 0}, "a share of num_cpus"),
         ({"num_replicas": 0}, "num_replicas"),
         ({"min_replicas": 1}, "min_replicas=1 without max_replicas"),
         ({"num_replicas": 5, "max_replicas": 4}, "num_replicas=5 is not within min_replicas=1 and max_replicas=4"),

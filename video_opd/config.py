@@ -214,8 +214,26 @@ class TeacherConfig(_Section):
     dtype: Dtype = "bfloat16"
     kv_cache_bytes: PositiveInt | None = None
     gpu_memory_utilization: Fraction = 0.85
-    num_gpus: Annotated[float, Field(ge=0)] = Field(default=1, description="of one replica; 0 on a CPU machine")
+    tensor_parallel: PositiveInt = Field(
+        default=1, description="parts that a replica is cut into, each on a GPU of one node; vllm only"
+    )
+    num_gpus: Annotated[float, Field(ge=0)] = Field(
+        default=1, description="of one replica, or of each of its parts; 0 on a CPU machine"
+    )
     num_cpus: Annotated[float, Field(ge=0)] = 1
+
+    @model_validator(mode="after")
+    def _parts_can_be_placed(self):
+        if self.tensor_parallel == 1:
+            return self
+        if self.engine != "vllm":
+            raise ValueError(f"tensor_parallel={self.tensor_parallel} is vLLM's: use engine=vllm")
+        if self.num_gpus > 1 or (not self.num_gpus and not self.num_cpus):
+            raise ValueError(
+                f"tensor_parallel={self.tensor_parallel} gives each part at most one GPU, or on a CPU machine a share of num_cpus: "
+                f"num_gpus={self.num_gpus:g}, num_cpus={self.num_cpus:g}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _bounds_are_ordered(self):
