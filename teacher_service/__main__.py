@@ -5,13 +5,10 @@ not restarted, those that go end their calls first.
 """
 
 import argparse
-import logging
-import os
-import socket
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from teacher_service.scaling import (
     GONE_WRONG,
@@ -25,16 +22,10 @@ from teacher_service.scaling import (
     read_pools,
     set_replicas,
 )
+from video_opd.cluster import Parser, add_cluster_arguments, check_capacity, choose_run, connected
 from video_opd.errors import ConfigError, InputError, RunError, VideoOPDError
 
-CONNECT_TIMEOUT_S, POLL_S = 5.0, 0.5
-
-
-class Parser(argparse.ArgumentParser):
-    """Bad arguments are bad input, said in one line as any other."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
+POLL_S = 0.5
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -49,10 +40,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     scale.add_argument("--no-wait", action="store_true", help="return before the replicas run")
     scale.add_argument("--timeout-s", type=float, help="wait at most so long (default: the run's start_timeout_s)")
     for command in (status, scale):
-        command.add_argument(
-            "--address", default="auto", help="of a node of the run's Ray, e.g. 10.0.0.1:6379 (default: this machine's)"
-        )
-        command.add_argument("--run", metavar="NAME", help="of the run folder; needed where several runs share a Ray")
+        add_cluster_arguments(command)
     return parser.parse_args(arguments)
 
 
@@ -75,52 +63,10 @@ def wanted_by(arguments: argparse.Namespace) -> int | Bounds:
     return Bounds(fewest, most)
 
 
-def find_address(address: str) -> str:
-    """host:port of a Ray that answers. Raises ConfigError."""
-    from ray._private.services import find_gcs_addresses
-
-    if address == "auto":
-        address = os.environ.get("RAY_ADDRESS", "auto")
-    if address == "auto":
-        found = sorted(find_gcs_addresses())
-        if not found:
-            raise ConfigError("no Ray runs on this machine: start a run, or name a node of its cluster with --address HOST:PORT")
-        if len(found) > 1:
-            raise ConfigError(f"several Rays run on this machine, {', '.join(found)}: name one with --address")
-        address = found[0]
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no Ray answers at {address} ({error}): give --address HOST:PORT") from None
-    return address
-
-
-def connect(address: str) -> None:
-    """Joins a Ray. Raises ConfigError where there is none, or it is another user's."""
-    import ray
-    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-    from ray.exceptions import AuthenticationError
-
-    address = find_address(address)
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # ray.init does so for address="auto" alone
-    try:
-        ray.init(address=address, namespace="video_opd", log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, AuthenticationError) as error:
-        raise ConfigError(f"the Ray at {address} does not let this process in: {' '.join(str(error).split())[:300]}") from None
-
-
 def pools_of(pools: Sequence[PoolStatus], run: str | None) -> list[PoolStatus]:
     """Those of the run that is meant. Raises ConfigError."""
-    runs = sorted({p.run for p in pools})
-    if not runs:
-        raise ConfigError("no run with a teacher is on this Ray")
-    if run is None and len(runs) > 1:
-        raise ConfigError(f"several runs are on this Ray, {', '.join(runs)}: name one with --run")
-    if run is not None and run not in runs:
-        raise ConfigError(f"run {run} is not on this Ray; running: {', '.join(runs)}")
-    return [p for p in pools if p.run == (run or runs[0])]
+    chosen = choose_run(sorted({p.run for p in pools}), run)
+    return [p for p in pools if p.run == chosen]
 
 
 def pool_of(pools: Sequence[PoolStatus], teacher: str | None) -> PoolStatus:
@@ -133,30 +79,6 @@ def pool_of(pools: Sequence[PoolStatus], teacher: str | None) -> PoolStatus:
     return next(p for p in pools if teacher in (None, p.teacher))
 
 
-def check_capacity(wanted: int | Bounds, teacher_resources: float, grows: bool) -> str | None:
-    """A note where the cluster has to grow first. Raises ConfigError where it cannot: a replica takes one resource `teacher`."""
-    most = wanted.most if isinstance(wanted, Bounds) else wanted
-    if most <= teacher_resources:
-        return None
-    short = f"{most} replicas, but the nodes of this Ray hold {teacher_resources:.0f} of the resource `teacher`"
-    if not grows:
-        raise ConfigError(f"{short} and it has no autoscaler: scale to at most {teacher_resources:.0f}, or add nodes")
-    return f"{short}: its autoscaler has to add nodes first"
-
-
-def may_grow() -> bool:
-    """Whether Ray's autoscaler may add nodes: false only where its process is here and was given no cluster configuration."""
-    import psutil
-    import ray
-
-    of_gcs = f"--gcs-address={ray.get_runtime_context().gcs_address}"
-    for process in psutil.process_iter(["cmdline"]):
-        command = process.info["cmdline"] or []
-        if of_gcs in command and any(part.endswith(("/monitor.py", "\\monitor.py")) for part in command):
-            return any(part.startswith("--autoscaling-config=") and not part.endswith("=") for part in command)
-    return True
-
-
 def print_status(pools: Sequence[PoolStatus]) -> None:
     for pool in pools:
         calls = ongoing_calls(pool)
@@ -165,11 +87,8 @@ def print_status(pools: Sequence[PoolStatus]) -> None:
 
 def scale(pool: PoolStatus, wanted: int | Bounds, timeout_s: float | None, wait: bool) -> None:
     """Changes one pool, and waits for it. Raises RunError where it is not so within the timeout."""
-    import ray
-
     app = app_name(PREFIX + pool.run, pool.teacher)
-    note = check_capacity(wanted, ray.cluster_resources().get("teacher", 0.0), may_grow())
-    if note:
+    if note := check_capacity(wanted.most if isinstance(wanted, Bounds) else wanted, "teacher"):
         print(note)
     config, _ = deployed_with(app)
     timeout_s = config.start_timeout_s if timeout_s is None else timeout_s
@@ -199,13 +118,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed = parse_arguments(arguments)
         wanted: Any = wanted_by(parsed) if parsed.command == "scale" else None
-        connect(parsed.address)
-        pools = read_pools()
-        if parsed.command == "status":
-            print_status(pools_of(pools, parsed.run) if parsed.run or not pools else pools)
-        else:
-            pool = pool_of(pools_of(pools, parsed.run), parsed.teacher)
-            scale(pool, wanted, parsed.timeout_s, not parsed.no_wait)
+        with connected(parsed.address):
+            pools = read_pools()
+            if parsed.command == "status":
+                print_status(pools_of(pools, parsed.run) if parsed.run or not pools else pools)
+            else:
+                pool = pool_of(pools_of(pools, parsed.run), parsed.teacher)
+                scale(pool, wanted, parsed.timeout_s, not parsed.no_wait)
     except VideoOPDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

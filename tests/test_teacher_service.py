@@ -16,6 +16,7 @@ from ray.serve.schema import ApplicationStatus
 
 import teacher_service.__main__ as command_line
 import teacher_service.pool
+import video_opd.cluster as cluster
 from benchmarks.teacher_scaling import CALL_S, calls_within
 from teacher_service.engine import parallel_options
 from teacher_service.pool import TeacherPool, Usage, deployment_options
@@ -241,7 +242,7 @@ def test_a_ray_that_is_not_the_only_one_must_be_named(monkeypatch, found, said):
     monkeypatch.setattr("ray._private.services.find_gcs_addresses", lambda: set(found))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ConfigError, match=said):
-        command_line.find_address("auto")
+        cluster.find_address("auto")
 
 
 def pool_status(run: str, teacher: str = "t", **more: Any) -> PoolStatus:
@@ -256,7 +257,7 @@ def test_runs_and_teachers_are_named_where_it_is_not_clear_which_is_meant():
     assert command_line.pools_of([a, b1, b2], "b") == [b1, b2]
     assert command_line.pool_of([b1, b2], "t2") == b2
     calls: list[tuple[Callable[[], Any], str]] = [
-        (lambda: command_line.pools_of([], None), "no run with a teacher"),
+        (lambda: command_line.pools_of([], None), "no run is on this Ray"),
         (lambda: command_line.pools_of([a, b1], None), "several runs .* a, b: name one with --run"),
         (lambda: command_line.pools_of([a, b1], "c"), "run c is not on this Ray; running: a, b"),
         (lambda: command_line.pool_of([b1, b2], None), "several teachers, t1, t2: name one with --teacher"),
@@ -267,12 +268,11 @@ def test_runs_and_teachers_are_named_where_it_is_not_clear_which_is_meant():
             call()
 
 
-@pytest.mark.parametrize("wanted", [5, Bounds(1, 5)])
-def test_more_than_the_cluster_can_hold_is_refused_unless_it_grows(wanted):
-    assert command_line.check_capacity(wanted, 5.0, grows=False) is None
-    with pytest.raises(ConfigError, match="the nodes of this Ray hold 4 of"):
-        command_line.check_capacity(wanted, 4.0, grows=False)
-    assert "autoscaler has to add nodes" in (command_line.check_capacity(wanted, 4.0, grows=True) or "")
+def test_more_than_the_cluster_can_hold_is_refused_unless_it_grows():
+    assert cluster.describe_shortage(5, "teacher", 5.0, grows=False) is None
+    with pytest.raises(ConfigError, match="the nodes of this Ray hold 4 of the resource `teacher`"):
+        cluster.describe_shortage(5, "teacher", 4.0, grows=False)
+    assert "autoscaler has to add nodes" in (cluster.describe_shortage(5, "teacher", 4.0, grows=True) or "")
 
 
 @pytest.mark.parametrize(

@@ -83,12 +83,16 @@ def check_capacity(wanted: int, resource: str) -> str | None:
     """A note where the cluster has to grow first. Raises ConfigError where it cannot. A process takes one `resource`."""
     import ray
 
-    held = int(ray.cluster_resources().get(resource, 0.0))
+    return describe_shortage(wanted, resource, ray.cluster_resources().get(resource, 0.0), _may_grow())
+
+
+def describe_shortage(wanted: int, resource: str, held: float, grows: bool) -> str | None:
+    """The same of a cluster that holds so many, and may add nodes or not."""
     if wanted <= held:
         return None
-    short = f"{wanted} are asked for, but the nodes of this Ray hold {held} of the resource `{resource}`"
-    if not _may_grow():
-        raise ConfigError(f"{short} and it has no autoscaler: scale to at most {held}, or add nodes")
+    short = f"{wanted} are asked for, but the nodes of this Ray hold {held:.0f} of the resource `{resource}`"
+    if not grows:
+        raise ConfigError(f"{short} and it has no autoscaler: scale to at most {held:.0f}, or add nodes")
     return f"{short}: its autoscaler has to add nodes first"
 
 
