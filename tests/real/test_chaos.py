@@ -1,4 +1,7 @@
-"""A run whose processes are killed and stopped under it, and one that is killed as a whole and resumed, again and again."""
+"""A run whose processes are killed and stopped under it, and one that is killed as a whole and resumed, again and again.
+
+CHAOS_SEED chooses the moments and the order, CHAOS_HANG what is stopped: actor, replica, scheduler or rank.
+"""
 
 import os
 import random
@@ -122,7 +125,7 @@ def survived(overrides, pool, tmp_path_factory) -> tuple[Path, str, list[tuple[i
         *(f"runs_dir={folder.parent / 'runs'}", "run_name=chaos"),
     ]
     rng = random.Random(int(os.environ.get("CHAOS_SEED", "0")))
-    events = [(role, signal.SIGKILL) for role in TITLES] + [("actor", signal.SIGSTOP)]
+    events = [(role, signal.SIGKILL) for role in TITLES] + [(os.environ.get("CHAOS_HANG", "actor"), signal.SIGSTOP)]
     rng.shuffle(events)
     run_folder, done = folder.parent / "runs" / "chaos", []
     run = start(folder, *overrides, *pool, *options)
@@ -147,8 +150,9 @@ def survived(overrides, pool, tmp_path_factory) -> tuple[Path, str, list[tuple[i
 
 def test_a_run_ends_by_itself_whatever_is_killed_or_hangs(survived):
     _, output, done = survived
-    assert Counter(role for _, role, _ in done) == {"actor": 2, "replica": 1, "scheduler": 1, "rank": 1}
-    assert len(re.findall(r"actor-\d+ was lost and is replaced", output)) >= 2
+    assert {(role, name) for _, role, name in done} >= {(role, "SIGKILL") for role in TITLES}
+    actors = sum(role == "actor" for _, role, _ in done)
+    assert len(re.findall(r"actor-\d+ was lost and is replaced", output)) >= actors
     assert "the curriculum was lost and is rebuilt" in output
     assert re.search(r"the learner's \w+ was lost: .*; it was started again, and the run goes back from step \d+ to \d+", output)
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -345,26 +344,6 @@ def test_off_policy_distillation_scores_the_ground_truth(overrides, config, kind
     summary = json.loads((Path(config.runs_dir) / kind / "summary.json").read_text())
     assert summary["teacher_calls"] == 2 * GROUPS and summary["teacher"]["n"] == 4
     assert all(r["text"].startswith("From ") and r["teacher_logprobs"] for r in trajectories_of(Path(config.runs_dir) / kind))
-
-
-def test_a_running_cluster_is_used_and_left_running(overrides):
-    """A head with the three roles' resources, as cluster.yaml starts it; the run joins it and leaves."""
-    from ray.cluster_utils import Cluster
-
-    env = {"RAY_AUTH_MODE": "disabled"}
-    previous = os.environ.get("RAY_AUTH_MODE")
-    os.environ |= env
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "resources": {"rollout": 1, "teacher": 1, "learner": 1}})
-    try:
-        done = run_launch(*overrides, *SHRUNK, "num_steps=1", "run_name=joined", "--address", str(cluster.address), env=env)
-        assert done.returncode == 0, done.stderr[-4000:]
-        head: Any = cluster.head_node
-        assert head.all_processes["raylet"][0].process.poll() is None
-    finally:
-        cluster.shutdown()
-        os.environ.pop("RAY_AUTH_MODE")
-        if previous:
-            os.environ["RAY_AUTH_MODE"] = previous
 
 
 def test_a_threshold_that_drops_everything_ends_the_run_with_code_2(overrides):
