@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
+from ray.exceptions import ObjectLostError
 
 from actors.actor_pool import ActorPool
 from curriculum.scheduler import Curriculum
@@ -19,7 +20,8 @@ from learner.learner import Learner
 from teacher_service.pool import TeacherPool
 from teacher_service.teachers import Teachers, create_teacher
 from video_opd.config import Config
-from video_opd.errors import ConfigError
+from video_opd.errors import ConfigError, LearnerLostError
+from video_opd.faults import cause_of
 from video_opd.metrics import PhaseClock
 from video_opd.plan import Plan
 from video_opd.rewards import Reward, load_rewards
@@ -124,7 +126,10 @@ def create_parts(folder: Path, config: Config, plan: Plan) -> Run:
 async def publish_weights(run: Run, policy_version: int) -> None:
     """The learner's weights to every actor, as one version."""
     buckets, num_bytes = await run.learner.put_weights(policy_version)
-    update = await run.actors.load_weights(policy_version, buckets, num_bytes)
+    try:
+        update = await run.actors.load_weights(policy_version, buckets, num_bytes)
+    except ObjectLostError as error:
+        raise LearnerLostError(f"weights of version {policy_version} went with the learner: {cause_of(error)}") from error
     run.totals["published_bytes"] += update.num_bytes
     run.published = policy_version
 
