@@ -590,4 +590,6 @@ def _explain(error: Any) -> str:
     if error["type"] == "missing":
         return f"missing key {key}"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{key or 'config'}={error['input']!r}: {message}" if not isinstance(error["input"], dict) else f"{key}: {message}"
+    if isinstance(error["input"], dict):
+        return f"{key}: {message}" if key else message
+    return f"{key}={error['input']!r}: {message}"

@@ -37,7 +37,14 @@ def test_a_run_outlives_a_node_and_leaves_the_cluster_running(cluster, overrides
             "teacher_pool.num_replicas=2",
         ),
         *("rollout.prompts_per_call=3", "rollout.prompts_per_result=1", "rollout.max_response_tokens=6", "learner.micro_batch=3"),
-        *("data.eval.max_prompts=4", "request_timeout_s=60", "start_timeout_s=180", f"runs_dir={tmp_path}", "run_name=joined"),
+        *(
+            "data.eval.max_prompts=4",
+            "request_timeout_s=60",
+            "video.decode_timeout_s=30",
+            "start_timeout_s=180",
+            f"runs_dir={tmp_path}",
+            "run_name=joined",
+        ),
     ]
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
     run, folder = start(tmp_path, *overrides, *options, "--address", str(cluster.address)), tmp_path / "joined"
