@@ -26,7 +26,7 @@ from driver.checkpoints import checkpoint, find_progress, restore, save_if_due
 from driver.evaluations import AFTER, BEFORE, NO_VIDEO, evaluate_student, evaluate_teacher
 from driver.export import export_student
 from driver.record import Outputs, check_finite, check_lag, check_logprob_gap, num_tokens, record
-from driver.recovery import first_error, obey, recover, watch
+from driver.recovery import first_error, learner_lost, obey, recover, watch
 from driver.rounds import start_round
 from driver.run import Run, create_parts, publish_weights, start_ray
 from driver.stopping import ending
@@ -190,8 +190,11 @@ async def train_to_the_end(run: Run, resume: int | None) -> None:
         run.round_end = await run.curriculum.round_end()
     else:
         await restore(run, resume)
+    lost: LearnerLostError | None = None
     while True:
         try:
+            if lost is not None:
+                await recover(run, lost)
             if run.published != run.step and run.actors.num_wanted:
                 await publish_weights(run, run.step)
             if BEFORE not in run.evaluations:
@@ -205,9 +208,9 @@ async def train_to_the_end(run: Run, resume: int | None) -> None:
             await checkpoint(run)
             return await export_student(run)
         except (LearnerLostError, BaseExceptionGroup) as error:
-            if not isinstance(cause := first_error(error), LearnerLostError):
+            lost = learner_lost(error)
+            if lost is None:
                 raise
-            await recover(run, cause)
 
 
 async def execute(config: Config, folder: Path, plan: Plan, resume: int | None) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from video_opd.cluster import capacity, choose_run, connected
-from video_opd.errors import ConfigError, InputError, RunError
+from video_opd.cluster import Parser, add_cluster_arguments, check_capacity, choose_run, connected
+from video_opd.errors import ConfigError, InputError, RunError, VideoOPDError
 from video_opd.run_control import control_of, running_runs
 
 ANSWER_TIMEOUT_S = 10.0
@@ -35,11 +35,12 @@ def describe(run: str, status: dict[str, float]) -> str:
 
 def scale(run: str, num_actors: int, timeout_s: float) -> None:
     """Asks the run for so many actors and waits for them. Raises ConfigError, or RunError at the deadline."""
-    if num_actors < 1:
-        raise ConfigError(f"scale {num_actors}: a run that samples needs 1 rollout actor or more")
-    if num_actors > (most := capacity("rollout")):
-        raise ConfigError(f"scale {num_actors}: the nodes of this Ray hold {most} rollout actors (resource `rollout`)")
-    ray.get(control_of(run).ask_for_actors.remote(num_actors), timeout=ANSWER_TIMEOUT_S)
+    if note := check_capacity(num_actors, "rollout"):
+        print(note)
+    try:
+        ray.get(control_of(run).ask_for_actors.remote(num_actors), timeout=ANSWER_TIMEOUT_S)
+    except (ValueError, GetTimeoutError, RayError) as error:
+        raise RunError(f"run {run} does not answer: {error}") from error
     deadline = time.monotonic() + timeout_s
     while (status := read_status(run)).get("actors/running") != num_actors or status.get("actors/wanted") != num_actors:
         if time.monotonic() > deadline:
@@ -48,28 +49,31 @@ def scale(run: str, num_actors: int, timeout_s: float) -> None:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m actors", description=__doc__)
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--run", metavar="NAME", help="which run, where several are on this Ray")
-    shared.add_argument("--address", default="auto", help="of the Ray that the run is on (default: auto)")
+    """Raises ConfigError."""
+    parser = Parser(prog="python -m actors", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("status", parents=[shared], help="how many run and are wanted")
-    more = commands.add_parser("scale", parents=[shared], help="run N of them")
+    status = commands.add_parser("status", help="how many run and are wanted")
+    more = commands.add_parser("scale", help="run N of them")
     more.add_argument("num_actors", type=int, metavar="N")
-    more.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="how long to wait for them (default 600)")
-    return parser.parse_args(arguments)
+    more.add_argument("--timeout-s", type=float, default=600.0, help="wait at most so long for them (default 600)")
+    for command in (status, more):
+        add_cluster_arguments(command)
+    parsed = parser.parse_args(arguments)
+    if parsed.command == "scale" and parsed.num_actors < 1:
+        raise ConfigError(f"scale {parsed.num_actors}: a run that samples needs at least 1 rollout actor")
+    return parsed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 when the run does not answer or obey in time, 2 for bad input."""
-    parsed = parse_arguments(arguments)
     try:
+        parsed = parse_arguments(arguments)
         with connected(parsed.address):
             run = choose_run(running_runs(), parsed.run)
             if parsed.command == "scale":
-                scale(run, parsed.num_actors, parsed.timeout)
+                scale(run, parsed.num_actors, parsed.timeout_s)
             print(describe(run, read_status(run)))
-    except (InputError, RunError) as error:
+    except VideoOPDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     return 0

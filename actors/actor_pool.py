@@ -289,7 +289,7 @@ class ActorPool:
         return WeightUpdate(policy_version=policy_version, num_bytes=num_bytes, duration_s=time.monotonic() - started)
 
     async def receive_weights(self, policy_version: int, source: WeightSource) -> WeightUpdate:
-        """The same, by a broadcast from the learner. Raises LearnerLostError.
+        """The same, by a broadcast from the learner. Raises LearnerLostError, or ObjectLostError.
 
         Actors that the broadcast left without a whole version, those set aside before, and those that join later take it
         from the object store: a group of fixed members is of no use to them.

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import ray
+import torch
 
+from learner.weight_sender import to_buckets
 from video_opd.config import Config
-from video_opd.types import FinishReason, Prompt, ScoredGroup, Trajectory, TrajectoryGroup, WeightBucket
+from video_opd.types import FinishReason, Prompt, ScoredGroup, Trajectory, TrajectoryGroup
 
 ROLLOUT_S, UPDATE_S = "EMULATED_ROLLOUT_S", "EMULATED_UPDATE_S"  # of one step's prompts, in worker_env
 PROMPT_TOKENS, RESPONSE_TOKENS = 1024, 64
@@ -47,7 +49,7 @@ class EmulatedActor:
             prompt_id=prompt.prompt_id,
             policy_version=self._policy_version,
             prompt_token_ids=np.zeros(PROMPT_TOKENS, np.int32),
-            prompt_fingerprint="emulated",
+            prompt_fingerprint=prompt.prompt_id,  # as the emulated teacher knows it
             response_token_ids=np.zeros(RESPONSE_TOKENS, np.int32),
             actor_logprobs=np.zeros(RESPONSE_TOKENS, np.float32),
             finish_reason=FinishReason.STOP,
@@ -73,6 +75,5 @@ class EmulatedRank:
         return {"learner/loss": 0.0, "learner/grad_norm": 0.0}
 
     def put_weights(self, policy_version: int) -> tuple[list[ray.ObjectRef], int]:
-        flat = np.zeros(WEIGHT_BYTES, np.uint8)
-        bucket = WeightBucket(policy_version=policy_version, names=("w",), shapes=((WEIGHT_BYTES,),), dtype="uint8", buffer=flat)
+        (bucket,) = to_buckets([("w", torch.zeros(WEIGHT_BYTES, dtype=torch.uint8))], policy_version, WEIGHT_BYTES)
         return [ray.put(bucket)], WEIGHT_BYTES

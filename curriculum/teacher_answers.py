@@ -21,10 +21,13 @@ _SETTINGS = b"settings"
 
 
 def settings_key(config: Config) -> str:
-    """Of the teacher's folder and of all that decides how it answers, except the seed: tau is the teacher's, not the run's."""
-    assert config.teacher, "the curriculum asks no teacher"
+    """Of the teacher's folder and of all that decides how it answers, except the seed: tau is the teacher's, not the run's.
+
+    Where there are several teachers, the one that answers is part of the prompt's key instead.
+    """
     pool = config.teacher_pool
-    parts = (folder_digest(config.teacher), pool.engine, pool.dtype, TEMPERATURE)
+    folder = "" if config.teachers else folder_digest(config.teacher_models[0].model)
+    parts = (folder, pool.engine, pool.dtype, TEMPERATURE)
     parts += (config.curriculum.num_teacher_predictions, config.rollout.max_response_tokens)
     return _digest(parts)
 
@@ -42,8 +45,16 @@ def prompt_keys(prompts: Sequence[Prompt], config: Config) -> list[str]:
     with ThreadPoolExecutor(NUM_READERS) as readers:
         video = dict(zip(paths, readers.map(digest, paths), strict=True))
     text = (config.prompt.template, config.prompt.video_first)
+    models = {t.name: folder_digest(t.model) for t in config.teachers}
+
+    def answered_by(prompt: Prompt) -> tuple[str, ...]:
+        return (models[config.teachers_of(prompt.prompt_id)[0].name],) if models else ()
+
     shown = [(p.clip.frame_indices.tobytes(), p.clip.timestamps_s.tobytes(), p.clip.duration_s, p.clip.frame_size) for p in prompts]
-    return [_digest((video[p.clip.video_path], *frames, p.query, text)) for p, frames in zip(prompts, shown, strict=True)]
+    return [
+        _digest((video[p.clip.video_path], *frames, p.query, text, *answered_by(p)))
+        for p, frames in zip(prompts, shown, strict=True)
+    ]
 
 
 def _digest(parts: tuple) -> str:

@@ -37,7 +37,7 @@ async def checkpoint(run: Run) -> None:
         await asyncio.to_thread(finish_checkpoint, temporary, run.folder, run.step)
         run.checkpointed = run.step
         keep_last, keep_best = run.config.checkpoint_keep_last, run.config.checkpoint_keep_best
-        spare = [run.uploads.under_way] if run.uploads and run.uploads.under_way is not None else []
+        spare = run.uploads.needed if run.uploads else ()
         await asyncio.to_thread(retain, run.folder, run.step, keep_last, keep_best, miou_by_step(run), spare)
         if run.uploads:
             run.uploads.start(run.step)

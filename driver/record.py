@@ -84,6 +84,7 @@ async def record(run: Run, outputs: Outputs, report: StepReport, groups: list[Sc
         "learner/utilisation": seconds["update"] / wall_s,
         **run.actors.lap(),
         **await run.curriculum.metrics(),
+        **(await run.teacher.lap() if run.teacher else {}),
         **{f"time/{phase}_s": s for phase, s in seconds.items()},
         **{f"tokens_per_s/{phase}": rate for phase, rate in tokens_per_s.items()},
     }

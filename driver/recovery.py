@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Iterator
 
 from driver.checkpoints import restore, start_over
 from driver.run import Run
@@ -13,11 +14,23 @@ WAITS_SHOWN = 4
 CONTROL_TIMEOUT_S, CONTROL_POLL_S = 10.0, 0.5
 
 
+def single_errors(error: BaseException) -> Iterator[BaseException]:
+    """The errors inside a task group's, or the error itself."""
+    if isinstance(error, BaseExceptionGroup):
+        for part in error.exceptions:
+            yield from single_errors(part)
+    else:
+        yield error
+
+
 def first_error(error: BaseException) -> BaseException:
-    """The error inside a task group's."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+    """What went wrong first."""
+    return next(single_errors(error))
+
+
+def learner_lost(error: BaseException) -> LearnerLostError | None:
+    """The loss of the learner among what went wrong: others may have failed with it."""
+    return next((e for e in single_errors(error) if isinstance(e, LearnerLostError)), None)
 
 
 async def recover(run: Run, cause: LearnerLostError) -> None:
@@ -25,17 +38,17 @@ async def recover(run: Run, cause: LearnerLostError) -> None:
 
     Raises PartLostError after max_retries from the same checkpoint.
     """
-    lost_at = run.step
-    await run.learner.restart()
-    if run.checkpointed is not None:
-        await restore(run)
-    else:
-        await start_over(run)
-    run.num_restarts[run.step] += 1
-    if run.num_restarts[run.step] > run.config.max_retries:
-        raise PartLostError(f"{cause}; it was started again {run.config.max_retries} times at step {run.step}") from cause
+    lost_at, back_to = run.step, run.checkpointed or 0
+    run.num_restarts[back_to] += 1
+    if run.num_restarts[back_to] > run.config.max_retries:
+        raise PartLostError(f"{cause}; it was started again {run.config.max_retries} times at step {back_to}") from cause
+    print(f"{cause}; it is started again, and the run goes back from step {lost_at} to {back_to}", flush=True)
     run.published = -1
-    print(f"{cause}; it was started again, and the run goes back from step {lost_at} to {run.step}", flush=True)
+    await run.learner.restart()
+    if run.checkpointed is None:
+        await start_over(run)
+    else:
+        await restore(run)
 
 
 async def obey(run: Run) -> None:

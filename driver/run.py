@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
+from ray.exceptions import ObjectLostError
 
 from actors.actor_pool import ActorPool
 from curriculum.scheduler import Curriculum
 from driver.upload import Uploads
 from learner.learner import Learner
-from teacher_service.service import TeacherPool
+from teacher_service.pool import TeacherPool
+from teacher_service.teachers import Teachers, create_teacher
 from video_opd.config import Config
-from video_opd.errors import ConfigError
+from video_opd.errors import ConfigError, LearnerLostError
+from video_opd.faults import cause_of
 from video_opd.metrics import PhaseClock
 from video_opd.plan import Plan
 from video_opd.rewards import Reward, load_rewards
@@ -29,6 +32,7 @@ T = TypeVar("T")
 
 LOCAL_ROLES = 64  # rollout actors and teacher replicas that a Ray of this machine alone lets in; memory bounds them, not Ray
 HERE = Path(__file__).resolve().parent.parent
+SERVE_ENV = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}  # one that hangs cannot drain: it gives its device to the next
 
 
 def _set_event() -> asyncio.Event:
@@ -46,7 +50,7 @@ class Run:
     plan: Plan
     control: Any  # the RunControl actor
     actors: ActorPool
-    teacher: TeacherPool | None  # None: neither the objective nor the curriculum asks one
+    teacher: TeacherPool | Teachers | None  # None: neither the objective nor the curriculum asks one
     learner: Learner
     curriculum: Curriculum
     rewards: list[Reward]  # empty: the objective needs none
@@ -85,7 +89,7 @@ def start_ray(config: Config, address: str | None) -> None:
         "log_to_driver": False,
         "logging_level": "ERROR",
         "namespace": NAMESPACE,
-        "runtime_env": {"env_vars": {"PYTHONPATH": paths}},
+        "runtime_env": {"env_vars": {"PYTHONPATH": paths, **SERVE_ENV}},
     }
     if address:
         try:
@@ -96,7 +100,8 @@ def start_ray(config: Config, address: str | None) -> None:
     roles = {"rollout": LOCAL_ROLES, "teacher": LOCAL_ROLES, "learner": config.learner.world_size}
     cpus = max(os.cpu_count() or 1, 8 + config.rollout.num_actors + config.learner.world_size)
     context = ray.init(address="local", num_cpus=cpus, resources={k: float(v) for k, v in roles.items()}, **shared)
-    print(f"Ray dashboard: http://{context.dashboard_url}" if context.dashboard_url else "Ray dashboard: not installed")
+    dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else "not installed"
+    print(f"Ray dashboard: {dashboard}, address {ray.get_runtime_context().gcs_address}", flush=True)
 
 
 def create_parts(folder: Path, config: Config, plan: Plan) -> Run:
@@ -108,7 +113,7 @@ def create_parts(folder: Path, config: Config, plan: Plan) -> Run:
         plan=plan,
         control=create_control(name),
         actors=ActorPool(name, config),
-        teacher=TeacherPool(f"{name}/teacher", config) if config.needs_teacher else None,
+        teacher=create_teacher(name, config),
         learner=Learner(name, config),
         curriculum=Curriculum(name, plan.train, config),
         rewards=load_rewards(config.loss.rewards) if config.loss.needs.rewards else [],
@@ -119,12 +124,14 @@ def create_parts(folder: Path, config: Config, plan: Plan) -> Run:
 
 
 async def publish_weights(run: Run, policy_version: int) -> None:
-    """The learner's weights to every actor, as one version, the way that learner.weight_transfer says."""
-    if run.config.learner.weight_transfer == "collective":
-        update = await run.actors.receive_weights(policy_version, run.learner)
-    else:
-        buckets, num_bytes = await run.learner.put_weights(policy_version)
-        update = await run.actors.load_weights(policy_version, buckets, num_bytes)
+    """The learner's weights to every actor, as one version, the way that learner.weight_transfer says. Raises LearnerLostError."""
+    try:
+        if run.config.learner.weight_transfer == "collective":
+            update = await run.actors.receive_weights(policy_version, run.learner)
+        else:
+            update = await run.actors.load_weights(policy_version, *await run.learner.put_weights(policy_version))
+    except ObjectLostError as error:
+        raise LearnerLostError(f"weights of version {policy_version} went with the learner: {cause_of(error)}") from error
     run.totals["published_bytes"] += update.num_bytes
     run.published = policy_version
 

@@ -49,7 +49,12 @@ class Uploads:
         self._max_retries, self._timeout_s = max_retries, timeout_s
         self._waiting: int | None = None
         self._task: asyncio.Task | None = None
-        self.under_way: int | None = None  # the step that is being read; it must stay
+        self._under_way: int | None = None
+
+    @property
+    def needed(self) -> set[int]:
+        """The steps whose checkpoints must stay: one that is being read, and one that waits."""
+        return {step for step in (self._under_way, self._waiting) if step is not None}
 
     def start(self, step: int) -> None:
         """Returns at once. A failure is a printed line."""
@@ -64,15 +69,15 @@ class Uploads:
 
     async def _run(self) -> None:
         while self._waiting is not None:
-            self.under_way, self._waiting = self._waiting, None
-            step = self.under_way
+            step = self._under_way = self._waiting
+            self._waiting = None
             try:
                 await asyncio.wait_for(in_daemon(lambda step=step: self._upload_with_retries(step)), self._timeout_s)
             except TimeoutError:
                 self._warn(step, f"not done within upload_timeout_s={self._timeout_s:g}")
             except Exception as error:  # of any library behind fsspec; the run goes on, its checkpoints are here
                 self._warn(step, cause_of(error))
-            self.under_way = None
+            self._under_way = None
 
     def _warn(self, step: int, why: str) -> None:
         print(f"warning: the checkpoint of step {step} was not copied to {self._url} ({why}); it stays in {self._run_dir}")
@@ -96,9 +101,12 @@ class Uploads:
             for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
                 self._put(file, f"{self._root}/{file.relative_to(self._run_dir)}", in_one=True)
         folder, there = checkpoint_folder(self._run_dir, step), f"{self._root}/{CHECKPOINTS}/step-{step}"
+        manifest = (folder / MANIFEST).read_bytes()
         self._remove(there)
         for file in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST):
             self._put(file, f"{there}/{file.relative_to(folder)}")
+        if (folder / MANIFEST).read_bytes() != manifest:  # replaced meanwhile: that one is copied next
+            return
         self._put(folder / MANIFEST, f"{there}/{MANIFEST}", in_one=True)
         kept = {*checkpoint_steps(self._run_dir), step}
         for other in remote_steps(self._system, self._root):

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,11 @@ class LearnerEngine:
             trained, lr=config.learner.lr, betas=config.learner.betas, weight_decay=config.learner.weight_decay
         )
         module = ResponseLoss(model, config.learner.logit_rows)
-        self._teacher_head: torch.Tensor | None = None
+        self._teacher_heads: dict[str, torch.Tensor] = {}  # by teacher id
         if config.loss.needs.teacher == "hidden":
-            assert config.teacher, "make_plan asks for a teacher"
-            self._teacher_head = load_head(config.teacher, config.teacher_pool.dtype).to(self._device)
+            heads = {t.name: load_head(t.model, config.teacher_pool.dtype).to(self._device) for t in config.teacher_models}
+            shared = min(len(head) for head in heads.values())  # beyond it are only padded embeddings
+            self._teacher_heads = {name: head[:shared] for name, head in heads.items()}
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=_deepspeed_config(config))
         self._engine: Any = engine
         self._is_time = TimestampTokens(self._encoder.tokenizer)
@@ -143,11 +145,12 @@ class LearnerEngine:
         if self._config.loss.needs.teacher == "top_k":
             top = [s.top_k for s in scores if s.top_k is not None]
             top_k = (self._tensor([t.ids for t in top]).long(), self._tensor([t.logprobs for t in top]))
-        if self._teacher_head is not None:
-            head, hidden = self._teacher_head, self._tensor([s.hidden for s in scores if s.hidden is not None])
+        if self._teacher_heads:
+            of_teachers = groupby(scores, key=lambda s: s.teacher_id)
+            runs = [(name, self._tensor([s.hidden for s in run if s.hidden is not None])) for name, run in of_teachers]
 
             def of_rows(which: slice) -> torch.Tensor:
-                return hidden[which].to(head.dtype).matmul(head.T).float()
+                return rows_of([(states, self._teacher_heads[name]) for name, states in runs], which)
 
             teacher_logits = of_rows
         return ResponseTokens(
@@ -204,6 +207,16 @@ class LearnerEngine:
         where, tag = (folder, universal_tag) if universal else (folder / "deepspeed", "state")
         path, _ = self._engine.load_checkpoint(str(where), tag=tag)
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
+
+
+def rows_of(runs: Sequence[tuple[torch.Tensor, torch.Tensor]], which: slice) -> torch.Tensor:
+    """float32[rows, V]: logits of the rows `which` of all runs one after the other; a run is (states[R, H], its head[V, H])."""
+    logits, first = [], 0
+    for states, head in runs:
+        rows = states[max(which.start - first, 0) : max(which.stop - first, 0)]
+        first += len(states)
+        logits.append(rows.to(head.dtype).matmul(head.T).float())
+    return logits[0] if len(logits) == 1 else torch.cat(logits)
 
 
 def _deepspeed_config(config: Config) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Scoring engines: given tokens in, the teacher's log-probs out. Two of them behind one interface."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -110,6 +111,21 @@ class TransformersEngine:
         return texts
 
 
+def parallel_options(config: TeacherConfig) -> dict[str, Any]:
+    """How vLLM cuts a model into parts: as Ray actors in the replica's placement group, without GPUs as its own processes.
+
+    The latter in a replica need a torchvision of torch's own build: vLLM spawns them there, past cpu_torch.py.
+    """
+    if config.tensor_parallel == 1:
+        return {}
+    parts = {"tensor_parallel_size": config.tensor_parallel}
+    if config.num_gpus:
+        os.environ["VLLM_RAY_PER_WORKER_GPUS"] = f"{config.num_gpus:g}"
+        return parts | {"distributed_executor_backend": "ray"}
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else it wants a NUMA node for each part
+    return parts | {"distributed_executor_backend": "mp"}
+
+
 class VllmEngine:
     """Prefill with vLLM's prompt_logprobs.
 
@@ -120,7 +136,13 @@ class VllmEngine:
     def __init__(self, model: str, config: TeacherConfig, wanted: Wanted, seed: int, encoder: PromptEncoder):
         most = max(wanted.top_k, 1)
         self._llm: Any = start_vllm(
-            model, config, seed, enforce_eager=not config.num_gpus, max_num_seqs=config.micro_batch, max_logprobs=most
+            model,
+            config,
+            seed,
+            enforce_eager=not config.num_gpus,
+            max_num_seqs=config.micro_batch,
+            max_logprobs=most,
+            **parallel_options(config),
         )
         self._top_k, self._seed, self._banned = wanted.top_k, seed, dict.fromkeys(encoder.pad_ids, -100.0)
 

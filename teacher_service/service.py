@@ -1,54 +1,62 @@
-"""The teacher pool: a Ray Serve deployment called by handle, and the caller's side of it."""
+"""A replica of a teacher: what runs in the processes of its Ray Serve deployment."""
 
 import asyncio
-import logging
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import ray
 from ray import serve
-from ray.serve.exceptions import BackPressureError
-from ray.serve.schema import ApplicationStatus
 
-from teacher_service.engine import start_engine, wanted_by
-from video_opd.config import Config
-from video_opd.deadline import within
-from video_opd.errors import RunError
+from video_opd.config import Config, TeacherModel
 from video_opd.prompting import PromptEncoder, check_parity, parse_span
 from video_opd.types import EncodedPrompt, FailedPrompt, Prediction, Prompt, TeacherScores, TrajectoryGroup
 
-BACK_PRESSURE_PAUSE_S = 0.2
-START_POLL_S = 0.2
+if TYPE_CHECKING:
+    from teacher_service.engine import ScoringEngine
+
 ScoreResult = tuple[TeacherScores, ...] | FailedPrompt
 
 
-class TeacherReplica:
-    """One replica: encodes each prompt itself, checks that it sees what the actor saw, and scores."""
+class Reply(NamedTuple):
+    """The results of one call, and what the batch that it was part of cost."""
 
-    def __init__(self, config: Config):
+    results: list[Any]
+    engine_s: float  # seconds that the replica worked on the batch: encoding and forward passes
+    num_calls: int  # merged into that batch
+
+
+class TeacherReplica:
+    """Encodes each prompt itself, checks that it sees what the actor saw, and scores."""
+
+    def __init__(self, config: Config, teacher: TeacherModel):
         pool = config.teacher_pool
-        assert config.teacher, "make_plan asks for a teacher"
-        self._teacher_id = Path(config.teacher).name
+        self._teacher_id = teacher.name
         self._max_tokens = config.rollout.max_response_tokens
-        self._encoder = PromptEncoder(config.teacher, config.prompt, config.video)
-        self._engine = start_engine(config.teacher, pool, wanted_by(config.loss), config.seed, self._encoder)
+        self._encoder, self._engine = self._load(config, teacher.model)
         self._busy = asyncio.Lock()  # engines take one call at a time
         batching: Any = self._score_batch  # serve.batch adds setters
         batching.set_max_batch_size(pool.max_batch_requests)
         batching.set_batch_wait_timeout_s(pool.batch_wait_s)
 
-    async def score(self, groups: Sequence[TrajectoryGroup]) -> list[ScoreResult]:
-        """Scores for every group, in order; a FailedPrompt where the clip cannot be read."""
+    def _load(self, config: Config, model: str) -> tuple[PromptEncoder, "ScoringEngine"]:
+        """What a replica computes with; benchmarks and tests put something else in its place."""
+        from teacher_service.engine import start_engine, wanted_by  # here alone: torch takes seconds to import
+
+        encoder = PromptEncoder(model, config.prompt, config.video)
+        return encoder, start_engine(model, config.teacher_pool, wanted_by(config.loss), config.seed, encoder)
+
+    async def score(self, groups: Sequence[TrajectoryGroup]) -> Reply:
+        """A ScoreResult for every group, in order: scores, or a FailedPrompt where the clip cannot be read."""
         return await self._score_batch(groups)
 
     @serve.batch
-    async def _score_batch(self, requests: list[Sequence[TrajectoryGroup]]) -> list[list[ScoreResult]]:
+    async def _score_batch(self, requests: list[Sequence[TrajectoryGroup]]) -> list[Reply]:
         async with self._busy:
+            started = time.perf_counter()
             flat = await asyncio.to_thread(self._score, [g for groups in requests for g in groups])
+            engine_s = time.perf_counter() - started
         results = iter(flat)
-        return [[next(results) for _ in groups] for groups in requests]
+        return [Reply([next(results) for _ in groups], engine_s, len(requests)) for groups in requests]
 
     def _score(self, groups: list[TrajectoryGroup]) -> list[ScoreResult]:
         encoded = self._encoder.encode_all([g.prompt for g in groups])
@@ -72,12 +80,12 @@ class TeacherReplica:
             for e, g in zip(encoded, groups, strict=True)
         ]
 
-    async def predict(
-        self, prompts: Sequence[Prompt], num_answers: int = 1, temperature: float = 0.0
-    ) -> list[list[Prediction] | FailedPrompt]:
-        """The teacher's own answers to each prompt, for evaluation and for the curriculum."""
+    async def predict(self, prompts: Sequence[Prompt], num_answers: int = 1, temperature: float = 0.0) -> Reply:
+        """The teacher's own answers to each prompt, for evaluation and for the curriculum: list[Prediction] or a FailedPrompt."""
         async with self._busy:
-            return await asyncio.to_thread(self._predict, prompts, num_answers, temperature)
+            started = time.perf_counter()
+            answers = await asyncio.to_thread(self._predict, prompts, num_answers, temperature)
+            return Reply(answers, time.perf_counter() - started, 1)
 
     def _predict(self, prompts: Sequence[Prompt], num_answers: int, temperature: float) -> list[list[Prediction] | FailedPrompt]:
         encoded = self._encoder.encode_all(prompts)
@@ -89,77 +97,3 @@ class TeacherReplica:
             else [Prediction(prompt_id=e.prompt_id, text=text, span_s=parse_span(text)) for text in next(answers)]
             for e in encoded
         ]
-
-
-class TeacherPool:
-    """The caller's side: starts the deployment and sends it work. Arguments and results travel as Ray objects."""
-
-    def __init__(self, name: str, config: Config):
-        self._name, self._config = name, config
-        self._handle: Any = None
-
-    async def start(self) -> None:
-        """Returns when every replica answers. Raises RunError at config.start_timeout_s."""
-        pool = self._config.teacher_pool
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        serve.start(proxy_location="Disabled")
-        deployment = serve.deployment(
-            TeacherReplica,
-            name="teacher",
-            num_replicas=pool.num_replicas,
-            max_ongoing_requests=2 * pool.max_batch_requests,
-            max_queued_requests=pool.max_queued_requests,
-            max_constructor_retry_count=1,
-            ray_actor_options={
-                "num_cpus": pool.num_cpus,
-                "num_gpus": pool.num_gpus,
-                "resources": {"teacher": 1},
-                "runtime_env": {"env_vars": self._config.worker_env},
-            },
-            logging_config={"enable_access_log": False, "log_level": "WARNING"},
-        )
-        target = serve.RunTarget(deployment.bind(self._config), name=self._name, route_prefix=None)
-        serve.run_many([target], wait_for_applications_running=False)
-        self._handle = serve.get_app_handle(self._name)
-        await within(self._config.start_timeout_s, self._running(), "the start of the teacher service")
-
-    async def _running(self) -> None:
-        """Waits until the application runs. Raises RunError when Serve gives up on it."""
-        while (application := serve.status().applications[self._name]).status != ApplicationStatus.RUNNING:
-            if application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
-                raise RunError(f"the teacher service did not start: {application.message.strip()[-2000:]}")
-            await asyncio.sleep(START_POLL_S)
-
-    async def score(self, groups: ray.ObjectRef | Sequence[TrajectoryGroup]) -> list[ScoreResult]:
-        """See TeacherReplica.score. A reference is fetched by the replica, past the caller."""
-        return await self._call("score", groups)
-
-    async def predict(
-        self, prompts: Sequence[Prompt], num_answers: int = 1, temperature: float = 0.0
-    ) -> list[list[Prediction] | FailedPrompt]:
-        """See TeacherReplica.predict. The work is spread over the replicas."""
-        size = self._config.rollout.prompts_per_call
-        chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-        places = asyncio.Semaphore(self._config.teacher_pool.num_replicas)  # a call's deadline covers its own work alone
-
-        async def predict(chunk: Sequence[Prompt]) -> list[list[Prediction] | FailedPrompt]:
-            async with places:
-                return await self._call("predict", chunk, num_answers, temperature)
-
-        results = await asyncio.gather(*(predict(chunk) for chunk in chunks))
-        return [answer for chunk in results for answer in chunk]
-
-    async def _call(self, method: str, *arguments: Any) -> Any:
-        deadline = time.monotonic() + self._config.request_timeout_s
-        while True:
-            response = getattr(self._handle, method).remote(*arguments)
-            try:
-                return await within(deadline - time.monotonic(), response, f"a {method} call to the teacher service")
-            except ray.exceptions.RayActorError:
-                await asyncio.sleep(BACK_PRESSURE_PAUSE_S)
-            except BackPressureError:  # every replica's queue is full: the pool's way to say wait
-                await asyncio.sleep(BACK_PRESSURE_PAUSE_S)
-
-    def stop(self) -> None:
-        """Deletes the deployment; other Serve applications of the cluster stay."""
-        serve.delete(self._name, _blocking=False)

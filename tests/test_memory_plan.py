@@ -13,13 +13,14 @@ from demo.models import Size, build_model, build_tokenizer
 from learner.adapters import choose_trained
 from learner.loss import ResponseTokens, loss_per_token
 from tests.live_bytes import LiveBytes
-from video_opd.config import Config, LearnerConfig, LossConfig, load_config
+from video_opd.config import Config, LearnerConfig, LossConfig, TeacherModel, load_config
 from video_opd.errors import ConfigError, InputError, ModelError
 from video_opd.memory_check import MemoryPlan, check_fits, host_total
 from video_opd.memory_plan import (
     DTYPE_BYTES,
     GIB,
     ProcessMemory,
+    RoleMemory,
     Workload,
     estimate,
     gradient_bytes,
@@ -309,6 +310,25 @@ def refusal(plan: MemoryPlan) -> str:
 def test_what_cannot_fit_is_refused_with_the_smallest_change_that_would(overrides, gpu_gib, named):
     message = refusal(plan_of(config_of("qwen3vl_8b.yaml", *overrides), gpu_gib))
     assert named in message, message
+
+
+def test_a_teacher_in_parts_has_a_share_of_the_weights_in_each():
+    def teacher(*overrides: str) -> RoleMemory:
+        roles = plan_of(config_of("qwen3vl_8b.yaml", "teacher_pool.engine=vllm", *overrides)).roles
+        return next(r for r in roles if r.role == "teacher")
+
+    whole, parts = teacher(), teacher("teacher_pool.tensor_parallel=4")
+    assert whole.device and parts.device
+    assert parts.processes == 4 * whole.processes
+    assert parts.device.held["weights"] == whole.device.held["weights"] // 4
+    assert parts.device.held["KV cache"] > whole.device.held["KV cache"]  # what the weights leave
+
+
+def test_of_several_teachers_each_has_its_replicas():
+    config = config_of("qwen3vl_8b.yaml")
+    several = tuple(TeacherModel(name=name, model="models/Qwen3-VL-32B-Instruct") for name in ("a", "b"))
+    roles = plan_of(config).of(config.model_copy(update={"teachers": several, "teacher": None}))
+    assert {r.role: r.processes for r in roles}["teacher"] == 2 * config.teacher_pool.num_replicas
 
 
 def test_the_named_change_does_fit_and_the_next_larger_value_does_not():

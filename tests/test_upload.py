@@ -165,17 +165,35 @@ def test_uploads_do_not_hold_up_the_loop_and_skip_what_a_newer_one_replaces(tmp_
         uploads = uploads_to(tmp_path, run_dir)
         uploads.start(2)
         await asyncio.sleep(0)
-        under_way = uploads.under_way
         uploads.start(3)
         uploads.start(4)
         await asyncio.sleep(0)
-        assert uploads.under_way == under_way == 2 and not list(tmp_path.glob("store/name/checkpoints/*"))
+        assert uploads.needed == {2, 4} and not list(tmp_path.glob("store/name/checkpoints/*"))
         gate.set()
         await uploads.finish()
-        assert uploads.under_way is None
+        assert uploads.needed == set()
 
     asyncio.run(run())
     assert remote_steps(*fsspec.core.url_to_fs(f"{url_of(tmp_path)}/name")) == [2, 4]
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_copied_is_not_taken_for_whole(tmp_path, run_dir, monkeypatch):
+    write_checkpoint(run_dir, 2, "old")
+    uploads, put = uploads_to(tmp_path, run_dir), Flaky.put_file
+
+    def replaced(self, lpath, rpath, *arguments, **options):
+        put(self, lpath, rpath, *arguments, **options)
+        if rpath.endswith("state.json"):
+            write_checkpoint(run_dir, 2, "another")
+
+    monkeypatch.setattr(Flaky, "put_file", replaced)
+    uploads.upload(2)
+    with pytest.raises(CheckpointError):
+        fetch_run(f"{url_of(tmp_path)}/name", tmp_path / "a")
+    monkeypatch.setattr(Flaky, "put_file", put)
+    uploads.upload(2)
+    copy = fetch_run(f"{url_of(tmp_path)}/name", tmp_path / "a")
+    assert (checkpoint_folder(copy, 2) / "student" / "model.safetensors").read_text() == "another"
 
 
 def test_what_the_run_no_longer_keeps_goes_there_too(tmp_path, run_dir):

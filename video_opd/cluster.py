@@ -1,25 +1,67 @@
-"""A running Ray, for the commands that look at a run from outside."""
+"""A running Ray, for the commands that look at a run from outside, and change it."""
 
+import argparse
 import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-
-import ray
-from ray.exceptions import AuthenticationError
+from typing import NoReturn
 
 from video_opd.errors import ConfigError
+
+CONNECT_TIMEOUT_S = 5.0
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad arguments are bad input, said in one line as any other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address", default="auto", help="of a node of the run's Ray, e.g. 10.0.0.1:6379 (default: this machine's)"
+    )
+    parser.add_argument("--run", metavar="NAME", help="of the run folder; needed where several runs share a Ray")
+
+
+def find_address(address: str) -> str:
+    """host:port of a Ray that answers. Raises ConfigError."""
+    from ray._private.services import find_gcs_addresses
+
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", "auto")
+    if address == "auto":
+        found = sorted(find_gcs_addresses())
+        if not found:
+            raise ConfigError("no Ray runs on this machine: start a run, or name a node of its cluster with --address HOST:PORT")
+        if len(found) > 1:
+            raise ConfigError(f"several Rays run on this machine, {', '.join(found)}: name one with --address")
+        address = found[0]
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no Ray answers at {address} ({error}): give --address HOST:PORT") from None
+    return address
 
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
-    """Raises ConfigError where no Ray answers."""
-    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
+    """Within a Ray, as one of its drivers. Raises ConfigError where there is none, or it is another user's."""
+    import ray
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+    from ray.exceptions import AuthenticationError
+
+    address = find_address(address)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # ray.init does so for address="auto" alone
     try:
         ray.init(address=address, namespace="video_opd", log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ConfigError(f"no Ray answers at {address} ({reason}): name the run's with --address") from error
+    except (ConnectionError, RuntimeError, AuthenticationError) as error:
+        raise ConfigError(f"the Ray at {address} does not let this process in: {' '.join(str(error).split())[:300]}") from None
     try:
         yield
     finally:
@@ -31,12 +73,37 @@ def choose_run(runs: Sequence[str], asked: str | None) -> str:
     if not runs:
         raise ConfigError("no run is on this Ray: start one with launch.py, or name another Ray with --address")
     if asked is None and len(runs) > 1:
-        raise ConfigError(f"{len(runs)} runs are on this Ray: name one with --run ({', '.join(runs)})")
+        raise ConfigError(f"several runs are on this Ray, {', '.join(runs)}: name one with --run")
     if asked is not None and asked not in runs:
-        raise ConfigError(f"no run {asked} is on this Ray; there is {', '.join(runs)}")
+        raise ConfigError(f"run {asked} is not on this Ray; running: {', '.join(runs)}")
     return asked or runs[0]
 
 
-def capacity(resource: str) -> int:
-    """How many replicas or actors of a role the nodes of this Ray can hold, those that run included."""
-    return int(ray.cluster_resources().get(resource, 0.0))
+def check_capacity(wanted: int, resource: str) -> str | None:
+    """A note where the cluster has to grow first. Raises ConfigError where it cannot. A process takes one `resource`."""
+    import ray
+
+    return describe_shortage(wanted, resource, ray.cluster_resources().get(resource, 0.0), _may_grow())
+
+
+def describe_shortage(wanted: int, resource: str, held: float, grows: bool) -> str | None:
+    """The same of a cluster that holds so many, and may add nodes or not."""
+    if wanted <= held:
+        return None
+    short = f"{wanted} are asked for, but the nodes of this Ray hold {held:.0f} of the resource `{resource}`"
+    if not grows:
+        raise ConfigError(f"{short} and it has no autoscaler: scale to at most {held:.0f}, or add nodes")
+    return f"{short}: its autoscaler has to add nodes first"
+
+
+def _may_grow() -> bool:
+    """Whether Ray's autoscaler may add nodes: false only where its process is here and was given no cluster configuration."""
+    import psutil
+    import ray
+
+    of_gcs = f"--gcs-address={ray.get_runtime_context().gcs_address}"
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if of_gcs in command and any(part.endswith("/monitor.py") for part in command):
+            return any(part.startswith("--autoscaling-config=") and not part.endswith("=") for part in command)
+    return True

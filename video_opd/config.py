@@ -44,6 +44,15 @@ class _Section(BaseModel):
 Section = TypeVar("Section", bound=_Section)
 
 
+def _compiled(pattern: str) -> str:
+    """The pattern, once it is known to be one."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"not a regular expression ({error})") from None
+    return pattern
+
+
 class DatasetConfig(_Section):
     """One annotated split."""
 
@@ -180,7 +189,23 @@ class TeacherConfig(_Section):
     """The teacher service, a Ray Serve deployment."""
 
     engine: Literal["transformers", "vllm"] = "transformers"
-    num_replicas: PositiveInt = 1
+    num_replicas: PositiveInt = Field(
+        default=1, description="at the start; `python -m teacher_service scale N` changes it meanwhile"
+    )
+    max_replicas: PositiveInt | None = Field(
+        default=None, description="most that autoscaling starts while calls queue; None: num_replicas, until `scale` says otherwise"
+    )
+    min_replicas: PositiveInt | None = Field(default=None, description="fewest that autoscaling leaves; None: 1")
+    target_ongoing_requests: PositiveFloat = Field(
+        default=2.0, description="autoscaling: calls a replica, worked on and waiting, that it aims at"
+    )
+    upscale_delay_s: Annotated[float, Field(ge=0)] = Field(default=10.0, description="autoscaling: calls queue for so long before")
+    downscale_delay_s: Annotated[float, Field(ge=0)] = Field(
+        default=120.0, description="autoscaling: replicas idle for so long first"
+    )
+    health_check_s: PositiveFloat = Field(
+        default=10.0, description="seconds between two checks of a replica, and of one; after three missed it is replaced"
+    )
     max_queued_requests: PositiveInt = Field(default=256, description="beyond this callers are told to wait")
     max_batch_requests: PositiveInt = Field(default=4, description="concurrent calls merged into one forward pass")
     batch_wait_s: Annotated[float, Field(ge=0)] = 0.01
@@ -189,8 +214,55 @@ class TeacherConfig(_Section):
     dtype: Dtype = "bfloat16"
     kv_cache_bytes: PositiveInt | None = None
     gpu_memory_utilization: Fraction = 0.85
-    num_gpus: Annotated[float, Field(ge=0)] = Field(default=1, description="of one replica; 0 on a CPU machine")
+    tensor_parallel: PositiveInt = Field(
+        default=1, description="parts that a replica is cut into, each on a GPU of one node; vllm only"
+    )
+    num_gpus: Annotated[float, Field(ge=0)] = Field(
+        default=1, description="of one replica, or of each of its parts; 0 on a CPU machine"
+    )
     num_cpus: Annotated[float, Field(ge=0)] = 1
+
+    @model_validator(mode="after")
+    def _parts_can_be_placed(self):
+        if self.tensor_parallel == 1:
+            return self
+        if self.engine != "vllm":
+            raise ValueError(f"tensor_parallel={self.tensor_parallel} is vLLM's: use engine=vllm")
+        if self.num_gpus > 1 or (not self.num_gpus and not self.num_cpus):
+            raise ValueError(
+                f"tensor_parallel={self.tensor_parallel} gives each part at most one GPU, or on a CPU machine a share of num_cpus: "
+                f"num_gpus={self.num_gpus:g}, num_cpus={self.num_cpus:g}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bounds_are_ordered(self):
+        if self.max_replicas is None and self.min_replicas is not None:
+            raise ValueError(f"min_replicas={self.min_replicas} without max_replicas: set both, or neither for a fixed number")
+        fewest = self.min_replicas or 1
+        if self.max_replicas is not None and not fewest <= self.num_replicas <= self.max_replicas:
+            raise ValueError(
+                f"num_replicas={self.num_replicas} is not within min_replicas={fewest} and max_replicas={self.max_replicas}"
+            )
+        return self
+
+
+class TeacherModel(_Section):
+    """One of several teachers."""
+
+    name: str = Field(pattern=r"^[\w.-]+$", description="in metrics, teacher ids and commands")
+    model: str = Field(description="transformers folder")
+    weight: PositiveFloat = Field(default=1.0, description="its share in the log-probs of prompts that several teachers score")
+    prompts: str | None = Field(default=None, description="regular expression: the prompt ids that it scores; None: all")
+
+    @field_validator("prompts")
+    @classmethod
+    def _is_a_pattern(cls, pattern: str | None) -> str | None:
+        return pattern if pattern is None else _compiled(pattern)
+
+    def scores(self, prompt_id: str) -> bool:
+        """Whether it is a teacher of the prompt."""
+        return self.prompts is None or re.search(self.prompts, prompt_id) is not None
 
 
 class LossConfig(_Section):
@@ -270,11 +342,7 @@ class LearnerConfig(_Section):
     @field_validator("lora_targets")
     @classmethod
     def _is_a_pattern(cls, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"not a regular expression ({error})") from None
-        return pattern
+        return _compiled(pattern)
 
     @model_validator(mode="after")
     def _cached_features_stay_true(self):
@@ -340,6 +408,9 @@ class Config(_Section):
     seed: int = 0
     student: str = Field(description="transformers folder of the student")
     teacher: str | None = Field(default=None, description="transformers folder of the teacher, where one is needed")
+    teachers: tuple[TeacherModel, ...] = Field(
+        default=(), description="several teachers, in place of `teacher`: {name, model, weight, prompts} each"
+    )
     num_steps: PositiveInt
     max_scored_tokens: PositiveInt | None = Field(
         default=None,
@@ -383,6 +454,27 @@ class Config(_Section):
         """Whether the objective or the curriculum asks one."""
         return self.loss.needs.teacher != "none" or self.curriculum.asks_teacher
 
+    @property
+    def teacher_models(self) -> tuple[TeacherModel, ...]:
+        """The teachers of the run, one or several; none where it has none."""
+        if self.teacher is None:
+            return self.teachers
+        name = re.sub(r"[^\w.-]", "_", Path(self.teacher).name)
+        return (TeacherModel(name=name, model=self.teacher),)
+
+    def teachers_of(self, prompt_id: str) -> tuple[TeacherModel, ...]:
+        """Those that score the prompt; the first of them answers it where answers are asked for."""
+        return tuple(t for t in self.teacher_models if t.scores(prompt_id))
+
+    @model_validator(mode="after")
+    def _one_teacher_or_several(self):
+        if self.teacher is not None and self.teachers:
+            raise ValueError("teacher and teachers are both set: list all under teachers, and leave out teacher (teacher=null)")
+        names = [t.name for t in self.teachers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"teachers {', '.join(names)}: give each a name of its own")
+        return self
+
     @model_validator(mode="after")
     def _sections_fit(self):
         if self.video.decode_timeout_s >= self.request_timeout_s:
@@ -403,7 +495,7 @@ class Config(_Section):
             raise ValueError(f"loss.kind={self.loss.kind} needs the teacher's hidden states: use teacher_pool.engine=transformers")
         if not self.loss.needs.rollouts and self.curriculum.kind == "scc":
             raise ValueError(f"curriculum.kind=scc suspends rollouts, loss.kind={self.loss.kind} has none: use tvdf or uniform")
-        if self.needs_teacher and self.teacher is None:
+        if self.needs_teacher and not self.teacher_models:
             raise ValueError(f"loss.kind={self.loss.kind} with curriculum.kind={self.curriculum.kind} needs a teacher: set teacher")
         return self
 
@@ -435,6 +527,8 @@ def resolve_paths(config: Config, base: Path) -> Config:
     for key in ("student", "teacher", "runs_dir"):
         if tree[key] is not None:
             tree[key] = str((base / tree[key]).resolve())
+    for teacher in tree["teachers"]:
+        teacher["model"] = str((base / teacher["model"]).resolve())
     for key in ("quarantine", "cache_dir"):
         if tree["video"][key] is not None:
             tree["video"][key] = str((base / tree["video"][key]).resolve())
@@ -504,4 +598,6 @@ def _explain(error: Any) -> str:
     if error["type"] == "missing":
         return f"missing key {key}"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{key or 'config'}={error['input']!r}: {message}" if not isinstance(error["input"], dict) else f"{key}: {message}"
+    if isinstance(error["input"], dict):
+        return f"{key}: {message}" if key else message
+    return f"{key}={error['input']!r}: {message}"

@@ -130,7 +130,7 @@ def _halves(value: int, lowest: int = 1) -> Iterator[int]:
 
 
 def _changes(config: Config, role: str) -> Iterator[Change]:
-    """What could make a role fit, the least costly first. Tensor parallelism is not available."""
+    """What could make a role fit, the least costly first. Only a teacher on vLLM can be cut into parts."""
     of: dict[str, Callable[[Config], Iterator[Change]]] = {
         "learner": _learner_changes,
         "actors": _actors_changes,
@@ -170,6 +170,8 @@ def _teacher_changes(config: Config) -> Iterator[Change]:
     if config.curriculum.asks_teacher:
         yield from ({"curriculum.num_teacher_predictions": n} for n in _halves(config.curriculum.num_teacher_predictions))
     yield from _larger_share("teacher_pool.num_gpus", pool.num_gpus)
+    if pool.engine == "vllm" and pool.num_gpus:
+        yield from ({"teacher_pool.tensor_parallel": parts} for parts in (2, 4, 8) if parts > pool.tensor_parallel)
 
 
 def _larger_share(key: str, share: float) -> Iterator[Change]:

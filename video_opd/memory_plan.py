@@ -277,7 +277,8 @@ def learner_memory(config: Config, student: ModelShapes, teacher: ModelShapes | 
     logits = rows * student.text.vocab_size * 4 * logit_copies(config.loss)
     head = {}
     if config.loss.needs.teacher == "hidden" and teacher:
-        head["teacher's head"] = teacher.text.vocab_size * teacher.text.hidden * DTYPE_BYTES[config.teacher_pool.dtype]
+        values = teacher.text.vocab_size * teacher.text.hidden * len(config.teacher_models)
+        head["teacher's head"] = values * DTYPE_BYTES[config.teacher_pool.dtype]
     computing = ProcessMemory(
         held={
             **weight_bytes(student, learner),
@@ -317,7 +318,8 @@ def actors_memory(config: Config, student: ModelShapes, train: Workload, evaluat
 
 
 def teacher_memory(config: Config, teacher: ModelShapes, train: Workload, evaluation: Workload, gpu_bytes: int) -> RoleMemory:
-    """A replica. With engine=vllm see vllm_memory; logits are those of every token of a prefill, (4 + e) V each.
+    """A replica; of several teachers all are taken to be as large as the largest. With engine=vllm see vllm_memory; logits are
+    those of every token of a prefill, (4 + e) V each.
 
     With engine=transformers weights eP and these phases, of micro_batch sequences:
     scoring: the larger of text_layer_passing B S and the vision tower's pass before it.
@@ -346,7 +348,8 @@ def teacher_memory(config: Config, teacher: ModelShapes, train: Workload, evalua
             },
         )
     host = _prompts_bytes(teacher, work, pool.max_batch_requests * config.rollout.prompts_per_call)
-    return _place("teacher", pool.num_replicas, pool.num_gpus, computing, host)
+    processes = pool.num_replicas * len(config.teacher_models) * pool.tensor_parallel
+    return _place("teacher", processes, pool.num_gpus, computing, host)
 
 
 def vllm_memory(
@@ -366,6 +369,9 @@ def vllm_memory(
     first alone, since skip_mm_profiling is set: the second comes on top of gpu_memory_utilization.
     logits: logit_bytes(N).
 
+    Of a teacher in tensor_parallel parts, one part: weights and KV cache are divided, and so nearly are its layers, which are
+    taken whole here.
+
     KV cache: kv_cache_bytes; on a GPU without it what gpu_memory_utilization leaves, at least one sequence of max_model_len.
     """
     e = DTYPE_BYTES[engine.dtype]
@@ -373,12 +379,13 @@ def vllm_memory(
     longest = longest_sequence(config, work, engine.max_model_len)
     num_tokens = max(longest, min(per_pass, num_sequences * longest))
     video_tokens = max(work.max_video_tokens, min(num_tokens, num_sequences * work.max_video_tokens))
-    weights, logits = e * count(parameters(shapes)), logit_bytes(num_tokens)
+    parts = engine.tensor_parallel if isinstance(engine, TeacherConfig) else 1
+    weights, logits = e * count(parameters(shapes)) // parts, logit_bytes(num_tokens)
     graphs = 0 if eager or not engine.num_gpus else CUDA_GRAPH_BYTES
     kv_cache = engine.kv_cache_bytes or CPU_KV_CACHE_BYTES
     if engine.num_gpus and engine.kv_cache_bytes is None:
         planned = max(num_tokens * text_layer_passing(shapes, e), logits) + weights + graphs + GPU_CONTEXT_BYTES
-        one_sequence = engine.max_model_len * kv_bytes_per_token(shapes, engine.dtype)
+        one_sequence = engine.max_model_len * kv_bytes_per_token(shapes, engine.dtype) // parts
         kv_cache = max(int(engine.gpu_memory_utilization * gpu_bytes) - planned, one_sequence)
     return ProcessMemory(
         held={"weights": weights, "KV cache": kv_cache} | ({"CUDA graphs": graphs} if graphs else {}),

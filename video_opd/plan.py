@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from video_opd.clips import num_video_tokens
-from video_opd.config import Config, DatasetConfig
+from video_opd.config import Config, DatasetConfig, TeacherModel
 from video_opd.datasets import read_prompts, read_split
 from video_opd.decode_pool import shared_pool
 from video_opd.errors import ConfigError
 from video_opd.memory_check import MemoryPlan, device_gpu_bytes, machine_bytes
 from video_opd.memory_plan import GIB, Workload, workload_of, workload_of_budget
 from video_opd.model_files import ModelInfo, check_same_tokenizer, read_model_info
-from video_opd.model_shapes import ModelShapes, find_shapes, read_shapes
+from video_opd.model_shapes import ModelShapes, count, find_shapes, parameters, read_shapes
 from video_opd.rewards import load_rewards
 from video_opd.types import Prompt
 
@@ -34,7 +34,7 @@ class Draft:
     """What --dry-run can say where models or data are not on this machine."""
 
     student: ModelShapes
-    teacher: ModelShapes | None
+    teacher: ModelShapes | None  # the largest of several
     train: list[Prompt] | None  # None: the split is not here
     eval: list[Prompt] | None
     unchecked: tuple[str, ...]  # what a launch checks and this could not
@@ -43,13 +43,14 @@ class Draft:
 def make_plan(config: Config) -> Plan:
     """Checks models, tokenizers, annotations, videos and the curriculum's size. Raises InputError; starts nothing."""
     student = read_model_info(config.student)
-    if config.needs_teacher and config.teacher:
-        check_teacher(config, student, read_model_info(config.teacher))
+    for teacher in _teachers(config):
+        check_teacher(config, student, read_model_info(teacher.model))
     if config.loss.needs.rewards:
         load_rewards(config.loss.rewards)
     train, evaluation = (read_split(d, config.video, student.size_multiple) for d in (config.data.train, config.data.eval))
     shared_pool(config.video).close()  # who plans decodes no more
     check_pool(config, train.prompts)
+    check_routes(config, train.prompts, evaluation.prompts)
     return Plan(student, train.prompts, evaluation.prompts, train.unreadable)
 
 
@@ -59,15 +60,15 @@ def make_draft(config: Config) -> Draft:
     Raises InputError for what is here and wrong, and for a model that neither is here nor has committed shapes.
     """
     student = find_shapes(config.student, SHAPES)
-    teacher = find_shapes(config.teacher, SHAPES) if config.needs_teacher and config.teacher else None
-    models = [("student", config.student, student)]
-    if teacher and config.teacher:
-        models.append(("teacher", config.teacher, teacher))
-        check_vocabularies(config, student, teacher)
+    teachers = [(t.model, find_shapes(t.model, SHAPES)) for t in _teachers(config)]
+    models = [("student", config.student, student), *(("teacher", *teacher) for teacher in teachers)]
+    for _, shapes in teachers:
+        check_vocabularies(config, student, shapes)
     unchecked = [note for role, folder, shapes in models for note in _unchecked_model(role, Path(folder), shapes)]
-    if config.teacher and all((Path(folder) / "tokenizer.json").is_file() for _, folder, _ in models):
-        check_same_tokenizer(config.student, config.teacher)
-    elif teacher:
+    if all((Path(folder) / "tokenizer.json").is_file() for _, folder, _ in models):
+        for folder, _ in teachers:
+            check_same_tokenizer(config.student, folder)
+    elif teachers:
         unchecked.append("tokenizers: a tokenizer.json is missing, so they were not compared")
     if config.loss.needs.rewards:
         load_rewards(config.loss.rewards)
@@ -79,7 +80,18 @@ def make_draft(config: Config) -> Draft:
             unchecked.append(f"annotations and videos of data.{name}: {dataset.annotations} does not exist")
     if splits[0] is not None:
         check_pool(config, splits[0])
-    return Draft(student, teacher, *splits, unchecked=tuple(unchecked))
+    check_routes(config, *(split or [] for split in splits))
+    return Draft(student, _largest([shapes for _, shapes in teachers]), *splits, unchecked=tuple(unchecked))
+
+
+def _teachers(config: Config) -> tuple[TeacherModel, ...]:
+    """Those that are asked."""
+    return config.teacher_models if config.needs_teacher else ()
+
+
+def _largest(teachers: list[ModelShapes]) -> ModelShapes | None:
+    """The one that memory is planned for; None of none."""
+    return max(teachers, key=lambda shapes: count(parameters(shapes)), default=None)
 
 
 def _unchecked_model(role: str, folder: Path, shapes: ModelShapes) -> list[str]:
@@ -104,7 +116,7 @@ def memory_plan(config: Config, draft: Plan | Draft, gpu_memory_gib: float | Non
         student, teacher = draft.student, draft.teacher
     else:
         student = read_shapes(config.student)
-        teacher = read_shapes(config.teacher) if config.needs_teacher and config.teacher else None
+        teacher = _largest([read_shapes(t.model) for t in _teachers(config)])
 
     def workload(prompts: list[Prompt] | None) -> Workload:
         return workload_of_budget(config.video, student) if prompts is None else workload_of(prompts, student)
@@ -157,6 +169,24 @@ def check_pool(config: Config, train: list[Prompt]) -> None:
         )
 
 
+def check_routes(config: Config, train: list[Prompt], evaluation: list[Prompt]) -> None:
+    """Every prompt must have a teacher, and just one where the objective needs more of it than log-probs. Raises ConfigError."""
+    if not _teachers(config):
+        return
+    for prompt in (*train, *evaluation):
+        if not config.teachers_of(prompt.prompt_id):
+            patterns = ", ".join(f"{t.name}: {t.prompts}" for t in config.teacher_models)
+            raise ConfigError(f"prompt {prompt.prompt_id} has no teacher ({patterns}): widen a teacher's prompts")
+    if config.loss.needs.teacher not in ("top_k", "hidden"):
+        return
+    for prompt in train:
+        if len(own := config.teachers_of(prompt.prompt_id)) > 1:
+            raise ConfigError(
+                f"prompt {prompt.prompt_id} has the teachers {', '.join(t.name for t in own)}, but loss.kind={config.loss.kind} "
+                "needs more of a teacher than log-probs, which alone can be combined: give each prompt one, by teachers' prompts"
+            )
+
+
 def describe(config: Config, draft: Draft) -> str:
     """The plan for people: what --dry-run prints first."""
     rollouts = config.num_steps * config.groups_per_step * config.rollout.rollouts_per_prompt
@@ -165,9 +195,8 @@ def describe(config: Config, draft: Draft) -> str:
             *(f"NOT CHECKED  {note}" for note in draft.unchecked),
             f"student   {config.student} ({draft.student.model_type}), {config.learner.dtype}, ZeRO-{config.learner.zero_stage}, "
             f"{config.learner.world_size} rank(s)",
-            f"teacher   {config.teacher}, {config.teacher_pool.num_replicas} replica(s) on {config.teacher_pool.engine}"
-            if config.needs_teacher
-            else "teacher   none",
+            *(_describe_teacher(config, teacher) for teacher in _teachers(config)),
+            *([] if config.needs_teacher else ["teacher   none"]),
             f"actors    {config.rollout.num_actors} on vLLM, {config.rollout.prompts_per_call} prompts a call",
             f"data      {_describe_split(draft.train, 'train')}; {_describe_split(draft.eval, 'eval')}",
             f"video     {_describe_clips(config, draft)}",
@@ -177,6 +206,16 @@ def describe(config: Config, draft: Draft) -> str:
             f"policy lag at most {config.max_policy_lag}",
         ]
     )
+
+
+def _describe_teacher(config: Config, teacher: TeacherModel) -> str:
+    pool = config.teacher_pool
+    line = f"teacher   {teacher.model}, {pool.num_replicas} replica(s) on {pool.engine}"
+    if pool.max_replicas:
+        line += f", {pool.min_replicas or 1} to {pool.max_replicas} as calls queue"
+    if config.teachers:
+        line += f"; {teacher.name}, weight {teacher.weight:g}, prompts {teacher.prompts or 'all'}"
+    return line
 
 
 def _describe_split(prompts: list[Prompt] | None, name: str) -> str:

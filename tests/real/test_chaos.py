@@ -1,4 +1,7 @@
-"""A run whose processes are killed and stopped under it, and one that is killed as a whole and resumed, again and again."""
+"""A run whose processes are killed and stopped under it, and one that is killed as a whole and resumed, again and again.
+
+CHAOS_SEED chooses the moments and the order, CHAOS_HANG what is stopped: actor, replica, scheduler or rank.
+"""
 
 import os
 import random
@@ -78,14 +81,14 @@ def wait_for(condition, run: subprocess.Popen, what: str) -> None:
         time.sleep(0.05)
 
 
-def end(run: subprocess.Popen, folder: Path) -> str:
+def end(run: subprocess.Popen, folder: Path, expected: int = 0) -> str:
     """Waits for the end, and returns what was printed. Whatever is left of a run that fails is killed."""
     try:
         code = run.wait(PATIENCE_S)
     finally:
         kill_all(run)
     output = (folder / "output.txt").read_text()
-    assert code == 0, output[-4000:]
+    assert code == expected, output[-4000:]
     return output
 
 
@@ -122,7 +125,7 @@ def survived(overrides, pool, tmp_path_factory) -> tuple[Path, str, list[tuple[i
         *(f"runs_dir={folder.parent / 'runs'}", "run_name=chaos"),
     ]
     rng = random.Random(int(os.environ.get("CHAOS_SEED", "0")))
-    events = [(role, signal.SIGKILL) for role in TITLES] + [("actor", signal.SIGSTOP)]
+    events = [(role, signal.SIGKILL) for role in TITLES] + [(os.environ.get("CHAOS_HANG", "actor"), signal.SIGSTOP)]
     rng.shuffle(events)
     run_folder, done = folder.parent / "runs" / "chaos", []
     run = start(folder, *overrides, *pool, *options)
@@ -147,10 +150,11 @@ def survived(overrides, pool, tmp_path_factory) -> tuple[Path, str, list[tuple[i
 
 def test_a_run_ends_by_itself_whatever_is_killed_or_hangs(survived):
     _, output, done = survived
-    assert Counter(role for _, role, _ in done) == {"actor": 2, "replica": 1, "scheduler": 1, "rank": 1}
-    assert len(re.findall(r"actor-\d+ was lost and is replaced", output)) >= 2
+    assert {(role, name) for _, role, name in done} >= {(role, "SIGKILL") for role in TITLES}
+    actors = sum(role == "actor" for _, role, _ in done)
+    assert len(re.findall(r"actor-\d+ was lost and is replaced", output)) >= actors
     assert "the curriculum was lost and is rebuilt" in output
-    assert re.search(r"the learner's \w+ was lost: .*; it was started again, and the run goes back from step \d+ to \d+", output)
+    assert re.search(r"the learner's \w+ was lost: .*; it is started again, and the run goes back from step \d+ to \d+", output)
 
 
 def test_every_scheduled_prompt_is_trained_on_exactly_once(survived):

@@ -63,6 +63,13 @@ def test_a_runs_checkpoint_has_launchs_own_numbers_and_answers(run):
     assert (run / "evaluation" / "strict.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_exported_student_is_loaded_by_vllm_and_has_the_numbers_that_it_was_exported_with(run, tmp_path):
+    exported = json.loads((run / "student" / "export.json").read_text())
+    assert exported["step"] == 2
+    evaluate("--model", run / "student", "--config", run / "config.yaml", "--out", tmp_path, "--no-baselines")
+    assert json.loads((tmp_path / "strict.json").read_text())["result"]["miou"] == exported["miou"] > 0.3
+
+
 def test_a_model_folder_has_the_numbers_that_launch_printed_before_training(run, overrides, tmp_path):
     summary = json.loads((run / "summary.json").read_text())
     student = ROOT / "demo" / "models" / "student"

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +20,8 @@ from tests.real.conftest import DEMO
 from tests.videos import write_audio
 from video_opd.config import load_config
 from video_opd.datasets import read_prompts
+from video_opd.manifest import check_whole
+from video_opd.run_folder import checkpoint_steps
 
 ROOT = Path(launch.__file__).parent
 STEPS, GROUPS = 4, 6
@@ -117,6 +118,7 @@ def test_the_run_folder_is_complete(finished):
     for name in ("config.yaml", "metrics.jsonl", "summary.json", "report.html", "curriculum/records.parquet"):
         assert (finished / name).stat().st_size > 0, name
     assert list((finished / "tensorboard").iterdir())
+    assert json.loads((finished / "student" / "export.json").read_text())["step"] == STEPS
     assert {f.name for f in (finished / "checkpoints").iterdir()} == {"step-2", "step-4"}
     config = yaml.safe_load((finished / "config.yaml").read_text())
     assert config["max_policy_lag"] == 1
@@ -231,15 +233,19 @@ def test_coupling_suspends_before_scoring_and_a_second_run_generates_no_teacher_
 
 
 def test_a_run_ends_when_the_teacher_has_scored_its_budget_of_tokens(finished, tmp_path):
+    """From the checkpoint before its last: what it had after that is set aside."""
     copy = tmp_path / "budget"
     shutil.copytree(finished, copy)
-    shutil.rmtree(copy / "checkpoints" / "step-4")
     scored = json.loads((copy / "checkpoints" / "step-2" / "state.json").read_text())["totals"]["scored_tokens"]
-    done = run_launch("--resume", str(copy), "num_steps=50", f"max_scored_tokens={scored + 1}")
+    done = run_launch("--resume", str(copy), "--step", "2", "num_steps=50", f"max_scored_tokens={scored + 1}")
     assert done.returncode == 0, done.stderr[-4000:]
     summary = json.loads((copy / "summary.json").read_text())
     assert summary["steps"] == 3 and len(metrics_of(copy)) == 3
-    assert (copy / "checkpoints" / "step-3" / "student").is_dir()
+    assert checkpoint_steps(copy) == [2, 3] and (copy / "checkpoints" / "step-3" / "student").is_dir()
+    (aside,) = (copy / "set-aside").iterdir()
+    assert str(aside) in done.stdout
+    assert check_whole(aside / "checkpoints" / "step-4") == 4 and metrics_of(aside) == metrics_of(finished)
+    assert trajectories_of(aside) == trajectories_of(finished)
 
 
 GRPO = ["loss.kind=grpo", "loss.clamp=null", "rollout.rollouts_per_prompt=2", "loss.rewards=[tests.real.test_launch:longer]"]
@@ -340,26 +346,6 @@ def test_off_policy_distillation_scores_the_ground_truth(overrides, config, kind
     assert all(r["text"].startswith("From ") and r["teacher_logprobs"] for r in trajectories_of(Path(config.runs_dir) / kind))
 
 
-def test_a_running_cluster_is_used_and_left_running(overrides):
-    """A head with the three roles' resources, as cluster.yaml starts it; the run joins it and leaves."""
-    from ray.cluster_utils import Cluster
-
-    env = {"RAY_AUTH_MODE": "disabled"}
-    previous = os.environ.get("RAY_AUTH_MODE")
-    os.environ |= env
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "resources": {"rollout": 1, "teacher": 1, "learner": 1}})
-    try:
-        done = run_launch(*overrides, *SHRUNK, "num_steps=1", "run_name=joined", "--address", str(cluster.address), env=env)
-        assert done.returncode == 0, done.stderr[-4000:]
-        head: Any = cluster.head_node
-        assert head.all_processes["raylet"][0].process.poll() is None
-    finally:
-        cluster.shutdown()
-        os.environ.pop("RAY_AUTH_MODE")
-        if previous:
-            os.environ["RAY_AUTH_MODE"] = previous
-
-
 def test_a_threshold_that_drops_everything_ends_the_run_with_code_2(overrides):
     done = run_launch(
         *overrides, *SHRUNK, "num_steps=1", "run_name=dropped", "curriculum.kind=tvdf", "curriculum.teacher_threshold=1"
@@ -437,6 +423,27 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_starts(finishe
     line = bad(capsys, "--resume", str(copy), f"student={models / 'teacher'}")
     assert "another model" in line
     assert "text.hidden_size" in line
+
+
+def test_a_checkpoint_that_cannot_be_used_is_one_line_before_anything_starts(finished, capsys, tmp_path):
+    copy = tmp_path / "unusable"
+    shutil.copytree(finished, copy)
+    assert "no checkpoint of step 3: it has those of steps 2, 4" in bad(capsys, "--resume", str(copy), "--step", "3")
+    assert "learner.world_size" not in bad(capsys, "--resume", str(copy), "learner.zero_stage=3")
+    assert "data.eval" in bad(capsys, "--resume", str(copy), "data.eval.max_prompts=3")
+    state = copy / "checkpoints" / "step-4" / "state.json"
+    state.write_bytes(state.read_bytes().replace(b"step", b"stop"))
+    assert "step-4 is damaged: state.json is not the file that was written" in bad(capsys, "--resume", str(copy))
+    os.truncate(state, 100)
+    assert "state.json has 100 of" in bad(capsys, "--resume", str(copy), "--step", "4")
+    assert "give --resume RUN" in bad(capsys, "--step", "4")
+    assert "nosuch://bucket/run" in bad(capsys, "--resume", "nosuch://bucket/run")
+    assert "is not a run" in bad(capsys, "--resume", f"file://{tmp_path}/none")
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line(overrides, capsys):
+    assert "nosuch://bucket" in bad(capsys, *overrides, *SHRUNK, "checkpoint_url=nosuch://bucket")
+    assert "cannot be written to" in bad(capsys, *overrides, *SHRUNK, f"checkpoint_url=file://{DEMO}/below")
 
 
 def test_bad_annotations_and_clips_name_the_line(overrides, capsys, clips, tmp_path):

@@ -1,0 +1,94 @@
+"""A teacher that computes nothing: real replicas around an engine that sleeps, and calls for it to score."""
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from teacher_service.service import TeacherReplica
+from video_opd.config import Config
+from video_opd.types import Clip, EncodedPrompt, FinishReason, Prompt, Trajectory, TrajectoryGroup
+
+CALL_S = "EMULATED_CALL_S"  # in config.worker_env: seconds that the engine takes for a call
+
+
+class EmulatedScores(NamedTuple):
+    """engine.TokenScores, whose module imports torch."""
+
+    logprobs: np.ndarray
+    top_k: None = None
+    hidden: None = None
+    entropy: None = None
+
+
+class EmulatedTeacher:
+    """Encoder and engine at once: the prompt is not looked at, and the log-prob of a token is minus its id."""
+
+    def __init__(self, call_s: float):
+        self._call_s = call_s
+
+    def encode_all(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
+        nothing: Any = None
+        return [
+            EncodedPrompt(
+                prompt_id=p.prompt_id,
+                token_ids=np.zeros(0, np.int32),
+                unexpanded_token_ids=[],
+                frames=nothing,
+                video_metadata={},
+                pixel_values=nothing,
+                video_grid_thw=(0, 0, 0),
+                token_types=nothing,
+                second_per_grid=None,
+                fingerprint=p.prompt_id,
+            )
+            for p in prompts
+        ]
+
+    def score(self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray]) -> list[EmulatedScores]:
+        time.sleep(self._call_s)
+        return [EmulatedScores(-r.astype(np.float32)) for r in responses]
+
+
+class EmulatedReplica(TeacherReplica):
+    """A real replica of an emulated teacher."""
+
+    def _load(self, config: Config, model: str) -> Any:
+        emulated = EmulatedTeacher(float(os.environ[CALL_S]))
+        return emulated, emulated
+
+
+def make_groups(call: int, num_groups: int, rollouts: int, prompt_tokens: int, response_tokens: int) -> list[TrajectoryGroup]:
+    """What a rollout actor returns, for one call; ids tell the call."""
+    rng = np.random.default_rng(call)
+    clip = Clip(
+        clip_id="clip",
+        video_path="/nowhere.mp4",
+        num_video_frames=8,
+        video_fps=4.0,
+        duration_s=2.0,
+        frame_indices=np.arange(0, 8, 2),
+        frame_size=(32, 32),
+    )
+    groups = []
+    for g in range(num_groups):
+        prompt = Prompt(prompt_id=f"{call}-{g}", clip=clip, query="", answer_spans_s=None)
+        trajectories = tuple(
+            Trajectory(
+                trajectory_id=f"{call}-{g}#{r}",
+                prompt_id=prompt.prompt_id,
+                policy_version=0,
+                prompt_token_ids=rng.integers(0, 1000, prompt_tokens, dtype=np.int32),
+                prompt_fingerprint=prompt.prompt_id,
+                response_token_ids=rng.integers(0, 1000, response_tokens, dtype=np.int32),
+                actor_logprobs=np.zeros(response_tokens, np.float32),
+                finish_reason=FinishReason.STOP,
+                text="",
+                predicted_span_s=None,
+            )
+            for r in range(rollouts)
+        )
+        groups.append(TrajectoryGroup(prompt=prompt, trajectories=trajectories))
+    return groups

@@ -1,0 +1,251 @@
+"""The teacher pool under load: scaled from another process, robbed of replicas, measured; and the command line around it.
+
+The replicas are real, their engine sleeps; one test has tiny models. The pool is one, so the tests go on from each other's.
+"""
+
+import asyncio
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+from ray.exceptions import ObjectLostError
+
+import launch
+from benchmarks import emulated_teacher
+from benchmarks.emulated_teacher import EmulatedReplica, make_groups
+from teacher_service.engine import TransformersEngine, Wanted
+from teacher_service.pool import TeacherPool
+from teacher_service.scaling import Bounds, PoolStatus, read_pool
+from teacher_service.teachers import Teachers
+from tests.real.conftest import DEMO, scored_groups
+from video_opd.config import TeacherModel, load_config
+
+RUN, CALL_S, CALLERS = "pool-test", 0.1, 6
+EMULATED = [
+    "teacher_pool.max_batch_requests=1",
+    "teacher_pool.batch_wait_s=0",
+    "teacher_pool.num_cpus=0.1",
+    "teacher_pool.health_check_s=1",
+    "teacher_pool.upscale_delay_s=0",
+    "teacher_pool.target_ongoing_requests=1",
+    "request_timeout_s=90",
+    "start_timeout_s=90",
+    f"worker_env.{emulated_teacher.CALL_S}='{CALL_S}'",
+]
+
+
+@pytest.fixture(scope="module")
+def pool(local_ray):
+    """A pool of one replica whose engine sleeps."""
+    config = load_config(DEMO, EMULATED)
+    pool = TeacherPool(f"video_opd/{RUN}", config, config.teacher_models[0], EmulatedReplica)
+    asyncio.run(pool.start())
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture
+def command(local_ray) -> Callable[..., Awaitable[tuple[int, str, str]]]:
+    """`python -m teacher_service` in a process of its own, as from another terminal: (exit code, stdout, stderr)."""
+    address = ray.get_runtime_context().gcs_address
+
+    async def run(*arguments: str, address: str = address) -> tuple[int, str, str]:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}  # as another terminal has
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "teacher_service", *arguments, "--address", address),
+            cwd=launch.HERE,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        out, error = await asyncio.wait_for(process.communicate(), 90)
+        return process.returncode or 0, out.decode(), error.decode()
+
+    return run
+
+
+@dataclass
+class Load:
+    """Callers that each make one call after the other, every call's content its own, until told to stop."""
+
+    pool: TeacherPool
+    answered: Counter[int] = field(default_factory=Counter)
+    stopped: bool = False
+    next_call: int = 0
+
+    async def _caller(self) -> None:
+        while not self.stopped:
+            call, self.next_call = self.next_call, self.next_call + 1
+            groups = make_groups(call, num_groups=2, rollouts=2, prompt_tokens=20_000, response_tokens=4)  # too large to be inlined
+            results = await self.pool.score(ray.put(groups))
+            self.answered[call] += 1
+            for group, scores in zip(groups, results, strict=True):
+                assert isinstance(scores, tuple)
+                assert [s.trajectory_id for s in scores] == [t.trajectory_id for t in group.trajectories]
+                for score, trajectory in zip(scores, group.trajectories, strict=True):
+                    assert (score.teacher_logprobs == -trajectory.response_token_ids).all()
+
+    async def during(self, work: Coroutine[Any, Any, None]) -> None:
+        """Keeps calling while `work` goes on; then every call made is answered once."""
+
+        async def stop() -> None:
+            try:
+                await work
+            finally:
+                self.stopped = True
+
+        await asyncio.wait_for(asyncio.gather(stop(), *(self._caller() for _ in range(CALLERS))), 150)
+        assert self.answered == Counter(range(self.next_call))
+        assert self.next_call > CALLERS
+
+
+async def until(pool: TeacherPool, condition: Callable[[PoolStatus], bool], timeout_s: float = 60) -> PoolStatus:
+    """Serve's word that the condition holds."""
+    async with asyncio.timeout(timeout_s):
+        while not condition(status := await asyncio.to_thread(read_pool, pool.app)):
+            await asyncio.sleep(0.2)
+    return status
+
+
+async def until_gone(pid: int, timeout_s: float = 30) -> None:
+    async with asyncio.timeout(timeout_s):
+        while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            await asyncio.sleep(0.2)
+
+
+def test_scaling_from_another_terminal_disturbs_no_call_and_restarts_no_replica(pool, command):
+    async def scale() -> None:
+        (pid,) = read_pool(pool.app).pids
+        code, out, error = await command("scale", "4")
+        assert (code, error) == (0, ""), error
+        assert "4 wanted, 4 running, 0 starting" in out
+        grown = read_pool(pool.app)
+        assert len(set(grown.pids)) == 4 and pid in grown.pids
+        await asyncio.sleep(2 * CALL_S)
+        metrics = await pool.lap()
+        assert (metrics["teacher/replicas"], metrics["teacher/replicas_wanted"], metrics["teacher/retries"]) == (4, 4, 0)
+        assert 0 < metrics["teacher/utilisation"] < 1.5 and metrics["teacher/queue_s"] > 0
+        code, out, error = await command("scale", "1")
+        assert (code, error) == (0, ""), error
+        assert read_pool(pool.app).pids == (pid,)
+        assert psutil.Process(pid).is_running()
+
+    asyncio.run(Load(pool).during(scale()))
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_calls_of_a_replica_that_dies_or_hangs_are_made_again(pool, how):
+    async def take_one() -> None:
+        (pid,) = (await until(pool, lambda p: p.reached)).pids
+        await pool.lap()
+        await asyncio.sleep(3 * CALL_S)
+        os.kill(pid, how)
+        after = await until(pool, lambda p: p.running == 1 and pid not in p.pids)
+        assert after.wanted == 1
+        await asyncio.sleep(3 * CALL_S)
+        assert (await pool.lap())["teacher/retries"] > 0
+        await until_gone(pid)  # it gives back what it holds
+
+    asyncio.run(Load(pool).during(take_one()))
+
+
+def test_calls_that_queue_start_replicas_within_bounds_that_change_live(pool, command):
+    async def autoscale() -> None:
+        (pid,) = (await until(pool, lambda p: p.reached)).pids
+        code, out, error = await command("scale", "--min", "1", "--max", "3")
+        assert (code, error) == (0, ""), error
+        assert "autoscaling 1 to 3" in out
+        assert pid in (await until(pool, lambda p: p.running == 3)).pids
+        code, out, error = await command("scale", "--min", "1", "--max", "2")
+        assert (code, error) == (0, ""), error
+        narrowed = await until(pool, lambda p: p.reached)
+        assert (narrowed.bounds, narrowed.running) == (Bounds(1, 2), 2)
+        assert pid in narrowed.pids
+
+    asyncio.run(Load(pool).during(autoscale()))
+
+
+def test_status_finds_a_ray_that_launch_started(pool, command):
+    from ray._private.services import find_gcs_addresses
+
+    alone = len(find_gcs_addresses()) == 1  # else it asks which of them is meant
+    code, out, error = asyncio.run(command("status", **({"address": "auto"} if alone else {})))
+    assert (code, error) == (0, ""), error
+    assert f"run {RUN}, teacher teacher: replicas 2 wanted, 2 running" in out
+    assert all(str(pid) in out for pid in read_pool(pool.app).pids)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["scale", "65"], "hold 64 of the resource `teacher` and it has no autoscaler"),
+        (["scale", "2", "--run", "nowhere"], f"run nowhere is not on this Ray; running: {RUN}"),
+    ],
+)
+def test_bad_input_is_one_line(pool, command, arguments, said):
+    code, out, error = asyncio.run(command(*arguments))
+    assert (code, out) == (2, "")
+    assert error.startswith("error: ") and error.count("\n") == 1 and said in error
+
+
+def test_an_argument_that_is_gone_is_the_callers_matter(pool):
+    @ray.remote(num_cpus=0.1)
+    class Owner:
+        def put(self) -> list[Any]:
+            return [ray.put(make_groups(0, 1, 1, 100_000, 4))]
+
+    async def score_what_died() -> None:
+        owner: Any = Owner.remote()
+        (reference,) = await owner.put.remote()
+        ray.kill(owner)
+        await asyncio.sleep(1)
+        await pool.lap()
+        with pytest.raises(ObjectLostError):
+            await asyncio.wait_for(pool.score(reference), 60)
+        assert (await pool.lap())["teacher/retries"] == 0
+
+    asyncio.run(score_what_died())
+
+
+def test_two_tiny_teachers_say_what_their_engines_say(local_ray, config, prompts, encoder):
+    """One of them scores half of the prompts alone; of the others the log-probs are the weighted mean."""
+    first, last = prompts[0].prompt_id, prompts[3].prompt_id
+    assert first != last and config.teacher
+    teachers = [
+        TeacherModel(name="large", model=config.teacher, weight=3.0),
+        TeacherModel(name="small", model=config.student, prompts=f"^{re.escape(last)}$"),
+    ]
+    config = config.model_copy(update={"teacher": None, "teachers": tuple(teachers)})
+    groups = [g.group for g in scored_groups([prompts[0], prompts[3]], encoder, seed=0, rollouts=2)]
+    pairs = [(encoder.encode(g.prompt), t.response_token_ids) for g in groups for t in g.trajectories]
+    engines = (TransformersEngine(t.model, config.teacher_pool, Wanted(), 0, encoder) for t in teachers)
+    large, small = ([s.logprobs for s in engine.score(*zip(*pairs, strict=True))] for engine in engines)
+    expected = [*large[:2], *(0.75 * a + 0.25 * b for a, b in zip(large[2:], small[2:], strict=True))]
+
+    async def score() -> None:
+        pool = Teachers("video_opd/tiny", config)
+        await pool.start()
+        try:
+            results = await pool.score(ray.put(groups))
+            metrics = await pool.lap()
+        finally:
+            pool.stop()
+        scores = [s for of_group in results if isinstance(of_group, tuple) for s in of_group]
+        assert [s.teacher_id for s in scores] == ["large", "large", "large+small", "large+small"]
+        for score, exact in zip(scores, expected, strict=True):
+            assert np.abs(score.teacher_logprobs - exact).max() < 1e-4
+        assert metrics["teacher/large/replicas"] == metrics["teacher/small/replicas"] == 1
+        assert all(math.isfinite(value) and value >= 0 for value in metrics.values())
+
+    asyncio.run(score())
