@@ -144,8 +144,7 @@ async def measure(config: Config, repeats: int) -> dict[str, Any]:
     taken: dict[tuple[str, str, int], list[float]] = {(way, *key): [] for way in WAYS for key in pools}
     copies, num_bytes = [], 0
     for version in range(1 + repeats):  # all in turn, so that a busy machine is busy for all of them; the first warms up
-        for (way, *key), seconds in taken.items():
-            what, count = key
+        for (way, what, count), seconds in taken.items():
             num_bytes, taken_s = await publish(way, version, pools[what, count], learners[what, count])
             copies.append(copy_bytes_per_s(source, target))
             seconds += [taken_s] if version else []

@@ -18,6 +18,7 @@ from tests.fakes import make_group, make_prompt
 from video_opd.broadcast import BroadcastGroup, in_order
 from video_opd.config import Config
 from video_opd.errors import LearnerLostError, WeightsLostError
+from video_opd.types import TrajectoryGroup
 
 SPLIT = {"annotations": "a.txt", "lengths": "l.csv", "videos": "v"}
 BUCKET_BYTES = 1 << 14
@@ -122,18 +123,18 @@ class Learner(Served):
     async def meet_actors(self, place) -> None:
         await self._call("meet", place)
 
-    async def send_weights(self, version: int) -> int:
-        self.version = version
-        return await self._call("send", version)
+    async def send_weights(self, policy_version: int) -> int:
+        self.version = policy_version
+        return await self._call("send", policy_version)
 
-    async def put_weights(self, version: int):
-        self.version = version
-        return await self._call("put", version)
+    async def put_weights(self, policy_version: int):
+        self.version = policy_version
+        return await self._call("put", policy_version)
 
-    async def put_published_weights(self, version: int):
-        if self.version != version:
+    async def put_published_weights(self, policy_version: int):
+        if self.version != policy_version:
             raise WeightsLostError("about to change")
-        return (await self._call("put", version))[0]
+        return (await self._call("put", policy_version))[0]
 
     def do_meet(self, place) -> None:
         if place is not None:
@@ -271,7 +272,8 @@ def take(call):
 
 async def sampled(pool: Pool) -> list[int]:
     """The versions that one prompt was answered from."""
-    return [r.trajectories[0].policy_version async for _, results in pool.rollout([make_prompt("p")]) for r in results]
+    groups = [g async for _, results in pool.rollout([make_prompt("p")]) for g in results if isinstance(g, TrajectoryGroup)]
+    return [g.trajectories[0].policy_version for g in groups]
 
 
 def test_rollouts_that_reach_an_actor_between_a_failure_and_its_mending_are_done_again():

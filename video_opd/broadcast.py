@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from video_opd.errors import WeightsLostError
 from video_opd.types import BucketHeader, GroupPlace
@@ -40,7 +41,7 @@ class Rendezvous:
 
     def __init__(self, host: str, size: int, backend: str):
         """`host`: this process's address, as the members see it. `size`: the sender included."""
-        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
         self._host, self._size, self._backend = host, size, backend
 
     def place(self, rank: int) -> GroupPlace:
@@ -49,7 +50,7 @@ class Rendezvous:
 
     def abandon(self) -> None:
         """Every member gives up what it waits for, within about a second."""
-        self._store.set(_ABANDONED, b"1")
+        self._store.set(_ABANDONED, "1")
 
 
 class BroadcastGroup:
@@ -176,15 +177,15 @@ def _start_broadcast(group: Any, tensor: torch.Tensor) -> dist.Work:
     return group.broadcast([tensor], options)
 
 
-def _open_store(place: GroupPlace, timeout_s: float) -> dist.TCPStore:
-    return dist.TCPStore(place.host, place.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+def _open_store(place: GroupPlace, timeout_s: float) -> TCPStore:
+    return TCPStore(place.host, place.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
 
 
 def _process_group(place: GroupPlace, timeout_s: float) -> Any:
     timeout = timedelta(seconds=timeout_s)
     store = _open_store(place, timeout_s)  # of its own: a client that waits for a key answers nothing else
     if place.backend == "gloo":
-        return dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), place.rank, place.size, timeout)
+        return dist.ProcessGroupGloo(PrefixStore("gloo", store), place.rank, place.size, timeout)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
-    return dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), place.rank, place.size, options)
+    return dist.ProcessGroupNCCL(PrefixStore("nccl", store), place.rank, place.size, options)

@@ -20,6 +20,7 @@ from tests.real.conftest import reference_logprobs
 from video_opd.broadcast import BroadcastGroup
 from video_opd.config import load_config
 from video_opd.modeling import load_model
+from video_opd.types import TrajectoryGroup
 
 BUCKET_BYTES = 1 << 16
 PATIENCE_S = 60.0
@@ -72,7 +73,8 @@ class Actor(RolloutActor):
 
     def look(self, prompts) -> Seen:
         digests = self._engine._llm.collective_rpc(worker_digests)[0]
-        groups = [result for results in self.rollout(prompts) for result in results]
+        assert self._policy_version is not None
+        groups = [g for results in self.rollout(prompts) for g in results if isinstance(g, TrajectoryGroup)]
         trajectories = [t for group in sorted(groups, key=lambda g: g.prompt.prompt_id) for t in group.trajectories]
         responses = [(t.response_token_ids.tolist(), t.actor_logprobs.tolist()) for t in trajectories]
         return Seen(self._policy_version, digests, responses)
@@ -81,10 +83,10 @@ class Actor(RolloutActor):
         if (deadly := Path(os.environ["DEADLY"])).exists() and deadly.read_text() == self._name:
             receive, left = BroadcastGroup.receive, iter(range(3))
 
-            def receive_or_die(group):
+            def receive_or_die(self):
                 if next(left, None) is None:
                     os.kill(os.getpid(), 9)
-                return receive(group)
+                return receive(self)
 
             BroadcastGroup.receive = receive_or_die
         return super().receive_weights(policy_version, place)
