@@ -66,13 +66,14 @@ class ActorPool:
         self._wanted = 0
         self._aside: list[_Member] = []
         self._weights: tuple[int, list[ray.ObjectRef] | None] | None = None  # what the members have; None: not in the store
-        self._source: WeightSource | None = None  # of weights that are not in the store
+        self._source: WeightSource | None = None  # of weights that are not in the store, or not any more
         self._broadcast = WeightBroadcast(config)
         self._loading = asyncio.Lock()  # nobody joins while a version is handed out
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task] = set()
         self._starting = 0
         self._failure: PartLostError | None = None  # why the last start was given up
+        self._learner_lost: LearnerLostError | None = None  # seen by an actor that wanted weights
         self._num_lost = 0
         self._lap_since_s = time.monotonic()
         self._created = [self._create() for _ in range(config.rollout.num_actors)]  # on their way while other parts start
@@ -146,16 +147,27 @@ class ActorPool:
         async with self._loading:
             try:
                 if self._weights is not None and len(self._members) < self._wanted:
-                    version, buckets = self._weights
-                    if buckets is None:
-                        assert self._source
-                        buckets = await self._source.put_published_weights(version)
-                        self._weights = (version, buckets)
-                    await self._load(member, version, buckets)
-            except (ObjectLostError, LearnerLostError, WeightsLostError):
+                    await self._load_published(member, *self._weights)
+            except LearnerLostError as error:
+                self._learner_lost = error
+                self._aside.append(member)
+            except (ObjectLostError, WeightsLostError):
                 self._aside.append(member)
             else:
                 self._take_in(member)
+
+    async def _load_published(self, member: _Member, policy_version: int, buckets: list[ray.ObjectRef] | None) -> None:
+        """From the object store, into which the learner puts them again if they are not there."""
+        if buckets is not None:
+            try:
+                return await self._load(member, policy_version, buckets)
+            except ObjectLostError:
+                if self._source is None:
+                    raise
+        assert self._source
+        again = await self._source.put_published_weights(policy_version)
+        self._weights = (policy_version, again)
+        await self._load(member, policy_version, again)
 
     def _take_in(self, member: _Member) -> None:
         """Among those who may be called; not if fewer are wanted by now."""
@@ -209,12 +221,15 @@ class ActorPool:
         self._fill_up()
 
     async def _choose(self) -> _Member:
-        """The actor with the fewest calls, waiting for one to join. Raises PartLostError when none will."""
+        """The actor with the fewest calls, waiting for one to join.
+
+        Raises PartLostError when none will, LearnerLostError when none can before the learner publishes again.
+        """
         async with self._changed:
-            joined = self._changed.wait_for(lambda: self._members or not (self._starting or self._aside))
+            joined = self._changed.wait_for(lambda: self._members or self._learner_lost or not (self._starting or self._aside))
             await within(self._config.start_timeout_s, joined, "a rollout actor to join")
         if not self._members:
-            raise self._failure or PartLostError("no rollout actor is left")
+            raise self._learner_lost or self._failure or PartLostError("no rollout actor is left")
         return min(self._members, key=lambda m: m.calls)
 
     @contextmanager
@@ -279,11 +294,16 @@ class ActorPool:
         await asyncio.gather(*(work() for _ in range(max(1, len(self._members)))))
         return [answer for chunk in answers for answer in chunk]
 
-    async def load_weights(self, policy_version: int, buckets: list[ray.ObjectRef], num_bytes: int) -> WeightUpdate:
-        """Every actor takes the version, after the rollouts it already has. Raises ObjectLostError when the weights are gone."""
+    async def load_weights(
+        self, policy_version: int, buckets: list[ray.ObjectRef], num_bytes: int, source: WeightSource | None = None
+    ) -> WeightUpdate:
+        """Every actor takes the version, after the rollouts it already has. Raises ObjectLostError when the weights are gone.
+
+        `source`: who can put them into the object store again, for actors that join.
+        """
         started = time.monotonic()
         async with self._loading:
-            self._weights = (policy_version, buckets)
+            self._weights, self._source, self._learner_lost = (policy_version, buckets), source, None
             await self._load_into([*self._members, *self._aside], policy_version, buckets)
         await self._notify()
         return WeightUpdate(policy_version=policy_version, num_bytes=num_bytes, duration_s=time.monotonic() - started)
@@ -297,7 +317,7 @@ class ActorPool:
         started = time.monotonic()
         async with self._loading:
             members = list(self._members)
-            self._weights, self._source = (policy_version, None), source
+            self._weights, self._source, self._learner_lost = (policy_version, None), source, None
             num_bytes = await self._broadcast_to(members, policy_version, source) if members else 0
             if self._aside or not members:
                 buckets, num_bytes = await source.put_weights(policy_version)

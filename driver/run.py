@@ -129,7 +129,7 @@ async def publish_weights(run: Run, policy_version: int) -> None:
         if run.config.learner.weight_transfer == "collective":
             update = await run.actors.receive_weights(policy_version, run.learner)
         else:
-            update = await run.actors.load_weights(policy_version, *await run.learner.put_weights(policy_version))
+            update = await run.actors.load_weights(policy_version, *await run.learner.put_weights(policy_version), run.learner)
     except ObjectLostError as error:
         raise LearnerLostError(f"weights of version {policy_version} went with the learner: {cause_of(error)}") from error
     run.totals["published_bytes"] += update.num_bytes

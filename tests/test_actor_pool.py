@@ -15,7 +15,7 @@ from actors.actor_pool import ActorPool
 from tests.fakes import make_prompt
 from video_opd.config import Config, load_config
 from video_opd.deadline import waits
-from video_opd.errors import PartLostError
+from video_opd.errors import LearnerLostError, PartLostError
 from video_opd.types import FailedPrompt, Prediction, Prompt
 
 DEADLINE_S = 0.03
@@ -191,6 +191,38 @@ def test_retries_that_are_used_up_end_with_the_cause():
 
     asyncio.run(run())
     assert not waits()
+
+
+def test_a_learner_that_died_unseen_is_noticed_by_those_who_wait_for_an_actor():
+    """It is idle while it waits for trajectories: nobody but an actor that joins would ask it for anything."""
+
+    class DeadLearner:
+        async def put_published_weights(self, policy_version: int) -> list[Any]:
+            raise LearnerLostError(f"version {policy_version} is gone")
+
+    async def gone(*_: Any) -> float:
+        raise ObjectLostError("00" * 28, b"", "")
+
+    async def run() -> None:
+        pool = await started(FakePool(make_config(1), random.Random(0), 0.0))
+        learner: Any = DeadLearner()
+        await pool.load_weights(1, [], 0, learner)
+        make = pool._create
+
+        def make_unlucky() -> Any:
+            member = make()
+            member.handle.load_weights = Method(gone)
+            return member
+
+        pool._create = make_unlucky
+        pool.made[0].killed = True
+        with pytest.raises(LearnerLostError, match="version 1 is gone"):
+            await asyncio.wait_for(sampled(pool, [make_prompt("p")]), 5)
+        pool.made[1].load_weights = Method(pool.made[1]._load_weights)
+        await pool.load_weights(1, [], 0, learner)  # as recover does
+        assert await sampled(pool, [make_prompt("p")]) == [("p", 1)]
+
+    asyncio.run(run())
 
 
 def test_weights_that_went_with_the_learner_are_its_loss_and_no_actors():
