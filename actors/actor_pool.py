@@ -226,11 +226,11 @@ class ActorPool:
         Raises PartLostError when none will, LearnerLostError when none can before the learner publishes again.
         """
         async with self._changed:
-            joined = self._changed.wait_for(lambda: self._members or self._learner_lost or not (self._starting or self._aside))
-            await within(self._config.start_timeout_s, joined, "a rollout actor to join")
-        if not self._members:
-            raise self._learner_lost or self._failure or PartLostError("no rollout actor is left")
-        return min(self._members, key=lambda m: m.calls)
+            while not self._members:  # one that joined may be lost again before its turn
+                if self._learner_lost or not (self._starting or self._aside):
+                    raise self._learner_lost or self._failure or PartLostError("no rollout actor is left")
+                await within(self._config.start_timeout_s, self._changed.wait(), "a rollout actor to join")
+            return min(self._members, key=lambda m: m.calls)
 
     @contextmanager
     def _calling(self, member: _Member) -> Iterator[None]:
