@@ -231,6 +231,7 @@ async def execute(config: Config, folder: Path, plan: Plan, resume: int | None) 
             for task in beside:
                 task.cancel()
             run.actors.stop()
+            run.learner.stop()
 
 
 def dry_run(config: Config, gpu_memory_gib: float | None) -> None:
@@ -261,8 +262,8 @@ def launch(
     if config.checkpoint_url:
         check_writable(config.checkpoint_url)
     folder = resume or new_run_folder(config)
-    start_ray(config, address)
     try:
+        start_ray(config, address)
         folder.mkdir(parents=True, exist_ok=True)
         write_config(folder, config)
         summary = asyncio.run(execute(config, folder, plan, step))
@@ -287,7 +288,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--resume", metavar="RUN", help="go on in this run folder from its newest checkpoint, or in a copy of a URL"
     )
     parser.add_argument("--step", type=int, metavar="N", help="with --resume: from its checkpoint of step N, not from the newest")
-    parser.add_argument("--address", help="of a running Ray cluster, e.g. auto (default: start one on this machine)")
+    parser.add_argument(
+        "--address",
+        help="HOST:PORT of a node of a Ray cluster, auto, or local for one of its own (default: RAY_ADDRESS, else the cluster "
+        "that this machine is in, else its own)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check what is here, print plan and memory, start nothing")
     parser.add_argument("--gpu-memory-gib", type=float, help="memory of one GPU (default: this machine's, or 80 without one)")
     return parser.parse_args(arguments)

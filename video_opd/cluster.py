@@ -40,12 +40,44 @@ def find_address(address: str) -> str:
         if len(found) > 1:
             raise ConfigError(f"several Rays run on this machine, {', '.join(found)}: name one with --address")
         address = found[0]
-    host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+        _reach(address)
     except (OSError, ValueError) as error:
         raise ConfigError(f"no Ray answers at {address} ({error}): give --address HOST:PORT") from None
     return address
+
+
+def _reach(address: str) -> None:
+    """Raises OSError or ValueError where nothing listens, or it is no address."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+
+
+def _answers(address: str) -> bool:
+    try:
+        _reach(address)
+    except (OSError, ValueError):  # of a Ray that is gone
+        return False
+    return True
+
+
+def cluster_to_join(asked: str | None) -> str | None:
+    """host:port of the Ray that a run is to join; None: it starts one of its own.
+
+    asked: HOST:PORT, auto or local. None: RAY_ADDRESS, or what `ray up` or `ray start` left on this machine, as ray.init does;
+    else its own. Raises ConfigError where the one that is meant does not answer.
+    """
+    from ray._private.utils import read_ray_address
+
+    asked = asked or os.environ.get("RAY_ADDRESS")
+    if asked == "local":
+        return None
+    if asked not in (None, "", "auto"):
+        return find_address(asked)
+    started = read_ray_address()
+    if started and _answers(started):
+        return started
+    return find_address("auto") if asked else None
 
 
 @contextmanager
