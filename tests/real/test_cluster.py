@@ -93,20 +93,7 @@ def test_a_run_waits_for_its_nodes_outlives_one_and_leaves_the_cluster_running(c
     assert "was lost and is replaced" in job.output()
     assert json.loads((folder / "summary.json").read_text())["student_after"]["n"] == 4
 
-    late = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "launch.py"),
-            "--address",
-            str(cluster.address),
-            *overrides,
-            *options,
-            "run_name=late",
-            "start_timeout_s=3",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = [sys.executable, str(ROOT / "launch.py"), "--address", str(cluster.address), *overrides, *options]
+    late = subprocess.run([*command, "run_name=late", "start_timeout_s=3"], capture_output=True, text=True, timeout=120)
     assert late.returncode == 2 and late.stderr.count("\n") == 1
     assert "has not what the run asks for after 3 s, rollout: 1 of 2, teacher: 1 of 2; asked for are learner (each" in late.stderr
