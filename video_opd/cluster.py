@@ -4,7 +4,6 @@ import argparse
 import logging
 import os
 import socket
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -87,7 +86,7 @@ def join(address: str, **options: Any) -> Any:
     """ray.init of a driver at the running Ray `address`, host:port, with this process's token. Returns its context.
 
     RAY_AUTH_MODE is as the user set it; unset, the token is sent if there is one. Raises ConfigError within seconds where nothing
-    answers, or the Ray wants a token that this process does not have; says in a line of stderr where it wants none.
+    answers, or the Ray wants a token that this process does not have; prints a warning where it wants none.
     """
     import ray
     from ray.exceptions import AuthenticationError
@@ -97,7 +96,7 @@ def join(address: str, **options: Any) -> Any:
     _use_loopback(_only_on_loopback(address))
     if _lets_in(address, {}):
         if not _is_loopback(address):
-            print(f"warning: the Ray at {address} lets in all who reach it: see docs/security.md", file=sys.stderr)
+            print(f"warning: the Ray at {address} lets in all who reach it: see docs/security.md", flush=True)
     elif not token:
         off = os.environ.get(AUTH_MODE) == "disabled"
         why = f"{AUTH_MODE}=disabled, so that none is sent: unset it" if off else f"there is none here: {GET_TOKEN}"
