@@ -41,6 +41,7 @@ PROVIDER_FIELDS = {
     "local": {"head_ip", "worker_ips", "external_head_ip", "coordinator_address"},
 }
 NEEDED_FIELDS = {"aws": ["region"], "gcp": ["region", "availability_zone", "project_id"], "local": ["head_ip", "worker_ips"]}
+OLD_KEYS = ("min_workers", "head_node", "worker_nodes")  # Ray takes them out before it validates
 DOCUMENTATION_NETWORKS = [ipaddress.ip_network(n) for n in ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24")]
 ADDRESS = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w.])")
 PLACEHOLDER = re.compile(r"YOUR_[A-Z_]+")
@@ -124,7 +125,7 @@ def _is_for_documentation(address: str) -> bool:
 def schema_violations(config: dict[str, Any]) -> list[jsonschema.ValidationError]:
     """All that the file has against the schema that Ray ships, where Ray itself names the first."""
     schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
-    return list(jsonschema.Draft7Validator(schema).iter_errors(config))
+    return list(jsonschema.Draft7Validator(schema).iter_errors({k: v for k, v in config.items() if k not in OLD_KEYS}))
 
 
 def describe_violation(violation: jsonschema.ValidationError) -> str:
@@ -227,9 +228,7 @@ def node_type_problems(config: dict[str, Any]) -> list[str]:
     for role in ROLES:
         offering = [name for name, node_type in types.items() if node_type.get("resources", {}).get(role, 0) >= 1]
         if not any(name == head or bounds(config, name)[1] > 0 for name in offering):
-            problems.append(
-                f"no node type offers the resource {role}: add `{role}: 1` to the resources of one that may have workers"
-            )
+            problems.append(f"no node type offers the resource {role}: add `{role}: 1` to one that may have workers")
     return problems
 
 
