@@ -22,6 +22,7 @@ from ray.exceptions import ObjectLostError
 import video_opd  # noqa: F401  # first: makes transformers importable
 from actors.actor_pool import RolloutResult
 from demo.clips import ensure_clips
+from driver.check_cluster import check_cluster
 from driver.checkpoints import checkpoint, find_progress, restore, save_if_due
 from driver.evaluations import AFTER, BEFORE, NO_VIDEO, evaluate_student, evaluate_teacher
 from driver.export import export_student
@@ -294,6 +295,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "that this machine is in, else its own)",
     )
     parser.add_argument("--dry-run", action="store_true", help="check what is here, print plan and memory, start nothing")
+    parser.add_argument("--check-cluster", type=Path, metavar="FILE", help="check a file of machines for Ray, start nothing")
     parser.add_argument("--gpu-memory-gib", type=float, help="memory of one GPU (default: this machine's, or 80 without one)")
     return parser.parse_args(arguments)
 
@@ -324,6 +326,8 @@ def resumed_folder(arguments: argparse.Namespace, config: Config) -> Path | None
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 the run failed, 2 bad input, 128 + n stopped by signal n."""
     parsed = parse_arguments(arguments)
+    if parsed.check_cluster:
+        return check_cluster(parsed.check_cluster)
     try:
         config = read_config(parsed)
         if parsed.dry_run:
