@@ -3,13 +3,10 @@
 import copy
 import ipaddress
 import json
-import logging
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ import yaml
 from ray.autoscaler._private.providers import _NODE_PROVIDERS, _get_default_config
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from driver.check_kuberay import check_kuberay
+from driver.check_kuberay import check_kuberay, quiet
 
 ROLES = ("learner", "rollout", "teacher")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -269,23 +266,11 @@ def local_problems(config: dict[str, Any]) -> list[str]:
 def ray_problems(config: dict[str, Any]) -> list[str]:
     """What Ray's own validation says."""
     try:
-        with _quiet():
+        with quiet():
             validate_config(prepare_config(copy.deepcopy(config)))
     except (ValueError, RuntimeError, AssertionError, KeyError, click.ClickException, jsonschema.ValidationError) as error:
         return [f"Ray refuses it: {' '.join(str(error).split())}"]
     return []
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("ray.autoscaler")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _defaults(config: dict[str, Any]) -> dict[str, Any]:

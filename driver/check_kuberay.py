@@ -1,19 +1,44 @@
 """The same for KubeRay: documents of kind RayCluster and RayJob. What Ray's autoscaler makes of them is asked of Ray itself."""
 
 import copy
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from typing import Any
 
-from jsonschema import ValidationError
+from jsonschema import Draft7Validator, ValidationError
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
 HEAD = "headgroup"  # Ray's name for it
+
+
+def _mapping(**properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties}
+
+
+def _list_of(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
+_NAMED = _list_of(_mapping(name={"type": "string"}))
+_POD = _mapping(
+    containers=_list_of(_mapping(image={"type": "string"}, volumeMounts=_NAMED, resources={"type": "object"})), volumes=_NAMED
+)
+_GROUP = _mapping(rayStartParams={"type": "object"}, template=_mapping(spec=_POD), replicas={"type": "integer"})
+_CLUSTER = _mapping(authOptions={"type": "object"}, headGroupSpec=_GROUP, workerGroupSpecs=_list_of(_GROUP))
+_JOB = _mapping(clusterSelector={"type": "object"}, rayClusterSpec=_CLUSTER, entrypoint={"type": "string"})
+# The forms of what is looked at below; KubeRay's own schema says more, and the API server holds the file to it.
+FORMS = {"RayCluster": _CLUSTER, "RayJob": _JOB}
 
 
 def check_kuberay(documents: Sequence[dict[str, Any]], roles: Sequence[str]) -> tuple[list[str], list[str]]:
     """(problems, one line a group). Documents of other kinds are left alone."""
     clusters = [d for d in documents if d.get("kind") == "RayCluster"]
     jobs = [d for d in documents if d.get("kind") == "RayJob"]
+    malformed = [p for d in [*clusters, *jobs] for p in form_problems(d)]
+    if malformed:
+        return malformed, []
     names = [_name(c) for c in clusters]
     problems = [] if clusters or jobs else ["no document is of kind RayCluster or RayJob: add one as in deploy/kuberay.yaml"]
     lines = []
@@ -22,7 +47,7 @@ def check_kuberay(documents: Sequence[dict[str, Any]], roles: Sequence[str]) -> 
             problems.append(f"{_name(document)}: apiVersion {document.get('apiVersion')} is not ray.io/v1: correct it")
     for job in jobs:
         problems += job_problems(job, names)
-        own = (job.get("spec") or {}).get("rayClusterSpec")
+        own = job["spec"].get("rayClusterSpec")
         if own:
             clusters.append({"metadata": {"name": f"{_name(job)}'s cluster"}, "spec": own})
     for cluster in clusters:
@@ -33,12 +58,20 @@ def check_kuberay(documents: Sequence[dict[str, Any]], roles: Sequence[str]) -> 
     return problems, lines
 
 
+def form_problems(document: dict[str, Any]) -> list[str]:
+    form = _mapping(metadata=_mapping(name={"type": "string"}), spec=FORMS[document["kind"]]) | {"required": ["metadata", "spec"]}
+    return [
+        f"{document['kind']}, {'.'.join(str(part) for part in error.absolute_path) or 'top level'}: {error.message}: correct it"
+        for error in Draft7Validator(form).iter_errors(document)
+    ]
+
+
 def _name(document: dict[str, Any]) -> str:
-    return str((document.get("metadata") or {}).get("name", "a document without a name"))
+    return document["metadata"].get("name", "a document without a name")
 
 
 def job_problems(job: dict[str, Any], clusters: Sequence[str]) -> list[str]:
-    name, spec, problems = _name(job), job.get("spec") or {}, []
+    name, spec, problems = _name(job), job["spec"], []
     if not spec.get("entrypoint"):
         problems.append(f"{name}: spec.entrypoint is missing: write the command that runs launch.py")
     selector = spec.get("clusterSelector")
@@ -54,12 +87,12 @@ def job_problems(job: dict[str, Any], clusters: Sequence[str]) -> list[str]:
 
 
 def cluster_problems(cluster: dict[str, Any], roles: Sequence[str]) -> list[str]:
-    name, spec = _name(cluster), cluster.get("spec") or {}
-    head, groups = spec.get("headGroupSpec"), spec.get("workerGroupSpecs") or []
+    name, spec = _name(cluster), cluster["spec"]
+    head, groups = spec.get("headGroupSpec"), spec.get("workerGroupSpecs", [])
     problems = []
     if not head:
         problems.append(f"{name}: spec.headGroupSpec is missing: add it")
-    if (spec.get("authOptions") or {}).get("mode") != "token":
+    if spec.get("authOptions", {}).get("mode") != "token":
         problems.append(f"{name}: anybody on the network may run code: set spec.authOptions.mode to token")
     if not spec.get("rayVersion"):
         problems.append(f"{name}: spec.rayVersion is missing, which authOptions need: name the image's version of Ray")
@@ -89,27 +122,41 @@ def group_problems(place: str, group: dict[str, Any]) -> list[str]:
 def pod_problems(place: str, group: dict[str, Any]) -> list[str]:
     problems = [
         f"{place}: rayStartParams.{key} is {value!r}, the values must be strings: put it into quotes"
-        for key, value in (group.get("rayStartParams") or {}).items()
+        for key, value in group.get("rayStartParams", {}).items()
         if not isinstance(value, str)
     ]
-    pod = (group.get("template") or {}).get("spec") or {}
-    containers = pod.get("containers") or []
+    pod = group.get("template", {}).get("spec", {})
+    containers = pod.get("containers", [])
     if not containers:
         problems.append(f"{place}: template.spec.containers is missing: add the container that runs Ray")
-    volumes = {v.get("name") for v in pod.get("volumes") or []}
+    volumes = {v.get("name") for v in pod.get("volumes", [])}
     for container in containers:
         if not container.get("image"):
             problems.append(f"{place}: container {container.get('name')} has no image: name the one of deploy/Dockerfile")
-        for mount in container.get("volumeMounts") or []:
+        for mount in container.get("volumeMounts", []):
             if mount.get("name") not in volumes:
                 problems.append(f"{place}: mounts the volume {mount.get('name')}, which is none of its volumes: add it")
     return problems
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What Ray's validation logs and prints is left out; what it raises is not."""
+    logger = logging.getLogger("ray.autoscaler")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 def _autoscaling_config(cluster: dict[str, Any]) -> dict[str, Any]:
     cluster = copy.deepcopy(cluster)
     cluster["metadata"].setdefault("namespace", "default")
-    return _derive_autoscaling_config_from_ray_cr(cluster)
+    with quiet():
+        return _derive_autoscaling_config_from_ray_cr(cluster)
 
 
 def resource_problems(cluster: dict[str, Any], roles: Sequence[str]) -> list[str]:
@@ -117,7 +164,10 @@ def resource_problems(cluster: dict[str, Any], roles: Sequence[str]) -> list[str
     try:
         types = _autoscaling_config(cluster)["available_node_types"]
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError, ValidationError) as error:
-        return [f"{_name(cluster)}: Ray's autoscaler cannot read it: {' '.join(str(error).split())}"]
+        why = " ".join(str(error).split())
+        return [
+            f"{_name(cluster)}: Ray's autoscaler cannot read the groups' resources ({why}): write them as in deploy/kuberay.yaml"
+        ]
     offered = {r for name, t in types.items() if name == HEAD or t["max_workers"] for r, n in t["resources"].items() if n}
     return [
         f"{_name(cluster)}: no group offers the resource {role}: add {role} to the resources in rayStartParams of one"

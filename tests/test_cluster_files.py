@@ -321,6 +321,14 @@ BAD: list[tuple[str, Callable[[Any], None], str]] = [
     (AWS, put("many", "max_workers"), "max_workers: 'many' is not of type 'integer': correct it"),
     (AWS, pop("cluster_name"), "top level: 'cluster_name' is a required property: correct it"),
     (AWS, pop("docker", "container_name"), "Ray refuses it: Must provide a container & image name"),
+    (KUBERAY, put(True, 0, "spec", "authOptions"), "RayCluster, spec.authOptions: True is not of type 'object': correct it"),
+    (KUBERAY, pop(1, "spec"), "RayJob, top level: 'spec' is a required property: correct it"),
+    (
+        KUBERAY,
+        put("teacher: 1", *GROUPS, 2, "rayStartParams", "resources"),
+        "video-opd: Ray's autoscaler cannot read the groups' resources (Expecting value: line 1 column 1 (char 0)): write them as in "
+        "deploy/kuberay.yaml",
+    ),
     (
         KUBERAY,
         put(2, *GROUPS, 0, "minReplicas"),
