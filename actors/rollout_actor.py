@@ -32,8 +32,8 @@ class RolloutActor:
 
     def __init__(self, name: str, config: Config):
         self._name, self._config = name, config
-        self._encoder = PromptEncoder(config.student, config.prompt, config.video)
-        self._engine = PolicyEngine(config.student, config.rollout, config.seed, self._encoder.pad_ids)
+        self._encoder = PromptEncoder(config.student, config.prompt, config.video, config.trust_remote_code)
+        self._engine = PolicyEngine(config.student, config.rollout, config.seed, self._encoder.pad_ids, config.trust_remote_code)
         self._policy_version: int | None = -1  # the folder's weights, before the first publication; None: no whole version
 
     def __repr__(self) -> str:  # what the Ray dashboard and the log lines show

@@ -20,9 +20,9 @@ from driver.upload import Uploads
 from learner.learner import Learner
 from teacher_service.pool import TeacherPool
 from teacher_service.teachers import Teachers, create_teacher
-from video_opd.cluster import cluster_to_join
+from video_opd.cluster import cluster_to_join, join, start_local
 from video_opd.config import Config
-from video_opd.errors import ConfigError, LearnerLostError
+from video_opd.errors import LearnerLostError
 from video_opd.faults import cause_of
 from video_opd.metrics import PhaseClock
 from video_opd.plan import Plan
@@ -99,14 +99,11 @@ def start_ray(config: Config, address: str | None) -> None:
     }
     joined = cluster_to_join(address)
     if joined:
-        try:
-            context = ray.init(address=joined, **shared)
-        except ConnectionError as error:
-            raise ConfigError(f"no Ray cluster answers at {joined}: start one with `ray up cluster.yaml` ({error})") from error
+        context = join(joined, **shared)
     else:
         roles = {"rollout": LOCAL_ROLES, "teacher": LOCAL_ROLES, "learner": config.learner.world_size}
         cpus = max(os.cpu_count() or 1, 8 + config.rollout.num_actors + config.learner.world_size)
-        context = ray.init(address="local", num_cpus=cpus, resources={k: float(v) for k, v in roles.items()}, **shared)
+        context = start_local(num_cpus=cpus, resources={k: float(v) for k, v in roles.items()}, **shared)
     dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else "not installed"
     of = "joined" if joined else "address"
     print(f"Ray dashboard: {dashboard}, {of} {ray.get_runtime_context().gcs_address}", flush=True)
