@@ -317,6 +317,7 @@ class SchedulerActor(Scheduler):
     def __init__(self, prompts: Sequence[Prompt], config: Config):
         start_role_log(config.run_name, "curriculum")
         super().__init__(prompts, config)
+        log.info("started with %d prompts, curriculum.kind=%s", len(prompts), config.curriculum.kind)
 
     def __repr__(self) -> str:
         return "curriculum"

@@ -66,11 +66,11 @@ class FrameCache:
                 frames = self._load(path)  # another process may have been faster
                 if frames is None:
                     return self._decode(clip, path)
-        count("frame_cache_hits")
+        count("frame_cache_reads", result="hit")
         return frames
 
     def _decode(self, clip: Clip, path: Path) -> np.ndarray:
-        count("frame_cache_misses")
+        count("frame_cache_reads", result="miss")
         started = time.monotonic()
         frames = read_frames(clip, self._video)
         count("decode_seconds", time.monotonic() - started)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from pythonjsonlogger.json import JsonFormatter
 
+from video_opd.errors import VideoOPDError
+
 log = logging.getLogger("video_opd")
 """Where every part says what happened. What it says of a run's end is ERROR: main() prints that itself."""
 
@@ -70,7 +72,7 @@ def driver_log(run_dir: Path) -> Iterator[None]:
         first = error
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
-        log.error("the run ended: %s", first, exc_info=True)
+        log.error("the run ended: %s", first, exc_info=not isinstance(first, VideoOPDError))
         raise
     finally:
         log.handlers, log.propagate = [], True
