@@ -267,7 +267,7 @@ def launch(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_config(folder, config)
-        with driver_log(folder):
+        with driver_log(folder, step or 0):
             named = config.model_copy(update={"run_name": folder.name})  # what its processes call it
             summary = asyncio.run(execute(named, folder, plan, step))
     finally:

@@ -232,9 +232,8 @@ def lines_of(run_dir: Path) -> list[dict]:
 
 
 def test_a_drivers_events_are_json_lines_and_text_and_a_resumed_run_appends(tmp_path, capsys):
-    for step in (None, 7):
-        with driver_log(tmp_path):
-            work.step = step
+    for step in (0, 7):
+        with driver_log(tmp_path, step):
             log.warning("actor-3 was lost\nand %s", "is replaced")
             log.debug("for the file alone")
             logging.getLogger("video_opd.frame_cache").warning("of a module")
@@ -249,11 +248,11 @@ def test_a_drivers_events_are_json_lines_and_text_and_a_resumed_run_appends(tmp_
 
 
 def test_why_a_run_ended_is_the_last_line_of_its_file_and_not_said_twice(tmp_path, capsys):
-    with pytest.raises(ExceptionGroup), driver_log(tmp_path):
+    with pytest.raises(ExceptionGroup), driver_log(tmp_path, 0):
         raise ExceptionGroup("tasks", [RunError("the disk is full")])
     last = lines_of(tmp_path)[-1]
     assert (last["level"], last["message"]) == ("ERROR", "the run ended: the disk is full")
-    with pytest.raises(KeyError), driver_log(tmp_path):
+    with pytest.raises(KeyError), driver_log(tmp_path, 0):
         raise KeyError("a bug")
     assert "Traceback" in lines_of(tmp_path)[-1]["exc_info"]
     assert capsys.readouterr() == ("", "") and not log.handlers

@@ -45,8 +45,8 @@ def _add_work(record: logging.LogRecord) -> bool:
     return True
 
 
-def _begin(run: str, role: str, lines: logging.Handler, *others: logging.Handler) -> None:
-    work.run, work.role, work.step = run, role, None
+def _begin(run: str, role: str, step: int | None, lines: logging.Handler, *others: logging.Handler) -> None:
+    work.run, work.role, work.step = run, role, step
     lines.setFormatter(JsonFormatter(list(_FIELDS), rename_fields=_FIELDS, timestamp="time"))
     lines.addFilter(_add_work)
     log.handlers, log.propagate = [lines, *others], False
@@ -55,16 +55,16 @@ def _begin(run: str, role: str, lines: logging.Handler, *others: logging.Handler
 
 def start_role_log(run: str | None, role: str) -> None:
     """For the process of a role, before it does anything: its lines go to its stderr, which Ray keeps."""
-    _begin(run or "", role, logging.StreamHandler())
+    _begin(run or "", role, None, logging.StreamHandler())
 
 
 @contextmanager
-def driver_log(run_dir: Path) -> Iterator[None]:
-    """For the driver, around the run. A resumed run appends. DEBUG is for the file alone."""
+def driver_log(run_dir: Path, step: int) -> Iterator[None]:
+    """For the driver, around the run, which begins at `step`. A resumed run appends. DEBUG is for the file alone."""
     file, terminal = logging.FileHandler(run_dir / FILE), _Terminal(logging.INFO)
     terminal.addFilter(lambda record: record.levelno < logging.ERROR)
-    _begin(run_dir.name, "driver", file, terminal)
-    log.debug("the run begins, or goes on")
+    _begin(run_dir.name, "driver", step, file, terminal)
+    log.debug("the run goes on" if step else "the run begins")
     try:
         yield
         log.debug("the run is done")
@@ -72,7 +72,7 @@ def driver_log(run_dir: Path) -> Iterator[None]:
         first = error
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
-        log.error("the run ended: %s", first, exc_info=not isinstance(first, VideoOPDError))
+        log.error("the run ended: %s", getattr(first, "cause", None) or first, exc_info=not isinstance(first, VideoOPDError))
         raise
     finally:
         log.handlers, log.propagate = [], True
