@@ -22,9 +22,11 @@ from ray.exceptions import ObjectLostError
 import video_opd  # noqa: F401  # first: makes transformers importable
 from actors.actor_pool import RolloutResult
 from demo.clips import ensure_clips
+from driver.check_cluster import check_cluster
 from driver.checkpoints import checkpoint, find_progress, restore, save_if_due
 from driver.evaluations import AFTER, BEFORE, NO_VIDEO, evaluate_student, evaluate_teacher
 from driver.export import export_student
+from driver.live import export
 from driver.record import Outputs, check_finite, check_lag, check_logprob_gap, num_tokens, record
 from driver.recovery import first_error, learner_lost, obey, recover, watch
 from driver.rounds import start_round
@@ -40,6 +42,7 @@ from video_opd.deadline import waiting
 from video_opd.demonstrations import Demonstrator
 from video_opd.durable import mend
 from video_opd.errors import CheckpointError, ConfigError, InputError, LearnerLostError, StoppedError, VideoOPDError
+from video_opd.logs import driver_log, work
 from video_opd.memory_check import check_fits, describe_memory
 from video_opd.metrics import MetricSinks
 from video_opd.plan import Plan, describe, make_draft, make_plan, memory_plan
@@ -65,7 +68,7 @@ async def train(run: Run) -> None:
     with closing(sinks), closing(log), progress_bar(config.num_steps, run.step) as progress:
         while run.step < config.num_steps and not run.is_over:
             if run.step == run.round_end:
-                await start_round(run, progress)
+                await start_round(run)
             until = config.num_steps if run.round_end is None else min(run.round_end, config.num_steps)
             await train_round(run, until, Outputs(sinks, log, progress))
 
@@ -77,7 +80,7 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
     for one step's slots, updates, publishes, and frees them. A crash anywhere stops everything, loudly.
     """
     config, curriculum = run.config, run.curriculum
-    buffer = TrajectoryBuffer(config.groups_per_step, config.max_policy_lag, until - run.step)
+    buffer = run.buffer = TrajectoryBuffer(config.groups_per_step, config.max_policy_lag, until - run.step)
     per_call = config.rollout.prompts_per_call
     capacity = (config.max_policy_lag + 1) * config.groups_per_step
 
@@ -115,7 +118,7 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
             if config.loss.needs.rollouts:
                 with run.clock("publish"):
                     await publish_weights(run, policy_version=step + 1)
-            run.step += 1
+            run.step = work.step = step + 1
             await buffer.release()  # only now may new prompts enter
             report.metrics.update({"time/step_s": time.monotonic() - started, "learner/wait_s": wait_s})
             if config.eval_every and run.step % config.eval_every == 0:
@@ -221,7 +224,7 @@ async def execute(config: Config, folder: Path, plan: Plan, resume: int | None) 
         beside = [tasks.create_task(watch(run))]
         try:
             await asyncio.gather(run.actors.start(), run.learner.start(), *([run.teacher.start()] if run.teacher else []))
-            beside.append(tasks.create_task(obey(run)))
+            beside += [tasks.create_task(obey(run)), tasks.create_task(export(run))]
             start_up_s = time.monotonic() - began
             await train_to_the_end(run, resume)
             records = await run.curriculum.records()
@@ -266,7 +269,9 @@ def launch(
         start_ray(config, address)
         folder.mkdir(parents=True, exist_ok=True)
         write_config(folder, config)
-        summary = asyncio.run(execute(config, folder, plan, step))
+        with driver_log(folder, step or 0):
+            named = config.model_copy(update={"run_name": folder.name})  # what its processes call it
+            summary = asyncio.run(execute(named, folder, plan, step))
     finally:
         ray.shutdown()
     write_json(folder / "summary.json", summary)
@@ -294,6 +299,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "that this machine is in, else its own)",
     )
     parser.add_argument("--dry-run", action="store_true", help="check what is here, print plan and memory, start nothing")
+    parser.add_argument("--check-cluster", type=Path, metavar="FILE", help="check a file of machines for Ray, start nothing")
     parser.add_argument("--gpu-memory-gib", type=float, help="memory of one GPU (default: this machine's, or 80 without one)")
     return parser.parse_args(arguments)
 
@@ -324,6 +330,8 @@ def resumed_folder(arguments: argparse.Namespace, config: Config) -> Path | None
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 the run failed, 2 bad input, 128 + n stopped by signal n."""
     parsed = parse_arguments(arguments)
+    if parsed.check_cluster:
+        return check_cluster(parsed.check_cluster)
     try:
         config = read_config(parsed)
         if parsed.dry_run:

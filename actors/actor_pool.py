@@ -18,6 +18,7 @@ from video_opd.config import Config
 from video_opd.deadline import within
 from video_opd.errors import LearnerLostError, PartLostError, WeightsLostError
 from video_opd.faults import LOST, cause_of, retried
+from video_opd.logs import log
 from video_opd.types import FailedPrompt, Prediction, Prompt, TrajectoryGroup, WeightUpdate
 
 RolloutResult = TrajectoryGroup | FailedPrompt
@@ -124,7 +125,7 @@ class ActorPool:
             await retried(lambda: self._join(self._create()), self._config.max_retries, "the start of a rollout actor")
         except PartLostError as error:
             self._failure = error
-            print(f"{error}; {len(self._members)} rollout actors go on", flush=True)
+            log.warning("%s; %d rollout actors go on", error, len(self._members))
         finally:
             self._starting -= 1
             await self._notify()
@@ -217,7 +218,7 @@ class ActorPool:
         among.remove(member)
         self._num_lost += 1
         ray.kill(member.handle)
-        print(f"{member.name} was lost and is replaced: {cause_of(error)}", flush=True)
+        log.warning("%s was lost and is replaced: %s", member.name, cause_of(error))
         self._fill_up()
 
     async def _choose(self) -> _Member:
@@ -347,7 +348,7 @@ class ActorPool:
         if outcome.lost:
             error = min(outcome.lost.values(), key=lambda e: not isinstance(e, LOST))  # a death says more than what it broke off
             cause = cause_of(getattr(error, "cause", None) or error)
-            print(f"the broadcast of weights {policy_version} broke off, the object store brings them: {cause}", flush=True)
+            log.warning("the broadcast of weights %d broke off, the object store brings them: %s", policy_version, cause)
         return outcome.num_bytes
 
     async def _notify(self) -> None:

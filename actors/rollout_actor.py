@@ -12,6 +12,7 @@ import ray
 from actors.engine import PolicyEngine
 from video_opd.config import Config
 from video_opd.errors import WeightsLostError
+from video_opd.logs import log, start_role_log, work
 from video_opd.prompting import PromptEncoder, parse_span
 from video_opd.types import (
     EncodedPrompt,
@@ -31,10 +32,13 @@ class RolloutActor:
     token of a trajectory comes from one policy version."""
 
     def __init__(self, name: str, config: Config):
+        start_role_log(config.run_name, name)
+        started = time.monotonic()
         self._name, self._config = name, config
         self._encoder = PromptEncoder(config.student, config.prompt, config.video, config.trust_remote_code)
         self._engine = PolicyEngine(config.student, config.rollout, config.seed, self._encoder.pad_ids, config.trust_remote_code)
         self._policy_version: int | None = -1  # the folder's weights, before the first publication; None: no whole version
+        log.info("started in %.1f s", time.monotonic() - started)
 
     def __repr__(self) -> str:  # what the Ray dashboard and the log lines show
         return self._name
@@ -91,7 +95,8 @@ class RolloutActor:
         """No version until the new one is whole: nothing is sampled from a mixture."""
         self._policy_version = None
         yield
-        self._policy_version = policy_version
+        self._policy_version = work.step = policy_version
+        log.info("samples from weights %d now", policy_version)
 
     def _check_whole(self) -> None:
         if self._policy_version is None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,9 +14,10 @@ from curriculum.coupling import anchors_and_frontier, suspend
 from curriculum.tvdf import SAMPLERS, disagreement, reliable
 from video_opd.config import Config
 from video_opd.deadline import within
-from video_opd.errors import CheckpointError, ConfigError, RunError
+from video_opd.errors import FAILURE_KINDS, CheckpointError, ConfigError, RunError, failure_kind
 from video_opd.faults import LOST, cause_of, retried
 from video_opd.grounding import prompt_iou
+from video_opd.logs import log, start_role_log, work
 from video_opd.schemas import RECORDS
 from video_opd.types import FailedPrompt, Prompt, ScoredGroup, TrajectoryGroup
 
@@ -91,6 +92,8 @@ class Scheduler:
             self._round_end = step + len(chosen) * curriculum.passes_per_round // self._config.groups_per_step
         else:
             self._round_end = None
+        work.step = step
+        log.info("round %d: %d of %d prompts; %s", len(self._student_iou), len(chosen), size, self._describe_dropped())
         return self._round_end
 
     def alive(self) -> np.ndarray:
@@ -196,6 +199,7 @@ class Scheduler:
 
     def observe(self, observations: Sequence[Observation], step: int) -> None:
         """These groups were trained on, or suspended, at `step`; their prompts are no longer in flight."""
+        work.step = step
         for prompt_id, num_rollouts, suspended in observations:
             i = self._index[prompt_id]
             del self._in_flight[i]
@@ -310,6 +314,11 @@ def _nullable(values: np.ndarray) -> pa.Array:
 class SchedulerActor(Scheduler):
     """The scheduler as the named Ray actor of a run."""
 
+    def __init__(self, prompts: Sequence[Prompt], config: Config):
+        start_role_log(config.run_name, "curriculum")
+        super().__init__(prompts, config)
+        log.info("started with %d prompts, curriculum.kind=%s", len(prompts), config.curriculum.kind)
+
     def __repr__(self) -> str:
         return "curriculum"
 
@@ -327,6 +336,7 @@ class Curriculum:
         self._prompts = ray.put(prompts)
         self._next_prompts_s = 0.0
         self._num_starts = 0
+        self._num_failed = Counter(dict.fromkeys(FAILURE_KINDS, 0))
         self._turn = asyncio.Lock()
         self._saved: Mapping[str, Any] | None = None  # None: as created
         self._changes: list[tuple[str, tuple[Any, ...]]] = []  # since then
@@ -366,7 +376,7 @@ class Curriculum:
                 return await self._call(method, *arguments)
             except LOST as error:
                 if not lost:
-                    print(f"the curriculum was lost and is rebuilt: {cause_of(error)}", flush=True)
+                    log.warning("the curriculum was lost and is rebuilt: %s", cause_of(error))
                 lost = True
                 raise
 
@@ -409,6 +419,9 @@ class Curriculum:
         await self._change("observe", [observation(g) for g in groups], step)
 
     async def retire(self, failed: Sequence[FailedPrompt]) -> None:
+        for failure in failed:
+            self._num_failed[failure_kind(failure.reason)] += 1
+            log.warning("prompt %s is dropped: %s", failure.prompt_id, failure.reason)
         if failed:
             await self._change("retire", failed)
 
@@ -432,6 +445,10 @@ class Curriculum:
         async with self._turn:
             self._saved, self._changes = None, []
             await retried(self._rebuild, self._config.max_retries, "the start of the curriculum")
+
+    def num_failed(self) -> dict[str, int]:
+        """Prompts retired by this process so far, for each of FAILURE_KINDS."""
+        return dict(self._num_failed)
 
     async def metrics(self) -> dict[str, float]:
         """The scheduler's, and the seconds that callers waited for next_prompts since the last call."""

@@ -18,6 +18,7 @@ from learner.checkpoint import (
 )
 from video_opd.config import Config
 from video_opd.errors import PartialCheckpointError
+from video_opd.logs import log, work
 from video_opd.manifest import check_whole
 from video_opd.plan import Plan
 from video_opd.run_folder import checkpoint_folder, checkpoint_steps, find_checkpoint
@@ -34,6 +35,7 @@ async def checkpoint(run: Run) -> None:
         write_progress(temporary, progress_of(run, await run.curriculum.state_dict()))
         await asyncio.to_thread(finish_checkpoint, temporary, run.folder, run.step)
         run.checkpointed = run.step
+        log.debug("checkpoint of step %d written", run.step)
         keep_last, keep_best = run.config.checkpoint_keep_last, run.config.checkpoint_keep_best
         spare = run.uploads.needed if run.uploads else ()
         await asyncio.to_thread(retain, run.folder, run.step, keep_last, keep_best, miou_by_step(run), spare)
@@ -80,7 +82,7 @@ async def restore(run: Run, step: int | None = None) -> None:
     await run.curriculum.load_state_dict(progress.curriculum)
     await run.curriculum.reissue()
     run.round_end = await run.curriculum.round_end()
-    run.step = run.checkpointed = progress.step
+    run.step = run.checkpointed = work.step = progress.step
     run.totals.clear()
     run.totals.update(progress.totals)
     run.evaluations, run.examples, run.failed_eval = dict(progress.evaluations), dict(progress.examples), dict(progress.failed_eval)
@@ -89,7 +91,7 @@ async def restore(run: Run, step: int | None = None) -> None:
         if AFTER in of:
             of.setdefault(at_step(run.step), of.pop(AFTER))
     if step is not None and (folder := set_aside_after(run.folder, step)):
-        print(f"what the run had after step {step} is kept in {folder}: delete it when it is not needed")
+        log.info("what the run had after step %d is kept in %s: delete it when it is not needed", step, folder)
     _forget_rounds_after(run, len(progress.curriculum["records"]["student_iou"][0]))
     run.settled.set()
 
@@ -97,7 +99,7 @@ async def restore(run: Run, step: int | None = None) -> None:
 async def start_over(run: Run) -> None:
     """Goes on from the beginning, with a learner that has just started."""
     run.settled.clear()
-    run.step = 0
+    run.step = work.step = 0
     run.totals.clear()
     await run.curriculum.start_over()
     run.round_end = await run.curriculum.round_end()

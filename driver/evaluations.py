@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from driver.run import Run, ask_student, unless_stopped
 from video_opd.grounding import evaluate
+from video_opd.logs import log
 from video_opd.types import FailedPrompt, Prediction, Prompt
 
 TEACHER, BEFORE, AFTER, NO_VIDEO = "teacher", "student_before", "student_after", "no_video"
@@ -37,6 +38,7 @@ async def evaluate_student(run: Run, name: str, blank_video: bool = False) -> No
     run.failed_eval.update({f.prompt_id: f.reason for f in results if isinstance(f, FailedPrompt)})
     answers = [p for p in results if isinstance(p, Prediction)]
     run.evaluations[name], run.examples[name] = evaluate(answers, run.plan.eval), answers
+    log.debug("evaluation %s: mIoU %.3f", name, run.evaluations[name]["miou"])
 
 
 async def evaluate_teacher(run: Run) -> None:

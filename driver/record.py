@@ -88,6 +88,7 @@ async def record(run: Run, outputs: Outputs, report: StepReport, groups: list[Sc
         **{f"time/{phase}_s": s for phase, s in seconds.items()},
         **{f"tokens_per_s/{phase}": rate for phase, rate in tokens_per_s.items()},
     }
+    run.gauges.set_step(metrics)
     outputs.log.write(groups, report.step)
     outputs.sinks.write(StepReport(step=report.step, policy_version=report.policy_version, metrics=metrics), time.time())
     outputs.progress.advance(metrics)

@@ -9,6 +9,7 @@ from driver.run import Run
 from video_opd.deadline import waits, within
 from video_opd.errors import LearnerLostError, PartLostError
 from video_opd.faults import LOST
+from video_opd.logs import log
 
 WAITS_SHOWN = 4
 CONTROL_TIMEOUT_S, CONTROL_POLL_S = 10.0, 0.5
@@ -42,7 +43,7 @@ async def recover(run: Run, cause: LearnerLostError) -> None:
     run.num_restarts[back_to] += 1
     if run.num_restarts[back_to] > run.config.max_retries:
         raise PartLostError(f"{cause}; it was started again {run.config.max_retries} times at step {back_to}") from cause
-    print(f"{cause}; it is started again, and the run goes back from step {lost_at} to {back_to}", flush=True)
+    log.warning("%s; it is started again, and the run goes back from step %d to %d", cause, lost_at, back_to)
     run.published = -1
     await run.learner.restart()
     if run.checkpointed is None:
@@ -60,7 +61,7 @@ async def obey(run: Run) -> None:
         except LOST:  # Ray starts it again
             asked = None
         if asked is not None:
-            print(f"rollout actors: {run.actors.num_wanted} -> {asked}", flush=True)
+            log.info("rollout actors: %d -> %d", run.actors.num_wanted, asked)
             await run.actors.scale(asked)
         await asyncio.sleep(CONTROL_POLL_S)
 
@@ -74,7 +75,7 @@ async def watch(run: Run) -> None:
         if run.step != seen:
             seen, since = run.step, now
         else:
-            print(f"no step for {now - since:.0f} s; waiting for {describe_waits(now)}", flush=True)
+            log.warning("no step for %.0f s; waiting for %s", now - since, describe_waits(now))
 
 
 def describe_waits(now_s: float) -> str:

@@ -8,37 +8,37 @@ import numpy as np
 
 from curriculum.teacher_answers import TEMPERATURE, find_answers, prompt_keys, settings_key, write_answers
 from driver.run import Run, ask_student
-from evaluation.report import StepProgress
 from video_opd.grounding import prompt_iou
+from video_opd.logs import log
 from video_opd.schemas import write_parquet
 from video_opd.types import FailedPrompt
 
 ANSWERS_A_WRITE = 4096
 
 
-async def start_round(run: Run, progress: StepProgress) -> None:
+async def start_round(run: Run) -> None:
     """The curriculum's next round: the teacher answers the pool once a run, the student at the start of every round."""
     config, started = run.config.curriculum, time.monotonic()
     if run.step == 0 and config.asks_teacher:
-        await run.curriculum.validate(await teacher_ious(run, progress))
+        await run.curriculum.validate(await teacher_ious(run))
     student_iou = await student_ious(run) if config.asks_student else None
     run.round_end = await run.curriculum.start_round(student_iou, run.step)
     records = await run.curriculum.records()
     number = len(records["student_iou"][0])
     write_parquet(records, run.folder / "curriculum" / f"round-{number}.parquet")
     selected, dropped = records["selected"].to_numpy(), records["dropped"].to_numpy() != ""
-    progress.say(f"round {number}: {selected.sum()} of {len(records)} prompts selected, {dropped.sum()} dropped")
+    log.info("round %d: %d of %d prompts selected, %d dropped", number, selected.sum(), len(records), dropped.sum())
     run.clock.lap()  # no step's time
     run.totals.update({"select_s": time.monotonic() - started})
 
 
-async def teacher_ious(run: Run, progress: StepProgress) -> np.ndarray:
+async def teacher_ious(run: Run) -> np.ndarray:
     """float64[P]: tau, NaN where a clip cannot be read. Answers that a run in runs_dir has are not generated again."""
     config, pool = run.config, run.plan.train
     assert run.teacher, "the curriculum asks one"
     settings, keys = settings_key(config), await asyncio.to_thread(prompt_keys, pool, config)
     answers = find_answers(sorted(Path(config.runs_dir).iterdir()), settings, set(keys))
-    progress.say(f"teacher answers: {len(answers)} of {len(set(keys))} found in {config.runs_dir}")
+    log.info("teacher answers: %d of %d found in %s", len(answers), len(set(keys)), config.runs_dir)
     missing = [(key, prompt) for key, prompt in dict(zip(keys, pool, strict=True)).items() if key not in answers]
     for first in range(0, len(missing), ANSWERS_A_WRITE):
         part = missing[first : first + ANSWERS_A_WRITE]

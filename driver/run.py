@@ -20,12 +20,14 @@ from driver.upload import Uploads
 from learner.learner import Learner
 from teacher_service.pool import TeacherPool
 from teacher_service.teachers import Teachers, create_teacher
+from video_opd.buffer import TrajectoryBuffer
 from video_opd.cluster import cluster_to_join, join, start_local
 from video_opd.config import Config
 from video_opd.errors import LearnerLostError
 from video_opd.faults import cause_of
 from video_opd.metrics import PhaseClock
 from video_opd.plan import Plan
+from video_opd.prometheus import Gauges, count
 from video_opd.rewards import Reward, load_rewards
 from video_opd.run_control import NAMESPACE, create_control
 from video_opd.types import FailedPrompt, Prediction, Prompt
@@ -57,6 +59,8 @@ class Run:
     learner: Learner
     curriculum: Curriculum
     rewards: list[Reward]  # empty: the objective needs none
+    buffer: TrajectoryBuffer | None = None  # of the round; None: none has begun
+    gauges: Gauges = field(default_factory=Gauges)  # for Prometheus
     clock: PhaseClock = field(default_factory=PhaseClock)
     totals: Counter[str] = field(default_factory=Counter)
     evaluations: dict[str, Any] = field(default_factory=dict)
@@ -139,6 +143,9 @@ async def publish_weights(run: Run, policy_version: int) -> None:
     except ObjectLostError as error:
         raise LearnerLostError(f"weights of version {policy_version} went with the learner: {cause_of(error)}") from error
     run.totals["published_bytes"] += update.num_bytes
+    count("published_bytes", update.num_bytes)
+    count("publish_seconds", update.duration_s)
+    count("publications")
     run.published = policy_version
 
 

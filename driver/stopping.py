@@ -14,6 +14,7 @@ from driver.checkpoints import checkpoint
 from driver.run import Run
 from video_opd.errors import StoppedError, VideoOPDError
 from video_opd.faults import cause_of
+from video_opd.logs import log
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -64,7 +65,9 @@ def _on_signal(run: Run, which: signal.Signals) -> None:
         return
     run.stopped_by = which
     run.stop.set()
-    print(f"{which.name}: stopping after the step under way; a second signal ends the run at once", file=sys.stderr)
+    said = f"{which.name}: stopping after the step under way; a second signal ends the run at once"
+    print(said, file=sys.stderr)
+    log.debug(said)
 
 
 async def _cancel_when_settled(run: Run, task: asyncio.Task) -> None:

@@ -13,11 +13,13 @@ import fsspec
 from video_opd.content import is_inside
 from video_opd.errors import CheckpointError, ConfigError, PartialCheckpointError
 from video_opd.faults import cause_of
+from video_opd.logs import FILE as LOG_FILE
+from video_opd.logs import log
 from video_opd.manifest import MANIFEST, check_whole, parse_manifest
 from video_opd.run_folder import CHECKPOINTS, checkpoint_folder, checkpoint_steps
 
 T = TypeVar("T")
-_BESIDE = ("config.yaml", "metrics.jsonl", "trajectories", "curriculum", "tensorboard")  # what a resume needs besides
+_BESIDE = ("config.yaml", "metrics.jsonl", "trajectories", "curriculum", "tensorboard", LOG_FILE)  # what a resume needs besides
 _FIRST_WAIT_S = 1.0
 
 
@@ -81,7 +83,9 @@ class Uploads:
             self._under_way = None
 
     def _warn(self, step: int, why: str) -> None:
-        print(f"warning: the checkpoint of step {step} was not copied to {self._url} ({why}); it stays in {self._run_dir}")
+        log.warning(
+            "warning: the checkpoint of step %d was not copied to %s (%s); it stays in %s", step, self._url, why, self._run_dir
+        )
 
     def _upload_with_retries(self, step: int) -> None:
         for attempt in range(self._max_retries + 1):

@@ -52,10 +52,6 @@ class StepProgress:
             f"{metrics['time/step_s']:.1f} s/step",
         )
 
-    def say(self, line: str) -> None:
-        """Prints a line above the bar."""
-        self._progress.console.print(line, soft_wrap=True)
-
 
 @contextmanager
 def progress_bar(num_steps: int, done: int) -> Iterator[StepProgress]:

@@ -22,6 +22,7 @@ from video_opd.config import Config
 from video_opd.deadline import within
 from video_opd.errors import LearnerLostError, WeightsLostError
 from video_opd.faults import LOST, cause_of, started_badly
+from video_opd.logs import log, start_role_log, work
 from video_opd.types import GroupPlace, ScoredGroup, StepReport
 
 NEIGHBOUR_GRACE_S = 15.0
@@ -31,6 +32,7 @@ class LearnerRank:
     """One rank. Ranks act together: the driver calls the same method on all of them."""
 
     def __init__(self, name: str, config: Config, rank: int):
+        start_role_log(config.run_name, name)
         self._name, self._config, self._rank = name, config, rank
         self._engine: Any = None
         self._group: BroadcastGroup | None = None
@@ -48,8 +50,10 @@ class LearnerRank:
         from learner.engine import LearnerEngine
 
         self._engine = LearnerEngine(self._config, self._rank, self._config.learner.world_size, master)
+        log.info("started; rank 0 is at %s:%d", *master)
 
     def update(self, groups: list[ScoredGroup], step: int) -> dict[str, float]:
+        work.step = step
         return self._engine.update(groups, step)
 
     def put_weights(self, policy_version: int) -> tuple[list[ray.ObjectRef], int]:
@@ -101,12 +105,14 @@ class LearnerRank:
 
     def save(self, folder: Path) -> None:
         self._engine.save(folder)
+        log.info("saved in %s", folder)
 
     def export(self, folder: Path) -> None:
         self._engine.export(folder)
 
     def load(self, folder: Path, universal: bool) -> None:
         self._engine.load(folder, universal)
+        log.info("loaded %s", folder)
 
     def sees(self, path: Path) -> tuple[str, bool]:
         """This rank's node, and whether the path is there."""

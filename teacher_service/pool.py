@@ -111,6 +111,7 @@ class TeacherPool:
         self._config, self._teacher, self._replica = config, teacher, replica
         self._handle: Any = None
         self._usage = Usage(time.monotonic(), config.teacher_pool.num_replicas)
+        self._outstanding = self._waiting = 0
 
     async def start(self) -> None:
         """Returns when every replica answers. Raises RunError at config.start_timeout_s."""
@@ -170,7 +171,11 @@ class TeacherPool:
             except RayTaskError as raised:
                 return raised
 
-        reply = await retried(attempt, self._config.max_retries, f"a {method} call to teacher {self._teacher.name}")
+        self._outstanding += 1
+        try:
+            reply = await retried(attempt, self._config.max_retries, f"a {method} call to teacher {self._teacher.name}")
+        finally:
+            self._outstanding -= 1
         if isinstance(reply, RayTaskError):
             raise reply
         self._usage.count(time.monotonic() - started, reply)
@@ -183,7 +188,11 @@ class TeacherPool:
             try:
                 return await within(deadline - time.monotonic(), response, f"a {method} call to teacher {self._teacher.name}")
             except BackPressureError:  # every replica's queue is full: the pool's way to say wait
-                await asyncio.sleep(BACK_PRESSURE_PAUSE_S)
+                self._waiting += 1
+                try:
+                    await asyncio.sleep(BACK_PRESSURE_PAUSE_S)
+                finally:
+                    self._waiting -= 1
 
     async def _replicas(self) -> tuple[float, float]:
         """(running, wanted); NaN where Serve does not answer, which is no reason to end a run."""
@@ -196,6 +205,12 @@ class TeacherPool:
     async def _num_running(self) -> int:
         running, _ = await self._replicas()
         return self._config.teacher_pool.num_replicas if math.isnan(running) else int(running)
+
+    async def counts(self) -> dict[str, float]:
+        """As of now: calls without an answer, those of them that found every queue full and are not with Serve, and replicas."""
+        running, wanted = await self._replicas()
+        calls = {"teacher/calls": float(self._outstanding), "teacher/calls_held_back": float(self._waiting)}
+        return calls | {"teacher/replicas": running, "teacher/replicas_wanted": wanted}
 
     async def lap(self) -> dict[str, float]:
         """Metrics since the lap before: teacher/queue_s, /utilisation, /replicas, /replicas_wanted and /retries. See Usage."""

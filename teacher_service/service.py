@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ray import serve
 
 from video_opd.config import Config, TeacherModel
+from video_opd.logs import log, start_role_log
 from video_opd.prompting import PromptEncoder, check_parity, parse_span
 from video_opd.types import EncodedPrompt, FailedPrompt, Prediction, Prompt, TeacherScores, TrajectoryGroup
 
@@ -29,7 +30,8 @@ class TeacherReplica:
     """Encodes each prompt itself, checks that it sees what the actor saw, and scores."""
 
     def __init__(self, config: Config, teacher: TeacherModel):
-        pool = config.teacher_pool
+        start_role_log(config.run_name, f"teacher-{teacher.name}")
+        started, pool = time.monotonic(), config.teacher_pool
         self._teacher_id = teacher.name
         self._max_tokens = config.rollout.max_response_tokens
         self._encoder, self._engine = self._load(config, teacher.model)
@@ -37,6 +39,7 @@ class TeacherReplica:
         batching: Any = self._score_batch  # serve.batch adds setters
         batching.set_max_batch_size(pool.max_batch_requests)
         batching.set_batch_wait_timeout_s(pool.batch_wait_s)
+        log.info("started in %.1f s", time.monotonic() - started)
 
     def _load(self, config: Config, model: str) -> tuple[PromptEncoder, "ScoringEngine"]:
         """What a replica computes with; benchmarks and tests put something else in its place."""

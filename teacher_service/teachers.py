@@ -86,10 +86,16 @@ class Teachers:
 
     async def lap(self) -> dict[str, float]:
         """The metrics of each, teacher/NAME/queue_s and so on."""
-        laps = await asyncio.gather(*(pool.lap() for pool in self.pools.values()))
+        return self._named(await asyncio.gather(*(pool.lap() for pool in self.pools.values())))
+
+    async def counts(self) -> dict[str, float]:
+        """The same of each: teacher/NAME/calls and so on."""
+        return self._named(await asyncio.gather(*(pool.counts() for pool in self.pools.values())))
+
+    def _named(self, by_pool: Sequence[dict[str, float]]) -> dict[str, float]:
         return {
             f"teacher/{name}/{metric.removeprefix('teacher/')}": value
-            for name, metrics in zip(self.pools, laps, strict=True)
+            for name, metrics in zip(self.pools, by_pool, strict=True)
             for metric, value in metrics.items()
         }
 

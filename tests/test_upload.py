@@ -139,15 +139,15 @@ def test_an_upload_that_ends_anywhere_leaves_an_earlier_checkpoint_or_its_own(tm
     assert set(seen) == {2, 3} and seen[0] == 2
 
 
-def test_a_failure_is_tried_again_and_in_the_end_is_a_warning(tmp_path, run_dir, capsys):
+def test_a_failure_is_tried_again_and_in_the_end_is_a_warning(tmp_path, run_dir, caplog):
     for step in (2, 3):
         write_checkpoint(run_dir, step)
     Flaky.fail = staticmethod(lambda number: number in (0, 9))
     asyncio.run(upload(uploads_to(tmp_path, run_dir, max_retries=2), 2))
-    assert capsys.readouterr().out == ""
+    assert not caplog.messages
     Flaky.fail = staticmethod(lambda number: True)
     asyncio.run(upload(uploads_to(tmp_path, run_dir, max_retries=2), 3))
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = caplog.messages
     assert line.startswith("warning: the checkpoint of step 3") and "connection reset" in line and str(run_dir) in line
     assert checkpoint_steps(run_dir) == [2, 3]
     Flaky.fail = staticmethod(lambda number: False)

@@ -52,6 +52,12 @@ class TrajectoryBuffer:
             self._first_slot += self._groups_per_step
             return [self._filled.pop(slot) for slot in wanted]
 
+    def counts(self) -> dict[str, float]:
+        """Slots that are filled, that wait for rollouts or scores of their prompts, and that are free; the rest are learnt from."""
+        filled = len(self._filled)
+        reserved = self._next_slot - self._first_slot - filled
+        return {"buffer/filled": filled, "buffer/reserved": reserved, "buffer/free": self._free}
+
     async def close(self) -> None:
         """No more slots are handed out: the run ends earlier than planned."""
         async with self._changed:

@@ -25,6 +25,23 @@ class ClipError(InputError):
     """A clip that is missing or cannot be decoded. Before the run it ends it; while running it retires its prompt."""
 
 
+_FAILURES = {  # what a ClipError says: what it is counted as
+    "is missing": "missing",
+    "it was replaced": "replaced",
+    "was not decoded within": "too_slow",
+    "its worker was killed": "worker_killed",
+    "crash (exit code": "decoder_crashed",
+    "cannot be decoded": "broken",
+    "frames at": "broken",
+}
+FAILURE_KINDS = (*dict.fromkeys(_FAILURES.values()), "other")
+
+
+def failure_kind(reason: str) -> str:
+    """One of FAILURE_KINDS: of what a ClipError says, which names the file too."""
+    return next((kind for said, kind in _FAILURES.items() if said in reason), "other")
+
+
 class ModelError(InputError):
     """A model folder that is missing, or models that cannot work together (another tokenizer, another architecture)."""
 

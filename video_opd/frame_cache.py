@@ -22,6 +22,7 @@ from video_opd.clips import read_frames
 from video_opd.config import VideoConfig
 from video_opd.content import file_stamp
 from video_opd.errors import ClipError, ConfigError
+from video_opd.prometheus import count
 from video_opd.types import Clip
 
 FORMAT = 1  # another number where the same clip gives other pixels
@@ -64,11 +65,20 @@ class FrameCache:
             with self._alone(path.name[:2]):
                 frames = self._load(path)  # another process may have been faster
                 if frames is None:
-                    frames = read_frames(clip, self._video)
-                    frames.flags.writeable = False
-                    with self._lock:
-                        self.num_decodes += 1
-                    self._store(path, clip.timestamps_s, frames)
+                    return self._decode(clip, path)
+        count("frame_cache_reads", result="hit")
+        return frames
+
+    def _decode(self, clip: Clip, path: Path) -> np.ndarray:
+        count("frame_cache_reads", result="miss")
+        started = time.monotonic()
+        frames = read_frames(clip, self._video)
+        count("decode_seconds", time.monotonic() - started)
+        count("clips_decoded")
+        frames.flags.writeable = False
+        with self._lock:
+            self.num_decodes += 1
+        self._store(path, clip.timestamps_s, frames)
         return frames
 
     def _key(self, clip: Clip) -> str:

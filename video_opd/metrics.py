@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from video_opd.prometheus import count
 from video_opd.types import StepReport
 
 PHASES = ("rollout", "score", "update", "publish", "evaluate")
@@ -23,7 +24,7 @@ class Lap(NamedTuple):
 
 
 class PhaseClock:
-    """Seconds in which at least one call of a phase was under way, and in which none of any phase was."""
+    """Seconds in which at least one call of a phase was under way, and in which none was. Prometheus counts them too."""
 
     def __init__(self):
         self._active: dict[str, int] = {phase: 0 for phase in PHASES}
@@ -31,29 +32,32 @@ class PhaseClock:
         self._tokens: Counter[str] = Counter()
         self._since = self._lap_since = time.monotonic()
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
+        """Up to now."""
         now = time.monotonic()
         active = [phase for phase in PHASES if self._active[phase]]
         for phase in active or ["idle"]:
             self._seconds[phase] += now - self._since
+            count("phase_seconds", now - self._since, phase=phase)
         self._since = now
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        self._advance()
+        self.advance()
         self._active[phase] += 1
         try:
             yield
         finally:
-            self._advance()
+            self.advance()
             self._active[phase] -= 1
 
     def count(self, phase: str, tokens: int) -> None:
         """Response tokens that a call of the phase was about."""
         self._tokens[phase] += tokens
+        count("tokens", tokens, phase=phase)
 
     def lap(self) -> Lap:
-        self._advance()
+        self.advance()
         seconds = {phase: self._seconds[phase] for phase in (*PHASES, "idle")}
         rates = {phase: tokens / seconds[phase] for phase, tokens in self._tokens.items() if seconds[phase]}
         self._seconds.clear()

@@ -12,6 +12,7 @@ import numpy as np
 from video_opd.config import PromptConfig, VideoConfig
 from video_opd.errors import ClipError, ModelError, ParityError
 from video_opd.frame_cache import FrameCache
+from video_opd.logs import log
 from video_opd.types import Clip, EncodedPrompt, FailedPrompt, Prompt, Span, Trajectory
 
 _NUMBER = r"(\d++(?:\.\d++)?+)"
@@ -106,6 +107,7 @@ class PromptEncoder:
             try:
                 return self.frame_cache.read(clip)
             except ClipError as error:
+                log.info("clip %s: %s", clip.clip_id, error)
                 return error
 
         with ThreadPoolExecutor(self._num_readers) as readers:
