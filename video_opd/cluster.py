@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from video_opd.errors import ConfigError
 
 CONNECT_TIMEOUT_S = 5.0
-AUTH_MODE = "RAY_AUTH_MODE"
+AUTH_MODE, GLOO_INTERFACE = "RAY_AUTH_MODE", "GLOO_SOCKET_IFNAME"
 GET_TOKEN = "copy the head's ~/.ray/auth_token to the same place here, or name a copy in RAY_AUTH_TOKEN_PATH"
 
 
@@ -198,11 +198,17 @@ def _only_on_loopback(address: str) -> bool:
 
 
 def _use_loopback(alone: bool) -> None:
-    """Whether Ray in this process, and what it starts, takes loopback for the node's address: its own switch for laptops."""
+    """Whether this process, and what it starts, takes loopback for the node's address: Ray's own switch for laptops, and gloo's."""
+    import psutil
     from ray._private import ray_constants
 
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0" if alone else "1"
     ray_constants.ENABLE_RAY_CLUSTER = not alone
+    loopback = next(name for name, of in psutil.net_if_addrs().items() if any(a.address == "127.0.0.1" for a in of))
+    if alone:
+        os.environ.setdefault(GLOO_INTERFACE, loopback)
+    elif os.environ.get(GLOO_INTERFACE) == loopback:
+        del os.environ[GLOO_INTERFACE]
 
 
 @contextmanager
