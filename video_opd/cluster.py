@@ -110,7 +110,7 @@ def join(address: str, **options: Any) -> Any:
 
 
 def start_local(**options: Any) -> Any:
-    """ray.init of a Ray of this machine alone, all of which listens on loopback. Returns its context.
+    """ray.init of a Ray of this machine alone, on loopback but for Serve's replicas. Returns its context.
 
     Token mode unless RAY_AUTH_MODE says otherwise; a token is made, for this user's eyes, where there is none. Raises ConfigError.
     """
@@ -119,7 +119,8 @@ def start_local(**options: Any) -> Any:
     from ray.exceptions import AuthenticationError
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    _auth_mode()
+    if _auth_mode() == "disabled":
+        print(f"warning: {AUTH_MODE}=disabled: the run lets in all who reach this machine: see docs/security.md", flush=True)
     enable_token_auth_by_default()
     umask = os.umask(0o077)
     try:

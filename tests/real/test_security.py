@@ -1,6 +1,7 @@
 """Who gets into a Ray, and what it listens on: a real run of this machine alone, real clients with and without its token."""
 
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -11,13 +12,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
+from typing import Any
 
+import grpc
 import psutil
 import pytest
 
 from tests.real.test_chaos import ROOT, kill_all, last_step, wait_for
 
 PATIENCE_S = 60.0
+SMALL = ["num_steps=5000", "groups_per_step=4", "rollout.prompts_per_call=2", "rollout.max_response_tokens=6"]
+SMALL += ["learner.micro_batch=4", "data.eval.max_prompts=1"]
 INTO_RAY = "import ray, sys; ray.init(address=sys.argv[1]); print('in', ray.cluster_resources()['CPU'])"
 
 
@@ -42,8 +47,7 @@ def environment(**changes: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def run(overrides, tmp_path_factory) -> Iterator[LocalRun]:
     folder = tmp_path_factory.mktemp("open")
-    options = ["num_steps=400", "groups_per_step=4", "rollout.prompts_per_call=2", "rollout.max_response_tokens=6"]
-    options += ["learner.micro_batch=4", "data.eval.max_prompts=1", f"runs_dir={folder}", "run_name=run", "learner.world_size=2"]
+    options = [*SMALL, f"runs_dir={folder}", "run_name=run", "learner.world_size=2"]
     with (folder / "output.txt").open("w") as output:
         command = [sys.executable, "-u", str(ROOT / "launch.py"), "--address", "local", *overrides, *options]
         env = environment(HOME=str(folder))
@@ -52,6 +56,7 @@ def run(overrides, tmp_path_factory) -> Iterator[LocalRun]:
         wait_for(lambda: last_step(folder / "run") >= 0, process, "step 0")
         line = next(line for line in (folder / "output.txt").read_text().splitlines() if line.startswith("Ray dashboard: "))
         dashboard, address = line.removeprefix("Ray dashboard: ").split(", address ")
+        process.send_signal(signal.SIGSTOP)  # the processor is the tests'; Ray and the run's other processes go on
         yield LocalRun(process, folder, address, dashboard)
     except BaseException:
         print((folder / "output.txt").read_text()[-4000:])
@@ -78,8 +83,19 @@ def is_loopback(address: str) -> bool:
     return (ip.ipv4_mapped or ip if isinstance(ip, IPv6Address) else ip).is_loopback
 
 
-def test_all_that_a_run_of_this_machine_listens_on_is_loopback(run):
-    """Ray's processes, the ranks, the engines, Serve: whatever they are. Serve has no HTTP proxy."""
+def called(port: int, token: str | None) -> grpc.StatusCode:
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+        try:
+            call(b"", timeout=PATIENCE_S, metadata=[("authorization", f"Bearer {token}")] if token else [])
+        except grpc.RpcError as error:
+            status: Any = error
+            return status.code()
+    return grpc.StatusCode.OK
+
+
+def test_a_run_of_this_machine_listens_on_loopback_or_wants_the_token(run):
+    """Ray's processes, the ranks, the engines, whatever they are; but for one of Serve's, which has no HTTP proxy."""
     listening, names = [], []
     for process in [psutil.Process(run.process.pid), *psutil.Process(run.process.pid).children(recursive=True)]:
         try:
@@ -88,7 +104,11 @@ def test_all_that_a_run_of_this_machine_listens_on_is_loopback(run):
         except psutil.NoSuchProcess:
             continue
         listening += [(names[-1], s.laddr.ip, s.laddr.port) for s in sockets if s.status == psutil.CONN_LISTEN]
-    assert not [place for place in listening if not is_loopback(place[1])]
+    beyond = [place for place in listening if not is_loopback(place[1])]
+    assert all("ServeReplica" in name for name, *_ in beyond), beyond
+    for _, _, port in beyond:  # the calls of other deployments, which Serve binds to every address: it wants the token
+        assert called(port, None) == called(port, "0" * 64) == grpc.StatusCode.UNAUTHENTICATED
+        assert called(port, run.token.read_text()) != grpc.StatusCode.UNAUTHENTICATED
     for part in ("gcs_server", "raylet", "LearnerRank", "RolloutActor"):
         assert any(part in name for name, *_ in listening), f"{part} listens nowhere: {listening}"
     assert any("ServeReplica" in name for name in names) and not any("Proxy" in name for name in names)
@@ -119,7 +139,7 @@ def test_a_client_without_the_token_is_refused_in_one_line(run, wrong, overrides
         ),
         "unknown mode": (environment(RAY_AUTH_MODE="tokn"), "RAY_AUTH_MODE=tokn: set it to token or disabled, or unset it"),
     }[kind]
-    more = [*overrides, f"runs_dir={tmp_path}", "run_name=refused"] if command == ["launch.py"] else []
+    more = [*overrides, *SMALL, f"runs_dir={tmp_path}", "run_name=refused"] if command == ["launch.py"] else []
     began = time.monotonic()
     done = client(env, *command, "--address", run.address, *more)
     assert done.returncode == 2 and time.monotonic() - began < PATIENCE_S
