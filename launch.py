@@ -22,6 +22,7 @@ from ray.exceptions import ObjectLostError
 import video_opd  # noqa: F401  # first: makes transformers importable
 from actors.actor_pool import RolloutResult
 from demo.clips import ensure_clips
+from driver.check_cluster import check_cluster
 from driver.checkpoints import checkpoint, find_progress, restore, save_if_due
 from driver.evaluations import AFTER, BEFORE, NO_VIDEO, evaluate_student, evaluate_teacher
 from driver.export import export_student
@@ -233,6 +234,7 @@ async def execute(config: Config, folder: Path, plan: Plan, resume: int | None) 
             for task in beside:
                 task.cancel()
             run.actors.stop()
+            run.learner.stop()
 
 
 def dry_run(config: Config, gpu_memory_gib: float | None) -> None:
@@ -263,8 +265,8 @@ def launch(
     if config.checkpoint_url:
         check_writable(config.checkpoint_url)
     folder = resume or new_run_folder(config)
-    start_ray(config, address)
     try:
+        start_ray(config, address)
         folder.mkdir(parents=True, exist_ok=True)
         write_config(folder, config)
         with driver_log(folder, step or 0):
@@ -291,8 +293,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--resume", metavar="RUN", help="go on in this run folder from its newest checkpoint, or in a copy of a URL"
     )
     parser.add_argument("--step", type=int, metavar="N", help="with --resume: from its checkpoint of step N, not from the newest")
-    parser.add_argument("--address", help="of a running Ray cluster, e.g. auto (default: start one on this machine)")
+    parser.add_argument(
+        "--address",
+        help="HOST:PORT of a node of a Ray cluster, auto, or local for one of its own (default: RAY_ADDRESS, else the cluster "
+        "that this machine is in, else its own)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check what is here, print plan and memory, start nothing")
+    parser.add_argument("--check-cluster", type=Path, metavar="FILE", help="check a file of machines for Ray, start nothing")
     parser.add_argument("--gpu-memory-gib", type=float, help="memory of one GPU (default: this machine's, or 80 without one)")
     return parser.parse_args(arguments)
 
@@ -323,6 +330,8 @@ def resumed_folder(arguments: argparse.Namespace, config: Config) -> Path | None
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 the run failed, 2 bad input, 128 + n stopped by signal n."""
     parsed = parse_arguments(arguments)
+    if parsed.check_cluster:
+        return check_cluster(parsed.check_cluster)
     try:
         config = read_config(parsed)
         if parsed.dry_run:

@@ -35,8 +35,8 @@ class RolloutActor:
         start_role_log(config.run_name, name)
         started = time.monotonic()
         self._name, self._config = name, config
-        self._encoder = PromptEncoder(config.student, config.prompt, config.video)
-        self._engine = PolicyEngine(config.student, config.rollout, config.seed, self._encoder.pad_ids)
+        self._encoder = PromptEncoder(config.student, config.prompt, config.video, config.trust_remote_code)
+        self._engine = PolicyEngine(config.student, config.rollout, config.seed, self._encoder.pad_ids, config.trust_remote_code)
         self._policy_version: int | None = -1  # the folder's weights, before the first publication; None: no whole version
         log.info("started in %.1f s", time.monotonic() - started)
 

@@ -36,7 +36,7 @@ def empty_processes() -> Counter[str]:
     with tempfile.TemporaryDirectory() as runs:
         config = demo(1, runs, [])
         plan = launch.prepare(config)
-        launch.start_ray(config, address=None)
+        launch.start_ray(config, address="local")
 
         async def start() -> Counter[str]:
             run = launch.create_parts(Path(runs) / "benchmark", config, plan)

@@ -84,6 +84,7 @@ async def train_emulated(config: Config, plan: Plan, folder: Path) -> None:
     await launch.train(run)
     run.actors.stop()
     run.teacher.stop()
+    run.learner.stop()
 
 
 def emulate(lag: int, parts: int, num_steps: int) -> float:
@@ -91,7 +92,7 @@ def emulate(lag: int, parts: int, num_steps: int) -> float:
     with tempfile.TemporaryDirectory() as runs:
         config = emulated_config(lag, parts, num_steps, runs)
         plan = launch.prepare(config)
-        start_ray(config, address=None)
+        start_ray(config, address="local")
         try:
             folder = Path(runs) / "emulated"
             folder.mkdir()

@@ -192,7 +192,7 @@ def engine_reload(config: Config) -> dict[str, float]:
 def run(num_bytes: int, repeats: int) -> dict[str, Any]:
     overrides = [f"worker_env.{STUDENT_BYTES}='{num_bytes}'"]
     config = resolve_paths(load_config(ROOT / "configs" / "demo.yaml", overrides), ROOT)
-    start_ray(with_ranks(config, 2 * len(ACTORS)), address=None)  # a learner for each pool
+    start_ray(with_ranks(config, 2 * len(ACTORS)), address="local")  # a learner for each pool
     try:
         result = asyncio.run(measure(config, repeats))
     finally:

@@ -74,7 +74,7 @@ async def measure(pool: TeacherPool, replicas: int, references: list[Any], windo
 
 async def run(window_s: float) -> dict[str, Any]:
     config = demo_config()
-    start_ray(config, address=None)
+    start_ray(config, address="local")
     try:
         pool = TeacherPool("video_opd/benchmark", config, config.teacher_models[0], EmulatedReplica)
         await pool.start()

@@ -17,7 +17,7 @@ from learner.checkpoint import (
     write_progress,
 )
 from video_opd.config import Config
-from video_opd.errors import PartialCheckpointError, RunError
+from video_opd.errors import PartialCheckpointError
 from video_opd.logs import log, work
 from video_opd.manifest import check_whole
 from video_opd.plan import Plan
@@ -32,8 +32,6 @@ async def checkpoint(run: Run) -> None:
     try:
         temporary = begin_checkpoint(run.folder, run.step)
         await run.learner.save(temporary)
-        if not (temporary / STUDENT).is_dir():
-            raise RunError(f"the learner's checkpoint is not at {temporary}: runs_dir must be on storage that all nodes share")
         write_progress(temporary, progress_of(run, await run.curriculum.state_dict()))
         await asyncio.to_thread(finish_checkpoint, temporary, run.folder, run.step)
         run.checkpointed = run.step

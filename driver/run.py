@@ -15,13 +15,15 @@ from ray.exceptions import ObjectLostError
 
 from actors.actor_pool import ActorPool
 from curriculum.scheduler import Curriculum
+from driver.capacity import wait_for_places
 from driver.upload import Uploads
 from learner.learner import Learner
 from teacher_service.pool import TeacherPool
 from teacher_service.teachers import Teachers, create_teacher
 from video_opd.buffer import TrajectoryBuffer
+from video_opd.cluster import cluster_to_join, join, start_local
 from video_opd.config import Config
-from video_opd.errors import ConfigError, LearnerLostError
+from video_opd.errors import LearnerLostError
 from video_opd.faults import cause_of
 from video_opd.metrics import PhaseClock
 from video_opd.plan import Plan
@@ -33,6 +35,7 @@ from video_opd.types import FailedPrompt, Prediction, Prompt
 T = TypeVar("T")
 
 LOCAL_ROLES = 64  # rollout actors and teacher replicas that a Ray of this machine alone lets in; memory bounds them, not Ray
+LOCAL_TIMEOUT_S = 60.0  # until such a Ray says what it has; no more will come
 HERE = Path(__file__).resolve().parent.parent
 SERVE_ENV = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}  # one that hangs cannot drain: it gives its device to the next
 
@@ -86,7 +89,10 @@ class Run:
 
 
 def start_ray(config: Config, address: str | None) -> None:
-    """Connects to `address`, or starts a Ray of this machine alone."""
+    """Joins the Ray that `address` means (see cluster_to_join), or starts one of this machine alone; waits until it has room.
+
+    Raises ConfigError, and ClusterError where the room does not come.
+    """
     os.environ.setdefault("RAY_worker_niceness", "0")  # workers are not to yield to the driver
     paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     shared: dict[str, Any] = {
@@ -95,17 +101,17 @@ def start_ray(config: Config, address: str | None) -> None:
         "namespace": NAMESPACE,
         "runtime_env": {"env_vars": {"PYTHONPATH": paths, **SERVE_ENV}},
     }
-    if address:
-        try:
-            ray.init(address=address, **shared)
-        except ConnectionError as error:
-            raise ConfigError(f"no Ray cluster answers at {address}: start one with `ray up cluster.yaml` ({error})") from error
-        return
-    roles = {"rollout": LOCAL_ROLES, "teacher": LOCAL_ROLES, "learner": config.learner.world_size}
-    cpus = max(os.cpu_count() or 1, 8 + config.rollout.num_actors + config.learner.world_size)
-    context = ray.init(address="local", num_cpus=cpus, resources={k: float(v) for k, v in roles.items()}, **shared)
+    joined = cluster_to_join(address)
+    if joined:
+        context = join(joined, **shared)
+    else:
+        roles = {"rollout": LOCAL_ROLES, "teacher": LOCAL_ROLES, "learner": config.learner.world_size}
+        cpus = max(os.cpu_count() or 1, 8 + config.rollout.num_actors + config.learner.world_size)
+        context = start_local(num_cpus=cpus, resources={k: float(v) for k, v in roles.items()}, **shared)
     dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else "not installed"
-    print(f"Ray dashboard: {dashboard}, address {ray.get_runtime_context().gcs_address}", flush=True)
+    of = "joined" if joined else "address"
+    print(f"Ray dashboard: {dashboard}, {of} {ray.get_runtime_context().gcs_address}", flush=True)
+    wait_for_places(config, config.start_timeout_s if joined else min(config.start_timeout_s, LOCAL_TIMEOUT_S))
 
 
 def create_parts(folder: Path, config: Config, plan: Plan) -> Run:

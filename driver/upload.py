@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from video_opd.content import is_inside
 from video_opd.errors import CheckpointError, ConfigError, PartialCheckpointError
 from video_opd.faults import cause_of
 from video_opd.logs import FILE as LOG_FILE
@@ -160,7 +161,10 @@ def fetch_run(url: str, runs_dir: Path, step: int | None = None) -> Path:
     """
     system, root = open_url(url)
     root = root.rstrip("/")
-    folder = runs_dir / root.rpartition("/")[2]
+    name = root.rpartition("/")[2]
+    if not is_inside(name):
+        raise ConfigError(f"{url} does not end on the name of a run: write it as URL/NAME")
+    folder = runs_dir / name
     if folder.exists():
         raise ConfigError(f"{folder} exists: go on there with --resume {folder}, or set another runs_dir")
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -174,7 +178,10 @@ def fetch_run(url: str, runs_dir: Path, step: int | None = None) -> Path:
         for name in _BESIDE:
             for source in system.find(f"{root}/{name}"):
                 if not source.endswith(".part"):
-                    _get(system, source, temporary / source.removeprefix(root).lstrip("/"))
+                    file = source.removeprefix(root).lstrip("/")
+                    if not is_inside(file):
+                        raise ConfigError(f"{url} has a file {file!r}, which is not inside it: take it out")
+                    _get(system, source, temporary / file)
         temporary.rename(folder)
     except (CheckpointError, ConfigError):
         raise

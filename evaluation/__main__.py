@@ -64,8 +64,9 @@ def ask_model(config: Config, prompts: Sequence[Prompt], blanks: bool) -> list[l
     from video_opd.prompting import PromptEncoder
     from video_opd.vllm_engine import SamplingEngine, predict
 
-    encoder = PromptEncoder(config.student, config.prompt, config.video)
-    engine = SamplingEngine(config.student, config.rollout, config.seed, encoder.pad_ids)
+    encoder = PromptEncoder(config.student, config.prompt, config.video, config.trust_remote_code)
+    trust = {"trust_remote_code": config.trust_remote_code}
+    engine = SamplingEngine(config.student, config.rollout, config.seed, encoder.pad_ids, **trust)
     size, passes = config.rollout.prompts_per_call, []
     for blank_video in (False, True) if blanks else (False,):
         chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
@@ -76,7 +77,7 @@ def ask_model(config: Config, prompts: Sequence[Prompt], blanks: bool) -> list[l
 
 def answers_of_model(config: Config, baselines: bool) -> Answers:
     """Starts vLLM in this process. Raises InputError before that."""
-    multiple = read_model_info(config.student).size_multiple
+    multiple = read_model_info(config.student, config.trust_remote_code).size_multiple
     prompts = read_prompts(config.data.eval, config.video, multiple)
     questions = questions_of(prompts)
     train = read_prompts(config.data.train, config.video, multiple) if baselines else []

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from learner.safe_load import find_code
 from video_opd.config import LearnerConfig
 from video_opd.durable import fsync_path, fsync_tree, mend, replace_folder
 from video_opd.errors import CheckpointError
@@ -85,10 +86,12 @@ def write_progress(folder: Path, progress: Progress) -> None:
 def read_progress(folder: Path, shapes: Mapping[str, Any], learner: Mapping[str, Any], eval_key: str) -> Progress:
     """Where the checkpoint's run stood.
 
-    Raises PartialCheckpointError, or CheckpointError when it is damaged, written by a newer version, or of another model, learner
-    or held-out split than the arguments say.
+    Raises PartialCheckpointError, or CheckpointError when it is damaged, written by a newer version, of another model, learner
+    or held-out split than the arguments say, or with a file that would run code.
     """
     step = check_whole(folder)
+    if code := find_code(folder):
+        raise CheckpointError(f"checkpoint {folder} is not one to load: {code}: choose another with --step")
     try:
         state = json.loads((folder / _STATE).read_text())
         if missing := _CURRICULUM_KEYS - state["curriculum"].keys():

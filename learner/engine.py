@@ -15,6 +15,7 @@ import torch
 from learner.adapters import choose_trained, merge, merged_parameters
 from learner.batching import Row, plan_update
 from learner.loss import ResponseTokens, loss_per_token
+from learner.safe_load import read_weights_only
 from learner.signals import TimestampTokens, TokenRecords, batch_signals, policy_signals
 from learner.universal import TAG as universal_tag
 from learner.vision_cache import VisionCache
@@ -44,9 +45,10 @@ class LearnerEngine:
         self._config, self._rank, self._world_size = config, rank, world_size
         deepspeed = _init_deepspeed(config, rank, world_size, master)
         self._deepspeed = deepspeed
-        self._encoder = PromptEncoder(config.student, config.prompt, config.video)
+        self._encoder = PromptEncoder(config.student, config.prompt, config.video, config.trust_remote_code)
         self._device = "cuda" if config.learner.num_gpus else "cpu"
-        model = load_model(config.student, config.learner.dtype)  # ZeRO keeps float32 masters of bfloat16 weights
+        # ZeRO keeps float32 masters of bfloat16 weights
+        model = load_model(config.student, config.learner.dtype, config.trust_remote_code)
         if config.learner.lora_rank:
             torch.manual_seed(config.seed)  # every rank draws the same adapters
         choose_trained(model, config.learner)
@@ -250,5 +252,6 @@ def _init_deepspeed(config: Config, rank: int, world_size: int, master: tuple[st
     if not on_gpu:  # its shared-memory extension takes a minute to compile and a killed build hangs later runs
         communication: Any = importlib.import_module("deepspeed.comm.torch")
         communication.build_shm_op = lambda: None
+    read_weights_only()
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
     return deepspeed

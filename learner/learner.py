@@ -3,13 +3,18 @@
 import asyncio
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import ray
 from ray.exceptions import RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from learner.file_transfer import FilePart, read_parts, write_part
 from learner.universal import convert, needs_conversion
 from learner.weight_sender import to_flat
 from video_opd.broadcast import ABANDON_S, BroadcastGroup
@@ -109,6 +114,21 @@ class LearnerRank:
         self._engine.load(folder, universal)
         log.info("loaded %s", folder)
 
+    def sees(self, path: Path) -> tuple[str, bool]:
+        """This rank's node, and whether the path is there."""
+        return ray.get_runtime_context().get_node_id(), path.exists()
+
+    def read_folder(self, folder: Path) -> Iterator[FilePart]:
+        """What `folder` holds; it is gone afterwards."""
+        yield from read_parts(folder)
+        shutil.rmtree(folder)
+
+    def write_part(self, folder: Path, part: FilePart) -> None:
+        write_part(folder, part)
+
+    def remove(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+
 
 class Learner:
     """The driver's side: starts the ranks, sends every call to all of them, bounds every wait.
@@ -120,6 +140,10 @@ class Learner:
         self._name, self._config, self._rank_class = name, config, rank_class
         self._num_starts = 0
         self._version: int | None = None  # of the ranks' weights, once they are published; None: they changed since
+        learner = config.learner
+        amounts = {"learner": 1, "CPU": learner.num_cpus, "GPU": learner.num_gpus}
+        place = {resource: float(amount) for resource, amount in amounts.items() if amount}
+        self._places = placement_group([place] * learner.world_size, strategy="PACK")
         self._ranks = self._create()
 
     def _create(self) -> list[Any]:
@@ -132,6 +156,7 @@ class Learner:
                 num_cpus=learner.num_cpus,
                 num_gpus=learner.num_gpus,
                 resources={"learner": 1},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._places, rank),
                 max_restarts=0,
                 runtime_env={"env_vars": self._config.worker_env},
             )
@@ -146,10 +171,18 @@ class Learner:
     async def restart(self) -> None:
         """A new group with the student's first weights, in place of what is left of the old one."""
         self._version = None
-        for rank in self._ranks:
-            ray.kill(rank)
+        self._kill()
         self._ranks = self._create()
         await self.start()
+
+    def stop(self) -> None:
+        """Ends the ranks and gives their places back."""
+        self._kill()
+        remove_placement_group(self._places)
+
+    def _kill(self) -> None:
+        for rank in self._ranks:
+            ray.kill(rank)
 
     async def update(self, groups: list[ScoredGroup], step: int) -> StepReport:
         """One optimizer step; the weights after it are version step + 1."""
@@ -187,40 +220,86 @@ class Learner:
         return (await self._all("send_weights", policy_version, timeout_s=timeout_s))[0]
 
     async def save(self, folder: Path) -> None:
-        await self._all("save", folder)
+        """Into a folder that is there."""
+        await self._write("save", folder, seen_by=folder)
 
     async def export(self, folder: Path) -> None:
-        """Writes the student alone: a transformers folder."""
-        await self._all("export", folder)
+        """Writes the student alone: a transformers folder, beside others that are there."""
+        await self._write("export", folder, seen_by=folder.parent)
+
+    async def _write(self, method: str, folder: Path, seen_by: Path) -> None:
+        """Ranks write `folder`; what those wrote that do not see the driver's `seen_by` is brought here."""
+        strangers = await self._strangers(seen_by)
+        for rank in strangers:  # an earlier one may have died over it
+            await self._all("remove", folder, ranks=[rank])
+        await self._all(method, folder)
+        for rank in strangers:
+            with self._losses("read_folder"):
+                references = rank.read_folder.options(_generator_backpressure_num_objects=2).remote(folder)
+                while (part := await within(self._config.request_timeout_s, _next(references), "a checkpoint's files")) is not None:
+                    await asyncio.to_thread(write_part, folder, part)
 
     async def load(self, folder: Path, saved_world_size: int | None = None) -> None:
         """A checkpoint's weights and optimizer, exactly. `saved_world_size`: ranks that wrote it; None: as many as there are."""
         self._version = None
         learner = self._config.learner
         if not needs_conversion(learner.zero_stage, saved_world_size or learner.world_size, learner.world_size):
-            await self._all("load", folder, False)
+            await self._load(folder, False)
             return
         converted = folder.with_name(f".{folder.name}-universal.tmp")
         shutil.rmtree(converted, ignore_errors=True)
         try:
             await asyncio.to_thread(convert, folder, converted, self._config.start_timeout_s)
-            await self._all("load", converted, True)
+            await self._load(converted, True)
         finally:
             shutil.rmtree(converted, ignore_errors=True)
+
+    async def _load(self, folder: Path, universal: bool) -> None:
+        strangers = await self._strangers(folder)
+        for rank in strangers:
+            await self._all("remove", folder, ranks=[rank])
+            for part in read_parts(folder):
+                await self._all("write_part", folder, part, ranks=[rank])
+        await self._all("load", folder, universal)
+        for rank in strangers:
+            await self._all("remove", folder, ranks=[rank])
+
+    async def _strangers(self, folder: Path) -> list[Any]:
+        """One rank of each node that does not see what this process has in `folder`."""
+        mark = folder / f".{uuid4().hex}"
+        mark.touch()
+        try:
+            seen = await self._all("sees", mark)
+        finally:
+            mark.unlink()
+        return list({node: rank for rank, (node, sees) in zip(self._ranks, seen, strict=True) if not sees}.values())
 
     async def _all(
         self, method: str, *arguments: Any, timeout_s: float | None = None, ranks: Sequence[Any] | None = None
     ) -> list[Any]:
         """Each rank's answer. `ranks`: those asked, where it is not all."""
         calls = [asyncio.ensure_future(getattr(rank, method).remote(*arguments)) for rank in ranks or self._ranks]
+        with self._losses(method):
+            try:
+                return await within(timeout_s or self._config.request_timeout_s, asyncio.gather(*calls), f"the learner's {method}")
+            except RayTaskError as error:  # a rank whose neighbour died may complain first
+                await asyncio.wait(calls, timeout=NEIGHBOUR_GRACE_S)
+                if dead := [e for c in calls if c.done() and isinstance(e := c.exception(), LOST)]:
+                    raise dead[0] from error
+                raise
+
+    @contextmanager
+    def _losses(self, method: str) -> Iterator[None]:
+        """The loss of a rank is the learner's."""
         try:
-            return await within(timeout_s or self._config.request_timeout_s, asyncio.gather(*calls), f"the learner's {method}")
+            yield
         except LOST as error:
             if started_badly(error):
                 raise
             raise LearnerLostError(f"the learner's {method} was lost: {cause_of(error)}") from error
-        except RayTaskError as error:  # a rank whose neighbour died may complain first
-            await asyncio.wait(calls, timeout=NEIGHBOUR_GRACE_S)
-            if dead := [c.exception() for c in calls if c.done() and isinstance(c.exception(), LOST)]:
-                raise LearnerLostError(f"the learner's {method} was lost: {cause_of(dead[0])}") from error
-            raise
+
+
+async def _next(references: Any) -> FilePart | None:
+    """None at the end."""
+    reference = await anext(references, None)
+    return None if reference is None else await reference

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from learner import safe_load
 from video_opd.errors import RunError
 
 TAG = "universal"
@@ -22,7 +23,7 @@ def convert(checkpoint: Path, output: Path, timeout_s: float) -> None:
 
     In a process of its own: it needs neither ranks nor an accelerator, and can be ended when it takes longer than `timeout_s`.
     """
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command = [sys.executable, "-P", safe_load.__file__, "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(checkpoint / "deepspeed" / "state"), "--output_folder", str(output / TAG)]
     command += ["--num_extract_workers", str(_NUM_WORKERS), "--num_merge_workers", str(_NUM_WORKERS)]
     output.mkdir(parents=True)

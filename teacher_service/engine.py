@@ -51,10 +51,12 @@ class ScoringEngine(Protocol):
         ...
 
 
-def start_engine(model: str, config: TeacherConfig, wanted: Wanted, seed: int, encoder: PromptEncoder) -> ScoringEngine:
+def start_engine(
+    model: str, config: TeacherConfig, wanted: Wanted, seed: int, encoder: PromptEncoder, trust_remote_code: bool
+) -> ScoringEngine:
     """The engine the config names."""
     engine = {"transformers": TransformersEngine, "vllm": VllmEngine}[config.engine]
-    return engine(model, config, wanted, seed, encoder)
+    return engine(model, config, wanted, seed, encoder, trust_remote_code)
 
 
 def top_k_of(logits: torch.Tensor, k: int) -> TopK:
@@ -66,10 +68,18 @@ def top_k_of(logits: torch.Tensor, k: int) -> TopK:
 class TransformersEngine:
     """Prefill with transformers: the language-model head runs on response rows only."""
 
-    def __init__(self, model: str, config: TeacherConfig, wanted: Wanted, seed: int, encoder: PromptEncoder):
+    def __init__(
+        self,
+        model: str,
+        config: TeacherConfig,
+        wanted: Wanted,
+        seed: int,
+        encoder: PromptEncoder,
+        trust_remote_code: bool = False,
+    ):
         torch.manual_seed(seed)
         device = "cuda" if config.num_gpus else "cpu"
-        self._model = load_model(model, config.dtype).eval().to(device)
+        self._model = load_model(model, config.dtype, trust_remote_code).eval().to(device)
         self._logits = ResponseLogits(self._model)
         self._config, self._encoder, self._device = config, encoder, device
         self._wanted = wanted
@@ -133,12 +143,21 @@ class VllmEngine:
     prefer `transformers` for long videos (STACK.md).
     """
 
-    def __init__(self, model: str, config: TeacherConfig, wanted: Wanted, seed: int, encoder: PromptEncoder):
+    def __init__(
+        self,
+        model: str,
+        config: TeacherConfig,
+        wanted: Wanted,
+        seed: int,
+        encoder: PromptEncoder,
+        trust_remote_code: bool = False,
+    ):
         most = max(wanted.top_k, 1)
         self._llm: Any = start_vllm(
             model,
             config,
             seed,
+            trust_remote_code,
             enforce_eager=not config.num_gpus,
             max_num_seqs=config.micro_batch,
             max_logprobs=most,

@@ -45,8 +45,9 @@ class TeacherReplica:
         """What a replica computes with; benchmarks and tests put something else in its place."""
         from teacher_service.engine import start_engine, wanted_by  # here alone: torch takes seconds to import
 
-        encoder = PromptEncoder(model, config.prompt, config.video)
-        return encoder, start_engine(model, config.teacher_pool, wanted_by(config.loss), config.seed, encoder)
+        encoder = PromptEncoder(model, config.prompt, config.video, config.trust_remote_code)
+        wanted, trust = wanted_by(config.loss), config.trust_remote_code
+        return encoder, start_engine(model, config.teacher_pool, wanted, config.seed, encoder, trust)
 
     async def score(self, groups: Sequence[TrajectoryGroup]) -> Reply:
         """A ScoreResult for every group, in order: scores, or a FailedPrompt where the clip cannot be read."""

@@ -7,16 +7,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from video_opd.content import is_inside
 from video_opd.errors import ConfigError
 from video_opd.objectives import OBJECTIVES, LossKind, Objective
 from video_opd.prompt_styles import STYLES
+
+
+def _file_name(name: str) -> str:
+    if "/" in name or name.startswith(".") or not name.isprintable() or not is_inside(name):
+        raise ValueError("it names a file: write it without /, \\ and a dot in front")
+    return name
+
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+FileName = Annotated[str, AfterValidator(_file_name)]
 Dtype = Literal["float32", "bfloat16"]
 PromptStyle = Literal["timelens", "time_r1", "time_r1_think", "timelens2"]
 AnnotationFormat = Literal[
@@ -250,7 +259,7 @@ class TeacherConfig(_Section):
 class TeacherModel(_Section):
     """One of several teachers."""
 
-    name: str = Field(pattern=r"^[\w.-]+$", description="in metrics, teacher ids and commands")
+    name: FileName = Field(pattern=r"^[\w.-]+$", description="in metrics, teacher ids and commands")
     model: str = Field(description="transformers folder")
     weight: PositiveFloat = Field(default=1.0, description="its share in the log-probs of prompts that several teachers score")
     prompts: str | None = Field(default=None, description="regular expression: the prompt ids that it scores; None: all")
@@ -403,7 +412,7 @@ class ChecksConfig(_Section):
 
 
 class Config(_Section):
-    run_name: str | None = Field(default=None, description="name of the run folder; None: made from the time")
+    run_name: FileName | None = Field(default=None, description="name of the run folder; None: made from the time")
     runs_dir: str = "runs"
     seed: int = 0
     student: str = Field(description="transformers folder of the student")
@@ -411,6 +420,7 @@ class Config(_Section):
     teachers: tuple[TeacherModel, ...] = Field(
         default=(), description="several teachers, in place of `teacher`: {name, model, weight, prompts} each"
     )
+    trust_remote_code: bool = Field(default=False, description="run the Python code that a model folder brings (its auto_map)")
     num_steps: PositiveInt
     max_scored_tokens: PositiveInt | None = Field(
         default=None,

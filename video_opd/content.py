@@ -1,10 +1,24 @@
-"""Keys of content: what tells whether a file or a model is the same, without reading all of it."""
+"""Keys of content: what tells whether a file or a model is the same, without reading all of it; and names that may be paths."""
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 _BLOCK_BYTES = 64 << 10
+
+
+_OF_WINDOWS = re.compile(r"[A-Za-z]:|.*\\", re.DOTALL)  # a drive, or a backslash
+
+
+def is_of_windows(name: str) -> bool:
+    """Whether a path is, or somewhere else could be taken for, one with a drive or with backslashes."""
+    return _OF_WINDOWS.match(name) is not None
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative path, parts separated by /, stays below the folder that it is put after."""
+    return "\0" not in name and not is_of_windows(name) and not {"", ".", ".."} & set(name.split("/"))
 
 
 def file_digest(path: str | Path, num_blocks: int = 64) -> str:

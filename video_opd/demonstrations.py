@@ -18,7 +18,9 @@ class Demonstrator:
 
     def __call__(self, prompts: Sequence[Prompt], step: int) -> list[TrajectoryGroup]:
         """`step` is in the trajectories' ids: a prompt comes back in every pass."""
-        self._encoder = self._encoder or PromptEncoder(self._config.student, self._config.prompt, self._config.video)
+        if self._encoder is None:
+            config = self._config
+            self._encoder = PromptEncoder(config.student, config.prompt, config.video, config.trust_remote_code)
         return [TrajectoryGroup(prompt=p, trajectories=(self._trajectory(self._encoder, p, step),)) for p in prompts]
 
     @staticmethod

@@ -13,6 +13,10 @@ class ConfigError(InputError):
     """A configuration that is missing a key, has an unknown one, or a value of the wrong type or range."""
 
 
+class ClusterError(InputError):
+    """A Ray cluster that does not answer, does not let this process in, or has not what the run asks for."""
+
+
 class DataError(InputError):
     """An annotation file that cannot be read, or annotations that contradict themselves."""
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from video_opd.content import file_digest
+from video_opd.content import file_digest, is_inside
 from video_opd.errors import CheckpointError, PartialCheckpointError
 
 MANIFEST = "manifest.json"
@@ -40,6 +40,8 @@ def parse_manifest(content: bytes, folder: object) -> dict[str, Any]:
                 "update video-opd"
             )
         sizes = {name: (int(of["bytes"]), str(of["digest"])) for name, of in manifest["files"].items()}
+        if outside := next((name for name in sizes if not is_inside(name)), None):
+            raise damaged(folder, f"its {MANIFEST} names {outside!r}, which is not inside it")
         return {"step": int(manifest["step"]), "files": sizes}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):

@@ -20,13 +20,17 @@ class ModelInfo:
     shapes: dict[str, Any]  # the architecture: what must agree between a checkpoint and a model
 
 
-def read_model_info(folder: str | Path) -> ModelInfo:
-    """Reads config.json. Raises ModelError if the folder is not a model of a supported kind."""
+def read_model_info(folder: str | Path, trust_remote_code: bool = False) -> ModelInfo:
+    """Reads config.json. Raises ModelError if the folder is not a model of a supported kind, or asks to have its code run."""
     config = read_json(Path(folder) / "config.json")
     if config.get("model_type") not in SUPPORTED:
         raise ModelError(f"{folder}: model_type {config.get('model_type')!r} is not supported; use one of {SUPPORTED}")
+    if not trust_remote_code:
+        _check_no_code(Path(folder))
     if not list(Path(folder).glob("*.safetensors")):
-        raise ModelError(f"{folder} has no safetensors weights: download or convert the model first")
+        pickled = sorted(p.name for p in Path(folder).iterdir() if p.name.endswith((".bin", ".pt", ".pth", ".ckpt")))
+        why = f", only {pickled[0]}, which could run code when it is read" if pickled else ""
+        raise ModelError(f"{folder} has no safetensors weights{why}: download or convert the model first")
     try:
         vision, text = config["vision_config"], config.get("text_config", config)  # Qwen2.5-VL's first files are flat
         shapes = {
@@ -38,6 +42,16 @@ def read_model_info(folder: str | Path) -> ModelInfo:
     except KeyError as error:
         raise ModelError(f"{folder}/config.json lacks {error}: the model folder is damaged") from error
     return ModelInfo(str(folder), config["model_type"], multiple, shapes)
+
+
+def _check_no_code(folder: Path) -> None:
+    """Raises ModelError where transformers would be asked to import Python files of the folder, or of a hub."""
+    for path in sorted(folder.glob("*.json")):
+        if path.name.endswith("config.json") and read_json(path).get("auto_map"):
+            raise ModelError(
+                f"{path} has an auto_map, which names Python code that comes with the model: take it out to have transformers' own "
+                "class, or set trust_remote_code=true if you trust that code"
+            )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -132,11 +132,17 @@ def by_chunks(
     return tuple(torch.cat(of_chunks) for of_chunks in zip(*parts, strict=True))
 
 
-def load_model(path: str, dtype: str) -> VideoLLM:
-    """A transformers video LLM from a folder, on the CPU, in `dtype`."""
+def load_model(path: str, dtype: str, trust_remote_code: bool = False) -> VideoLLM:
+    """A transformers video LLM from a folder's safetensors, on the CPU, in `dtype`."""
     from transformers import AutoModelForImageTextToText
 
-    model: VideoLLM = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    model: VideoLLM = AutoModelForImageTextToText.from_pretrained(
+        path,
+        dtype=getattr(torch, dtype),
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+    )
     if model.config.model_type == "qwen2_5_vl":
         model.model.get_rope_index = MethodType(_qwen2_5_positions, model.model)
     return model

@@ -42,9 +42,9 @@ class Draft:
 
 def make_plan(config: Config) -> Plan:
     """Checks models, tokenizers, annotations, videos and the curriculum's size. Raises InputError; starts nothing."""
-    student = read_model_info(config.student)
+    student = read_model_info(config.student, config.trust_remote_code)
     for teacher in _teachers(config):
-        check_teacher(config, student, read_model_info(teacher.model))
+        check_teacher(config, student, read_model_info(teacher.model, config.trust_remote_code))
     if config.loss.needs.rewards:
         load_rewards(config.loss.rewards)
     train, evaluation = (read_split(d, config.video, student.size_multiple) for d in (config.data.train, config.data.eval))

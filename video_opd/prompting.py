@@ -75,10 +75,10 @@ def fingerprint(
 class PromptEncoder:
     """Prompt -> EncodedPrompt with one model folder's processor. Every process that sees prompts holds one."""
 
-    def __init__(self, model_path: str | Path, config: PromptConfig, video: VideoConfig):
+    def __init__(self, model_path: str | Path, config: PromptConfig, video: VideoConfig, trust_remote_code: bool = False):
         from transformers import AutoProcessor
 
-        self._processor = AutoProcessor.from_pretrained(model_path)
+        self._processor = AutoProcessor.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         self._config = config
         self.tokenizer = self._processor.tokenizer
         self.frame_cache = FrameCache(video)

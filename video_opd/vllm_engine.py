@@ -15,8 +15,8 @@ from video_opd.prompting import PromptEncoder, parse_span
 from video_opd.types import EncodedPrompt, FailedPrompt, FinishReason, Prediction, Prompt
 
 
-def start_vllm(model: str, config: RolloutConfig | TeacherConfig, seed: int, **options: Any):
-    """A vLLM engine inside this process."""
+def start_vllm(model: str, config: RolloutConfig | TeacherConfig, seed: int, trust_remote_code: bool = False, **options: Any):
+    """A vLLM engine inside this process, of a folder's safetensors."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM
 
@@ -31,6 +31,8 @@ def start_vllm(model: str, config: RolloutConfig | TeacherConfig, seed: int, **o
     return LLM(
         model,
         dtype=config.dtype,
+        load_format="safetensors",
+        trust_remote_code=trust_remote_code,
         seed=seed,
         max_model_len=config.max_model_len,
         limit_mm_per_prompt={"video": 1, "image": 0},

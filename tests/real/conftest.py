@@ -141,6 +141,6 @@ def local_ray():
 
     import launch
 
-    launch.start_ray(load_config(DEMO, ["learner.world_size=2"]), address=None)
+    launch.start_ray(load_config(DEMO, ["learner.world_size=2"]), address="local")
     yield ray
     ray.shutdown()

@@ -51,7 +51,7 @@ def pool(tmp_path_factory) -> list[str]:
 def start(folder: Path, *arguments: str) -> subprocess.Popen:
     """launch.py with its output in folder/output.txt."""
     with (folder / "output.txt").open("a") as output:
-        command = [sys.executable, "-u", str(ROOT / "launch.py"), *arguments]
+        command = [sys.executable, "-u", str(ROOT / "launch.py"), "--address", "local", *arguments]
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
 

@@ -1,16 +1,24 @@
-"""A run on a cluster that was there before it: one of its nodes goes, the run and the rest of the cluster stay."""
+"""A run on a cluster that was there before it: it waits for its nodes, outlives the terminal and a node."""
 
 import json
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.job_submission import JobStatus, JobSubmissionClient
 
-from tests.real.test_chaos import end, kill_all, last_step, start, wait_for
+from tests.real.test_chaos import ROOT, last_step
 from tests.real.test_launch import metrics_of, trajectories_of
 
-STEPS, GROUPS = 24, 6
+STEPS, GROUPS, PATIENCE_S = 24, 6, 240.0
+RAY = Path(sys.executable).with_name("ray")
 
 
 @pytest.fixture
@@ -20,41 +28,61 @@ def cluster(monkeypatch):
 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     roles = {"rollout": 1, "teacher": 1, "learner": 1}
-    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "resources": roles, "object_store_memory": 200 << 20})
+    with socket.socket() as free:  # where the node takes jobs; the default may be another Ray's
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    head = {"num_cpus": 4, "resources": roles, "object_store_memory": 200 << 20}
+    head |= {"include_dashboard": True, "dashboard_port": 0, "dashboard_agent_listen_port": port}
+    started = Cluster(initialize_head=True, head_node_args=head)
     yield started
     started.shutdown()
 
 
-def test_a_run_outlives_a_node_and_leaves_the_cluster_running(cluster, overrides, tmp_path):
+class Job:
+    """launch.py submitted as a job, by a client that is gone once the job is on its way."""
+
+    def __init__(self, dashboard: str, *arguments: str):
+        self.client = JobSubmissionClient(dashboard)
+        command = [str(RAY), "job", "submit", "--address", dashboard, "--submission-id", "run", "--", sys.executable, "-u"]
+        with subprocess.Popen([*command, str(ROOT / "launch.py"), *arguments], stdout=subprocess.DEVNULL) as terminal:
+            self.wait_for(lambda: self.status() == JobStatus.RUNNING, "the job to run")
+            terminal.send_signal(signal.SIGKILL)
+
+    def status(self) -> JobStatus | None:
+        return next((job.status for job in self.client.list_jobs() if job.submission_id == "run"), None)
+
+    def output(self) -> str:
+        return self.client.get_job_logs("run")
+
+    def wait_for(self, condition, what: str) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition():
+            status = self.status()
+            assert status is None or not status.is_terminal(), f"the job ended, {status}, before {what}"
+            assert time.monotonic() < deadline, f"{what} did not come"
+            time.sleep(0.5)
+
+
+def test_a_run_waits_for_its_nodes_outlives_one_and_leaves_the_cluster_running(cluster, overrides, tmp_path):
     """An actor and a replica go with the node, and what they had made; there is no other place for them."""
-    node = cluster.add_node(num_cpus=4, resources={"rollout": 1, "teacher": 1}, object_store_memory=200 << 20)
     options = [
-        *(
-            f"num_steps={STEPS}",
-            f"groups_per_step={GROUPS}",
-            "max_policy_lag=1",
-            "rollout.num_actors=2",
-            "teacher_pool.num_replicas=2",
-        ),
+        *(f"num_steps={STEPS}", f"groups_per_step={GROUPS}", "max_policy_lag=1"),
+        *("rollout.num_actors=2", "teacher_pool.num_replicas=2"),
         *("rollout.prompts_per_call=3", "rollout.prompts_per_result=1", "rollout.max_response_tokens=6", "learner.micro_batch=3"),
-        *(
-            "data.eval.max_prompts=4",
-            "request_timeout_s=60",
-            "video.decode_timeout_s=30",
-            "start_timeout_s=180",
-            f"runs_dir={tmp_path}",
-            "run_name=joined",
-        ),
+        *("data.eval.max_prompts=4", "request_timeout_s=60", "video.decode_timeout_s=30", "start_timeout_s=180"),
+        *(f"runs_dir={tmp_path}", "run_name=joined"),
     ]
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
-    run, folder = start(tmp_path, *overrides, *options, "--address", str(cluster.address)), tmp_path / "joined"
+    folder, missing = tmp_path / "joined", "waiting for the cluster: rollout: 1 of 2, teacher: 1 of 2"
+    job = Job(f"http://{cluster.head_node.webui_url}", *overrides, *options)
     try:
-        wait_for(lambda: last_step(folder) >= 3, run, "step 3")
+        job.wait_for(lambda: missing in job.output(), missing)
+        node = cluster.add_node(num_cpus=4, resources={"rollout": 1, "teacher": 1}, object_store_memory=200 << 20)
+        job.wait_for(lambda: last_step(folder) >= 3, "step 3")
         cluster.remove_node(node, allow_graceful=False)
-        output = end(run, tmp_path)
+        job.wait_for(lambda: (folder / "summary.json").exists(), "the summary")
     except BaseException:
-        kill_all(run)
-        print((tmp_path / "output.txt").read_text()[-6000:])
+        print(job.output()[-6000:])
         raise
     head: Any = cluster.head_node
     assert head.all_processes["raylet"][0].process.poll() is None
@@ -62,5 +90,10 @@ def test_a_run_outlives_a_node_and_leaves_the_cluster_running(cluster, overrides
     assert [m["step"] for m in metrics] == list(range(STEPS))
     assert Counter(r["step"] for r in trajectories_of(folder)) == dict.fromkeys(range(STEPS), GROUPS)
     assert (metrics[3]["actors/running"], metrics[-1]["actors/running"], metrics[-1]["actors/wanted"]) == (2, 1, 2)
-    assert "was lost and is replaced" in output
+    assert "was lost and is replaced" in job.output()
     assert json.loads((folder / "summary.json").read_text())["student_after"]["n"] == 4
+
+    command = [sys.executable, str(ROOT / "launch.py"), "--address", str(cluster.address), *overrides, *options]
+    late = subprocess.run([*command, "run_name=late", "start_timeout_s=3"], capture_output=True, text=True, timeout=120)
+    assert late.returncode == 2 and late.stderr.count("\n") == 1
+    assert "has not what the run asks for after 3 s, rollout: 1 of 2, teacher: 1 of 2; asked for are learner (each" in late.stderr

@@ -129,12 +129,6 @@ async def train(name, config, prompts, encoder, folder=None):
     return learner, parameters, [r.metrics for r in reports]
 
 
-def stop(learner: Learner) -> None:
-    ranks: list[Any] = learner._ranks
-    for rank in ranks:
-        ray.kill(rank)
-
-
 def largest_gap(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
     assert ours.keys() == theirs.keys()
     return max(float(np.abs(ours[n] - theirs[n]).max()) for n in ours)
@@ -171,7 +165,7 @@ def test_ranks_compute_what_one_process_does(local_ray, overrides, prompts, enco
     assert [m["learner/num_tokens"] for m in metrics] == tokens
     if stage:  # DeepSpeed reports no norm at stage 0
         assert all(m["learner/grad_norm"] > 0 for m in metrics)
-    stop(learner)
+    learner.stop()
 
 
 LORA = ("learner.lora_rank=4", "learner.lora_alpha=8")
@@ -193,12 +187,12 @@ def test_a_checkpoint_restores_weights_and_optimizer_exactly_and_its_student_loa
     async def run():
         learner, saved, _ = await train(f"before{stage}", config, prompts, encoder, tmp_path)
         after = await go_on(learner)
-        stop(learner)
+        learner.stop()
         fresh = Learner(f"after{stage}", config)
         await fresh.start()
         await fresh.load(tmp_path)
         resumed = await go_on(fresh)
-        stop(fresh)
+        fresh.stop()
         return saved, after, resumed
 
     saved, uninterrupted, resumed = asyncio.run(run())
@@ -250,11 +244,11 @@ def test_another_number_of_ranks_goes_on_exactly(local_ray, overrides, prompts, 
             await learner.update(groups, step)
         await learner.save(tmp_path / "c")
         saved = await states(learner)
-        stop(learner)
+        learner.stop()
         await fresh.start()
         await fresh.load(tmp_path / "c", saved_world_size=before)
         loaded = await states(fresh)
-        stop(fresh)
+        fresh.stop()
         return saved, loaded
 
     saved, loaded = asyncio.run(run())
@@ -276,7 +270,7 @@ def test_a_frozen_vision_tower_keeps_its_weights(local_ray, overrides, prompts, 
     assert len(vision) > 10
     assert all((parameters[n] == start[n]).all() for n in vision)
     assert any((parameters[n] != start[n]).any() for n in start if n not in vision)
-    stop(learner)
+    learner.stop()
 
 
 def with_actor_logprobs(groups: list[ScoredGroup], model, encoder) -> list[ScoredGroup]:
@@ -300,9 +294,9 @@ def test_lora_trains_adapters_alone_and_publishes_what_it_computes(local_ray, ov
         plain = load_model(str(tmp_path / "student"), "float32").eval()
         again = with_actor_logprobs(scored_groups(prompts[:6], encoder, seed=3), plain, encoder)
         report = await learner.update(again, STEPS)
-        stop(learner)
+        learner.stop()
         single, alone, _ = await train("lora1", make_config(overrides, 1, 2, "loss.kind=opd", *LORA), prompts, encoder)
-        stop(single)
+        single.stop()
         return published, report.metrics, alone
 
     published, metrics, alone = asyncio.run(run())
@@ -329,10 +323,10 @@ def test_cached_vision_features_change_nothing_but_the_work(local_ray, overrides
 
     async def run():
         plain, expected, _ = await train("seen", plain_config, prompts, encoder)
-        stop(plain)
+        plain.stop()
         cached, ours, first = await train("kept", cached_config, prompts, encoder)
         again = await cached.update(batches(cached_config, prompts, encoder)[0], STEPS)
-        stop(cached)
+        cached.stop()
         return expected, ours, first, again.metrics
 
     expected, ours, first, again = asyncio.run(run())
@@ -361,11 +355,11 @@ def test_suspended_rollouts_never_scale_up_what_is_left_and_alone_they_leave_eve
         references, _ = await learner.put_weights(1)
         parameters = {n: t.numpy().copy() for n, t in unpack(ray.get(references, timeout=60))}
         mixed = await learner.update([*groups[:4], *map(suspended, groups[4:])], 1)
-        stop(learner)
+        learner.stop()
         whole = Learner("active", config)
         await whole.start()
         active = await whole.update(groups[:4], 1)
-        stop(whole)
+        whole.stop()
         return skipped.metrics, parameters, mixed.metrics, active.metrics
 
     skipped, parameters, mixed, active = asyncio.run(run())

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from video_opd.content import is_of_windows
 from video_opd.errors import DataError
 
 EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp")
@@ -37,7 +38,7 @@ def find_video(folder: str, name: str, where: str) -> Path:
     """
     root = os.path.abspath(folder)
     path = os.path.normpath(os.path.join(root, name))
-    if "\0" in name or not path.startswith(root.rstrip(os.sep) + os.sep):
+    if "\0" in name or is_of_windows(name) or not path.startswith(root.rstrip(os.sep) + os.sep):
         raise DataError(f"{where}: the video {name!r} is not inside {folder}: write a path below it, or name another folder")
     candidates = list(_candidates(os.path.relpath(path, root)))
     return Path(folder) / next((c for c in candidates if _exists(Path(root) / c)), candidates[0])

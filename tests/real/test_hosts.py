@@ -1,0 +1,112 @@
+"""`ray up deploy/on_prem.yaml`, `ray exec ... launch.py` and `ray down` for real, on hosts that share models and clips alone."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.real.hosts import NETWORK, USER, Host, HostsUnavailable, hosts
+from tests.real.test_chaos import ROOT, last_step
+from tests.real.test_launch import metrics_of, trajectories_of
+
+CHECKOUT, FILE = "video-opd", "deploy/on_prem.yaml"
+STEPS, GROUPS, PATIENCE_S = 16, 6, 200.0
+TITLES = {"learner": "LearnerRank", "rollout": "RolloutActor", "teacher": "ServeReplica"}
+
+
+def adapt(cluster_file: Path) -> None:
+    """This test's addresses, and no GPUs."""
+    text = cluster_file.read_text()
+    assert text.count("192.0.2.") >= 7 and text.count("EXTRA=gpu") == 1
+    cluster_file.write_text(text.replace("192.0.2.", f"{NETWORK}.").replace("EXTRA=gpu", "EXTRA=cpu"))
+
+
+def at(desk: Host, *command: str) -> None:
+    """A command in the desk's checkout, to its end."""
+    asked = desk.command(*command, folder=CHECKOUT)
+    done = subprocess.run(asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 0, f"{command}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+
+
+def wait_for(condition: Callable[[], bool], run: subprocess.Popen, what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert run.poll() is None, f"ended with {run.returncode} before {what}"
+        assert time.monotonic() < deadline, f"{what} did not come"
+        time.sleep(0.3)
+
+
+def runs_on(host: Host, role: str) -> bool:
+    return any(TITLES[role] in line for line in host.processes())
+
+
+@pytest.fixture
+def machines(overrides, models, clips, tmp_path):
+    """Hosts with the environment that deploy/setup.sh would make, which see models and clips, as on shared storage."""
+    shared = [Path(sys.base_prefix), Path(sys.prefix), models, clips]
+    try:
+        with hosts(5, tmp_path, shared, hidden=ROOT) as made:
+            for host in made:
+                environment = tmp_path / host.name / ".venvs"
+                environment.mkdir()
+                (environment / "video-opd").symlink_to(sys.prefix)
+            yield made
+    except HostsUnavailable as error:
+        if os.environ.get("REQUIRE_HOSTS"):
+            raise
+        pytest.skip(f"NOT TESTED: a cluster of several hosts. {error}")
+
+
+def test_a_run_on_four_hosts_outlives_the_loss_of_one_and_leaves_nothing_behind(machines, overrides, tmp_path):
+    head, learner, _, teacher, desk = machines  # commands are given at a desk that is no part of the cluster
+    checkout = tmp_path / desk.name / CHECKOUT
+    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".*", "data", "runs", "__pycache__"))
+    adapt(checkout / FILE)
+    at(desk, "ray", "get-auth-token", "--generate")
+    at(desk, "ray", "up", "--yes", FILE)
+    options = [
+        *(f"num_steps={STEPS}", f"groups_per_step={GROUPS}", "teacher_pool.num_replicas=2", "checkpoint_every=5"),
+        *("rollout.prompts_per_call=3", "rollout.prompts_per_result=1", "rollout.max_response_tokens=6", "learner.micro_batch=3"),
+        *("data.eval.max_prompts=4", "request_timeout_s=45", "video.decode_timeout_s=30", "start_timeout_s=120"),
+        *("teacher_pool.health_check_s=2", "max_retries=5", f"runs_dir=/home/{USER}/runs", "run_name=hosts"),
+    ]
+    of_run = [option for option in overrides if not option.startswith("runs_dir=")]
+    folder = tmp_path / head.name / "runs" / "hosts"
+    output = tmp_path / "launch.txt"
+    launch = " ".join(["python", "video-opd/launch.py", *of_run, *options])
+    with output.open("w") as file:
+        asked = desk.command("ray", "exec", FILE, launch, folder=CHECKOUT)
+        run = subprocess.Popen(asked, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+    try:
+        wait_for(lambda: last_step(folder) >= 2, run, "step 2")
+        roles = [{role for role in TITLES if runs_on(host, role)} for host in machines]
+        teacher.set_link(up=False)
+        wait_for(lambda: (folder / "summary.json").exists(), run, "the summary")
+        assert run.wait(60) == 0
+    except BaseException:
+        print(output.read_text()[-6000:])
+        raise
+    finally:
+        if run.poll() is None:
+            run.kill()
+    assert roles == [set(), {"learner"}, {"rollout", "teacher"}, {"teacher"}, set()]
+    metrics = metrics_of(folder)
+    assert [m["step"] for m in metrics] == list(range(STEPS))
+    assert Counter(r["step"] for r in trajectories_of(folder)) == dict.fromkeys(range(STEPS), GROUPS)
+    assert json.loads((folder / "summary.json").read_text())["student_after"]["n"] == 4
+    for step in (5, 10, 15, STEPS):  # brought here from the learner's host, where nothing of it stays
+        files = {p.name for p in (folder / "checkpoints" / f"step-{step}").rglob("*") if p.is_file()}
+        assert {"manifest.json", "model.safetensors", "mp_rank_00_model_states.pt"} <= files
+    left = tmp_path / learner.name / "runs"
+    assert not [p for p in left.rglob("*") if p.is_file()]
+
+    teacher.set_link(up=True)
+    at(desk, "ray", "down", "--yes", FILE)
+    assert not head.processes()
