@@ -238,9 +238,7 @@ def test_a_drivers_events_are_json_lines_and_text_and_a_resumed_run_appends(tmp_
             log.debug("for the file alone")
             logging.getLogger("video_opd.frame_cache").warning("of a module")
     said = [e for e in lines_of(tmp_path) if "actor-3" in e["message"]]
-    assert [(e["level"], e["run"], e["step"], e["role"]) for e in said] == [
-        ("WARNING", tmp_path.name, s, "driver") for s in (0, 7)
-    ]
+    assert [(e["level"], e["run"], e["step"], e["role"]) for e in said] == [("WARNING", tmp_path.name, s, "driver") for s in (0, 7)]
     assert all(e["time"].endswith("+00:00") for e in said)
     assert [e["message"] for e in lines_of(tmp_path)].count("for the file alone") == 2
     out, err = capsys.readouterr()
