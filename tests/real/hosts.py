@@ -108,6 +108,7 @@ def hosts(count: int, folder: Path, shared: Sequence[Path], hidden: Path) -> Ite
             _ip(f"netns add {name}")
             undo.callback(_ip, f"netns del {name}")
             _ip(f"link add v{name} type veth peer name eth0 netns {name}")
+            undo.callback(_ip, f"link del v{name}")  # else it stays until the last process that sees it is gone
             _ip(f"link set v{name} master {BRIDGE} up")
             for command in (
                 f"addr add {address}/24 dev eth0",
