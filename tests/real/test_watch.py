@@ -225,7 +225,7 @@ def test_every_process_says_what_happened_as_json_with_run_step_and_role(watched
     assert dropped and all(e["message"] in watched.output for e in dropped), "the terminal says it too"
     assert {(e["role"], e["run"], e["level"]) for e in dropped} == {("driver", "watched", "WARNING")}
     assert [e["step"] for e in events] == sorted(e["step"] for e in events) and events[-1]["step"] >= 6
-    assert events[-1]["level"] == "ERROR" and "stopped by SIGTERM" in events[-1]["message"]
+    assert events[-1]["level"] == "ERROR" and "stopped by SIGTERM at step" in events[-1]["message"]
     roles = {}
     for file in (watched.ray_dir / "session_latest" / "logs").glob("worker-*.err"):
         for line in file.read_text().splitlines():
