@@ -1,7 +1,6 @@
 """`ray up deploy/on_prem.yaml`, `ray exec ... launch.py` and `ray down` for real, on hosts that share models and clips alone."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import not_tested
 from tests.real.hosts import NETWORK, USER, Host, HostsUnavailable, hosts
 from tests.real.test_chaos import ROOT, last_step
 from tests.real.test_launch import metrics_of, trajectories_of
@@ -64,9 +64,7 @@ def machines(overrides, models, clips, tmp_path):
                 (environment / "video-opd").symlink_to(sys.prefix)
             yield made
     except HostsUnavailable as error:
-        if os.environ.get("REQUIRE_HOSTS"):
-            raise
-        pytest.skip(f"NOT TESTED: a cluster of several hosts. {error}")
+        not_tested(f"a cluster of several hosts: {error}")
 
 
 def test_a_run_on_four_hosts_outlives_the_loss_of_one_and_leaves_nothing_behind(machines, overrides, tmp_path):
