@@ -8,6 +8,7 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:TERM@600
 #SBATCH --output=slurm-%j.log
@@ -39,8 +40,9 @@ trap 'if [ -n "$run" ]; then kill -TERM "$run"; else exit 143; fi' TERM INT
 (umask 077 && python -c 'import secrets; print(secrets.token_hex(32), end="")' > "$RAY_AUTH_TOKEN_PATH")
 
 start_ray() { # NODE ROLE ray start's further arguments
-  srun --nodes=1 --ntasks=1 --overlap --nodelist="$1" ray start --block --disable-usage-stats --metrics-export-port=8080 \
-    --temp-dir="/tmp/ray_$SLURM_JOB_ID" --resources="{\"$2\": $UNITS}" "${@:3}" &
+  srun --nodes=1 --ntasks=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --overlap --nodelist="$1" \
+    ray start --block --disable-usage-stats --metrics-export-port=8080 --temp-dir="/tmp/ray_$SLURM_JOB_ID" \
+    --resources="{\"$2\": $UNITS}" "${@:3}" &
   steps+=($!)
 }
 

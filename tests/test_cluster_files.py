@@ -8,7 +8,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -326,8 +325,8 @@ BAD: list[tuple[str, Callable[[Any], None], str]] = [
     (
         KUBERAY,
         put("teacher: 1", *GROUPS, 2, "rayStartParams", "resources"),
-        "video-opd: Ray's autoscaler cannot read the groups' resources (Expecting value: line 1 column 1 (char 0)): write them as in "
-        "deploy/kuberay.yaml",
+        "video-opd: Ray's autoscaler cannot read the groups' resources (Expecting value: line 1 column 1 (char 0)): write them as "
+        "in deploy/kuberay.yaml",
     ),
     (
         KUBERAY,
@@ -551,8 +550,14 @@ def test_setup_leaves_a_complete_environment_as_it_is_and_shells_find_it(user: P
 LAUNCH = """
 import os, pathlib, signal, sys, time
 token = pathlib.Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+
+def stop(*_):
+    time.sleep(0.5)
+    print("checkpoint", token.exists(), flush=True)
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, stop)
 print("launched", *sys.argv[1:], oct(token.stat().st_mode & 0o777), len(token.read_text()), flush=True)
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 time.sleep(float(sys.argv[-1]))
 sys.exit(3)
 """
@@ -610,10 +615,9 @@ def test_slurm_hands_its_signal_on_and_waits_for_the_checkpoint(slurm, tmp_path:
     assert job.stdout.readline().startswith("launched")
     (token,) = (tmp_path / "submitted").glob(".ray_token*")
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
-    time.sleep(0.3)
     job.send_signal(signal.SIGTERM)
-    job.communicate(timeout=30)
-    assert job.returncode == 143
+    out, _ = job.communicate(timeout=30)
+    assert (job.returncode, out) == (143, "checkpoint True\n")
     assert not token.exists()
 
 

@@ -144,3 +144,17 @@ def local_ray():
     launch.start_ray(load_config(DEMO, ["learner.world_size=2"]), address="local")
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def shared_ray():
+    """A cluster that the launches of one module join: to start Ray and Serve is a fifth of a tiny run."""
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_AUTH_MODE", "disabled")
+        head = {"num_cpus": 16, "resources": {"learner": 2, "rollout": 2, "teacher": 2}, "object_store_memory": 1 << 30}
+        cluster = Cluster(initialize_head=True, head_node_args=head | {"include_dashboard": False})
+        environment.setenv("RAY_ADDRESS", cluster.address)
+        yield
+        cluster.shutdown()

@@ -103,11 +103,13 @@ def hosts(count: int, folder: Path, shared: Sequence[Path], hidden: Path) -> Ite
             home = folder / name
             (home / ".ssh").mkdir(parents=True)
             shutil.copy(key, home / ".ssh")
+            (home / ".ssh" / "config").write_text("StrictHostKeyChecking accept-new\n")
             shutil.copy(f"{key}.pub", home / ".ssh" / "authorized_keys")
             _run(f"ssh-keygen -q -t ed25519 -N '' -f {home}/.ssh/host_key")
             _ip(f"netns add {name}")
             undo.callback(_ip, f"netns del {name}")
             _ip(f"link add v{name} type veth peer name eth0 netns {name}")
+            undo.callback(_ip, f"link del v{name}")  # else it stays until the last process that sees it is gone
             _ip(f"link set v{name} master {BRIDGE} up")
             for command in (
                 f"addr add {address}/24 dev eth0",

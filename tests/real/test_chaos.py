@@ -172,7 +172,7 @@ def test_every_scheduled_prompt_is_trained_on_exactly_once(survived):
     assert all(len(r["teacher_logprobs"]) == len(r["response_token_ids"]) for r in rows)
 
 
-KILLS, KILLED_STEPS, STARTING_S = 10, 60, 8.0
+KILLS, OF_STEPS, KILLED_STEPS, STARTING_S = 10, 4, 48, 8.0  # so many of the kills while it steps
 
 
 def killed_options(folder: Path) -> list[str]:
@@ -190,11 +190,11 @@ def test_a_run_killed_at_ten_random_moments_ends_as_an_undisturbed_one_does(over
     end(undisturbed, tmp_path)
     folder, rng = tmp_path / "killed", random.Random(int(os.environ.get("CHAOS_SEED", "0")))
     run = start(tmp_path, *overrides, *pool, *options, "run_name=killed")
-    moments = []
-    for _ in range(KILLS):
+    moments, of_steps = [], {0, *rng.sample(range(1, KILLS), OF_STEPS - 1)}
+    for number in range(KILLS):
         before = last_step(folder)
         try:
-            if moments and rng.random() < 0.5:  # while it starts, or restores
+            if number not in of_steps:  # while it starts, or restores
                 time.sleep(rng.uniform(0, STARTING_S))
             else:
                 wait_for(lambda: (folder / "checkpoints").exists(), run, "the first checkpoint")

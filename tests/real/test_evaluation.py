@@ -29,7 +29,7 @@ def overrides(tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def run(overrides) -> Path:
+def run(shared_ray, overrides) -> Path:
     done = run_launch(*overrides, "num_steps=2", "groups_per_step=8", "max_policy_lag=0", f"run_name={RUN}")
     assert done.returncode == 0, done.stderr[-4000:]
     return Path(next(o for o in overrides if o.startswith("runs_dir=")).removeprefix("runs_dir=")) / RUN

@@ -24,6 +24,7 @@ from video_opd.manifest import check_whole
 from video_opd.run_folder import checkpoint_steps
 
 ROOT = Path(launch.__file__).parent
+pytestmark = pytest.mark.usefixtures("shared_ray")
 STEPS, GROUPS = 4, 6
 SHRUNK = [
     "max_policy_lag=0",
@@ -61,7 +62,7 @@ def damaged_clips(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(overrides, damaged_clips) -> Path:
+def finished(shared_ray, overrides, damaged_clips) -> Path:
     """A run at lag 1 with two actors; one of its clips is damaged after the start-up checks, and mended afterwards."""
     config = load_config(DEMO, overrides)
     data = [
@@ -161,7 +162,7 @@ TVDF = ["curriculum.teacher_threshold=0", "curriculum.num_teacher_predictions=2"
 
 
 @pytest.fixture(scope="module")
-def tvdf(overrides) -> Path:
+def tvdf(shared_ray, overrides) -> Path:
     """Two rounds of two steps, the second selected with the student as it is then; a vLLM teacher, two learner ranks."""
     more = ["num_steps=4", "checkpoint_every=3", "run_name=tvdf", "curriculum.kind=tvdf", "curriculum.num_selected=12"]
     done = run_launch(*overrides, *SHRUNK, *TVDF, *more, "learner.world_size=2")
