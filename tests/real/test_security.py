@@ -87,7 +87,7 @@ def called(port: int, token: str | None) -> grpc.StatusCode:
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
         try:
-            call(b"", timeout=PATIENCE_S, metadata=[("authorization", f"Bearer {token}")] if token else [])
+            call(b"", timeout=PATIENCE_S, metadata=(("authorization", f"Bearer {token}"),) if token else ())
         except grpc.RpcError as error:
             status: Any = error
             return status.code()
@@ -123,8 +123,12 @@ def test_a_client_with_the_token_gets_in(run):
     assert (done.returncode, done.stderr) == (0, "") and "run" in done.stdout
 
 
-@pytest.mark.parametrize("command", [["-m", "actors", "status"], ["launch.py"]], ids=["actors", "launch"])
-@pytest.mark.parametrize("kind", ["none", "wrong", "disabled", "no such file", "unknown mode"])
+@pytest.mark.parametrize(
+    ("kind", "command"),
+    [(kind, ["-m", "actors", "status"]) for kind in ("none", "wrong", "disabled", "no such file", "unknown mode")]
+    + [(kind, ["launch.py"]) for kind in ("none", "wrong")],
+    ids=lambda value: value if isinstance(value, str) else value[0].strip("-"),
+)
 def test_a_client_without_the_token_is_refused_in_one_line(run, wrong, overrides, command, kind, tmp_path):
     env, said = {
         "none": (environment(HOME=str(tmp_path)), "wants its token, and there is none here: copy the head's ~/.ray/auth_token"),
