@@ -13,7 +13,6 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,7 +105,7 @@ def wait_until(condition, run: subprocess.Popen, what: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def watched(overrides, tmp_path_factory) -> Iterator[Watched]:
+def watched(overrides, tmp_path_factory, request) -> Watched:
     if not shutil.which("prometheus"):
         warnings.warn("PROMETHEUS IS MISSING, the board is not tested: install Debian's package prometheus", stacklevel=1)
         pytest.skip("PROMETHEUS IS MISSING: install Debian's package prometheus")
@@ -121,6 +120,7 @@ def watched(overrides, tmp_path_factory) -> Iterator[Watched]:
         *(f"video.cache_dir={folder / 'frames'}", "video.cache_bytes=500000"),  # too little for all: clips are decoded again
     ]
     ray_tmp = Path(tempfile.mkdtemp(prefix="ray-"))  # sockets below it want a short name
+    request.addfinalizer(lambda: shutil.rmtree(ray_tmp, ignore_errors=True))
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_TMPDIR", str(ray_tmp))
         environment.setenv("RAY_metrics_report_interval_ms", str(REPORT_S * 1000))
@@ -156,8 +156,7 @@ def watched(overrides, tmp_path_factory) -> Iterator[Watched]:
     finally:
         kill_all(run)
         prometheus.stop()
-    yield Watched(folder / "watched", ray_tmp / "ray", found, of_alerts, history, still_s, output)
-    shutil.rmtree(ray_tmp, ignore_errors=True)
+    return Watched(folder / "watched", ray_tmp / "ray", found, of_alerts, history, still_s, output)
 
 
 def _history(prometheus: Prometheus, name: str) -> list[float]:
