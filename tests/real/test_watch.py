@@ -13,6 +13,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,7 +106,14 @@ def wait_until(condition, run: subprocess.Popen, what: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def watched(overrides, tmp_path_factory, request) -> Watched:
+def ray_tmp() -> Iterator[Path]:
+    """A temporary folder of its own for Ray, with a short name for the sockets in it."""
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def watched(overrides, ray_tmp, tmp_path_factory) -> Watched:
     if not shutil.which("prometheus"):
         warnings.warn("PROMETHEUS IS MISSING, the board is not tested: install Debian's package prometheus", stacklevel=1)
         pytest.skip("PROMETHEUS IS MISSING: install Debian's package prometheus")
@@ -119,8 +127,6 @@ def watched(overrides, tmp_path_factory, request) -> Watched:
         *("data.eval.max_prompts=4", "request_timeout_s=120", "start_timeout_s=180", f"runs_dir={folder}", "run_name=watched"),
         *(f"video.cache_dir={folder / 'frames'}", "video.cache_bytes=500000"),  # too little for all: clips are decoded again
     ]
-    ray_tmp = Path(tempfile.mkdtemp(prefix="ray-"))  # sockets below it want a short name
-    request.addfinalizer(lambda: shutil.rmtree(ray_tmp, ignore_errors=True))
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_TMPDIR", str(ray_tmp))
         environment.setenv("RAY_metrics_report_interval_ms", str(REPORT_S * 1000))
