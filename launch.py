@@ -234,8 +234,6 @@ async def execute(config: Config, folder: Path, plan: Plan, resume: int | None) 
             for task in beside:
                 task.cancel()
             run.actors.stop()
-            if run.stopped_by is None:  # else it has a checkpoint to write; ray.shutdown() ends it after that
-                run.learner.stop()
 
 
 def dry_run(config: Config, gpu_memory_gib: float | None) -> None:

@@ -21,7 +21,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @asynccontextmanager
 async def ending(run: Run) -> AsyncIterator[None]:
-    """The block is the run. Whatever ends it, checkpoints on their way elsewhere arrive and the teacher service is taken down.
+    """The block is the run. Whatever ends it, checkpoints on their way elsewhere arrive, teacher service and learner go.
 
     The first SIGTERM or SIGINT lets the update under way end within stop_grace_s, ends the block there, and writes a checkpoint;
     a second one ends the process at once. Raises StoppedError, which says where the run can go on.
@@ -44,6 +44,7 @@ async def ending(run: Run) -> AsyncIterator[None]:
             await run.uploads.finish()
         if run.teacher:
             run.teacher.stop()
+        run.learner.stop()
         for which in handled:
             asyncio.get_running_loop().remove_signal_handler(which)
 

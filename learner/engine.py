@@ -20,6 +20,7 @@ from learner.signals import TimestampTokens, TokenRecords, batch_signals, policy
 from learner.universal import TAG as universal_tag
 from learner.vision_cache import VisionCache
 from learner.weight_sender import Bucket, tensor_buckets, to_buckets
+from video_opd.broadcast import node_store
 from video_opd.clips import frames_key
 from video_opd.config import Config
 from video_opd.errors import ClipError, RunError
@@ -253,5 +254,8 @@ def _init_deepspeed(config: Config, rank: int, world_size: int, master: tuple[st
         communication: Any = importlib.import_module("deepspeed.comm.torch")
         communication.build_shm_op = lambda: None
     read_weights_only()
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    backend = "nccl" if on_gpu else "gloo"
+    store = node_store(*master, world_size, is_master=rank == 0)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)  # finds that one
     return deepspeed

@@ -24,12 +24,13 @@ from tests.test_checkpoint import read, write_checkpoint
 from tests.test_files import CONFIG, write_model
 from tests.test_formats import DATA, GOLDEN, MANIFEST_ROW, VIDEO, golden_file
 from tests.test_formats import config as dataset_config
+from video_opd.clips import plan_clip
 from video_opd.config import Config, TeacherModel, load_config, parse_section
 from video_opd.content import is_inside
 from video_opd.datasets import read_prompts
 from video_opd.datasets.formats import read_annotations, resolve
 from video_opd.datasets.manifest import write_manifest as write_rows
-from video_opd.errors import CheckpointError, ConfigError, DataError, ModelError
+from video_opd.errors import CheckpointError, ClipError, ConfigError, DataError, ModelError
 from video_opd.manifest import MANIFEST, write_manifest
 from video_opd.model_files import read_model_info
 from video_opd.modeling import load_model
@@ -306,3 +307,19 @@ def test_a_models_code_does_not_run(tmp_path):
     with pytest.raises(ValueError, match="trust_remote_code"):
         PromptEncoder(folder, config_with().prompt, VIDEO)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("decoder", ["decord", "pyav"])
+@pytest.mark.parametrize(
+    "playlist", ["#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile://{}\n#EXT-X-ENDLIST\n", "ffconcat version 1.0\nfile '{}'\n"]
+)
+def test_a_playlist_called_a_video_does_not_open_the_files_that_it_names(decoder, playlist, split_folder, tmp_path):
+    video = next((split_folder / "videos").glob("*.mp4"))
+    copy, path = tmp_path / "copy.mp4", tmp_path / "x.mp4"
+    copy.write_bytes(video.read_bytes())
+    config = VIDEO.model_copy(update={"decoder": decoder})
+    assert plan_clip("x", copy, config, 32).num_video_frames
+    path.write_text(playlist.format(copy if "EXT" in playlist else copy.name))
+    with pytest.raises(ClipError) as caught:
+        plan_clip("x", path, config, 32)
+    one_line(caught.value, str(path), "does not begin as a video file does")

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def make_run(step: int = 3, checkpointed: int | None = 2, stop_grace_s: float = 60.0) -> Any:
-    parts: Any = {name: None for name in ("plan", "actors", "teacher", "learner", "curriculum")}
+    parts: Any = {name: None for name in ("plan", "actors", "teacher", "curriculum")}
+    parts["learner"] = SimpleNamespace(stop=lambda: None)
     config: Any = SimpleNamespace(stop_grace_s=stop_grace_s, max_scored_tokens=None)
     return Run(folder=Path("runs/name"), config=config, control=None, rewards=[], step=step, checkpointed=checkpointed, **parts)
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,6 @@ ROOT = Path(__file__).resolve().parent.parent
 BOARD = json.loads((ROOT / "deploy/grafana/video_opd.json").read_text())
 RULES = yaml.safe_load((ROOT / "deploy/alerts.yml").read_text())["groups"][0]["rules"]
 VALID_NAME = r"[a-zA-Z_][a-zA-Z0-9_]*"
-needs_promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="PROMTOOL IS MISSING: install Debian's prometheus")
 
 
 class FakeMetric:
@@ -192,7 +190,7 @@ def test_no_two_panels_overlap():
             assert taken.setdefault(cell, panel["title"]) == panel["title"]
 
 
-@needs_promtool
+@pytest.mark.usefixtures("prometheus_tools")
 def test_the_configuration_is_prometheus_own():
     done = subprocess.run(
         ["promtool", "check", "config", ROOT / "deploy/prometheus.yml"], capture_output=True, text=True, check=False
@@ -209,7 +207,7 @@ FIRES = {  # alert: series that make it fire, one value a minute; the same witho
 }
 
 
-@needs_promtool
+@pytest.mark.usefixtures("prometheus_tools")
 @pytest.mark.parametrize("fires", [True, False])
 def test_alerts_fire_when_they_should_and_only_then(fires, tmp_path):
     assert {r["alert"] for r in RULES} == set(FIRES)

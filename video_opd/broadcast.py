@@ -13,6 +13,7 @@ What is kept true:
 
 import dataclasses
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -36,12 +37,26 @@ _ABANDONED = "abandoned"
 _SHORTEST_POLL_S, _LONGEST_POLL_S, _LOOK_S = 5e-5, 5e-2, 0.2
 
 
+def node_store(host: str, port: int, size: int | None, is_master: bool) -> TCPStore:
+    """torch's store at `host`, where processes meet; its master listens on that address alone, where torch's own takes all.
+
+    `port` 0: any. `size`: the master waits for so many; None: for nobody.
+    """
+    wait = {"world_size": size, "wait_for_workers": size is not None}
+    if not is_master:
+        return TCPStore(host, port, is_master=False, **wait)
+    family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.create_server((host, port), family=family)
+    port = listener.getsockname()[1]
+    return TCPStore(host, port, is_master=True, master_listen_fd=listener.detach(), **wait)
+
+
 class Rendezvous:
     """The driver's side of a group: where its members meet, and learn that it is abandoned."""
 
     def __init__(self, host: str, size: int, backend: str):
         """`host`: this process's address, as the members see it. `size`: the sender included."""
-        self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self._store = node_store(host, 0, None, is_master=True)
         self._host, self._size, self._backend = host, size, backend
 
     def place(self, rank: int) -> GroupPlace:

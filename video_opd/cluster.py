@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from video_opd.errors import ConfigError
 
 CONNECT_TIMEOUT_S = 5.0
-AUTH_MODE = "RAY_AUTH_MODE"
+AUTH_MODE, GLOO_INTERFACE = "RAY_AUTH_MODE", "GLOO_SOCKET_IFNAME"
 GET_TOKEN = "copy the head's ~/.ray/auth_token to the same place here, or name a copy in RAY_AUTH_TOKEN_PATH"
 
 
@@ -110,7 +110,7 @@ def join(address: str, **options: Any) -> Any:
 
 
 def start_local(**options: Any) -> Any:
-    """ray.init of a Ray of this machine alone, all of which listens on loopback. Returns its context.
+    """ray.init of a Ray of this machine alone, on loopback but for Serve's replicas. Returns its context.
 
     Token mode unless RAY_AUTH_MODE says otherwise; a token is made, for this user's eyes, where there is none. Raises ConfigError.
     """
@@ -119,7 +119,8 @@ def start_local(**options: Any) -> Any:
     from ray.exceptions import AuthenticationError
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    _auth_mode()
+    if _auth_mode() == "disabled":
+        print(f"warning: {AUTH_MODE}=disabled: the run lets in all who reach this machine: see docs/security.md", flush=True)
     enable_token_auth_by_default()
     umask = os.umask(0o077)
     try:
@@ -198,11 +199,17 @@ def _only_on_loopback(address: str) -> bool:
 
 
 def _use_loopback(alone: bool) -> None:
-    """Whether Ray in this process, and what it starts, takes loopback for the node's address: its own switch for laptops."""
+    """Whether this process, and what it starts, takes loopback for the node's address: Ray's own switch for laptops, and gloo's."""
+    import psutil
     from ray._private import ray_constants
 
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0" if alone else "1"
     ray_constants.ENABLE_RAY_CLUSTER = not alone
+    loopback = next(name for name, of in psutil.net_if_addrs().items() if any(a.address == "127.0.0.1" for a in of))
+    if alone:
+        os.environ.setdefault(GLOO_INTERFACE, loopback)
+    elif os.environ.get(GLOO_INTERFACE) == loopback:
+        del os.environ[GLOO_INTERFACE]
 
 
 @contextmanager

@@ -42,6 +42,18 @@ class Decoder(Protocol):
         ...
 
 
+_STARTS = (b"\x1aE\xdf\xa3", b"RIFF", b"FLV", b"OggS", b"\x30\x26\xb2\x75", b"\0\0\x01", b"\0\0\0\x01", b"G")
+_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"uuid")  # that an mp4 or mov may begin with
+
+
+def check_container(path: str) -> None:
+    """Raises DecodeError for what is no container: a playlist, whatever it is called, makes ffmpeg open other files."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+    if not (start.startswith(_STARTS) or start[4:] in _BOXES or start[4:5] == b"G"):
+        raise DecodeError("it does not begin as a video file does")
+
+
 class DecordDecoder:
     """decord 0.6. Files that it misreads go to PyAV: those to be turned by 90 degrees, and those without presentation times.
 
@@ -50,6 +62,7 @@ class DecordDecoder:
     """
 
     def __init__(self, path: str):
+        check_container(path)
         decord = import_module("decord")
         decord.logging.set_level(decord.logging.QUIET)  # its errors are raised; the log lines add nothing
         self._reader = decord.VideoReader(path, num_threads=1, fault_tol=_NO_NEIGHBOURS)
@@ -74,6 +87,7 @@ class PyAVDecoder:
     """PyAV. A file without presentation times is read from its start each time."""
 
     def __init__(self, path: str):
+        check_container(path)
         av = import_module("av")
         self._container: Any = av.open(path)
         self._stream: Any = self._container.streams.best("video")

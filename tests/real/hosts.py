@@ -103,6 +103,7 @@ def hosts(count: int, folder: Path, shared: Sequence[Path], hidden: Path) -> Ite
             home = folder / name
             (home / ".ssh").mkdir(parents=True)
             shutil.copy(key, home / ".ssh")
+            (home / ".ssh" / "config").write_text("StrictHostKeyChecking accept-new\n")
             shutil.copy(f"{key}.pub", home / ".ssh" / "authorized_keys")
             _run(f"ssh-keygen -q -t ed25519 -N '' -f {home}/.ssh/host_key")
             _ip(f"netns add {name}")

@@ -43,8 +43,10 @@ class Job:
 
     def __init__(self, dashboard: str, *arguments: str):
         self.client = JobSubmissionClient(dashboard)
-        command = [str(RAY), "job", "submit", "--address", dashboard, "--submission-id", "run", "--", sys.executable, "-u"]
-        with subprocess.Popen([*command, str(ROOT / "launch.py"), *arguments], stdout=subprocess.DEVNULL) as terminal:
+        environment = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "600"}})  # as docs/clusters.md has it
+        command = [str(RAY), "job", "submit", "--address", dashboard, "--submission-id", "run", "--runtime-env-json", environment]
+        command += ["--", sys.executable, "-u", str(ROOT / "launch.py"), *arguments]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as terminal:
             self.wait_for(lambda: self.status() == JobStatus.RUNNING, "the job to run")
             terminal.send_signal(signal.SIGKILL)
 

@@ -242,6 +242,7 @@ def test_another_number_of_ranks_goes_on_exactly(local_ray, overrides, prompts, 
         await learner.start()
         for step, groups in enumerate(batches(config, prompts, encoder)):
             await learner.update(groups, step)
+        (tmp_path / "c").mkdir()
         await learner.save(tmp_path / "c")
         saved = await states(learner)
         learner.stop()

@@ -12,7 +12,6 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ import pytest
 import yaml
 
 from demo.clips import write_split
+from tests.conftest import require_prometheus
 from tests.real.test_chaos import ROOT, end, kill_all, last_step, processes, start, wait_for
 from tests.real.test_launch import metrics_of
 
@@ -114,9 +114,7 @@ def ray_tmp() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def watched(overrides, ray_tmp, tmp_path_factory) -> Watched:
-    if not shutil.which("prometheus"):
-        warnings.warn("PROMETHEUS IS MISSING, the board is not tested: install Debian's package prometheus", stacklevel=1)
-        pytest.skip("PROMETHEUS IS MISSING: install Debian's package prometheus")
+    require_prometheus()
     folder = tmp_path_factory.mktemp("watch")
     write_split(folder / "train", "train", 16, ("colour", "shape"))
     names = {"annotations": "annotations.txt", "lengths": "lengths.csv", "videos": "videos"}
