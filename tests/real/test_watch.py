@@ -106,7 +106,14 @@ def wait_until(condition, run: subprocess.Popen, what: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def watched(overrides, tmp_path_factory) -> Iterator[Watched]:
+def ray_tmp() -> Iterator[Path]:
+    """A temporary folder of its own for Ray, with a short name for the sockets in it."""
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def watched(overrides, ray_tmp, tmp_path_factory) -> Watched:
     require_prometheus()
     folder = tmp_path_factory.mktemp("watch")
     write_split(folder / "train", "train", 16, ("colour", "shape"))
@@ -118,7 +125,6 @@ def watched(overrides, tmp_path_factory) -> Iterator[Watched]:
         *("data.eval.max_prompts=4", "request_timeout_s=120", "start_timeout_s=180", f"runs_dir={folder}", "run_name=watched"),
         *(f"video.cache_dir={folder / 'frames'}", "video.cache_bytes=500000"),  # too little for all: clips are decoded again
     ]
-    ray_tmp = Path(tempfile.mkdtemp(prefix="ray-"))  # sockets below it want a short name
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_TMPDIR", str(ray_tmp))
         environment.setenv("RAY_metrics_report_interval_ms", str(REPORT_S * 1000))
@@ -154,8 +160,7 @@ def watched(overrides, tmp_path_factory) -> Iterator[Watched]:
     finally:
         kill_all(run)
         prometheus.stop()
-    yield Watched(folder / "watched", ray_tmp / "ray", found, of_alerts, history, still_s, output)
-    shutil.rmtree(ray_tmp, ignore_errors=True)
+    return Watched(folder / "watched", ray_tmp / "ray", found, of_alerts, history, still_s, output)
 
 
 def _history(prometheus: Prometheus, name: str) -> list[float]:
