@@ -38,6 +38,30 @@ def observation(group: ScoredGroup) -> Observation:
     return Observation(group.group.prompt.prompt_id, len(group.group.sampled), not group.group.trajectories)
 
 
+def settings_of(config: Config) -> dict[str, Any]:
+    """What cannot change between a checkpoint and its resumption."""
+    curriculum = config.curriculum
+    return {"kind": curriculum.kind, "asks_teacher": curriculum.asks_teacher, "asks_student": curriculum.asks_student}
+
+
+def check_state(state: Mapping[str, Any], prompt_ids: Sequence[str], config: Config) -> None:
+    """Raises CheckpointError on another pool or kind of curriculum than that of a Scheduler's state_dict."""
+    if state["settings"] != settings_of(config):
+        raise CheckpointError(
+            f"the checkpoint's curriculum is {state['settings']}, the config's {settings_of(config)}: resume with the curriculum "
+            "the run was started with"
+        )
+    saved = state["records"]["prompt_id"].to_pylist()
+    if saved == list(prompt_ids):
+        return
+    other = sorted(set(saved) ^ set(prompt_ids))
+    named = f"{len(other)} are in one of them only ({', '.join(other[:NAMED_IN_ERRORS])})" if other else "their order differs"
+    raise CheckpointError(
+        f"the checkpoint's curriculum has {len(saved)} prompts, the data {len(prompt_ids)}; {named}: resume with the data the run "
+        "was started with"
+    )
+
+
 class Scheduler:
     """Issues prompts in shuffled passes; a prompt in flight is not issued again.
 
@@ -252,38 +276,17 @@ class Scheduler:
             "in_flight": list(self._in_flight),
             "queue": list(self._queue),
             "round_end": self._round_end,
-            "settings": self._settings(),
+            "settings": settings_of(self._config),
             "random_state": self._rng.bit_generator.state,
         }
 
-    def _settings(self) -> dict[str, Any]:
-        """What cannot change between a checkpoint and its resumption."""
-        curriculum = self._config.curriculum
-        return {"kind": curriculum.kind, "asks_teacher": curriculum.asks_teacher, "asks_student": curriculum.asks_student}
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of state_dict. Raises CheckpointError on another pool or kind of curriculum than the state's."""
-        if state["settings"] != self._settings():
-            raise CheckpointError(
-                f"the checkpoint's curriculum is {state['settings']}, the config's {self._settings()}: resume with the curriculum "
-                "the run was started with"
-            )
+        """The inverse of state_dict. Raises CheckpointError as check_state does."""
+        check_state(state, list(self._index), self._config)
         records: pa.Table = state["records"]
-        saved = records["prompt_id"].to_pylist()
-        if saved != list(self._index):
-            other = sorted(set(saved) ^ set(self._index))
-            raise CheckpointError(
-                f"the checkpoint's curriculum has {len(saved)} prompts, the data {len(self._prompts)}; "
-                + (
-                    f"{len(other)} are in one of them only ({', '.join(other[:NAMED_IN_ERRORS])})"
-                    if other
-                    else "their order differs"
-                )
-                + ": resume with the data the run was started with"
-            )
         self._teacher_iou = records["teacher_iou"].to_numpy()
         student_iou = records["student_iou"].combine_chunks()
-        by_prompt = student_iou.values.to_numpy(zero_copy_only=False).reshape(len(saved), len(student_iou[0]))
+        by_prompt = student_iou.values.to_numpy(zero_copy_only=False).reshape(len(records), len(student_iou[0]))
         self._student_iou = list(by_prompt.T.copy())
         self._selected = records["selected"].to_numpy().copy()
         self._num_rollouts = records["num_rollouts"].to_numpy().copy()

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from curriculum.scheduler import check_state
 from driver.evaluations import AFTER, NO_VIDEO, at_step, eval_key, miou_by_step
 from driver.export import STUDENT, best_step, export_student, exported_step
 from driver.run import Run
@@ -71,7 +72,9 @@ def progress_of(run: Run, curriculum: dict) -> Progress:
 def find_progress(run_dir: Path, config: Config, plan: Plan, step: int | None = None) -> Progress:
     """Of the newest whole checkpoint, or that of `step`. Raises CheckpointError if `config` cannot go on from it."""
     folder = find_checkpoint(run_dir, step)
-    return read_progress(folder, plan.student.shapes, learner_settings(config.learner), eval_key(plan.eval))
+    progress = read_progress(folder, plan.student.shapes, learner_settings(config.learner), eval_key(plan.eval))
+    check_state(progress.curriculum, [p.prompt_id for p in plan.train], config)
+    return progress
 
 
 async def restore(run: Run, step: int | None = None) -> None:
