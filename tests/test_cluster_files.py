@@ -106,7 +106,7 @@ def test_one_line_a_node_type_with_what_it_offers(check):
     assert check(load("deploy/on_prem.yaml"))[1] == [
         "192.0.2.10 (head)",
         '192.0.2.11: {"learner": 8}',
-        '192.0.2.12: {"rollout": 1}',
+        '192.0.2.12: {"rollout": 1, "teacher": 1}',
         '192.0.2.13: {"teacher": 1}',
     ]
     assert check(load("deploy/kuberay.yaml"))[1][1:] == [
@@ -494,7 +494,7 @@ def record(folder: Path, name: str, script: str) -> None:
     ("addresses", "role"),
     [
         ("192.0.2.11 10.0.0.1 fe80::1", '{"learner": 8}'),
-        ("172.17.0.1 192.0.2.12", '{"rollout": 1}'),
+        ("172.17.0.1 192.0.2.12", '{"rollout": 1, "teacher": 1}'),
         ("192.0.2.13", '{"teacher": 1}'),
     ],
 )
