@@ -1,5 +1,6 @@
 """Starting vLLM and feeding it encoded prompts: what rollout, evaluation and the vLLM teacher share."""
 
+import gc
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ def start_vllm(model: str, config: RolloutConfig | TeacherConfig, seed: int, tru
 
     if not config.num_gpus:
         _register_architecture(model)
+    gc.freeze()  # vLLM collects garbage five times while it starts: not among what was imported
 
     memory: dict[str, Any] = {"kv_cache_memory_bytes": config.kv_cache_bytes} if config.kv_cache_bytes else {}
     if config.num_gpus:
