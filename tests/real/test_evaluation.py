@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from demo.clips import write_split
-from tests.real.conftest import DEMO
 from tests.real.test_launch import ROOT, run_launch
 
 PROMPTS = 40  # more than one call of prompts_per_call
@@ -68,12 +67,3 @@ def test_the_exported_student_is_loaded_by_vllm_and_has_the_numbers_that_it_was_
     assert exported["step"] == 2
     evaluate("--model", run / "student", "--config", run / "config.yaml", "--out", tmp_path, "--no-baselines")
     assert json.loads((tmp_path / "strict.json").read_text())["result"]["miou"] == exported["miou"] > 0.3
-
-
-def test_a_model_folder_has_the_numbers_that_launch_printed_before_training(run, overrides, tmp_path):
-    summary = json.loads((run / "summary.json").read_text())
-    student = ROOT / "demo" / "models" / "student"
-    evaluate("--model", student, "--config", DEMO, *overrides, "--out", tmp_path, "--no-baselines")
-    result = json.loads((tmp_path / "strict.json").read_text())
-    assert only(result["result"], summary["student_before"]) == summary["student_before"]
-    assert result["baselines"] == {}

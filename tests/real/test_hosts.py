@@ -17,7 +17,7 @@ from tests.real.test_chaos import ROOT, last_step
 from tests.real.test_launch import metrics_of, trajectories_of
 
 CHECKOUT, FILE = "video-opd", "deploy/on_prem.yaml"
-STEPS, GROUPS, PATIENCE_S = 16, 6, 200.0
+STEPS, GROUPS, PATIENCE_S = 12, 6, 200.0
 TITLES = {"learner": "LearnerRank", "rollout": "RolloutActor", "teacher": "ServeReplica"}
 
 
@@ -106,7 +106,7 @@ def test_a_run_on_four_hosts_outlives_the_loss_of_one_and_leaves_nothing_behind(
     assert [m["step"] for m in metrics] == list(range(STEPS))
     assert Counter(r["step"] for r in trajectories_of(folder)) == dict.fromkeys(range(STEPS), GROUPS)
     assert json.loads((folder / "summary.json").read_text())["student_after"]["n"] == 4
-    for step in (10, 15, STEPS):  # brought here from the learner's host, where nothing of it stays
+    for step in (5, 10, STEPS):  # brought here from the learner's host, where nothing of it stays
         files = {p.name for p in (folder / "checkpoints" / f"step-{step}").rglob("*") if p.is_file()}
         assert {"manifest.json", "model.safetensors", "mp_rank_00_model_states.pt"} <= files
     left = tmp_path / learner.name / "runs"

@@ -142,28 +142,12 @@ def test_the_exported_student_has_the_updated_weights(finished, config):
     assert any((start[n] != end[n]).any() for n in start)
 
 
-def test_resume_goes_on_at_the_last_checkpoint_and_keeps_each_step_once(finished, tmp_path):
-    copy = tmp_path / "resumed"
-    shutil.copytree(finished, copy)
-    shutil.rmtree(copy / "checkpoints" / "step-4")  # as if it had died after step 3's line and before its checkpoint
-    before = metrics_of(copy)
-    done = run_launch("--resume", str(copy), "num_steps=3")
-    assert done.returncode == 0, done.stderr[-4000:]
-    after = metrics_of(copy)
-    assert [m["step"] for m in after] == [0, 1, 2]
-    assert after[:2] == before[:2]
-    assert after[2]["wall_s"] > before[-1]["wall_s"]
-    assert Counter(r["step"] for r in trajectories_of(copy)) == dict.fromkeys(range(3), GROUPS)
-    summary = json.loads((copy / "summary.json").read_text())
-    assert (summary["steps"], summary["rollouts"]) == (3, 3 * GROUPS)
-
-
-TVDF = ["curriculum.teacher_threshold=0", "curriculum.num_teacher_predictions=2", "teacher_pool.engine=vllm", "loss.kind=opd"]
+TVDF = ["curriculum.teacher_threshold=0", "curriculum.num_teacher_predictions=2", "loss.kind=opd"]
 
 
 @pytest.fixture(scope="module")
 def tvdf(shared_ray, overrides) -> Path:
-    """Two rounds of two steps, the second selected with the student as it is then; a vLLM teacher, two learner ranks."""
+    """Two rounds of two steps, the second selected with the student as it is then; two learner ranks."""
     more = ["num_steps=4", "checkpoint_every=3", "run_name=tvdf", "curriculum.kind=tvdf", "curriculum.num_selected=12"]
     done = run_launch(*overrides, *SHRUNK, *TVDF, *more, "learner.world_size=2")
     assert done.returncode == 0, done.stderr[-4000:]
@@ -199,7 +183,7 @@ def test_every_round_selects_the_largest_disagreements_and_trains_on_each_once(t
     assert "teacher IoU, kept and dropped" in report and "disagreement by round" in report
 
 
-def test_a_run_stopped_in_the_middle_of_a_round_goes_on_with_what_is_left_of_it(tvdf, tmp_path):
+def test_a_run_stopped_in_the_middle_of_a_round_goes_on_with_what_is_left_of_it(tvdf, capsys, tmp_path):
     copy = tmp_path / "resumed"
     shutil.copytree(tvdf, copy)
     shutil.rmtree(copy / "checkpoints" / "step-4")
@@ -207,8 +191,8 @@ def test_a_run_stopped_in_the_middle_of_a_round_goes_on_with_what_is_left_of_it(
     assert done.returncode == 0, done.stderr[-4000:]
     assert prompts_by_step(copy) == prompts_by_step(tvdf)
     assert {f.name for f in (copy / "curriculum").iterdir()} == {f.name for f in (tvdf / "curriculum").iterdir()}
-    refused = run_launch("--resume", str(copy), "curriculum.dbtp=false", "num_steps=6")
-    assert refused.returncode == 2 and "the curriculum the run was started with" in refused.stderr.splitlines()[-1]
+    refused = bad(capsys, "--resume", str(copy), "curriculum.dbtp=false", "num_steps=6")
+    assert "the curriculum the run was started with" in refused
 
 
 def test_coupling_suspends_before_scoring_and_a_second_run_generates_no_teacher_answers(overrides, tvdf, config):
@@ -276,29 +260,20 @@ def test_grpo_makes_the_teacher_of_the_next_run(overrides):
     assert first["teacher/entropy"] > 0 and first["learner/entropy"] > 0 and first["tokens_per_s/score"] > 0
 
 
-def test_sft_learns_the_ground_truth_without_a_teacher(overrides, config):
-    more = ["loss.kind=sft", "loss.clamp=null", "teacher=null", "num_steps=8", "run_name=sft", "learner.lr=3e-3"]
-    done = run_launch(*overrides, *SHRUNK, *more)
+def test_sft_learns_the_ground_truth_with_neither_teacher_nor_actors(overrides, config):
+    more = ["loss.kind=sft", "loss.clamp=null", "teacher=null", "rollout.num_actors=0", "learner.lr=3e-3"]
+    done = run_launch(*overrides, *SHRUNK, *more, "num_steps=8", "run_name=sft")
     assert done.returncode == 0, done.stderr[-4000:]
     run = Path(config.runs_dir) / "sft"
     losses = [m["learner/loss"] for m in metrics_of(run)]
     assert losses[-1] < losses[0] - 0.5
-    examples = json.loads((run / "summary.json").read_text())["examples"]
-    assert examples["student_after"] != examples["student_before"], "the actors answer with the trained weights"
     rows = trajectories_of(run)
     assert all(r["text"].startswith("From ") and r["start_s"] < r["end_s"] for r in rows) and len(rows) == 8 * GROUPS
-
-
-def test_sft_needs_neither_teacher_nor_actors(overrides, config):
-    more = ["loss.kind=sft", "loss.clamp=null", "teacher=null", "rollout.num_actors=0", "num_steps=2", "run_name=alone"]
-    done = run_launch(*overrides, *SHRUNK, *more)
-    assert done.returncode == 0, done.stderr[-4000:]
-    run = Path(config.runs_dir) / "alone"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["teacher"] is summary["student_before"] is summary["student_after"] is None
     assert (summary["rollouts"], summary["tokens"]["rollout"], summary["published_bytes"]) == (0, 0, 0)
-    assert [m["learner/num_tokens"] > 0 for m in metrics_of(run)] == [True, True]
-    assert (run / "report.html").is_file() and (run / "checkpoints" / "step-2" / "student").is_dir()
+    assert [m["learner/num_tokens"] > 0 for m in metrics_of(run)] == [True] * 8
+    assert (run / "report.html").is_file() and (run / "checkpoints" / "step-8" / "student").is_dir()
 
 
 def is_computed(name: str) -> bool:
@@ -343,22 +318,14 @@ def test_broken_clips_are_named_and_the_run_is_that_of_the_good_ones(overrides, 
         )
 
 
-@pytest.mark.parametrize("kind", ["off_policy_rkd", "off_policy_fkd"])
-def test_off_policy_distillation_scores_the_ground_truth(overrides, config, kind):
-    done = run_launch(*overrides, *SHRUNK, f"loss.kind={kind}", "loss.clamp=null", "num_steps=2", f"run_name={kind}")
+def test_off_policy_distillation_scores_the_ground_truth_with_a_vllm_teacher(overrides, config):
+    more = ["loss.kind=off_policy_rkd", "loss.clamp=null", "teacher_pool.engine=vllm", "num_steps=2", "run_name=rkd"]
+    done = run_launch(*overrides, *SHRUNK, *more)
     assert done.returncode == 0, done.stderr[-4000:]
-    summary = json.loads((Path(config.runs_dir) / kind / "summary.json").read_text())
+    run = Path(config.runs_dir) / "rkd"
+    summary = json.loads((run / "summary.json").read_text())
     assert summary["teacher_calls"] == 2 * GROUPS and summary["teacher"]["n"] == 4
-    assert all(r["text"].startswith("From ") and r["teacher_logprobs"] for r in trajectories_of(Path(config.runs_dir) / kind))
-
-
-def test_a_threshold_that_drops_everything_ends_the_run_with_code_2(overrides):
-    done = run_launch(
-        *overrides, *SHRUNK, "num_steps=1", "run_name=dropped", "curriculum.kind=tvdf", "curriculum.teacher_threshold=1"
-    )
-    assert done.returncode == 2, done.stderr[-4000:]
-    assert "are to be selected" in done.stderr.strip().splitlines()[-1]
-    assert "teacher IoU is below 1.0 (train" in done.stderr.strip().splitlines()[-1]
+    assert all(r["text"].startswith("From ") and r["teacher_logprobs"] for r in trajectories_of(run))
 
 
 def bad(capsys, *arguments: str) -> str:

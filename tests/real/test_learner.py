@@ -93,10 +93,6 @@ def literal_loss(config, groups, logits: torch.Tensor, targets: torch.Tensor) ->
             a = torch.tensor(advantages, dtype=torch.float64)
             away = (teacher - taken).exp() - 1 - (teacher - taken)
             return (-torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a) + loss.kl_coef * away).sum()
-        case "off_policy_rkd":
-            return -((teacher - taken).detach() * taken).sum()
-        case "sft":
-            return -taken.sum()
     raise AssertionError(loss.kind)
 
 
@@ -141,9 +137,7 @@ EVERY_OBJECTIVE = [
     (2, 3, "opd"),
     (2, 2, "opd_full"),
     (2, 2, "grpo"),
-    (2, 2, "off_policy_rkd"),
     (2, 2, "off_policy_fkd"),
-    (2, 2, "sft"),
 ]
 
 
@@ -238,7 +232,7 @@ def test_another_number_of_ranks_goes_on_exactly(local_ray, overrides, prompts, 
 
     async def run():
         config = make_config(overrides, before, stage, *options)
-        learner, fresh = Learner(f"ranks{stage}", config), Learner(f"more{stage}", make_config(overrides, after, stage, *options))
+        learner = Learner(f"ranks{stage}", config)
         await learner.start()
         for step, groups in enumerate(batches(config, prompts, encoder)):
             await learner.update(groups, step)
@@ -246,6 +240,7 @@ def test_another_number_of_ranks_goes_on_exactly(local_ray, overrides, prompts, 
         await learner.save(tmp_path / "c")
         saved = await states(learner)
         learner.stop()
+        fresh = Learner(f"more{stage}", make_config(overrides, after, stage, *options))
         await fresh.start()
         await fresh.load(tmp_path / "c", saved_world_size=before)
         loaded = await states(fresh)
