@@ -6,6 +6,7 @@ demo on a CPU.
 
 import argparse
 import asyncio
+import signal
 import sys
 import time
 import traceback
@@ -37,6 +38,7 @@ from driver.upload import check_writable, fetch_config, fetch_run
 from evaluation.report import print_summary, progress_bar, write_report
 from teacher_service.service import ScoreResult
 from video_opd.buffer import TrajectoryBuffer
+from video_opd.cluster import Parser
 from video_opd.config import Config, describe_keys, load_config, resolve_paths
 from video_opd.deadline import waiting
 from video_opd.demonstrations import Demonstrator
@@ -47,7 +49,7 @@ from video_opd.memory_check import check_fits, describe_memory
 from video_opd.metrics import MetricSinks
 from video_opd.plan import Plan, describe, make_draft, make_plan, memory_plan
 from video_opd.rewards import total_reward
-from video_opd.run_folder import CHECKPOINTS, new_run_folder, write_config, write_json
+from video_opd.run_folder import CHECKPOINTS, claimed, new_run_folder, write_config, write_json
 from video_opd.schemas import TrajectoryLog, write_parquet
 from video_opd.types import FailedPrompt, Prompt, ScoredGroup, TeacherScores, TrajectoryGroup
 
@@ -187,17 +189,17 @@ def with_rewards(run: Run, group: TrajectoryGroup, scores: tuple[TeacherScores, 
     return ScoredGroup(group=group, scores=scores, rewards=rewards)
 
 
-async def train_to_the_end(run: Run, resume: int | None) -> None:
+async def train_to_the_end(run: Run) -> None:
     """Everything between the start of the parts and the summary; done again from the last checkpoint when the learner is lost."""
-    if resume is None:
+    if run.resume_from is None:
         run.round_end = await run.curriculum.round_end()
-    else:
-        await restore(run, resume)
     lost: LearnerLostError | None = None
     while True:
         try:
             if lost is not None:
                 await recover(run, lost)
+            elif run.resume_from is not None:
+                await restore(run)
             if run.published != run.step and run.actors.num_wanted:
                 await publish_weights(run, run.step)
             if BEFORE not in run.evaluations:
@@ -219,14 +221,14 @@ async def train_to_the_end(run: Run, resume: int | None) -> None:
 async def execute(config: Config, folder: Path, plan: Plan, resume: int | None) -> dict[str, Any]:
     """One run from start to summary. `resume`: the step whose checkpoint it goes on from."""
     began = time.monotonic()
-    run = create_parts(folder, config, plan)
+    run = create_parts(folder, config, plan, resume)
     async with asyncio.TaskGroup() as tasks, ending(run):
         beside = [tasks.create_task(watch(run))]
         try:
             await asyncio.gather(run.actors.start(), run.learner.start(), *([run.teacher.start()] if run.teacher else []))
             beside += [tasks.create_task(obey(run)), tasks.create_task(export(run))]
             start_up_s = time.monotonic() - began
-            await train_to_the_end(run, resume)
+            await train_to_the_end(run)
             records = await run.curriculum.records()
             write_parquet(records, folder / "curriculum" / "records.parquet")
             return summarise(run, records, {"start_up": start_up_s, "total": time.monotonic() - began})
@@ -255,32 +257,37 @@ def launch(
     """Runs `config` and returns the summary. `resume`: the run folder to go on in, from its newest checkpoint or that of `step`."""
     plan = prepare(config)
     check_fits(memory_plan(config, plan, gpu_memory_gib), one_machine=False)
-    if resume:
-        for folder in (resume, resume / CHECKPOINTS):
-            mend(folder)
-        step = find_progress(resume, config, plan, step).step  # a checkpoint that cannot be used ends it here
-        if step > config.num_steps:
-            raise ConfigError(f"{resume} stands at step {step}, beyond num_steps={config.num_steps}: raise num_steps")
     if config.checkpoint_url:
         check_writable(config.checkpoint_url)
-    folder = resume or new_run_folder(config)
-    try:
-        start_ray(config, address)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_config(folder, config)
-        with driver_log(folder, step or 0):
-            named = config.model_copy(update={"run_name": folder.name})  # what its processes call it
-            summary = asyncio.run(execute(named, folder, plan, step))
-    finally:
-        ray.shutdown()
-    write_json(folder / "summary.json", summary)
-    write_report(folder, config, plan.eval, summary)
-    print_summary(folder, summary)
+    with claimed(resume) if resume else new_run_folder(config) as folder:
+        step = step_to_resume(resume, config, plan, step) if resume else None
+        try:
+            start_ray(config, address)
+            if step is None:
+                write_config(folder, config)
+            with driver_log(folder, step or 0):
+                summary = asyncio.run(execute(config, folder, plan, step))
+        finally:
+            ray.shutdown()
+        write_json(folder / "summary.json", summary)
+        write_report(folder, config, plan.eval, summary)
+        print_summary(folder, summary)
     return summary
 
 
+def step_to_resume(folder: Path, config: Config, plan: Plan, step: int | None) -> int:
+    """Of the newest whole checkpoint, or `step`. Raises CheckpointError, or ConfigError, if the run cannot go on from it."""
+    for half_written in (folder, folder / CHECKPOINTS):
+        mend(half_written)
+    step = find_progress(folder, config, plan, step).step
+    if step > config.num_steps:
+        raise ConfigError(f"{folder} stands at step {step}, beyond num_steps={config.num_steps}: raise num_steps")
+    return step
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    """Raises ConfigError."""
+    parser = Parser(
         prog="python launch.py",
         description=__doc__,
         epilog="configuration keys and their defaults:\n" + "\n".join(describe_keys()),
@@ -308,6 +315,8 @@ def read_config(arguments: argparse.Namespace) -> Config:
         raise ConfigError("--step chooses a checkpoint of the run that --resume names: give --resume RUN")
     if arguments.resume and arguments.config:
         raise ConfigError("--resume goes on with the run's own config: leave out --config")
+    if arguments.resume == "":
+        raise ConfigError("--resume names no run: give a run folder, or a URL")
     if arguments.resume and "://" in arguments.resume:
         with TemporaryDirectory() as folder:
             return resolve_paths(load_config(fetch_config(arguments.resume, Path(folder)), arguments.overrides), Path.cwd())
@@ -328,15 +337,18 @@ def resumed_folder(arguments: argparse.Namespace, config: Config) -> Path | None
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 the run failed, 2 bad input, 128 + n stopped by signal n."""
-    parsed = parse_arguments(arguments)
-    if parsed.check_cluster:
-        return check_cluster(parsed.check_cluster)
     try:
+        parsed = parse_arguments(arguments)
+        if parsed.check_cluster:
+            return check_cluster(parsed.check_cluster)
         config = read_config(parsed)
         if parsed.dry_run:
             dry_run(config, parsed.gpu_memory_gib)
         else:
             launch(config, parsed.address, resumed_folder(parsed, config), parsed.gpu_memory_gib, parsed.step)
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (VideoOPDError, BaseExceptionGroup) as error:
         cause = first_error(error)
         if isinstance(cause, StoppedError):

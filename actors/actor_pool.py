@@ -23,6 +23,7 @@ from video_opd.types import FailedPrompt, Prediction, Prompt, TrajectoryGroup, W
 
 RolloutResult = TrajectoryGroup | FailedPrompt
 DRAIN_POLL_S = 0.1
+START_AGAIN_S = 60.0  # after the start of an actor was given up
 
 
 @dataclass(eq=False)
@@ -42,11 +43,12 @@ class _Member:
         self.since_s = now
 
     @contextmanager
-    def called(self) -> Iterator[None]:
+    def called(self) -> Iterator[int]:
+        """A call, which yields how many there are with it: an actor serves one at a time, a deadline covers them all."""
         self.advance()
         self.calls += 1
         try:
-            yield
+            yield self.calls
         finally:
             self.advance()
             self.calls -= 1
@@ -120,15 +122,25 @@ class ActorPool:
         task.add_done_callback(self._tasks.discard)
 
     async def _replace(self) -> None:
-        """One more member; if it cannot be had, the others go on without it."""
+        """One more member. While it cannot be had the others go on without it, and it is tried again."""
         try:
-            await retried(lambda: self._join(self._create()), self._config.max_retries, "the start of a rollout actor")
-        except PartLostError as error:
-            self._failure = error
-            log.warning("%s; %d rollout actors go on", error, len(self._members))
+            while not await self._try_to_replace() and self._members:
+                await asyncio.sleep(START_AGAIN_S)
+                if len(self._members) + len(self._aside) >= self._wanted:
+                    return
         finally:
             self._starting -= 1
             await self._notify()
+
+    async def _try_to_replace(self) -> bool:
+        what = "the start of a rollout actor"
+        try:
+            await retried(lambda: self._join(self._create()), self._config.max_retries, what)
+        except Exception as error:  # also what vLLM raises where its memory is gone
+            self._failure = error if isinstance(error, PartLostError) else PartLostError(f"{what} failed: {cause_of(error)}")
+            log.warning("%s; %d rollout actors go on", self._failure, len(self._members))
+            return False
+        return True
 
     async def _join(self, member: _Member) -> None:
         """Among the members once it is up and has the current weights; not if fewer are wanted by then."""
@@ -185,8 +197,8 @@ class ActorPool:
 
     async def _load(self, member: _Member, policy_version: int, buckets: list[ray.ObjectRef]) -> None:
         call = member.handle.load_weights.remote(policy_version, buckets)
-        with member.called():
-            await within(self._config.request_timeout_s, call, f"loading weights into {member.name}")
+        with member.called() as num_calls:
+            await within(num_calls * self._config.request_timeout_s, call, f"loading weights into {member.name}")
         member.num_loads += 1
 
     async def _load_into(self, members: Sequence[_Member], policy_version: int, buckets: list[ray.ObjectRef]) -> None:
@@ -206,9 +218,11 @@ class ActorPool:
         await asyncio.gather(*(load(member) for member in members))
 
     async def _drain(self, member: _Member) -> None:
-        while member.calls:
-            await asyncio.sleep(DRAIN_POLL_S)
-        ray.kill(member.handle)
+        try:
+            while member.calls:
+                await asyncio.sleep(DRAIN_POLL_S)
+        finally:
+            ray.kill(member.handle)
 
     def _lose(self, member: _Member, error: Exception) -> None:
         """Takes a dead or hanging actor out, and starts another in its place."""
@@ -234,11 +248,12 @@ class ActorPool:
             return min(self._members, key=lambda m: m.calls)
 
     @contextmanager
-    def _calling(self, member: _Member) -> Iterator[None]:
+    def _calling(self, member: _Member) -> Iterator[float]:
+        """Yields the seconds within which an answer is to come."""
         num_loads = member.num_loads
         try:
-            with member.called():
-                yield
+            with member.called() as num_calls:
+                yield num_calls * self._config.request_timeout_s
         except WeightsLostError:
             if member.num_loads == num_loads:  # else it holds a whole version again
                 self._set_aside(member)
@@ -270,9 +285,10 @@ class ActorPool:
 
     async def _stream(self, prompts: Sequence[Prompt]) -> AsyncIterator[tuple[ray.ObjectRef, list[RolloutResult]]]:
         member = await self._choose()
-        with self._calling(member):
+        with self._calling(member) as timeout_s:
             references = member.handle.rollout.options(num_returns="streaming").remote(prompts)
-            while item := await within(self._config.request_timeout_s, _next(references), f"a rollout of {member.name}"):
+            while item := await within(timeout_s, _next(references), f"a rollout of {member.name}"):
+                timeout_s = self._config.request_timeout_s  # it is this call's turn
                 yield item
 
     async def predict(self, prompts: Sequence[Prompt], blank_video: bool = False) -> list[Prediction | FailedPrompt]:
@@ -284,11 +300,11 @@ class ActorPool:
 
         async def ask(chunk: Sequence[Prompt]) -> list[Prediction | FailedPrompt]:
             member = await self._choose()
-            with self._calling(member):
+            with self._calling(member) as timeout_s:
                 call = member.handle.predict.remote(chunk, blank_video)
-                return await within(self._config.request_timeout_s, call, f"the student's predictions, by {member.name}")
+                return await within(timeout_s, call, f"the student's predictions, by {member.name}")
 
-        async def work() -> None:  # as many calls as actors, so that a deadline covers its own call alone
+        async def work() -> None:  # as many calls as actors
             for i, chunk in waiting_chunks:
                 answers[i] = await retried(partial(ask, chunk), self._config.max_retries, "the student's predictions")
 
@@ -374,9 +390,11 @@ class ActorPool:
         return {"actors/running": len(self._members), "actors/wanted": self._wanted, "actors/lost": self._num_lost}
 
     def stop(self) -> None:
-        """Ends what the pool does by itself."""
+        """Ends the actors, and what the pool does by itself."""
         for task in self._tasks:
             task.cancel()
+        for member in [*self._members, *self._aside]:
+            ray.kill(member.handle)
 
 
 async def _next(references: Any) -> tuple[ray.ObjectRef, list[RolloutResult]] | None:

@@ -10,7 +10,7 @@ import ray
 from video_opd.broadcast import ABANDON_S, Rendezvous
 from video_opd.config import Config
 from video_opd.deadline import waiting
-from video_opd.errors import DeadlineError, LearnerLostError
+from video_opd.errors import DeadlineError, LearnerLostError, WeightsLostError
 from video_opd.types import GroupPlace
 
 
@@ -52,8 +52,9 @@ class WeightBroadcast:
     """Holds the group of rank 0 and the actors, for one publication after another.
 
     - The group is made anew when an actor or the learner is another than before, and after every failure.
-    - The first failure of any member, and the deadline, abandon the group. Every member that is alive then answers
-      within ABANDON_S; one that does not is taken for lost (DeadlineError; LearnerLostError for the learner).
+    - The first failure of any member, and the deadline, abandon the group. Every member that has met the others then
+      answers within ABANDON_S. An actor that does not is taken for lost after the deadline (DeadlineError); after another's
+      failure it may have rollouts to end, and has no whole version (WeightsLostError). The learner: LearnerLostError.
     - An actor's calls are served in order: each ends the rollouts it already has, then meets the others.
     """
 
@@ -85,7 +86,8 @@ class WeightBroadcast:
         calls = [sent, *received.values()]
         try:
             with waiting(f"the broadcast of weights {policy_version}"):
-                await asyncio.wait(calls, timeout=self._timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+                done, _ = await asyncio.wait(calls, timeout=self._timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+                broke_off = not all(_succeeded(call) for call in done)
                 if not all(_succeeded(call) for call in calls):
                     rendezvous.abandon()
                     await asyncio.wait(calls, timeout=ABANDON_S)
@@ -95,7 +97,9 @@ class WeightBroadcast:
                 self._members = None
                 for call in calls:
                     call.cancel()
-        errors = {name: _error(call) for name, call in received.items()}
+        # one that is still busy with rollouts when another fails has not even begun
+        silent = WeightsLostError if broke_off else DeadlineError
+        errors = {name: _error(call, silent) for name, call in received.items()}
         return Outcome(
             num_bytes=sent.result() if _succeeded(sent) else 0,
             lost={name: error for name, error in errors.items() if error is not None},
@@ -107,7 +111,7 @@ def _succeeded(call: asyncio.Future) -> bool:
     return call.done() and not call.cancelled() and call.exception() is None
 
 
-def _error(call: asyncio.Future, if_silent: type[Exception] = DeadlineError) -> Exception | None:
+def _error(call: asyncio.Future, if_silent: type[Exception]) -> Exception | None:
     """Why the call failed; None: it did not."""
     if not call.done() or call.cancelled():
         return if_silent(f"no answer within {ABANDON_S:.0f} s of the broadcast's end")

@@ -70,6 +70,7 @@ async def train_emulated(config: Config, plan: Plan, folder: Path) -> None:
     run = Run(
         folder=folder,
         config=config,
+        given=config,
         plan=plan,
         control=None,
         actors=ActorPool(name, config, EmulatedActor),

@@ -72,7 +72,7 @@ def inspect_file(path: Path) -> Findings:
         documents = [d for d in yaml.safe_load_all(path.read_text()) if d is not None]
     except (OSError, UnicodeDecodeError) as error:
         return Findings([f"cannot be read ({getattr(error, 'strerror', None) or error}): name a cluster file"])
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         return Findings([f"not YAML: mend it ({' '.join(str(error).split())})"])
     if not documents or not all(isinstance(d, dict) for d in documents):
         return Findings(["holds no mapping of keys to values: write it as cluster.yaml is"])

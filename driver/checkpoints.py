@@ -22,7 +22,7 @@ from video_opd.errors import PartialCheckpointError
 from video_opd.logs import log, work
 from video_opd.manifest import check_whole
 from video_opd.plan import Plan
-from video_opd.run_folder import checkpoint_folder, checkpoint_steps, find_checkpoint
+from video_opd.run_folder import checkpoint_folder, checkpoint_steps, find_checkpoint, write_config
 
 SET_ASIDE = "set-aside"
 
@@ -77,8 +77,12 @@ def find_progress(run_dir: Path, config: Config, plan: Plan, step: int | None = 
     return progress
 
 
-async def restore(run: Run, step: int | None = None) -> None:
-    """Goes on where the newest whole checkpoint stands, or that of `step`: what is later is set aside once all is loaded."""
+async def restore(run: Run) -> None:
+    """Goes on where the newest whole checkpoint stands.
+
+    Or that of run.resume_from: once all is loaded, what is later is set aside, and config.yaml is that of this run.
+    """
+    step = run.resume_from
     run.settled.clear()
     progress = find_progress(run.folder, run.config, run.plan, step)
     await run.learner.load(checkpoint_folder(run.folder, progress.step), progress.learner["world_size"])
@@ -93,8 +97,11 @@ async def restore(run: Run, step: int | None = None) -> None:
         of.pop(NO_VIDEO, None)
         if AFTER in of:
             of.setdefault(at_step(run.step), of.pop(AFTER))
-    if step is not None and (folder := set_aside_after(run.folder, step)):
-        log.info("what the run had after step %d is kept in %s: delete it when it is not needed", step, folder)
+    if step is not None:
+        if folder := set_aside_after(run.folder, step):
+            log.info("what the run had after step %d is kept in %s: delete it when it is not needed", step, folder)
+        write_config(run.folder, run.given)
+        run.resume_from = None
     _forget_rounds_after(run, len(progress.curriculum["records"]["student_iou"][0]))
     run.settled.set()
 

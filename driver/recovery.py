@@ -39,14 +39,14 @@ async def recover(run: Run, cause: LearnerLostError) -> None:
 
     Raises PartLostError after max_retries from the same checkpoint.
     """
-    lost_at, back_to = run.step, run.checkpointed or 0
+    lost_at, back_to = run.step, run.resume_from or run.checkpointed or 0
     run.num_restarts[back_to] += 1
     if run.num_restarts[back_to] > run.config.max_retries:
         raise PartLostError(f"{cause}; it was started again {run.config.max_retries} times at step {back_to}") from cause
     log.warning("%s; it is started again, and the run goes back from step %d to %d", cause, lost_at, back_to)
     run.published = -1
     await run.learner.restart()
-    if run.checkpointed is None:
+    if run.checkpointed is None and run.resume_from is None:
         await start_over(run)
     else:
         await restore(run)

@@ -16,9 +16,11 @@ from ray.exceptions import ObjectLostError
 from actors.actor_pool import ActorPool
 from curriculum.scheduler import Curriculum
 from driver.capacity import wait_for_places
+from driver.signals import stopped_by_signals
 from driver.upload import Uploads
 from learner.learner import Learner
 from teacher_service.pool import TeacherPool
+from teacher_service.scaling import delete_orphans
 from teacher_service.teachers import Teachers, create_teacher
 from video_opd.buffer import TrajectoryBuffer
 from video_opd.cluster import cluster_to_join, join, start_local
@@ -29,7 +31,7 @@ from video_opd.metrics import PhaseClock
 from video_opd.plan import Plan
 from video_opd.prometheus import Gauges, count
 from video_opd.rewards import Reward, load_rewards
-from video_opd.run_control import NAMESPACE, create_control
+from video_opd.run_control import NAMESPACE, create_control, running_runs
 from video_opd.types import FailedPrompt, Prediction, Prompt
 
 T = TypeVar("T")
@@ -52,6 +54,7 @@ class Run:
 
     folder: Path
     config: Config
+    given: Config  # as config.yaml has it: `config` also names the run
     plan: Plan
     control: Any  # the RunControl actor
     actors: ActorPool
@@ -72,6 +75,7 @@ class Run:
     gap_is_checked: bool = False
     num_restarts: Counter[int] = field(default_factory=Counter)  # of the learner, by the step that it went back to
     uploads: Uploads | None = None  # None: checkpoints stay here
+    resume_from: int | None = None  # the step whose checkpoint it is to go on from; None: it stands where it is to
     checkpointed: int | None = None  # the step of the newest whole checkpoint
     stopped_by: signal.Signals | None = None
     stop: asyncio.Event = field(default_factory=asyncio.Event)  # set: the run is to end after the step under way
@@ -94,12 +98,11 @@ def start_ray(config: Config, address: str | None) -> None:
     Raises ConfigError, and ClusterError where the room does not come.
     """
     os.environ.setdefault("RAY_worker_niceness", "0")  # workers are not to yield to the driver
-    paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     shared: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": "ERROR",
         "namespace": NAMESPACE,
-        "runtime_env": {"env_vars": {"PYTHONPATH": paths, **SERVE_ENV}},
+        "runtime_env": {"env_vars": _python_path() | SERVE_ENV},
     }
     joined = cluster_to_join(address)
     if joined:
@@ -111,16 +114,28 @@ def start_ray(config: Config, address: str | None) -> None:
     dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else "not installed"
     of = "joined" if joined else "address"
     print(f"Ray dashboard: {dashboard}, {of} {ray.get_runtime_context().gcs_address}", flush=True)
-    wait_for_places(config, config.start_timeout_s if joined else min(config.start_timeout_s, LOCAL_TIMEOUT_S))
+    for app in delete_orphans(running_runs()) if joined else ():
+        print(f"the teacher {app} of a run that is gone is deleted", flush=True)
+    with stopped_by_signals("while it waited for the cluster"):
+        wait_for_places(config, config.start_timeout_s if joined else min(config.start_timeout_s, LOCAL_TIMEOUT_S))
 
 
-def create_parts(folder: Path, config: Config, plan: Plan) -> Run:
-    """The parts of a run, their processes on their way."""
+def _python_path() -> dict[str, str]:
+    """This checkout comes first, also in what Serve starts: its controller may be of a run from another one."""
+    return {"PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+def create_parts(folder: Path, given: Config, plan: Plan, resume_from: int | None = None) -> Run:
+    """The parts of a run, their processes on their way. Raises ConfigError where a run of that name goes on."""
     name = f"video_opd/{folder.name}"
+    config = given.model_copy(update={"run_name": folder.name, "worker_env": _python_path() | given.worker_env})
     return Run(
         folder=folder,
         config=config,
+        given=given,
         plan=plan,
+        step=resume_from or 0,
+        resume_from=resume_from,
         control=create_control(name),
         actors=ActorPool(name, config),
         teacher=create_teacher(name, config),

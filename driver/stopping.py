@@ -6,22 +6,21 @@ import signal
 import sys
 import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 from ray.exceptions import RayError
 
 from driver.checkpoints import checkpoint
 from driver.run import Run
+from driver.signals import SIGNALS
 from video_opd.errors import StoppedError, VideoOPDError
 from video_opd.faults import cause_of
 from video_opd.logs import log
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
 
 @asynccontextmanager
 async def ending(run: Run) -> AsyncIterator[None]:
-    """The block is the run. Whatever ends it, checkpoints on their way elsewhere arrive, teacher service and learner go.
+    """The block is the run. Whatever ends it, teacher service and learner go, checkpoints on their way elsewhere arrive.
 
     The first SIGTERM or SIGINT lets the update under way end within stop_grace_s, ends the block there, and writes a checkpoint;
     a second one ends the process at once. Raises StoppedError, which says where the run can go on.
@@ -40,13 +39,14 @@ async def ending(run: Run) -> AsyncIterator[None]:
         raise await _stopped(run) from None
     finally:
         stopping.cancel()
-        if run.uploads:
-            await run.uploads.finish()
-        if run.teacher:
-            run.teacher.stop()
-        run.learner.stop()
-        for which in handled:
-            asyncio.get_running_loop().remove_signal_handler(which)
+        async with AsyncExitStack() as last:  # each, whatever another raises; the one named last is the first
+            for which in handled:
+                last.callback(asyncio.get_running_loop().remove_signal_handler, which)
+            if run.uploads:  # it may take an hour yet: without what holds places of the cluster
+                last.push_async_callback(run.uploads.finish)
+            last.callback(run.learner.stop)
+            if run.teacher:
+                last.callback(run.teacher.stop)
 
 
 def _handle_signals(run: Run) -> list[signal.Signals]:
@@ -85,15 +85,17 @@ async def _stopped(run: Run) -> StoppedError:
     """The run ended by a signal, after a checkpoint if there is anything new that can be written."""
     assert run.stopped_by
     note = ""
-    if run.settled.is_set() and run.step > (run.checkpointed or 0):
+    newest = run.resume_from if run.checkpointed is None else run.checkpointed
+    if run.settled.is_set() and run.step > (newest or 0):
         try:
             await checkpoint(run)
+            newest = run.checkpointed
         except (VideoOPDError, RayError, OSError) as error:
             note = f" (step {run.step} could not be written: {cause_of(error)})"
-    elif not run.settled.is_set():
+    elif not run.settled.is_set() and run.resume_from is None:
         note = f" (step {run.step} was not done within stop_grace_s={run.config.stop_grace_s:g})"
-    if run.checkpointed is None:
+    if newest is None:
         where = "before its first checkpoint, there is nothing to go on with"
     else:
-        where = f"at step {run.checkpointed}: go on with --resume {run.folder}"
+        where = f"at step {newest}: go on with --resume {run.folder}"
     return StoppedError(f"stopped by {run.stopped_by.name} {where}{note}", run.stopped_by)

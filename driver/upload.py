@@ -74,12 +74,13 @@ class Uploads:
         while self._waiting is not None:
             step = self._under_way = self._waiting
             self._waiting = None
+            deadline = asyncio.timeout(self._timeout_s)
             try:
-                await asyncio.wait_for(in_daemon(lambda step=step: self._upload_with_retries(step)), self._timeout_s)
-            except TimeoutError:
-                self._warn(step, f"not done within upload_timeout_s={self._timeout_s:g}")
+                async with deadline:
+                    await in_daemon(lambda step=step: self._upload_with_retries(step))
             except Exception as error:  # of any library behind fsspec; the run goes on, its checkpoints are here
-                self._warn(step, cause_of(error))
+                late = f"not done within upload_timeout_s={self._timeout_s:g}"
+                self._warn(step, late if deadline.expired() else cause_of(error))
             self._under_way = None
 
     def _warn(self, step: int, why: str) -> None:

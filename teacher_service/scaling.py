@@ -5,11 +5,12 @@ code a new version. `set_replicas` deploys what Serve itself holds of the deploy
 number alone: Serve starts or drains the difference, whichever process asks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray import serve
 from ray.exceptions import GetTimeoutError, RayError
 from ray.serve._private.config import DeploymentConfig, ReplicaConfig
 from ray.serve.config import AutoscalingConfig
@@ -92,6 +93,14 @@ def read_pool(app: str) -> PoolStatus:
         if app_name(PREFIX + pool.run, pool.teacher) == app:
             return pool
     raise RunError(f"Serve has no application {app}")
+
+
+def delete_orphans(running: Collection[str]) -> list[str]:
+    """Deletes the teachers of runs that are not among `running`: Serve outlives a driver that was killed. Returns their names."""
+    orphans = [app_name(PREFIX + pool.run, pool.teacher) for pool in read_pools() if pool.run not in running]
+    for app in orphans:
+        serve.delete(app, _blocking=False)
+    return orphans
 
 
 def _read(name: str, application: dict[str, Any]) -> PoolStatus:

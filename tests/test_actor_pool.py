@@ -182,6 +182,51 @@ def test_an_actor_that_goes_ends_its_calls_first(killed):
     asyncio.run(run())
 
 
+def test_an_actor_that_cannot_take_the_weights_is_said_and_tried_again(monkeypatch, caplog):
+    """What vLLM raises is no death: the task that starts the actor must not end silently."""
+
+    async def run() -> None:
+        pool = await started(FakePool(make_config(1), random.Random(0), 0.0))
+        await pool.load_weights(7, [], 0)
+        failures = [RuntimeError("no memory left")]
+        load = FakeActor._load_weights
+
+        async def load_weights(actor: FakeActor, version: int, buckets: Sequence[Any]) -> float:
+            if failures:
+                raise failures.pop()
+            return await load(actor, version, buckets)
+
+        monkeypatch.setattr(FakeActor, "_load_weights", load_weights)
+        await pool.scale(2)
+        while pool.counts()["actors/running"] < 2:
+            await asyncio.sleep(0.01)
+        assert [a.version for a in pool.made] == [7, -1, 7]
+        pool.stop()
+
+    monkeypatch.setattr(actor_pool, "START_AGAIN_S", 0.05)
+    asyncio.run(asyncio.wait_for(run(), 20))
+    assert "the start of a rollout actor failed: no memory left; 1 rollout actors go on" in caplog.text
+
+
+def test_a_deadline_covers_the_calls_before_it(killed, monkeypatch):
+    """An actor serves one call at a time: three calls of two thirds of a deadline each lose nobody."""
+
+    async def run() -> None:
+        config = make_config(1).model_copy(update={"request_timeout_s": 1.0})
+        pool = await started(FakePool(config, random.Random(0), 0.0))
+        turn = asyncio.Lock()
+
+        async def act(actor: FakeActor, can_fail: bool = True) -> None:
+            async with turn:
+                await asyncio.sleep(0.7)
+
+        monkeypatch.setattr(FakeActor, "_act", act)
+        answers = await asyncio.gather(*(sampled(pool, [make_prompt(f"p{i}")]) for i in range(3)))
+        assert [len(a) for a in answers] == [1, 1, 1] and not killed
+
+    asyncio.run(run())
+
+
 def test_retries_that_are_used_up_end_with_the_cause():
     async def run() -> None:
         pool = await started(FakePool(make_config(2, max_retries=2), random.Random(0), 1.0))

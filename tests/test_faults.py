@@ -43,6 +43,14 @@ def test_waits_are_named_while_they_last_and_end_at_their_deadline():
     asyncio.run(run())
 
 
+def test_a_timeout_of_what_is_waited_for_is_not_the_deadlines():
+    async def nfs() -> None:
+        raise TimeoutError("Connection timed out")
+
+    with pytest.raises(TimeoutError, match="Connection timed out"):
+        asyncio.run(within(5, nfs(), "a checkpoint"))
+
+
 @pytest.mark.parametrize("error", [ActorDiedError(), DeadlineError("late")])
 def test_what_is_lost_is_done_again_so_often_and_no_more(error):
     assert asyncio.run(retried(failing(error, error), 2, "a call")) == "answered, 0 left"

@@ -67,6 +67,9 @@ class Actor(Served):
     def do_pid(self) -> int:
         return 0
 
+    def do_work(self, seconds: float) -> None:
+        time.sleep(seconds)
+
     def do_load_weights(self, version: int, buckets) -> None:
         self.held = dict(unpack(buckets))
         self.version = version
@@ -233,6 +236,23 @@ def test_an_actor_lost_in_the_middle_is_replaced_and_the_others_get_the_version(
         puts = learner.num_puts
         await pool.receive_weights(2, learner)
         assert pool.holds(2) and learner.num_puts == puts, "the next publication is a broadcast again"
+
+    run(test)
+
+
+def test_an_actor_that_has_rollouts_to_end_when_another_dies_is_not_lost(monkeypatch):
+    monkeypatch.setattr(actors.weight_broadcast, "ABANDON_S", 1.5)
+
+    async def test():
+        pool, learner = Pool(config(2), [Actor(), Actor()]), Learner()
+        await pool.start()
+        busy, dies = pool.created
+        rollouts = busy.work.remote(4.0)
+        dies.dead.set()
+        await pool.receive_weights(1, learner)
+        assert rollouts.done() and not busy.dead.is_set()
+        assert await pool.names(2) == ["actor-0", "actor-2"] and pool.holds(1)
+        assert pool.counts()["actors/lost"] == 1
 
     run(test)
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 import driver.stopping
 from driver.run import Run, unless_stopped
+from driver.signals import stopped_by_signals
 from driver.stopping import ending
 from video_opd.errors import RunError, StoppedError
 
@@ -23,7 +25,8 @@ def make_run(step: int = 3, checkpointed: int | None = 2, stop_grace_s: float = 
     parts: Any = {name: None for name in ("plan", "actors", "teacher", "curriculum")}
     parts["learner"] = SimpleNamespace(stop=lambda: None)
     config: Any = SimpleNamespace(stop_grace_s=stop_grace_s, max_scored_tokens=None)
-    return Run(folder=Path("runs/name"), config=config, control=None, rewards=[], step=step, checkpointed=checkpointed, **parts)
+    parts |= {"config": config, "given": config, "control": None, "rewards": []}
+    return Run(folder=Path("runs/name"), step=step, checkpointed=checkpointed, **parts)
 
 
 @pytest.fixture
@@ -124,6 +127,50 @@ def test_nothing_new_is_not_written_again(written):
 
     assert "at step 3" in str(stopped(make_run(step=3, checkpointed=3), body)) and written == []
     assert "nothing to go on with" in str(stopped(make_run(step=0, checkpointed=None), body)) and written == []
+
+
+def test_a_run_that_is_told_to_stop_while_it_restores_can_go_on_from_there(written):
+    async def body(send):
+        run.settled.clear()
+        send()
+        await forever()
+
+    run = make_run(step=5, checkpointed=None, stop_grace_s=0.05)
+    run.resume_from = 5
+    assert str(stopped(run, body)) == "stopped by SIGTERM at step 5: go on with --resume runs/name" and written == []
+
+
+def test_the_parts_give_their_places_back_before_uploads_end():
+    ended: list[str] = []
+
+    async def finish() -> None:
+        ended.append("uploads")
+
+    async def go() -> None:
+        run = make_run()
+        run.learner.stop = lambda: ended.append("learner")
+        run.teacher = SimpleNamespace(stop=lambda: ended.append("teacher") or 1 / 0)
+        run.uploads = SimpleNamespace(finish=finish)
+        async with ending(run):
+            pass
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(go())
+    assert ended == ["teacher", "learner", "uploads"]
+
+
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_run_has_begun_is_one_line(which):
+    before = signal.getsignal(which)
+
+    def wait() -> None:
+        with stopped_by_signals("while it waited"):
+            os.kill(os.getpid(), which)
+            time.sleep(5)
+
+    with pytest.raises(StoppedError, match=f"^stopped by {which.name} while it waited$") as caught:
+        wait()
+    assert caught.value.exit_code == 128 + which and signal.getsignal(which) == before
 
 
 def test_a_checkpoint_that_fails_is_said(monkeypatch):

@@ -37,9 +37,13 @@ def waiting(what: str) -> Iterator[None]:
 async def within(timeout_s: float, call: Awaitable[T], what: str) -> T:
     """The call's result. Raises DeadlineError, naming `what` was waited for, after `timeout_s` seconds."""
     with waiting(what):
+        deadline = asyncio.timeout(timeout_s)
         try:
-            return await asyncio.wait_for(call, timeout_s)
+            async with deadline:
+                return await call
         except TimeoutError:
+            if not deadline.expired():  # what was waited for raised it
+                raise
             raise DeadlineError(
                 f"{what} did not end within {timeout_s:.0f} s: see the Ray dashboard, or raise request_timeout_s or start_timeout_s"
             ) from None

@@ -26,7 +26,6 @@ from video_opd.prometheus import count
 from video_opd.types import Clip
 
 FORMAT = 1  # another number where the same clip gives other pixels
-NUM_LOCKS = 256  # clips whose keys start with the same byte are decoded one after the other
 LOOKS = 64  # a process looks for what to evict each time it has written max_bytes / LOOKS
 
 _log = logging.getLogger(__name__)

@@ -2,6 +2,8 @@
 
 import ray
 
+from video_opd.errors import ConfigError
+
 NAMESPACE = "video_opd"
 _SUFFIX = "/control"
 
@@ -32,8 +34,11 @@ class RunControl:
 
 
 def create_control(name: str):
-    """The actor of the run `name`, video_opd/NAME."""
-    return ray.remote(RunControl).options(name=name + _SUFFIX, num_cpus=0, max_restarts=-1).remote()
+    """The actor of the run `name`, video_opd/NAME. Raises ConfigError where there is one."""
+    try:
+        return ray.remote(RunControl).options(name=name + _SUFFIX, num_cpus=0, max_restarts=-1).remote()
+    except ValueError as error:  # Ray's, for a name that is taken
+        raise ConfigError(f"a run {name.removeprefix(f'{NAMESPACE}/')} goes on on this Ray: choose another run_name") from error
 
 
 def running_runs() -> list[str]:

@@ -155,6 +155,6 @@ def shared_ray():
         environment.setenv("RAY_AUTH_MODE", "disabled")
         head = {"num_cpus": 16, "resources": {"learner": 2, "rollout": 2, "teacher": 2}, "object_store_memory": 1 << 30}
         cluster = Cluster(initialize_head=True, head_node_args=head | {"include_dashboard": False})
-        environment.setenv("RAY_ADDRESS", cluster.address)
+        environment.setenv("RAY_ADDRESS", str(cluster.address))
         yield
         cluster.shutdown()

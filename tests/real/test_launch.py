@@ -368,6 +368,8 @@ def test_dry_run_prints_the_plan_and_starts_nothing(overrides, capsys):
         ("loss={kind: opd_full, divergence: jsd, beta: 1.5}", "loss.beta=1.5"),
         ("loss={kind: opd_topk, top_k: 100000}", "loss.top_k=100000, but the teacher has"),
         ("teacher=null", "needs a teacher"),
+        ("run_name=2026-02-30", "'run_name=2026-02-30': the value is not YAML"),
+        ("--nosuch", "unrecognized arguments: --nosuch"),
     ],
 )
 def test_bad_configuration_is_one_line(overrides, capsys, override, expected):
@@ -377,6 +379,7 @@ def test_bad_configuration_is_one_line(overrides, capsys, override, expected):
 def test_a_missing_config_file_and_a_missing_run_are_one_line(capsys, tmp_path):
     assert "nowhere.yaml" in bad(capsys, "--config", str(tmp_path / "nowhere.yaml"))
     assert "config.yaml" in bad(capsys, "--resume", str(tmp_path))
+    assert "--resume names no run" in bad(capsys, "--resume", "")
 
 
 def test_another_tokenizer_is_refused_before_anything_starts(overrides, capsys, models, tmp_path):

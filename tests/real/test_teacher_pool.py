@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from benchmarks import emulated_teacher
 from benchmarks.emulated_teacher import EmulatedReplica, make_groups
 from teacher_service.engine import TransformersEngine, Wanted
 from teacher_service.pool import TeacherPool
-from teacher_service.scaling import Bounds, PoolStatus, read_pool
+from teacher_service.scaling import Bounds, PoolStatus, delete_orphans, read_pool, read_pools
 from teacher_service.teachers import Teachers
 from tests.real.conftest import DEMO, scored_groups
 from video_opd.config import TeacherModel, load_config
@@ -250,3 +251,12 @@ def test_two_tiny_teachers_say_what_their_engines_say(local_ray, config, prompts
         assert all(math.isfinite(value) and value >= 0 for value in metrics.values())
 
     asyncio.run(score())
+
+
+def test_what_a_killed_driver_left_is_deleted_and_nothing_else(pool):
+    assert delete_orphans([RUN]) == [] and [p.run for p in read_pools()] == [RUN]
+    assert delete_orphans(["another"]) == [pool.app]
+    deadline = time.monotonic() + 30
+    while read_pools():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
