@@ -110,8 +110,9 @@ class LearnerRank:
     def export(self, folder: Path) -> None:
         self._engine.export(folder)
 
-    def load(self, folder: Path, universal: bool) -> None:
-        self._engine.load(folder, universal)
+    def load(self, folder: Path, brought: Path, universal: bool) -> None:
+        """`brought`: a copy of the folder, on nodes that do not see it."""
+        self._engine.load(brought if brought.exists() else folder, universal)
         log.info("loaded %s", folder)
 
     def sees(self, path: Path) -> tuple[str, bool]:
@@ -256,13 +257,13 @@ class Learner:
 
     async def _load(self, folder: Path, universal: bool) -> None:
         strangers = await self._strangers(folder)
+        brought = folder.with_name(f".{folder.name}-{uuid4().hex}.tmp")  # what has the folder's own name there is not ours
         for rank in strangers:
-            await self._all("remove", folder, ranks=[rank])
             for part in read_parts(folder):
-                await self._all("write_part", folder, part, ranks=[rank])
-        await self._all("load", folder, universal)
+                await self._all("write_part", brought, part, ranks=[rank])
+        await self._all("load", folder, brought, universal)
         for rank in strangers:
-            await self._all("remove", folder, ranks=[rank])
+            await self._all("remove", brought, ranks=[rank])
 
     async def _strangers(self, folder: Path) -> list[Any]:
         """One rank of each node that does not see what this process has in `folder`."""

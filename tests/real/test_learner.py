@@ -3,6 +3,7 @@
 import asyncio
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from actors.weight_receiver import unpack
 from learner.adapters import add_adapters
-from learner.learner import Learner
+from learner.learner import Learner, LearnerRank
 from tests.real.conftest import DEMO, reference_logprobs, scored_groups
 from video_opd.config import load_config
 from video_opd.errors import ConfigError
@@ -165,6 +166,13 @@ def test_ranks_compute_what_one_process_does(local_ray, overrides, prompts, enco
 LORA = ("learner.lora_rank=4", "learner.lora_alpha=8")
 
 
+class RankElsewhere(LearnerRank):
+    """On a node that sees nothing of what the driver has."""
+
+    def sees(self, path: Path) -> tuple[str, bool]:
+        return "elsewhere", False
+
+
 @pytest.mark.parametrize("more_options", [(2,), (3, *LORA)], ids=["whole", "lora"])
 def test_a_checkpoint_restores_weights_and_optimizer_exactly_and_its_student_loads(
     local_ray, overrides, prompts, encoder, tmp_path, more_options
@@ -182,9 +190,10 @@ def test_a_checkpoint_restores_weights_and_optimizer_exactly_and_its_student_loa
         learner, saved, _ = await train(f"before{stage}", config, prompts, encoder, tmp_path)
         after = await go_on(learner)
         learner.stop()
-        fresh = Learner(f"after{stage}", config)
+        fresh = Learner(f"after{stage}", config, RankElsewhere)
         await fresh.start()
         await fresh.load(tmp_path)
+        assert not list(tmp_path.parent.glob(".*.tmp")), "nothing is left of the copy"
         resumed = await go_on(fresh)
         fresh.stop()
         return saved, after, resumed
