@@ -188,7 +188,7 @@ def test_the_teacher_scores_what_a_plain_forward_over_one_sequence_gives(config,
             assert logits[-1].argmax().item() == answer[n - 1]
 
 
-def test_a_run_samples_scores_learns_and_publishes(qwen2_5, config):
+def test_a_run_samples_scores_learns_and_publishes(shared_ray, qwen2_5, config):
     """checks.max_logprob_gap holds the actors' log-probs to the learner's, before and after publication."""
     more = ["loss.kind=opd_full", "loss.clamp=null", "num_steps=2", "run_name=both", "learner.lr=3e-3", "data.eval.max_prompts=2"]
     done = run_launch(*qwen2_5, *SHRUNK, *more)

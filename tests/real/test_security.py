@@ -99,7 +99,7 @@ def test_a_run_of_this_machine_listens_on_loopback_or_wants_the_token(run):
     listening, names = [], []
     for process in [psutil.Process(run.process.pid), *psutil.Process(run.process.pid).children(recursive=True)]:
         try:
-            names.append(" ".join(process.cmdline())[:80] or process.name())
+            names.append((process.cmdline() or [process.name()])[0])  # a program's path, or a title that Ray gave
             sockets = process.net_connections("inet")
         except psutil.NoSuchProcess:
             continue

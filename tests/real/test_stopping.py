@@ -50,7 +50,7 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint_and_one_line(stopp
 
 
 @pytest.fixture(scope="module")
-def resumed(stopped, tmp_path_factory) -> Path:
+def resumed(stopped, shared_ray, tmp_path_factory) -> Path:
     """One step more, from the copy of the checkpoint, with another number of ranks, actors and teachers."""
     run, _ = stopped
     (step,) = checkpoint_steps(run)
