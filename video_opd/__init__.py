@@ -1,7 +1,7 @@
 """Shared vocabulary of Video-OPD: types, configuration, clips, prompts and the loss-free model forward.
 
 Importing it first makes transformers importable beside a CPU build of torch (see cpu_torch), and lets a process start
-in three quarters of the time: torch, transformers and vLLM make a million objects that stay, and the garbage collector
+sooner: torch, transformers and vLLM make a million objects that stay, and the garbage collector
 would go through them again and again.
 """
 

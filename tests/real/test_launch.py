@@ -190,6 +190,7 @@ def test_a_run_that_goes_back_into_a_round_does_what_is_left_of_it_and_ends_with
     done = run_launch("--resume", str(copy), "--step", "3", "num_steps=50", f"max_scored_tokens={scored + 1}")
     assert done.returncode == 0, done.stderr[-4000:]
     assert prompts_by_step(copy) == prompts_by_step(tvdf)
+    assert yaml.safe_load((copy / "config.yaml").read_text())["num_steps"] == 50, "the run's own config from now on"
     assert json.loads((copy / "summary.json").read_text())["steps"] == len(metrics_of(copy)) == 4
     assert {f.name for f in (copy / "curriculum").iterdir()} == {f.name for f in (tvdf / "curriculum").iterdir()}
     (aside,) = (copy / "set-aside").iterdir()
