@@ -4,7 +4,6 @@ Actors sample, the teacher scores, the curriculum steers, the learner steps. Wit
 demo on a CPU.
 """
 
-import argparse
 import asyncio
 import signal
 import sys
@@ -14,7 +13,6 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import closing
 from itertools import repeat
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
@@ -22,45 +20,38 @@ from ray.exceptions import ObjectLostError
 
 import video_opd  # noqa: F401  # first: makes transformers importable
 from actors.actor_pool import RolloutResult
-from demo.clips import ensure_clips
-from driver.check_cluster import check_cluster
-from driver.checkpoints import checkpoint, find_progress, restore, save_if_due
-from driver.evaluations import AFTER, BEFORE, NO_VIDEO, evaluate_student, evaluate_teacher
+from driver.buffer import TrajectoryBuffer
+from driver.checkpoints import checkpoint, restore, save_if_due
+from driver.command_line import parse_arguments, prepare, read_config, resumed_folder, step_to_resume
+from driver.demonstrations import Demonstrator
 from driver.export import export_student
-from driver.live import export
-from driver.record import Outputs, check_finite, check_lag, check_logprob_gap, num_tokens, record
+from driver.held_out import AFTER, BEFORE, NO_VIDEO, evaluate_student, evaluate_teacher
+from driver.invariants import check_finite, check_lag, check_logprob_gap
+from driver.records.gauges import export
+from driver.records.report import print_summary, progress_bar, write_report
+from driver.records.sinks import MetricSinks
+from driver.records.step import Outputs, num_tokens, record
+from driver.records.summary import summarise
+from driver.records.trajectory_log import TrajectoryLog
 from driver.recovery import first_error, learner_lost, obey, recover, watch
 from driver.rounds import start_round
-from driver.run import Run, create_parts, publish_weights, start_ray
+from driver.run import Run, create_parts, publish_weights
+from driver.start_ray import start_ray
 from driver.stopping import ending
-from driver.summary import summarise
-from driver.upload import check_writable, fetch_config, fetch_run
-from evaluation.report import print_summary, progress_bar, write_report
-from teacher_service.service import ScoreResult
-from video_opd.buffer import TrajectoryBuffer
-from video_opd.cluster import Parser
-from video_opd.config import Config, describe_keys, load_config, resolve_paths
-from video_opd.deadline import waiting
-from video_opd.demonstrations import Demonstrator
-from video_opd.durable import mend
-from video_opd.errors import CheckpointError, ConfigError, InputError, LearnerLostError, StoppedError, VideoOPDError
+from driver.upload import check_writable
+from preflight.cluster_file import check_cluster
+from preflight.dry_run import dry_run
+from preflight.inputs import Plan
+from preflight.memory_fit import check_fits, memory_plan
+from teacher_service.replica import ScoreResult
+from video_opd.cluster.deadline import waiting
+from video_opd.config import Config
+from video_opd.errors import InputError, LearnerLostError, StoppedError, VideoOPDError
+from video_opd.files.run_folder import claimed, new_run_folder, write_config, write_json
 from video_opd.logs import driver_log, work
-from video_opd.memory_check import check_fits, describe_memory
-from video_opd.metrics import MetricSinks
-from video_opd.plan import Plan, describe, make_draft, make_plan, memory_plan
 from video_opd.rewards import total_reward
-from video_opd.run_folder import CHECKPOINTS, claimed, new_run_folder, write_config, write_json
-from video_opd.schemas import TrajectoryLog, write_parquet
+from video_opd.schemas import write_parquet
 from video_opd.types import FailedPrompt, Prompt, ScoredGroup, TeacherScores, TrajectoryGroup
-
-HERE = Path(__file__).resolve().parent
-
-
-def prepare(config: Config) -> Plan:
-    """The plan; the demo's clips are written where they are missing. Raises InputError; starts nothing."""
-    if Path(config.data.train.annotations).is_relative_to(HERE / "demo" / "data"):
-        ensure_clips(HERE / "demo" / "data")
-    return make_plan(config)
 
 
 async def train(run: Run) -> None:
@@ -96,7 +87,9 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
                         scoring.create_task(score_and_fill(slot_of, reference, results))
                 slots.extend(slot_of.values())
 
-    async def score_and_fill(slot_of: dict[str, int], reference: Any, results: Sequence[RolloutResult]) -> None:
+    async def score_and_fill(
+        slot_of: dict[str, int], reference: Any, results: Sequence[RolloutResult]
+    ) -> None:
         groups = await score(run, reference, results)
         await curriculum.retire([g for g in groups if isinstance(g, FailedPrompt)])
         for group in groups:
@@ -126,7 +119,9 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
             if config.eval_every and run.step % config.eval_every == 0:
                 with run.clock("evaluate"):
                     await evaluate_student(run, f"step_{run.step}")
-                report.metrics.update({f"eval/{k}": v for k, v in run.evaluations.get(f"step_{run.step}", {}).items()})
+                report.metrics.update(
+                    {f"eval/{k}": v for k, v in run.evaluations.get(f"step_{run.step}", {}).items()}
+                )
             await record(run, outputs, report, groups, lags)
             await save_if_due(run)
             run.settled.set()
@@ -146,7 +141,9 @@ async def roll_out(run: Run, prompts: list[Prompt]) -> AsyncIterator[tuple[Any, 
         return
     with run.clock("rollout"):
         async for reference, results in run.actors.rollout(prompts):
-            run.clock.count("rollout", sum(num_tokens(r.trajectories) for r in results if isinstance(r, TrajectoryGroup)))
+            run.clock.count(
+                "rollout", sum(num_tokens(r.trajectories) for r in results if isinstance(r, TrajectoryGroup))
+            )
             yield reference, results
 
 
@@ -185,7 +182,9 @@ async def score(
 
 def with_rewards(run: Run, group: TrajectoryGroup, scores: tuple[TeacherScores, ...]) -> ScoredGroup:
     """The learner's payload; with rewards where the objective needs them."""
-    rewards = tuple(total_reward(run.rewards, t, group.prompt) for t in group.trajectories) if run.rewards else None
+    rewards = (
+        tuple(total_reward(run.rewards, t, group.prompt) for t in group.trajectories) if run.rewards else None
+    )
     return ScoredGroup(group=group, scores=scores, rewards=rewards)
 
 
@@ -225,7 +224,9 @@ async def execute(config: Config, folder: Path, plan: Plan, resume: int | None) 
     async with asyncio.TaskGroup() as tasks, ending(run):
         beside = [tasks.create_task(watch(run))]
         try:
-            await asyncio.gather(run.actors.start(), run.learner.start(), *([run.teacher.start()] if run.teacher else []))
+            await asyncio.gather(
+                run.actors.start(), run.learner.start(), *([run.teacher.start()] if run.teacher else [])
+            )
             beside += [tasks.create_task(obey(run)), tasks.create_task(export(run))]
             start_up_s = time.monotonic() - began
             await train_to_the_end(run)
@@ -236,15 +237,6 @@ async def execute(config: Config, folder: Path, plan: Plan, resume: int | None) 
             for task in beside:
                 task.cancel()
             run.actors.stop()
-
-
-def dry_run(config: Config, gpu_memory_gib: float | None) -> None:
-    """Checks what is here, prints the plan and its memory; starts and writes nothing. Raises InputError."""
-    draft = make_draft(config)
-    memory = memory_plan(config, draft, gpu_memory_gib)
-    print(describe(config, draft))
-    print(describe_memory(memory))
-    check_fits(memory, one_machine=True)
 
 
 def launch(
@@ -273,66 +265,6 @@ def launch(
         write_report(folder, config, plan.eval, summary)
         print_summary(folder, summary)
     return summary
-
-
-def step_to_resume(folder: Path, config: Config, plan: Plan, step: int | None) -> int:
-    """Of the newest whole checkpoint, or `step`. Raises CheckpointError, or ConfigError, if the run cannot go on from it."""
-    for half_written in (folder, folder / CHECKPOINTS):
-        mend(half_written)
-    step = find_progress(folder, config, plan, step).step
-    if step > config.num_steps:
-        raise ConfigError(f"{folder} stands at step {step}, beyond num_steps={config.num_steps}: raise num_steps")
-    return step
-
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Raises ConfigError."""
-    parser = Parser(
-        prog="python launch.py",
-        description=__doc__,
-        epilog="configuration keys and their defaults:\n" + "\n".join(describe_keys()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values, e.g. learner.lr=1e-6")
-    parser.add_argument("--config", type=Path, help="YAML file (default: configs/demo.yaml, the embedded demo)")
-    parser.add_argument(
-        "--resume", metavar="RUN", help="go on in this run folder from its newest checkpoint, or in a copy of a URL"
-    )
-    parser.add_argument("--step", type=int, metavar="N", help="with --resume: from its checkpoint of step N, not from the newest")
-    parser.add_argument(
-        "--address",
-        help="HOST:PORT of a node of a Ray cluster, auto, or local for one of its own (default: RAY_ADDRESS, else the cluster "
-        "that this machine is in, else its own)",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="check what is here, print plan and memory, start nothing")
-    parser.add_argument("--check-cluster", type=Path, metavar="FILE", help="check a file of machines for Ray, start nothing")
-    parser.add_argument("--gpu-memory-gib", type=float, help="memory of one GPU (default: this machine's, or 80 without one)")
-    return parser.parse_args(arguments)
-
-
-def read_config(arguments: argparse.Namespace) -> Config:
-    if arguments.step is not None and not arguments.resume:
-        raise ConfigError("--step chooses a checkpoint of the run that --resume names: give --resume RUN")
-    if arguments.resume and arguments.config:
-        raise ConfigError("--resume goes on with the run's own config: leave out --config")
-    if arguments.resume == "":
-        raise ConfigError("--resume names no run: give a run folder, or a URL")
-    if arguments.resume and "://" in arguments.resume:
-        with TemporaryDirectory() as folder:
-            return resolve_paths(load_config(fetch_config(arguments.resume, Path(folder)), arguments.overrides), Path.cwd())
-    if arguments.resume and not (Path(arguments.resume) / "config.yaml").is_file():
-        raise CheckpointError(f"{arguments.resume} is not a run folder: it has no config.yaml")
-    if not arguments.resume and not arguments.config:  # the demo runs from anywhere
-        return resolve_paths(load_config(HERE / "configs" / "demo.yaml", arguments.overrides), HERE)
-    path = Path(arguments.resume) / "config.yaml" if arguments.resume else arguments.config
-    return resolve_paths(load_config(path, arguments.overrides), Path.cwd())
-
-
-def resumed_folder(arguments: argparse.Namespace, config: Config) -> Path | None:
-    """The run folder to go on in: the one that is named, or a copy of what its URL holds, made here."""
-    if arguments.resume and "://" in arguments.resume:
-        return fetch_run(arguments.resume, Path(config.runs_dir), arguments.step)
-    return Path(arguments.resume).resolve() if arguments.resume else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,9 +9,15 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from video_opd.cluster import Parser, add_cluster_arguments, check_capacity, choose_run, connected
+from video_opd.cluster.command_line import (
+    Parser,
+    add_cluster_arguments,
+    check_capacity,
+    choose_run,
+    connected,
+)
+from video_opd.cluster.run_control import control_of, running_runs
 from video_opd.errors import ConfigError, InputError, RunError, VideoOPDError
-from video_opd.run_control import control_of, running_runs
 
 ANSWER_TIMEOUT_S = 10.0
 POLL_S = 0.5
@@ -42,7 +48,9 @@ def scale(run: str, num_actors: int, timeout_s: float) -> None:
     except (ValueError, GetTimeoutError, RayError) as error:
         raise RunError(f"run {run} does not answer: {error}") from error
     deadline = time.monotonic() + timeout_s
-    while (status := read_status(run)).get("actors/running") != num_actors or status.get("actors/wanted") != num_actors:
+    while (status := read_status(run)).get("actors/running") != num_actors or status.get(
+        "actors/wanted"
+    ) != num_actors:
         if time.monotonic() > deadline:
             raise RunError(f"{describe(run, status)} after {timeout_s:.0f} s: the run goes on trying")
         time.sleep(POLL_S)
@@ -55,7 +63,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     status = commands.add_parser("status", help="how many run and are wanted")
     more = commands.add_parser("scale", help="run N of them")
     more.add_argument("num_actors", type=int, metavar="N")
-    more.add_argument("--timeout-s", type=float, default=600.0, help="wait at most so long for them (default 600)")
+    more.add_argument(
+        "--timeout-s", type=float, default=600.0, help="wait at most so long for them (default 600)"
+    )
     for command in (status, more):
         add_cluster_arguments(command)
     parsed = parser.parse_args(arguments)

@@ -14,10 +14,10 @@ from ray.exceptions import ObjectLostError
 
 from actors.rollout_actor import RolloutActor
 from actors.weight_broadcast import WeightBroadcast, WeightSource
+from video_opd.cluster.deadline import within
+from video_opd.cluster.faults import LOST, cause_of, retried
 from video_opd.config import Config
-from video_opd.deadline import within
 from video_opd.errors import LearnerLostError, PartLostError, WeightsLostError
-from video_opd.faults import LOST, cause_of, retried
 from video_opd.logs import log
 from video_opd.types import FailedPrompt, Prediction, Prompt, TrajectoryGroup, WeightUpdate
 
@@ -68,7 +68,9 @@ class ActorPool:
         self._members: list[_Member] = []
         self._wanted = 0
         self._aside: list[_Member] = []
-        self._weights: tuple[int, list[ray.ObjectRef] | None] | None = None  # what the members have; None: not in the store
+        self._weights: tuple[int, list[ray.ObjectRef] | None] | None = (
+            None  # what the members have; None: not in the store
+        )
         self._source: WeightSource | None = None  # of weights that are not in the store, or not any more
         self._broadcast = WeightBroadcast(config)
         self._loading = asyncio.Lock()  # nobody joins while a version is handed out
@@ -79,7 +81,9 @@ class ActorPool:
         self._learner_lost: LearnerLostError | None = None  # seen by an actor that wanted weights
         self._num_lost = 0
         self._lap_since_s = time.monotonic()
-        self._created = [self._create() for _ in range(config.rollout.num_actors)]  # on their way while other parts start
+        self._created = [
+            self._create() for _ in range(config.rollout.num_actors)
+        ]  # on their way while other parts start
 
     def _create(self) -> _Member:
         name, rollout = f"actor-{next(self._numbers)}", self._config.rollout
@@ -137,7 +141,11 @@ class ActorPool:
         try:
             await retried(lambda: self._join(self._create()), self._config.max_retries, what)
         except Exception as error:  # also what vLLM raises where its memory is gone
-            self._failure = error if isinstance(error, PartLostError) else PartLostError(f"{what} failed: {cause_of(error)}")
+            self._failure = (
+                error
+                if isinstance(error, PartLostError)
+                else PartLostError(f"{what} failed: {cause_of(error)}")
+            )
             log.warning("%s; %d rollout actors go on", self._failure, len(self._members))
             return False
         return True
@@ -145,7 +153,9 @@ class ActorPool:
     async def _join(self, member: _Member) -> None:
         """Among the members once it is up and has the current weights; not if fewer are wanted by then."""
         try:
-            await within(self._config.start_timeout_s, member.handle.pid.remote(), f"the start of {member.name}")
+            await within(
+                self._config.start_timeout_s, member.handle.pid.remote(), f"the start of {member.name}"
+            )
             await self._load_current(member)
         except BaseException:
             ray.kill(member.handle)
@@ -169,7 +179,9 @@ class ActorPool:
             else:
                 self._take_in(member)
 
-    async def _load_published(self, member: _Member, policy_version: int, buckets: list[ray.ObjectRef] | None) -> None:
+    async def _load_published(
+        self, member: _Member, policy_version: int, buckets: list[ray.ObjectRef] | None
+    ) -> None:
         """From the object store, into which the learner puts them again if they are not there."""
         if buckets is not None:
             try:
@@ -198,10 +210,14 @@ class ActorPool:
     async def _load(self, member: _Member, policy_version: int, buckets: list[ray.ObjectRef]) -> None:
         call = member.handle.load_weights.remote(policy_version, buckets)
         with member.called() as num_calls:
-            await within(num_calls * self._config.request_timeout_s, call, f"loading weights into {member.name}")
+            await within(
+                num_calls * self._config.request_timeout_s, call, f"loading weights into {member.name}"
+            )
         member.num_loads += 1
 
-    async def _load_into(self, members: Sequence[_Member], policy_version: int, buckets: list[ray.ObjectRef]) -> None:
+    async def _load_into(
+        self, members: Sequence[_Member], policy_version: int, buckets: list[ray.ObjectRef]
+    ) -> None:
         """Those that were aside are taken in."""
 
         async def load(member: _Member) -> None:
@@ -262,7 +278,9 @@ class ActorPool:
             self._lose(member, error)
             raise
 
-    async def rollout(self, prompts: Sequence[Prompt]) -> AsyncIterator[tuple[ray.ObjectRef, list[RolloutResult]]]:
+    async def rollout(
+        self, prompts: Sequence[Prompt]
+    ) -> AsyncIterator[tuple[ray.ObjectRef, list[RolloutResult]]]:
         """RolloutActor.rollout's results as they come, each with its reference, which the teacher can fetch past the driver.
 
         What a lost actor had not handed on is sampled by another. Raises PartLostError after max_retries such losses in a row.
@@ -273,7 +291,9 @@ class ActorPool:
             try:
                 async for reference, results in self._stream(list(left.values())):
                     for result in results:
-                        del left[result.prompt_id if isinstance(result, FailedPrompt) else result.prompt.prompt_id]
+                        del left[
+                            result.prompt_id if isinstance(result, FailedPrompt) else result.prompt.prompt_id
+                        ]
                     failures = 0
                     yield reference, results
             except WeightsLostError:  # of an actor that was set aside
@@ -281,9 +301,13 @@ class ActorPool:
             except LOST as error:
                 failures += 1
                 if failures > self._config.max_retries:
-                    raise PartLostError(f"a rollout was lost {failures} times in a row: {cause_of(error)}") from error
+                    raise PartLostError(
+                        f"a rollout was lost {failures} times in a row: {cause_of(error)}"
+                    ) from error
 
-    async def _stream(self, prompts: Sequence[Prompt]) -> AsyncIterator[tuple[ray.ObjectRef, list[RolloutResult]]]:
+    async def _stream(
+        self, prompts: Sequence[Prompt]
+    ) -> AsyncIterator[tuple[ray.ObjectRef, list[RolloutResult]]]:
         member = await self._choose()
         with self._calling(member) as timeout_s:
             references = member.handle.rollout.options(num_returns="streaming").remote(prompts)
@@ -291,7 +315,9 @@ class ActorPool:
                 timeout_s = self._config.request_timeout_s  # it is this call's turn
                 yield item
 
-    async def predict(self, prompts: Sequence[Prompt], blank_video: bool = False) -> list[Prediction | FailedPrompt]:
+    async def predict(
+        self, prompts: Sequence[Prompt], blank_video: bool = False
+    ) -> list[Prediction | FailedPrompt]:
         """The student's greedy answers, the work spread over the actors; see RolloutActor.predict."""
         size = self._config.rollout.prompts_per_call
         chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
@@ -306,13 +332,19 @@ class ActorPool:
 
         async def work() -> None:  # as many calls as actors
             for i, chunk in waiting_chunks:
-                answers[i] = await retried(partial(ask, chunk), self._config.max_retries, "the student's predictions")
+                answers[i] = await retried(
+                    partial(ask, chunk), self._config.max_retries, "the student's predictions"
+                )
 
         await asyncio.gather(*(work() for _ in range(max(1, len(self._members)))))
         return [answer for chunk in answers for answer in chunk]
 
     async def load_weights(
-        self, policy_version: int, buckets: list[ray.ObjectRef], num_bytes: int, source: WeightSource | None = None
+        self,
+        policy_version: int,
+        buckets: list[ray.ObjectRef],
+        num_bytes: int,
+        source: WeightSource | None = None,
     ) -> WeightUpdate:
         """Every actor takes the version, after the rollouts it already has. Raises ObjectLostError when the weights are gone.
 
@@ -323,7 +355,9 @@ class ActorPool:
             self._weights, self._source, self._learner_lost = (policy_version, buckets), source, None
             await self._load_into([*self._members, *self._aside], policy_version, buckets)
         await self._notify()
-        return WeightUpdate(policy_version=policy_version, num_bytes=num_bytes, duration_s=time.monotonic() - started)
+        return WeightUpdate(
+            policy_version=policy_version, num_bytes=num_bytes, duration_s=time.monotonic() - started
+        )
 
     async def receive_weights(self, policy_version: int, source: WeightSource) -> WeightUpdate:
         """The same, by a broadcast from the learner. Raises LearnerLostError, or ObjectLostError.
@@ -341,9 +375,13 @@ class ActorPool:
                 self._weights = (policy_version, buckets)
                 await self._load_into(list(self._aside), policy_version, buckets)
         await self._notify()
-        return WeightUpdate(policy_version=policy_version, num_bytes=num_bytes, duration_s=time.monotonic() - started)
+        return WeightUpdate(
+            policy_version=policy_version, num_bytes=num_bytes, duration_s=time.monotonic() - started
+        )
 
-    async def _broadcast_to(self, members: Sequence[_Member], policy_version: int, source: WeightSource) -> int:
+    async def _broadcast_to(
+        self, members: Sequence[_Member], policy_version: int, source: WeightSource
+    ) -> int:
         """Bytes sent. Who did not take the version whole is lost, or set aside."""
         with ExitStack() as calls:
             for member in members:
@@ -362,9 +400,15 @@ class ActorPool:
         if outcome.source_error is not None and not isinstance(outcome.source_error, WeightsLostError):
             raise outcome.source_error
         if outcome.lost:
-            error = min(outcome.lost.values(), key=lambda e: not isinstance(e, LOST))  # a death says more than what it broke off
+            error = min(
+                outcome.lost.values(), key=lambda e: not isinstance(e, LOST)
+            )  # a death says more than what it broke off
             cause = cause_of(getattr(error, "cause", None) or error)
-            log.warning("the broadcast of weights %d broke off, the object store brings them: %s", policy_version, cause)
+            log.warning(
+                "the broadcast of weights %d broke off, the object store brings them: %s",
+                policy_version,
+                cause,
+            )
         return outcome.num_bytes
 
     async def _notify(self) -> None:
@@ -387,7 +431,11 @@ class ActorPool:
 
     def counts(self) -> dict[str, float]:
         """How many there are, are wanted, and were lost since the start."""
-        return {"actors/running": len(self._members), "actors/wanted": self._wanted, "actors/lost": self._num_lost}
+        return {
+            "actors/running": len(self._members),
+            "actors/wanted": self._wanted,
+            "actors/lost": self._num_lost,
+        }
 
     def stop(self) -> None:
         """Ends the actors, and what the pool does by itself."""

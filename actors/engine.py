@@ -4,16 +4,30 @@ from collections.abc import Sequence
 
 from video_opd.config import RolloutConfig
 from video_opd.errors import WeightsLostError
+from video_opd.models.vllm_engine import SamplingEngine
 from video_opd.types import GroupPlace, WeightBucket
-from video_opd.vllm_engine import SamplingEngine
 
 
 class PolicyEngine(SamplingEngine):
     """Samples from the student with vLLM; its weights can be replaced between calls."""
 
-    def __init__(self, model: str, config: RolloutConfig, seed: int, banned_ids: Sequence[int], trust_remote_code: bool = False):
+    def __init__(
+        self,
+        model: str,
+        config: RolloutConfig,
+        seed: int,
+        banned_ids: Sequence[int],
+        trust_remote_code: bool = False,
+    ):
         receiver = "actors.weight_receiver.WeightReceiver"
-        super().__init__(model, config, seed, banned_ids, trust_remote_code=trust_remote_code, worker_extension_cls=receiver)
+        super().__init__(
+            model,
+            config,
+            seed,
+            banned_ids,
+            trust_remote_code=trust_remote_code,
+            worker_extension_cls=receiver,
+        )
 
     def load_weights(self, policy_version: int, buckets: list[WeightBucket]) -> None:
         """Swaps the weights and drops all that was computed with the old ones. No generation may be under way.

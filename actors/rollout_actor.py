@@ -13,7 +13,8 @@ from actors.engine import PolicyEngine
 from video_opd.config import Config
 from video_opd.errors import WeightsLostError
 from video_opd.logs import log, start_role_log, work
-from video_opd.prompting import PromptEncoder, parse_span
+from video_opd.models.prompting import PromptEncoder, parse_span
+from video_opd.models.vllm_engine import Completion, predict
 from video_opd.types import (
     EncodedPrompt,
     FailedPrompt,
@@ -24,7 +25,6 @@ from video_opd.types import (
     TrajectoryGroup,
     WeightBucket,
 )
-from video_opd.vllm_engine import Completion, predict
 
 
 class RolloutActor:
@@ -36,8 +36,12 @@ class RolloutActor:
         started = time.monotonic()
         self._name, self._config = name, config
         self._encoder = PromptEncoder(config.student, config.prompt, config.video, config.trust_remote_code)
-        self._engine = PolicyEngine(config.student, config.rollout, config.seed, self._encoder.pad_ids, config.trust_remote_code)
-        self._policy_version: int | None = -1  # the folder's weights, before the first publication; None: no whole version
+        self._engine = PolicyEngine(
+            config.student, config.rollout, config.seed, self._encoder.pad_ids, config.trust_remote_code
+        )
+        self._policy_version: (
+            int | None
+        ) = -1  # the folder's weights, before the first publication; None: no whole version
         log.info("started in %.1f s", time.monotonic() - started)
 
     def __repr__(self) -> str:  # what the Ray dashboard and the log lines show
@@ -70,7 +74,9 @@ class RolloutActor:
         if ready:
             yield ready
 
-    def predict(self, prompts: Sequence[Prompt], blank_video: bool = False) -> list[Prediction | FailedPrompt]:
+    def predict(
+        self, prompts: Sequence[Prompt], blank_video: bool = False
+    ) -> list[Prediction | FailedPrompt]:
         """The greedy answer to each prompt; with `blank_video`, to the same prompt on grey frames. Raises WeightsLostError."""
         self._check_whole()
         return predict(self._encoder, self._engine, prompts, blank_video)
@@ -78,7 +84,10 @@ class RolloutActor:
     def load_weights(self, policy_version: int, buckets: Sequence[ray.ObjectRef | WeightBucket]) -> float:
         """Takes one published version; returns the seconds it took. Raises WeightsLostError unless it is whole."""
         started = time.monotonic()
-        whole = [ray.get(b, timeout=self._config.request_timeout_s) if isinstance(b, ray.ObjectRef) else b for b in buckets]
+        whole = [
+            ray.get(b, timeout=self._config.request_timeout_s) if isinstance(b, ray.ObjectRef) else b
+            for b in buckets
+        ]
         with self._replacing_weights(policy_version):
             self._engine.load_weights(policy_version, whole)
         return time.monotonic() - started

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import ray
 
 from video_opd.broadcast import ABANDON_S, Rendezvous
+from video_opd.cluster.deadline import waiting
 from video_opd.config import Config
-from video_opd.deadline import waiting
 from video_opd.errors import DeadlineError, LearnerLostError, WeightsLostError
 from video_opd.types import GroupPlace
 
@@ -44,7 +44,9 @@ class Outcome:
     """What became of one broadcast."""
 
     num_bytes: int
-    lost: dict[str, Exception]  # actor: why it has no whole version, or does not answer; the others have the version
+    lost: dict[
+        str, Exception
+    ]  # actor: why it has no whole version, or does not answer; the others have the version
     source_error: Exception | None
 
 
@@ -79,14 +81,18 @@ class WeightBroadcast:
             return await source.send_weights(policy_version)
 
         received = {
-            name: asyncio.ensure_future(handle.receive_weights.remote(policy_version, rendezvous.place(rank) if is_new else None))
+            name: asyncio.ensure_future(
+                handle.receive_weights.remote(policy_version, rendezvous.place(rank) if is_new else None)
+            )
             for rank, (name, handle) in enumerate(actors.items(), 1)
         }
         sent = asyncio.ensure_future(send())
         calls = [sent, *received.values()]
         try:
             with waiting(f"the broadcast of weights {policy_version}"):
-                done, _ = await asyncio.wait(calls, timeout=self._timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+                done, _ = await asyncio.wait(
+                    calls, timeout=self._timeout_s, return_when=asyncio.FIRST_EXCEPTION
+                )
                 broke_off = not all(_succeeded(call) for call in done)
                 if not all(_succeeded(call) for call in calls):
                     rendezvous.abandon()

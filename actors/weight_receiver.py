@@ -26,7 +26,9 @@ def split(buckets: Iterable[tuple[BucketHeader, torch.Tensor]]) -> Named:
     """The named tensors of flat buckets, over their own memory."""
     for header, flat in buckets:
         itemsize = getattr(torch, header.dtype).itemsize
-        yield from _named(header, flat.split([itemsize * torch.Size(shape).numel() for shape in header.shapes]))
+        yield from _named(
+            header, flat.split([itemsize * torch.Size(shape).numel() for shape in header.shapes])
+        )
 
 
 def _named(header: BucketHeader, parts: Iterable[torch.Tensor]) -> Named:
@@ -47,7 +49,9 @@ class WeightReceiver:
         checked = in_order(((bucket.header, bucket) for bucket in buckets), policy_version)
         return self._reload(unpack(bucket for _, bucket in checked))
 
-    def receive_broadcast(self, policy_version: int, place: GroupPlace | None, timeout_s: float) -> str | None:
+    def receive_broadcast(
+        self, policy_version: int, place: GroupPlace | None, timeout_s: float
+    ) -> str | None:
         """Replaces the model's weights by what rank 0 of the group sends. `place`: of a new group; None: in the last one."""
         try:
             group = self._join_group(place, timeout_s) if place else self._broadcast_group

@@ -18,8 +18,9 @@ import launch
 from benchmarks.memory import peak_bytes, reset_peak
 from curriculum.scheduler import Scheduler
 from curriculum.tvdf import SAMPLERS
-from video_opd.config import Config, load_config, resolve_paths
-from video_opd.metrics import read_metrics
+from driver.records.sinks import read_metrics
+from video_opd.config import Config
+from video_opd.config_file import load_demo
 from video_opd.types import Clip, Prompt
 
 WARM_UP_STEPS = 2
@@ -28,7 +29,7 @@ PROMPTS_A_VIDEO = 10
 
 
 def demo_config(overrides: list[str]) -> Config:
-    return resolve_paths(load_config(launch.HERE / "configs" / "demo.yaml", overrides), launch.HERE)
+    return load_demo(overrides)
 
 
 def make_prompts(num_prompts: int) -> list[Prompt]:
@@ -46,15 +47,26 @@ def make_prompts(num_prompts: int) -> list[Prompt]:
         for i in range(num_prompts // PROMPTS_A_VIDEO)
     ]
     return [
-        Prompt(prompt_id=f"p{i}", clip=clips[i // PROMPTS_A_VIDEO], query="the red square is visible", answer_spans_s=((2.0, 5.0),))
+        Prompt(
+            prompt_id=f"p{i}",
+            clip=clips[i // PROMPTS_A_VIDEO],
+            query="the red square is visible",
+            answer_spans_s=((2.0, 5.0),),
+        )
         for i in range(num_prompts)
     ]
 
 
 def select(kind: str, sampler: str, num_prompts: int) -> dict:
     """One round over `num_prompts`, in a process of its own: seconds and bytes above what the pool itself takes."""
-    overrides = [f"curriculum.kind={kind}", f"curriculum.num_selected={NUM_SELECTED}", f"curriculum.sampler={sampler}"]
-    scheduler = Scheduler(make_prompts(num_prompts), demo_config([*overrides, "curriculum.group_by_video=true"]))
+    overrides = [
+        f"curriculum.kind={kind}",
+        f"curriculum.num_selected={NUM_SELECTED}",
+        f"curriculum.sampler={sampler}",
+    ]
+    scheduler = Scheduler(
+        make_prompts(num_prompts), demo_config([*overrides, "curriculum.group_by_video=true"])
+    )
     rng = np.random.default_rng(0)
     teacher_iou, student_iou = rng.uniform(0.5, 1, num_prompts), rng.uniform(0, 1, num_prompts)
     before, started = reset_peak(), time.perf_counter()
@@ -79,7 +91,9 @@ def share_of_step(num_steps: int) -> float:
     """Median share of a step of the demo in which callers wait for next_prompts."""
     with tempfile.TemporaryDirectory() as runs:
         rounds = ["curriculum.kind=tvdf", "curriculum.trpv=false", "curriculum.dbtp=false"]
-        launch.launch(demo_config([*rounds, f"num_steps={num_steps}", f"runs_dir={runs}", "run_name=benchmark"]))
+        launch.launch(
+            demo_config([*rounds, f"num_steps={num_steps}", f"runs_dir={runs}", "run_name=benchmark"])
+        )
         lines = read_metrics(Path(runs) / "benchmark")[WARM_UP_STEPS:]
     return float(np.median([line["curriculum/next_prompts_s"] / line["time/step_s"] for line in lines]))
 
@@ -95,7 +109,13 @@ def main() -> None:
             rows.append(pool.apply(select, (kind, sampler, arguments.prompts)))
     share = share_of_step(8 if arguments.quick else 30)
     table = Table(
-        "kind", "sampler", "select s", "records to Arrow s", "first prompts s", "peak MiB", title=f"{arguments.prompts:,} prompts"
+        "kind",
+        "sampler",
+        "select s",
+        "records to Arrow s",
+        "first prompts s",
+        "peak MiB",
+        title=f"{arguments.prompts:,} prompts",
     )
     for row in rows:
         seconds = (f"{row[key]:.2f}" for key in ("select_s", "records_s", "first_prompts_s"))

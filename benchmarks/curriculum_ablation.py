@@ -15,7 +15,7 @@ from rich.table import Table
 import launch
 from benchmarks.rows import append_row, by_kind, spread
 from demo.clips import ensure_clips
-from video_opd.config import load_config, resolve_paths
+from video_opd.config_file import load_demo
 
 LEVELS, SPOIL_FRAC, NUM_CLIPS = ("colour", "shape", "faint"), 0.3, 1200
 GROUPS, ROUND_STEPS, NUM_ROUNDS, PASSES = 64, 12, 3, 2
@@ -36,7 +36,11 @@ def measure(kind: str, seed: int, data: Path, runs: Path, num_rounds: int, more:
     budget = int(num_rounds * ROUND_STEPS * GROUPS * TOKENS_A_RESPONSE)
     num_steps = 20 * num_rounds * ROUND_STEPS  # not reached: the budget ends the run
     overrides = [
-        *(f"data.{split}.{key}={data / split / name}" for split in ("train", "eval") for key, name in FILES.items()),
+        *(
+            f"data.{split}.{key}={data / split / name}"
+            for split in ("train", "eval")
+            for key, name in FILES.items()
+        ),
         f"runs_dir={runs}",
         f"run_name={kind.strip('+')}-{seed}",
         f"seed={seed}",
@@ -52,8 +56,10 @@ def measure(kind: str, seed: int, data: Path, runs: Path, num_rounds: int, more:
         *([] if kind in ("uniform", "SCC") else [f"curriculum.num_selected={NUM_SELECTED}"]),
         *more,
     ]
-    summary = launch.launch(resolve_paths(load_config(launch.HERE / "configs" / "demo.yaml", overrides), launch.HERE))
-    assert summary["steps"] < num_steps, f"{kind}: the budget of {budget} scored tokens was not used up in {num_steps} steps"
+    summary = launch.launch(load_demo(overrides))
+    assert summary["steps"] < num_steps, (
+        f"{kind}: the budget of {budget} scored tokens was not used up in {num_steps} steps"
+    )
     return {
         "kind": kind,
         "seed": seed,
@@ -78,7 +84,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values of every run")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--out", type=Path, help="keep clips, run folders and rows.jsonl here (default: a temporary folder)")
+    parser.add_argument(
+        "--out", type=Path, help="keep clips, run folders and rows.jsonl here (default: a temporary folder)"
+    )
     parser.add_argument("--quick", action="store_true", help="one round and one seed")
     arguments = parser.parse_args()
     seeds = 1 if arguments.quick else arguments.seeds
@@ -86,7 +94,12 @@ def main() -> None:
         out = (arguments.out or Path(temporary)).resolve()
         ensure_clips(out / "data", LEVELS, SPOIL_FRAC, NUM_CLIPS)
         answers = measure(
-            "+TRPV", 0, out / "data", out / "runs", 1, [*arguments.overrides, "run_name=answers", "max_scored_tokens=1"]
+            "+TRPV",
+            0,
+            out / "data",
+            out / "runs",
+            1,
+            [*arguments.overrides, "run_name=answers", "max_scored_tokens=1"],
         )
         rows = []
         for seed in range(seeds):
@@ -94,8 +107,20 @@ def main() -> None:
                 rounds = 1 if arguments.quick else NUM_ROUNDS
                 rows.append(measure(kind, seed, out / "data", out / "runs", rounds, arguments.overrides))
                 append_row(out / "rows.jsonl", rows[-1])
-    columns = ("miou", "r1_07", "scored_tokens", "teacher_calls", "rollouts", "steps", "wall_s", "select_s", "dropped")
-    table = Table("", *columns, title=f"mean (lowest to highest) of {seeds} seed(s), equal teacher-scored tokens")
+    columns = (
+        "miou",
+        "r1_07",
+        "scored_tokens",
+        "teacher_calls",
+        "rollouts",
+        "steps",
+        "wall_s",
+        "select_s",
+        "dropped",
+    )
+    table = Table(
+        "", *columns, title=f"mean (lowest to highest) of {seeds} seed(s), equal teacher-scored tokens"
+    )
     for kind, of_kind in by_kind(rows).items():
         table.add_row(kind, *(spread([row[column] for row in of_kind]) for column in columns))
     Console(width=180).print(table)

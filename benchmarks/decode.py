@@ -19,18 +19,22 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from video_opd.clips import frames_key, plan_clip, read_frames
-from video_opd.config import VideoConfig
-from video_opd.decode_pool import shared_pool
-from video_opd.decoders import DECODERS, load_decoder
+from video_opd.config_data import VideoConfig
 from video_opd.errors import ConfigError
-from video_opd.frame_cache import FrameCache
 from video_opd.types import Clip
+from video_opd.video.clips import frames_key, plan_clip, read_frames
+from video_opd.video.decode_pool import shared_pool
+from video_opd.video.decoders import DECODERS, load_decoder
+from video_opd.video.frame_cache import FrameCache
 
 HEIGHT, WIDTH, RATE, DURATION_S, NUM_FRAMES = 360, 640, 30, 32, 64
 SHAPE = (NUM_FRAMES, HEIGHT, WIDTH, 3)
 MULTIPLE = 8  # a divisor of both sides: frames keep their size, so that decoding alone is measured
-ROLLOUTS, QUERIES, PROCESSES = 8, 3, 3  # who reads a clip: a group's rollouts of each query, in an actor, a teacher and a learner
+ROLLOUTS, QUERIES, PROCESSES = (
+    8,
+    3,
+    3,
+)  # who reads a clip: a group's rollouts of each query, in an actor, a teacher and a learner
 
 
 def write_clip(path: Path, seed: int) -> None:
@@ -42,7 +46,9 @@ def write_clip(path: Path, seed: int) -> None:
         stream = container.add_stream("libx264", rate=RATE, options={"crf": "23", "preset": "veryfast"})
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         for i in range(RATE * DURATION_S):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(picture, 2 * i, axis=1), format="rgb24")))
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(np.roll(picture, 2 * i, axis=1), format="rgb24"))
+            )
         container.mux(stream.encode())
 
 
@@ -78,7 +84,9 @@ def measure(decoder: str, clips: list[Clip], cache_dir: str, repeats: int) -> di
         for name, work in ways.items():
             taken[name].append(seconds(work, clips))
     shared_pool(video).close()
-    least = {name: np.min(times, axis=0) for name, times in taken.items()}  # of the repeats: what a busy machine disturbs least
+    least = {
+        name: np.min(times, axis=0) for name, times in taken.items()
+    }  # of the repeats: what a busy machine disturbs least
     return {name: float(np.median(times)) for name, times in least.items()} | {
         "overhead": float(np.median(least["cold"] / least["in_process"])) - 1.0
     }
@@ -90,7 +98,11 @@ def read_as_a_run_does(folder: str, cache_dir: str) -> None:
     cache = FrameCache(video)
     clips = [plan_clip(path.stem, path, video, MULTIPLE) for path in sorted(Path(folder).iterdir())]
     with ThreadPoolExecutor(2) as readers:
-        list(readers.map(lambda clip: cache.read(clip).shape, [c for c in clips for _ in range(QUERIES * ROLLOUTS)]))
+        list(
+            readers.map(
+                lambda clip: cache.read(clip).shape, [c for c in clips for _ in range(QUERIES * ROLLOUTS)]
+            )
+        )
     print(cache.num_decodes)
 
 
@@ -116,7 +128,10 @@ def run(num_clips: int, repeats: int) -> dict:
             except ConfigError as error:
                 print(error)
                 continue
-            assert len({frames_key(clip) for clip in clips}) == num_clips and clips[0].frame_size == (HEIGHT, WIDTH)
+            assert len({frames_key(clip) for clip in clips}) == num_clips and clips[0].frame_size == (
+                HEIGHT,
+                WIDTH,
+            )
             taken = measure(decoder, clips, f"{folder}/cache", repeats)
             rows.append(
                 {
@@ -131,7 +146,13 @@ def run(num_clips: int, repeats: int) -> dict:
             )
         decodes = decodes_per_clip(videos, f"{folder}/shared", num_clips)
     first = {key: rows[0][key] for key in ("cached_speedup", "subprocess_overhead")}
-    return {"rows": rows, "decodes_per_clip": decodes, **first, "clips": num_clips, "frames_per_clip": NUM_FRAMES}
+    return {
+        "rows": rows,
+        "decodes_per_clip": decodes,
+        **first,
+        "clips": num_clips,
+        "frames_per_clip": NUM_FRAMES,
+    }
 
 
 def main() -> None:
@@ -143,11 +164,23 @@ def main() -> None:
         read_as_a_run_does(*arguments.reader)
         return
     result = run(*((2, 3) if arguments.quick else (6, 5)))
-    columns = ("clips/s", "frames/s", "in-process clips/s", "cached clips/s", "cached / decoded", "worker's overhead")
+    columns = (
+        "clips/s",
+        "frames/s",
+        "in-process clips/s",
+        "cached clips/s",
+        "cached / decoded",
+        "worker's overhead",
+    )
     table = Table("decoder", *columns, title=f"{NUM_FRAMES} frames of {HEIGHT}p h264, one thread")
     for row in result["rows"]:
-        numbers = [f"{row[k]:.1f}" for k in ("clips_per_s", "frames_per_s", "in_process_clips_per_s", "cached_clips_per_s")]
-        table.add_row(row["backend"], *numbers, f"{row['cached_speedup']:.0f}x", f"{row['subprocess_overhead']:.1%}")
+        numbers = [
+            f"{row[k]:.1f}"
+            for k in ("clips_per_s", "frames_per_s", "in_process_clips_per_s", "cached_clips_per_s")
+        ]
+        table.add_row(
+            row["backend"], *numbers, f"{row['cached_speedup']:.0f}x", f"{row['subprocess_overhead']:.1%}"
+        )
     Console().print(table)
     print(
         f"{PROCESSES} processes, {QUERIES} queries and {ROLLOUTS} rollouts a clip: {result['decodes_per_clip']:.2f} decodes a clip"

@@ -75,5 +75,7 @@ class EmulatedRank:
         return {"learner/loss": 0.0, "learner/grad_norm": 0.0}
 
     def put_weights(self, policy_version: int) -> tuple[list[ray.ObjectRef], int]:
-        (bucket,) = to_buckets([("w", torch.zeros(WEIGHT_BYTES, dtype=torch.uint8))], policy_version, WEIGHT_BYTES)
+        (bucket,) = to_buckets(
+            [("w", torch.zeros(WEIGHT_BYTES, dtype=torch.uint8))], policy_version, WEIGHT_BYTES
+        )
         return [ray.put(bucket)], WEIGHT_BYTES

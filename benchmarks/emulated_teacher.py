@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from teacher_service.service import TeacherReplica
+from teacher_service.replica import TeacherReplica
 from video_opd.config import Config
 from video_opd.types import Clip, EncodedPrompt, FinishReason, Prompt, Trajectory, TrajectoryGroup
 
@@ -47,7 +47,9 @@ class EmulatedTeacher:
             for p in prompts
         ]
 
-    def score(self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray]) -> list[EmulatedScores]:
+    def score(
+        self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray]
+    ) -> list[EmulatedScores]:
         time.sleep(self._call_s)
         return [EmulatedScores(-r.astype(np.float32)) for r in responses]
 
@@ -60,7 +62,9 @@ class EmulatedReplica(TeacherReplica):
         return emulated, emulated
 
 
-def make_groups(call: int, num_groups: int, rollouts: int, prompt_tokens: int, response_tokens: int) -> list[TrajectoryGroup]:
+def make_groups(
+    call: int, num_groups: int, rollouts: int, prompt_tokens: int, response_tokens: int
+) -> list[TrajectoryGroup]:
     """What a rollout actor returns, for one call; ids tell the call."""
     rng = np.random.default_rng(call)
     clip = Clip(

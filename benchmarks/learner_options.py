@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 import launch
-from video_opd.config import load_config, resolve_paths
-from video_opd.metrics import read_metrics
+from driver.records.sinks import read_metrics
+from video_opd.config_file import load_demo
 
 GROUPS, EPOCH_STEPS, NUM_EPOCHS = 64, 5, 4
 OPTIONS = {
@@ -23,7 +23,11 @@ OPTIONS = {
     "frozen vision": ["learner.freeze_vision=true"],
     "frozen vision, features kept": ["learner.freeze_vision=true", "learner.vision_cache_bytes=1000000000"],
     "LoRA rank 8": ["learner.lora_rank=8", "learner.freeze_vision=true"],
-    "LoRA rank 8, features kept": ["learner.lora_rank=8", "learner.freeze_vision=true", "learner.vision_cache_bytes=1000000000"],
+    "LoRA rank 8, features kept": [
+        "learner.lora_rank=8",
+        "learner.freeze_vision=true",
+        "learner.vision_cache_bytes=1000000000",
+    ],
 }
 
 
@@ -41,9 +45,11 @@ def measure(options: list[str], num_epochs: int) -> dict[str, float]:
             "run_name=run",
             *options,
         ]
-        launch.launch(resolve_paths(load_config(launch.HERE / "configs" / "demo.yaml", overrides), launch.HERE))
+        launch.launch(load_demo(overrides))
         lines = read_metrics(Path(runs) / "run")[EPOCH_STEPS:]
-        checkpoint = Path(runs) / "run" / "checkpoints" / f"step-{num_epochs * EPOCH_STEPS}" / "deepspeed" / "state"
+        checkpoint = (
+            Path(runs) / "run" / "checkpoints" / f"step-{num_epochs * EPOCH_STEPS}" / "deepspeed" / "state"
+        )
         optimizer = sum(path.stat().st_size for path in checkpoint.glob("*optim_states*"))
     return {
         "update_s": float(np.median([line["time/update_s"] for line in lines])),
@@ -59,7 +65,12 @@ def main() -> None:
     rows = {name: measure(options, epochs) for name, options in OPTIONS.items()}
     whole = rows["all weights"]["update_s"]
     table = Table(
-        "", "s an update", "of all weights", "optimizer state MiB", "clips kept", title=f"{GROUPS} demonstrations an update"
+        "",
+        "s an update",
+        "of all weights",
+        "optimizer state MiB",
+        "clips kept",
+        title=f"{GROUPS} demonstrations an update",
     )
     for name, row in rows.items():
         share, state = f"{row['update_s'] / whole:.2f}", f"{row['optimizer_bytes'] / 2**20:.1f}"

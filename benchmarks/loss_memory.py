@@ -17,7 +17,7 @@ from rich.table import Table
 from benchmarks.memory import peak_bytes, reset_peak
 from learner.loss import ResponseTokens, loss_per_token
 from video_opd.config import LearnerConfig, LossConfig
-from video_opd.modeling import by_chunks
+from video_opd.models.forward import by_chunks
 
 VOCABULARY, HIDDEN = 151_936, 128  # a small hidden size: what is measured is the loss, not the head
 CHUNK = LearnerConfig().logit_rows
@@ -31,7 +31,10 @@ def peak_bytes_of(response_tokens: int, device: str, chunk: int) -> tuple[int, f
     head = torch.nn.Linear(HIDDEN, VOCABULARY, bias=False, device=device)
     hidden = torch.randn(response_tokens, HIDDEN, device=device, requires_grad=True)
     targets = torch.randint(VOCABULARY, (response_tokens,), device=device)
-    actor, signal = torch.full((response_tokens,), -12.0, device=device), torch.randn(response_tokens, device=device)
+    actor, signal = (
+        torch.full((response_tokens,), -12.0, device=device),
+        torch.randn(response_tokens, device=device),
+    )
 
     tokens = ResponseTokens(targets, actor, signal)
 
@@ -67,7 +70,9 @@ def main() -> None:
     rows = []
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
         for tokens in (512,) if arguments.quick else (512, 4096, 16384):
-            available = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+            available = (
+                torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+            )
             peak, seconds = measure(tokens, device, CHUNK)
             fits = PLAIN_COPIES * tokens * VOCABULARY * 4 < 0.9 * available
             plain_peak, plain_seconds = measure(tokens, device, tokens) if fits else (None, None)
@@ -85,8 +90,14 @@ def main() -> None:
     table = Table("device", "response tokens", "peak MiB", "plain peak MiB", "s", "time / plain", title=title)
     for row in rows:
         plain, ratio = row["plain_peak_bytes"], row["time_ratio"]
-        known = (f"{plain / 2**20:.0f}" if plain else "does not fit", f"{row['seconds']:.1f}", f"{ratio:.2f}" if ratio else "-")
-        table.add_row(row["device"], f"{row['response_tokens']:,}", f"{row['peak_bytes'] / 2**20:.0f}", *known)
+        known = (
+            f"{plain / 2**20:.0f}" if plain else "does not fit",
+            f"{row['seconds']:.1f}",
+            f"{ratio:.2f}" if ratio else "-",
+        )
+        table.add_row(
+            row["device"], f"{row['response_tokens']:,}", f"{row['peak_bytes'] / 2**20:.0f}", *known
+        )
     Console().print(table)
     print(json.dumps({"rows": rows}))
 

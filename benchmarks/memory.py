@@ -27,7 +27,9 @@ def reset_peak() -> int:
 
 def peak_bytes() -> int:
     """The most bytes in use since reset_peak."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) * 1024
 
 

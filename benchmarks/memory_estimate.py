@@ -19,16 +19,18 @@ from rich.table import Table
 
 import launch
 from benchmarks.memory import PeakByRole, sample
-from video_opd.config import Config, load_config, resolve_paths
-from video_opd.memory_plan import GIB
-from video_opd.plan import make_draft, memory_plan
+from preflight.inputs import make_draft
+from preflight.memory import GIB
+from preflight.memory_fit import memory_plan
+from video_opd.config import Config
+from video_opd.config_file import load_demo
 
 SETTLE_S = 10.0
 
 
 def demo(num_steps: int, runs: str, overrides: list[str]) -> Config:
     forced = [f"num_steps={num_steps}", f"runs_dir={runs}", "run_name=benchmark"]
-    return resolve_paths(load_config(launch.HERE / "configs" / "demo.yaml", [*overrides, *forced]), launch.HERE)
+    return load_demo([*overrides, *forced])
 
 
 def empty_processes() -> Counter[str]:
@@ -41,7 +43,9 @@ def empty_processes() -> Counter[str]:
         async def start() -> Counter[str]:
             run = launch.create_parts(Path(runs) / "benchmark", config, plan)
             assert run.teacher, "the demo has one"
-            await asyncio.gather(run.actors.start(), run.learner.start(), run.teacher.start(), run.curriculum.round_end())
+            await asyncio.gather(
+                run.actors.start(), run.learner.start(), run.teacher.start(), run.curriculum.round_end()
+            )
             await asyncio.to_thread(time.sleep, SETTLE_S)
             sizes = sample()
             run.teacher.stop()
@@ -78,17 +82,32 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as runs:
         config = demo(8 if arguments.quick else 30, runs, arguments.overrides)
         expected, seen = estimated(config), measured(config)
-    table = Table("role", "estimate MiB", "at the peak MiB", "its own peak MiB", "estimate / own peak", title="memory of the demo")
+    table = Table(
+        "role",
+        "estimate MiB",
+        "at the peak MiB",
+        "its own peak MiB",
+        "estimate / own peak",
+        title="memory of the demo",
+    )
     for role in sorted(expected.keys() | seen.of_role.keys(), key=lambda r: -expected[r]):
         own = seen.of_role[role]
         ratio = f"{expected[role] / own:.2f}" if own else "-"
         table.add_row(role, *(f"{n / 2**20:.0f}" for n in (expected[role], seen.at_peak[role], own)), ratio)
     Console().print(table)
     total, peak = expected.total(), seen.at_peak.total()
-    print(f"estimate {total / GIB:.2f} GiB, measured peak {peak / GIB:.2f} GiB, estimate / measured {total / peak:.2f}")
+    print(
+        f"estimate {total / GIB:.2f} GiB, measured peak {peak / GIB:.2f} GiB, estimate / measured {total / peak:.2f}"
+    )
     print(
         json.dumps(
-            {"estimate_bytes": total, "peak_bytes": peak, "ratio": total / peak, "estimate": expected, "measured": seen.at_peak}
+            {
+                "estimate_bytes": total,
+                "peak_bytes": peak,
+                "ratio": total / peak,
+                "estimate": expected,
+                "measured": seen.at_peak,
+            }
         )
     )
 

@@ -23,10 +23,10 @@ from rich.table import Table
 
 import launch
 from benchmarks.rows import append_row, by_kind, read_rows, spread
-from evaluation.report import embed
-from video_opd.config import load_config, resolve_paths
-from video_opd.metrics import read_metrics
-from video_opd.run_folder import write_atomically
+from driver.records.report import embed
+from driver.records.sinks import read_metrics
+from video_opd.config_file import load_demo
+from video_opd.files.run_folder import write_atomically
 
 GROUPS, NUM_STEPS, EVAL_EVERY, ROLLOUTS, LR = 32, 40, 10, 8, 3e-4
 KINDS: dict[str, list[str]] = {
@@ -83,13 +83,17 @@ def measure(kind: str, seed: int, runs: Path, num_steps: int, more: Sequence[str
         *more,
     ]
     shutil.rmtree(runs / name, ignore_errors=True)  # left by an interrupted run
-    summary = launch.launch(resolve_paths(load_config(launch.HERE / "configs" / "demo.yaml", overrides), launch.HERE))
+    summary = launch.launch(load_demo(overrides))
     lines = read_metrics(runs / name)
     step_s = float(np.median([line["time/step_s"] for line in lines]))
     curve = [point(0, step_s, {}, summary["student_before"])]
     for line in lines:
         if "eval/miou" in line:
-            curve.append(point(int(line["step"]) + 1, step_s, line, {k.removeprefix("eval/"): v for k, v in line.items()}))
+            curve.append(
+                point(
+                    int(line["step"]) + 1, step_s, line, {k.removeprefix("eval/"): v for k, v in line.items()}
+                )
+            )
     return {
         "kind": kind,
         "seed": seed,
@@ -154,13 +158,24 @@ def draw(rows: dict[str, list[dict[str, Any]]]) -> Figure:
 
 def table_of(rows: dict[str, list[dict[str, Any]]], target: float) -> tuple[list[str], list[list[str]]]:
     """Header and lines: mean (lowest to highest) over seeds."""
-    header = ["", "mIoU", "R1@0.7", "s an update", "wall s", "rollout tokens", "teacher tokens", f"s to mIoU {target}"]
+    header = [
+        "",
+        "mIoU",
+        "R1@0.7",
+        "s an update",
+        "wall s",
+        "rollout tokens",
+        "teacher tokens",
+        f"s to mIoU {target}",
+    ]
     lines = []
     for kind, of_kind in rows.items():
         columns = ("miou", "r1_07", "step_s", "wall_s", "rollout_tokens", "teacher_tokens")
         times = sorted(seconds_to(row["curve"], target) for row in of_kind)
         reached = [t for t in times if math.isfinite(t)]
-        told = f"{np.median(reached):.0f} ({len(reached)} of {len(times)} seeds)" if reached else "not reached"
+        told = (
+            f"{np.median(reached):.0f} ({len(reached)} of {len(times)} seeds)" if reached else "not reached"
+        )
         lines.append([kind, *(spread([row[c] for row in of_kind]) for c in columns), told])
     return header, lines
 
@@ -187,7 +202,9 @@ def main() -> None:
     rows = []
     for seed in range(arguments.seeds):
         for kind in arguments.kinds:
-            wanted = key_of({"kind": kind, "seed": seed, "steps": arguments.steps, "overrides": arguments.overrides})
+            wanted = key_of(
+                {"kind": kind, "seed": seed, "steps": arguments.steps, "overrides": arguments.overrides}
+            )
             if wanted not in done:
                 done[wanted] = measure(kind, seed, out / "runs", arguments.steps, arguments.overrides)
                 append_row(out / "rows.jsonl", done[wanted])
@@ -216,7 +233,9 @@ def report(rows: dict[str, list[dict[str, Any]]], target: float, out: Path) -> N
     figure = draw(rows)
     figure.savefig(out / "objectives.png", dpi=110)
     html = jinja2.Environment(autoescape=True).from_string(PAGE)
-    write_atomically(out / "report.html", html.render(title=title, header=header, lines=lines, picture=embed(figure)))
+    write_atomically(
+        out / "report.html", html.render(title=title, header=header, lines=lines, picture=embed(figure))
+    )
 
 
 if __name__ == "__main__":

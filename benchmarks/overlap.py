@@ -28,13 +28,15 @@ from actors.actor_pool import ActorPool
 from benchmarks import emulated_parts, emulated_teacher
 from benchmarks.emulated_parts import EmulatedActor, EmulatedRank
 from benchmarks.emulated_teacher import EmulatedReplica
-from curriculum.scheduler import Curriculum
-from driver.run import Run, start_ray
+from curriculum.curriculum import Curriculum
+from driver.records.sinks import read_metrics
+from driver.run import Run
+from driver.start_ray import start_ray
 from learner.learner import Learner
+from preflight.inputs import Plan
 from teacher_service.pool import TeacherPool
-from video_opd.config import Config, load_config, resolve_paths
-from video_opd.metrics import read_metrics
-from video_opd.plan import Plan
+from video_opd.config import Config
+from video_opd.config_file import load_demo
 
 ROLLOUT_S, SCORE_S, UPDATE_S = 4.0, 2.0, 3.0
 SLOWEST_S = max(ROLLOUT_S, SCORE_S, UPDATE_S)
@@ -43,7 +45,7 @@ WARM_UP_STEPS = 2  # the pipeline fills
 
 
 def demo_config(overrides: list[str]) -> Config:
-    return resolve_paths(load_config(launch.HERE / "configs" / "demo.yaml", overrides), launch.HERE)
+    return load_demo(overrides)
 
 
 def step_seconds(run_dir: Path) -> list[float]:
@@ -54,11 +56,20 @@ def step_seconds(run_dir: Path) -> list[float]:
 
 def emulated_config(lag: int, parts: int, num_steps: int, runs: str) -> Config:
     """The demo's, for parts that sleep; a score call takes its share of SCORE_S."""
-    env = {emulated_parts.ROLLOUT_S: ROLLOUT_S, emulated_parts.UPDATE_S: UPDATE_S, emulated_teacher.CALL_S: SCORE_S / parts}
+    env = {
+        emulated_parts.ROLLOUT_S: ROLLOUT_S,
+        emulated_parts.UPDATE_S: UPDATE_S,
+        emulated_teacher.CALL_S: SCORE_S / parts,
+    }
     return demo_config(
         [
             *(f"worker_env.{name}='{seconds}'" for name, seconds in env.items()),
-            *(f"max_policy_lag={lag}", f"groups_per_step={GROUPS}", f"num_steps={num_steps}", f"runs_dir={runs}"),
+            *(
+                f"max_policy_lag={lag}",
+                f"groups_per_step={GROUPS}",
+                f"num_steps={num_steps}",
+                f"runs_dir={runs}",
+            ),
             *(f"rollout.prompts_per_call={GROUPS}", f"rollout.prompts_per_result={GROUPS // parts}"),
             *("loss.kind=opd", "teacher_pool.max_batch_requests=1", "checks.max_logprob_gap=null"),
         ]
@@ -125,24 +136,44 @@ def in_new_process(work: Callable[..., float], *arguments: Any) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overlap", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="8 emulated steps and 10 of the demo instead of 20 and 40")
+    parser.add_argument(
+        "--quick", action="store_true", help="8 emulated steps and 10 of the demo instead of 20 and 40"
+    )
     quick = parser.parse_args().quick
     emulated_steps, demo_steps = (8, 10) if quick else (20, 40)
     rows: list[dict[str, Any]] = []
     for handed_on, parts in (("whole", 1), ("as they finish", PARTS)):
         for lag in (0, 1):
             seconds = in_new_process(emulate, lag, parts, emulated_steps + WARM_UP_STEPS + 1)
-            rows.append({"handed_on": handed_on, "lag": lag, "seconds_per_step": seconds, "over_slowest": seconds / SLOWEST_S})
+            rows.append(
+                {
+                    "handed_on": handed_on,
+                    "lag": lag,
+                    "seconds_per_step": seconds,
+                    "over_slowest": seconds / SLOWEST_S,
+                }
+            )
     demo = {lag: in_new_process(train_demo, lag, demo_steps + WARM_UP_STEPS + 1) for lag in (0, 1)}
     table = Table(
-        "rollouts handed on", "lag", "s a step", "over the slowest phase", title="emulated: rollout 4 s, score 2 s, update 3 s"
+        "rollouts handed on",
+        "lag",
+        "s a step",
+        "over the slowest phase",
+        title="emulated: rollout 4 s, score 2 s, update 3 s",
     )
     for row in rows:
-        table.add_row(row["handed_on"], str(row["lag"]), f"{row['seconds_per_step']:.2f}", f"{row['over_slowest']:.3f}")
+        table.add_row(
+            row["handed_on"], str(row["lag"]), f"{row['seconds_per_step']:.2f}", f"{row['over_slowest']:.3f}"
+        )
     Console().print(table)
     print(f"demo: {demo[0]:.2f} steps/s at lag 0, {demo[1]:.2f} at lag 1")
     worst = max(row["over_slowest"] for row in rows if row["lag"] == 1)
-    result = {"lag0_steps_per_s": demo[0], "lag1_steps_per_s": demo[1], "emulated_lag1_over_slowest": worst, "rows": rows}
+    result = {
+        "lag0_steps_per_s": demo[0],
+        "lag1_steps_per_s": demo[1],
+        "emulated_lag1_over_slowest": worst,
+        "rows": rows,
+    }
     print(json.dumps(result))
 
 

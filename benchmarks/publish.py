@@ -13,7 +13,6 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,16 +24,17 @@ from rich.table import Table
 from actors.actor_pool import ActorPool
 from actors.engine import PolicyEngine
 from actors.weight_receiver import Named, split, unpack
-from driver.run import start_ray
-from learner.learner import Learner, LearnerRank
+from driver.start_ray import start_ray
+from learner.learner import Learner
+from learner.rank import LearnerRank
 from learner.weight_sender import tensor_buckets, to_buckets
 from video_opd.broadcast import BroadcastGroup, in_order
-from video_opd.config import Config, load_config, resolve_paths
-from video_opd.modeling import load_model
-from video_opd.prompting import PromptEncoder
+from video_opd.config import Config
+from video_opd.config_file import load_demo
+from video_opd.models.forward import load_model
+from video_opd.models.prompting import PromptEncoder
 from video_opd.types import GroupPlace, WeightBucket
 
-ROOT = Path(__file__).resolve().parent.parent
 STUDENT_BYTES = "STUDENT_BYTES"
 WAYS = ("object_store", "collective")
 HIDDEN, VOCABULARY = 1024, 32_000
@@ -44,7 +44,12 @@ RELOADS = 5
 
 def student_shapes(num_bytes: int) -> Iterator[tuple[str, torch.Size]]:
     """A decoder's tensors in bfloat16: as many layers as make about so many bytes."""
-    layer = {"qkv": (2 * HIDDEN, HIDDEN), "o": (HIDDEN, HIDDEN), "gate_up": (6 * HIDDEN, HIDDEN), "down": (HIDDEN, 3 * HIDDEN)}
+    layer = {
+        "qkv": (2 * HIDDEN, HIDDEN),
+        "o": (HIDDEN, HIDDEN),
+        "gate_up": (6 * HIDDEN, HIDDEN),
+        "down": (HIDDEN, 3 * HIDDEN),
+    }
     layer |= {"norm": (HIDDEN,), "post_norm": (HIDDEN,)}
     yield "embed", torch.Size((VOCABULARY, HIDDEN))
     of_layer = 2 * sum(torch.Size(shape).numel() for shape in layer.values())
@@ -136,14 +141,19 @@ async def publish(way: str, version: int, pool: ActorPool, learner: Learner) -> 
 
 async def measure(config: Config, repeats: int) -> dict[str, Any]:
     kinds = [(what, count) for what in ACTORS for count in (1, 2)]
-    pools = {(what, count): ActorPool(f"{what}-{count}", with_actors(config, count), ACTORS[what]) for what, count in kinds}
+    pools = {
+        (what, count): ActorPool(f"{what}-{count}", with_actors(config, count), ACTORS[what])
+        for what, count in kinds
+    }
     learners = {(what, count): Learner(f"{what}-{count}", config, MadeUpRank) for what, count in kinds}
     await asyncio.gather(*(part.start() for part in (*pools.values(), *learners.values())))
     source = np.ones(COPY_BYTES, np.uint8)
     target = np.empty_like(source)
     taken: dict[tuple[str, str, int], list[float]] = {(way, *key): [] for way in WAYS for key in pools}
     copies, num_bytes = [], 0
-    for version in range(1 + repeats):  # all in turn, so that a busy machine is busy for all of them; the first warms up
+    for version in range(
+        1 + repeats
+    ):  # all in turn, so that a busy machine is busy for all of them; the first warms up
         for (way, what, count), seconds in taken.items():
             num_bytes, taken_s = await publish(way, version, pools[what, count], learners[what, count])
             copies.append(copy_bytes_per_s(source, target))
@@ -163,7 +173,13 @@ async def measure(config: Config, repeats: int) -> dict[str, Any]:
     ]
     bandwidth = statistics.median(copies)
     share = rows[0]["bytes_per_s"] / bandwidth
-    return {"rows": rows, "memory_bytes_per_s": bandwidth, "bandwidth_share": share, "student_bytes": num_bytes, "repeats": repeats}
+    return {
+        "rows": rows,
+        "memory_bytes_per_s": bandwidth,
+        "bandwidth_share": share,
+        "student_bytes": num_bytes,
+        "repeats": repeats,
+    }
 
 
 def with_actors(config: Config, count: int) -> Config:
@@ -191,7 +207,7 @@ def engine_reload(config: Config) -> dict[str, float]:
 
 def run(num_bytes: int, repeats: int) -> dict[str, Any]:
     overrides = [f"worker_env.{STUDENT_BYTES}='{num_bytes}'"]
-    config = resolve_paths(load_config(ROOT / "configs" / "demo.yaml", overrides), ROOT)
+    config = load_demo(overrides)
     start_ray(with_ranks(config, 2 * len(ACTORS)), address="local")  # a learner for each pool
     try:
         result = asyncio.run(measure(config, repeats))
@@ -210,11 +226,20 @@ def main() -> None:
     title = f"publishing {result['student_bytes'] / 1e6:.0f} MB; {memory}"
     table = Table("way", "actors", "named GB/s", "its range", "share", "loaded GB/s", title=title)
     for row in result["rows"]:
-        named, loaded, *spread = (row[f"{k}bytes_per_s"] / 1e9 for k in ("", "loaded_", "slowest_", "fastest_"))
-        cells = (f"{named:.2f}", "{:.2f} to {:.2f}".format(*spread), f"{row['bytes_per_s'] * share:.0%}", f"{loaded:.2f}")
+        named, loaded, *spread = (
+            row[f"{k}bytes_per_s"] / 1e9 for k in ("", "loaded_", "slowest_", "fastest_")
+        )
+        cells = (
+            f"{named:.2f}",
+            "{:.2f} to {:.2f}".format(*spread),
+            f"{row['bytes_per_s'] * share:.0%}",
+            f"{loaded:.2f}",
+        )
         table.add_row(row["path"], str(row["actors"]), *cells)
     Console().print(table)
-    print(f"vLLM takes {result['engine_bytes'] / 1e6:.1f} MB of the demo's student in {1e3 * result['engine_reload_s']:.0f} ms")
+    print(
+        f"vLLM takes {result['engine_bytes'] / 1e6:.1f} MB of the demo's student in {1e3 * result['engine_reload_s']:.0f} ms"
+    )
     print(json.dumps(result))
 
 

@@ -14,8 +14,9 @@ from rich.table import Table
 
 import launch
 from benchmarks.memory import PeakByRole
-from video_opd.config import load_config, resolve_paths
-from video_opd.metrics import PHASES, read_metrics
+from driver.clock import PHASES
+from driver.records.sinks import read_metrics
+from video_opd.config_file import load_demo
 
 WARM_UP_STEPS = 2  # engines allocate and caches fill
 
@@ -24,10 +25,12 @@ def measure(overrides: list[str], num_steps: int) -> dict:
     """Runs the demo for `num_steps` steps; medians over the steps after the warm-up."""
     with tempfile.TemporaryDirectory() as runs, PeakByRole() as memory:
         forced = [f"num_steps={num_steps}", f"runs_dir={runs}", "run_name=benchmark"]
-        config = resolve_paths(load_config(launch.HERE / "configs" / "demo.yaml", [*overrides, *forced]), launch.HERE)
+        config = load_demo([*overrides, *forced])
         summary = launch.launch(config)
         lines = read_metrics(Path(runs) / "benchmark")[WARM_UP_STEPS:]
-    phases = {name: float(np.median([line[f"time/{name}_s"] for line in lines])) for name in (*PHASES, "idle")}
+    phases = {
+        name: float(np.median([line[f"time/{name}_s"] for line in lines])) for name in (*PHASES, "idle")
+    }
     step_s = float(np.median([line["time/step_s"] for line in lines]))
     return {
         "seconds_per_step": step_s,
@@ -45,7 +48,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="8 steps instead of 30")
     arguments = parser.parse_args()
     result = measure(arguments.overrides, 8 if arguments.quick else 30)
-    table = Table("phase", "median s a step", title="one step of the demo (phases overlap, so they add up to more than the step)")
+    table = Table(
+        "phase",
+        "median s a step",
+        title="one step of the demo (phases overlap, so they add up to more than the step)",
+    )
     for name, seconds in result["phases"].items():
         table.add_row(name, f"{seconds:.2f}")
     table.add_row("step", f"{result['seconds_per_step']:.2f}")

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from teacher_service.engine import top_k_of
-from video_opd.modeling import token_logprobs
+from video_opd.models.forward import token_logprobs
 from video_opd.types import TopK
 
 VOCABULARY, HIDDEN, TOKENS, REPEATS = 151_936, 2048, 512, 3
@@ -65,7 +65,15 @@ def measure(tokens: int) -> list[dict[str, Any]]:
         trip_s, arrived = seconds(lambda payload=payload: ray.get(ray.put(payload)))
         learner_s = seconds(lambda restore=restore, arrived=arrived: restore(arrived))[0] if restore else 0.0
         each = num_bytes(payload) / tokens
-        rows.append({"sends": name, "bytes_per_token": each, "score_s": score_s, "trip_s": trip_s, "learner_s": learner_s})
+        rows.append(
+            {
+                "sends": name,
+                "bytes_per_token": each,
+                "score_s": score_s,
+                "trip_s": trip_s,
+                "learner_s": learner_s,
+            }
+        )
     return rows
 
 
@@ -74,11 +82,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="64 response tokens")
     tokens = 64 if parser.parse_args().quick else TOKENS
     torch.set_num_threads(1)
-    ray.init(address="local", num_cpus=1, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    ray.init(
+        address="local", num_cpus=1, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False
+    )
     rows = measure(tokens)
     ray.shutdown()
     table = Table(
-        "sends", "bytes a token", "score s", "trip s", "learner s", title=f"{tokens} tokens, V = {VOCABULARY:,}, H = {HIDDEN}"
+        "sends",
+        "bytes a token",
+        "score s",
+        "trip s",
+        "learner s",
+        title=f"{tokens} tokens, V = {VOCABULARY:,}, H = {HIDDEN}",
     )
     for row in rows:
         times = (f"{row[c]:.4f}" for c in ("score_s", "trip_s", "learner_s"))

@@ -19,11 +19,12 @@ from rich.table import Table
 
 from benchmarks import emulated_teacher
 from benchmarks.emulated_teacher import EmulatedReplica, make_groups
-from driver.run import HERE, start_ray
+from driver.start_ray import start_ray
 from teacher_service.pool import TeacherPool
 from teacher_service.scaling import read_pool, set_replicas
-from video_opd.config import Config, load_config
-from video_opd.deadline import within
+from video_opd.cluster.deadline import within
+from video_opd.config import Config
+from video_opd.config_file import load_demo
 
 CALL_S, LOAD, SIZES = 0.5, 3, (1, 2, 4, 8)
 GROUPS, ROLLOUTS, PROMPT_TOKENS, RESPONSE_TOKENS = 4, 4, 4096, 32  # of a call: 256 KiB of prompt tokens
@@ -35,14 +36,16 @@ def demo_config() -> Config:
     pool = {"max_batch_requests": 1, "batch_wait_s": 0, "num_cpus": 0.1}
     overrides = [f"teacher_pool.{key}={value}" for key, value in pool.items()]
     overrides += [f"worker_env.{emulated_teacher.CALL_S}='{CALL_S}'", f"start_timeout_s={START_S}"]
-    return load_config(HERE / "configs" / "demo.yaml", overrides)
+    return load_demo(overrides)
 
 
 async def until_reached(pool: TeacherPool, replicas: int) -> None:
     """Returns when so many run."""
 
     async def poll() -> None:
-        while (status := await asyncio.to_thread(read_pool, pool.app)).running != replicas or not status.reached:
+        while (
+            status := await asyncio.to_thread(read_pool, pool.app)
+        ).running != replicas or not status.reached:
             await asyncio.sleep(POLL_S)
 
     await within(START_S, poll(), f"{replicas} replicas")
@@ -54,7 +57,9 @@ def calls_within(answers_s: np.ndarray, start_s: float, end_s: float) -> float:
     return float(np.clip(inside, 0, None).sum() / CALL_S)
 
 
-async def measure(pool: TeacherPool, replicas: int, references: list[Any], window_s: float) -> dict[str, float]:
+async def measure(
+    pool: TeacherPool, replicas: int, references: list[Any], window_s: float
+) -> dict[str, float]:
     """Closed loop of LOAD calls a replica: tokens a second of the window."""
     await asyncio.to_thread(set_replicas, pool.app, replicas)
     await until_reached(pool, replicas)
@@ -78,7 +83,10 @@ async def run(window_s: float) -> dict[str, Any]:
     try:
         pool = TeacherPool("video_opd/benchmark", config, config.teacher_models[0], EmulatedReplica)
         await pool.start()
-        references = [ray.put(make_groups(i, GROUPS, ROLLOUTS, PROMPT_TOKENS, RESPONSE_TOKENS)) for i in range(LOAD * max(SIZES))]
+        references = [
+            ray.put(make_groups(i, GROUPS, ROLLOUTS, PROMPT_TOKENS, RESPONSE_TOKENS))
+            for i in range(LOAD * max(SIZES))
+        ]
         rows = [await measure(pool, size, references, window_s) for size in SIZES]
         pool.stop()
     finally:
@@ -92,11 +100,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="windows of 6 s instead of 20")
     result = asyncio.run(run(6.0 if parser.parse_args().quick else 20.0))
     first = result["rows"][0]["tokens_per_s"]
-    table = Table("replicas", "tokens/s", "of linear", "calls", "queue s", title=f"{CALL_S} s a call, calls not merged")
+    table = Table(
+        "replicas", "tokens/s", "of linear", "calls", "queue s", title=f"{CALL_S} s a call, calls not merged"
+    )
     for row in result["rows"]:
         share = row["tokens_per_s"] / (row["replicas"] * first)
         table.add_row(
-            str(row["replicas"]), f"{row['tokens_per_s']:.0f}", f"{share:.1%}", f"{row['calls']:.1f}", f"{row['queue_s']:.2f}"
+            str(row["replicas"]),
+            f"{row['tokens_per_s']:.0f}",
+            f"{share:.1%}",
+            f"{row['calls']:.1f}",
+            f"{row['queue_s']:.2f}",
         )
     Console().print(table)
     print(json.dumps(result))

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from video_opd.config import Config, load_config
+from video_opd.config import Config
+from video_opd.config_file import load_config
 from video_opd.errors import ConfigError, InputError
 
 SHOWN = 20
@@ -25,12 +26,16 @@ def newest_records(run: Path) -> tuple[pa.Table, Path]:
     final = run / "curriculum" / "records.parquet"
     if final.is_file():
         return pq.read_table(final), final
-    checkpoints = sorted(run.glob("checkpoints/step-*/curriculum.parquet"), key=lambda p: _number_of(p.parent.name))[-1:]
+    checkpoints = sorted(
+        run.glob("checkpoints/step-*/curriculum.parquet"), key=lambda p: _number_of(p.parent.name)
+    )[-1:]
     rounds = sorted(run.glob("curriculum/round-*.parquet"), key=lambda p: _number_of(p.stem))[-1:]
     tables = [(pq.read_table(path), path) for path in (*rounds, *checkpoints)]
     if not tables:
         raise ConfigError(f"{run} holds no curriculum records: name a run folder, e.g. runs/NAME")
-    return max(tables, key=lambda table: (len(table[0]["student_iou"][0]), table[0]["last_step"].to_numpy().max()))
+    return max(
+        tables, key=lambda table: (len(table[0]["student_iou"][0]), table[0]["last_step"].to_numpy().max())
+    )
 
 
 def _number_of(name: str) -> int:
@@ -49,16 +54,32 @@ def state_of(record: dict) -> str:
 
 def overview(records: pa.Table) -> Table:
     """Prompts by state; dropped ones by reason."""
-    rows = records.select(["dropped", "selected", "suspended", "num_rollouts", "teacher_iou", "disagreement"]).to_pylist()
+    rows = records.select(
+        ["dropped", "selected", "suspended", "num_rollouts", "teacher_iou", "disagreement"]
+    ).to_pylist()
     groups: dict[str, list[dict]] = {}
     for row in rows:
         state = state_of(row)
         groups.setdefault(f"dropped: {row['dropped']}" if state == "dropped" else state, []).append(row)
-    table = Table("state", "prompts", "sampled", "rollouts", "teacher IoU", "disagreement", title=f"{len(records)} prompts")
+    table = Table(
+        "state",
+        "prompts",
+        "sampled",
+        "rollouts",
+        "teacher IoU",
+        "disagreement",
+        title=f"{len(records)} prompts",
+    )
     for state, members in sorted(groups.items(), key=lambda item: -len(item[1])):
         sampled = sum(m["num_rollouts"] > 0 for m in members)
         means = [_mean([m[name] for m in members]) for name in ("teacher_iou", "disagreement")]
-        table.add_row(escape(state), str(len(members)), str(sampled), str(sum(m["num_rollouts"] for m in members)), *means)
+        table.add_row(
+            escape(state),
+            str(len(members)),
+            str(sampled),
+            str(sum(m["num_rollouts"] for m in members)),
+            *means,
+        )
     return table
 
 
@@ -79,7 +100,11 @@ def largest(records: pa.Table, limit: int) -> Table:
         student = " ".join(_number(iou) for iou in record["student_iou"])
         numbers = (_number(record["disagreement"]), _number(record["teacher_iou"]), student)
         table.add_row(
-            escape(record["prompt_id"]), state_of(record), *numbers, str(record["num_rollouts"]), str(record["last_step"])
+            escape(record["prompt_id"]),
+            state_of(record),
+            *numbers,
+            str(record["num_rollouts"]),
+            str(record["last_step"]),
         )
     return table
 
@@ -105,7 +130,9 @@ def explain(records: pa.Table, prompt_id: str, config: Config) -> list[str]:
         lines += _why(record, records, config)
     if record["num_rollouts"]:
         suspended = ", suspended that time" if record["suspended"] else ""
-        lines.append(f"sampled: {record['num_rollouts']} rollouts, last at step {record['last_step']}{suspended}")
+        lines.append(
+            f"sampled: {record['num_rollouts']} rollouts, last at step {record['last_step']}{suspended}"
+        )
     else:
         lines.append("sampled: never")
     return lines
@@ -116,7 +143,13 @@ def _why(record: dict, records: pa.Table, config: Config) -> list[str]:
     curriculum, chosen = config.curriculum, int(records["selected"].to_numpy().sum())
     if curriculum.kind == "scc":
         sigma = record["student_iou"][0]
-        kind = "Anchor" if sigma >= curriculum.anchor_iou else "Frontier" if sigma < curriculum.frontier_iou else "neither kind"
+        kind = (
+            "Anchor"
+            if sigma >= curriculum.anchor_iou
+            else "Frontier"
+            if sigma < curriculum.frontier_iou
+            else "neither kind"
+        )
         return [
             f"{kind}: Anchors start at {curriculum.anchor_iou}, Frontier ends below {curriculum.frontier_iou}; {chosen} selected"
         ]
@@ -126,7 +159,9 @@ def _why(record: dict, records: pa.Table, config: Config) -> list[str]:
         return []
     alive = records.filter(pc.field("dropped") == "")
     rank = int((alive["disagreement"].to_numpy() > record["disagreement"]).sum()) + 1
-    return [f"disagreement {record['disagreement']:.3f}, rank {rank} of {len(alive)}; {chosen} selected ({curriculum.sampler})"]
+    return [
+        f"disagreement {record['disagreement']:.3f}, rank {rank} of {len(alive)}; {chosen} selected ({curriculum.sampler})"
+    ]
 
 
 def _number(value: float | None) -> str:
@@ -141,10 +176,17 @@ def _mean(values: Sequence[float | None]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m curriculum", description=__doc__)
-    show = parser.add_subparsers(dest="command", required=True).add_parser("show", help="print a run's prompts by state")
+    show = parser.add_subparsers(dest="command", required=True).add_parser(
+        "show", help="print a run's prompts by state"
+    )
     show.add_argument("run", type=Path, help="run folder, e.g. runs/NAME")
     show.add_argument("--prompt", metavar="ID", help="explain one prompt")
-    show.add_argument("--limit", type=int, default=SHOWN, help=f"prompts of the largest disagreement to list (default {SHOWN})")
+    show.add_argument(
+        "--limit",
+        type=int,
+        default=SHOWN,
+        help=f"prompts of the largest disagreement to list (default {SHOWN})",
+    )
     parsed = parser.parse_args(arguments)
     console = Console()
     try:

@@ -10,16 +10,30 @@ from video_opd.types import Span, TrajectoryGroup
 
 
 def anchors_and_frontier(
-    student_iou: np.ndarray, k: int | None, anchor_iou: float, frontier_iou: float, anchor_frac: float, rng: np.random.Generator
+    student_iou: np.ndarray,
+    k: int | None,
+    anchor_iou: float,
+    frontier_iou: float,
+    anchor_frac: float,
+    rng: np.random.Generator,
 ) -> np.ndarray:
     """int64[k]: Anchors (sigma_i >= anchor_iou) and Frontier (sigma_i < frontier_iou), drawn at random, in order of the pool.
 
     A share of anchor_frac are Anchors (paper: 1 of 10). k None: as many as both kinds allow at that share.
     Raises ValueError when there are too few of a kind.
     """
-    anchors, frontier = np.flatnonzero(student_iou >= anchor_iou - ROUNDING), np.flatnonzero(student_iou < frontier_iou - ROUNDING)
+    anchors, frontier = (
+        np.flatnonzero(student_iou >= anchor_iou - ROUNDING),
+        np.flatnonzero(student_iou < frontier_iou - ROUNDING),
+    )
     if k is None:
-        k = int(min(_at_share(len(anchors), anchor_frac), _at_share(len(frontier), 1.0 - anchor_frac), len(student_iou)))
+        k = int(
+            min(
+                _at_share(len(anchors), anchor_frac),
+                _at_share(len(frontier), 1.0 - anchor_frac),
+                len(student_iou),
+            )
+        )
     num_anchors = round(k * anchor_frac)
     if k < 1 or num_anchors > len(anchors) or k - num_anchors > len(frontier):
         raise ValueError(

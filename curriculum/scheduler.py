@@ -1,25 +1,19 @@
 """The scheduler actor: which prompts the actors sample next."""
 
-import asyncio
-import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import ray
 
-from curriculum.coupling import anchors_and_frontier, suspend
+from curriculum.coupling import anchors_and_frontier
 from curriculum.tvdf import SAMPLERS, disagreement, reliable
 from video_opd.config import Config
-from video_opd.deadline import within
-from video_opd.errors import FAILURE_KINDS, CheckpointError, ConfigError, RunError, failure_kind
-from video_opd.faults import LOST, cause_of, retried
-from video_opd.grounding import prompt_iou
+from video_opd.errors import CheckpointError, ConfigError, RunError
 from video_opd.logs import log, start_role_log, work
 from video_opd.schemas import RECORDS
-from video_opd.types import FailedPrompt, Prompt, ScoredGroup, TrajectoryGroup
+from video_opd.types import FailedPrompt, Prompt, ScoredGroup
 
 NAMED_IN_ERRORS = 3
 CHANGES_A_STATE = 512
@@ -41,7 +35,11 @@ def observation(group: ScoredGroup) -> Observation:
 def settings_of(config: Config) -> dict[str, Any]:
     """What cannot change between a checkpoint and its resumption."""
     curriculum = config.curriculum
-    return {"kind": curriculum.kind, "asks_teacher": curriculum.asks_teacher, "asks_student": curriculum.asks_student}
+    return {
+        "kind": curriculum.kind,
+        "asks_teacher": curriculum.asks_teacher,
+        "asks_student": curriculum.asks_student,
+    }
 
 
 def check_state(state: Mapping[str, Any], prompt_ids: Sequence[str], config: Config) -> None:
@@ -55,7 +53,11 @@ def check_state(state: Mapping[str, Any], prompt_ids: Sequence[str], config: Con
     if saved == list(prompt_ids):
         return
     other = sorted(set(saved) ^ set(prompt_ids))
-    named = f"{len(other)} are in one of them only ({', '.join(other[:NAMED_IN_ERRORS])})" if other else "their order differs"
+    named = (
+        f"{len(other)} are in one of them only ({', '.join(other[:NAMED_IN_ERRORS])})"
+        if other
+        else "their order differs"
+    )
     raise CheckpointError(
         f"the checkpoint's curriculum has {len(saved)} prompts, the data {len(prompt_ids)}; {named}: resume with the data the run "
         "was started with"
@@ -105,7 +107,9 @@ class Scheduler:
         where the config does not ask the student. Raises ConfigError when too few prompts can be selected.
         """
         curriculum, size = self._config.curriculum, len(self._prompts)
-        self._student_iou.append(np.full(size, np.nan) if student_iou is None else np.asarray(student_iou, np.float64))
+        self._student_iou.append(
+            np.full(size, np.nan) if student_iou is None else np.asarray(student_iou, np.float64)
+        )
         if student_iou is not None:
             self._drop(np.isnan(self._student_iou[-1]), UNREADABLE)
         chosen = self._select_round(self.alive())
@@ -117,7 +121,13 @@ class Scheduler:
         else:
             self._round_end = None
         work.step = step
-        log.info("round %d: %d of %d prompts; %s", len(self._student_iou), len(chosen), size, self._describe_dropped())
+        log.info(
+            "round %d: %d of %d prompts; %s",
+            len(self._student_iou),
+            len(chosen),
+            size,
+            self._describe_dropped(),
+        )
         return self._round_end
 
     def alive(self) -> np.ndarray:
@@ -147,7 +157,9 @@ class Scheduler:
             try:
                 chosen = alive[anchors_and_frontier(self._student_iou[-1][alive], k, *bounds, self._rng)]
             except ValueError as error:
-                raise ConfigError(f"curriculum: {error}; change anchor_frac or the bounds; {self._advice()}") from None
+                raise ConfigError(
+                    f"curriculum: {error}; change anchor_frac or the bounds; {self._advice()}"
+                ) from None
         else:
             chosen = self._sample(alive, k or len(alive))
         in_flight = (self._config.max_policy_lag + 1) * self._config.groups_per_step
@@ -163,7 +175,9 @@ class Scheduler:
         curriculum = self._config.curriculum
         sampler = curriculum.sampler if curriculum.dbtp else "uniform"
         delta = disagreement(self._teacher_iou, self._student_iou[-1])[candidates]
-        assert sampler == "uniform" or np.isfinite(delta).all(), "a prompt without both answers can have no disagreement"
+        assert sampler == "uniform" or np.isfinite(delta).all(), (
+            "a prompt without both answers can have no disagreement"
+        )
         return candidates[SAMPLERS[sampler](delta, k, self._rng)]
 
     def _advice(self) -> str:
@@ -205,7 +219,9 @@ class Scheduler:
     def _refill(self, wanted: int) -> None:
         """Queues one more pass over the selected prompts, shuffled."""
         alive = np.flatnonzero(self._selected & self._is_alive())
-        available = len(alive) - sum(i not in self._dropped and bool(self._selected[i]) for i in self._in_flight)
+        available = len(alive) - sum(
+            i not in self._dropped and bool(self._selected[i]) for i in self._in_flight
+        )
         if available < wanted:
             raise RunError(
                 f"the curriculum has {available} prompts that are not in flight, {wanted} more are asked for "
@@ -254,7 +270,9 @@ class Scheduler:
         """What is known of every prompt, in the order of the pool; see schemas.RECORDS."""
         size, rounds = len(self._prompts), len(self._student_iou)
         sigma = np.stack(self._student_iou, axis=1).ravel() if rounds else np.zeros(0)
-        student_iou = pa.ListArray.from_arrays(pa.array(np.arange(size + 1) * rounds, pa.int32()), _nullable(sigma))
+        student_iou = pa.ListArray.from_arrays(
+            pa.array(np.arange(size + 1) * rounds, pa.int32()), _nullable(sigma)
+        )
         delta = disagreement(self._teacher_iou, self._student_iou[-1]) if rounds else np.full(size, np.nan)
         columns = [
             pa.array(list(self._index)),
@@ -286,7 +304,9 @@ class Scheduler:
         records: pa.Table = state["records"]
         self._teacher_iou = records["teacher_iou"].to_numpy()
         student_iou = records["student_iou"].combine_chunks()
-        by_prompt = student_iou.values.to_numpy(zero_copy_only=False).reshape(len(records), len(student_iou[0]))
+        by_prompt = student_iou.values.to_numpy(zero_copy_only=False).reshape(
+            len(records), len(student_iou[0])
+        )
         self._student_iou = list(by_prompt.T.copy())
         self._selected = records["selected"].to_numpy().copy()
         self._num_rollouts = records["num_rollouts"].to_numpy().copy()
@@ -324,137 +344,3 @@ class SchedulerActor(Scheduler):
 
     def __repr__(self) -> str:
         return "curriculum"
-
-
-class Curriculum:
-    """The driver's side of the scheduler actor, `NAME/curriculum`: the same methods, each with a deadline.
-
-    Calls go one at a time, and those that change the scheduler are kept since its last saved state. One that dies or
-    hangs is replaced by another, which loads that state and is told the same again: it then knows, draw by draw, what
-    the lost one knew.
-    """
-
-    def __init__(self, name: str, prompts: Sequence[Prompt], config: Config):
-        self._name, self._config = name, config
-        self._prompts = ray.put(prompts)
-        self._next_prompts_s = 0.0
-        self._num_starts = 0
-        self._num_failed = Counter(dict.fromkeys(FAILURE_KINDS, 0))
-        self._turn = asyncio.Lock()
-        self._saved: Mapping[str, Any] | None = None  # None: as created
-        self._changes: list[tuple[str, tuple[Any, ...]]] = []  # since then
-        self._actor = self._create()
-
-    def _create(self) -> Any:
-        suffix = f"-{self._num_starts}" if self._num_starts else ""
-        self._num_starts += 1
-        actor = ray.remote(SchedulerActor).options(
-            name=f"{self._name}/curriculum{suffix}",
-            num_cpus=0,
-            max_restarts=0,  # a silent restart would begin anew
-            runtime_env={"env_vars": self._config.worker_env},
-        )
-        return actor.remote(self._prompts, self._config)
-
-    async def _call(self, method: str, *arguments: Any) -> Any:
-        call = getattr(self._actor, method).remote(*arguments)
-        return await within(self._config.request_timeout_s, call, f"the curriculum's {method}")
-
-    async def _rebuild(self) -> None:
-        ray.kill(self._actor)
-        self._actor = self._create()
-        if self._saved is not None:
-            await self._call("load_state_dict", self._saved)
-        for method, arguments in self._changes:
-            await self._call(method, *arguments)
-
-    async def _ask(self, method: str, *arguments: Any) -> Any:
-        lost = False
-
-        async def ask() -> Any:
-            nonlocal lost
-            try:
-                if lost:
-                    await self._rebuild()
-                return await self._call(method, *arguments)
-            except LOST as error:
-                if not lost:
-                    log.warning("the curriculum was lost and is rebuilt: %s", cause_of(error))
-                lost = True
-                raise
-
-        async with self._turn:
-            return await retried(ask, self._config.max_retries, f"the curriculum's {method}")
-
-    async def _change(self, method: str, *arguments: Any) -> Any:
-        result = await self._ask(method, *arguments)
-        self._changes.append((method, arguments))
-        if len(self._changes) >= CHANGES_A_STATE:
-            await self.state_dict()
-        return result
-
-    def route(self, group: TrajectoryGroup) -> TrajectoryGroup:
-        """The group as it goes on to the teacher: with scc, without the rollouts that are suspended."""
-        curriculum = self._config.curriculum
-        if curriculum.kind != "scc":
-            return group
-        return suspend(group, lambda span: prompt_iou(span, group.prompt, curriculum.multi_span_iou), curriculum.suspend_iou)
-
-    async def validate(self, teacher_iou: np.ndarray) -> None:
-        await self._change("validate", teacher_iou)
-
-    async def alive(self) -> np.ndarray:
-        return await self._ask("alive")
-
-    async def start_round(self, student_iou: np.ndarray | None, step: int) -> int | None:
-        return await self._change("start_round", student_iou, step)
-
-    async def round_end(self) -> int | None:
-        return await self._ask("round_end")
-
-    async def next_prompts(self, n: int) -> list[Prompt]:
-        started = time.monotonic()
-        prompts = await self._change("next_prompts", n)
-        self._next_prompts_s += time.monotonic() - started
-        return prompts
-
-    async def observe(self, groups: Sequence[ScoredGroup], step: int) -> None:
-        await self._change("observe", [observation(g) for g in groups], step)
-
-    async def retire(self, failed: Sequence[FailedPrompt]) -> None:
-        for failure in failed:
-            self._num_failed[failure_kind(failure.reason)] += 1
-            log.warning("prompt %s is dropped: %s", failure.prompt_id, failure.reason)
-        if failed:
-            await self._change("retire", failed)
-
-    async def reissue(self) -> None:
-        await self._change("reissue")
-
-    async def records(self) -> pa.Table:
-        return await self._ask("records")
-
-    async def state_dict(self) -> dict[str, Any]:
-        state = await self._ask("state_dict")
-        self._saved, self._changes = state, []
-        return state
-
-    async def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        await self._ask("load_state_dict", state)
-        self._saved, self._changes = state, []
-
-    async def start_over(self) -> None:
-        """As it was when the run began."""
-        async with self._turn:
-            self._saved, self._changes = None, []
-            await retried(self._rebuild, self._config.max_retries, "the start of the curriculum")
-
-    def num_failed(self) -> dict[str, int]:
-        """Prompts retired by this process so far, for each of FAILURE_KINDS."""
-        return dict(self._num_failed)
-
-    async def metrics(self) -> dict[str, float]:
-        """The scheduler's, and the seconds that callers waited for next_prompts since the last call."""
-        waited, self._next_prompts_s = self._next_prompts_s, 0.0
-        starts = float(self._num_starts - 1)
-        return {**await self._ask("metrics"), "curriculum/next_prompts_s": waited, "curriculum/lost": starts}

@@ -50,7 +50,10 @@ def prompt_keys(prompts: Sequence[Prompt], config: Config) -> list[str]:
     def answered_by(prompt: Prompt) -> tuple[str, ...]:
         return (models[config.teachers_of(prompt.prompt_id)[0].name],) if models else ()
 
-    shown = [(p.clip.frame_indices.tobytes(), p.clip.timestamps_s.tobytes(), p.clip.duration_s, p.clip.frame_size) for p in prompts]
+    shown = [
+        (p.clip.frame_indices.tobytes(), p.clip.timestamps_s.tobytes(), p.clip.duration_s, p.clip.frame_size)
+        for p in prompts
+    ]
     return [
         _digest((video[p.clip.video_path], *frames, p.query, text, *answered_by(p)))
         for p, frames in zip(prompts, shown, strict=True)
@@ -85,5 +88,7 @@ def find_answers(runs: Iterable[Path], settings: str, wanted: Collection[str]) -
             continue
         for row in rows:
             span = None if row["start_s"] is None else (row["start_s"], row["end_s"])
-            found.setdefault(row["prompt_key"], []).append(Prediction(prompt_id=row["prompt_id"], text=row["text"], span_s=span))
+            found.setdefault(row["prompt_key"], []).append(
+                Prediction(prompt_id=row["prompt_id"], text=row["text"], span_s=span)
+            )
     return found

@@ -46,7 +46,9 @@ def bbds(delta: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
     order = _descending(delta)
     members = [order[bucket[order] == b] for b in reversed(range(BBDS_BUCKETS))]
     shares = equal_shares([len(m) for m in members], k)
-    return np.concatenate([m[_uniform_positions(len(m), share)] for m, share in zip(members, shares, strict=True)])
+    return np.concatenate(
+        [m[_uniform_positions(len(m), share)] for m, share in zip(members, shares, strict=True)]
+    )
 
 
 def gwds(delta: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
@@ -75,7 +77,9 @@ def equal_shares(sizes: Sequence[int], k: int) -> list[int]:
         if left < len(unfilled):
             shares[unfilled[:left]] += 1
         else:
-            shares[unfilled] = np.minimum(shares[unfilled] + left // len(unfilled), np.asarray(sizes)[unfilled])
+            shares[unfilled] = np.minimum(
+                shares[unfilled] + left // len(unfilled), np.asarray(sizes)[unfilled]
+            )
     return shares.tolist()
 
 

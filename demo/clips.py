@@ -42,7 +42,9 @@ LEVELS = {
     "colour": Level(num_objects=(1, 2), shapes=("square",), grid_s=1.0),
     "shape": Level(num_objects=(2, 2), shapes=SHAPES, grid_s=1.0),
     "half_second": Level(num_objects=(1, 2), shapes=("square",), grid_s=0.5),
-    "faint": Level(num_objects=(2, 2), shapes=SHAPES, grid_s=1.0, opacity=0.15),  # the demo's teacher answers badly
+    "faint": Level(
+        num_objects=(2, 2), shapes=SHAPES, grid_s=1.0, opacity=0.15
+    ),  # the demo's teacher answers badly
 }
 MAX_SPOILED_IOU = 0.3  # of a wrong label with the truth
 SPLIT_SEEDS = {"pretrain": 1, "train": 2, "eval": 3}  # disjoint random streams
@@ -86,7 +88,9 @@ def draw_events(level: Level, rng: np.random.Generator) -> list[Event]:
         x, y = rng.integers(8, SIZE - 8, size=2)
         radius = rng.integers(5, 8)
         start, end = first * level.grid_s, (first + steps) * level.grid_s
-        events.append(Event(colour, shape, float(start), float(end), int(x), int(y), int(radius), level.opacity))
+        events.append(
+            Event(colour, shape, float(start), float(end), int(x), int(y), int(radius), level.opacity)
+        )
     return events
 
 
@@ -106,7 +110,9 @@ def render(events: list[Event], rng: np.random.Generator) -> np.ndarray:
     for event in events:
         shown = slice(round(event.start_s * VIDEO_FPS), round(event.end_s * VIDEO_FPS))
         under = frames[shown, _mask(event)]
-        frames[shown, _mask(event)] = event.opacity * np.array(COLOURS[event.colour]) + (1.0 - event.opacity) * under
+        frames[shown, _mask(event)] = (
+            event.opacity * np.array(COLOURS[event.colour]) + (1.0 - event.opacity) * under
+        )
     return np.clip(frames, 0, 255).astype(np.uint8)
 
 
@@ -124,7 +130,9 @@ def write_mp4(path: Path, frames: np.ndarray) -> None:
         container.mux(stream.encode())
 
 
-def write_split(folder: Path, split: str, num_clips: int, levels: tuple[str, ...], spoil_frac: float = 0.0) -> None:
+def write_split(
+    folder: Path, split: str, num_clips: int, levels: tuple[str, ...], spoil_frac: float = 0.0
+) -> None:
     """Writes annotations.txt, lengths.csv and videos/ of one split; every object of a clip is asked for once.
 
     A share of spoil_frac of the labels, drawn at random, names a wrong interval; spoiled.csv lists their lines and the
@@ -143,8 +151,13 @@ def write_split(folder: Path, split: str, num_clips: int, levels: tuple[str, ...
         lengths.append((video_id, float(DURATION_S)))
         hidden = [_visible_share(events, i) < 0.35 for i in range(len(events))]
         asked += [(video_id, event) for event, h in zip(events, hidden, strict=True) if not h]
-    labels, spoiled = _labels([event for _, event in asked], spoil_frac, np.random.default_rng([SPLIT_SEEDS[split], 1]))
-    lines = [f"{video} {start} {end}##{event.query}" for (video, event), (start, end) in zip(asked, labels, strict=True)]
+    labels, spoiled = _labels(
+        [event for _, event in asked], spoil_frac, np.random.default_rng([SPLIT_SEEDS[split], 1])
+    )
+    lines = [
+        f"{video} {start} {end}##{event.query}"
+        for (video, event), (start, end) in zip(asked, labels, strict=True)
+    ]
     (temporary / "annotations.txt").write_text("\n".join(lines) + "\n")
     _write_csv(temporary / "lengths.csv", ("id", "length"), lengths)
     truth = [(i + 1, asked[i][1].start_s, asked[i][1].end_s) for i in spoiled]
@@ -153,7 +166,9 @@ def write_split(folder: Path, split: str, num_clips: int, levels: tuple[str, ...
     temporary.rename(folder)
 
 
-def _labels(events: list[Event], spoil_frac: float, rng: np.random.Generator) -> tuple[list[tuple[float, float]], list[int]]:
+def _labels(
+    events: list[Event], spoil_frac: float, rng: np.random.Generator
+) -> tuple[list[tuple[float, float]], list[int]]:
     """Every event's interval, and which of them are wrong: moved to where less than MAX_SPOILED_IOU of it is right."""
     labels = [(e.start_s, e.end_s) for e in events]
     spoiled = sorted(rng.permutation(len(events))[: round(spoil_frac * len(events))].tolist())
@@ -185,7 +200,10 @@ DEFAULT_LEVELS = ("colour", "shape")
 
 
 def ensure_clips(
-    folder: Path, levels: tuple[str, ...] = DEFAULT_LEVELS, spoil_frac: float = 0.0, num_train: int = SPLIT_CLIPS["train"]
+    folder: Path,
+    levels: tuple[str, ...] = DEFAULT_LEVELS,
+    spoil_frac: float = 0.0,
+    num_train: int = SPLIT_CLIPS["train"],
 ) -> list[str]:
     """Writes the splits that `folder` lacks, or has from other arguments or another version of this file; returns their names.
 

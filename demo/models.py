@@ -64,12 +64,16 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     pattern = Regex(r" ?\d+\.\d| ?[A-Za-z]+|\d|[^\sA-Za-z\d]|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(pattern, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        corpus, trainers.BpeTrainer(vocab_size=4096, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
+        corpus,
+        trainers.BpeTrainer(vocab_size=4096, min_frequency=1, initial_alphabet=alphabet, show_progress=False),
     )
     tokenizer.add_special_tokens(list(SPECIAL))
     fast = PreTrainedTokenizerFast(
@@ -87,8 +91,16 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_processor() -> Qwen3VLProcessor:
     tokenizer = build_tokenizer()
     pixels = {"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE * 256}
-    shared: dict[str, Any] = {"size": pixels, "patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2}
-    normal: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # vLLM normalises videos with the image processor's
+    shared: dict[str, Any] = {
+        "size": pixels,
+        "patch_size": PATCH,
+        "merge_size": MERGE,
+        "temporal_patch_size": 2,
+    }
+    normal: dict[str, Any] = {
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }  # vLLM normalises videos with the image processor's
     return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(**shared, **normal),
         video_processor=Qwen3VLVideoProcessor(**shared, **normal, cap_pixels_per_frame=False),

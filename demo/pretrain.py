@@ -17,11 +17,12 @@ import torch
 
 from demo.clips import COLOURS, DEFAULT_LEVELS, SHAPES, write_split
 from demo.models import STUDENT, TEACHER, Size, build_model, build_processor
-from video_opd.config import DatasetConfig, load_config
+from video_opd.config_data import DatasetConfig
+from video_opd.config_file import load_config
 from video_opd.datasets import read_prompts
 from video_opd.grounding import evaluate
-from video_opd.modeling import ResponseLogits, VideoLLM, collate, generate
-from video_opd.prompting import PromptEncoder, parse_span
+from video_opd.models.forward import ResponseLogits, VideoLLM, collate, generate
+from video_opd.models.prompting import PromptEncoder, parse_span
 from video_opd.types import EncodedPrompt, Prediction, Prompt, Span
 
 NUM_CLIPS, NUM_VALIDATION_CLIPS = 5000, 100  # of the pretraining split; validation decides when to stop
@@ -66,8 +67,14 @@ def build_examples(prompts: list[Prompt], encoder: PromptEncoder) -> list[Exampl
     for prompt in prompts:
         encoded = encoder.encode(prompt)
         shared = pixels.setdefault(prompt.clip.clip_id, encoded.pixel_values)
-        object.__setattr__(encoded, "pixel_values", shared)  # one copy of the pixels for all queries of a clip
-        examples.append(Example(encoded, encoder.answer_ids(_answer(prompt)), _labels(prompt, by_clip[prompt.clip.clip_id])))
+        object.__setattr__(
+            encoded, "pixel_values", shared
+        )  # one copy of the pixels for all queries of a clip
+        examples.append(
+            Example(
+                encoded, encoder.answer_ids(_answer(prompt)), _labels(prompt, by_clip[prompt.clip.clip_id])
+            )
+        )
     return examples
 
 
@@ -106,7 +113,9 @@ def _labels(asked: Prompt, prompts: list[Prompt]) -> np.ndarray:
 
 def _auxiliary_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Binary cross-entropy; the asked object and the question weigh as much as all objects together."""
-    losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").unflatten(-1, (5, NUM_LABELS))
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").unflatten(
+        -1, (5, NUM_LABELS)
+    )
     return losses[:, :4, :-1].mean() + losses[:, :4, -1].mean() + 4 * losses[:, 4].mean()
 
 
@@ -128,7 +137,12 @@ def validate(model: VideoLLM, examples: list[Example], prompts: list[Prompt], en
     return evaluate(predictions, prompts)
 
 
-def train(recipe: Recipe, examples: list[Example], validation: tuple[list[Example], list[Prompt]], encoder: PromptEncoder):
+def train(
+    recipe: Recipe,
+    examples: list[Example],
+    validation: tuple[list[Example], list[Prompt]],
+    encoder: PromptEncoder,
+):
     """Cross-entropy on answers plus the auxiliary head; cosine learning rate. Returns the model."""
     model = build_model(recipe.size, encoder.tokenizer, recipe.seed)
     head = torch.nn.Linear(recipe.size.hidden, examples[0].labels.shape[1])
@@ -139,11 +153,15 @@ def train(recipe: Recipe, examples: list[Example], validation: tuple[list[Exampl
     model.model.language_model.register_forward_hook(lambda _, __, out: hidden.append(out.last_hidden_state))
     order, started = random.Random(recipe.seed), time.monotonic()
     for step in range(recipe.stop_after):
-        rate = min(1.0, (step + 1) / 100) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps)))
+        rate = min(1.0, (step + 1) / 100) * (
+            0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+        )
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * rate
         chosen = order.sample(examples, recipe.batch)
-        batch = collate([e.encoded for e in chosen], [e.answer for e in chosen], encoder.tokenizer.pad_token_id)
+        batch = collate(
+            [e.encoded for e in chosen], [e.answer for e in chosen], encoder.tokenizer.pad_token_id
+        )
         hidden.clear()
         answer_loss = torch.nn.functional.cross_entropy(logits_of(batch), batch.targets)
         labels = torch.from_numpy(np.concatenate([e.labels for e in chosen]))
@@ -183,7 +201,9 @@ def pretrain(names: list[str], out: Path, data: Path) -> None:
     print(f"{len(training)} training examples, {len(validation)} for validation", flush=True)
     for name in names:
         print(f"{name}: {RECIPES[name]}", flush=True)
-        model = train(RECIPES[name], training, ([e for e, _ in validation], [p for _, p in validation]), encoder)
+        model = train(
+            RECIPES[name], training, ([e for e, _ in validation], [p for _, p in validation]), encoder
+        )
         temporary = out / f".{name}"
         shutil.rmtree(temporary, ignore_errors=True)
         model.save_pretrained(temporary)

@@ -2,27 +2,26 @@
 
 import asyncio
 import shutil
-from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from curriculum.scheduler import check_state
-from driver.evaluations import AFTER, NO_VIDEO, at_step, eval_key, miou_by_step
 from driver.export import STUDENT, best_step, export_student, exported_step
+from driver.held_out import AFTER, NO_VIDEO, at_step, eval_key, miou_by_step
+from driver.progress import Progress, learner_settings, read_progress, write_progress
 from driver.run import Run
-from learner.checkpoint import (
-    Progress,
-    begin_checkpoint,
-    finish_checkpoint,
-    learner_settings,
-    read_progress,
-    write_progress,
-)
+from preflight.inputs import Plan
 from video_opd.config import Config
-from video_opd.errors import PartialCheckpointError
+from video_opd.files.checkpoint import (
+    begin_checkpoint,
+    checkpoint_folder,
+    checkpoint_steps,
+    find_checkpoint,
+    finish_checkpoint,
+    is_partial,
+    retain,
+)
+from video_opd.files.run_folder import write_config
 from video_opd.logs import log, work
-from video_opd.manifest import check_whole
-from video_opd.plan import Plan
-from video_opd.run_folder import checkpoint_folder, checkpoint_steps, find_checkpoint, write_config
 
 SET_ASIDE = "set-aside"
 
@@ -72,7 +71,9 @@ def progress_of(run: Run, curriculum: dict) -> Progress:
 def find_progress(run_dir: Path, config: Config, plan: Plan, step: int | None = None) -> Progress:
     """Of the newest whole checkpoint, or that of `step`. Raises CheckpointError if `config` cannot go on from it."""
     folder = find_checkpoint(run_dir, step)
-    progress = read_progress(folder, plan.student.shapes, learner_settings(config.learner), eval_key(plan.eval))
+    progress = read_progress(
+        folder, plan.student.shapes, learner_settings(config.learner), eval_key(plan.eval)
+    )
     check_state(progress.curriculum, [p.prompt_id for p in plan.train], config)
     return progress
 
@@ -92,14 +93,20 @@ async def restore(run: Run) -> None:
     run.step = run.checkpointed = work.step = progress.step
     run.totals.clear()
     run.totals.update(progress.totals)
-    run.evaluations, run.examples, run.failed_eval = dict(progress.evaluations), dict(progress.examples), dict(progress.failed_eval)
+    run.evaluations, run.examples, run.failed_eval = (
+        dict(progress.evaluations),
+        dict(progress.examples),
+        dict(progress.failed_eval),
+    )
     for of in (run.evaluations, run.examples):  # what was last is so no longer
         of.pop(NO_VIDEO, None)
         if AFTER in of:
             of.setdefault(at_step(run.step), of.pop(AFTER))
     if step is not None:
         if folder := set_aside_after(run.folder, step):
-            log.info("what the run had after step %d is kept in %s: delete it when it is not needed", step, folder)
+            log.info(
+                "what the run had after step %d is kept in %s: delete it when it is not needed", step, folder
+            )
         write_config(run.folder, run.given)
         run.resume_from = None
     _forget_rounds_after(run, len(progress.curriculum["records"]["student_iou"][0]))
@@ -127,7 +134,9 @@ def _forget_rounds_after(run: Run, num_rounds: int) -> None:
 
 def set_aside_after(run_dir: Path, step: int) -> Path | None:
     """Moves later checkpoints away, with copies of what will be cut back; returns where to. None: there are none."""
-    later = [s for s in checkpoint_steps(run_dir) if s > step and not _is_partial(checkpoint_folder(run_dir, s))]
+    later = [
+        s for s in checkpoint_steps(run_dir) if s > step and not is_partial(checkpoint_folder(run_dir, s))
+    ]
     if not later:
         return None
     parent = run_dir / SET_ASIDE
@@ -145,28 +154,3 @@ def set_aside_after(run_dir: Path, step: int) -> Path | None:
         source = checkpoint_folder(run_dir, number)
         source.rename(folder / "checkpoints" / source.name)
     return folder
-
-
-def retain(run_dir: Path, newest: int, keep_last: int, keep_best: int, miou: Mapping[int, float], spare: Collection[int] = ()):
-    """Removes checkpoints but the last and the best ones (the earlier of equals), `newest` and those to `spare`; and partial ones.
-
-    miou: by step, of the steps that were evaluated.
-    """
-    steps = checkpoint_steps(run_dir)
-    whole = [s for s in steps if not _is_partial(checkpoint_folder(run_dir, s))]
-    best = sorted((s for s in whole if s in miou), key=lambda s: (-miou[s], s))[:keep_best]
-    for step in set(steps) - {newest, *whole[-keep_last:], *best, *spare}:
-        folder = checkpoint_folder(run_dir, step)
-        going = folder.with_name(f".{folder.name}.tmp")  # a crash on the way leaves a leftover, and no partial checkpoint
-        folder.rename(going)
-        shutil.rmtree(going)
-
-
-def _is_partial(folder: Path) -> bool:
-    try:
-        check_whole(folder, digests=False)
-    except PartialCheckpointError:
-        return True
-    except ValueError:  # damaged, or of a newer version: for people to look at
-        return False
-    return False

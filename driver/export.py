@@ -6,10 +6,10 @@ import os
 import shutil
 from pathlib import Path
 
-from driver.evaluations import miou_by_step
+from driver.held_out import miou_by_step
 from driver.run import Run
-from video_opd.durable import fsync_tree, replace_folder
-from video_opd.run_folder import checkpoint_folder
+from video_opd.files.checkpoint import checkpoint_folder
+from video_opd.files.durable import fsync_tree, replace_folder
 
 STUDENT, CARD = "student", "export.json"
 
@@ -39,7 +39,9 @@ async def export_student(run: Run) -> None:
             await asyncio.to_thread(shutil.copytree, source, temporary, copy_function=link_or_copy)
         else:
             await run.learner.export(temporary)
-        await asyncio.to_thread(_publish, temporary, run.folder / STUDENT, {"step": step, "miou": miou.get(step)})
+        await asyncio.to_thread(
+            _publish, temporary, run.folder / STUDENT, {"step": step, "miou": miou.get(step)}
+        )
     finally:
         run.saving = False
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from driver.checkpoints import restore, start_over
 from driver.run import Run
-from video_opd.deadline import waits, within
+from video_opd.cluster.deadline import waits, within
+from video_opd.cluster.faults import LOST
 from video_opd.errors import LearnerLostError, PartLostError
-from video_opd.faults import LOST
 from video_opd.logs import log
 
 WAITS_SHOWN = 4
@@ -42,7 +42,9 @@ async def recover(run: Run, cause: LearnerLostError) -> None:
     lost_at, back_to = run.step, run.resume_from or run.checkpointed or 0
     run.num_restarts[back_to] += 1
     if run.num_restarts[back_to] > run.config.max_retries:
-        raise PartLostError(f"{cause}; it was started again {run.config.max_retries} times at step {back_to}") from cause
+        raise PartLostError(
+            f"{cause}; it was started again {run.config.max_retries} times at step {back_to}"
+        ) from cause
     log.warning("%s; it is started again, and the run goes back from step %d to %d", cause, lost_at, back_to)
     run.published = -1
     await run.learner.restart()

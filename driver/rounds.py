@@ -27,7 +27,9 @@ async def start_round(run: Run) -> None:
     number = len(records["student_iou"][0])
     write_parquet(records, run.folder / "curriculum" / f"round-{number}.parquet")
     selected, dropped = records["selected"].to_numpy(), records["dropped"].to_numpy() != ""
-    log.info("round %d: %d of %d prompts selected, %d dropped", number, selected.sum(), len(records), dropped.sum())
+    log.info(
+        "round %d: %d of %d prompts selected, %d dropped", number, selected.sum(), len(records), dropped.sum()
+    )
     run.clock.lap()  # no step's time
     run.totals.update({"select_s": time.monotonic() - started})
 
@@ -39,17 +41,28 @@ async def teacher_ious(run: Run) -> np.ndarray:
     settings, keys = settings_key(config), await asyncio.to_thread(prompt_keys, pool, config)
     answers = find_answers(sorted(Path(config.runs_dir).iterdir()), settings, set(keys))
     log.info("teacher answers: %d of %d found in %s", len(answers), len(set(keys)), config.runs_dir)
-    missing = [(key, prompt) for key, prompt in dict(zip(keys, pool, strict=True)).items() if key not in answers]
+    missing = [
+        (key, prompt) for key, prompt in dict(zip(keys, pool, strict=True)).items() if key not in answers
+    ]
     for first in range(0, len(missing), ANSWERS_A_WRITE):
         part = missing[first : first + ANSWERS_A_WRITE]
-        results = await run.teacher.predict([p for _, p in part], config.curriculum.num_teacher_predictions, TEMPERATURE)
+        results = await run.teacher.predict(
+            [p for _, p in part], config.curriculum.num_teacher_predictions, TEMPERATURE
+        )
         run.totals["teacher_answers"] += sum(len(r) for r in results if not isinstance(r, FailedPrompt))
         await run.curriculum.retire([r for r in results if isinstance(r, FailedPrompt)])
-        answers |= {key: r for (key, _), r in zip(part, results, strict=True) if not isinstance(r, FailedPrompt)}
-        write_answers(run.folder, settings, answers)  # whole again each time: an interrupted run has answered what it has
+        answers |= {
+            key: r for (key, _), r in zip(part, results, strict=True) if not isinstance(r, FailedPrompt)
+        }
+        write_answers(
+            run.folder, settings, answers
+        )  # whole again each time: an interrupted run has answered what it has
     write_answers(run.folder, settings, answers)
     reading = config.curriculum.multi_span_iou
-    ious = [[prompt_iou(a.span_s, p, reading) for a in answers.get(key, ())] for key, p in zip(keys, pool, strict=True)]
+    ious = [
+        [prompt_iou(a.span_s, p, reading) for a in answers.get(key, ())]
+        for key, p in zip(keys, pool, strict=True)
+    ]
     return np.array([np.mean(of_prompt) if of_prompt else np.nan for of_prompt in ious])
 
 
@@ -62,6 +75,7 @@ async def student_ious(run: Run) -> np.ndarray:
     ious = np.full(len(run.plan.train), np.nan)
     reading = run.config.curriculum.multi_span_iou
     ious[places] = [
-        np.nan if isinstance(r, FailedPrompt) else prompt_iou(r.span_s, p, reading) for r, p in zip(results, pool, strict=True)
+        np.nan if isinstance(r, FailedPrompt) else prompt_iou(r.span_s, p, reading)
+        for r, p in zip(results, pool, strict=True)
     ]
     return ious

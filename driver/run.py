@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import os
 import signal
 from collections import Counter
 from collections.abc import Awaitable, Sequence
@@ -10,36 +9,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import ray
 from ray.exceptions import ObjectLostError
 
 from actors.actor_pool import ActorPool
-from curriculum.scheduler import Curriculum
-from driver.capacity import wait_for_places
-from driver.signals import stopped_by_signals
+from curriculum.curriculum import Curriculum
+from driver.buffer import TrajectoryBuffer
+from driver.clock import PhaseClock
+from driver.start_ray import python_path
 from driver.upload import Uploads
 from learner.learner import Learner
+from preflight.inputs import Plan
 from teacher_service.pool import TeacherPool
-from teacher_service.scaling import delete_orphans
 from teacher_service.teachers import Teachers, create_teacher
-from video_opd.buffer import TrajectoryBuffer
-from video_opd.cluster import cluster_to_join, join, start_local
+from video_opd.cluster.faults import cause_of
+from video_opd.cluster.run_control import create_control
 from video_opd.config import Config
 from video_opd.errors import LearnerLostError
-from video_opd.faults import cause_of
-from video_opd.metrics import PhaseClock
-from video_opd.plan import Plan
 from video_opd.prometheus import Gauges, count
 from video_opd.rewards import Reward, load_rewards
-from video_opd.run_control import NAMESPACE, create_control, running_runs
 from video_opd.types import FailedPrompt, Prediction, Prompt
 
 T = TypeVar("T")
-
-LOCAL_ROLES = 64  # rollout actors and teacher replicas that a Ray of this machine alone lets in; memory bounds them, not Ray
-LOCAL_TIMEOUT_S = 60.0  # until such a Ray says what it has; no more will come
-HERE = Path(__file__).resolve().parent.parent
-SERVE_ENV = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}  # one that hangs cannot drain: it gives its device to the next
 
 
 def _set_event() -> asyncio.Event:
@@ -73,13 +63,21 @@ class Run:
     published: int = -1  # the version that the actors have
     round_end: int | None = None  # the step at which the curriculum selects again; None: never
     gap_is_checked: bool = False
-    num_restarts: Counter[int] = field(default_factory=Counter)  # of the learner, by the step that it went back to
+    num_restarts: Counter[int] = field(
+        default_factory=Counter
+    )  # of the learner, by the step that it went back to
     uploads: Uploads | None = None  # None: checkpoints stay here
-    resume_from: int | None = None  # the step whose checkpoint it is to go on from; None: it stands where it is to
+    resume_from: int | None = (
+        None  # the step whose checkpoint it is to go on from; None: it stands where it is to
+    )
     checkpointed: int | None = None  # the step of the newest whole checkpoint
     stopped_by: signal.Signals | None = None
-    stop: asyncio.Event = field(default_factory=asyncio.Event)  # set: the run is to end after the step under way
-    settled: asyncio.Event = field(default_factory=_set_event)  # cleared: learner, curriculum and `step` do not fit each other
+    stop: asyncio.Event = field(
+        default_factory=asyncio.Event
+    )  # set: the run is to end after the step under way
+    settled: asyncio.Event = field(
+        default_factory=_set_event
+    )  # cleared: learner, curriculum and `step` do not fit each other
     saving: bool = False  # a checkpoint or an export is being written
 
     @property
@@ -92,43 +90,12 @@ class Run:
         return self.out_of_budget or self.stop.is_set()
 
 
-def start_ray(config: Config, address: str | None) -> None:
-    """Joins the Ray that `address` means (see cluster_to_join), or starts one of this machine alone; waits until it has room.
-
-    Raises ConfigError, and ClusterError where the room does not come.
-    """
-    os.environ.setdefault("RAY_worker_niceness", "0")  # workers are not to yield to the driver
-    shared: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": "ERROR",
-        "namespace": NAMESPACE,
-        "runtime_env": {"env_vars": _python_path() | SERVE_ENV},
-    }
-    joined = cluster_to_join(address)
-    if joined:
-        context = join(joined, **shared)
-    else:
-        roles = {"rollout": LOCAL_ROLES, "teacher": LOCAL_ROLES, "learner": config.learner.world_size}
-        cpus = max(os.cpu_count() or 1, 8 + config.rollout.num_actors + config.learner.world_size)
-        context = start_local(num_cpus=cpus, resources={k: float(v) for k, v in roles.items()}, **shared)
-    dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else "not installed"
-    of = "joined" if joined else "address"
-    print(f"Ray dashboard: {dashboard}, {of} {ray.get_runtime_context().gcs_address}", flush=True)
-    for app in delete_orphans(running_runs()) if joined else ():
-        print(f"the teacher {app} of a run that is gone is deleted", flush=True)
-    with stopped_by_signals("while it waited for the cluster"):
-        wait_for_places(config, config.start_timeout_s if joined else min(config.start_timeout_s, LOCAL_TIMEOUT_S))
-
-
-def _python_path() -> dict[str, str]:
-    """This checkout comes first, also in what Serve starts: its controller may be of a run from another one."""
-    return {"PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])}
-
-
 def create_parts(folder: Path, given: Config, plan: Plan, resume_from: int | None = None) -> Run:
     """The parts of a run, their processes on their way. Raises ConfigError where a run of that name goes on."""
     name = f"video_opd/{folder.name}"
-    config = given.model_copy(update={"run_name": folder.name, "worker_env": _python_path() | given.worker_env})
+    config = given.model_copy(
+        update={"run_name": folder.name, "worker_env": python_path() | given.worker_env}
+    )
     return Run(
         folder=folder,
         config=config,
@@ -154,9 +121,13 @@ async def publish_weights(run: Run, policy_version: int) -> None:
         if run.config.learner.weight_transfer == "collective":
             update = await run.actors.receive_weights(policy_version, run.learner)
         else:
-            update = await run.actors.load_weights(policy_version, *await run.learner.put_weights(policy_version), run.learner)
+            update = await run.actors.load_weights(
+                policy_version, *await run.learner.put_weights(policy_version), run.learner
+            )
     except ObjectLostError as error:
-        raise LearnerLostError(f"weights of version {policy_version} went with the learner: {cause_of(error)}") from error
+        raise LearnerLostError(
+            f"weights of version {policy_version} went with the learner: {cause_of(error)}"
+        ) from error
     run.totals["published_bytes"] += update.num_bytes
     count("published_bytes", update.num_bytes)
     count("publish_seconds", update.duration_s)
@@ -175,7 +146,9 @@ async def unless_stopped(run: Run, call: Awaitable[T]) -> T | None:
         stop.cancel()
 
 
-async def ask_student(run: Run, prompts: Sequence[Prompt], blank_video: bool = False) -> list[Prediction | FailedPrompt]:
+async def ask_student(
+    run: Run, prompts: Sequence[Prompt], blank_video: bool = False
+) -> list[Prediction | FailedPrompt]:
     """The student's greedy answers, with the weights of the step where the run stands."""
     if run.published != run.step:  # without rollouts nobody needed them before
         await publish_weights(run, run.step)

@@ -12,9 +12,9 @@ from ray.exceptions import RayError
 
 from driver.checkpoints import checkpoint
 from driver.run import Run
-from driver.signals import SIGNALS
+from driver.start_ray import SIGNALS
+from video_opd.cluster.faults import cause_of
 from video_opd.errors import StoppedError, VideoOPDError
-from video_opd.faults import cause_of
 from video_opd.logs import log
 
 

@@ -10,16 +10,29 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from video_opd.cluster.faults import cause_of
 from video_opd.content import is_inside
 from video_opd.errors import CheckpointError, ConfigError, PartialCheckpointError
-from video_opd.faults import cause_of
+from video_opd.files.checkpoint import (
+    CHECKPOINTS,
+    MANIFEST,
+    check_whole,
+    checkpoint_folder,
+    checkpoint_steps,
+    parse_manifest,
+)
 from video_opd.logs import FILE as LOG_FILE
 from video_opd.logs import log
-from video_opd.manifest import MANIFEST, check_whole, parse_manifest
-from video_opd.run_folder import CHECKPOINTS, checkpoint_folder, checkpoint_steps
 
 T = TypeVar("T")
-_BESIDE = ("config.yaml", "metrics.jsonl", "trajectories", "curriculum", "tensorboard", LOG_FILE)  # what a resume needs besides
+_BESIDE = (
+    "config.yaml",
+    "metrics.jsonl",
+    "trajectories",
+    "curriculum",
+    "tensorboard",
+    LOG_FILE,
+)  # what a resume needs besides
 _FIRST_WAIT_S = 1.0
 
 
@@ -27,7 +40,9 @@ def open_url(url: str) -> tuple[Any, str]:
     """(fsspec file system, path in it). Raises ConfigError for a URL that nothing here can open."""
     try:
         return fsspec.core.url_to_fs(url)
-    except Exception as error:  # of any library behind fsspec: a protocol that is unknown or not installed, a bad address
+    except (
+        Exception
+    ) as error:  # of any library behind fsspec: a protocol that is unknown or not installed, a bad address
         raise ConfigError(f"{url} cannot be opened: {cause_of(error)}") from error
 
 
@@ -78,14 +93,20 @@ class Uploads:
             try:
                 async with deadline:
                     await in_daemon(lambda step=step: self._upload_with_retries(step))
-            except Exception as error:  # of any library behind fsspec; the run goes on, its checkpoints are here
+            except (
+                Exception
+            ) as error:  # of any library behind fsspec; the run goes on, its checkpoints are here
                 late = f"not done within upload_timeout_s={self._timeout_s:g}"
                 self._warn(step, late if deadline.expired() else cause_of(error))
             self._under_way = None
 
     def _warn(self, step: int, why: str) -> None:
         log.warning(
-            "warning: the checkpoint of step %d was not copied to %s (%s); it stays in %s", step, self._url, why, self._run_dir
+            "warning: the checkpoint of step %d was not copied to %s (%s); it stays in %s",
+            step,
+            self._url,
+            why,
+            self._run_dir,
         )
 
     def _upload_with_retries(self, step: int) -> None:
@@ -139,8 +160,16 @@ def remote_steps(system: Any, root: str) -> list[int]:
     """Of the checkpoints below `root`, whole or not, in order."""
     system.invalidate_cache()
     folder = f"{root}/{CHECKPOINTS}"
-    names = [p.rstrip("/").rpartition("/")[2] for p in system.ls(folder, detail=False)] if system.exists(folder) else []
-    return sorted(int(n.removeprefix("step-")) for n in names if n.startswith("step-") and n.removeprefix("step-").isdigit())
+    names = (
+        [p.rstrip("/").rpartition("/")[2] for p in system.ls(folder, detail=False)]
+        if system.exists(folder)
+        else []
+    )
+    return sorted(
+        int(n.removeprefix("step-"))
+        for n in names
+        if n.startswith("step-") and n.removeprefix("step-").isdigit()
+    )
 
 
 def fetch_config(url: str, folder: Path) -> Path:
@@ -197,7 +226,9 @@ def _choose(system: Any, root: str, url: str, step: int | None) -> tuple[int, Co
     """(step, its files): as find_checkpoint chooses, by what the manifests say. Raises CheckpointError."""
     steps = remote_steps(system, root)
     if step is not None and step not in steps:
-        raise CheckpointError(f"{url} has no checkpoint of step {step}: it has {', '.join(map(str, steps)) or 'none'}")
+        raise CheckpointError(
+            f"{url} has no checkpoint of step {step}: it has {', '.join(map(str, steps)) or 'none'}"
+        )
     partial: PartialCheckpointError | None = None
     for candidate in reversed(steps if step is None else [step]):
         name = f"{url}/{CHECKPOINTS}/step-{candidate}"

@@ -33,11 +33,13 @@ from evaluation.scoring import (
     summarise_answers,
 )
 from evaluation.timelines import write_timelines
-from video_opd.config import Config, load_config, resolve_paths
+from video_opd.config import Config
+from video_opd.config_file import load_config, resolve_paths
 from video_opd.datasets import read_prompts
 from video_opd.errors import ConfigError, InputError, VideoOPDError
-from video_opd.model_files import read_model_info
-from video_opd.run_folder import find_checkpoint, write_json
+from video_opd.files.checkpoint import find_checkpoint
+from video_opd.files.run_folder import write_json
+from video_opd.models.model_files import read_model_info
 from video_opd.types import FailedPrompt, Prediction, Prompt
 
 COUNTS = ("n", "unparsed", "reversed", "out_of_range", "missing")
@@ -58,11 +60,13 @@ class Answers:
     other_prompts: int = 0  # answers to none of the questions
 
 
-def ask_model(config: Config, prompts: Sequence[Prompt], blanks: bool) -> list[list[Prediction | FailedPrompt]]:
+def ask_model(
+    config: Config, prompts: Sequence[Prompt], blanks: bool
+) -> list[list[Prediction | FailedPrompt]]:
     """The greedy answers of the model `config.student`, prompts_per_call at a time as the actors give them; with `blanks`, a
     second list of answers on grey frames."""
-    from video_opd.prompting import PromptEncoder
-    from video_opd.vllm_engine import SamplingEngine, predict
+    from video_opd.models.prompting import PromptEncoder
+    from video_opd.models.vllm_engine import SamplingEngine, predict
 
     encoder = PromptEncoder(config.student, config.prompt, config.video, config.trust_remote_code)
     trust = {"trust_remote_code": config.trust_remote_code}
@@ -124,7 +128,9 @@ def evaluate(answers: Answers, protocol: Protocol, baselines: bool, folder: Path
     if baselines:
         blind["random"] = random_baseline(answers.questions, protocol, answers.seed)
     if answers.blank is not None:
-        blind["no_video"] = summarise_answers(score_answers(answers.questions, answers.blank, protocol, {}), protocol)
+        blind["no_video"] = summarise_answers(
+            score_answers(answers.questions, answers.blank, protocol, {}), protocol
+        )
     result = {
         "protocol": protocol.name,
         "source": protocol.source,
@@ -144,7 +150,9 @@ def evaluate(answers: Answers, protocol: Protocol, baselines: bool, folder: Path
 def print_result(result: dict[str, Any], folder: Path) -> None:
     """The table and the counts on standard output."""
     main, intervals = result["result"], result["intervals_95"]
-    table = Table(title=f"protocol {result['protocol']}, {main['n']} prompts on {result['num_videos']} videos")
+    table = Table(
+        title=f"protocol {result['protocol']}, {main['n']} prompts on {result['num_videos']} videos"
+    )
     table.add_column("")
     for name in METRICS:
         table.add_column(name.replace("miou", "mIoU").replace("r1", "R1"), justify="right")
@@ -154,27 +162,53 @@ def print_result(result: dict[str, Any], folder: Path) -> None:
         table.add_row(NAMES[name], *(f"{values[m]:.3f}" for m in METRICS))
     console = Console()
     console.print(table)
-    console.print(", ".join(f"{name.replace('_', ' ')} {main[name]}" for name in COUNTS), highlight=False, soft_wrap=True)
+    console.print(
+        ", ".join(f"{name.replace('_', ' ')} {main[name]}" for name in COUNTS),
+        highlight=False,
+        soft_wrap=True,
+    )
     if result["other_prompts"]:
-        console.print(f"{result['other_prompts']} answers are to none of these prompts: left out", soft_wrap=True)
+        console.print(
+            f"{result['other_prompts']} answers are to none of these prompts: left out", soft_wrap=True
+        )
     console.print(f"rules: {result['source']}", soft_wrap=True, highlight=False)
-    console.print(f"written: {folder / result['protocol']}.parquet, .png, .json", soft_wrap=True, highlight=False)
+    console.print(
+        f"written: {folder / result['protocol']}.parquet, .png, .json", soft_wrap=True, highlight=False
+    )
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m evaluation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values, e.g. data.eval.max_prompts=100")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="configuration values, e.g. data.eval.max_prompts=100",
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", type=Path, metavar="FOLDER", help="transformers folder; needs --config")
     what.add_argument("--run", type=Path, metavar="RUN", help="run folder, e.g. runs/NAME")
-    what.add_argument("--predictions", type=Path, metavar="FILE", help="Parquet with the columns prompt_id and text")
-    parser.add_argument("--config", type=Path, help="YAML file that names the data; for --predictions of this command not needed")
-    parser.add_argument("--protocol", default="strict", metavar="NAME", help=f"{', '.join(PROTOCOLS)} (default: strict)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/evaluation, or evaluation-NAME here")
+    what.add_argument(
+        "--predictions", type=Path, metavar="FILE", help="Parquet with the columns prompt_id and text"
+    )
     parser.add_argument(
-        "--no-baselines", dest="baselines", action="store_false", help="leave out the blind baselines and the training split"
+        "--config",
+        type=Path,
+        help="YAML file that names the data; for --predictions of this command not needed",
+    )
+    parser.add_argument(
+        "--protocol", default="strict", metavar="NAME", help=f"{', '.join(PROTOCOLS)} (default: strict)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="default: RUN/evaluation, or evaluation-NAME here"
+    )
+    parser.add_argument(
+        "--no-baselines",
+        dest="baselines",
+        action="store_false",
+        help="leave out the blind baselines and the training split",
     )
     return parser.parse_args(arguments)
 
@@ -215,9 +249,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             answers = answers_of_file(parsed.predictions, config, parsed.baselines)
         else:
             assert config is not None, "read_config gives one for a model or a run"
-            os.environ.update(config.worker_env)  # before torch is imported: the model computes as in the run's processes
+            os.environ.update(
+                config.worker_env
+            )  # before torch is imported: the model computes as in the run's processes
             answers = answers_of_model(config, parsed.baselines)
-        print_result(evaluate(answers, protocol, parsed.baselines, output_folder(parsed)), output_folder(parsed))
+        print_result(
+            evaluate(answers, protocol, parsed.baselines, output_folder(parsed)), output_folder(parsed)
+        )
     except VideoOPDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

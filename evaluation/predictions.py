@@ -40,17 +40,23 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} cannot be read as Parquet ({_one_line(error)}): name a file of predictions") from error
+        raise DataError(
+            f"{path} cannot be read as Parquet ({_one_line(error)}): name a file of predictions"
+        ) from error
     if absent := [name for name in columns if name not in table.column_names]:
         hint = (
-            "columns prompt_id and text" if set(absent) & {"prompt_id", "text"} else "--config, for the questions and their truth"
+            "columns prompt_id and text"
+            if set(absent) & {"prompt_id", "text"}
+            else "--config, for the questions and their truth"
         )
         raise DataError(f"{path} has no column {', '.join(absent)}: give it {hint}")
     try:
         table = table.select(list(columns)).cast(pa.schema([EVALUATION.field(name) for name in columns]))
         rows = table.to_pylist()
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path} does not have the columns' types ({_one_line(error)}): see docs/evaluation.md") from error
+        raise DataError(
+            f"{path} does not have the columns' types ({_one_line(error)}): see docs/evaluation.md"
+        ) from error
     if not rows:
         raise DataError(f"{path} has no rows: there is nothing to score")
     ids = [row["prompt_id"] for row in rows]
@@ -81,7 +87,9 @@ def read_questions(path: Path) -> list[Question]:
     for row in read_rows(path, ("prompt_id", "video", "query", "duration_s", "answer_spans_s")):
         spans = row.pop("answer_spans_s") or []
         if None in row.values() or any(span is None or len(span) != 2 or None in span for span in spans):
-            raise DataError(f"{path}: prompt {row['prompt_id']} lacks its video, query, duration or true spans")
+            raise DataError(
+                f"{path}: prompt {row['prompt_id']} lacks its video, query, duration or true spans"
+            )
         questions.append(Question(**row, answer_spans_s=tuple((span[0], span[1]) for span in spans)))
     return questions
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from video_opd.errors import ConfigError
 from video_opd.grounding import reaches, temporal_iou
-from video_opd.prompting import parse_span
+from video_opd.models.prompting import parse_span
 from video_opd.types import Span
 
 _DECIMAL = r"(\d++\.?+\d*+)"  # 12, 12., 12.5
@@ -104,7 +104,9 @@ def read_lmms_eval(text: str) -> Span | None:
 class Reading:
     """What a protocol reads in an answer."""
 
-    span: Span  # what is scored: seconds, or shares of the clip's duration where the protocol's `shares` is set
+    span: (
+        Span  # what is scored: seconds, or shares of the clip's duration where the protocol's `shares` is set
+    )
     is_reversed: bool  # as it was written
 
 
@@ -131,7 +133,9 @@ class Protocol:
         if self.whole_seconds and math.isfinite(start) and math.isfinite(end):
             start, end = float(round(start)), float(round(end))
         is_reversed = pair[1] < pair[0]
-        return Reading(span=(end, start) if self.swaps and is_reversed else (start, end), is_reversed=is_reversed)
+        return Reading(
+            span=(end, start) if self.swaps and is_reversed else (start, end), is_reversed=is_reversed
+        )
 
     def seconds(self, span: Span, duration_s: float) -> Span:
         """A reading's span in seconds."""
@@ -156,7 +160,7 @@ PROTOCOLS = {
     for protocol in (
         Protocol(
             name="strict",
-            source="this project: video_opd/prompting.py parse_span, video_opd/grounding.py",
+            source="this project: video_opd/models/prompting.py parse_span, video_opd/grounding.py",
             read=parse_span,
             iou=temporal_iou,
             reaches=reaches,

@@ -70,12 +70,16 @@ def questions_of(prompts: Sequence[Prompt]) -> list[Question]:
     ]
 
 
-def score_answer(question: Question, text: str | None, protocol: Protocol, why_missing: str = "no prediction") -> ScoredAnswer:
+def score_answer(
+    question: Question, text: str | None, protocol: Protocol, why_missing: str = "no prediction"
+) -> ScoredAnswer:
     """What `protocol` makes of the answer; `text` None: there is none, because of `why_missing`."""
     reading = None if text is None else protocol.parse(text)
     if reading is None:
         failure = why_missing if text is None else "no interval in the answer"
-        return ScoredAnswer(question=question, text=text, span_s=None, iou=0.0, is_reversed=False, failure=failure)
+        return ScoredAnswer(
+            question=question, text=text, span_s=None, iou=0.0, is_reversed=False, failure=failure
+        )
     start, end = span_s = protocol.seconds(reading.span, question.duration_s)
     failure = None
     if not (math.isfinite(start) and math.isfinite(end)):
@@ -93,10 +97,16 @@ def score_answer(question: Question, text: str | None, protocol: Protocol, why_m
 
 
 def score_answers(
-    questions: Sequence[Question], texts: Mapping[str, str | None], protocol: Protocol, why_missing: Mapping[str, str]
+    questions: Sequence[Question],
+    texts: Mapping[str, str | None],
+    protocol: Protocol,
+    why_missing: Mapping[str, str],
 ) -> list[ScoredAnswer]:
     """One for each question, in order. `texts` and `why_missing` by prompt id; a question that neither has was not answered."""
-    return [score_answer(q, texts.get(q.prompt_id), protocol, why_missing.get(q.prompt_id, "no prediction")) for q in questions]
+    return [
+        score_answer(q, texts.get(q.prompt_id), protocol, why_missing.get(q.prompt_id, "no prediction"))
+        for q in questions
+    ]
 
 
 def summarise_answers(scored: Sequence[ScoredAnswer], protocol: Protocol) -> dict[str, float]:
@@ -118,7 +128,9 @@ def bootstrap_intervals(
     Its value is the mean over the prompts it holds (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 8, 13).
     """
     ious = np.array([a.iou for a in scored])
-    values = np.stack([ious, *(protocol.reaches(ious, m) for m in THRESHOLDS)], axis=1).astype(np.float64)  # [N, metrics]
+    values = np.stack([ious, *(protocol.reaches(ious, m) for m in THRESHOLDS)], axis=1).astype(
+        np.float64
+    )  # [N, metrics]
     videos, of_prompt = np.unique([a.question.video for a in scored], return_inverse=True)
     sums = np.zeros((len(videos), values.shape[1]))
     np.add.at(sums, of_prompt, values)
@@ -132,9 +144,14 @@ def bootstrap_intervals(
     return {name: (float(low[i]), float(high[i])) for i, name in enumerate(METRICS)}
 
 
-def score_baseline(questions: Sequence[Question], spans_s: Sequence[Span], protocol: Protocol) -> dict[str, float]:
+def score_baseline(
+    questions: Sequence[Question], spans_s: Sequence[Span], protocol: Protocol
+) -> dict[str, float]:
     """The numbers of one interval a question that nobody had to write as text."""
-    ious = [protocol.score_seconds(span, q.answer_spans_s, q.duration_s) for q, span in zip(questions, spans_s, strict=True)]
+    ious = [
+        protocol.score_seconds(span, q.answer_spans_s, q.duration_s)
+        for q, span in zip(questions, spans_s, strict=True)
+    ]
     return summarise(ious, reached=protocol.reaches)
 
 
@@ -143,8 +160,12 @@ def random_baseline(questions: Sequence[Question], protocol: Protocol, seed: int
     return score_baseline(questions, random_spans([q.duration_s for q in questions], seed), protocol)
 
 
-def constant_baseline(questions: Sequence[Question], train: Sequence[Prompt], protocol: Protocol) -> dict[str, object]:
+def constant_baseline(
+    questions: Sequence[Question], train: Sequence[Prompt], protocol: Protocol
+) -> dict[str, object]:
     """The interval, as shares of the duration, that is best on the training split (by the strict IoU)."""
-    start, end = best_constant_interval([(p.answer_spans_s, p.clip.duration_s) for p in train if p.answer_spans_s])
+    start, end = best_constant_interval(
+        [(p.answer_spans_s, p.clip.duration_s) for p in train if p.answer_spans_s]
+    )
     spans = [(start * q.duration_s, end * q.duration_s) for q in questions]
     return {**score_baseline(questions, spans, protocol), "interval_frac": [float(start), float(end)]}

@@ -25,7 +25,11 @@ def draw_timelines(scored: Sequence[ScoredAnswer]) -> Figure:
             axes.barh(0, end - start, left=start, color="C0", height=0.7)
         verdict = answer.failure if answer.failure is not None else f"IoU {answer.iou:.2f}"
         axes.set(yticks=(0, 1), yticklabels=("answer", "truth"), ylim=(-0.5, 1.5), xlim=(0, duration))
-        title = question.query if len(question.query) <= MAX_QUERY_CHARACTERS else question.query[:MAX_QUERY_CHARACTERS] + "..."
+        title = (
+            question.query
+            if len(question.query) <= MAX_QUERY_CHARACTERS
+            else question.query[:MAX_QUERY_CHARACTERS] + "..."
+        )
         axes.set_title(f"{title} ({verdict})", fontsize="small", loc="left", parse_math=False)
         axes.tick_params(labelsize="x-small")
     figure.supxlabel("seconds", fontsize="small")

@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import LoraLayer
 
 from video_opd.config import LearnerConfig
 from video_opd.errors import ConfigError
-from video_opd.modeling import VideoLLM
+from video_opd.models.forward import VideoLLM
 
 _ADAPTER = "default"
 VISION_PREFIX = "model.visual."
@@ -36,7 +36,9 @@ def add_adapters(model: VideoLLM, learner: LearnerConfig) -> None:
     try:
         inject_adapter_in_model(config, model)
     except ValueError as error:
-        raise ConfigError(f"learner.lora_targets={learner.lora_targets!r} takes no adapters: {error}") from error
+        raise ConfigError(
+            f"learner.lora_targets={learner.lora_targets!r} takes no adapters: {error}"
+        ) from error
 
 
 def merged_parameters(model: VideoLLM) -> Iterator[tuple[str, list[torch.nn.Parameter], float]]:

@@ -30,7 +30,9 @@ class UpdatePlan:
     num_tokens: int  # response tokens over ALL ranks and micro-batches, those of suspended rollouts included
 
 
-def plan_update(groups: Sequence[ScoredGroup], loss: LossConfig, micro_batch: int, rank: int, world_size: int) -> UpdatePlan:
+def plan_update(
+    groups: Sequence[ScoredGroup], loss: LossConfig, micro_batch: int, rank: int, world_size: int
+) -> UpdatePlan:
     """Deals the trajectories to ranks, longest first, so that micro-batches hold like lengths.
 
     The signal is computed here, over the whole batch, so that centring means the same for any world size. A rank
@@ -44,7 +46,9 @@ def plan_update(groups: Sequence[ScoredGroup], loss: LossConfig, micro_batch: in
     scores = [s for g in groups for s in g.scores] or [None] * len(trajectories)
     rows = [
         Row(prompt, trajectory, signal, score, 1.0)
-        for (prompt, trajectory), signal, score in zip(trajectories, signals_of(groups, loss), scores, strict=True)
+        for (prompt, trajectory), signal, score in zip(
+            trajectories, signals_of(groups, loss), scores, strict=True
+        )
     ]
     rows.sort(key=lambda row: len(row.trajectory.prompt_token_ids) + len(row.signal), reverse=True)
     per_round = micro_batch * world_size
@@ -62,7 +66,9 @@ def signals_of(groups: Sequence[ScoredGroup], loss: LossConfig) -> list[np.ndarr
     trajectories = [t for g in groups for t in g.group.trajectories]
     lengths = [len(t.response_token_ids) for t in trajectories]
     if loss.needs.rewards:
-        advantages = np.concatenate([group_advantages(g.rewards or (), loss.advantage_std) for g in groups if g.group.trajectories])
+        advantages = np.concatenate(
+            [group_advantages(g.rewards or (), loss.advantage_std) for g in groups if g.group.trajectories]
+        )
         return [np.full(n, a, np.float32) for n, a in zip(lengths, advantages, strict=True)]
     if loss.needs.teacher == "none" or not loss.needs.rollouts:
         return [np.zeros(n, np.float32) for n in lengths]

@@ -14,19 +14,27 @@ import torch
 
 from learner.adapters import choose_trained, merge, merged_parameters
 from learner.batching import Row, plan_update
+from learner.diagnostics import TimestampTokens, TokenRecords, batch_signals, policy_signals
 from learner.loss import ResponseTokens, loss_per_token
 from learner.safe_load import read_weights_only
-from learner.signals import TimestampTokens, TokenRecords, batch_signals, policy_signals
 from learner.universal import TAG as universal_tag
 from learner.vision_cache import VisionCache
 from learner.weight_sender import Bucket, tensor_buckets, to_buckets
 from video_opd.broadcast import node_store
-from video_opd.clips import frames_key
 from video_opd.config import Config
 from video_opd.errors import ClipError, RunError
-from video_opd.modeling import ResponseBatch, ResponseLoss, VideoLLM, collate, load_head, load_model, token_entropy
-from video_opd.prompting import PromptEncoder, check_parity
+from video_opd.models.forward import (
+    ResponseBatch,
+    ResponseLoss,
+    VideoLLM,
+    collate,
+    load_head,
+    load_model,
+    token_entropy,
+)
+from video_opd.models.prompting import PromptEncoder, check_parity
 from video_opd.types import EncodedPrompt, ScoredGroup, WeightBucket
+from video_opd.video.clips import frames_key
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -57,12 +65,18 @@ class LearnerEngine:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            trained, lr=config.learner.lr, betas=config.learner.betas, weight_decay=config.learner.weight_decay
+            trained,
+            lr=config.learner.lr,
+            betas=config.learner.betas,
+            weight_decay=config.learner.weight_decay,
         )
         module = ResponseLoss(model, config.learner.logit_rows)
         self._teacher_heads: dict[str, torch.Tensor] = {}  # by teacher id
         if config.loss.needs.teacher == "hidden":
-            heads = {t.name: load_head(t.model, config.teacher_pool.dtype).to(self._device) for t in config.teacher_models}
+            heads = {
+                t.name: load_head(t.model, config.teacher_pool.dtype).to(self._device)
+                for t in config.teacher_models
+            }
             shared = min(len(head) for head in heads.values())  # beyond it are only padded embeddings
             self._teacher_heads = {name: head[:shared] for name, head in heads.items()}
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=_deepspeed_config(config))
@@ -83,7 +97,12 @@ class LearnerEngine:
         config, engine = self._config, self._engine
         plan = plan_update(groups, config.loss, config.learner.micro_batch, self._rank, self._world_size)
         if not plan.micro_batches:
-            return {"learner/loss": 0.0, "learner/grad_norm": 0.0, "learner/num_tokens": 0.0, "learner/skipped": 1.0}
+            return {
+                "learner/loss": 0.0,
+                "learner/grad_norm": 0.0,
+                "learner/num_tokens": 0.0,
+                "learner/skipped": 1.0,
+            }
         lr = learning_rate(step, config)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
@@ -115,7 +134,9 @@ class LearnerEngine:
         """The summed loss of a micro-batch, and what is recorded of its tokens (none for weight 0)."""
         try:
             encoded = [self._encoder.encode(row.prompt) for row in rows]
-        except ClipError as error:  # where others read it before, a file that changes under a run; not bad input
+        except (
+            ClipError
+        ) as error:  # where others read it before, a file that changes under a run; not bad input
             raise RunError(f"a clip cannot be read by the learner: {error}") from error
         for prompt, row in zip(encoded, rows, strict=True):
             check_parity(prompt, row.trajectory, "the learner")
@@ -133,7 +154,9 @@ class LearnerEngine:
         records = (values[trained].cpu().numpy() for values in (learner, tokens.actor_logprobs, entropy))
         return (per_token * weights).sum(), TokenRecords(*records)
 
-    def _with_features(self, batch: ResponseBatch, rows: list[Row], encoded: list[EncodedPrompt]) -> ResponseBatch:
+    def _with_features(
+        self, batch: ResponseBatch, rows: list[Row], encoded: list[EncodedPrompt]
+    ) -> ResponseBatch:
         """With what the frozen vision tower sees, where it is kept."""
         if self._vision_cache is None:
             return batch
@@ -150,7 +173,10 @@ class LearnerEngine:
             top_k = (self._tensor([t.ids for t in top]).long(), self._tensor([t.logprobs for t in top]))
         if self._teacher_heads:
             of_teachers = groupby(scores, key=lambda s: s.teacher_id)
-            runs = [(name, self._tensor([s.hidden for s in run if s.hidden is not None])) for name, run in of_teachers]
+            runs = [
+                (name, self._tensor([s.hidden for s in run if s.hidden is not None]))
+                for name, run in of_teachers
+            ]
 
             def of_rows(which: slice) -> torch.Tensor:
                 return rows_of([(states, self._teacher_heads[name]) for name, states in runs], which)
@@ -168,7 +194,9 @@ class LearnerEngine:
     def _tensor(self, arrays: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(self._device)
 
-    def _full_parameters(self, device: str | torch.device | None = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
+    def _full_parameters(
+        self, device: str | torch.device | None = "cpu"
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter of the plain model, whole, adapters merged, on `device` (None: as it is). All ranks iterate together."""
         for name, parts, scaling in merged_parameters(self._model):
             if self._config.learner.zero_stage == 3:
@@ -183,7 +211,9 @@ class LearnerEngine:
 
     def broadcast_buckets(self, policy_version: int, device: torch.device | None) -> Iterator[Bucket]:
         """The same, for a broadcast of tensors on `device`. All ranks must iterate together."""
-        return tensor_buckets(self._full_parameters(device), policy_version, self._config.learner.bucket_bytes)
+        return tensor_buckets(
+            self._full_parameters(device), policy_version, self._config.learner.bucket_bytes
+        )
 
     def save(self, folder: Path) -> None:
         """Writes the DeepSpeed state and `student/`, a transformers folder."""
@@ -194,7 +224,9 @@ class LearnerEngine:
         """A folder that transformers and vLLM load: weights from the learner, all else from the student's folder."""
         state = dict(self._full_parameters())
         if self._rank == 0:
-            shutil.copytree(self._config.student, folder, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*"))
+            shutil.copytree(
+                self._config.student, folder, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*")
+            )
             self._model.save_pretrained(folder, state_dict={n: t.contiguous() for n, t in state.items()})
 
     def export(self, folder: Path) -> None:
@@ -206,7 +238,9 @@ class LearnerEngine:
 
         folder: a checkpoint of as many ranks; with `universal`, what learner/universal.py made of any.
         """
-        self._engine._config.load_universal_checkpoint = universal  # DeepSpeed looks at it only while it loads
+        self._engine._config.load_universal_checkpoint = (
+            universal  # DeepSpeed looks at it only while it loads
+        )
         where, tag = (folder, universal_tag) if universal else (folder / "deepspeed", "state")
         path, _ = self._engine.load_checkpoint(str(where), tag=tag)
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
@@ -250,7 +284,9 @@ def _init_deepspeed(config: Config, rank: int, world_size: int, master: tuple[st
     )
     import deepspeed
 
-    if not on_gpu:  # its shared-memory extension takes a minute to compile and a killed build hangs later runs
+    if (
+        not on_gpu
+    ):  # its shared-memory extension takes a minute to compile and a killed build hangs later runs
         communication: Any = importlib.import_module("deepspeed.comm.torch")
         communication.build_shm_op = lambda: None
     read_weights_only()

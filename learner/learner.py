@@ -2,7 +2,6 @@
 
 import asyncio
 import shutil
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,120 +14,16 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from learner.file_transfer import FilePart, read_parts, write_part
+from learner.rank import LearnerRank
 from learner.universal import convert, needs_conversion
-from learner.weight_sender import to_flat
-from video_opd.broadcast import ABANDON_S, BroadcastGroup
+from video_opd.broadcast import ABANDON_S
+from video_opd.cluster.deadline import within
+from video_opd.cluster.faults import LOST, cause_of, started_badly
 from video_opd.config import Config
-from video_opd.deadline import within
 from video_opd.errors import LearnerLostError, WeightsLostError
-from video_opd.faults import LOST, cause_of, started_badly
-from video_opd.logs import log, start_role_log, work
 from video_opd.types import GroupPlace, ScoredGroup, StepReport
 
 NEIGHBOUR_GRACE_S = 15.0
-
-
-class LearnerRank:
-    """One rank. Ranks act together: the driver calls the same method on all of them."""
-
-    def __init__(self, name: str, config: Config, rank: int):
-        start_role_log(config.run_name, name)
-        self._name, self._config, self._rank = name, config, rank
-        self._engine: Any = None
-        self._group: BroadcastGroup | None = None
-
-    def __repr__(self) -> str:
-        return self._name
-
-    def address(self) -> tuple[str, int]:
-        """Where this rank can be met: this node's address and a free port."""
-        with socket.socket() as free:
-            free.bind(("", 0))
-            return ray.util.get_node_ip_address(), free.getsockname()[1]
-
-    def start(self, master: tuple[str, int]) -> None:
-        from learner.engine import LearnerEngine
-
-        self._engine = LearnerEngine(self._config, self._rank, self._config.learner.world_size, master)
-        log.info("started; rank 0 is at %s:%d", *master)
-
-    def update(self, groups: list[ScoredGroup], step: int) -> dict[str, float]:
-        work.step = step
-        return self._engine.update(groups, step)
-
-    def put_weights(self, policy_version: int) -> tuple[list[ray.ObjectRef], int]:
-        """The weights in the object store, one reference a bucket, and their bytes; rank 0 holds them."""
-        references, num_bytes = [], 0
-        for bucket in self._engine.buckets(policy_version):
-            num_bytes += bucket.num_bytes
-            if self._rank == 0:
-                references.append(ray.put(bucket))
-        return references, num_bytes
-
-    def meet_actors(self, place: GroupPlace | None) -> None:
-        """Rank 0 alone: returns when every actor is ready to receive. `place`: of a new group; None: in the last one.
-
-        Raises WeightsLostError when the driver gives the group up.
-        """
-        if place is not None:
-            self._leave_group()
-            self._group = BroadcastGroup(place, self._config.request_timeout_s)
-        assert self._group, "the first meeting needs a place"
-        self._group.meet()
-
-    def send_weights(self, policy_version: int) -> int:
-        """Broadcasts the weights to the actors that rank 0 met; returns their bytes.
-
-        Raises WeightsLostError when the group failed. Even then every rank goes through all parameters: each is a
-        collective of the learner's own under ZeRO-3, and a rank that left in the middle would hang the others.
-        """
-        sends = self._rank == 0
-        assert self._group or not sends, "rank 0 has met nobody"
-        num_bytes, failure = 0, None
-        device = self._group.device if self._group else None
-        for header, tensors in self._engine.broadcast_buckets(policy_version, device):
-            num_bytes += sum(t.nbytes for t in tensors)
-            if self._group and failure is None:
-                try:
-                    self._group.send(header, to_flat(tensors))
-                except WeightsLostError as error:
-                    failure = error
-        if failure:
-            self._leave_group()
-            raise failure
-        return num_bytes
-
-    def _leave_group(self) -> None:
-        if self._group:
-            self._group.close()
-        self._group = None
-
-    def save(self, folder: Path) -> None:
-        self._engine.save(folder)
-        log.info("saved in %s", folder)
-
-    def export(self, folder: Path) -> None:
-        self._engine.export(folder)
-
-    def load(self, folder: Path, brought: Path, universal: bool) -> None:
-        """`brought`: a copy of the folder, on nodes that do not see it."""
-        self._engine.load(brought if brought.exists() else folder, universal)
-        log.info("loaded %s", folder)
-
-    def sees(self, path: Path) -> tuple[str, bool]:
-        """This rank's node, and whether the path is there."""
-        return ray.get_runtime_context().get_node_id(), path.exists()
-
-    def read_folder(self, folder: Path) -> Iterator[FilePart]:
-        """What `folder` holds; it is gone afterwards."""
-        yield from read_parts(folder)
-        shutil.rmtree(folder)
-
-    def write_part(self, folder: Path, part: FilePart) -> None:
-        write_part(folder, part)
-
-    def remove(self, folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Learner:
@@ -140,7 +35,9 @@ class Learner:
     def __init__(self, name: str, config: Config, rank_class: type = LearnerRank):
         self._name, self._config, self._rank_class = name, config, rank_class
         self._num_starts = 0
-        self._version: int | None = None  # of the ranks' weights, once they are published; None: they changed since
+        self._version: int | None = (
+            None  # of the ranks' weights, once they are published; None: they changed since
+        )
         learner = config.learner
         amounts = {"learner": 1, "CPU": learner.num_cpus, "GPU": learner.num_gpus}
         place = {resource: float(amount) for resource, amount in amounts.items() if amount}
@@ -212,7 +109,9 @@ class Learner:
 
     async def meet_actors(self, place: GroupPlace | None) -> None:
         """See LearnerRank.meet_actors."""
-        await self._all("meet_actors", place, timeout_s=self._config.request_timeout_s + ABANDON_S, ranks=self._ranks[:1])
+        await self._all(
+            "meet_actors", place, timeout_s=self._config.request_timeout_s + ABANDON_S, ranks=self._ranks[:1]
+        )
 
     async def send_weights(self, policy_version: int) -> int:
         """See LearnerRank.send_weights."""
@@ -237,14 +136,20 @@ class Learner:
         for rank in strangers:
             with self._losses("read_folder"):
                 references = rank.read_folder.options(_generator_backpressure_num_objects=2).remote(folder)
-                while (part := await within(self._config.request_timeout_s, _next(references), "a checkpoint's files")) is not None:
+                while (
+                    part := await within(
+                        self._config.request_timeout_s, _next(references), "a checkpoint's files"
+                    )
+                ) is not None:
                     await asyncio.to_thread(write_part, folder, part)
 
     async def load(self, folder: Path, saved_world_size: int | None = None) -> None:
         """A checkpoint's weights and optimizer, exactly. `saved_world_size`: ranks that wrote it; None: as many as there are."""
         self._version = None
         learner = self._config.learner
-        if not needs_conversion(learner.zero_stage, saved_world_size or learner.world_size, learner.world_size):
+        if not needs_conversion(
+            learner.zero_stage, saved_world_size or learner.world_size, learner.world_size
+        ):
             await self._load(folder, False)
             return
         converted = folder.with_name(f".{folder.name}-universal.tmp")
@@ -257,7 +162,9 @@ class Learner:
 
     async def _load(self, folder: Path, universal: bool) -> None:
         strangers = await self._strangers(folder)
-        brought = folder.with_name(f".{folder.name}-{uuid4().hex}.tmp")  # what has the folder's own name there is not ours
+        brought = folder.with_name(
+            f".{folder.name}-{uuid4().hex}.tmp"
+        )  # what has the folder's own name there is not ours
         for rank in strangers:
             for part in read_parts(folder):
                 await self._all("write_part", brought, part, ranks=[rank])
@@ -273,16 +180,24 @@ class Learner:
             seen = await self._all("sees", mark)
         finally:
             mark.unlink()
-        return list({node: rank for rank, (node, sees) in zip(self._ranks, seen, strict=True) if not sees}.values())
+        return list(
+            {node: rank for rank, (node, sees) in zip(self._ranks, seen, strict=True) if not sees}.values()
+        )
 
     async def _all(
         self, method: str, *arguments: Any, timeout_s: float | None = None, ranks: Sequence[Any] | None = None
     ) -> list[Any]:
         """Each rank's answer. `ranks`: those asked, where it is not all."""
-        calls = [asyncio.ensure_future(getattr(rank, method).remote(*arguments)) for rank in ranks or self._ranks]
+        calls = [
+            asyncio.ensure_future(getattr(rank, method).remote(*arguments)) for rank in ranks or self._ranks
+        ]
         with self._losses(method):
             try:
-                return await within(timeout_s or self._config.request_timeout_s, asyncio.gather(*calls), f"the learner's {method}")
+                return await within(
+                    timeout_s or self._config.request_timeout_s,
+                    asyncio.gather(*calls),
+                    f"the learner's {method}",
+                )
             except RayTaskError as error:  # a rank whose neighbour died may complain first
                 await asyncio.wait(calls, timeout=NEIGHBOUR_GRACE_S)
                 if dead := [e for c in calls if c.done() and isinstance(e := c.exception(), LOST)]:

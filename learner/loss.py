@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from video_opd.config import LossConfig
-from video_opd.modeling import token_logprobs
+from video_opd.models.forward import token_logprobs
 
 MIN_TAIL = 1e-6  # floor of the teacher's tail mass: float32 top-K log-probs do not resolve it further
 ADVANTAGE_EPSILON = 1e-4
@@ -25,12 +25,16 @@ class ResponseTokens:
     targets: torch.Tensor  # int64[R]
     actor_logprobs: torch.Tensor  # float32[R]; of the ground truth, which nobody sampled: zeros
     signal: torch.Tensor  # float32[R]: r_t or the advantage; see learner/batching.py
-    top_k: tuple[torch.Tensor, torch.Tensor] | None = None  # the teacher's ids int64[R, K] and log-probs float32[R, K]
+    top_k: tuple[torch.Tensor, torch.Tensor] | None = (
+        None  # the teacher's ids int64[R, K] and log-probs float32[R, K]
+    )
     teacher_logits: Callable[[slice], torch.Tensor] | None = None  # rows -> float32[rows, V]
     teacher_logprobs: torch.Tensor | None = None  # float32[R]
 
 
-def pointwise_signal(teacher_logprobs: np.ndarray, actor_logprobs: np.ndarray, loss: LossConfig) -> np.ndarray:
+def pointwise_signal(
+    teacher_logprobs: np.ndarray, actor_logprobs: np.ndarray, loss: LossConfig
+) -> np.ndarray:
     """r_t = log pi_T(a_t|s_t) - log pi_old(a_t|s_t) for all tokens of the batch, float32[tokens].
 
     Options, both off in the paper: `clamp` bounds |r|; `center` then subtracts the mean over the batch, a baseline
@@ -51,7 +55,10 @@ def group_advantages(rewards: Sequence[float], divide_by_std: bool) -> np.ndarra
 
 
 def sampled_loss(
-    learner_logprobs: torch.Tensor, actor_logprobs: torch.Tensor, signal: torch.Tensor, max_ratio: float | None = None
+    learner_logprobs: torch.Tensor,
+    actor_logprobs: torch.Tensor,
+    signal: torch.Tensor,
+    max_ratio: float | None = None,
 ) -> torch.Tensor:
     """-min(rho_t, max_ratio) * r_t with rho_t = pi_theta(a_t|s_t) / pi_old(a_t|s_t) (Video-OPD, eq. of the update).
 
@@ -87,7 +94,9 @@ def topk_loss(
     return (student.exp() * log_ratio).sum(-1)
 
 
-def full_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, divergence: str, beta: float = 0.5) -> torch.Tensor:
+def full_loss(
+    logits: torch.Tensor, teacher_logits: torch.Tensor, divergence: str, beta: float = 0.5
+) -> torch.Tensor:
     """A divergence over the whole vocabulary; logits[R, V] of student and teacher, both of the same V tokens.
 
     reverse: KL(pi_theta || pi_T). forward: KL(pi_T || pi_theta). jsd: beta KL(pi_T || m) + (1 - beta) KL(pi_theta || m)
@@ -107,7 +116,9 @@ def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-def grpo_loss(learner_logprobs: torch.Tensor, actor_logprobs: torch.Tensor, advantage: torch.Tensor, clip: float) -> torch.Tensor:
+def grpo_loss(
+    learner_logprobs: torch.Tensor, actor_logprobs: torch.Tensor, advantage: torch.Tensor, clip: float
+) -> torch.Tensor:
     """-min(rho_t A, clip(rho_t, 1 - clip, 1 + clip) A): PPO's bound with the group's advantage (GRPO, arXiv 2402.03300)."""
     ratio = (learner_logprobs - actor_logprobs).exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(1.0 - clip, 1.0 + clip) * advantage)
@@ -149,7 +160,9 @@ def loss_per_token(
             assert tokens.teacher_logprobs is not None, "off_policy_rkd needs the teacher's log-probs"
             now = learner.detach()
             ratio = tokens.teacher_logprobs[rows] - now
-            value = sampled_loss(learner, now, ratio if loss.clamp is None else ratio.clamp(-loss.clamp, loss.clamp))
+            value = sampled_loss(
+                learner, now, ratio if loss.clamp is None else ratio.clamp(-loss.clamp, loss.clamp)
+            )
         case "sft":
             value = -learner
     return value, learner.detach()

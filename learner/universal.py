@@ -23,8 +23,19 @@ def convert(checkpoint: Path, output: Path, timeout_s: float) -> None:
 
     In a process of its own: it needs neither ranks nor an accelerator, and can be ended when it takes longer than `timeout_s`.
     """
-    command = [sys.executable, "-P", safe_load.__file__, "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--input_folder", str(checkpoint / "deepspeed" / "state"), "--output_folder", str(output / TAG)]
+    command = [
+        sys.executable,
+        "-P",
+        safe_load.__file__,
+        "deepspeed.checkpoint.ds_to_universal",
+        "--inject_missing_state",
+    ]
+    command += [
+        "--input_folder",
+        str(checkpoint / "deepspeed" / "state"),
+        "--output_folder",
+        str(output / TAG),
+    ]
     command += ["--num_extract_workers", str(_NUM_WORKERS), "--num_merge_workers", str(_NUM_WORKERS)]
     output.mkdir(parents=True)
     env = os.environ | {"DS_ACCELERATOR": "cpu", "TQDM_DISABLE": "1"}

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-from video_opd.modeling import VideoLLM
+from video_opd.models.forward import VideoLLM
 
 
 class VisionCache:
@@ -32,9 +32,14 @@ class VisionCache:
         known = {key: self._features[key] for key in keys if key in self._features}
         if unknown:
             chosen = list(unknown.values())
-            output = self._model.model.get_video_features(torch.cat([pixel_values[i] for i in chosen]), grids[chosen])
+            output = self._model.model.get_video_features(
+                torch.cat([pixel_values[i] for i in chosen]), grids[chosen]
+            )
             for place, key in enumerate(unknown):
-                known[key] = [output.pooler_output[place], *(layer[place] for layer in getattr(output, "deepstack_features", ()))]
+                known[key] = [
+                    output.pooler_output[place],
+                    *(layer[place] for layer in getattr(output, "deepstack_features", ())),
+                ]
                 self._keep(key, [tensor.cpu() for tensor in known[key]])
         for key in keys:
             if key in self._features:

@@ -10,13 +10,17 @@ Bucket = tuple[BucketHeader, list[torch.Tensor]]
 """What it holds, and the tensors themselves, wherever they are."""
 
 
-def to_buckets(named: Iterable[tuple[str, torch.Tensor]], policy_version: int, bucket_bytes: int) -> Iterator[WeightBucket]:
+def to_buckets(
+    named: Iterable[tuple[str, torch.Tensor]], policy_version: int, bucket_bytes: int
+) -> Iterator[WeightBucket]:
     """Buckets for the object store, which copies from the tensors themselves. They must be on the CPU."""
     for header, tensors in tensor_buckets(named, policy_version, bucket_bytes):
         yield WeightBucket(header=header, parts=tuple(_bytes(t).numpy() for t in tensors))
 
 
-def tensor_buckets(named: Iterable[tuple[str, torch.Tensor]], policy_version: int, bucket_bytes: int) -> Iterator[Bucket]:
+def tensor_buckets(
+    named: Iterable[tuple[str, torch.Tensor]], policy_version: int, bucket_bytes: int
+) -> Iterator[Bucket]:
     """Groups tensors of one dtype each, about `bucket_bytes` together, in order, none left out. Copies nothing."""
     waiting: list[tuple[str, torch.Tensor]] = []
     size = first = 0

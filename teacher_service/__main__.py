@@ -22,23 +22,37 @@ from teacher_service.scaling import (
     read_pools,
     set_replicas,
 )
-from video_opd.cluster import Parser, add_cluster_arguments, check_capacity, choose_run, connected
+from video_opd.cluster.command_line import (
+    Parser,
+    add_cluster_arguments,
+    check_capacity,
+    choose_run,
+    connected,
+)
 from video_opd.errors import ConfigError, InputError, RunError, VideoOPDError
 
 POLL_S = 0.5
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m teacher_service", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="python -m teacher_service",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     status = commands.add_parser("status", help="replicas of every teacher")
     scale = commands.add_parser("scale", help="change the number of replicas")
     scale.add_argument("replicas", nargs="?", type=int, help="a fixed number")
     scale.add_argument("--min", type=int, help="fewest that autoscaling leaves (default 1)")
     scale.add_argument("--max", type=int, help="most that autoscaling starts")
-    scale.add_argument("--teacher", metavar="NAME", help="which of the run's teachers (default: its only one)")
+    scale.add_argument(
+        "--teacher", metavar="NAME", help="which of the run's teachers (default: its only one)"
+    )
     scale.add_argument("--no-wait", action="store_true", help="return before the replicas run")
-    scale.add_argument("--timeout-s", type=float, help="wait at most so long (default: the run's start_timeout_s)")
+    scale.add_argument(
+        "--timeout-s", type=float, help="wait at most so long (default: the run's start_timeout_s)"
+    )
     for command in (status, scale):
         add_cluster_arguments(command)
     return parser.parse_args(arguments)
@@ -82,7 +96,9 @@ def pool_of(pools: Sequence[PoolStatus], teacher: str | None) -> PoolStatus:
 def print_status(pools: Sequence[PoolStatus]) -> None:
     for pool in pools:
         calls = ongoing_calls(pool)
-        print(f"{pool}; {'unknown' if calls is None else calls} calls in the replicas; pids {' '.join(map(str, pool.pids)) or '-'}")
+        print(
+            f"{pool}; {'unknown' if calls is None else calls} calls in the replicas; pids {' '.join(map(str, pool.pids)) or '-'}"
+        )
 
 
 def scale(pool: PoolStatus, wanted: int | Bounds, timeout_s: float | None, wait: bool) -> None:
@@ -97,7 +113,9 @@ def scale(pool: PoolStatus, wanted: int | Bounds, timeout_s: float | None, wait:
     if not wait:
         print(f"run {pool.run}, teacher {pool.teacher}: {asked} asked for")
         return
-    print(f"run {pool.run}, teacher {pool.teacher}: waiting at most {timeout_s:.0f} s for {asked}", flush=True)
+    print(
+        f"run {pool.run}, teacher {pool.teacher}: waiting at most {timeout_s:.0f} s for {asked}", flush=True
+    )
     deadline = time.monotonic() + timeout_s
     while not has(now := read_pool(app), wanted):
         if now.status in GONE_WRONG or time.monotonic() > deadline:

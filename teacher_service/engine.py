@@ -9,10 +9,17 @@ import numpy as np
 import torch
 
 from video_opd.config import LossConfig, TeacherConfig
-from video_opd.modeling import ResponseLogits, collate, generate, load_model, token_entropy, token_logprobs
-from video_opd.prompting import PromptEncoder
+from video_opd.models.forward import (
+    ResponseLogits,
+    collate,
+    generate,
+    load_model,
+    token_entropy,
+    token_logprobs,
+)
+from video_opd.models.prompting import PromptEncoder
+from video_opd.models.vllm_engine import check_expansion, start_vllm, vllm_prompt
 from video_opd.types import EncodedPrompt, TopK
-from video_opd.vllm_engine import check_expansion, start_vllm, vllm_prompt
 
 T = TypeVar("T")
 
@@ -46,13 +53,20 @@ class ScoringEngine(Protocol):
         """For each response int32[N], what is wanted of its tokens."""
         ...
 
-    def predict(self, prompts: Sequence[EncodedPrompt], num_answers: int, temperature: float, max_tokens: int) -> list[list[str]]:
+    def predict(
+        self, prompts: Sequence[EncodedPrompt], num_answers: int, temperature: float, max_tokens: int
+    ) -> list[list[str]]:
         """`num_answers` texts for each prompt; temperature 0 is greedy."""
         ...
 
 
 def start_engine(
-    model: str, config: TeacherConfig, wanted: Wanted, seed: int, encoder: PromptEncoder, trust_remote_code: bool
+    model: str,
+    config: TeacherConfig,
+    wanted: Wanted,
+    seed: int,
+    encoder: PromptEncoder,
+    trust_remote_code: bool,
 ) -> ScoringEngine:
     """The engine the config names."""
     engine = {"transformers": TransformersEngine, "vllm": VllmEngine}[config.engine]
@@ -91,7 +105,9 @@ class TransformersEngine:
         scores: dict[int, TokenScores] = {}
         for chosen in _chunks(order.tolist(), self._config.micro_batch):
             pad_id = self._encoder.tokenizer.pad_token_id
-            batch = collate([prompts[i] for i in chosen], [responses[i] for i in chosen], pad_id, self._device)
+            batch = collate(
+                [prompts[i] for i in chosen], [responses[i] for i in chosen], pad_id, self._device
+            )
             hidden = self._logits.hidden(batch)
             logits = self._model.lm_head(hidden).float()
             logprobs = token_logprobs(logits, batch.targets).cpu().numpy()
@@ -102,10 +118,14 @@ class TransformersEngine:
             for i, stop, length in zip(chosen, stops, batch.lengths, strict=True):
                 rows = slice(stop - length, stop)
                 of_rows = top_k and TopK(ids=top_k.ids[rows], logprobs=top_k.logprobs[rows])
-                scores[i] = TokenScores(logprobs[rows], of_rows, None if kept is None else kept[rows], entropy[rows])
+                scores[i] = TokenScores(
+                    logprobs[rows], of_rows, None if kept is None else kept[rows], entropy[rows]
+                )
         return [scores[i] for i in range(len(prompts))]
 
-    def predict(self, prompts: Sequence[EncodedPrompt], num_answers: int, temperature: float, max_tokens: int) -> list[list[str]]:
+    def predict(
+        self, prompts: Sequence[EncodedPrompt], num_answers: int, temperature: float, max_tokens: int
+    ) -> list[list[str]]:
         tokenizer, texts = self._encoder.tokenizer, []
         for chosen in _chunks(list(prompts), self._config.micro_batch):
             answers = generate(
@@ -176,7 +196,9 @@ class VllmEngine:
             check_expansion(prompt, output.prompt_token_ids[: -len(response)], "the teacher")
             positions = output.prompt_logprobs[-len(response) :]
             logprobs = [p[token].logprob for p, token in zip(positions, response.tolist(), strict=True)]
-            scores.append(TokenScores(np.asarray(logprobs, np.float32), self._top_k_of(positions), None, None))
+            scores.append(
+                TokenScores(np.asarray(logprobs, np.float32), self._top_k_of(positions), None, None)
+            )
         return scores
 
     def _top_k_of(self, positions: list[dict]) -> TopK | None:
@@ -189,11 +211,17 @@ class VllmEngine:
             logprobs=np.asarray([[entry.logprob for _, entry in row] for row in best], np.float32),
         )
 
-    def predict(self, prompts: Sequence[EncodedPrompt], num_answers: int, temperature: float, max_tokens: int) -> list[list[str]]:
+    def predict(
+        self, prompts: Sequence[EncodedPrompt], num_answers: int, temperature: float, max_tokens: int
+    ) -> list[list[str]]:
         from vllm import SamplingParams
 
         parameters = SamplingParams(
-            n=num_answers, temperature=temperature, max_tokens=max_tokens, logit_bias=self._banned, seed=self._seed
+            n=num_answers,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            logit_bias=self._banned,
+            seed=self._seed,
         )
         outputs = self._llm.generate([vllm_prompt(p) for p in prompts], parameters, use_tqdm=False)
         return [[answer.text for answer in output.outputs] for output in outputs]

@@ -13,12 +13,12 @@ from ray.exceptions import RayTaskError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ApplicationStatus
 
+from teacher_service.replica import Reply, ScoreResult, TeacherReplica
 from teacher_service.scaling import DEPLOYMENT, Bounds, app_name, autoscaling, read_pool
-from teacher_service.service import Reply, ScoreResult, TeacherReplica
+from video_opd.cluster.deadline import within
+from video_opd.cluster.faults import retried
 from video_opd.config import Config, TeacherConfig, TeacherModel
-from video_opd.deadline import within
 from video_opd.errors import RunError
-from video_opd.faults import retried
 from video_opd.types import FailedPrompt, Prediction, Prompt, TrajectoryGroup
 
 BACK_PRESSURE_PAUSE_S = 0.2
@@ -105,7 +105,9 @@ class TeacherPool:
     A call whose replica died, or that has no answer within config.request_timeout_s, is made again, config.max_retries times.
     """
 
-    def __init__(self, run: str, config: Config, teacher: TeacherModel, replica: type[TeacherReplica] = TeacherReplica):
+    def __init__(
+        self, run: str, config: Config, teacher: TeacherModel, replica: type[TeacherReplica] = TeacherReplica
+    ):
         """`run` is the prefix of the run's names, video_opd/NAME; `replica` runs in the deployment's processes."""
         self.app = app_name(run, teacher.name)
         self._config, self._teacher, self._replica = config, teacher, replica
@@ -115,10 +117,14 @@ class TeacherPool:
 
     async def start(self) -> None:
         """Returns when every replica answers. Raises RunError at config.start_timeout_s."""
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it warns of every probe of a replica that hangs
+        logging.getLogger("ray.serve").setLevel(
+            logging.ERROR
+        )  # it warns of every probe of a replica that hangs
         serve.start(proxy_location="Disabled")
         deployment = serve.deployment(self._replica, name=DEPLOYMENT, **deployment_options(self._config))
-        target = serve.RunTarget(deployment.bind(self._config, self._teacher), name=self.app, route_prefix=None)
+        target = serve.RunTarget(
+            deployment.bind(self._config, self._teacher), name=self.app, route_prefix=None
+        )
         serve.run_many([target], wait_for_applications_running=False)
         self._handle = serve.get_app_handle(self.app)
         await within(self._config.start_timeout_s, self._running(), "the start of the teacher service")
@@ -173,7 +179,9 @@ class TeacherPool:
 
         self._outstanding += 1
         try:
-            reply = await retried(attempt, self._config.max_retries, f"a {method} call to teacher {self._teacher.name}")
+            reply = await retried(
+                attempt, self._config.max_retries, f"a {method} call to teacher {self._teacher.name}"
+            )
         finally:
             self._outstanding -= 1
         if isinstance(reply, RayTaskError):
@@ -186,7 +194,9 @@ class TeacherPool:
         while True:
             response = getattr(self._handle, method).remote(*arguments)
             try:
-                return await within(deadline - time.monotonic(), response, f"a {method} call to teacher {self._teacher.name}")
+                return await within(
+                    deadline - time.monotonic(), response, f"a {method} call to teacher {self._teacher.name}"
+                )
             except BackPressureError:  # every replica's queue is full: the pool's way to say wait
                 self._waiting += 1
                 try:
@@ -215,7 +225,10 @@ class TeacherPool:
     async def lap(self) -> dict[str, float]:
         """Metrics since the lap before: teacher/queue_s, /utilisation, /replicas, /replicas_wanted and /retries. See Usage."""
         running, wanted = await self._replicas()
-        return {f"teacher/{name}": value for name, value in self._usage.lap(time.monotonic(), running, wanted).items()}
+        return {
+            f"teacher/{name}": value
+            for name, value in self._usage.lap(time.monotonic(), running, wanted).items()
+        }
 
     def stop(self) -> None:
         """Deletes the deployment; other Serve applications of the cluster stay."""

@@ -68,7 +68,11 @@ class PoolStatus:
     def __str__(self) -> str:
         number = f"autoscaling {self.bounds}" if self.bounds else "fixed number"
         states = f"{self.wanted} wanted, {self.running} running, {self.starting} starting, {self.draining} draining"
-        wrong = f"; {self.status.value}: {' '.join(self.message.split())[-500:]}" if self.status in GONE_WRONG else ""
+        wrong = (
+            f"; {self.status.value}: {' '.join(self.message.split())[-500:]}"
+            if self.status in GONE_WRONG
+            else ""
+        )
         return f"run {self.run}, teacher {self.teacher}: replicas {states}; {number}{wrong}"
 
 
@@ -83,8 +87,14 @@ def read_pools() -> list[PoolStatus]:
     if controller is None:
         return []
     applications = _answer(controller.get_serve_instance_details.remote())["applications"]
-    names = [n for n in applications if n.startswith(PREFIX) and MIDDLE in n and applications[n]["deployments"]]
-    return [_read(name, applications[name]) for name in names if applications[name]["status"] != ApplicationStatus.DELETING]
+    names = [
+        n for n in applications if n.startswith(PREFIX) and MIDDLE in n and applications[n]["deployments"]
+    ]
+    return [
+        _read(name, applications[name])
+        for name in names
+        if applications[name]["status"] != ApplicationStatus.DELETING
+    ]
 
 
 def read_pool(app: str) -> PoolStatus:
@@ -106,7 +116,10 @@ def delete_orphans(running: Collection[str]) -> list[str]:
 def _read(name: str, application: dict[str, Any]) -> PoolStatus:
     run, _, teacher = name.removeprefix(PREFIX).rpartition(MIDDLE)
     deployment = application["deployments"][DEPLOYMENT]
-    replicas = {state: [r for r in deployment["replicas"] if r["state"] in states] for state, states in _STATES.items()}
+    replicas = {
+        state: [r for r in deployment["replicas"] if r["state"] in states]
+        for state, states in _STATES.items()
+    }
     scaling = deployment["deployment_config"].get("autoscaling_config")
     return PoolStatus(
         run=run,
@@ -194,4 +207,6 @@ def set_replicas(app: str, wanted: int | Bounds) -> None:
 
 def _deployed(app: str) -> Any:
     """Serve's record of the deployment."""
-    return protobuf.DeploymentRoute.FromString(_answer(_controller().get_deployment_info.remote(DEPLOYMENT, app))).deployment_info
+    return protobuf.DeploymentRoute.FromString(
+        _answer(_controller().get_deployment_info.remote(DEPLOYMENT, app))
+    ).deployment_info

@@ -8,9 +8,9 @@ import numpy as np
 import ray
 
 from teacher_service.pool import TeacherPool
-from teacher_service.service import ScoreResult, TeacherReplica
+from teacher_service.replica import ScoreResult, TeacherReplica
+from video_opd.cluster.deadline import within
 from video_opd.config import Config, TeacherModel
-from video_opd.deadline import within
 from video_opd.types import FailedPrompt, Prediction, Prompt, TeacherScores, TrajectoryGroup
 
 
@@ -29,7 +29,9 @@ def combine(weights: Sequence[float], scores: Sequence[TeacherScores]) -> Teache
         teacher_id="+".join(s.teacher_id for s in scores),
         teacher_logprobs=np.tensordot(shares, [s.teacher_logprobs for s in scores], 1).astype(np.float32),
         top_k=None,
-        entropy=np.tensordot(shares, entropies, 1).astype(np.float32) if len(entropies) == len(scores) else None,
+        entropy=np.tensordot(shares, entropies, 1).astype(np.float32)
+        if len(entropies) == len(scores)
+        else None,
     )
 
 
@@ -58,7 +60,9 @@ class Teachers:
         """Each group by all of its teachers. A reference is read here, to see whose prompts they are, and sent on where all go."""
         read: Any = groups
         if isinstance(groups, ray.ObjectRef):
-            read = await within(self._config.request_timeout_s, asyncio.ensure_future(groups), "trajectories to score")
+            read = await within(
+                self._config.request_timeout_s, asyncio.ensure_future(groups), "trajectories to score"
+            )
         teachers = [self._config.teachers_of(g.prompt.prompt_id) for g in read]
 
         async def score(name: str) -> dict[int, ScoreResult]:
@@ -68,7 +72,9 @@ class Teachers:
             part = groups if len(places) == len(read) else [read[i] for i in places]
             return dict(zip(places, await self.pools[name].score(part), strict=True))
 
-        by_name = dict(zip(self.pools, await asyncio.gather(*(score(name) for name in self.pools)), strict=True))
+        by_name = dict(
+            zip(self.pools, await asyncio.gather(*(score(name) for name in self.pools)), strict=True)
+        )
         return [combine_results(own, [by_name[t.name][i] for t in own]) for i, own in enumerate(teachers)]
 
     async def predict(
@@ -81,7 +87,13 @@ class Teachers:
             part = [p for p, own in zip(prompts, teachers, strict=True) if own == name]
             return await self.pools[name].predict(part, num_answers, temperature) if part else []
 
-        answers = dict(zip(self.pools, map(iter, await asyncio.gather(*(predict(name) for name in self.pools))), strict=True))
+        answers = dict(
+            zip(
+                self.pools,
+                map(iter, await asyncio.gather(*(predict(name) for name in self.pools))),
+                strict=True,
+            )
+        )
         return [next(answers[name]) for name in teachers]
 
     async def lap(self) -> dict[str, float]:

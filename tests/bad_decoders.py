@@ -6,7 +6,7 @@ import signal
 
 import numpy as np
 
-from video_opd.decoders import VideoInfo
+from video_opd.video.decoders import VideoInfo
 
 INFO = VideoInfo(num_frames=48, fps=4.0, size=(32, 32), times_s=None)
 

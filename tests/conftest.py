@@ -13,7 +13,9 @@ from hypothesis import HealthCheck, settings
 import video_opd  # noqa: F401  # makes transformers importable
 from demo.clips import DEFAULT_LEVELS, write_split
 
-settings.register_profile("project", max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "project", max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("project")
 
 

@@ -4,7 +4,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from video_opd.types import Clip, FinishReason, Prompt, ScoredGroup, Span, TeacherScores, TopK, Trajectory, TrajectoryGroup
+from video_opd.types import (
+    Clip,
+    FinishReason,
+    Prompt,
+    ScoredGroup,
+    Span,
+    TeacherScores,
+    TopK,
+    Trajectory,
+    TrajectoryGroup,
+)
 
 FPS = 4.0
 
@@ -24,7 +34,10 @@ def make_clip(clip_id: str = "clip", duration_s: float = 12.0) -> Clip:
 
 
 def make_prompt(
-    prompt_id: str, answers: tuple[Span, ...] | None = ((2.0, 5.0),), duration_s: float = 12.0, clip_id: str | None = None
+    prompt_id: str,
+    answers: tuple[Span, ...] | None = ((2.0, 5.0),),
+    duration_s: float = 12.0,
+    clip_id: str | None = None,
 ) -> Prompt:
     return Prompt(
         prompt_id=prompt_id,
@@ -75,7 +88,9 @@ def make_group(
         )
     active = len(lengths)
     group = TrajectoryGroup(
-        prompt=make_prompt(prompt_id), trajectories=tuple(trajectories[:active]), suspended=tuple(trajectories[active:])
+        prompt=make_prompt(prompt_id),
+        trajectories=tuple(trajectories[:active]),
+        suspended=tuple(trajectories[active:]),
     )
     return ScoredGroup(group=group, scores=tuple(scores[:active]))
 

@@ -17,7 +17,9 @@ class LiveBytes(TorchDispatchMode):
         self._alive: dict[int, int] = {}  # storage: bytes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        given = {
+            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
+        }
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):

@@ -19,25 +19,30 @@ from hypothesis import strategies as st
 
 from driver.upload import fetch_run
 from learner import safe_load
+from tests.driver.test_checkpoint import read, write_checkpoint
 from tests.test_architecture import SOURCES
-from tests.test_checkpoint import read, write_checkpoint
-from tests.test_files import CONFIG, write_model
-from tests.test_formats import DATA, GOLDEN, MANIFEST_ROW, VIDEO, golden_file
-from tests.test_formats import config as dataset_config
-from video_opd.clips import plan_clip
-from video_opd.config import Config, TeacherModel, load_config, parse_section
+from tests.video_opd.datasets.test_formats import DATA, GOLDEN, MANIFEST_ROW, VIDEO, golden_file
+from tests.video_opd.datasets.test_formats import config as dataset_config
+from tests.video_opd.test_files import CONFIG, write_model
+from video_opd.config import Config, TeacherModel
+from video_opd.config_file import load_config, parse_section
 from video_opd.content import is_inside
 from video_opd.datasets import read_prompts
 from video_opd.datasets.formats import read_annotations, resolve
 from video_opd.datasets.manifest import write_manifest as write_rows
 from video_opd.errors import CheckpointError, ClipError, ConfigError, DataError, ModelError
-from video_opd.manifest import MANIFEST, write_manifest
-from video_opd.model_files import read_model_info
-from video_opd.modeling import load_model
-from video_opd.prompting import PromptEncoder
+from video_opd.files.checkpoint import MANIFEST, write_manifest
+from video_opd.models.forward import load_model
+from video_opd.models.model_files import read_model_info
+from video_opd.models.prompting import PromptEncoder
+from video_opd.video.clips import plan_clip
 
-ROOT = Path(__file__).parents[1]
-PICKLES = [f"{module}.{name}" for module in ("pickle", "dill", "cloudpickle", "joblib", "marshal") for name in ("load", "loads")]
+ROOT = Path(__file__).resolve().parents[1]
+PICKLES = [
+    f"{module}.{name}"
+    for module in ("pickle", "dill", "cloudpickle", "joblib", "marshal")
+    for name in ("load", "loads")
+]
 NEVER = {
     *PICKLES,
     "pickle.Unpickler",
@@ -59,7 +64,9 @@ def unsafe_calls(source: str) -> list[str]:
         if not isinstance(node, ast.Call):
             continue
         name, keywords = ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
-        said = {key: value.value for key, value in keywords.items() if key and isinstance(value, ast.Constant)}
+        said = {
+            key: value.value for key, value in keywords.items() if key and isinstance(value, ast.Constant)
+        }
         if name in NEVER or any(said.get(key) is value for key, value in SAID_OTHERWISE.items()):
             found.append(f"{name}:{node.lineno}")
         if name == "torch.load" and said.get("weights_only") is not True:
@@ -70,8 +77,19 @@ def unsafe_calls(source: str) -> list[str]:
 @pytest.mark.parametrize(
     "call",
     [
-        *("eval(x)", "exec(x)", "pickle.loads(x)", "yaml.load(x)", "torch.load(x)", "torch.load(x, weights_only=False)"),
-        *("np.load(x, allow_pickle=True)", "A.from_pretrained(x, trust_remote_code=True)", "subprocess.run(x, shell=True)"),
+        *(
+            "eval(x)",
+            "exec(x)",
+            "pickle.loads(x)",
+            "yaml.load(x)",
+            "torch.load(x)",
+            "torch.load(x, weights_only=False)",
+        ),
+        *(
+            "np.load(x, allow_pickle=True)",
+            "A.from_pretrained(x, trust_remote_code=True)",
+            "subprocess.run(x, shell=True)",
+        ),
     ],
 )
 def test_a_call_that_runs_what_a_file_says_is_found(call):
@@ -149,12 +167,16 @@ def test_deepspeed_and_all_else_in_a_learners_process_read_tensors_alone(tmp_pat
     )
     env = os.environ | {"PYTHONPATH": str(tmp_path), "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, "-P", safe_load.__file__, "reads"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
     assert "tensor(2.)" in done.stdout and done.returncode == 1, done.stderr[-2000:]
     assert "UnpicklingError" in done.stderr and not marker.exists()
 
 
-@pytest.mark.parametrize("name", ["../../state.json", "/etc/passwd", "a/../../b", "C:\\x", "..\\x", "a//b", ""])
+@pytest.mark.parametrize(
+    "name", ["../../state.json", "/etc/passwd", "a/../../b", "C:\\x", "..\\x", "a//b", ""]
+)
 def test_a_manifest_that_names_files_elsewhere_is_refused(name, tmp_path):
     folder = write_checkpoint(tmp_path, 3)
     manifest = json.loads((folder / MANIFEST).read_text())
@@ -258,7 +280,11 @@ def test_an_annotation_file_with_a_pickle_is_refused_before_any_of_it_runs(name,
     bare_pickle(Marks(marker), tmp_path / name)
     (tmp_path / "l.csv").write_text("id,length\n")
     with pytest.raises(DataError) as caught:
-        read_prompts(dataset_config(tmp_path / name, tmp_path, "manifest" if name == "a.parquet" else "auto"), VIDEO, 32)
+        read_prompts(
+            dataset_config(tmp_path / name, tmp_path, "manifest" if name == "a.parquet" else "auto"),
+            VIDEO,
+            32,
+        )
     one_line(caught.value, str(tmp_path / name))
     assert not marker.exists()
 
@@ -267,9 +293,14 @@ def test_a_manifest_with_a_pickle_in_its_metadata_is_read_without_it(tmp_path):
     marker, path = tmp_path / "marker", tmp_path / "m.parquet"
     write_rows([{**MANIFEST_ROW, "video": "a.mp4"}], path, {})
     table = pq.read_table(path)
-    keys = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": pickle.dumps(Marks(marker))}
+    keys = {
+        b"ARROW:extension:name": b"arrow.py_extension_type",
+        b"ARROW:extension:metadata": pickle.dumps(Marks(marker)),
+    }
     field = table.schema.field("query").with_metadata(keys)
-    schema = table.schema.set(table.column_names.index("query"), field).with_metadata({b"pandas": pickle.dumps(Marks(marker))})
+    schema = table.schema.set(table.column_names.index("query"), field).with_metadata(
+        {b"pandas": pickle.dumps(Marks(marker))}
+    )
     pq.write_table(pa.Table.from_arrays(table.columns, schema=schema), path)
     assert [a.video for a in read_annotations(resolve(dataset_config(path, tmp_path)))] == ["a.mp4"]
     assert not marker.exists()
@@ -283,7 +314,9 @@ def test_a_model_of_pickles_alone_is_refused(tmp_path):
     one_line(caught.value, str(folder), "no safetensors weights", "pytorch_model.bin", "convert")
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"]
+)
 def test_a_model_that_brings_code_is_refused_unless_it_is_trusted(name, tmp_path):
     folder = write_model(tmp_path / "student")
     (folder / name).write_text(json.dumps(CONFIG | {"auto_map": {"AutoConfig": "evil.Config"}}))
@@ -301,7 +334,9 @@ def test_a_models_code_does_not_run(tmp_path):
     (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\n")
     of_classes = {"AutoConfig": "evil.C", "AutoProcessor": "evil.P", "AutoModelForImageTextToText": "evil.M"}
     for file in ("config.json", "processor_config.json", "tokenizer_config.json"):
-        (folder / file).write_text(json.dumps({"model_type": "evil", "processor_class": "P", "auto_map": of_classes}))
+        (folder / file).write_text(
+            json.dumps({"model_type": "evil", "processor_class": "P", "auto_map": of_classes})
+        )
     with pytest.raises(ValueError, match="trust_remote_code"):
         load_model(str(folder), "float32")
     with pytest.raises(ValueError, match="trust_remote_code"):
@@ -311,9 +346,15 @@ def test_a_models_code_does_not_run(tmp_path):
 
 @pytest.mark.parametrize("decoder", ["decord", "pyav"])
 @pytest.mark.parametrize(
-    "playlist", ["#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile://{}\n#EXT-X-ENDLIST\n", "ffconcat version 1.0\nfile '{}'\n"]
+    "playlist",
+    [
+        "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile://{}\n#EXT-X-ENDLIST\n",
+        "ffconcat version 1.0\nfile '{}'\n",
+    ],
 )
-def test_a_playlist_called_a_video_does_not_open_the_files_that_it_names(decoder, playlist, split_folder, tmp_path):
+def test_a_playlist_called_a_video_does_not_open_the_files_that_it_names(
+    decoder, playlist, split_folder, tmp_path
+):
     video = next((split_folder / "videos").glob("*.mp4"))
     copy, path = tmp_path / "copy.mp4", tmp_path / "x.mp4"
     copy.write_bytes(video.read_bytes())

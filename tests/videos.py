@@ -50,9 +50,13 @@ def write_audio(path: Path) -> None:
 def write_over_reporting(path: Path, frames: np.ndarray) -> None:
     """VP8 in WebM whose second half is packets of frames that are never shown: twice as many packets as pictures."""
     with av.open(str(path), "w", format="webm") as container:
-        stream = container.add_stream("libvpx", rate=RATE, options={"lag-in-frames": "0", "auto-alt-ref": "0"})
+        stream = container.add_stream(
+            "libvpx", rate=RATE, options={"lag-in-frames": "0", "auto-alt-ref": "0"}
+        )
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        packets = [p for f in frames for p in stream.encode(av.VideoFrame.from_ndarray(f, format="rgb24"))] + list(stream.encode())
+        packets = [
+            p for f in frames for p in stream.encode(av.VideoFrame.from_ndarray(f, format="rgb24"))
+        ] + list(stream.encode())
         for number, packet in enumerate(packets):
             data = bytearray(bytes(packet))
             if number >= len(packets) // 2:

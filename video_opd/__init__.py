@@ -6,10 +6,14 @@ would go through them again and again.
 """
 
 import gc
+from pathlib import Path
 
-from video_opd import cpu_torch
+from video_opd.models import cpu_torch
 
 cpu_torch.install()
 gc.set_threshold(50_000, 10, 10)
+
+ROOT = Path(__file__).resolve().parents[1]
+"""The checkout, or site-packages: the folder of the packages and of configs/ and demo/."""
 
 __version__ = "0.1.0"

@@ -111,7 +111,10 @@ class BroadcastGroup:
         self._broadcast(text)
         self._broadcast(flat)
         fields = json.loads(text.cpu().numpy().tobytes())
-        fields |= {"names": tuple(fields["names"]), "shapes": tuple(tuple(shape) for shape in fields["shapes"])}
+        fields |= {
+            "names": tuple(fields["names"]),
+            "shapes": tuple(tuple(shape) for shape in fields["shapes"]),
+        }
         return BucketHeader(**fields), flat
 
     def receive_version(self, policy_version: int) -> Iterator[tuple[BucketHeader, torch.Tensor]]:
@@ -127,7 +130,9 @@ class BroadcastGroup:
             self._group = None
             threading.Thread(target=last.clear, daemon=True).start()
 
-    def __del__(self) -> None:  # else the backend's end would hold up whichever thread drops the last reference
+    def __del__(
+        self,
+    ) -> None:  # else the backend's end would hold up whichever thread drops the last reference
         self.close()
 
     def _connect(self, connected: Future[Any]) -> None:
@@ -168,17 +173,25 @@ class BroadcastGroup:
             raise self._lost(error) from error
 
     def _lost(self, why: object) -> WeightsLostError:
-        return WeightsLostError(f"the weights' broadcast, at rank {self._place.rank} of {self._place.size}: {why}")
+        return WeightsLostError(
+            f"the weights' broadcast, at rank {self._place.rank} of {self._place.size}: {why}"
+        )
 
 
-def in_order(buckets: Iterable[tuple[BucketHeader, T]], policy_version: int) -> Iterator[tuple[BucketHeader, T]]:
+def in_order(
+    buckets: Iterable[tuple[BucketHeader, T]], policy_version: int
+) -> Iterator[tuple[BucketHeader, T]]:
     """The same buckets. Raises WeightsLostError unless they are one version's, each after the one before, to the last."""
     expected = 0
     for header, content in buckets:
         if header.policy_version != policy_version:
-            raise WeightsLostError(f"a bucket of version {header.policy_version} came as one of version {policy_version}")
+            raise WeightsLostError(
+                f"a bucket of version {header.policy_version} came as one of version {policy_version}"
+            )
         if header.first != expected:
-            raise WeightsLostError(f"version {policy_version}: tensor {header.first} came where tensor {expected} was due")
+            raise WeightsLostError(
+                f"version {policy_version}: tensor {header.first} came where tensor {expected} was due"
+            )
         expected += len(header.names)
         yield header, content
         if header.is_last:
@@ -193,7 +206,9 @@ def _start_broadcast(group: Any, tensor: torch.Tensor) -> dist.Work:
 
 
 def _open_store(place: GroupPlace, timeout_s: float) -> TCPStore:
-    return TCPStore(place.host, place.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+    return TCPStore(
+        place.host, place.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+    )
 
 
 def _process_group(place: GroupPlace, timeout_s: float) -> Any:

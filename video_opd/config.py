@@ -1,184 +1,54 @@
 """The run's configuration: frozen pydantic models, strict YAML, dotted overrides, one-line errors."""
 
-import difflib
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    field_validator,
+    model_validator,
+)
 
-from video_opd.content import is_inside
-from video_opd.errors import ConfigError
+from video_opd.config_data import (
+    ConfigSection,
+    DataConfig,
+    Dtype,
+    FileName,
+    Fraction,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PromptConfig,
+    VideoConfig,
+    regular_expression,
+)
 from video_opd.objectives import OBJECTIVES, LossKind, Objective
-from video_opd.prompt_styles import STYLES
 
 
-def _file_name(name: str) -> str:
-    if "/" in name or name.startswith(".") or not name.isprintable() or not is_inside(name):
-        raise ValueError("it names a file: write it without /, \\ and a dot in front")
-    return name
-
-
-PositiveInt = Annotated[int, Field(gt=0, strict=True)]
-NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-FileName = Annotated[str, AfterValidator(_file_name)]
-Dtype = Literal["float32", "bfloat16"]
-PromptStyle = Literal["timelens", "time_r1", "time_r1_think", "timelens2"]
-AnnotationFormat = Literal[
-    "auto",
-    "charades_sta",
-    "charades_json",
-    "activitynet",
-    "qvhighlights",
-    "timelens_bench",
-    "timelens_100k",
-    "time_r1",
-    "tvgbench",
-    "didemo",
-    "tacos",
-    "videomind",
-    "manifest",
-]
-ENVIRONMENT = "environment"  # the key of a run's config.yaml that is not configuration
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-
-Section = TypeVar("Section", bound=_Section)
-
-
-def _compiled(pattern: str) -> str:
-    """The pattern, once it is known to be one."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"not a regular expression ({error})") from None
-    return pattern
-
-
-class DatasetConfig(_Section):
-    """One annotated split."""
-
-    format: AnnotationFormat = Field(default="charades_sta", description="annotation format, see docs/data.md; auto: by content")
-    annotations: str = Field(description="annotation file, or a manifest")
-    lengths: str | None = Field(default=None, description="charades_sta: csv with the columns id and length (seconds)")
-    videos: str = Field(description="folder of the video files")
-    cleaning: Literal["as_written", "strip", "parse_query", "time_r1"] | None = Field(
-        default=None, description="how queries are cleaned; None: as the format's codebase does"
-    )
-    round_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
-        default=None, description="annotated times are rounded to multiples of it; 0: not; None: as the format's codebase does"
-    )
-    annotators: Literal["mean", "majority", "first", "all"] | None = Field(
-        default=None, description="didemo: which of several annotators' intervals count; None: mean"
-    )
-    cuts: Literal["apply", "ignore"] | None = Field(
-        default=None, description="time_r1, tvgbench: ignore where the files are cut already; None: apply"
-    )
-    clamp_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        default=0.0, description="an annotation that ends beyond its clip by at most this is cut at the clip's end"
-    )
-    max_prompts: PositiveInt | None = Field(default=None, description="use only the first so many prompts")
-    unreadable: Literal["error", "drop"] = Field(
-        default="error", description="data.train: a video that cannot be opened ends the launch, or its prompts are left out"
-    )
-
-
-class DataConfig(_Section):
-    train: DatasetConfig
-    eval: DatasetConfig
-
-    @model_validator(mode="after")
-    def _evaluation_leaves_nothing_out(self):
-        if self.eval.unreadable != "error":
-            raise ValueError("data.eval.unreadable=drop would leave failures out of the metrics: mend the videos")
-        return self
-
-
-class VideoConfig(_Section):
-    """Which frames, at which size, every model sees."""
-
-    fps: PositiveFloat = Field(default=2.0, description="frames sampled a second")
-    min_frames: PositiveInt = 4
-    max_frames: PositiveInt = 768
-    max_video_tokens: PositiveInt = Field(default=8192, description="frames are scaled down to stay within")
-    frame_folder_fps: PositiveFloat | None = Field(
-        default=None, description="frames a second of videos that are folders of numbered images; None: there are none"
-    )
-    decoder: Literal["decord", "pyav", "torchcodec"] = "decord"
-    decode_workers: PositiveInt = Field(default=4, description="decoding processes of each process, started when first needed")
-    decode_timeout_s: PositiveFloat = Field(default=60.0, description="a clip that takes longer is given up, its worker killed")
-    quarantine: str | None = Field(
-        default=None,
-        description="JSON lines file of videos that could not be decoded, which no run tries again; None: known to a process alone",
-    )
-    cache_dir: str | None = Field(
-        default=None,
-        description="folder on the node for decoded frames, shared by its processes; None: in the temporary folder",
-    )
-    cache_bytes: PositiveInt = Field(default=8 << 30, description="decoded frames kept there, also from one run to the next")
-
-    @model_validator(mode="after")
-    def _ordered(self):
-        if self.min_frames > self.max_frames:
-            raise ValueError(f"min_frames={self.min_frames} is more than max_frames={self.max_frames}")
-        if self.min_frames % 2 or self.max_frames % 2:
-            raise ValueError(f"min_frames={self.min_frames} and max_frames={self.max_frames} must be even: tokens cover two frames")
-        return self
-
-
-class PromptConfig(_Section):
-    style: PromptStyle = Field(
-        default="timelens", description="published prompt; template, answer_template and video_first are its own where not given"
-    )
-    template: str = Field(default=STYLES["timelens"]["template"], description="must contain {query}")
-    answer_template: str = Field(
-        default=STYLES["timelens"]["answer_template"], description="how the truth is written where it is an answer"
-    )
-    video_first: bool = Field(default=STYLES["timelens"]["video_first"], description="video before the text")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_the_style(cls, values: Any) -> Any:
-        style = values.get("style") if isinstance(values, dict) else None
-        return STYLES[style] | values if style in STYLES else values
-
-    @model_validator(mode="after")
-    def _has_query(self):
-        if "{query}" not in self.template:
-            raise ValueError("template must contain {query}")
-        try:
-            self.template.format(query="")
-        except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(f"template may hold {{query}} and no other braces ({error!r})") from None
-        try:
-            self.answer_template.format(start=0.0, end=0.0)
-        except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(f"answer_template may hold {{start}} and {{end}} with number formats alone ({error!r})") from None
-        return self
-
-
-class RolloutConfig(_Section):
+class RolloutConfig(ConfigSection):
     """The vLLM actors."""
 
-    num_actors: NonNegativeInt = Field(default=1, description="0: none, where nobody samples; then nothing is evaluated either")
+    num_actors: NonNegativeInt = Field(
+        default=1, description="0: none, where nobody samples; then nothing is evaluated either"
+    )
     prompts_per_call: PositiveInt = Field(default=32, description="prompts in flight in one call of an actor")
     prompts_per_result: PositiveInt = Field(
-        default=4, description="finished prompts that an actor hands on together: the teacher scores them while others are sampled"
+        default=4,
+        description="finished prompts that an actor hands on together: the teacher scores them while others are sampled",
     )
     rollouts_per_prompt: PositiveInt = 1
-    temperature: PositiveFloat = Field(default=1.0, description="1: actor log-probs are those of the policy itself")
+    temperature: PositiveFloat = Field(
+        default=1.0, description="1: actor log-probs are those of the policy itself"
+    )
     max_response_tokens: PositiveInt = 64
     max_model_len: PositiveInt = 16000
     max_num_seqs: PositiveInt = Field(default=64, description="sequences vLLM decodes at once")
     dtype: Dtype = "bfloat16"
-    kv_cache_bytes: PositiveInt | None = Field(default=None, description="KV cache of one engine; None: by gpu_memory_utilization")
+    kv_cache_bytes: PositiveInt | None = Field(
+        default=None, description="KV cache of one engine; None: by gpu_memory_utilization"
+    )
     gpu_memory_utilization: Fraction = 0.85
     enforce_eager: bool = False
     num_gpus: Annotated[float, Field(ge=0)] = Field(default=1, description="of one actor; 0 on a CPU machine")
@@ -194,7 +64,7 @@ class RolloutConfig(_Section):
         return self
 
 
-class TeacherConfig(_Section):
+class TeacherConfig(ConfigSection):
     """The teacher service, a Ray Serve deployment."""
 
     engine: Literal["transformers", "vllm"] = "transformers"
@@ -202,21 +72,29 @@ class TeacherConfig(_Section):
         default=1, description="at the start; `python -m teacher_service scale N` changes it meanwhile"
     )
     max_replicas: PositiveInt | None = Field(
-        default=None, description="most that autoscaling starts while calls queue; None: num_replicas, until `scale` says otherwise"
+        default=None,
+        description="most that autoscaling starts while calls queue; None: num_replicas, until `scale` says otherwise",
     )
-    min_replicas: PositiveInt | None = Field(default=None, description="fewest that autoscaling leaves; None: 1")
+    min_replicas: PositiveInt | None = Field(
+        default=None, description="fewest that autoscaling leaves; None: 1"
+    )
     target_ongoing_requests: PositiveFloat = Field(
         default=2.0, description="autoscaling: calls a replica, worked on and waiting, that it aims at"
     )
-    upscale_delay_s: Annotated[float, Field(ge=0)] = Field(default=10.0, description="autoscaling: calls queue for so long before")
+    upscale_delay_s: Annotated[float, Field(ge=0)] = Field(
+        default=10.0, description="autoscaling: calls queue for so long before"
+    )
     downscale_delay_s: Annotated[float, Field(ge=0)] = Field(
         default=120.0, description="autoscaling: replicas idle for so long first"
     )
     health_check_s: PositiveFloat = Field(
-        default=10.0, description="seconds between two checks of a replica, and of one; after three missed it is replaced"
+        default=10.0,
+        description="seconds between two checks of a replica, and of one; after three missed it is replaced",
     )
     max_queued_requests: PositiveInt = Field(default=256, description="beyond this callers are told to wait")
-    max_batch_requests: PositiveInt = Field(default=4, description="concurrent calls merged into one forward pass")
+    max_batch_requests: PositiveInt = Field(
+        default=4, description="concurrent calls merged into one forward pass"
+    )
     batch_wait_s: Annotated[float, Field(ge=0)] = 0.01
     micro_batch: PositiveInt = Field(default=8, description="sequences in one forward pass")
     max_model_len: PositiveInt = 16000
@@ -247,7 +125,9 @@ class TeacherConfig(_Section):
     @model_validator(mode="after")
     def _bounds_are_ordered(self):
         if self.max_replicas is None and self.min_replicas is not None:
-            raise ValueError(f"min_replicas={self.min_replicas} without max_replicas: set both, or neither for a fixed number")
+            raise ValueError(
+                f"min_replicas={self.min_replicas} without max_replicas: set both, or neither for a fixed number"
+            )
         fewest = self.min_replicas or 1
         if self.max_replicas is not None and not fewest <= self.num_replicas <= self.max_replicas:
             raise ValueError(
@@ -256,41 +136,61 @@ class TeacherConfig(_Section):
         return self
 
 
-class TeacherModel(_Section):
+class TeacherModel(ConfigSection):
     """One of several teachers."""
 
     name: FileName = Field(pattern=r"^[\w.-]+$", description="in metrics, teacher ids and commands")
     model: str = Field(description="transformers folder")
-    weight: PositiveFloat = Field(default=1.0, description="its share in the log-probs of prompts that several teachers score")
-    prompts: str | None = Field(default=None, description="regular expression: the prompt ids that it scores; None: all")
+    weight: PositiveFloat = Field(
+        default=1.0, description="its share in the log-probs of prompts that several teachers score"
+    )
+    prompts: str | None = Field(
+        default=None, description="regular expression: the prompt ids that it scores; None: all"
+    )
 
     @field_validator("prompts")
     @classmethod
     def _is_a_pattern(cls, pattern: str | None) -> str | None:
-        return pattern if pattern is None else _compiled(pattern)
+        return pattern if pattern is None else regular_expression(pattern)
 
     def scores(self, prompt_id: str) -> bool:
         """Whether it is a teacher of the prompt."""
         return self.prompts is None or re.search(self.prompts, prompt_id) is not None
 
 
-class LossConfig(_Section):
+class LossConfig(ConfigSection):
     """ALGORITHM.md sections 1 and 3; see learner/loss.py and video_opd/objectives.py."""
 
-    kind: LossKind = Field(default="opd", description="objective: on-policy distillation, its baselines, or none of a teacher")
+    kind: LossKind = Field(
+        default="opd", description="objective: on-policy distillation, its baselines, or none of a teacher"
+    )
     top_k: PositiveInt = Field(default=64, description="opd_topk: teacher tokens kept at each position")
-    center: Literal["none", "batch"] = Field(default="none", description="opd: subtract the batch mean from the signal r")
+    center: Literal["none", "batch"] = Field(
+        default="none", description="opd: subtract the batch mean from the signal r"
+    )
     clamp: PositiveFloat | None = Field(
-        default=None, description="opd, opd_topk, off_policy_rkd: bound on the log-ratio of teacher and student, before centring"
+        default=None,
+        description="opd, opd_topk, off_policy_rkd: bound on the log-ratio of teacher and student, before centring",
     )
-    max_ratio: PositiveFloat | None = Field(default=None, description="opd: truncate importance ratios; None: no bound")
-    divergence: Literal["reverse", "forward", "jsd"] = Field(default="reverse", description="opd_full: KL(student || teacher), ...")
-    beta: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.5, description="opd_full, divergence=jsd: weight of the teacher")
-    clip: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.2, description="grpo: importance ratios count within 1 +- clip")
+    max_ratio: PositiveFloat | None = Field(
+        default=None, description="opd: truncate importance ratios; None: no bound"
+    )
+    divergence: Literal["reverse", "forward", "jsd"] = Field(
+        default="reverse", description="opd_full: KL(student || teacher), ..."
+    )
+    beta: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.5, description="opd_full, divergence=jsd: weight of the teacher"
+    )
+    clip: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.2, description="grpo: importance ratios count within 1 +- clip"
+    )
     kl_coef: Annotated[float, Field(ge=0)] = Field(
-        default=0.0, description="grpo: weight of the KL to a reference, which is the model `teacher`: the student's own start, say"
+        default=0.0,
+        description="grpo: weight of the KL to a reference, which is the model `teacher`: the student's own start, say",
     )
-    advantage_std: bool = Field(default=True, description="grpo: divide a group's advantages by their standard deviation")
+    advantage_std: bool = Field(
+        default=True, description="grpo: divide a group's advantages by their standard deviation"
+    )
     rewards: tuple[str, ...] = Field(
         default=("video_opd.rewards:iou",),
         min_length=1,
@@ -309,13 +209,17 @@ class LossConfig(_Section):
         if self.kind != "grpo" and self.kl_coef:
             raise ValueError(f"kl_coef is an option of kind=grpo: it does nothing for kind={self.kind}")
         if self.kind != "opd" and (self.center != "none" or self.max_ratio is not None):
-            raise ValueError(f"center and max_ratio are options of kind=opd: they do nothing for kind={self.kind}")
+            raise ValueError(
+                f"center and max_ratio are options of kind=opd: they do nothing for kind={self.kind}"
+            )
         if self.kind not in ("opd", "opd_topk", "off_policy_rkd") and self.clamp is not None:
-            raise ValueError(f"clamp bounds the log-ratio of teacher and student: it does nothing for kind={self.kind}")
+            raise ValueError(
+                f"clamp bounds the log-ratio of teacher and student: it does nothing for kind={self.kind}"
+            )
         return self
 
 
-class LearnerConfig(_Section):
+class LearnerConfig(ConfigSection):
     """The DeepSpeed learner."""
 
     world_size: PositiveInt = Field(default=1, description="data-parallel ranks")
@@ -327,19 +231,27 @@ class LearnerConfig(_Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     warmup_frac: Fraction = Field(default=0.03, description="share of num_steps over which lr rises linearly")
-    final_lr_frac: Fraction = Field(default=1.0, description="lr falls linearly to this share of itself; 1: constant")
+    final_lr_frac: Fraction = Field(
+        default=1.0, description="lr falls linearly to this share of itself; 1: constant"
+    )
     max_grad_norm: PositiveFloat = 1.0
     freeze_vision: bool = Field(default=True, description="vision tower and merger keep their weights")
     vision_cache_bytes: NonNegativeInt = Field(
-        default=0, description="outputs of the frozen vision tower kept for clips seen again, in each rank's memory; 0: none"
+        default=0,
+        description="outputs of the frozen vision tower kept for clips seen again, in each rank's memory; 0: none",
     )
-    lora_rank: NonNegativeInt = Field(default=0, description="train low-rank adapters of this rank alone; 0: the weights")
+    lora_rank: NonNegativeInt = Field(
+        default=0, description="train low-rank adapters of this rank alone; 0: the weights"
+    )
     lora_alpha: PositiveFloat = Field(default=32.0, description="adapters count lora_alpha / lora_rank")
     lora_targets: str = Field(
-        default=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj", description="regular expression: linear layers with adapters"
+        default=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
+        description="regular expression: linear layers with adapters",
     )
     gradient_checkpointing: bool = True
-    bucket_bytes: PositiveInt = Field(default=256 << 20, description="weights travel in buckets of about this size")
+    bucket_bytes: PositiveInt = Field(
+        default=256 << 20, description="weights travel in buckets of about this size"
+    )
     weight_transfer: Literal["object_store", "collective"] = Field(
         default="object_store",
         description="weights reach the actors through Ray's object store, or by a broadcast of torch.distributed: gloo on CPUs, "
@@ -351,12 +263,14 @@ class LearnerConfig(_Section):
     @field_validator("lora_targets")
     @classmethod
     def _is_a_pattern(cls, pattern: str) -> str:
-        return _compiled(pattern)
+        return regular_expression(pattern)
 
     @model_validator(mode="after")
     def _cached_features_stay_true(self):
         if self.vision_cache_bytes and not self.freeze_vision:
-            raise ValueError("vision_cache_bytes keeps what the vision tower computed: set freeze_vision, or leave it 0")
+            raise ValueError(
+                "vision_cache_bytes keeps what the vision tower computed: set freeze_vision, or leave it 0"
+            )
         if self.vision_cache_bytes and self.zero_stage == 3 and self.world_size > 1:
             raise ValueError(
                 "vision_cache_bytes lets ranks run the vision tower at unlike times, zero_stage=3 does not: use zero_stage=2"
@@ -364,7 +278,7 @@ class LearnerConfig(_Section):
         return self
 
 
-class CurriculumConfig(_Section):
+class CurriculumConfig(ConfigSection):
     """Which prompts are sampled. ALGORITHM.md section 2; curriculum/tvdf.py and curriculum/coupling.py."""
 
     kind: Literal["uniform", "tvdf", "scc"] = Field(
@@ -372,23 +286,43 @@ class CurriculumConfig(_Section):
         description="all in shuffled passes; teacher-validated disagreement; student-curriculum coupling",
     )
     trpv: bool = Field(default=True, description="tvdf, scc: drop prompts that the teacher gets wrong")
-    dbtp: bool = Field(default=True, description="tvdf: ask the student, select by disagreement; false: select at random")
-    sampler: Literal["top_k", "dsus", "bbds", "gwds", "uniform"] = Field(default="top_k", description="tvdf: how dbtp selects")
-    num_selected: PositiveInt | None = Field(default=None, description="prompts of a round; None: all that may be selected")
-    passes_per_round: PositiveInt = Field(default=1, description="tvdf: times that a selected prompt is sampled in a round")
-    teacher_threshold: Fraction = Field(default=0.7, description="drop a prompt whose teacher IoU is below (TRPV)")
-    num_teacher_predictions: PositiveInt = Field(default=4, description="teacher answers for each prompt (TRPV)")
-    multi_span_iou: Literal["best", "merged"] = Field(default="best", description="IoU with several true spans; see grounding.py")
+    dbtp: bool = Field(
+        default=True, description="tvdf: ask the student, select by disagreement; false: select at random"
+    )
+    sampler: Literal["top_k", "dsus", "bbds", "gwds", "uniform"] = Field(
+        default="top_k", description="tvdf: how dbtp selects"
+    )
+    num_selected: PositiveInt | None = Field(
+        default=None, description="prompts of a round; None: all that may be selected"
+    )
+    passes_per_round: PositiveInt = Field(
+        default=1, description="tvdf: times that a selected prompt is sampled in a round"
+    )
+    teacher_threshold: Fraction = Field(
+        default=0.7, description="drop a prompt whose teacher IoU is below (TRPV)"
+    )
+    num_teacher_predictions: PositiveInt = Field(
+        default=4, description="teacher answers for each prompt (TRPV)"
+    )
+    multi_span_iou: Literal["best", "merged"] = Field(
+        default="best", description="IoU with several true spans; see grounding.py"
+    )
     group_by_video: bool = Field(default=False, description="issue prompts of one video next to each other")
-    anchor_iou: Fraction = Field(default=0.7, description="scc: prompts that the student solves from the start, Anchors")
+    anchor_iou: Fraction = Field(
+        default=0.7, description="scc: prompts that the student solves from the start, Anchors"
+    )
     frontier_iou: Fraction = Field(default=0.3, description="scc: prompts below this at the start, Frontier")
     anchor_frac: Fraction = Field(default=0.1, description="scc: share of Anchors in the pool")
-    suspend_iou: Fraction = Field(default=0.7, description="scc: a rollout of at least this IoU is neither scored nor learnt from")
+    suspend_iou: Fraction = Field(
+        default=0.7, description="scc: a rollout of at least this IoU is neither scored nor learnt from"
+    )
 
     @model_validator(mode="after")
     def _kinds_are_apart(self):
         if self.frontier_iou > self.anchor_iou:
-            raise ValueError(f"frontier_iou={self.frontier_iou} is above anchor_iou={self.anchor_iou}: a prompt could be both")
+            raise ValueError(
+                f"frontier_iou={self.frontier_iou} is above anchor_iou={self.anchor_iou}: a prompt could be both"
+            )
         return self
 
     @property
@@ -403,24 +337,31 @@ class CurriculumConfig(_Section):
         return self.kind == "scc" or (self.kind == "tvdf" and self.dbtp)
 
 
-class ChecksConfig(_Section):
+class ChecksConfig(ConfigSection):
     """Self-checks while running."""
 
     max_logprob_gap: PositiveFloat | None = Field(
-        default=0.5, description="stop if the 99th percentile of |actor - learner log-prob| on the first batch is larger"
+        default=0.5,
+        description="stop if the 99th percentile of |actor - learner log-prob| on the first batch is larger",
     )
 
 
-class Config(_Section):
-    run_name: FileName | None = Field(default=None, description="name of the run folder; None: made from the time")
+class Config(ConfigSection):
+    run_name: FileName | None = Field(
+        default=None, description="name of the run folder; None: made from the time"
+    )
     runs_dir: str = "runs"
     seed: int = 0
     student: str = Field(description="transformers folder of the student")
-    teacher: str | None = Field(default=None, description="transformers folder of the teacher, where one is needed")
+    teacher: str | None = Field(
+        default=None, description="transformers folder of the teacher, where one is needed"
+    )
     teachers: tuple[TeacherModel, ...] = Field(
         default=(), description="several teachers, in place of `teacher`: {name, model, weight, prompts} each"
     )
-    trust_remote_code: bool = Field(default=False, description="run the Python code that a model folder brings (its auto_map)")
+    trust_remote_code: bool = Field(
+        default=False, description="run the Python code that a model folder brings (its auto_map)"
+    )
     num_steps: PositiveInt
     max_scored_tokens: PositiveInt | None = Field(
         default=None,
@@ -428,26 +369,39 @@ class Config(_Section):
     )
     groups_per_step: PositiveInt = Field(default=32, description="prompts of one update")
     max_policy_lag: NonNegativeInt = Field(default=0, description="0: strictly on-policy")
-    checkpoint_every: NonNegativeInt = Field(default=0, description="steps between checkpoints; 0: only at the end")
+    checkpoint_every: NonNegativeInt = Field(
+        default=0, description="steps between checkpoints; 0: only at the end"
+    )
     checkpoint_keep_last: PositiveInt = Field(default=3, description="newest checkpoints that are kept")
     checkpoint_keep_best: NonNegativeInt = Field(
-        default=1, description="checkpoints kept besides, of the steps with the best mIoU on data.eval; needs eval_every"
+        default=1,
+        description="checkpoints kept besides, of the steps with the best mIoU on data.eval; needs eval_every",
     )
     checkpoint_url: str | None = Field(
         default=None,
         description="where checkpoints are copied to, below the run's name: s3://..., file://..., all that fsspec opens",
     )
-    upload_timeout_s: PositiveFloat = Field(default=3600.0, description="bound on the copy of one checkpoint to checkpoint_url")
-    stop_grace_s: PositiveFloat = Field(
-        default=60.0, description="after SIGTERM or SIGINT the update under way may take so long before it is given up"
+    upload_timeout_s: PositiveFloat = Field(
+        default=3600.0, description="bound on the copy of one checkpoint to checkpoint_url"
     )
-    eval_every: NonNegativeInt = Field(default=0, description="steps between evaluations on data.eval; 0: before and after only")
-    request_timeout_s: PositiveFloat = Field(default=600.0, description="bound on every wait for a rollout, a score or an update")
+    stop_grace_s: PositiveFloat = Field(
+        default=60.0,
+        description="after SIGTERM or SIGINT the update under way may take so long before it is given up",
+    )
+    eval_every: NonNegativeInt = Field(
+        default=0, description="steps between evaluations on data.eval; 0: before and after only"
+    )
+    request_timeout_s: PositiveFloat = Field(
+        default=600.0, description="bound on every wait for a rollout, a score or an update"
+    )
     start_timeout_s: PositiveFloat = Field(default=900.0, description="bound on the start of all parts")
     max_retries: NonNegativeInt = Field(
-        default=3, description="times in a row that a call is made again, or a part started again, after a process died or hangs"
+        default=3,
+        description="times in a row that a call is made again, or a part started again, after a process died or hangs",
     )
-    watchdog_s: PositiveFloat = Field(default=120.0, description="without a step for so long, what is waited for is printed")
+    watchdog_s: PositiveFloat = Field(
+        default=120.0, description="without a step for so long, what is waited for is printed"
+    )
     data: DataConfig
     video: VideoConfig = VideoConfig()
     prompt: PromptConfig = PromptConfig()
@@ -457,7 +411,9 @@ class Config(_Section):
     loss: LossConfig = LossConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
     checks: ChecksConfig = ChecksConfig()
-    worker_env: dict[str, str] = Field(default={}, description="environment variables of every process of the run")
+    worker_env: dict[str, str] = Field(
+        default={}, description="environment variables of every process of the run"
+    )
 
     @property
     def needs_teacher(self) -> bool:
@@ -479,7 +435,9 @@ class Config(_Section):
     @model_validator(mode="after")
     def _one_teacher_or_several(self):
         if self.teacher is not None and self.teachers:
-            raise ValueError("teacher and teachers are both set: list all under teachers, and leave out teacher (teacher=null)")
+            raise ValueError(
+                "teacher and teachers are both set: list all under teachers, and leave out teacher (teacher=null)"
+            )
         names = [t.name for t in self.teachers]
         if len(set(names)) < len(names):
             raise ValueError(f"teachers {', '.join(names)}: give each a name of its own")
@@ -494,120 +452,27 @@ class Config(_Section):
             )
         shared = any(0 < part.num_gpus < 1 for part in (self.learner, self.rollout))
         if self.learner.weight_transfer == "collective" and shared:
-            raise ValueError("learner.weight_transfer=collective: NCCL wants a GPU for each member, so num_gpus is 0 or 1 and more")
+            raise ValueError(
+                "learner.weight_transfer=collective: NCCL wants a GPU for each member, so num_gpus is 0 or 1 and more"
+            )
         if self.loss.kind == "grpo" and self.rollout.rollouts_per_prompt < 2:
-            raise ValueError("loss.kind=grpo compares the responses to one prompt: set rollout.rollouts_per_prompt to 2 or more")
+            raise ValueError(
+                "loss.kind=grpo compares the responses to one prompt: set rollout.rollouts_per_prompt to 2 or more"
+            )
         sampling = self.loss.needs.rollouts or self.curriculum.asks_student
         if sampling and not self.rollout.num_actors:
             asked = f"loss.kind={self.loss.kind} with curriculum.kind={self.curriculum.kind}"
             raise ValueError(f"rollout.num_actors=0, but {asked} asks the student: set 1 or more")
         if self.loss.needs.teacher == "hidden" and self.teacher_pool.engine == "vllm":
-            raise ValueError(f"loss.kind={self.loss.kind} needs the teacher's hidden states: use teacher_pool.engine=transformers")
+            raise ValueError(
+                f"loss.kind={self.loss.kind} needs the teacher's hidden states: use teacher_pool.engine=transformers"
+            )
         if not self.loss.needs.rollouts and self.curriculum.kind == "scc":
-            raise ValueError(f"curriculum.kind=scc suspends rollouts, loss.kind={self.loss.kind} has none: use tvdf or uniform")
+            raise ValueError(
+                f"curriculum.kind=scc suspends rollouts, loss.kind={self.loss.kind} has none: use tvdf or uniform"
+            )
         if self.needs_teacher and not self.teacher_models:
-            raise ValueError(f"loss.kind={self.loss.kind} with curriculum.kind={self.curriculum.kind} needs a teacher: set teacher")
+            raise ValueError(
+                f"loss.kind={self.loss.kind} with curriculum.kind={self.curriculum.kind} needs a teacher: set teacher"
+            )
         return self
-
-
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Reads a YAML file and applies `section.key=value` overrides. Raises ConfigError with one line per problem."""
-    try:
-        tree = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that there is not
-        raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"config {path} must be a mapping of keys to values")
-    for override in overrides:
-        _apply(tree, override)
-    tree.pop(ENVIRONMENT, None)
-    return parse_config(tree, str(path))
-
-
-def dump_config(config: Config, environment: dict[str, Any]) -> str:
-    """YAML that load_config reads back; `environment` (versions, commit) is for people."""
-    return yaml.safe_dump(config.model_dump(mode="json") | {ENVIRONMENT: environment}, sort_keys=False)
-
-
-def resolve_paths(config: Config, base: Path) -> Config:
-    """Relative paths made absolute against `base`, since the run's processes have other working directories."""
-    tree = config.model_dump()
-    for key in ("student", "teacher", "runs_dir"):
-        if tree[key] is not None:
-            tree[key] = str((base / tree[key]).resolve())
-    for teacher in tree["teachers"]:
-        teacher["model"] = str((base / teacher["model"]).resolve())
-    for key in ("quarantine", "cache_dir"):
-        if tree["video"][key] is not None:
-            tree["video"][key] = str((base / tree["video"][key]).resolve())
-    for split in tree["data"].values():
-        for key in ("annotations", "lengths", "videos"):
-            if split[key] is not None:
-                split[key] = str((base / split[key]).resolve())
-    return Config.model_validate(tree)
-
-
-def describe_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """One line a key: name, default, meaning."""
-    lines = []
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            lines += describe_keys(field.annotation, f"{prefix}{name}.")
-        else:
-            default = "required" if field.is_required() else field.default
-            lines.append(f"  {prefix}{name}={default}" + (f"  {field.description}" if field.description else ""))
-    return lines
-
-
-def parse_config(tree: dict[str, Any], source: str) -> Config:
-    """Validates a tree of plain values; `source` names it in errors."""
-    return parse_section(Config, tree, f"config {source}")
-
-
-def parse_section(section: type[Section], tree: dict[str, Any], source: str) -> Section:
-    """The same for any section. Raises ConfigError with one line per problem."""
-    try:
-        return section.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError("; ".join(f"{source}: {_explain(e)}" for e in error.errors())) from error
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {override!r}: write it as section.key=value")
-    *parents, leaf = key.split(".")
-    node = tree
-    for parent in parents:
-        if not isinstance(node.get(parent, {}), dict):
-            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
-        node[parent] = dict(node.get(parent, {}))  # a YAML anchor may share it with another section
-        node = node[parent]
-    try:
-        node[leaf] = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML") from error
-
-
-def _known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in section.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _known_keys(field.annotation, f"{prefix}{name}.")
-    return keys
-
-
-def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.0)[0]
-        return f"unknown key {key}; did you mean {near}?"
-    if error["type"] == "missing":
-        return f"missing key {key}"
-    message = error["msg"].removeprefix("Value error, ")
-    if isinstance(error["input"], dict):
-        return f"{key}: {message}" if key else message
-    return f"{key}={error['input']!r}: {message}"

@@ -75,16 +75,25 @@ def best_constant_interval(answers: Sequence[tuple[Sequence[Span], float]], grid
 def random_spans(durations_s: Sequence[float], seed: int) -> list[Span]:
     """One interval in each clip, both ends drawn evenly from it."""
     rng = np.random.default_rng(seed)
-    return [(float(low), float(high)) for low, high in (np.sort(rng.uniform(0.0, d, size=2)) for d in durations_s)]
+    return [
+        (float(low), float(high)) for low, high in (np.sort(rng.uniform(0.0, d, size=2)) for d in durations_s)
+    ]
 
 
 def blind_baselines(train: Sequence[Prompt], evaluation: Sequence[Prompt], seed: int = 0) -> dict[str, dict]:
     """What can be reached without a model: the constant interval that is best on `train`, and a random interval."""
-    start, end = best_constant_interval([(p.answer_spans_s, p.clip.duration_s) for p in train if p.answer_spans_s])
+    start, end = best_constant_interval(
+        [(p.answer_spans_s, p.clip.duration_s) for p in train if p.answer_spans_s]
+    )
     durations = [p.clip.duration_s for p in evaluation]
-    spans = {"best_constant": [(start * d, end * d) for d in durations], "random": random_spans(durations, seed)}
+    spans = {
+        "best_constant": [(start * d, end * d) for d in durations],
+        "random": random_spans(durations, seed),
+    }
     scores: dict[str, dict] = {
-        name: summarise([best_iou(span, p.answer_spans_s or ()) for span, p in zip(of_kind, evaluation, strict=True)])
+        name: summarise(
+            [best_iou(span, p.answer_spans_s or ()) for span, p in zip(of_kind, evaluation, strict=True)]
+        )
         for name, of_kind in spans.items()
     }
     scores["best_constant"]["interval_frac"] = [float(start), float(end)]

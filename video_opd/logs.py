@@ -72,7 +72,11 @@ def driver_log(run_dir: Path, step: int) -> Iterator[None]:
         first = error
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
-        log.error("the run ended: %s", getattr(first, "cause", None) or first, exc_info=not isinstance(first, VideoOPDError))
+        log.error(
+            "the run ended: %s",
+            getattr(first, "cause", None) or first,
+            exc_info=not isinstance(first, VideoOPDError),
+        )
         raise
     finally:
         log.handlers, log.propagate = [], True

@@ -11,7 +11,9 @@ class Objective:
     """What one loss.kind is computed from."""
 
     rollouts: bool  # the student's own responses; else the ground truth, written as an answer
-    teacher: Literal["none", "logprobs", "top_k", "hidden"]  # of the response tokens; each more than the one before
+    teacher: Literal[
+        "none", "logprobs", "top_k", "hidden"
+    ]  # of the response tokens; each more than the one before
     rewards: bool = False  # of whole responses
 
 

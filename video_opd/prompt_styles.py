@@ -15,13 +15,15 @@ STYLES: dict[str, dict[str, Any]] = {
         "video_first": True,
     },
     "time_r1": {
-        "template": _TIME_R1 + "Provide the start and end times (in seconds, precise to two decimal places) in the format "
+        "template": _TIME_R1
+        + "Provide the start and end times (in seconds, precise to two decimal places) in the format "
         '"start time to end time" within the <answer> </answer> tags. For example: "12.54 to 17.83".',
         "answer_template": "<answer>{start:.2f} to {end:.2f}</answer>",
         "video_first": False,
     },
     "time_r1_think": {
-        "template": _TIME_R1 + "Output your thought process within the <think> </think> tags, including analysis with either "
+        "template": _TIME_R1
+        + "Output your thought process within the <think> </think> tags, including analysis with either "
         "specific timestamps (xx.xx) or time ranges (xx.xx to xx.xx) in <timestep> </timestep> tags.\n\n"
         "Then, provide the start and end times (in seconds, precise to two decimal places) in the format "
         '"start time to end time" within the <answer> </answer> tags. For example: "12.54 to 17.83".',

@@ -22,7 +22,11 @@ def time_r1(trajectory: Trajectory, prompt: Prompt) -> float:
     if span is None or not prompt.answer_spans_s:
         return 0.0
     start, end = max(prompt.answer_spans_s, key=lambda answer: best_iou(span, [answer]))
-    return best_iou(span, [(start, end)]) * (1 - abs(span[0] - start) / duration) * (1 - abs(span[1] - end) / duration)
+    return (
+        best_iou(span, [(start, end)])
+        * (1 - abs(span[0] - start) / duration)
+        * (1 - abs(span[1] - end) / duration)
+    )
 
 
 def answer_format(trajectory: Trajectory, prompt: Prompt) -> float:
@@ -39,7 +43,9 @@ def load_rewards(paths: Sequence[str]) -> list[Reward]:
         try:
             reward = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError(f"loss.rewards: {path} cannot be imported ({error}): write module:function") from error
+            raise ConfigError(
+                f"loss.rewards: {path} cannot be imported ({error}): write module:function"
+            ) from error
         if not callable(reward):
             raise ConfigError(f"loss.rewards: {path} is not a function")
         rewards.append(reward)

@@ -31,7 +31,9 @@ class Clip:
     duration_s: float  # of the clip
     frame_indices: np.ndarray  # int64[F], ascending, into the video
     frame_size: tuple[int, int]  # (H, W) after resizing
-    frame_times_s: np.ndarray | None = None  # float64[F] in the video; None: a constant rate, frame_indices / video_fps
+    frame_times_s: np.ndarray | None = (
+        None  # float64[F] in the video; None: a constant rate, frame_indices / video_fps
+    )
     start_s: float = 0.0  # of the clip in the video
 
     @property
@@ -74,7 +76,9 @@ class EncodedPrompt:
     pixel_values: np.ndarray  # float32[patches, patch_dim], normalised
     video_grid_thw: tuple[int, int, int]  # patches along time, height, width
     token_types: np.ndarray  # int32[M], transformers' mm_token_type_ids
-    second_per_grid: float | None  # seconds between the video's token grids: Qwen2.5-VL's clock; Qwen3-VL writes times as text
+    second_per_grid: (
+        float | None
+    )  # seconds between the video's token grids: Qwen2.5-VL's clock; Qwen3-VL writes times as text
     fingerprint: str  # of token ids, grid, frame indices and pixels (ALGORITHM.md section 6)
 
 
@@ -86,7 +90,9 @@ class Trajectory:
     prompt_id: str
     policy_version: int  # of the weights that sampled every one of its tokens
     prompt_token_ids: np.ndarray  # int32[M], as vLLM expanded them; empty for the ground truth
-    prompt_fingerprint: str | None  # None: the ground truth written as an answer, for which no actor saw the prompt
+    prompt_fingerprint: (
+        str | None
+    )  # None: the ground truth written as an answer, for which no actor saw the prompt
     response_token_ids: np.ndarray  # int32[N], the end token included when it was sampled
     actor_logprobs: np.ndarray  # float32[N], log pi_old of the sampled tokens; zeros for the ground truth
     finish_reason: FinishReason
@@ -107,7 +113,9 @@ class TrajectoryGroup:
 
     prompt: Prompt
     trajectories: tuple[Trajectory, ...]
-    suspended: tuple[Trajectory, ...] = ()  # sampled, but neither scored nor in the loss (curriculum.kind=scc)
+    suspended: tuple[
+        Trajectory, ...
+    ] = ()  # sampled, but neither scored nor in the loss (curriculum.kind=scc)
 
     @property
     def sampled(self) -> tuple[Trajectory, ...]:
@@ -132,7 +140,9 @@ class TeacherScores:
     teacher_logprobs: np.ndarray  # float32[N], of the response's tokens
     top_k: TopK | None
     hidden: np.ndarray | None = None  # float32[N, H], what the teacher's language-model head sees
-    entropy: np.ndarray | None = None  # float32[N], of the teacher's distribution; None: the engine does not know it
+    entropy: np.ndarray | None = (
+        None  # float32[N], of the teacher's distribution; None: the engine does not know it
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,9 +157,13 @@ class ScoredGroup:
         ids = [t.trajectory_id for t in self.group.trajectories]
         scored = [s.trajectory_id for s in self.scores]
         if scored and ids != scored:
-            raise ValueError(f"prompt {self.group.prompt.prompt_id}: trajectories {ids} were scored as {scored}")
+            raise ValueError(
+                f"prompt {self.group.prompt.prompt_id}: trajectories {ids} were scored as {scored}"
+            )
         if self.rewards is not None and len(self.rewards) != len(ids):
-            raise ValueError(f"prompt {self.group.prompt.prompt_id}: {len(ids)} trajectories, {len(self.rewards)} rewards")
+            raise ValueError(
+                f"prompt {self.group.prompt.prompt_id}: {len(ids)} trajectories, {len(self.rewards)} rewards"
+            )
         if not scored:
             return
         for trajectory, score in zip(self.group.trajectories, self.scores, strict=True):

@@ -13,13 +13,26 @@ import torch
 
 from demo.clips import write_split
 from demo.models import Size, build_model, build_processor
-from video_opd.config import Config, load_config
+from video_opd.config import Config
+from video_opd.config_file import load_config
 from video_opd.datasets import read_prompts
-from video_opd.prompting import PromptEncoder
-from video_opd.types import EncodedPrompt, FinishReason, Prompt, ScoredGroup, TeacherScores, TopK, Trajectory, TrajectoryGroup
+from video_opd.models.prompting import PromptEncoder
+from video_opd.types import (
+    EncodedPrompt,
+    FinishReason,
+    Prompt,
+    ScoredGroup,
+    TeacherScores,
+    TopK,
+    Trajectory,
+    TrajectoryGroup,
+)
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
-SIZES = {"student": Size(hidden=64, layers=2, vision_hidden=32), "teacher": Size(hidden=96, layers=2, vision_hidden=32)}
+SIZES = {
+    "student": Size(hidden=64, layers=2, vision_hidden=32),
+    "teacher": Size(hidden=96, layers=2, vision_hidden=32),
+}
 
 
 @pytest.fixture(scope="session")
@@ -52,11 +65,21 @@ def overrides(models, clips, tmp_path_factory) -> list[str]:
     data = [
         f"data.{split}.{key}={clips / split / name}"
         for split in ("train", "eval")
-        for key, name in (("annotations", "annotations.txt"), ("lengths", "lengths.csv"), ("videos", "videos"))
+        for key, name in (
+            ("annotations", "annotations.txt"),
+            ("lengths", "lengths.csv"),
+            ("videos", "videos"),
+        )
     ]
     runs = tmp_path_factory.mktemp("runs")
     cache = tmp_path_factory.mktemp("frames")
-    return [f"student={models / 'student'}", f"teacher={models / 'teacher'}", f"runs_dir={runs}", f"video.cache_dir={cache}", *data]
+    return [
+        f"student={models / 'student'}",
+        f"teacher={models / 'teacher'}",
+        f"runs_dir={runs}",
+        f"video.cache_dir={cache}",
+        *data,
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +113,12 @@ def reference_logprobs(model, prompt: EncodedPrompt, response: np.ndarray) -> np
 
 
 def scored_groups(
-    prompts: list[Prompt], encoder: PromptEncoder, seed: int, top_k: int = 8, rollouts: int = 1, sampled: bool = True
+    prompts: list[Prompt],
+    encoder: PromptEncoder,
+    seed: int,
+    top_k: int = 8,
+    rollouts: int = 1,
+    sampled: bool = True,
 ) -> list[ScoredGroup]:
     """Made-up responses of several lengths with made-up scores: the learner's arithmetic does not depend on their origin.
 
@@ -153,7 +181,11 @@ def shared_ray():
 
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_AUTH_MODE", "disabled")
-        head = {"num_cpus": 16, "resources": {"learner": 2, "rollout": 2, "teacher": 2}, "object_store_memory": 1 << 30}
+        head = {
+            "num_cpus": 16,
+            "resources": {"learner": 2, "rollout": 2, "teacher": 2},
+            "object_store_memory": 1 << 30,
+        }
         cluster = Cluster(initialize_head=True, head_node_args=head | {"include_dashboard": False})
         environment.setenv("RAY_ADDRESS", str(cluster.address))
         yield

@@ -74,8 +74,14 @@ class Host:
 
     def processes(self) -> list[str]:
         """Command lines of all that runs on it, but its sshd and what asks."""
-        inside = subprocess.run([*self._enter(), "ps", "-eo", "args="], capture_output=True, text=True, check=True)
-        return [line for line in inside.stdout.splitlines() if not line.startswith(("ps ", "sshd: ", "/usr/sbin/sshd "))]
+        inside = subprocess.run(
+            [*self._enter(), "ps", "-eo", "args="], capture_output=True, text=True, check=True
+        )
+        return [
+            line
+            for line in inside.stdout.splitlines()
+            if not line.startswith(("ps ", "sshd: ", "/usr/sbin/sshd "))
+        ]
 
     def _enter(self) -> list[str]:
         (first,) = psutil.Process(self.process.pid).children()
@@ -89,7 +95,9 @@ def hosts(count: int, folder: Path, shared: Sequence[Path], hidden: Path) -> Ite
     key = folder / "id_ed25519"
     _run(f"ssh-keygen -q -t ed25519 -N '' -f {key}")
     names = {f"opdhost{i}": f"{NETWORK}.{10 + i}" for i in range(count)}
-    (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{ip} {name}\n" for name, ip in names.items()))
+    (folder / "hosts").write_text(
+        "127.0.0.1 localhost\n" + "".join(f"{ip} {name}\n" for name, ip in names.items())
+    )
     passwd = Path("/etc/passwd").read_text()
     (folder / "passwd").write_text(f"{USER}:x:0:0::/home/{USER}:/bin/bash\n{passwd}")
     Path("/run/sshd").mkdir(exist_ok=True)
@@ -109,7 +117,9 @@ def hosts(count: int, folder: Path, shared: Sequence[Path], hidden: Path) -> Ite
             _ip(f"netns add {name}")
             undo.callback(_ip, f"netns del {name}")
             _ip(f"link add v{name} type veth peer name eth0 netns {name}")
-            undo.callback(_ip, f"link del v{name}")  # else it stays until the last process that sees it is gone
+            undo.callback(
+                _ip, f"link del v{name}"
+            )  # else it stays until the last process that sees it is gone
             _ip(f"link set v{name} master {BRIDGE} up")
             for command in (
                 f"addr add {address}/24 dev eth0",
@@ -145,9 +155,13 @@ def _check_possible() -> None:
         if not shutil.which(p, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
     ]
     if missing:
-        raise HostsUnavailable(f"not installed: {', '.join(missing)} (Debian: openssh-server, rsync, iproute2)")
+        raise HostsUnavailable(
+            f"not installed: {', '.join(missing)} (Debian: openssh-server, rsync, iproute2)"
+        )
     probe = subprocess.run(
-        ["unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "true"], capture_output=True, text=True
+        ["unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "true"],
+        capture_output=True,
+        text=True,
     )
     if probe.returncode:
         raise HostsUnavailable(f"namespaces are not permitted: {probe.stderr.strip()}")

@@ -21,8 +21,8 @@ import torch
 from demo.clips import write_split
 from tests.real.conftest import DEMO
 from tests.real.test_launch import ROOT, metrics_of, trajectories_of
-from video_opd.config import load_config
-from video_opd.modeling import load_model
+from video_opd.config_file import load_config
+from video_opd.models.forward import load_model
 
 TITLES = {  # of Ray's processes, as `ps` shows them
     "actor": "ray::RolloutActor",
@@ -60,7 +60,10 @@ def processes(run: subprocess.Popen, role: str) -> list[psutil.Process]:
     found = []
     for process in psutil.Process(run.pid).children(recursive=True):
         try:
-            if " ".join(process.cmdline()).startswith(TITLES[role]) and process.status() != psutil.STATUS_STOPPED:
+            if (
+                " ".join(process.cmdline()).startswith(TITLES[role])
+                and process.status() != psutil.STATUS_STOPPED
+            ):
                 found.append(process)
         except psutil.NoSuchProcess:
             continue
@@ -112,9 +115,25 @@ def survived(overrides, pool, tmp_path_factory) -> tuple[Path, str, list[tuple[i
     folder = tmp_path_factory.mktemp("chaos") / "chaos"
     folder.mkdir()
     options = [
-        *(f"num_steps={STEPS}", f"groups_per_step={GROUPS}", "max_policy_lag=1", "checkpoint_every=3", "max_retries=8"),
-        *("rollout.num_actors=2", "rollout.prompts_per_call=3", "rollout.prompts_per_result=1", "rollout.max_response_tokens=6"),
-        *("teacher_pool.num_replicas=2", "learner.world_size=2", "learner.micro_batch=3", "data.eval.max_prompts=4"),
+        *(
+            f"num_steps={STEPS}",
+            f"groups_per_step={GROUPS}",
+            "max_policy_lag=1",
+            "checkpoint_every=3",
+            "max_retries=8",
+        ),
+        *(
+            "rollout.num_actors=2",
+            "rollout.prompts_per_call=3",
+            "rollout.prompts_per_result=1",
+            "rollout.max_response_tokens=6",
+        ),
+        *(
+            "teacher_pool.num_replicas=2",
+            "learner.world_size=2",
+            "learner.micro_batch=3",
+            "data.eval.max_prompts=4",
+        ),
         *(
             "request_timeout_s=20",
             "video.decode_timeout_s=15",
@@ -125,13 +144,17 @@ def survived(overrides, pool, tmp_path_factory) -> tuple[Path, str, list[tuple[i
         *(f"runs_dir={folder.parent / 'runs'}", "run_name=chaos"),
     ]
     rng = random.Random(int(os.environ.get("CHAOS_SEED", "0")))
-    events = [(role, signal.SIGKILL) for role in TITLES] + [(os.environ.get("CHAOS_HANG", "actor"), signal.SIGSTOP)]
+    events = [(role, signal.SIGKILL) for role in TITLES] + [
+        (os.environ.get("CHAOS_HANG", "actor"), signal.SIGSTOP)
+    ]
     rng.shuffle(events)
     run_folder, done = folder.parent / "runs" / "chaos", []
     run = start(folder, *overrides, *pool, *options)
     stopped: list[psutil.Process] = []
     try:
-        for at, (role, number) in zip(sorted(rng.sample(range(1, STEPS - 4), len(events))), events, strict=True):
+        for at, (role, number) in zip(
+            sorted(rng.sample(range(1, STEPS - 4), len(events))), events, strict=True
+        ):
             wait_for(lambda at=at: last_step(run_folder) >= at, run, f"step {at}")
             time.sleep(rng.random())
             wait_for(lambda role=role: processes(run, role), run, f"a {role} to hit")
@@ -154,7 +177,10 @@ def test_a_run_ends_by_itself_whatever_is_killed_or_hangs(survived):
     actors = sum(role == "actor" for _, role, _ in done)
     assert len(re.findall(r"actor-\d+ was lost and is replaced", output)) >= actors
     assert "the curriculum was lost and is rebuilt" in output
-    assert re.search(r"the learner's \w+ was lost: .*; it is started again, and the run goes back from step \d+ to \d+", output)
+    assert re.search(
+        r"the learner's \w+ was lost: .*; it is started again, and the run goes back from step \d+ to \d+",
+        output,
+    )
 
 
 def test_every_scheduled_prompt_is_trained_on_exactly_once(survived):
@@ -177,8 +203,19 @@ KILLS, OF_STEPS, KILLED_STEPS, STARTING_S = 10, 4, 48, 8.0  # so many of the kil
 
 def killed_options(folder: Path) -> list[str]:
     return [
-        *(f"num_steps={KILLED_STEPS}", f"groups_per_step={GROUPS}", "max_policy_lag=0", "checkpoint_every=1", "learner.lr=1e-3"),
-        *("rollout.prompts_per_call=3", "rollout.prompts_per_result=1", "rollout.max_response_tokens=6", "learner.micro_batch=3"),
+        *(
+            f"num_steps={KILLED_STEPS}",
+            f"groups_per_step={GROUPS}",
+            "max_policy_lag=0",
+            "checkpoint_every=1",
+            "learner.lr=1e-3",
+        ),
+        *(
+            "rollout.prompts_per_call=3",
+            "rollout.prompts_per_result=1",
+            "rollout.max_response_tokens=6",
+            "learner.micro_batch=3",
+        ),
         *("data.eval.max_prompts=2", "request_timeout_s=120", "start_timeout_s=120", f"runs_dir={folder}"),
     ]
 
@@ -208,12 +245,19 @@ def test_a_run_killed_at_ten_random_moments_ends_as_an_undisturbed_one_does(over
     assert len(set(moments)) >= 3, moments
 
     def prompts_of(name: str) -> list[tuple[int, str]]:
-        return [(r["step"], r["prompt_id"]) for r in sorted(trajectories_of(tmp_path / name), key=lambda r: r["step"])]
+        return [
+            (r["step"], r["prompt_id"])
+            for r in sorted(trajectories_of(tmp_path / name), key=lambda r: r["step"])
+        ]
 
     assert prompts_of("killed") == prompts_of("undisturbed"), output[-2000:]
     assert [m["step"] for m in metrics_of(folder)] == list(range(KILLED_STEPS))
     ends = [
-        dict(load_model(str(tmp_path / name / f"checkpoints/step-{KILLED_STEPS}/student"), "float32").named_parameters())
+        dict(
+            load_model(
+                str(tmp_path / name / f"checkpoints/step-{KILLED_STEPS}/student"), "float32"
+            ).named_parameters()
+        )
         for name in ("killed", "undisturbed")
     ]
     begin = dict(load_model(load_config(DEMO, overrides).student, "float32").named_parameters())

@@ -43,8 +43,20 @@ class Job:
 
     def __init__(self, dashboard: str, *arguments: str):
         self.client = JobSubmissionClient(dashboard)
-        environment = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "600"}})  # as docs/clusters.md has it
-        command = [str(RAY), "job", "submit", "--address", dashboard, "--submission-id", "run", "--runtime-env-json", environment]
+        environment = json.dumps(
+            {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "600"}}
+        )  # as docs/clusters.md has it
+        command = [
+            str(RAY),
+            "job",
+            "submit",
+            "--address",
+            dashboard,
+            "--submission-id",
+            "run",
+            "--runtime-env-json",
+            environment,
+        ]
         command += ["--", sys.executable, "-u", str(ROOT / "launch.py"), *arguments]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as terminal:
             self.wait_for(lambda: self.status() == JobStatus.RUNNING, "the job to run")
@@ -70,8 +82,18 @@ def test_a_run_waits_for_its_nodes_outlives_one_and_leaves_the_cluster_running(c
     options = [
         *(f"num_steps={STEPS}", f"groups_per_step={GROUPS}", "max_policy_lag=1"),
         *("rollout.num_actors=2", "teacher_pool.num_replicas=2"),
-        *("rollout.prompts_per_call=3", "rollout.prompts_per_result=1", "rollout.max_response_tokens=6", "learner.micro_batch=3"),
-        *("data.eval.max_prompts=4", "request_timeout_s=60", "video.decode_timeout_s=30", "start_timeout_s=180"),
+        *(
+            "rollout.prompts_per_call=3",
+            "rollout.prompts_per_result=1",
+            "rollout.max_response_tokens=6",
+            "learner.micro_batch=3",
+        ),
+        *(
+            "data.eval.max_prompts=4",
+            "request_timeout_s=60",
+            "video.decode_timeout_s=30",
+            "start_timeout_s=180",
+        ),
         *(f"runs_dir={tmp_path}", "run_name=joined"),
     ]
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
@@ -79,7 +101,9 @@ def test_a_run_waits_for_its_nodes_outlives_one_and_leaves_the_cluster_running(c
     job = Job(f"http://{cluster.head_node.webui_url}", *overrides, *options)
     try:
         job.wait_for(lambda: missing in job.output(), missing)
-        node = cluster.add_node(num_cpus=4, resources={"rollout": 1, "teacher": 1}, object_store_memory=200 << 20)
+        node = cluster.add_node(
+            num_cpus=4, resources={"rollout": 1, "teacher": 1}, object_store_memory=200 << 20
+        )
         job.wait_for(lambda: last_step(folder) >= 3, "step 3")
         cluster.remove_node(node, allow_graceful=False)
         job.wait_for(lambda: (folder / "summary.json").exists(), "the summary")
@@ -91,11 +115,27 @@ def test_a_run_waits_for_its_nodes_outlives_one_and_leaves_the_cluster_running(c
     metrics = metrics_of(folder)
     assert [m["step"] for m in metrics] == list(range(STEPS))
     assert Counter(r["step"] for r in trajectories_of(folder)) == dict.fromkeys(range(STEPS), GROUPS)
-    assert (metrics[3]["actors/running"], metrics[-1]["actors/running"], metrics[-1]["actors/wanted"]) == (2, 1, 2)
+    assert (metrics[3]["actors/running"], metrics[-1]["actors/running"], metrics[-1]["actors/wanted"]) == (
+        2,
+        1,
+        2,
+    )
     assert "was lost and is replaced" in job.output()
     assert json.loads((folder / "summary.json").read_text())["student_after"]["n"] == 4
 
-    command = [sys.executable, str(ROOT / "launch.py"), "--address", str(cluster.address), *overrides, *options]
-    late = subprocess.run([*command, "run_name=late", "start_timeout_s=3"], capture_output=True, text=True, timeout=120)
+    command = [
+        sys.executable,
+        str(ROOT / "launch.py"),
+        "--address",
+        str(cluster.address),
+        *overrides,
+        *options,
+    ]
+    late = subprocess.run(
+        [*command, "run_name=late", "start_timeout_s=3"], capture_output=True, text=True, timeout=120
+    )
     assert late.returncode == 2 and late.stderr.count("\n") == 1
-    assert "has not what the run asks for after 3 s, rollout: 1 of 2, teacher: 1 of 2; asked for are learner (each" in late.stderr
+    assert (
+        "has not what the run asks for after 3 s, rollout: 1 of 2, teacher: 1 of 2; asked for are learner (each"
+        in late.stderr
+    )

@@ -10,10 +10,11 @@ from curriculum.scheduler import Scheduler
 from demo.clips import DEFAULT_LEVELS, write_split
 from teacher_service.engine import TransformersEngine, Wanted
 from tests.real.conftest import DEMO
-from video_opd.config import Config, load_config, resolve_paths
+from video_opd.config import Config
+from video_opd.config_file import load_config, resolve_paths
 from video_opd.datasets import read_prompts
 from video_opd.grounding import best_iou
-from video_opd.prompting import PromptEncoder, parse_span
+from video_opd.models.prompting import PromptEncoder, parse_span
 from video_opd.types import Prompt
 
 ROOT = Path(DEMO).parents[1]
@@ -34,11 +35,20 @@ def engine(config) -> TransformersEngine:
     return TransformersEngine(str(config.teacher), config.teacher_pool, Wanted(), 0, encoder_of(config))
 
 
-def ious_of(engine, config: Config, prompts: list[Prompt], truth: list, num_answers: int, temperature: float) -> np.ndarray:
+def ious_of(
+    engine, config: Config, prompts: list[Prompt], truth: list, num_answers: int, temperature: float
+) -> np.ndarray:
     """float64[P]: mean IoU of the teacher's answers with `truth`."""
     encoder = encoder_of(config)
-    answers = engine.predict([encoder.encode(p) for p in prompts], num_answers, temperature, config.rollout.max_response_tokens)
-    return np.array([np.mean([best_iou(parse_span(a), t) for a in of_one]) for of_one, t in zip(answers, truth, strict=True)])
+    answers = engine.predict(
+        [encoder.encode(p) for p in prompts], num_answers, temperature, config.rollout.max_response_tokens
+    )
+    return np.array(
+        [
+            np.mean([best_iou(parse_span(a), t) for a in of_one])
+            for of_one, t in zip(answers, truth, strict=True)
+        ]
+    )
 
 
 def test_trpv_drops_spoiled_labels_and_keeps_what_the_teacher_solves(engine, config, tmp_path, capsys):
@@ -50,7 +60,10 @@ def test_trpv_drops_spoiled_labels_and_keeps_what_the_teacher_solves(engine, con
     true = {int(r["line"]) - 1: ((float(r["true_start_s"]), float(r["true_end_s"])),) for r in rows}
     spoiled = np.array([i in true for i in range(len(prompts))])
     labels = [p.answer_spans_s for p in prompts]
-    solved = ious_of(engine, config, prompts, [true.get(i, label) for i, label in enumerate(labels)], 1, 0.0) >= 0.7
+    solved = (
+        ious_of(engine, config, prompts, [true.get(i, label) for i, label in enumerate(labels)], 1, 0.0)
+        >= 0.7
+    )
     assert 0.25 < spoiled.mean() < 0.35 and (solved & ~spoiled).sum() > 50
 
     tau = ious_of(engine, config, prompts, labels, config.curriculum.num_teacher_predictions, 1.0)
@@ -72,7 +85,9 @@ def test_the_teacher_is_bad_on_faint_clips_and_trpv_finds_them(engine, config, t
     for level in ("shape", "faint"):
         write_split(tmp_path / level, "train", 20, (level,))
         paths = {"annotations": "annotations.txt", "lengths": "lengths.csv", "videos": "videos"}
-        dataset = config.data.train.model_copy(update={k: str(tmp_path / level / v) for k, v in paths.items()})
+        dataset = config.data.train.model_copy(
+            update={k: str(tmp_path / level / v) for k, v in paths.items()}
+        )
         prompts = read_prompts(dataset, config.video, 32)
         ious[level] = ious_of(engine, config, prompts, [p.answer_spans_s for p in prompts], 4, 1.0)
     with capsys.disabled():

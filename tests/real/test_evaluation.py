@@ -22,7 +22,9 @@ def overrides(tmp_path_factory) -> list[str]:
     for split, count in (("train", 16), ("eval", 32)):
         write_split(folder / split, split, count, ("colour", "shape"))
     files = (("annotations", "annotations.txt"), ("lengths", "lengths.csv"), ("videos", "videos"))
-    data = [f"data.{split}.{key}={folder / split / name}" for split in ("train", "eval") for key, name in files]
+    data = [
+        f"data.{split}.{key}={folder / split / name}" for split in ("train", "eval") for key, name in files
+    ]
     models = [f"{name}={ROOT / 'demo' / 'models' / name}" for name in ("student", "teacher")]
     return [*models, *data, f"data.eval.max_prompts={PROMPTS}", f"runs_dir={folder / 'runs'}"]
 
@@ -50,7 +52,9 @@ def test_a_runs_checkpoint_has_launchs_own_numbers_and_answers(run):
     printed = evaluate("--run", run)
     result = json.loads((run / "evaluation" / "strict.json").read_text())
     assert only(result["result"], summary["student_after"]) == summary["student_after"]
-    assert summary["student_after"]["miou"] > 0.3 and summary["student_after"]["n"] == PROMPTS, "numbers worth comparing"
+    assert summary["student_after"]["miou"] > 0.3 and summary["student_after"]["n"] == PROMPTS, (
+        "numbers worth comparing"
+    )
     assert result["baselines"].keys() == summary["baselines"].keys()
     for name, values in summary["baselines"].items():
         assert only(result["baselines"][name], values) == values

@@ -31,7 +31,9 @@ def adapt(cluster_file: Path) -> None:
 def begin(desk: Host, output: Path, *command: str) -> subprocess.Popen:
     """A command in the desk's checkout."""
     with output.open("w") as file:
-        return subprocess.Popen(desk.command(*command, folder=CHECKOUT), stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+        return subprocess.Popen(
+            desk.command(*command, folder=CHECKOUT), stdin=subprocess.DEVNULL, stdout=file, stderr=file
+        )
 
 
 def at(desk: Host, output: Path, *command: str) -> None:
@@ -67,7 +69,9 @@ def machines(overrides, models, clips, tmp_path):
         not_tested(f"a cluster of several hosts: {error}")
 
 
-def test_a_run_on_four_hosts_outlives_the_loss_of_one_and_leaves_nothing_behind(machines, overrides, tmp_path):
+def test_a_run_on_four_hosts_outlives_the_loss_of_one_and_leaves_nothing_behind(
+    machines, overrides, tmp_path
+):
     head, learner, _, teacher, desk = machines  # commands are given at a desk that is no part of the cluster
     checkout = tmp_path / desk.name / CHECKOUT
     shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".*", "data", "runs", "__pycache__"))
@@ -78,11 +82,28 @@ def test_a_run_on_four_hosts_outlives_the_loss_of_one_and_leaves_nothing_behind(
     at(desk, output, "ray", "up", "--yes", FILE)
     text = (checkout / FILE).read_text().replace("cluster_name: video-opd", "cluster_name: nobody")
     (checkout / "nobody.yaml").write_text(text.replace(f"head_ip: {head.address}", f"head_ip: {NETWORK}.99"))
-    nobody = begin(desk, unreachable, "env", "AUTOSCALER_NODE_START_WAIT_S=5", "ray", "up", "--yes", "nobody.yaml")
+    nobody = begin(
+        desk, unreachable, "env", "AUTOSCALER_NODE_START_WAIT_S=5", "ray", "up", "--yes", "nobody.yaml"
+    )
     options = [
-        *(f"num_steps={STEPS}", f"groups_per_step={GROUPS}", "teacher_pool.num_replicas=2", "checkpoint_every=5"),
-        *("rollout.prompts_per_call=3", "rollout.prompts_per_result=1", "rollout.max_response_tokens=6", "learner.micro_batch=3"),
-        *("data.eval.max_prompts=4", "request_timeout_s=45", "video.decode_timeout_s=30", "start_timeout_s=120"),
+        *(
+            f"num_steps={STEPS}",
+            f"groups_per_step={GROUPS}",
+            "teacher_pool.num_replicas=2",
+            "checkpoint_every=5",
+        ),
+        *(
+            "rollout.prompts_per_call=3",
+            "rollout.prompts_per_result=1",
+            "rollout.max_response_tokens=6",
+            "learner.micro_batch=3",
+        ),
+        *(
+            "data.eval.max_prompts=4",
+            "request_timeout_s=45",
+            "video.decode_timeout_s=30",
+            "start_timeout_s=120",
+        ),
         *("teacher_pool.health_check_s=2", "max_retries=5", f"runs_dir=/home/{USER}/runs", "run_name=hosts"),
     ]
     of_run = [option for option in overrides if not option.startswith("runs_dir=")]
@@ -118,4 +139,7 @@ def test_a_run_on_four_hosts_outlives_the_loss_of_one_and_leaves_nothing_behind(
         at(desk, output, "ssh", host.address, "source ~/.video_opd.sh && ray stop")
     assert not [line for host in machines[:4] for line in host.processes() if "ray" in line]
     assert nobody.wait(PATIENCE_S) == 1, "it ends by itself where ssh reaches nobody"
-    assert "SSH still not available" in unreachable.read_text() and "Failed to setup head node" in unreachable.read_text()
+    assert (
+        "SSH still not available" in unreachable.read_text()
+        and "Failed to setup head node" in unreachable.read_text()
+    )

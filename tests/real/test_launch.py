@@ -18,9 +18,9 @@ import launch
 from demo.clips import write_split
 from tests.real.conftest import DEMO
 from tests.videos import write_audio
-from video_opd.config import load_config
+from video_opd.config_file import load_config
 from video_opd.datasets import read_prompts
-from video_opd.manifest import check_whole
+from video_opd.files.checkpoint import check_whole
 
 ROOT = Path(launch.__file__).parent
 pytestmark = pytest.mark.usefixtures("shared_ray")
@@ -40,7 +40,9 @@ SHRUNK = [
 
 def run_launch(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "launch.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=400, env=os.environ | (env or {}), check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=400, env=os.environ | (env or {}), check=False
+    )
 
 
 def metrics_of(run: Path) -> list[dict]:
@@ -78,7 +80,13 @@ def finished(shared_ray, overrides, damaged_clips) -> Path:
         "    path.write_bytes(path.read_bytes()[:1000]); start(*a)\n"
         "launch.start_ray = damaged; sys.exit(launch.main(sys.argv[1:]))"
     )
-    more = [f"num_steps={STEPS}", "run_name=lag1", "max_policy_lag=1", "rollout.num_actors=2", "checkpoint_every=2"]
+    more = [
+        f"num_steps={STEPS}",
+        "run_name=lag1",
+        "max_policy_lag=1",
+        "rollout.num_actors=2",
+        "checkpoint_every=2",
+    ]
     command = [sys.executable, "-c", damage, *overrides, *data, *SHRUNK, *more]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT, check=False)
     path.write_bytes(whole)
@@ -100,7 +108,10 @@ def test_every_trajectory_is_trained_on_once_and_logged(finished):
     assert Counter(r["step"] for r in rows) == dict.fromkeys(range(STEPS), GROUPS)
     assert len({r["trajectory_id"] for r in rows}) == STEPS * GROUPS
     assert all(r["step"] - 1 <= r["policy_version"] <= r["step"] for r in rows)
-    assert all(len(r["response_token_ids"]) == len(r["actor_logprobs"]) == len(r["teacher_logprobs"]) > 0 for r in rows)
+    assert all(
+        len(r["response_token_ids"]) == len(r["actor_logprobs"]) == len(r["teacher_logprobs"]) > 0
+        for r in rows
+    )
 
 
 def test_a_clip_that_fails_while_running_is_retired_and_counted(finished):
@@ -128,12 +139,14 @@ def test_the_run_folder_is_complete(finished):
         assert {"miou", "r1@0.3", "r1@0.5", "r1@0.7", "n", "unparsed"} <= summary[name].keys()
         assert summary[name]["n"] == 4
     assert summary["baselines"].keys() == {"best_constant", "random", "no_video"}
-    assert summary["tokens"]["rollout"] == sum(len(r["response_token_ids"]) for r in trajectories_of(finished))
+    assert summary["tokens"]["rollout"] == sum(
+        len(r["response_token_ids"]) for r in trajectories_of(finished)
+    )
     assert "data:image/png;base64," in (finished / "report.html").read_text()
 
 
 def test_the_exported_student_has_the_updated_weights(finished, config):
-    from video_opd.modeling import load_model
+    from video_opd.models.forward import load_model
 
     start = dict(load_model(config.student, "float32").named_parameters())
     end = dict(load_model(str(finished / "checkpoints" / "step-4" / "student"), "float32").named_parameters())
@@ -141,13 +154,24 @@ def test_the_exported_student_has_the_updated_weights(finished, config):
     assert any((start[n] != end[n]).any() for n in start)
 
 
-TVDF = ["curriculum.teacher_threshold=0", "curriculum.num_teacher_predictions=2", "teacher_pool.engine=vllm", "loss.kind=opd"]
+TVDF = [
+    "curriculum.teacher_threshold=0",
+    "curriculum.num_teacher_predictions=2",
+    "teacher_pool.engine=vllm",
+    "loss.kind=opd",
+]
 
 
 @pytest.fixture(scope="module")
 def tvdf(shared_ray, overrides) -> Path:
     """Two rounds of two steps, the second selected with the student as it is then; a vLLM teacher, two learner ranks."""
-    more = ["num_steps=4", "checkpoint_every=3", "run_name=tvdf", "curriculum.kind=tvdf", "curriculum.num_selected=12"]
+    more = [
+        "num_steps=4",
+        "checkpoint_every=3",
+        "run_name=tvdf",
+        "curriculum.kind=tvdf",
+        "curriculum.num_selected=12",
+    ]
     done = run_launch(*overrides, *SHRUNK, *TVDF, *more, "learner.world_size=2")
     assert done.returncode == 0, done.stderr[-4000:]
     return Path(load_config(DEMO, overrides).runs_dir) / "tvdf"
@@ -182,17 +206,25 @@ def test_every_round_selects_the_largest_disagreements_and_trains_on_each_once(t
     assert "teacher IoU, kept and dropped" in report and "disagreement by round" in report
 
 
-def test_a_run_that_goes_back_into_a_round_does_what_is_left_of_it_and_ends_with_its_budget_of_tokens(tvdf, capsys, tmp_path):
+def test_a_run_that_goes_back_into_a_round_does_what_is_left_of_it_and_ends_with_its_budget_of_tokens(
+    tvdf, capsys, tmp_path
+):
     """From the checkpoint before its last, in the middle of the second round: what it had after that is set aside."""
     copy = tmp_path / "resumed"
     shutil.copytree(tvdf, copy)
-    scored = json.loads((copy / "checkpoints" / "step-3" / "state.json").read_text())["totals"]["scored_tokens"]
+    scored = json.loads((copy / "checkpoints" / "step-3" / "state.json").read_text())["totals"][
+        "scored_tokens"
+    ]
     done = run_launch("--resume", str(copy), "--step", "3", "num_steps=50", f"max_scored_tokens={scored + 1}")
     assert done.returncode == 0, done.stderr[-4000:]
     assert prompts_by_step(copy) == prompts_by_step(tvdf)
-    assert yaml.safe_load((copy / "config.yaml").read_text())["num_steps"] == 50, "the run's own config from now on"
+    assert yaml.safe_load((copy / "config.yaml").read_text())["num_steps"] == 50, (
+        "the run's own config from now on"
+    )
     assert json.loads((copy / "summary.json").read_text())["steps"] == len(metrics_of(copy)) == 4
-    assert {f.name for f in (copy / "curriculum").iterdir()} == {f.name for f in (tvdf / "curriculum").iterdir()}
+    assert {f.name for f in (copy / "curriculum").iterdir()} == {
+        f.name for f in (tvdf / "curriculum").iterdir()
+    }
     (aside,) = (copy / "set-aside").iterdir()
     assert str(aside) in done.stdout
     assert check_whole(aside / "checkpoints" / "step-4") == 4 and metrics_of(aside) == metrics_of(tvdf)
@@ -201,9 +233,17 @@ def test_a_run_that_goes_back_into_a_round_does_what_is_left_of_it_and_ends_with
     assert "the curriculum the run was started with" in refused
 
 
-def test_coupling_suspends_before_scoring_and_a_second_run_generates_no_teacher_answers(overrides, tvdf, config):
+def test_coupling_suspends_before_scoring_and_a_second_run_generates_no_teacher_answers(
+    overrides, tvdf, config
+):
     """suspend_iou=0 suspends every rollout: no teacher call, no optimizer step, no answer generated again."""
-    more = ["num_steps=2", "run_name=scc", "curriculum.kind=scc", "curriculum.anchor_frac=0", "curriculum.suspend_iou=0"]
+    more = [
+        "num_steps=2",
+        "run_name=scc",
+        "curriculum.kind=scc",
+        "curriculum.anchor_frac=0",
+        "curriculum.suspend_iou=0",
+    ]
     done = run_launch(*overrides, *SHRUNK, *TVDF, *more)
     assert done.returncode == 0, done.stderr[-4000:]
     run = tvdf.with_name("scc")
@@ -212,18 +252,30 @@ def test_coupling_suspends_before_scoring_and_a_second_run_generates_no_teacher_
     assert summary["rollouts"] == summary["suspended_rollouts"] == 2 * GROUPS
     answers = [pq.read_table(r / "curriculum" / "teacher_answers.parquet").to_pylist() for r in (run, tvdf)]
     assert sorted(map(str, answers[0])) == sorted(map(str, answers[1]))
-    assert [(m["curriculum/suspended_frac"], m["learner/skipped"]) for m in metrics_of(run)] == [(1.0, 1.0)] * 2
-    from video_opd.modeling import load_model
+    assert [(m["curriculum/suspended_frac"], m["learner/skipped"]) for m in metrics_of(run)] == [
+        (1.0, 1.0)
+    ] * 2
+    from video_opd.models.forward import load_model
 
     start, end = (
-        dict(load_model(str(f), "float32").named_parameters()) for f in (config.student, run / "checkpoints/step-2/student")
+        dict(load_model(str(f), "float32").named_parameters())
+        for f in (config.student, run / "checkpoints/step-2/student")
     )
     assert all((start[n] == end[n]).all() for n in start)
     records = pq.read_table(run / "curriculum" / "records.parquet").to_pylist()
-    assert sum(r["suspended"] for r in records) == len({r["prompt_id"] for r in records if r["num_rollouts"]}) > 0
+    assert (
+        sum(r["suspended"] for r in records)
+        == len({r["prompt_id"] for r in records if r["num_rollouts"]})
+        > 0
+    )
 
 
-GRPO = ["loss.kind=grpo", "loss.clamp=null", "rollout.rollouts_per_prompt=2", "loss.rewards=[tests.real.test_launch:longer]"]
+GRPO = [
+    "loss.kind=grpo",
+    "loss.clamp=null",
+    "rollout.rollouts_per_prompt=2",
+    "loss.rewards=[tests.real.test_launch:longer]",
+]
 
 
 def longer(trajectory, prompt) -> float:
@@ -234,19 +286,34 @@ def longer(trajectory, prompt) -> float:
 def test_grpo_makes_the_teacher_of_the_next_run(overrides):
     """The two-command recipe: no teacher in the first run; its student, over the whole vocabulary, in the second, by LoRA."""
     runs = Path(load_config(DEMO, overrides).runs_dir)
-    made = run_launch(*overrides, *SHRUNK, *GRPO, "teacher=null", "num_steps=2", "run_name=grpo", "learner.world_size=2")
+    made = run_launch(
+        *overrides, *SHRUNK, *GRPO, "teacher=null", "num_steps=2", "run_name=grpo", "learner.world_size=2"
+    )
     assert made.returncode == 0, made.stderr[-4000:]
     summary = json.loads((runs / "grpo" / "summary.json").read_text())
-    assert summary["teacher"] is None and summary["teacher_calls"] == 0 and summary["rollouts"] == 2 * 2 * GROUPS
-    assert all(m["learner/reward"] > 0 and m["learner/flat_groups_frac"] < 1 for m in metrics_of(runs / "grpo"))
+    assert (
+        summary["teacher"] is None and summary["teacher_calls"] == 0 and summary["rollouts"] == 2 * 2 * GROUPS
+    )
+    assert all(
+        m["learner/reward"] > 0 and m["learner/flat_groups_frac"] < 1 for m in metrics_of(runs / "grpo")
+    )
     assert all(r["teacher_logprobs"] is None for r in trajectories_of(runs / "grpo"))
     teacher = runs / "grpo" / "checkpoints" / "step-2" / "student"
-    more = ["loss.kind=opd_full", "loss.clamp=null", f"teacher={teacher}", "num_steps=2", "run_name=taught", "learner.lora_rank=4"]
+    more = [
+        "loss.kind=opd_full",
+        "loss.clamp=null",
+        f"teacher={teacher}",
+        "num_steps=2",
+        "run_name=taught",
+        "learner.lora_rank=4",
+    ]
     taught = run_launch(*overrides, *SHRUNK, *more)
     assert taught.returncode == 0, taught.stderr[-4000:]
     first, second = metrics_of(runs / "taught")
     assert 0 < first["learner/loss"] < 0.5, "two steps away from its student, the teacher is near"
-    assert first["learner/grad_norm"] > 0 and second["learner/logprob_gap_p99"] < 1e-3, "the actors sample from merged adapters"
+    assert first["learner/grad_norm"] > 0 and second["learner/logprob_gap_p99"] < 1e-3, (
+        "the actors sample from merged adapters"
+    )
     assert first["teacher/entropy"] > 0 and first["learner/entropy"] > 0 and first["tokens_per_s/score"] > 0
 
 
@@ -258,7 +325,10 @@ def test_sft_learns_the_ground_truth_with_neither_teacher_nor_actors(overrides, 
     losses = [m["learner/loss"] for m in metrics_of(run)]
     assert losses[-1] < losses[0] - 0.5
     rows = trajectories_of(run)
-    assert all(r["text"].startswith("From ") and r["start_s"] < r["end_s"] for r in rows) and len(rows) == 8 * GROUPS
+    assert (
+        all(r["text"].startswith("From ") and r["start_s"] < r["end_s"] for r in rows)
+        and len(rows) == 8 * GROUPS
+    )
     summary = json.loads((run / "summary.json").read_text())
     assert summary["teacher"] is summary["student_before"] is summary["student_after"] is None
     assert (summary["rollouts"], summary["tokens"]["rollout"], summary["published_bytes"]) == (0, 0, 0)
@@ -289,7 +359,11 @@ def test_broken_clips_are_named_and_the_run_is_that_of_the_good_ones(overrides, 
     lines = annotations.read_text().splitlines()
     good = ["" if line.split()[0] in broken else line for line in lines]
     (tmp_path / "good.txt").write_text("\n".join(good))
-    data = [f"data.train.lengths={tmp_path / 'train' / 'lengths.csv'}", f"data.train.videos={videos}", "num_steps=2"]
+    data = [
+        f"data.train.lengths={tmp_path / 'train' / 'lengths.csv'}",
+        f"data.train.videos={videos}",
+        "num_steps=2",
+    ]
     for name, file in (("broken", annotations), ("good", tmp_path / "good.txt")):
         more = [*data, f"data.train.annotations={file}", f"run_name={name}", "data.train.unreadable=drop"]
         done = run_launch(*overrides, *SHRUNK, *more)
@@ -297,9 +371,13 @@ def test_broken_clips_are_named_and_the_run_is_that_of_the_good_ones(overrides, 
     runs = Path(config.runs_dir)
     summaries = {name: json.loads((runs / name / "summary.json").read_text()) for name in ("broken", "good")}
     dropped = summaries["broken"]["dropped"]
-    assert {prompt_id.split(":")[0] for prompt_id in dropped} == set(broken) and len(dropped) == len(lines) - sum(map(bool, good))
+    assert {prompt_id.split(":")[0] for prompt_id in dropped} == set(broken) and len(dropped) == len(
+        lines
+    ) - sum(map(bool, good))
     assert all(str(path(int(prompt_id[5:10]))) in reason for prompt_id, reason in dropped.items())
-    assert len({reason.replace(prompt_id[:10], "") for prompt_id, reason in dropped.items()}) >= 3, "missing, no video, undecodable"
+    assert len({reason.replace(prompt_id[:10], "") for prompt_id, reason in dropped.items()}) >= 3, (
+        "missing, no video, undecodable"
+    )
     assert summaries["good"]["dropped"] == {}
     assert summaries["broken"]["student_after"] == summaries["good"]["student_after"]
     for ours, theirs in zip(*(metrics_of(runs / name) for name in ("broken", "good")), strict=True):
@@ -326,7 +404,17 @@ def test_dry_run_prints_the_plan_and_starts_nothing(overrides, capsys):
     out = capsys.readouterr().out
     assert not ray.is_initialized()
     assert all(
-        word in out for word in ("student", "teacher", "actors", "data", "loss", "frames 24 to 24", "tokens 12 to 12", "in all")
+        word in out
+        for word in (
+            "student",
+            "teacher",
+            "actors",
+            "data",
+            "loss",
+            "frames 24 to 24",
+            "tokens 12 to 12",
+            "in all",
+        )
     )
 
 
@@ -384,12 +472,16 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_starts(finishe
 def test_a_checkpoint_that_cannot_be_used_is_one_line_before_anything_starts(finished, capsys, tmp_path):
     copy = tmp_path / "unusable"
     shutil.copytree(finished, copy)
-    assert "no checkpoint of step 3: it has those of steps 2, 4" in bad(capsys, "--resume", str(copy), "--step", "3")
+    assert "no checkpoint of step 3: it has those of steps 2, 4" in bad(
+        capsys, "--resume", str(copy), "--step", "3"
+    )
     assert "learner.world_size" not in bad(capsys, "--resume", str(copy), "learner.zero_stage=3")
     assert "data.eval" in bad(capsys, "--resume", str(copy), "data.eval.max_prompts=3")
     state = copy / "checkpoints" / "step-4" / "state.json"
     state.write_bytes(state.read_bytes().replace(b"step", b"stop"))
-    assert "step-4 is damaged: state.json is not the file that was written" in bad(capsys, "--resume", str(copy))
+    assert "step-4 is damaged: state.json is not the file that was written" in bad(
+        capsys, "--resume", str(copy)
+    )
     os.truncate(state, 100)
     assert "state.json has 100 of" in bad(capsys, "--resume", str(copy), "--step", "4")
     assert "give --resume RUN" in bad(capsys, "--step", "4")
@@ -408,17 +500,23 @@ def test_bad_annotations_and_clips_name_the_line(overrides, capsys, clips, tmp_p
         shutil.copytree(clips / "train", tmp_path / "train")
         change(tmp_path / "train")
         paths = {"annotations": "annotations.txt", "lengths": "lengths.csv", "videos": "videos"}
-        return bad(capsys, *overrides, *(f"data.train.{k}={tmp_path / 'train' / v}" for k, v in paths.items()))
+        return bad(
+            capsys, *overrides, *(f"data.train.{k}={tmp_path / 'train' / v}" for k, v in paths.items())
+        )
 
     def beyond(folder):
         (folder / "annotations.txt").write_text("train00000 3.0 13.5##the red square is visible\n")
 
     assert "annotations.txt:1: the annotation ends at 13.5 s" in broken(beyond)
     assert "missing" in broken(lambda folder: (folder / "videos" / "train00002.mp4").unlink())
-    assert "cannot be" in broken(lambda folder: (folder / "videos" / "train00001.mp4").write_bytes(b"not a video"))
+    assert "cannot be" in broken(
+        lambda folder: (folder / "videos" / "train00001.mp4").write_bytes(b"not a video")
+    )
 
 
 def test_prompts_of_the_demo_match_their_files(config):
     prompts = read_prompts(config.data.train, config.video, 32)
     assert len({p.prompt_id for p in prompts}) == len(prompts) > 16
-    assert all(p.answer_spans_s and 0 <= p.answer_spans_s[0][0] < p.answer_spans_s[0][1] <= 12 for p in prompts)
+    assert all(
+        p.answer_spans_s and 0 <= p.answer_spans_s[0][0] < p.answer_spans_s[0][1] <= 12 for p in prompts
+    )

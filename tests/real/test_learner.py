@@ -13,11 +13,12 @@ import torch
 
 from actors.weight_receiver import unpack
 from learner.adapters import add_adapters
-from learner.learner import Learner, LearnerRank
+from learner.learner import Learner
+from learner.rank import LearnerRank
 from tests.real.conftest import DEMO, reference_logprobs, scored_groups
-from video_opd.config import load_config
+from video_opd.config_file import load_config
 from video_opd.errors import ConfigError
-from video_opd.modeling import ResponseLogits, collate, load_model
+from video_opd.models.forward import ResponseLogits, collate, load_model
 from video_opd.types import ScoredGroup
 
 # Adam's first steps move a weight by about lr whatever the size of its gradient; where a gradient is almost zero,
@@ -52,7 +53,8 @@ def batches(config, prompts, encoder):
     needs = config.loss.needs
     rollouts = 2 if needs.rewards else 1
     return [
-        scored_groups(prompts[i * 7 : i * 7 + 7], encoder, seed=i, rollouts=rollouts, sampled=needs.rollouts) for i in range(STEPS)
+        scored_groups(prompts[i * 7 : i * 7 + 7], encoder, seed=i, rollouts=rollouts, sampled=needs.rollouts)
+        for i in range(STEPS)
     ]
 
 
@@ -118,7 +120,9 @@ async def train(name, config, prompts, encoder, folder=None):
     """The learner's parameters after the same updates, as they are published; its metrics; checkpoint if asked."""
     learner = Learner(name, config)
     await learner.start()
-    reports = [await learner.update(groups, step) for step, groups in enumerate(batches(config, prompts, encoder))]
+    reports = [
+        await learner.update(groups, step) for step, groups in enumerate(batches(config, prompts, encoder))
+    ]
     if folder:
         await learner.save(folder)
     references, _ = await learner.put_weights(STEPS)
@@ -155,7 +159,8 @@ def test_ranks_compute_what_one_process_does(local_ray, overrides, prompts, enco
     gaps = np.concatenate([(parameters[n] - expected[n]).ravel() for n in expected])
     assert np.sqrt(np.mean(np.square(gaps))) < RMS
     tokens = [
-        sum(len(t.response_token_ids) for g in groups for t in g.group.trajectories) for groups in batches(config, prompts, encoder)
+        sum(len(t.response_token_ids) for g in groups for t in g.group.trajectories)
+        for groups in batches(config, prompts, encoder)
     ]
     assert [m["learner/num_tokens"] for m in metrics] == tokens
     if stage:  # DeepSpeed reports no norm at stage 0
@@ -201,7 +206,9 @@ def test_a_checkpoint_restores_weights_and_optimizer_exactly_and_its_student_loa
     saved, uninterrupted, resumed = asyncio.run(run())
     assert largest_gap(uninterrupted, saved) > 0.1 * LR
     assert largest_gap(uninterrupted, resumed) == 0
-    exported = {n: p.detach().numpy() for n, p in load_model(str(tmp_path / "student"), "float32").named_parameters()}
+    exported = {
+        n: p.detach().numpy() for n, p in load_model(str(tmp_path / "student"), "float32").named_parameters()
+    }
     assert largest_gap(exported, saved) == 0
 
 
@@ -224,8 +231,12 @@ def optimizer_state(rank: Any) -> dict[str, tuple[np.ndarray, ...]]:
     return state
 
 
-@pytest.mark.parametrize(("stage", "before", "after", "dtype"), [(0, 2, 1, "float32"), (2, 2, 1, "float32"), (3, 1, 2, "bfloat16")])
-def test_another_number_of_ranks_goes_on_exactly(local_ray, overrides, prompts, encoder, tmp_path, stage, before, after, dtype):
+@pytest.mark.parametrize(
+    ("stage", "before", "after", "dtype"), [(0, 2, 1, "float32"), (2, 2, 1, "float32"), (3, 1, 2, "bfloat16")]
+)
+def test_another_number_of_ranks_goes_on_exactly(
+    local_ray, overrides, prompts, encoder, tmp_path, stage, before, after, dtype
+):
     options = ("loss.kind=opd", f"learner.dtype={dtype}", "learner.freeze_vision=true")
     more = scored_groups(prompts[20:26], encoder, seed=9)
 
@@ -261,9 +272,13 @@ def test_another_number_of_ranks_goes_on_exactly(local_ray, overrides, prompts, 
     for when, exact in ((0, True), (1, False)):
         assert saved[when].keys() == loaded[when].keys() and saved[when]
         for part, bound in enumerate(bounds):
-            gap = largest_gap({n: s[part] for n, s in saved[when].items()}, {n: s[part] for n, s in loaded[when].items()})
+            gap = largest_gap(
+                {n: s[part] for n, s in saved[when].items()}, {n: s[part] for n, s in loaded[when].items()}
+            )
             assert gap == 0 if exact else gap < bound
-    assert largest_gap({n: s[0] for n, s in saved[0].items()}, {n: s[0] for n, s in saved[1].items()}) > 0.5 * LR
+    assert (
+        largest_gap({n: s[0] for n, s in saved[0].items()}, {n: s[0] for n, s in saved[1].items()}) > 0.5 * LR
+    )
     assert not list(tmp_path.glob(".*")), "nothing of the conversion is left"
 
 
@@ -284,13 +299,17 @@ def with_actor_logprobs(groups: list[ScoredGroup], model, encoder) -> list[Score
     for group in groups:
         (trajectory,) = group.group.trajectories
         response = trajectory.response_token_ids
-        logprobs = reference_logprobs(model, encoder.encode(group.group.prompt), response)[np.arange(len(response)), response]
+        logprobs = reference_logprobs(model, encoder.encode(group.group.prompt), response)[
+            np.arange(len(response)), response
+        ]
         trajectories = (replace(trajectory, actor_logprobs=logprobs.astype(np.float32)),)
         changed.append(replace(group, group=replace(group.group, trajectories=trajectories)))
     return changed
 
 
-def test_lora_trains_adapters_alone_and_publishes_what_it_computes(local_ray, overrides, prompts, encoder, tmp_path):
+def test_lora_trains_adapters_alone_and_publishes_what_it_computes(
+    local_ray, overrides, prompts, encoder, tmp_path
+):
     config = make_config(overrides, 2, 3, "loss.kind=opd", *LORA)
     start = {n: p.detach().numpy() for n, p in load_model(config.student, "float32").named_parameters()}
 
@@ -300,14 +319,18 @@ def test_lora_trains_adapters_alone_and_publishes_what_it_computes(local_ray, ov
         again = with_actor_logprobs(scored_groups(prompts[:6], encoder, seed=3), plain, encoder)
         report = await learner.update(again, STEPS)
         learner.stop()
-        single, alone, _ = await train("lora1", make_config(overrides, 1, 2, "loss.kind=opd", *LORA), prompts, encoder)
+        single, alone, _ = await train(
+            "lora1", make_config(overrides, 1, 2, "loss.kind=opd", *LORA), prompts, encoder
+        )
         single.stop()
         return published, report.metrics, alone
 
     published, metrics, alone = asyncio.run(run())
     assert published.keys() == start.keys(), "the plain model's names and no others"
     changes = {n: published[n] - start[n] for n in start if (published[n] != start[n]).any()}
-    assert changes and all(re.fullmatch(config.learner.lora_targets, n.removesuffix(".weight")) for n in changes)
+    assert changes and all(
+        re.fullmatch(config.learner.lora_targets, n.removesuffix(".weight")) for n in changes
+    )
     assert {np.linalg.matrix_rank(c, tol=1e-6) for c in changes.values()} <= {1, 2, 3, 4}
     assert max(np.abs(c).max() for c in changes.values()) > 0.1 * LR
     assert metrics["learner/logprob_gap_max"] < 1e-4, "learner and published weights are one model"
@@ -321,7 +344,9 @@ def test_lora_targets_that_name_no_layer_are_one_line(config):
 
 
 def test_cached_vision_features_change_nothing_but_the_work(local_ray, overrides, prompts, encoder):
-    plain_config = make_config(overrides, 1, 2, "loss.kind=grpo", "rollout.rollouts_per_prompt=2", "learner.freeze_vision=true")
+    plain_config = make_config(
+        overrides, 1, 2, "loss.kind=grpo", "rollout.rollouts_per_prompt=2", "learner.freeze_vision=true"
+    )
     cached_config = plain_config.model_copy(
         update={"learner": plain_config.learner.model_copy(update={"vision_cache_bytes": 1 << 20})}
     )
@@ -337,7 +362,9 @@ def test_cached_vision_features_change_nothing_but_the_work(local_ray, overrides
     expected, ours, first, again = asyncio.run(run())
     assert largest_gap(ours, expected) < WORST
     clips = {g.group.prompt.clip.video_path for g in batches(cached_config, prompts, encoder)[0]}
-    assert first[0]["learner/vision_cache_hit_frac"] == pytest.approx(1 - len(clips) / 14), "14 rollouts; each clip is seen once"
+    assert first[0]["learner/vision_cache_hit_frac"] == pytest.approx(1 - len(clips) / 14), (
+        "14 rollouts; each clip is seen once"
+    )
     assert len(clips) < 14
     assert again["learner/vision_cache_hit_frac"] == 1.0
 

@@ -14,12 +14,13 @@ import torch
 
 from actors.actor_pool import ActorPool
 from actors.rollout_actor import RolloutActor
-from learner.learner import Learner, LearnerRank
+from learner.learner import Learner
+from learner.rank import LearnerRank
 from learner.weight_sender import tensor_buckets, to_buckets
 from tests.real.conftest import reference_logprobs
 from video_opd.broadcast import BroadcastGroup
-from video_opd.config import load_config
-from video_opd.modeling import load_model
+from video_opd.config_file import load_config
+from video_opd.models.forward import load_model
 from video_opd.types import TrajectoryGroup
 
 BUCKET_BYTES = 1 << 16
@@ -30,7 +31,10 @@ TOLERANCE = 1e-4
 def parameters(student: str, version: int) -> list[tuple[str, torch.Tensor]]:
     """A version's weights: the student's, moved."""
     torch.manual_seed(version)
-    return [(n, p.detach() + 0.05 * torch.randn_like(p)) for n, p in load_model(student, "float32").named_parameters()]
+    return [
+        (n, p.detach() + 0.05 * torch.randn_like(p))
+        for n, p in load_model(student, "float32").named_parameters()
+    ]
 
 
 class MadeUpWeights:
@@ -75,7 +79,9 @@ class Actor(RolloutActor):
         digests = self._engine._llm.collective_rpc(worker_digests)[0]
         assert self._policy_version is not None
         groups = [g for results in self.rollout(prompts) for g in results if isinstance(g, TrajectoryGroup)]
-        trajectories = [t for group in sorted(groups, key=lambda g: g.prompt.prompt_id) for t in group.trajectories]
+        trajectories = [
+            t for group in sorted(groups, key=lambda g: g.prompt.prompt_id) for t in group.trajectories
+        ]
         responses = [(t.response_token_ids.tolist(), t.actor_logprobs.tolist()) for t in trajectories]
         return Seen(self._policy_version, digests, responses)
 
@@ -97,7 +103,9 @@ def published(local_ray, overrides, prompts, tmp_path_factory):
     """What was seen of the actors, by name, and by what had happened before."""
     deadly = tmp_path_factory.mktemp("publish") / "deadly"
     options = ["learner.weight_transfer=collective", "rollout.num_actors=2", f"worker_env.DEADLY={deadly}"]
-    config = load_config(Path(__file__).parents[2] / "configs" / "demo.yaml", [*overrides, *options, "request_timeout_s=120"])
+    config = load_config(
+        Path(__file__).parents[2] / "configs" / "demo.yaml", [*overrides, *options, "request_timeout_s=120"]
+    )
 
     async def look(pool) -> dict[str, Seen]:
         return {m.name: await m.handle.look.remote(prompts[:3]) for m in pool._members}
@@ -131,7 +139,10 @@ def published(local_ray, overrides, prompts, tmp_path_factory):
 
 
 def test_both_ways_leave_the_same_bits_in_the_engines_and_the_same_samples(published):
-    seen = {version: [*published[f"broadcast {version}"].values(), *published[f"stored {version}"].values()] for version in (1, 2)}
+    seen = {
+        version: [*published[f"broadcast {version}"].values(), *published[f"stored {version}"].values()]
+        for version in (1, 2)
+    }
     for version, of_both in seen.items():
         assert len(of_both) == 4 and all(s == of_both[0] for s in of_both)
         assert of_both[0].version == version and len(of_both[0].responses) == 3
@@ -145,7 +156,9 @@ def test_what_is_sampled_from_is_what_the_learner_sent(published, config, prompt
     model = load_model(config.student, "float32").eval()
     model.load_state_dict(dict(parameters(config.student, 2)), strict=False)
     seen = published["broadcast 2"]["actor-0"]
-    for prompt, (token_ids, logprobs) in zip(sorted(prompts[:3], key=lambda p: p.prompt_id), seen.responses, strict=True):
+    for prompt, (token_ids, logprobs) in zip(
+        sorted(prompts[:3], key=lambda p: p.prompt_id), seen.responses, strict=True
+    ):
         ids = np.array(token_ids)
         exact = reference_logprobs(model, encoder.encode(prompt), ids)[np.arange(len(ids)), ids]
         assert np.abs(exact - logprobs).max() < TOLERANCE
@@ -157,5 +170,7 @@ def test_an_actor_killed_in_the_middle_leaves_the_others_with_the_version_and_it
     mended, joined = published["joined"].values()
     assert mended.version == 3 and mended == joined, "no mixture is left of what broke off"
     assert published["again"].keys() == {"actor-0", "actor-2"}
-    assert all(seen == published["stored 1"]["actor-0"] for seen in published["again"].values()), "a new group works"
+    assert all(seen == published["stored 1"]["actor-0"] for seen in published["again"].values()), (
+        "a new group works"
+    )
     assert published["seconds"] < PATIENCE_S, "nobody waited for the timeout"

@@ -21,10 +21,11 @@ from demo.models import CHAT_TEMPLATE, SPECIAL, build_tokenizer
 from teacher_service.engine import TransformersEngine, Wanted
 from tests.real.conftest import DEMO
 from tests.real.test_launch import GROUPS, SHRUNK, metrics_of, run_launch
-from video_opd.config import Config, load_config
+from video_opd.config import Config
+from video_opd.config_file import load_config
 from video_opd.datasets import read_prompts
-from video_opd.modeling import ResponseLogits, collate, generate, load_model
-from video_opd.prompting import PromptEncoder
+from video_opd.models.forward import ResponseLogits, collate, generate, load_model
+from video_opd.models.prompting import PromptEncoder
 from video_opd.types import Prompt
 
 HEIGHT, WIDTH, PATCH, MERGE, PER_SECOND = 56, 84, 14, 2, 2  # 2 x 3 video tokens a frame pair
@@ -34,7 +35,12 @@ def build(folder: Path, hidden: int, padded: int, seed: int) -> None:
     """A model folder with untied embeddings padded by `padded` rows, as the 7B's are."""
     tokenizer = build_tokenizer()
     pixels = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 4096}
-    shared: dict[str, Any] = {"size": pixels, "patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2}
+    shared: dict[str, Any] = {
+        "size": pixels,
+        "patch_size": PATCH,
+        "merge_size": MERGE,
+        "temporal_patch_size": 2,
+    }
     normal: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(**shared, **normal),
@@ -92,7 +98,11 @@ def qwen2_5(tmp_path_factory) -> list[str]:
     build(folder / "student", hidden=64, padded=0, seed=0)
     build(folder / "teacher", hidden=96, padded=7, seed=1)
     rng = np.random.default_rng(0)
-    overrides = [f"student={folder / 'student'}", f"teacher={folder / 'teacher'}", f"runs_dir={folder / 'runs'}"]
+    overrides = [
+        f"student={folder / 'student'}",
+        f"teacher={folder / 'teacher'}",
+        f"runs_dir={folder / 'runs'}",
+    ]
     for split, count in (("train", GROUPS), ("eval", 2)):
         videos = folder / split / "videos"
         videos.mkdir(parents=True)
@@ -146,14 +156,20 @@ def literal_positions(types: list[int], grid: tuple[int, int, int], seconds: flo
 def test_positions_are_those_of_a_literal_reading_with_padding_on_either_side(config, prompts, encoder):
     model = load_model(config.student, "float32")
     encoded = [encoder.encode(p) for p in prompts[:3]]
-    assert all(e.second_per_grid == pytest.approx(1.0) and e.video_grid_thw[1:] == (4, 6) for e in encoded), "2 frames a second"
+    assert all(e.second_per_grid == pytest.approx(1.0) and e.video_grid_thw[1:] == (4, 6) for e in encoded), (
+        "2 frames a second"
+    )
     longest = max(len(e.token_ids) for e in encoded) + 4
     for left in (False, True):
         ids, mask, types = (torch.zeros(3, longest, dtype=torch.int64) for _ in range(3))
         for i, e in enumerate(encoded):
             n = len(e.token_ids)
             where = slice(longest - n, None) if left else slice(0, n)
-            ids[i, where], mask[i, where], types[i, where] = torch.tensor(e.token_ids), 1, torch.tensor(e.token_types)
+            ids[i, where], mask[i, where], types[i, where] = (
+                torch.tensor(e.token_ids),
+                1,
+                torch.tensor(e.token_types),
+            )
         positions, ahead = model.model.get_rope_index(
             ids,
             mm_token_type_ids=types,
@@ -179,7 +195,9 @@ def test_the_teacher_scores_what_a_plain_forward_over_one_sequence_gives(config,
             batch = collate([e], [response], encoder.tokenizer.pad_token_id)
             alone = ResponseLogits(model)(batch).log_softmax(-1)[torch.arange(len(response)), batch.targets]
         np.testing.assert_allclose(scores.logprobs, alone.numpy(), atol=2e-5)
-    greedy = generate(model, encoded, max_tokens=5, pad_id=encoder.tokenizer.pad_token_id, banned_ids=encoder.pad_ids)
+    greedy = generate(
+        model, encoded, max_tokens=5, pad_id=encoder.tokenizer.pad_token_id, banned_ids=encoder.pad_ids
+    )
     for e, (answer,) in zip(encoded, greedy, strict=True):  # token by token, each from a whole forward
         for n in range(1, len(answer)):
             with torch.no_grad():
@@ -190,7 +208,14 @@ def test_the_teacher_scores_what_a_plain_forward_over_one_sequence_gives(config,
 
 def test_a_run_samples_scores_learns_and_publishes(shared_ray, qwen2_5, config):
     """checks.max_logprob_gap holds the actors' log-probs to the learner's, before and after publication."""
-    more = ["loss.kind=opd_full", "loss.clamp=null", "num_steps=2", "run_name=both", "learner.lr=3e-3", "data.eval.max_prompts=2"]
+    more = [
+        "loss.kind=opd_full",
+        "loss.clamp=null",
+        "num_steps=2",
+        "run_name=both",
+        "learner.lr=3e-3",
+        "data.eval.max_prompts=2",
+    ]
     done = run_launch(*qwen2_5, *SHRUNK, *more)
     assert done.returncode == 0, done.stderr[-4000:]
     run = Path(config.runs_dir) / "both"

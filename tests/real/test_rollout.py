@@ -11,10 +11,10 @@ from actors.engine import PolicyEngine
 from learner.weight_sender import to_buckets
 from tests.real.conftest import reference_logprobs
 from tests.videos import noise, write_video
-from video_opd.clips import plan_clip
-from video_opd.modeling import load_model
-from video_opd.prompting import parse_span
+from video_opd.models.forward import load_model
+from video_opd.models.prompting import parse_span
 from video_opd.types import EncodedPrompt, Prompt
+from video_opd.video.clips import plan_clip
 
 KV_BLOCK_TOKENS = 128  # of vLLM on a CPU
 TOLERANCE = 1e-4
@@ -34,7 +34,10 @@ def model(config) -> torch.nn.Module:
 def encoded(prompts, encoder) -> list[EncodedPrompt]:
     """Short prompts, and long ones that share a video: longer than a KV block, so that the prefix cache is used."""
     long = [
-        dataclasses.replace(prompts[0], prompt_id=f"long{i}", query=f"{prompts[0].query} {'and again ' * 12} {i}") for i in range(3)
+        dataclasses.replace(
+            prompts[0], prompt_id=f"long{i}", query=f"{prompts[0].query} {'and again ' * 12} {i}"
+        )
+        for i in range(3)
     ]
     every: list[Prompt] = [*prompts[:6], *long]
     encoded = [encoder.encode(p) for p in every]
@@ -59,15 +62,23 @@ def test_logprobs_match_transformers_before_and_after_a_publication(engine, mode
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    assert max_gap(engine, model, encoded, seed=3) > 100 * TOLERANCE, "the new weights must differ enough to be noticed"
-    buckets = list(to_buckets([(n, p.detach().clone()) for n, p in model.named_parameters()], 1, bucket_bytes=1 << 17))
+    assert max_gap(engine, model, encoded, seed=3) > 100 * TOLERANCE, (
+        "the new weights must differ enough to be noticed"
+    )
+    buckets = list(
+        to_buckets([(n, p.detach().clone()) for n, p in model.named_parameters()], 1, bucket_bytes=1 << 17)
+    )
     sent = [part.tobytes() for bucket in buckets for part in bucket.parts]
     engine.load_weights(1, buckets)
-    assert [part.tobytes() for bucket in buckets for part in bucket.parts] == sent, "memory that is shared is not written to"
+    assert [part.tobytes() for bucket in buckets for part in bucket.parts] == sent, (
+        "memory that is shared is not written to"
+    )
     for bucket in buckets:
         for part in bucket.parts:
             part.fill(255)
-    assert max_gap(engine, model, encoded, seed=4) < TOLERANCE, "nor kept: what is written there later changes nothing"
+    assert max_gap(engine, model, encoded, seed=4) < TOLERANCE, (
+        "nor kept: what is written there later changes nothing"
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(before[name])
@@ -76,7 +87,10 @@ def test_logprobs_match_transformers_before_and_after_a_publication(engine, mode
 
 
 def test_sampling_is_seeded_and_greedy_is_the_argmax(engine, encoded):
-    first, second, other = ([a.token_ids.tolist() for (a,) in engine.generate(encoded, [[s]] * len(encoded))] for s in (11, 11, 12))
+    first, second, other = (
+        [a.token_ids.tolist() for (a,) in engine.generate(encoded, [[s]] * len(encoded))]
+        for s in (11, 11, 12)
+    )
     assert first == second
     assert first != other
     two = engine.generate(encoded[:1], [[11, 12]])[0]
@@ -89,7 +103,9 @@ def test_sampling_is_seeded_and_greedy_is_the_argmax(engine, encoded):
 def test_video_pads_are_never_sampled_even_when_the_model_wants_them(engine, model, encoded, encoder):
     original = {n: p.detach().clone() for n, p in model.named_parameters()}
     prompt = encoded[0]
-    with torch.no_grad():  # the head is tied to the embedding: point the pads' rows along the last hidden state
+    with (
+        torch.no_grad()
+    ):  # the head is tied to the embedding: point the pads' rows along the last hidden state
         hidden = model.model(
             input_ids=torch.tensor(prompt.token_ids[None].astype(np.int64)),
             mm_token_type_ids=torch.tensor(prompt.token_types[None].astype(np.int64)),
@@ -117,14 +133,18 @@ def test_blank_video_hides_the_clip_and_nothing_else(prompts, encoder):
     assert parse_span("no answer") is None
 
 
-def test_cuts_and_variable_rates_are_shown_to_vllm_as_to_transformers(engine, config, prompts, encoder, tmp_path):
+def test_cuts_and_variable_rates_are_shown_to_vllm_as_to_transformers(
+    engine, config, prompts, encoder, tmp_path
+):
     """generate raises where vLLM expands a prompt into other ids: its timestamps are those of the encoder."""
     write_video(tmp_path / "even.mp4", noise(48), rate=4)
     write_video(tmp_path / "uneven.mp4", noise(48), times_ms=np.cumsum([0, *[100, 400] * 23, 100]))
     cut = plan_clip("cut", tmp_path / "even.mp4", config.video, 32, cut_s=(3.25, 9.0))
     uneven = plan_clip("uneven", tmp_path / "uneven.mp4", config.video, 32)
     assert cut.start_s == 3.25 and uneven.frame_times_s is not None
-    encoded = [encoder.encode(dataclasses.replace(prompts[0], prompt_id=c.clip_id, clip=c)) for c in (cut, uneven)]
+    encoded = [
+        encoder.encode(dataclasses.replace(prompts[0], prompt_id=c.clip_id, clip=c)) for c in (cut, uneven)
+    ]
     engine.generate(encoded, None)
     for prompt, clip in zip(encoded, (cut, uneven), strict=True):
         text = encoder.tokenizer.decode(prompt.token_ids)

@@ -20,7 +20,13 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     """`python -m ...` as another terminal would."""
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=240, env=env, cwd=ROOT, check=False
+        [sys.executable, "-m", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=env,
+        cwd=ROOT,
+        check=False,
     )
 
 
@@ -31,18 +37,37 @@ def scaled(overrides, tmp_path_factory) -> tuple[Path, str, list[subprocess.Comp
     options = [
         *("num_steps=1000000", f"groups_per_step={GROUPS}", "max_policy_lag=1", "learner.micro_batch=3"),
         *("rollout.prompts_per_call=3", "rollout.prompts_per_result=1", "rollout.max_response_tokens=6"),
-        *("data.eval.max_prompts=4", "request_timeout_s=120", "start_timeout_s=180", f"runs_dir={folder}", "run_name=scaled"),
+        *(
+            "data.eval.max_prompts=4",
+            "request_timeout_s=120",
+            "start_timeout_s=180",
+            f"runs_dir={folder}",
+            "run_name=scaled",
+        ),
     ]
     run = start(folder, *overrides, *options)
     try:
         wait_for(lambda: last_step(folder / "scaled") >= 2, run, "step 2")
         (address,) = re.findall(r"Ray dashboard: .*, address (\S+)", (folder / "output.txt").read_text())
         commands = [
-            *(("teacher_service", "scale", "4"), ("actors", "scale", "2"), ("actors", "status"), ("teacher_service", "status")),
-            *(("teacher_service", "scale", "1"), ("actors", "scale", "1"), ("actors", "scale", "0"), ("actors", "scale", "1000")),
+            *(
+                ("teacher_service", "scale", "4"),
+                ("actors", "scale", "2"),
+                ("actors", "status"),
+                ("teacher_service", "status"),
+            ),
+            *(
+                ("teacher_service", "scale", "1"),
+                ("actors", "scale", "1"),
+                ("actors", "scale", "0"),
+                ("actors", "scale", "1000"),
+            ),
             *(("actors", "status", "--run", "another"), ("actors", "status", "--address", "127.0.0.1:1")),
         ]
-        answers = [command(*arguments, *([] if "--address" in arguments else ["--address", address])) for arguments in commands]
+        answers = [
+            command(*arguments, *([] if "--address" in arguments else ["--address", address]))
+            for arguments in commands
+        ]
         at = last_step(folder / "scaled")
         wait_for(lambda: last_step(folder / "scaled") > at, run, "a step after all commands")
         run.send_signal(signal.SIGTERM)
@@ -66,7 +91,10 @@ def test_the_commands_change_the_running_run_and_say_so(scaled):
     ("number", "expected"),
     [
         (6, "scale 0: a run that samples needs at least 1 rollout actor"),
-        (7, "1000 are asked for, but the nodes of this Ray hold 64 of the resource `rollout` and it has no autoscaler"),
+        (
+            7,
+            "1000 are asked for, but the nodes of this Ray hold 64 of the resource `rollout` and it has no autoscaler",
+        ),
         (8, "run another is not on this Ray; running: scaled"),
         (9, "no Ray answers at 127.0.0.1:1"),
     ],

@@ -51,12 +51,20 @@ def run(overrides, tmp_path_factory) -> Iterator[LocalRun]:
     with (folder / "output.txt").open("w") as output:
         command = [sys.executable, "-u", str(ROOT / "launch.py"), "--address", "local", *overrides, *options]
         env = environment(HOME=str(folder))
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True
+        )
     try:
         wait_for(lambda: last_step(folder / "run") >= 0, process, "step 0")
-        line = next(line for line in (folder / "output.txt").read_text().splitlines() if line.startswith("Ray dashboard: "))
+        line = next(
+            line
+            for line in (folder / "output.txt").read_text().splitlines()
+            if line.startswith("Ray dashboard: ")
+        )
         dashboard, address = line.removeprefix("Ray dashboard: ").split(", address ")
-        process.send_signal(signal.SIGSTOP)  # the processor is the tests'; Ray and the run's other processes go on
+        process.send_signal(
+            signal.SIGSTOP
+        )  # the processor is the tests'; Ray and the run's other processes go on
         yield LocalRun(process, folder, address, dashboard)
     except BaseException:
         print((folder / "output.txt").read_text()[-4000:])
@@ -74,7 +82,13 @@ def wrong(tmp_path_factory) -> dict[str, str]:
 
 def client(env: dict[str, str], *command: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
     )
 
 
@@ -97,16 +111,27 @@ def called(port: int, token: str | None) -> grpc.StatusCode:
 def test_a_run_of_this_machine_listens_on_loopback_or_wants_the_token(run):
     """Ray's processes, the ranks, the engines, whatever they are; but for one of Serve's, which has no HTTP proxy."""
     listening, names = [], []
-    for process in [psutil.Process(run.process.pid), *psutil.Process(run.process.pid).children(recursive=True)]:
+    for process in [
+        psutil.Process(run.process.pid),
+        *psutil.Process(run.process.pid).children(recursive=True),
+    ]:
         try:
-            names.append((process.cmdline() or [process.name()])[0])  # a program's path, or a title that Ray gave
+            names.append(
+                (process.cmdline() or [process.name()])[0]
+            )  # a program's path, or a title that Ray gave
             sockets = process.net_connections("inet")
         except psutil.NoSuchProcess:
             continue
-        listening += [(names[-1], s.laddr.ip, s.laddr.port) for s in sockets if s.status == psutil.CONN_LISTEN]
+        listening += [
+            (names[-1], s.laddr.ip, s.laddr.port) for s in sockets if s.status == psutil.CONN_LISTEN
+        ]
     beyond = [place for place in listening if not is_loopback(place[1])]
     assert all("ServeReplica" in name for name, *_ in beyond), beyond
-    for _, _, port in beyond:  # the calls of other deployments, which Serve binds to every address: it wants the token
+    for (
+        _,
+        _,
+        port,
+    ) in beyond:  # the calls of other deployments, which Serve binds to every address: it wants the token
         assert called(port, None) == called(port, "0" * 64) == grpc.StatusCode.UNAUTHENTICATED
         assert called(port, run.token.read_text()) != grpc.StatusCode.UNAUTHENTICATED
     for part in ("gcs_server", "raylet", "LearnerRank", "RolloutActor"):
@@ -125,13 +150,19 @@ def test_a_client_with_the_token_gets_in(run):
 
 @pytest.mark.parametrize(
     ("kind", "command"),
-    [(kind, ["-m", "actors", "status"]) for kind in ("none", "wrong", "disabled", "no such file", "unknown mode")]
+    [
+        (kind, ["-m", "actors", "status"])
+        for kind in ("none", "wrong", "disabled", "no such file", "unknown mode")
+    ]
     + [(kind, ["launch.py"]) for kind in ("none", "wrong")],
     ids=lambda value: value if isinstance(value, str) else value[0].strip("-"),
 )
 def test_a_client_without_the_token_is_refused_in_one_line(run, wrong, overrides, command, kind, tmp_path):
     env, said = {
-        "none": (environment(HOME=str(tmp_path)), "wants its token, and there is none here: copy the head's ~/.ray/auth_token"),
+        "none": (
+            environment(HOME=str(tmp_path)),
+            "wants its token, and there is none here: copy the head's ~/.ray/auth_token",
+        ),
         "wrong": (wrong, "wants another token than the one here: copy"),
         "disabled": (
             environment(RAY_AUTH_MODE="disabled"),
@@ -141,13 +172,20 @@ def test_a_client_without_the_token_is_refused_in_one_line(run, wrong, overrides
             wrong | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "x")},
             f"the token cannot be read: {'RAY_AUTH_TOKEN_PATH'}",
         ),
-        "unknown mode": (environment(RAY_AUTH_MODE="tokn"), "RAY_AUTH_MODE=tokn: set it to token or disabled, or unset it"),
+        "unknown mode": (
+            environment(RAY_AUTH_MODE="tokn"),
+            "RAY_AUTH_MODE=tokn: set it to token or disabled, or unset it",
+        ),
     }[kind]
-    more = [*overrides, *SMALL, f"runs_dir={tmp_path}", "run_name=refused"] if command == ["launch.py"] else []
+    more = (
+        [*overrides, *SMALL, f"runs_dir={tmp_path}", "run_name=refused"] if command == ["launch.py"] else []
+    )
     began = time.monotonic()
     done = client(env, *command, "--address", run.address, *more)
     assert done.returncode == 2 and time.monotonic() - began < PATIENCE_S
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and said in done.stderr, (
+        done.stderr
+    )
     assert not (tmp_path / "refused").exists()
 
 
@@ -157,28 +195,41 @@ def test_ray_itself_refuses_them(run, wrong, kind, tmp_path):
     env = wrong if kind == "wrong" else environment(RAY_AUTH_MODE="disabled")
     env |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     with (tmp_path / "said").open("w") as output:
-        asking = subprocess.Popen([sys.executable, "-c", INTO_RAY, run.address], env=env, stdout=output, stderr=output)
+        asking = subprocess.Popen(
+            [sys.executable, "-c", INTO_RAY, run.address], env=env, stdout=output, stderr=output
+        )
     try:
         deadline = time.monotonic() + PATIENCE_S
-        while "Unauthenticated" not in (tmp_path / "said").read_text() and asking.poll() is None and time.monotonic() < deadline:
+        while (
+            "Unauthenticated" not in (tmp_path / "said").read_text()
+            and asking.poll() is None
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.2)
     finally:
         asking.kill()
         asking.wait()
     said = (tmp_path / "said").read_text()
-    assert "InvalidAuthToken: Authentication token is missing or incorrect" in said and "in " not in said.splitlines()
+    assert (
+        "InvalidAuthToken: Authentication token is missing or incorrect" in said
+        and "in " not in said.splitlines()
+    )
 
 
 def answer(url: str, token: str | None) -> int:
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=PATIENCE_S) as reply:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers=headers), timeout=PATIENCE_S
+        ) as reply:
             return reply.status
     except urllib.error.HTTPError as error:
         return error.code
 
 
-@pytest.mark.parametrize("path", ["/api/jobs/", "/nodes?view=summary", "/api/cluster_status", "/api/serve/applications/"])
+@pytest.mark.parametrize(
+    "path", ["/api/jobs/", "/nodes?view=summary", "/api/cluster_status", "/api/serve/applications/"]
+)
 def test_the_dashboard_answers_only_who_has_the_token(run, path):
     assert answer(run.dashboard + path, None) == 401
     assert answer(run.dashboard + path, "0" * 64) == 403

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from tests.real.test_launch import GROUPS, ROOT, SHRUNK, metrics_of, run_launch, trajectories_of
-from video_opd.config import load_config
-from video_opd.modeling import load_model
-from video_opd.run_folder import checkpoint_steps
+from video_opd.config_file import load_config
+from video_opd.files.checkpoint import checkpoint_steps
+from video_opd.models.forward import load_model
 
 WAIT_S = 120
 
@@ -31,10 +31,25 @@ def stopped(overrides, tmp_path_factory) -> tuple[Path, str]:
     """A run that got SIGTERM after its second step, and what it said; it asked for a thousand."""
     run = Path(load_config(ROOT / "configs" / "demo.yaml", overrides).runs_dir) / "stopped"
     store = tmp_path_factory.mktemp("store")
-    more = ["num_steps=1000", "run_name=stopped", "loss.kind=opd", "eval_every=1", f"checkpoint_url=file://{store}"]
+    more = [
+        "num_steps=1000",
+        "run_name=stopped",
+        "loss.kind=opd",
+        "eval_every=1",
+        f"checkpoint_url=file://{store}",
+    ]
     command = [sys.executable, str(ROOT / "launch.py"), *overrides, *SHRUNK, *more]
-    with (store / "stderr").open("w") as stderr, subprocess.Popen(command, stderr=stderr, stdout=subprocess.DEVNULL) as process:
-        wait_for(lambda: (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text().splitlines()) > 1, process)
+    with (
+        (store / "stderr").open("w") as stderr,
+        subprocess.Popen(command, stderr=stderr, stdout=subprocess.DEVNULL) as process,
+    ):
+        wait_for(
+            lambda: (
+                (run / "metrics.jsonl").is_file()
+                and len((run / "metrics.jsonl").read_text().splitlines()) > 1
+            ),
+            process,
+        )
         process.send_signal(signal.SIGTERM)
         assert process.wait(WAIT_S) == 143
     return run, (store / "stderr").read_text()
@@ -84,5 +99,7 @@ def test_the_exported_student_is_that_of_the_best_evaluation_and_loads_in_transf
     assert exported["miou"] == miou[exported["step"]]
     kept = resumed / "checkpoints" / f"step-{exported['step']}" / "student"
     assert kept.is_dir(), "of a step whose weights are here"
-    ours, theirs = (dict(load_model(str(f), "float32").named_parameters()) for f in (resumed / "student", kept))
+    ours, theirs = (
+        dict(load_model(str(f), "float32").named_parameters()) for f in (resumed / "student", kept)
+    )
     assert ours.keys() == theirs.keys() and all((ours[n] == theirs[n]).all() for n in ours)

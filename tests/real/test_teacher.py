@@ -6,8 +6,8 @@ import torch
 
 from teacher_service.engine import TransformersEngine, VllmEngine, Wanted
 from tests.real.conftest import reference_logprobs
-from video_opd.modeling import load_head, load_model
-from video_opd.prompting import PromptEncoder
+from video_opd.models.forward import load_head, load_model
+from video_opd.models.prompting import PromptEncoder
 
 K = 5
 TOLERANCE = 1e-4
@@ -85,7 +85,9 @@ def test_a_teacher_that_is_the_student_gives_no_signal(config, prompts, encoder)
         assert all(s.top_k is None and s.hidden is None for s in scores)
 
 
-def test_shipped_hidden_states_and_the_head_read_from_the_folder_give_the_teachers_distribution(config, cases, teacher_encoder):
+def test_shipped_hidden_states_and_the_head_read_from_the_folder_give_the_teachers_distribution(
+    config, cases, teacher_encoder
+):
     engine = TransformersEngine(config.teacher, config.teacher_pool, Wanted(hidden=True), 0, teacher_encoder)
     head, model = load_head(config.teacher, "float32"), load_model(config.teacher, "float32").eval()
     for prompt, response, scores in zip(*cases, engine.score(*cases), strict=True):

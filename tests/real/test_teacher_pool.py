@@ -22,7 +22,6 @@ import pytest
 import ray
 from ray.exceptions import ObjectLostError
 
-import launch
 from benchmarks import emulated_teacher
 from benchmarks.emulated_teacher import EmulatedReplica, make_groups
 from teacher_service.engine import TransformersEngine, Wanted
@@ -30,7 +29,9 @@ from teacher_service.pool import TeacherPool
 from teacher_service.scaling import Bounds, PoolStatus, delete_orphans, read_pool, read_pools
 from teacher_service.teachers import Teachers
 from tests.real.conftest import DEMO, scored_groups
-from video_opd.config import TeacherModel, load_config
+from video_opd import ROOT
+from video_opd.config import TeacherModel
+from video_opd.config_file import load_config
 
 RUN, CALL_S, CALLERS = "pool-test", 0.1, 6
 EMULATED = [
@@ -62,10 +63,12 @@ def command(local_ray) -> Callable[..., Awaitable[tuple[int, str, str]]]:
     address = ray.get_runtime_context().gcs_address
 
     async def run(*arguments: str, address: str = address) -> tuple[int, str, str]:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}  # as another terminal has
+        environment = {
+            k: v for k, v in os.environ.items() if not k.startswith("RAY_")
+        }  # as another terminal has
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "teacher_service", *arguments, "--address", address),
-            cwd=launch.HERE,
+            cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -88,7 +91,9 @@ class Load:
     async def _caller(self) -> None:
         while not self.stopped:
             call, self.next_call = self.next_call, self.next_call + 1
-            groups = make_groups(call, num_groups=2, rollouts=2, prompt_tokens=20_000, response_tokens=4)  # too large to be inlined
+            groups = make_groups(
+                call, num_groups=2, rollouts=2, prompt_tokens=20_000, response_tokens=4
+            )  # too large to be inlined
             results = await self.pool.score(ray.put(groups))
             self.answered[call] += 1
             for group, scores in zip(groups, results, strict=True):
@@ -111,7 +116,9 @@ class Load:
         assert self.next_call > CALLERS
 
 
-async def until(pool: TeacherPool, condition: Callable[[PoolStatus], bool], timeout_s: float = 60) -> PoolStatus:
+async def until(
+    pool: TeacherPool, condition: Callable[[PoolStatus], bool], timeout_s: float = 60
+) -> PoolStatus:
     """Serve's word that the condition holds."""
     async with asyncio.timeout(timeout_s):
         while not condition(status := await asyncio.to_thread(read_pool, pool.app)):
@@ -135,7 +142,11 @@ def test_scaling_from_another_terminal_disturbs_no_call_and_restarts_no_replica(
         assert len(set(grown.pids)) == 4 and pid in grown.pids
         await asyncio.sleep(2 * CALL_S)
         metrics = await pool.lap()
-        assert (metrics["teacher/replicas"], metrics["teacher/replicas_wanted"], metrics["teacher/retries"]) == (4, 4, 0)
+        assert (
+            metrics["teacher/replicas"],
+            metrics["teacher/replicas_wanted"],
+            metrics["teacher/retries"],
+        ) == (4, 4, 0)
         assert 0 < metrics["teacher/utilisation"] < 1.5 and metrics["teacher/queue_s"] > 0
         code, out, error = await command("scale", "1")
         assert (code, error) == (0, ""), error

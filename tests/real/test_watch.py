@@ -120,10 +120,25 @@ def watched(overrides, ray_tmp, tmp_path_factory) -> Watched:
     names = {"annotations": "annotations.txt", "lengths": "lengths.csv", "videos": "videos"}
     data = [f"data.train.{key}={folder / 'train' / name}" for key, name in names.items()]
     options = [
-        *("num_steps=1000000", "groups_per_step=6", "max_policy_lag=1", "learner.micro_batch=3", "eval_every=3"),
+        *(
+            "num_steps=1000000",
+            "groups_per_step=6",
+            "max_policy_lag=1",
+            "learner.micro_batch=3",
+            "eval_every=3",
+        ),
         *("rollout.prompts_per_call=3", "rollout.prompts_per_result=1", "rollout.max_response_tokens=6"),
-        *("data.eval.max_prompts=4", "request_timeout_s=120", "start_timeout_s=180", f"runs_dir={folder}", "run_name=watched"),
-        *(f"video.cache_dir={folder / 'frames'}", "video.cache_bytes=500000"),  # too little for all: clips are decoded again
+        *(
+            "data.eval.max_prompts=4",
+            "request_timeout_s=120",
+            "start_timeout_s=180",
+            f"runs_dir={folder}",
+            "run_name=watched",
+        ),
+        *(
+            f"video.cache_dir={folder / 'frames'}",
+            "video.cache_bytes=500000",
+        ),  # too little for all: clips are decoded again
     ]
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_TMPDIR", str(ray_tmp))
@@ -131,7 +146,11 @@ def watched(overrides, ray_tmp, tmp_path_factory) -> Watched:
         run = start(folder, *overrides, *data, *options)
     prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), ray_tmp / "ray")
     try:
-        wait_for(lambda: "Ray dashboard" in (folder / "output.txt").read_text(), run, "Ray, after the start-up checks")
+        wait_for(
+            lambda: "Ray dashboard" in (folder / "output.txt").read_text(),
+            run,
+            "Ray, after the start-up checks",
+        )
         broken = folder / "train" / "videos" / "train00003.mp4"
         broken.write_bytes(broken.read_bytes()[:1000])
         wait_for(lambda: last_step(folder / "watched") >= 6, run, "step 6")
@@ -164,7 +183,11 @@ def watched(overrides, ray_tmp, tmp_path_factory) -> Watched:
 
 
 def _history(prometheus: Prometheus, name: str) -> list[float]:
-    return [float(v) for r in prometheus.query(f'ray_video_opd_{name}{{run="watched"}}[10m]') for _, v in r["values"]]
+    return [
+        float(v)
+        for r in prometheus.query(f'ray_video_opd_{name}{{run="watched"}}[10m]')
+        for _, v in r["values"]
+    ]
 
 
 def _seconds_without_a_step(prometheus: Prometheus, run: subprocess.Popen) -> float:
@@ -173,14 +196,19 @@ def _seconds_without_a_step(prometheus: Prometheus, run: subprocess.Popen) -> fl
     seconds = 'max(ray_video_opd_seconds_since_step{run="watched"})'
     learner.suspend()
     try:
-        wait_until(lambda: max(prometheus.values(seconds), default=0.0) > ROUND_TRIP_S, run, "seconds without a step")
+        wait_until(
+            lambda: max(prometheus.values(seconds), default=0.0) > ROUND_TRIP_S, run, "seconds without a step"
+        )
         return max(prometheus.values(seconds), default=0.0)
     finally:
         learner.resume()
 
 
 def listed(values: dict[str, list[float]]) -> str:
-    return "\n".join(f"{', '.join(f'{v:g}' for v in of) or 'NO DATA':<40} {expression}" for expression, of in values.items())
+    return "\n".join(
+        f"{', '.join(f'{v:g}' for v in of) or 'NO DATA':<40} {expression}"
+        for expression, of in values.items()
+    )
 
 
 def test_every_expression_of_the_board_has_data(watched, capsys):
@@ -236,5 +264,9 @@ def test_every_process_says_what_happened_as_json_with_run_step_and_role(watched
                 event = json.loads(line)
                 roles.setdefault(event["role"], []).append(event)
     assert set(roles) == {"actor-0", "learner-0", "curriculum", "teacher-teacher"}
-    assert all(e["run"] == "watched" and e["time"] and e["level"] and e["message"] for of in roles.values() for e in of)
+    assert all(
+        e["run"] == "watched" and e["time"] and e["level"] and e["message"]
+        for of in roles.values()
+        for e in of
+    )
     assert max(e["step"] or 0 for e in roles["actor-0"]) >= 6

@@ -28,7 +28,9 @@ class Fault(NamedTuple):
     reason: str  # one line: what, and what to do
 
 
-def fit(annotation: Annotation, clip_s: float, frame_s: float, clamp_s: float) -> tuple[tuple[Span, ...] | None, list[Fault]]:
+def fit(
+    annotation: Annotation, clip_s: float, frame_s: float, clamp_s: float
+) -> tuple[tuple[Span, ...] | None, list[Fault]]:
     """The spans, cut at the clip's end where they pass it by at most `clamp_s`, and what is wrong with them or the query.
 
     The clip ends where the annotations say, or after its file's `clip_s` seconds if that is more than a frame earlier; for
@@ -36,7 +38,9 @@ def fit(annotation: Annotation, clip_s: float, frame_s: float, clamp_s: float) -
     """
     length = clip_s if annotation.duration_s is None else min(annotation.duration_s, clip_s + frame_s)
     allowed = clamp_s + frame_s if annotation.duration_s is None else clamp_s
-    faults = [] if annotation.query else [Fault("empty_query", "the query is empty: write one or remove the line")]
+    faults = (
+        [] if annotation.query else [Fault("empty_query", "the query is empty: write one or remove the line")]
+    )
     if annotation.spans_s is None:
         return None, faults
     if not annotation.spans_s:
@@ -60,9 +64,15 @@ def _span_fault(start: float, end: float, length: float) -> Fault | None:
     if kind:
         return Fault(kind, f"{start} to {end} is not an interval in seconds: correct it or remove the line")
     if start >= length:
-        return Fault("beyond_duration", f"the annotation starts at {start} s, its clip ends at {length} s: correct it or remove it")
+        return Fault(
+            "beyond_duration",
+            f"the annotation starts at {start} s, its clip ends at {length} s: correct it or remove it",
+        )
     if end > length:
         allowance = math.ceil(round((end - length) * 10, 6)) / 10
         over = f"allow data.*.clamp_s={allowance} or more"
-        return Fault("beyond_duration", f"the annotation ends at {end} s, its clip at {length} s: correct it, or {over}")
+        return Fault(
+            "beyond_duration",
+            f"the annotation ends at {end} s, its clip at {length} s: correct it, or {over}",
+        )
     return None

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from video_opd.clips import plan_clip
-from video_opd.config import DatasetConfig, VideoConfig
+from video_opd.config_data import DatasetConfig, VideoConfig
 from video_opd.datasets.annotation import Annotation, Fault, fit
 from video_opd.datasets.formats import read_annotations, resolve
 from video_opd.datasets.videos import find_video, video_id
 from video_opd.errors import ClipError, DataError
+from video_opd.video.clips import plan_clip
 
 TOLERANCE_S = 1.0  # annotated durations are often whole seconds
 FPS_TOLERANCE = 0.01  # as a share: 29.97 is written as 30
@@ -60,13 +60,17 @@ def _open(path: Path) -> VideoFile | Fault:
     if not path.exists():
         return Fault("missing_video", f"video {path} is missing: put it there, or leave its annotations out")
     try:
-        clip = plan_clip(path.stem, path, VideoConfig(), 32)  # frame rate and number of frames depend on neither
+        clip = plan_clip(
+            path.stem, path, VideoConfig(), 32
+        )  # frame rate and number of frames depend on neither
     except ClipError as error:
         return Fault("unreadable_video", str(error))
     return VideoFile(duration_s=clip.num_video_frames / clip.video_fps, fps=clip.video_fps)
 
 
-def _compare(annotation: Annotation, file: VideoFile | Fault, clamp_s: float, tolerance_s: float) -> tuple[Annotation, list[Fault]]:
+def _compare(
+    annotation: Annotation, file: VideoFile | Fault, clamp_s: float, tolerance_s: float
+) -> tuple[Annotation, list[Fault]]:
     """The annotation within the file's bounds, and all faults but duplicates."""
     if isinstance(file, Fault):
         spans, faults = fit(annotation, math.inf, 0.0, clamp_s)
@@ -76,7 +80,9 @@ def _compare(annotation: Annotation, file: VideoFile | Fault, clamp_s: float, to
         start, end = annotation.cut_s
         if not 0 <= start < end <= file.duration_s + tolerance_s:
             advice = "correct it, or use cuts=ignore if the file is that part already"
-            return annotation, [Fault("bad_cut", f"no part {start} to {end} s in {file.duration_s:.2f} s: {advice}")]
+            return annotation, [
+                Fault("bad_cut", f"no part {start} to {end} s in {file.duration_s:.2f} s: {advice}")
+            ]
         annotation = replace(annotation, cut_s=(start, min(end, file.duration_s)))
         clip_s = min(end, file.duration_s) - start
     if annotation.duration_s is not None and abs(annotation.duration_s - clip_s) > tolerance_s:
@@ -89,6 +95,8 @@ def _duration_fault(annotation: Annotation, stated: float, clip_s: float, file: 
     """Frames counted at another rate than the file's make all times wrong; otherwise the file is another one."""
     if annotation.fps is not None and abs(annotation.fps / file.fps - 1.0) > FPS_TOLERANCE:
         rates = f"frames are counted at {annotation.fps:g} a second, video {video_id(annotation.video)} has {file.fps:g}"
-        return Fault("wrong_fps", f"{rates}, and {stated:.2f} s are not its {clip_s:.2f} s: correct fps and num_frames")
+        return Fault(
+            "wrong_fps", f"{rates}, and {stated:.2f} s are not its {clip_s:.2f} s: correct fps and num_frames"
+        )
     lengths = f"the annotations say {stated:.2f} s, the file of video {video_id(annotation.video)} has {clip_s:.2f} s"
     return Fault("duration_differs", f"{lengths}: find the right file, or allow a tolerance")

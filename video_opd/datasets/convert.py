@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from video_opd.config import DatasetConfig
+from video_opd.config_data import DatasetConfig
 from video_opd.datasets.check import Checked, check
 from video_opd.datasets.formats import resolve
 from video_opd.datasets.manifest import manifest_row, write_manifest
@@ -36,18 +36,25 @@ def convert(dataset: DatasetConfig, output: Path, tolerance_s: float) -> Convers
     checked = list(check(dataset, tolerance_s))
     rows = [manifest_row(c.annotation, _source(c, dataset)) for c in checked if not c.faults]
     if not rows:
-        named = checked and f": {len(checked)} are left out, first {checked[0].annotation.where}: {checked[0].faults[0].reason}"
+        named = (
+            checked
+            and f": {len(checked)} are left out, first {checked[0].annotation.where}: {checked[0].faults[0].reason}"
+        )
         raise DataError(f"{dataset.annotations} has no annotations to convert{named or ''}")
     list_path = output.with_name(f"{output.stem}.left_out.csv")
     left_out = [c for c in checked if c.faults]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _write_list([(_source(c, dataset), c.annotation.prompt_id, *f) for c in left_out for f in c.faults], list_path)
+        _write_list(
+            [(_source(c, dataset), c.annotation.prompt_id, *f) for c in left_out for f in c.faults], list_path
+        )
         made_by = dataset.model_dump(include=set(MADE_BY), exclude_none=True)
         write_manifest(rows, output, {key: str(value) for key, value in made_by.items()})
     except OSError as error:
         raise DataError(f"{output} cannot be written ({error.strerror}): name another output") from error
-    return Conversion(num_prompts=len(rows), left_out=Counter(c.faults[0].kind for c in left_out), list_path=list_path)
+    return Conversion(
+        num_prompts=len(rows), left_out=Counter(c.faults[0].kind for c in left_out), list_path=list_path
+    )
 
 
 def _source(checked: Checked, dataset: DatasetConfig) -> str:

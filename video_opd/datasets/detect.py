@@ -2,7 +2,7 @@
 
 from typing import Any, get_args
 
-from video_opd.config import AnnotationFormat
+from video_opd.config_data import AnnotationFormat
 from video_opd.datasets.source import Source
 from video_opd.errors import DataError
 
@@ -38,7 +38,9 @@ def detect(source: Source) -> str:
         if not source.text.strip():
             raise DataError(f"{source.path} has no annotations")
         known = ", ".join(get_args(AnnotationFormat)[1:])
-        raise DataError(f"{source.path}: none of the known formats ({known}): see docs/data.md, or name its format")
+        raise DataError(
+            f"{source.path}: none of the known formats ({known}): see docs/data.md, or name its format"
+        )
     return name
 
 

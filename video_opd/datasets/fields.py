@@ -18,7 +18,9 @@ CLEANINGS = {
 def get(record: dict[str, Any], key: str, where: str) -> Any:
     """A value that must be there."""
     if key not in record:
-        raise DataError(f"{where}: lacks {key!r}, has {', '.join(map(repr, record)) or 'nothing'}: add it, or use format auto")
+        raise DataError(
+            f"{where}: lacks {key!r}, has {', '.join(map(repr, record)) or 'nothing'}: add it, or use format auto"
+        )
     return record[key]
 
 
@@ -29,7 +31,9 @@ def text(value: Any, key: str, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: {key} holds half of a surrogate pair at character {error.start}: correct it") from error
+        raise DataError(
+            f"{where}: {key} holds half of a surrogate pair at character {error.start}: correct it"
+        ) from error
     return value
 
 
@@ -73,12 +77,18 @@ def pairs(value: Any, key: str, where: str) -> tuple[Span, ...]:
 def same_number(queries: Any, spans: Any, keys: tuple[str, str], where: str) -> list[tuple[Any, Any]]:
     """(query, span) of two lists, which must be equally long."""
     if not isinstance(queries, list) or not isinstance(spans, list) or len(queries) != len(spans):
-        sizes = " and ".join(str(len(v)) if isinstance(v, list) else repr(str(v)[:40]) for v in (queries, spans))
-        raise DataError(f"{where}: {keys[0]} and {keys[1]} must be lists of one length, found {sizes}: correct them")
+        sizes = " and ".join(
+            str(len(v)) if isinstance(v, list) else repr(str(v)[:40]) for v in (queries, spans)
+        )
+        raise DataError(
+            f"{where}: {keys[0]} and {keys[1]} must be lists of one length, found {sizes}: correct them"
+        )
     return list(zip(queries, spans, strict=True))
 
 
 def rounded(span: Span, unit_s: float) -> Span:
     """To multiples of `unit_s`, halves to the even one; 0: as it is. What is not finite stays so."""
-    start, end = (round(round(t / unit_s) * unit_s, 9) if unit_s and abs(t) < float("inf") else t for t in span)
+    start, end = (
+        round(round(t / unit_s) * unit_s, 9) if unit_s and abs(t) < float("inf") else t for t in span
+    )
     return start, end

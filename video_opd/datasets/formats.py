@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from video_opd.config import DatasetConfig
+from video_opd.config_data import DatasetConfig
 from video_opd.datasets import fields
 from video_opd.datasets.annotation import Annotation
 from video_opd.datasets.detect import detect
@@ -23,7 +23,9 @@ CHUNK_S = 5.0  # of DiDeMo
 _LINE = re.compile(r"(?P<video>\S+)\s+(?P<start>\S+)\s+(?P<end>\S+?)##(?P<sentence>.+)")
 
 
-def _annotation(where: str, number: int | str, video: Any, query: Any, spans: tuple[Span, ...] | None, **more: Any) -> Annotation:
+def _annotation(
+    where: str, number: int | str, video: Any, query: Any, spans: tuple[Span, ...] | None, **more: Any
+) -> Annotation:
     name = fields.text(video, "the video", where)
     return Annotation(
         where=where,
@@ -37,7 +39,9 @@ def _annotation(where: str, number: int | str, video: Any, query: Any, spans: tu
 
 def _charades_sta(dataset: DatasetConfig) -> Iterator[Annotation]:
     if dataset.lengths is None:
-        raise DataError(f"{dataset.annotations}: charades_sta needs the csv of the videos' lengths: name it in lengths")
+        raise DataError(
+            f"{dataset.annotations}: charades_sta needs the csv of the videos' lengths: name it in lengths"
+        )
     lengths = _read_lengths(read_source(dataset.lengths))
     for number, line in read_source(dataset.annotations).lines():
         where = f"{dataset.annotations}:{number}"
@@ -52,11 +56,19 @@ def _read_lengths(source: Source) -> dict[str, float]:
         rows = csv.DictReader(io.StringIO(source.text, newline=""))
         lengths = {row["id"]: float(row["length"]) for row in rows}
     except (KeyError, ValueError, TypeError, csv.Error) as error:
-        raise DataError(f"{source.path}: needs the columns id and length, length a number of seconds ({error!r})") from error
-    bad = [f"{video}: {length}" for video, length in lengths.items() if not (math.isfinite(length) and length > 0)]
+        raise DataError(
+            f"{source.path}: needs the columns id and length, length a number of seconds ({error!r})"
+        ) from error
+    bad = [
+        f"{video}: {length}"
+        for video, length in lengths.items()
+        if not (math.isfinite(length) and length > 0)
+    ]
     if bad:
         named = ", ".join(bad[:3])
-        raise DataError(f"{source.path}: {len(bad)} lengths are not positive numbers of seconds ({named}): correct them")
+        raise DataError(
+            f"{source.path}: {len(bad)} lengths are not positive numbers of seconds ({named}): correct them"
+        )
     return lengths
 
 
@@ -70,7 +82,9 @@ def _parse_line(line: str, where: str) -> tuple[str, float, float, str]:
         raise DataError(f"{where}: expected 'VIDEO_ID start end##sentence', found {line[:80]!r}") from None
 
 
-def _by_video(spans_key: str, queries_key: str, in_frames: bool = False) -> Callable[[DatasetConfig], Iterator[Annotation]]:
+def _by_video(
+    spans_key: str, queries_key: str, in_frames: bool = False
+) -> Callable[[DatasetConfig], Iterator[Annotation]]:
     """{video: {duration, spans, queries}}, one span a query, under the keys given. `in_frames`: {fps, num_frames, ...} instead."""
 
     def read(dataset: DatasetConfig) -> Iterator[Annotation]:
@@ -104,11 +118,15 @@ def _timelens_100k(dataset: DatasetConfig) -> Iterator[Annotation]:
         video, events = fields.get(record, "video_path", where), fields.get(record, "events", where)
         duration = fields.duration(record, where)
         if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
-            raise DataError(f"{where}: events must be a list of objects with query and span, found {str(events)[:60]!r}")
+            raise DataError(
+                f"{where}: events must be a list of objects with query and span, found {str(events)[:60]!r}"
+            )
         for place, event in enumerate(events, 1):
             at = f"{where}, event {place}"
             spans = fields.pairs(fields.get(event, "span", at), "span", at)
-            yield _annotation(at, f"{number}.{place}", video, fields.get(event, "query", at), spans, duration_s=duration)
+            yield _annotation(
+                at, f"{number}.{place}", video, fields.get(event, "query", at), spans, duration_s=duration
+            )
 
 
 def _videomind(dataset: DatasetConfig) -> Iterator[Annotation]:
@@ -124,7 +142,9 @@ def _time_r1(dataset: DatasetConfig) -> Iterator[Annotation]:
         video, query = fields.get(record, "video", where), fields.get(record, "sentence", where)
         spans = (fields.pair(fields.get(record, "timestamp", where), "timestamp", where),)
         cut = _cut(record, "video_start", "video_end", video, dataset, where)
-        yield _annotation(where, number, video, query, spans, duration_s=fields.duration(record, where), cut_s=cut)
+        yield _annotation(
+            where, number, video, query, spans, duration_s=fields.duration(record, where), cut_s=cut
+        )
 
 
 def _tvgbench(dataset: DatasetConfig) -> Iterator[Annotation]:
@@ -135,12 +155,18 @@ def _tvgbench(dataset: DatasetConfig) -> Iterator[Annotation]:
         try:
             spans = ((float(start), float(end)),)
         except ValueError:
-            raise DataError(f"{where}: answer must be like '13.4-28.1', in seconds, found {answer[:60]!r}") from None
+            raise DataError(
+                f"{where}: answer must be like '13.4-28.1', in seconds, found {answer[:60]!r}"
+            ) from None
         cut = _cut(record, "start", "end", video, dataset, where)
-        yield _annotation(where, number, video, query, spans, duration_s=fields.duration(record, where), cut_s=cut)
+        yield _annotation(
+            where, number, video, query, spans, duration_s=fields.duration(record, where), cut_s=cut
+        )
 
 
-def _cut(record: dict[str, Any], start: str, end: str, video: Any, dataset: DatasetConfig, where: str) -> Span | None:
+def _cut(
+    record: dict[str, Any], start: str, end: str, video: Any, dataset: DatasetConfig, where: str
+) -> Span | None:
     """The part of the file that is the clip. A file whose name holds the cut's times is that part already."""
     bounds = record.get(start), record.get(end)
     if dataset.cuts == "ignore" or bounds == (None, None) or holds_cut(str(video)):
@@ -153,7 +179,9 @@ def _didemo(dataset: DatasetConfig) -> Iterator[Annotation]:
         times = fields.get(record, "times", where)
         chunks = fields.pairs(times, "times", where)
         if not chunks or not all(float(chunk).is_integer() for of_one in chunks for chunk in of_one):
-            raise DataError(f"{where}: times must be pairs of chunk numbers, one pair an annotator, found {str(times)[:60]!r}")
+            raise DataError(
+                f"{where}: times must be pairs of chunk numbers, one pair an annotator, found {str(times)[:60]!r}"
+            )
         spans = tuple((a * CHUNK_S, (b + 1) * CHUNK_S) for a, b in _agreed(chunks, dataset.annotators))
         video, query = fields.get(record, "video", where), fields.get(record, "description", where)
         yield _annotation(where, number, video, query, spans)
@@ -162,7 +190,9 @@ def _didemo(dataset: DatasetConfig) -> Iterator[Annotation]:
 def _agreed(chunks: tuple[Span, ...], annotators: str | None) -> tuple[Span, ...]:
     """What several annotators' (first, last) chunks count as. `majority`: the most frequent pair, the earliest of equals."""
     if annotators == "mean":
-        return ((sum(first for first, _ in chunks) / len(chunks), sum(last for _, last in chunks) / len(chunks)),)
+        return (
+            (sum(first for first, _ in chunks) / len(chunks), sum(last for _, last in chunks) / len(chunks)),
+        )
     if annotators == "all":
         return tuple(dict.fromkeys(chunks))
     return (chunks[0] if annotators == "first" else Counter(chunks).most_common(1)[0][0],)
@@ -211,12 +241,20 @@ def resolve(dataset: DatasetConfig) -> DatasetConfig:
     if name == "auto":
         name = "manifest" if is_manifest(dataset.annotations) else detect(read_source(dataset.annotations))
     form = FORMATS[name]
-    asked = [option for option in ("lengths", *DEFAULTS, "cleaning", "round_s") if getattr(dataset, option) is not None]
+    asked = [
+        option
+        for option in ("lengths", *DEFAULTS, "cleaning", "round_s")
+        if getattr(dataset, option) is not None
+    ]
     if unused := [option for option in asked if option not in form.options]:
-        raise ConfigError(f"{dataset.annotations}: {', '.join(unused)} would do nothing for format {name}: leave it out")
+        raise ConfigError(
+            f"{dataset.annotations}: {', '.join(unused)} would do nothing for format {name}: leave it out"
+        )
     defaults = {"cleaning": form.cleaning, "round_s": form.round_s, **DEFAULTS}
     chosen = {key: value for key, value in defaults.items() if key in form.options and key not in asked}
-    return dataset.model_copy(update={"format": name, "clamp_s": max(dataset.clamp_s, form.clamp_s), **chosen})
+    return dataset.model_copy(
+        update={"format": name, "clamp_s": max(dataset.clamp_s, form.clamp_s), **chosen}
+    )
 
 
 def read_annotations(dataset: DatasetConfig) -> Iterator[Annotation]:

@@ -43,7 +43,9 @@ def manifest_row(annotation: Annotation, source: str) -> dict:
 def write_manifest(rows: Sequence[dict], path: Path, about: Mapping[str, str]) -> None:
     """`about`: how the rows were made, kept as the file's metadata. Appears whole or not at all."""
     table = pa.Table.from_pylist(list(rows), schema=MANIFEST)
-    write_parquet(table.replace_schema_metadata({f"video_opd.{key}": value for key, value in about.items()}), path)
+    write_parquet(
+        table.replace_schema_metadata({f"video_opd.{key}": value for key, value in about.items()}), path
+    )
 
 
 def read_manifest(path: str) -> Iterator[Annotation]:
@@ -51,16 +53,24 @@ def read_manifest(path: str) -> Iterator[Annotation]:
     try:
         table = pq.read_table(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or str(error).splitlines()[0]}): check the path") from error
+        raise DataError(
+            f"{path} cannot be read ({error.strerror or str(error).splitlines()[0]}): check the path"
+        ) from error
     except pa.ArrowException as error:
-        raise DataError(f"{path} is not a manifest ({str(error).splitlines()[0]}): write one with `convert`") from error
+        raise DataError(
+            f"{path} is not a manifest ({str(error).splitlines()[0]}): write one with `convert`"
+        ) from error
     missing = [name for name in MANIFEST.names if name not in table.column_names]
     if missing:
-        raise DataError(f"{path}: lacks the columns {', '.join(missing)}: write it with `convert`, or name its format")
+        raise DataError(
+            f"{path}: lacks the columns {', '.join(missing)}: write it with `convert`, or name its format"
+        )
     try:
         table = table.select(MANIFEST.names).cast(MANIFEST)
     except (pa.ArrowException, ValueError) as error:
-        raise DataError(f"{path}: a column is of another type ({str(error).splitlines()[0]}): write it with `convert`") from error
+        raise DataError(
+            f"{path}: a column is of another type ({str(error).splitlines()[0]}): write it with `convert`"
+        ) from error
     empty = [name for name in _FILLED if table[name].null_count]
     if empty:
         raise DataError(f"{path}: empty values in {', '.join(empty)}: write it with `convert`")
@@ -76,9 +86,13 @@ def read_manifest(path: str) -> Iterator[Annotation]:
 def _annotation(row: dict, where: str) -> Annotation:
     bounds = row["clip_start_s"], row["clip_end_s"]
     if None in bounds and bounds != (None, None):
-        raise DataError(f"{where}: clip_start_s and clip_end_s are {bounds[0]} and {bounds[1]}: give both or none")
+        raise DataError(
+            f"{where}: clip_start_s and clip_end_s are {bounds[0]} and {bounds[1]}: give both or none"
+        )
     spans = row["spans_s"]
-    if spans is not None and not all(span is not None and len(span) == 2 and None not in span for span in spans):
+    if spans is not None and not all(
+        span is not None and len(span) == 2 and None not in span for span in spans
+    ):
         raise DataError(f"{where}: spans_s must be pairs [start, end], found {spans}: correct them")
     return Annotation(
         where=where,

@@ -4,13 +4,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from video_opd.clips import plan_clip
-from video_opd.config import DatasetConfig, VideoConfig
+from video_opd.config_data import DatasetConfig, VideoConfig
 from video_opd.datasets.annotation import fit
 from video_opd.datasets.formats import read_annotations, resolve
 from video_opd.datasets.videos import find_video, video_id
 from video_opd.errors import ClipError, DataError
 from video_opd.types import Clip, Prompt, Span
+from video_opd.video.clips import plan_clip
 
 NAMED_IN_ERRORS = 3
 
@@ -20,7 +20,9 @@ class Split:
     """An annotated split as a run sees it."""
 
     prompts: list[Prompt]
-    unreadable: dict[str, str]  # prompt id: why its clip cannot be read; none where data.*.unreadable is `error`
+    unreadable: dict[
+        str, str
+    ]  # prompt id: why its clip cannot be read; none where data.*.unreadable is `error`
 
 
 def read_prompts(dataset: DatasetConfig, video: VideoConfig, multiple: int) -> list[Prompt]:
@@ -55,7 +57,9 @@ def read_split(dataset: DatasetConfig, video: VideoConfig, multiple: int) -> Spl
             continue
         spans, faults = fit(annotation, clip.duration_s, 1.0 / clip.video_fps, dataset.clamp_s)
         bad += [f"{annotation.where}: {fault.reason}" for fault in faults]
-        prompts.append(Prompt(prompt_id=annotation.prompt_id, clip=clip, query=annotation.query, answer_spans_s=spans))
+        prompts.append(
+            Prompt(prompt_id=annotation.prompt_id, clip=clip, query=annotation.query, answer_spans_s=spans)
+        )
         if len(prompts) == dataset.max_prompts:
             break
     if not prompts:
@@ -69,7 +73,9 @@ def read_split(dataset: DatasetConfig, video: VideoConfig, multiple: int) -> Spl
 
 def _check_cut(cut_s: Span | None, where: str) -> None:
     if cut_s is not None and not 0 <= cut_s[0] < cut_s[1] < math.inf:
-        raise DataError(f"{where}: the cut {cut_s[0]} to {cut_s[1]} is no part of a video in seconds: correct it")
+        raise DataError(
+            f"{where}: the cut {cut_s[0]} to {cut_s[1]} is no part of a video in seconds: correct it"
+        )
 
 
 def _plan(name: str, path: str, cut_s: Span | None, video: VideoConfig, multiple: int) -> Clip:

@@ -33,18 +33,26 @@ class Source:
         """(video, its object) of a JSON object with an object for each video. Raises DataError."""
         tree = self.json()
         if not isinstance(tree, dict) or not all(isinstance(value, dict) for value in tree.values()):
-            raise DataError(f"{self.path}: expected one JSON object with an object for each video: use format auto")
+            raise DataError(
+                f"{self.path}: expected one JSON object with an object for each video: use format auto"
+            )
         yield from tree.items()
 
     def records(self) -> Iterator[Record]:
         """The objects of a JSON list, or of lines with one JSON object each. Raises DataError when it gets to what is neither."""
         if self.text.lstrip().startswith("["):
-            items = [(f"{self.path}: item {number}", number, item) for number, item in enumerate(self.json(), 1)]
+            items = [
+                (f"{self.path}: item {number}", number, item) for number, item in enumerate(self.json(), 1)
+            ]
         else:
-            items = ((f"{self.path}:{n}", n, _parse(line, self.path, line_number=n)) for n, line in self.lines())
+            items = (
+                (f"{self.path}:{n}", n, _parse(line, self.path, line_number=n)) for n, line in self.lines()
+            )
         for where, number, item in items:
             if not isinstance(item, dict):
-                raise DataError(f"{where}: expected a JSON object with an annotation, found {str(item)[:60]!r}")
+                raise DataError(
+                    f"{where}: expected a JSON object with an annotation, found {str(item)[:60]!r}"
+                )
             yield where, number, item
 
 
@@ -55,7 +63,9 @@ def read_source(path: str | Path) -> Source:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): check the path") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from error
+        raise DataError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
+        ) from error
     return Source(str(path), text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
@@ -64,9 +74,13 @@ def _parse(text: str, path: str, line_number: int = 1) -> Any:
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         place = f"{path}:{line_number + error.lineno - 1}"
-        raise DataError(f"{place}: not JSON ({error.msg} at column {error.colno}): correct the file, or name its format") from error
+        raise DataError(
+            f"{place}: not JSON ({error.msg} at column {error.colno}): correct the file, or name its format"
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}:{line_number}: cannot be read as JSON ({error}): correct the file") from error
+        raise DataError(
+            f"{path}:{line_number}: cannot be read as JSON ({error}): correct the file"
+        ) from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

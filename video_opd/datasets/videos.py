@@ -39,7 +39,9 @@ def find_video(folder: str, name: str, where: str) -> Path:
     root = os.path.abspath(folder)
     path = os.path.normpath(os.path.join(root, name))
     if "\0" in name or is_of_windows(name) or not path.startswith(root.rstrip(os.sep) + os.sep):
-        raise DataError(f"{where}: the video {name!r} is not inside {folder}: write a path below it, or name another folder")
+        raise DataError(
+            f"{where}: the video {name!r} is not inside {folder}: write a path below it, or name another folder"
+        )
     candidates = list(_candidates(os.path.relpath(path, root)))
     return Path(folder) / next((c for c in candidates if _exists(Path(root) / c)), candidates[0])
 

@@ -1,0 +1,159 @@
+"""The driver's side of the scheduler actor."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from curriculum.coupling import suspend
+from curriculum.scheduler import CHANGES_A_STATE, SchedulerActor, observation
+from video_opd.cluster.deadline import within
+from video_opd.cluster.faults import LOST, cause_of, retried
+from video_opd.config import Config
+from video_opd.errors import FAILURE_KINDS, failure_kind
+from video_opd.grounding import prompt_iou
+from video_opd.logs import log
+from video_opd.types import FailedPrompt, Prompt, ScoredGroup, TrajectoryGroup
+
+
+class Curriculum:
+    """The driver's side of the scheduler actor, `NAME/curriculum`: the same methods, each with a deadline.
+
+    Calls go one at a time, and those that change the scheduler are kept since its last saved state. One that dies or
+    hangs is replaced by another, which loads that state and is told the same again: it then knows, draw by draw, what
+    the lost one knew.
+    """
+
+    def __init__(self, name: str, prompts: Sequence[Prompt], config: Config):
+        self._name, self._config = name, config
+        self._prompts = ray.put(prompts)
+        self._next_prompts_s = 0.0
+        self._num_starts = 0
+        self._num_failed = Counter(dict.fromkeys(FAILURE_KINDS, 0))
+        self._turn = asyncio.Lock()
+        self._saved: Mapping[str, Any] | None = None  # None: as created
+        self._changes: list[tuple[str, tuple[Any, ...]]] = []  # since then
+        self._actor = self._create()
+
+    def _create(self) -> Any:
+        suffix = f"-{self._num_starts}" if self._num_starts else ""
+        self._num_starts += 1
+        actor = ray.remote(SchedulerActor).options(
+            name=f"{self._name}/curriculum{suffix}",
+            num_cpus=0,
+            max_restarts=0,  # a silent restart would begin anew
+            runtime_env={"env_vars": self._config.worker_env},
+        )
+        return actor.remote(self._prompts, self._config)
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        call = getattr(self._actor, method).remote(*arguments)
+        return await within(self._config.request_timeout_s, call, f"the curriculum's {method}")
+
+    async def _rebuild(self) -> None:
+        ray.kill(self._actor)
+        self._actor = self._create()
+        if self._saved is not None:
+            await self._call("load_state_dict", self._saved)
+        for method, arguments in self._changes:
+            await self._call(method, *arguments)
+
+    async def _ask(self, method: str, *arguments: Any) -> Any:
+        lost = False
+
+        async def ask() -> Any:
+            nonlocal lost
+            try:
+                if lost:
+                    await self._rebuild()
+                return await self._call(method, *arguments)
+            except LOST as error:
+                if not lost:
+                    log.warning("the curriculum was lost and is rebuilt: %s", cause_of(error))
+                lost = True
+                raise
+
+        async with self._turn:
+            return await retried(ask, self._config.max_retries, f"the curriculum's {method}")
+
+    async def _change(self, method: str, *arguments: Any) -> Any:
+        result = await self._ask(method, *arguments)
+        self._changes.append((method, arguments))
+        if len(self._changes) >= CHANGES_A_STATE:
+            await self.state_dict()
+        return result
+
+    def route(self, group: TrajectoryGroup) -> TrajectoryGroup:
+        """The group as it goes on to the teacher: with scc, without the rollouts that are suspended."""
+        curriculum = self._config.curriculum
+        if curriculum.kind != "scc":
+            return group
+        return suspend(
+            group,
+            lambda span: prompt_iou(span, group.prompt, curriculum.multi_span_iou),
+            curriculum.suspend_iou,
+        )
+
+    async def validate(self, teacher_iou: np.ndarray) -> None:
+        await self._change("validate", teacher_iou)
+
+    async def alive(self) -> np.ndarray:
+        return await self._ask("alive")
+
+    async def start_round(self, student_iou: np.ndarray | None, step: int) -> int | None:
+        return await self._change("start_round", student_iou, step)
+
+    async def round_end(self) -> int | None:
+        return await self._ask("round_end")
+
+    async def next_prompts(self, n: int) -> list[Prompt]:
+        started = time.monotonic()
+        prompts = await self._change("next_prompts", n)
+        self._next_prompts_s += time.monotonic() - started
+        return prompts
+
+    async def observe(self, groups: Sequence[ScoredGroup], step: int) -> None:
+        await self._change("observe", [observation(g) for g in groups], step)
+
+    async def retire(self, failed: Sequence[FailedPrompt]) -> None:
+        for failure in failed:
+            self._num_failed[failure_kind(failure.reason)] += 1
+            log.warning("prompt %s is dropped: %s", failure.prompt_id, failure.reason)
+        if failed:
+            await self._change("retire", failed)
+
+    async def reissue(self) -> None:
+        await self._change("reissue")
+
+    async def records(self) -> pa.Table:
+        return await self._ask("records")
+
+    async def state_dict(self) -> dict[str, Any]:
+        state = await self._ask("state_dict")
+        self._saved, self._changes = state, []
+        return state
+
+    async def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        await self._ask("load_state_dict", state)
+        self._saved, self._changes = state, []
+
+    async def start_over(self) -> None:
+        """As it was when the run began."""
+        async with self._turn:
+            self._saved, self._changes = None, []
+            await retried(self._rebuild, self._config.max_retries, "the start of the curriculum")
+
+    def num_failed(self) -> dict[str, int]:
+        """Prompts retired by this process so far, for each of FAILURE_KINDS."""
+        return dict(self._num_failed)
+
+    async def metrics(self) -> dict[str, float]:
+        """The scheduler's, and the seconds that callers waited for next_prompts since the last call."""
+        waited, self._next_prompts_s = self._next_prompts_s, 0.0
+        starts = float(self._num_starts - 1)
+        return {**await self._ask("metrics"), "curriculum/next_prompts_s": waited, "curriculum/lost": starts}

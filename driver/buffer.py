@@ -1,0 +1,73 @@
+"""TrajectoryBuffer: slots between the sampling tasks and the learner, and the bound on policy lag they give."""
+
+import asyncio
+from collections import deque
+
+from video_opd.types import ScoredGroup
+
+
+class TrajectoryBuffer:
+    """(max_policy_lag + 1) * groups_per_step slots, handed out and consumed in one order.
+
+    A slot is handed out only when one is free, and slots become free only after the weights of the step that
+    consumed them are published. So the n-th slot is handed out when at least version n // groups_per_step -
+    max_policy_lag is published, and it is consumed by step n // groups_per_step: no trajectory is more than
+    max_policy_lag versions old, and none is ever evicted for its age, which would favour short answers.
+    """
+
+    def __init__(self, groups_per_step: int, max_policy_lag: int, num_steps: int):
+        """`num_steps`: slots beyond the last step's are never handed out."""
+        self._groups_per_step = groups_per_step
+        self._free = (max_policy_lag + 1) * groups_per_step
+        self._left = num_steps * groups_per_step
+        self._next_slot = 0
+        self._first_slot = 0  # of the step that take() waits for
+        self._filled: dict[int, ScoredGroup] = {}
+        self._changed = asyncio.Condition()
+
+    async def reserve(self, at_most: int) -> deque[int]:
+        """Waits for free slots and takes up to `at_most`; empty when the run needs no more."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._free > 0 or self._left == 0)
+            count = min(at_most, self._free, self._left)
+            slots = deque(range(self._next_slot, self._next_slot + count))
+            self._next_slot += count
+            self._free -= count
+            self._left -= count
+            if self._left == 0:
+                self._changed.notify_all()
+            return slots
+
+    async def fill(self, slot: int, group: ScoredGroup) -> None:
+        async with self._changed:
+            assert slot < self._next_slot and slot not in self._filled, (
+                f"slot {slot} was not reserved or is filled"
+            )
+            self._filled[slot] = group
+            self._changed.notify_all()
+
+    async def take(self) -> list[ScoredGroup]:
+        """Waits for the next groups_per_step slots to be filled; their groups in the order of the slots."""
+        wanted = range(self._first_slot, self._first_slot + self._groups_per_step)
+        async with self._changed:
+            await self._changed.wait_for(lambda: all(slot in self._filled for slot in wanted))
+            self._first_slot += self._groups_per_step
+            return [self._filled.pop(slot) for slot in wanted]
+
+    def counts(self) -> dict[str, float]:
+        """Slots that are filled, that wait for rollouts or scores of their prompts, and that are free; the rest are learnt from."""
+        filled = len(self._filled)
+        reserved = self._next_slot - self._first_slot - filled
+        return {"buffer/filled": filled, "buffer/reserved": reserved, "buffer/free": self._free}
+
+    async def close(self) -> None:
+        """No more slots are handed out: the run ends earlier than planned."""
+        async with self._changed:
+            self._left = 0
+            self._changed.notify_all()
+
+    async def release(self) -> None:
+        """Frees one step's slots: the weights of that step are published."""
+        async with self._changed:
+            self._free += self._groups_per_step
+            self._changed.notify_all()

@@ -1,0 +1,1 @@
+"""What the driver writes for people: metrics, reports, logs."""

@@ -1,0 +1,36 @@
+"""summary.json: what a run came to."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from driver.run import Run
+from video_opd.grounding import blind_baselines
+
+
+def summarise(run: Run, records: pa.Table, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """`records`: of the curriculum, see schemas.RECORDS; `seconds`: beside those of the phases."""
+    config, plan, totals = run.config, run.plan, run.totals
+    return {
+        **{k: run.evaluations.get(k) for k in ("teacher", "student_before", "student_after")},
+        "baselines": blind_baselines(plan.train, plan.eval, config.seed)
+        | {"no_video": run.evaluations.get("no_video")},
+        "steps": run.step,
+        "seed": config.seed,
+        "loss": config.loss.kind,
+        "seconds": {**seconds, **{k.removesuffix("_s"): v for k, v in totals.items() if k.endswith("_s")}},
+        "tokens": {k: totals[f"{k}_tokens"] for k in ("rollout", "scored")},
+        "rollouts": totals["rollouts"],
+        "suspended_rollouts": totals["suspended_rollouts"],
+        "teacher_calls": totals["scored_rollouts"],
+        "teacher_answers": totals["teacher_answers"],
+        "published_bytes": totals["published_bytes"],
+        "dropped": plan.unreadable
+        | {r["prompt_id"]: r["dropped"] for r in records.filter(pc.field("dropped") != "").to_pylist()},
+        "failed_eval": run.failed_eval,
+        "examples": {
+            k: {p.prompt_id: p.text for p in run.examples[k]} for k in run.examples if k != "no_video"
+        },
+    }

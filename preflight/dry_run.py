@@ -1,0 +1,82 @@
+"""`--dry-run`: checks the inputs and prints the plan; starts nothing."""
+
+import video_opd  # noqa: F401  # first: makes transformers importable
+from preflight.inputs import Draft, asked_teachers, make_draft
+from preflight.memory_fit import check_fits, describe_memory, memory_plan
+from video_opd.config import Config, TeacherModel
+from video_opd.types import Prompt
+from video_opd.video.clips import num_video_tokens
+
+
+def describe(config: Config, draft: Draft) -> str:
+    """The plan for people: what --dry-run prints first."""
+    rollouts = config.num_steps * config.groups_per_step * config.rollout.rollouts_per_prompt
+    return "\n".join(
+        [
+            *(f"NOT CHECKED  {note}" for note in draft.unchecked),
+            f"student   {config.student} ({draft.student.model_type}), {config.learner.dtype}, ZeRO-{config.learner.zero_stage}, "
+            f"{config.learner.world_size} rank(s)",
+            *(_describe_teacher(config, teacher) for teacher in asked_teachers(config)),
+            *([] if config.needs_teacher else ["teacher   none"]),
+            f"actors    {config.rollout.num_actors} on vLLM, {config.rollout.prompts_per_call} prompts a call",
+            f"data      {_describe_split(draft.train, 'train')}; {_describe_split(draft.eval, 'eval')}",
+            f"video     {_describe_clips(config, draft)}",
+            f"loss      {config.loss.kind}, lr {config.learner.lr:g}",
+            f"prompts   {_describe_curriculum(config)}",
+            f"run       {config.num_steps} steps of {config.groups_per_step} prompts, {rollouts} rollouts, "
+            f"policy lag at most {config.max_policy_lag}",
+        ]
+    )
+
+
+def _describe_teacher(config: Config, teacher: TeacherModel) -> str:
+    pool = config.teacher_pool
+    line = f"teacher   {teacher.model}, {pool.num_replicas} replica(s) on {pool.engine}"
+    if pool.max_replicas:
+        line += f", {pool.min_replicas or 1} to {pool.max_replicas} as calls queue"
+    if config.teachers:
+        line += f"; {teacher.name}, weight {teacher.weight:g}, prompts {teacher.prompts or 'all'}"
+    return line
+
+
+def _describe_split(prompts: list[Prompt] | None, name: str) -> str:
+    return f"{name} NOT checked" if prompts is None else f"{len(prompts)} {name} prompts"
+
+
+def _describe_clips(config: Config, draft: Draft) -> str:
+    """Frames, rate and tokens that models see of a clip, next to what was asked for."""
+    video = config.video
+    budget = (
+        f"asked {video.fps:g} frames a second, at most {video.max_video_tokens} tokens, by {video.decoder}"
+    )
+    if draft.train is None:
+        return budget
+    clips = list({p.clip.clip_id: p.clip for p in draft.train}.values())
+    rates = [c.sampled_fps for c in clips]
+    tokens = [num_video_tokens(c, draft.student.size_multiple) for c in clips]
+    frames = [len(c.frame_indices) for c in clips]
+    return (
+        f"{len(clips)} train clips: frames {min(frames)} to {max(frames)}, a second {min(rates):.2f} to {max(rates):.2f}, "
+        f"tokens {min(tokens)} to {max(tokens)}, mean {sum(tokens) / len(tokens):.0f}; {budget}"
+    )
+
+
+def _describe_curriculum(config: Config) -> str:
+    curriculum = config.curriculum
+    if curriculum.kind == "uniform":
+        return "curriculum uniform: shuffled passes over all"
+    selected = curriculum.num_selected or "all that may be"
+    if curriculum.kind == "scc":
+        return f"curriculum scc: {selected} selected, a share of {curriculum.anchor_frac} Anchors"
+    validated = f"teacher IoU at least {curriculum.teacher_threshold}" if curriculum.trpv else "not validated"
+    chosen = f"by disagreement ({curriculum.sampler})" if curriculum.dbtp else "at random"
+    return f"curriculum tvdf: {validated}, {selected} selected a round {chosen}, {curriculum.passes_per_round} pass(es) each"
+
+
+def dry_run(config: Config, gpu_memory_gib: float | None) -> None:
+    """Checks what is here, prints the plan and its memory; starts and writes nothing. Raises InputError."""
+    draft = make_draft(config)
+    memory = memory_plan(config, draft, gpu_memory_gib)
+    print(describe(config, draft))
+    print(describe_memory(memory))
+    check_fits(memory, one_machine=True)

@@ -1,0 +1,180 @@
+"""All that can be known of a run before anything starts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from preflight.model_shapes import ModelShapes, count, find_shapes, parameters, read_shapes
+from video_opd import ROOT
+from video_opd.config import Config, TeacherModel
+from video_opd.config_data import DatasetConfig
+from video_opd.datasets import read_prompts, read_split
+from video_opd.errors import ConfigError
+from video_opd.models.model_files import ModelInfo, check_same_tokenizer, read_model_info
+from video_opd.rewards import load_rewards
+from video_opd.types import Prompt
+from video_opd.video.decode_pool import shared_pool
+
+SHAPES = ROOT / "configs" / "shapes"  # of published models: config.json, the fields that are needed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The student, and the prompts of both splits."""
+
+    student: ModelInfo
+    train: list[Prompt]
+    eval: list[Prompt]
+    unreadable: dict[str, str]  # training prompt id: why its clip cannot be read
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What --dry-run can say where models or data are not on this machine."""
+
+    student: ModelShapes
+    teacher: ModelShapes | None  # the largest of several
+    train: list[Prompt] | None  # None: the split is not here
+    eval: list[Prompt] | None
+    unchecked: tuple[str, ...]  # what a launch checks and this could not
+
+
+def make_plan(config: Config) -> Plan:
+    """Checks models, tokenizers, annotations, videos and the curriculum's size. Raises InputError; starts nothing."""
+    student = read_model_info(config.student, config.trust_remote_code)
+    for teacher in asked_teachers(config):
+        check_teacher(config, student, read_model_info(teacher.model, config.trust_remote_code))
+    if config.loss.needs.rewards:
+        load_rewards(config.loss.rewards)
+    train, evaluation = (
+        read_split(d, config.video, student.size_multiple) for d in (config.data.train, config.data.eval)
+    )
+    shared_pool(config.video).close()  # who plans decodes no more
+    check_pool(config, train.prompts)
+    check_routes(config, train.prompts, evaluation.prompts)
+    return Plan(student, train.prompts, evaluation.prompts, train.unreadable)
+
+
+def make_draft(config: Config) -> Draft:
+    """The checks of make_plan as far as models and data are here; of model folders that are not, the committed shapes.
+
+    Raises InputError for what is here and wrong, and for a model that neither is here nor has committed shapes.
+    """
+    student = find_shapes(config.student, SHAPES)
+    teachers = [(t.model, find_shapes(t.model, SHAPES)) for t in asked_teachers(config)]
+    models = [("student", config.student, student), *(("teacher", *teacher) for teacher in teachers)]
+    for _, shapes in teachers:
+        check_vocabularies(config, student, shapes)
+    unchecked = [
+        note for role, folder, shapes in models for note in _unchecked_model(role, Path(folder), shapes)
+    ]
+    if all((Path(folder) / "tokenizer.json").is_file() for _, folder, _ in models):
+        for folder, _ in teachers:
+            check_same_tokenizer(config.student, folder)
+    elif teachers:
+        unchecked.append("tokenizers: a tokenizer.json is missing, so they were not compared")
+    if config.loss.needs.rewards:
+        load_rewards(config.loss.rewards)
+    splits: list[list[Prompt] | None] = []
+    for name, dataset in (("train", config.data.train), ("eval", config.data.eval)):
+        here = _is_here(dataset)
+        splits.append(read_prompts(dataset, config.video, student.size_multiple) if here else None)
+        if not here:
+            unchecked.append(f"annotations and videos of data.{name}: {dataset.annotations} does not exist")
+    if splits[0] is not None:
+        check_pool(config, splits[0])
+    check_routes(config, *(split or [] for split in splits))
+    return Draft(
+        student, largest_teacher([shapes for _, shapes in teachers]), *splits, unchecked=tuple(unchecked)
+    )
+
+
+def asked_teachers(config: Config) -> tuple[TeacherModel, ...]:
+    """Those that are asked."""
+    return config.teacher_models if config.needs_teacher else ()
+
+
+def largest_teacher(teachers: list[ModelShapes]) -> ModelShapes | None:
+    """The one that memory is planned for; None of none."""
+    return max(teachers, key=lambda shapes: count(parameters(shapes)), default=None)
+
+
+def _unchecked_model(role: str, folder: Path, shapes: ModelShapes) -> list[str]:
+    notes = []
+    if shapes.committed:
+        notes.append(
+            f"{role}: {folder} does not exist; its shapes are the committed copy, configs/shapes/{shapes.name}.json"
+        )
+    elif not list(folder.glob("*.safetensors")):
+        notes.append(f"{role}'s weights: {folder} has no safetensors")
+    return notes
+
+
+def _is_here(dataset: DatasetConfig) -> bool:
+    """False where none of its files exist. One of them missing is a mistake, which reading then names."""
+    return any(Path(path).exists() for path in (dataset.annotations, dataset.lengths, dataset.videos) if path)
+
+
+def check_teacher(config: Config, student: ModelInfo, teacher: ModelInfo) -> None:
+    """Who may teach whom (ALGORITHM.md section 5). Raises InputError."""
+    check_same_tokenizer(config.student, teacher.path)
+    check_vocabularies(config, read_shapes(student.path), read_shapes(teacher.path))
+
+
+def check_vocabularies(config: Config, student: ModelShapes, teacher: ModelShapes) -> None:
+    """The part of check_teacher that shapes decide. Raises ConfigError."""
+    if student.size_multiple != teacher.size_multiple:
+        raise ConfigError(
+            f"student frames come in multiples of {student.size_multiple} pixels, the teacher's of {teacher.size_multiple}: "
+            "use a teacher of the same family"
+        )
+    vocabulary = teacher.text.vocab_size
+    if config.loss.needs.teacher == "top_k" and config.loss.top_k > vocabulary:
+        raise ConfigError(
+            f"loss.top_k={config.loss.top_k}, but the teacher has {vocabulary} tokens: lower it"
+        )
+
+
+def check_pool(config: Config, train: list[Prompt]) -> None:
+    """The training prompts must be enough, and labelled where the curriculum needs the truth. Raises ConfigError."""
+    curriculum = config.curriculum
+    unlabelled = [p.prompt_id for p in train if not p.answer_spans_s]
+    needs = config.loss.needs
+    users = [f"curriculum.kind={curriculum.kind}"] if curriculum.kind != "uniform" else []
+    users += [f"loss.kind={config.loss.kind}"] if needs.rewards or not needs.rollouts else []
+    if users and unlabelled:
+        named = ", ".join(unlabelled[:3]) + (", ..." if len(unlabelled) > 3 else "")
+        raise ConfigError(
+            f"{' and '.join(users)} need ground truth, but {len(unlabelled)} of {len(train)} prompts have none ({named}): "
+            "label or remove them"
+        )
+    selected = curriculum.num_selected if curriculum.kind != "uniform" else None
+    if selected and selected > len(train):
+        raise ConfigError(
+            f"curriculum.num_selected={selected}, but the pool has {len(train)} prompts: lower it"
+        )
+    pool, in_flight = selected or len(train), (config.max_policy_lag + 1) * config.groups_per_step
+    if pool < in_flight:
+        raise ConfigError(
+            f"{pool} training prompts cannot fill (max_policy_lag + 1) * groups_per_step = {in_flight} "
+            f"slots: {'raise curriculum.num_selected' if selected else 'add data'} or lower groups_per_step"
+        )
+
+
+def check_routes(config: Config, train: list[Prompt], evaluation: list[Prompt]) -> None:
+    """Every prompt must have a teacher, and just one where the objective needs more of it than log-probs. Raises ConfigError."""
+    if not asked_teachers(config):
+        return
+    for prompt in (*train, *evaluation):
+        if not config.teachers_of(prompt.prompt_id):
+            patterns = ", ".join(f"{t.name}: {t.prompts}" for t in config.teacher_models)
+            raise ConfigError(
+                f"prompt {prompt.prompt_id} has no teacher ({patterns}): widen a teacher's prompts"
+            )
+    if config.loss.needs.teacher not in ("top_k", "hidden"):
+        return
+    for prompt in train:
+        if len(own := config.teachers_of(prompt.prompt_id)) > 1:
+            raise ConfigError(
+                f"prompt {prompt.prompt_id} has the teachers {', '.join(t.name for t in own)}, but loss.kind={config.loss.kind} "
+                "needs more of a teacher than log-probs, which alone can be combined: give each prompt one, by teachers' prompts"
+            )

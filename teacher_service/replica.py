@@ -1,0 +1,124 @@
+"""A replica of a teacher: what runs in the processes of its Ray Serve deployment."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ray import serve
+
+from video_opd.config import Config, TeacherModel
+from video_opd.logs import log, start_role_log
+from video_opd.models.prompting import PromptEncoder, check_parity, parse_span
+from video_opd.types import EncodedPrompt, FailedPrompt, Prediction, Prompt, TeacherScores, TrajectoryGroup
+
+if TYPE_CHECKING:
+    from teacher_service.engine import ScoringEngine
+
+ScoreResult = tuple[TeacherScores, ...] | FailedPrompt
+
+
+class Reply(NamedTuple):
+    """The results of one call, and what the batch that it was part of cost."""
+
+    results: list[Any]
+    engine_s: float  # seconds that the replica worked on the batch: encoding and forward passes
+    num_calls: int  # merged into that batch
+
+
+class TeacherReplica:
+    """Encodes each prompt itself, checks that it sees what the actor saw, and scores."""
+
+    def __init__(self, config: Config, teacher: TeacherModel):
+        start_role_log(config.run_name, f"teacher-{teacher.name}")
+        started, pool = time.monotonic(), config.teacher_pool
+        self._teacher_id = teacher.name
+        self._max_tokens = config.rollout.max_response_tokens
+        self._encoder, self._engine = self._load(config, teacher.model)
+        self._busy = asyncio.Lock()  # engines take one call at a time
+        batching: Any = self._score_batch  # serve.batch adds setters
+        batching.set_max_batch_size(pool.max_batch_requests)
+        batching.set_batch_wait_timeout_s(pool.batch_wait_s)
+        log.info("started in %.1f s", time.monotonic() - started)
+
+    def _load(self, config: Config, model: str) -> tuple[PromptEncoder, "ScoringEngine"]:
+        """What a replica computes with; benchmarks and tests put something else in its place."""
+        from teacher_service.engine import (  # here alone: torch takes seconds to import
+            start_engine,
+            wanted_by,
+        )
+
+        encoder = PromptEncoder(model, config.prompt, config.video, config.trust_remote_code)
+        wanted, trust = wanted_by(config.loss), config.trust_remote_code
+        return encoder, start_engine(model, config.teacher_pool, wanted, config.seed, encoder, trust)
+
+    async def score(self, groups: Sequence[TrajectoryGroup]) -> Reply:
+        """A ScoreResult for every group, in order: scores, or a FailedPrompt where the clip cannot be read."""
+        return await self._score_batch(groups)
+
+    @serve.batch
+    async def _score_batch(self, requests: list[Sequence[TrajectoryGroup]]) -> list[Reply]:
+        async with self._busy:
+            started = time.perf_counter()
+            flat = await asyncio.to_thread(self._score, [g for groups in requests for g in groups])
+            engine_s = time.perf_counter() - started
+        results = iter(flat)
+        return [Reply([next(results) for _ in groups], engine_s, len(requests)) for groups in requests]
+
+    def _score(self, groups: list[TrajectoryGroup]) -> list[ScoreResult]:
+        encoded = self._encoder.encode_all([g.prompt for g in groups])
+        pairs = [
+            (e, t)
+            for e, g in zip(encoded, groups, strict=True)
+            if isinstance(e, EncodedPrompt)
+            for t in g.trajectories
+        ]
+        for prompt, trajectory in pairs:
+            check_parity(prompt, trajectory, "the teacher")
+        scored = (
+            self._engine.score([e for e, _ in pairs], [t.response_token_ids for _, t in pairs])
+            if pairs
+            else []
+        )
+        scores = iter(
+            TeacherScores(
+                trajectory_id=t.trajectory_id,
+                teacher_id=self._teacher_id,
+                teacher_logprobs=s.logprobs,
+                top_k=s.top_k,
+                hidden=s.hidden,
+                entropy=s.entropy,
+            )
+            for (_, t), s in zip(pairs, scored, strict=True)
+        )
+        return [
+            e if isinstance(e, FailedPrompt) else tuple(next(scores) for _ in g.trajectories)
+            for e, g in zip(encoded, groups, strict=True)
+        ]
+
+    async def predict(
+        self, prompts: Sequence[Prompt], num_answers: int = 1, temperature: float = 0.0
+    ) -> Reply:
+        """The teacher's own answers to each prompt, for evaluation and for the curriculum: list[Prediction] or a FailedPrompt."""
+        async with self._busy:
+            started = time.perf_counter()
+            answers = await asyncio.to_thread(self._predict, prompts, num_answers, temperature)
+            return Reply(answers, time.perf_counter() - started, 1)
+
+    def _predict(
+        self, prompts: Sequence[Prompt], num_answers: int, temperature: float
+    ) -> list[list[Prediction] | FailedPrompt]:
+        encoded = self._encoder.encode_all(prompts)
+        readable = [e for e in encoded if isinstance(e, EncodedPrompt)]
+        answers = iter(
+            self._engine.predict(readable, num_answers, temperature, self._max_tokens) if readable else []
+        )
+        return [
+            e
+            if isinstance(e, FailedPrompt)
+            else [
+                Prediction(prompt_id=e.prompt_id, text=text, span_s=parse_span(text))
+                for text in next(answers)
+            ]
+            for e in encoded
+        ]

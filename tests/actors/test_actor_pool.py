@@ -1,0 +1,296 @@
+"""The actor pool with fake actors that die, hang and join at random moments: nothing is lost, nobody samples from old weights."""
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.exceptions import ActorDiedError, ObjectLostError
+
+import actors.actor_pool as actor_pool
+from actors.actor_pool import ActorPool
+from tests.fakes import make_prompt
+from video_opd.cluster.deadline import waits
+from video_opd.config import Config
+from video_opd.config_file import load_config
+from video_opd.errors import LearnerLostError, PartLostError
+from video_opd.types import FailedPrompt, Prediction, Prompt
+
+DEADLINE_S = 0.03
+
+
+def make_config(num_actors: int, max_retries: int = 1000) -> Config:
+    return load_config(
+        "configs/demo.yaml",
+        [
+            *(
+                f"rollout.num_actors={num_actors}",
+                f"max_retries={max_retries}",
+                f"request_timeout_s={DEADLINE_S}",
+            ),
+            *("start_timeout_s=5", "video.decode_timeout_s=0.01", "rollout.prompts_per_call=3"),
+        ],
+    )
+
+
+class Method:
+    """`handle.method.remote(...)`, awaitable or, with num_returns="streaming", an async iterator of awaitables."""
+
+    def __init__(self, call: Callable[..., Any]):
+        self._call = call
+
+    def options(self, num_returns: str) -> "Method":
+        assert num_returns == "streaming"
+        return self
+
+    def remote(self, *arguments: Any) -> Any:
+        return self._call(*arguments)
+
+
+class FakeActor:
+    """Answers, dies or hangs as its random numbers say."""
+
+    def __init__(self, name: str, rng: random.Random, faults: float):
+        self.name, self._rng, self._faults = name, rng, faults
+        self.version, self.killed = -1, False
+        self.pid, self.load_weights = Method(self._pid), Method(self._load_weights)
+        self.rollout, self.predict = Method(self._rollout), Method(self._predict)
+
+    async def _act(self, can_fail: bool = True) -> None:
+        await asyncio.sleep(self._rng.random() * 1e-3)
+        if self.killed:
+            raise ActorDiedError()
+        if can_fail and self._rng.random() < self._faults:
+            if self._rng.random() < 0.05:
+                await asyncio.sleep(100 * DEADLINE_S)
+            self.killed = True
+            raise ActorDiedError()
+
+    async def _pid(self) -> int:
+        await self._act()
+        return 1
+
+    async def _load_weights(self, version: int, buckets: Sequence[Any]) -> float:
+        await self._act()
+        self.version = version
+        return 0.0
+
+    async def _predict(self, prompts: Sequence[Prompt], blank_video: bool) -> list[Prediction]:
+        await self._act()
+        return [Prediction(prompt_id=p.prompt_id, text=str(self.version), span_s=None) for p in prompts]
+
+    async def _rollout(self, prompts: Sequence[Prompt]):
+        async def value(prompt: Prompt, version: int) -> list[FailedPrompt]:
+            return [
+                FailedPrompt(prompt_id=prompt.prompt_id, reason=str(version))
+            ]  # what the pool needs to know of a result
+
+        for prompt in prompts:
+            try:
+                await self._act()
+            except ActorDiedError as error:  # as Ray: the stream gives a reference, and that the error
+                reference = asyncio.get_running_loop().create_future()
+                reference.set_exception(error)
+                yield reference
+            yield asyncio.ensure_future(value(prompt, self.version))
+
+
+class FakePool(ActorPool):
+    """With FakeActors."""
+
+    def __init__(self, config: Config, rng: random.Random, faults: float):
+        self.rng, self.faults, self.made = rng, faults, []
+        super().__init__("video_opd/test", config)
+
+    def _create(self) -> Any:
+        name = f"actor-{next(self._numbers)}"
+        self.made.append(FakeActor(name, self.rng, self.faults))
+        return actor_pool._Member(name, self.made[-1])
+
+
+@pytest.fixture(autouse=True)
+def killed(monkeypatch) -> list[FakeActor]:
+    dead: list[FakeActor] = []
+
+    def kill(handle: FakeActor) -> None:
+        handle.killed = True
+        dead.append(handle)
+
+    monkeypatch.setattr(actor_pool.ray, "kill", kill)
+    return dead
+
+
+async def started(pool: FakePool) -> FakePool:
+    faults, pool.faults = pool.faults, 0.0
+    for actor in pool.made:
+        actor._faults = 0.0
+    await pool.start()
+    pool.faults = faults
+    for actor in pool.made:
+        actor._faults = faults
+    return pool
+
+
+async def sampled(pool: FakePool, prompts: Sequence[Prompt]) -> list[tuple[str, int]]:
+    parts = [results async for _, results in pool.rollout(prompts)]
+    return [(r.prompt_id, int(r.reason)) for results in parts for r in results if isinstance(r, FailedPrompt)]
+
+
+@given(seed=st.integers(0, 10_000), num_actors=st.integers(1, 3), faults=st.floats(0, 0.3))
+def test_every_prompt_is_sampled_once_from_the_published_weights_whatever_dies(seed, num_actors, faults):
+    async def run() -> None:
+        rng = random.Random(seed)
+        pool = await started(FakePool(make_config(num_actors), rng, faults))
+        for version in range(4):
+            await pool.load_weights(version, [], 0)
+            calls = [[make_prompt(f"p{version}-{i}-{k}") for k in range(3)] for i in range(4)]
+            answers = await asyncio.gather(*(sampled(pool, prompts) for prompts in calls))
+            for prompts, answer in zip(calls, answers, strict=True):
+                assert sorted(answer) == sorted((p.prompt_id, version) for p in prompts)
+            predictions = await pool.predict([p for prompts in calls for p in prompts])
+            assert [(p.prompt_id, p.text) for p in predictions if isinstance(p, Prediction)] == [
+                (p.prompt_id, str(version)) for prompts in calls for p in prompts
+            ]
+        counts = pool.lap()
+        assert counts["actors/wanted"] == num_actors and counts["actors/lost"] <= len(pool.made)
+        pool.stop()
+
+    asyncio.run(run())
+
+
+def test_a_joining_actor_has_the_weights_before_it_is_called():
+    async def run() -> None:
+        pool = await started(FakePool(make_config(1), random.Random(0), 0.0))
+        await pool.load_weights(7, [], 0)
+        await pool.scale(3)
+        while pool.counts()["actors/running"] < 3:
+            await asyncio.sleep(0.01)
+        assert [a.version for a in pool.made] == [7, 7, 7]
+
+    asyncio.run(run())
+
+
+def test_an_actor_that_goes_ends_its_calls_first(killed):
+    async def run() -> None:
+        pool = await started(FakePool(make_config(2), random.Random(0), 0.0))
+        first = [
+            asyncio.ensure_future(sampled(pool, [make_prompt(f"p{i}{k}") for k in range(3)]))
+            for i in range(2)
+        ]
+        await asyncio.sleep(0)
+        await pool.scale(1)
+        assert pool.counts() == {"actors/running": 1, "actors/wanted": 1, "actors/lost": 0}
+        assert all(len(answer) == 3 for answer in await asyncio.gather(*first))
+        while not killed:
+            await asyncio.sleep(0.01)
+        assert len(await sampled(pool, [make_prompt("after")])) == 1
+        assert len(killed) == 1
+
+    asyncio.run(run())
+
+
+def test_an_actor_that_cannot_take_the_weights_is_said_and_tried_again(monkeypatch, caplog):
+    """What vLLM raises is no death: the task that starts the actor must not end silently."""
+
+    async def run() -> None:
+        pool = await started(FakePool(make_config(1), random.Random(0), 0.0))
+        await pool.load_weights(7, [], 0)
+        failures = [RuntimeError("no memory left")]
+        load = FakeActor._load_weights
+
+        async def load_weights(actor: FakeActor, version: int, buckets: Sequence[Any]) -> float:
+            if failures:
+                raise failures.pop()
+            return await load(actor, version, buckets)
+
+        monkeypatch.setattr(FakeActor, "_load_weights", load_weights)
+        await pool.scale(2)
+        while pool.counts()["actors/running"] < 2:
+            await asyncio.sleep(0.01)
+        assert [a.version for a in pool.made] == [7, -1, 7]
+        pool.stop()
+
+    monkeypatch.setattr(actor_pool, "START_AGAIN_S", 0.05)
+    asyncio.run(asyncio.wait_for(run(), 20))
+    assert "the start of a rollout actor failed: no memory left; 1 rollout actors go on" in caplog.text
+
+
+def test_a_deadline_covers_the_calls_before_it(killed, monkeypatch):
+    """An actor serves one call at a time: three calls of two thirds of a deadline each lose nobody."""
+
+    async def run() -> None:
+        config = make_config(1).model_copy(update={"request_timeout_s": 1.0})
+        pool = await started(FakePool(config, random.Random(0), 0.0))
+        turn = asyncio.Lock()
+
+        async def act(actor: FakeActor, can_fail: bool = True) -> None:
+            async with turn:
+                await asyncio.sleep(0.7)
+
+        monkeypatch.setattr(FakeActor, "_act", act)
+        answers = await asyncio.gather(*(sampled(pool, [make_prompt(f"p{i}")]) for i in range(3)))
+        assert [len(a) for a in answers] == [1, 1, 1] and not killed
+
+    asyncio.run(run())
+
+
+def test_retries_that_are_used_up_end_with_the_cause():
+    async def run() -> None:
+        pool = await started(FakePool(make_config(2, max_retries=2), random.Random(0), 1.0))
+        with pytest.raises(PartLostError, match=r"was lost|no rollout actor is left"):
+            await sampled(pool, [make_prompt("p")])
+        pool.stop()
+
+    asyncio.run(run())
+    assert not waits()
+
+
+def test_a_learner_that_died_unseen_is_noticed_by_those_who_wait_for_an_actor():
+    """It is idle while it waits for trajectories: nobody but an actor that joins would ask it for anything."""
+
+    class DeadLearner:
+        async def put_published_weights(self, policy_version: int) -> list[Any]:
+            raise LearnerLostError(f"version {policy_version} is gone")
+
+    async def gone(*_: Any) -> float:
+        raise ObjectLostError("00" * 28, b"", "")
+
+    async def run() -> None:
+        pool = await started(FakePool(make_config(1), random.Random(0), 0.0))
+        learner: Any = DeadLearner()
+        await pool.load_weights(1, [], 0, learner)
+        make = pool._create
+
+        def make_unlucky() -> Any:
+            member = make()
+            member.handle.load_weights = Method(gone)
+            return member
+
+        pool._create = make_unlucky
+        pool.made[0].killed = True
+        with pytest.raises(LearnerLostError, match="version 1 is gone"):
+            await asyncio.wait_for(sampled(pool, [make_prompt("p")]), 5)
+        pool.made[1].load_weights = Method(pool.made[1]._load_weights)
+        await pool.load_weights(1, [], 0, learner)  # as recover does
+        assert await sampled(pool, [make_prompt("p")]) == [("p", 1)]
+
+    asyncio.run(run())
+
+
+def test_weights_that_went_with_the_learner_are_its_loss_and_no_actors():
+    async def run() -> None:
+        pool = await started(FakePool(make_config(2), random.Random(0), 0.0))
+
+        async def gone(*_: Any) -> float:
+            raise ObjectLostError("00" * 28, b"", "")
+
+        for actor in pool.made:
+            actor.load_weights = Method(gone)
+        with pytest.raises(ObjectLostError):
+            await pool.load_weights(1, [], 0)
+        assert pool.counts()["actors/lost"] == 0
+
+    asyncio.run(run())

@@ -1,0 +1,265 @@
+"""What the curriculum keeps on disk: the teacher's answers, found again by content, and the records that people read."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from curriculum.__main__ import main
+from curriculum.scheduler import Scheduler, observation
+from curriculum.teacher_answers import FILE, find_answers, prompt_keys, settings_key, write_answers
+from tests.fakes import make_group, make_prompt
+from video_opd.config import Config, CurriculumConfig
+from video_opd.config_file import dump_config, load_config
+from video_opd.content import file_digest, folder_digest
+from video_opd.datasets import read_prompts
+from video_opd.schemas import write_parquet
+from video_opd.types import FailedPrompt, Prediction
+
+DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
+
+
+@pytest.fixture
+def config(split_folder, tmp_path) -> Config:
+    """A teacher's folder of our own, so that it can be changed."""
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "config.json").write_text("{}")
+    (teacher / "model.safetensors").write_bytes(np.random.default_rng(0).bytes(6 << 20))
+    names = {"annotations": "annotations.txt", "lengths": "lengths.csv", "videos": "videos"}
+    return load_config(
+        DEMO, [f"teacher={teacher}", *(f"data.train.{k}={split_folder / v}" for k, v in names.items())]
+    )
+
+
+def overridden(config: Config, **sections: dict) -> Config:
+    return config.model_copy(
+        update={name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+    )
+
+
+# --- content ---
+
+
+def test_a_large_file_has_the_digest_of_its_size_and_of_blocks_all_over_it(tmp_path):
+    path, changed = tmp_path / "weights", tmp_path / "changed"
+    data = bytearray(np.random.default_rng(0).bytes(8 << 20))
+    path.write_bytes(data)
+    digest = file_digest(path)
+    shutil.copy(path, changed)
+    assert file_digest(changed) == digest
+    changed.write_bytes(data + b"x")
+    assert file_digest(changed) != digest
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):  # training changes a tensor, not a byte
+        other = bytearray(data)
+        at = int(share * (len(data) - (300 << 10)))
+        other[at : at + (300 << 10)] = bytes(300 << 10)
+        changed.write_bytes(other)
+        assert file_digest(changed) != digest, share
+
+
+def test_any_byte_of_a_small_file_and_any_name_in_a_folder_counts(tmp_path):
+    (tmp_path / "a").write_bytes(b"x" * 1000)
+    digests = {folder_digest(tmp_path)}
+    (tmp_path / "a").write_bytes(b"x" * 999 + b"y")
+    digests.add(folder_digest(tmp_path))
+    (tmp_path / "a").rename(tmp_path / "b")
+    digests.add(folder_digest(tmp_path))
+    assert len(digests) == 3
+
+
+# --- the teacher's answers ---
+
+
+def test_the_settings_key_follows_what_decides_the_answers_and_nothing_else(config):
+    key = settings_key(config)
+    assert settings_key(config.model_copy(update={"seed": 5, "num_steps": 3})) == key
+    assert (
+        settings_key(
+            overridden(config, curriculum={"teacher_threshold": 0.1}, teacher_pool={"num_replicas": 3})
+        )
+        == key
+    )
+    others = [
+        overridden(config, curriculum={"num_teacher_predictions": 2}),
+        overridden(config, rollout={"max_response_tokens": 5}),
+        overridden(config, teacher_pool={"engine": "vllm"}),
+    ]
+    keys = {key, *(settings_key(other) for other in others)}
+    (Path(config.teacher) / "config.json").write_text('{"a": 1}')
+    assert len(keys | {settings_key(config)}) == 5
+
+
+def test_prompt_keys_follow_the_file_the_frames_and_the_text(config, tmp_path):
+    prompts = read_prompts(config.data.train, config.video, 32)
+    keys = prompt_keys(prompts, config)
+    assert len(set(keys)) == len(prompts)
+    copied = tmp_path / "elsewhere"
+    shutil.copytree(Path(config.data.train.videos), copied / "videos")
+    moved = overridden(
+        config, data={"train": config.data.train.model_copy(update={"videos": str(copied / "videos")})}
+    )
+    assert prompt_keys(read_prompts(moved.data.train, config.video, 32), config) == keys, "content, not path"
+    fewer = config.video.model_copy(update={"fps": 1.0})
+    assert not set(prompt_keys(read_prompts(config.data.train, fewer, 32), config)) & set(keys)
+    assert not set(prompt_keys(prompts, overridden(config, prompt={"video_first": True}))) & set(keys)
+
+
+def answers_of(prompt_id: str, *spans) -> list[Prediction]:
+    return [Prediction(prompt_id=prompt_id, text=str(span), span_s=span) for span in spans]
+
+
+def test_answers_are_found_in_other_runs_by_key_and_settings(tmp_path):
+    answers = {"k1": answers_of("a", (1.0, 2.0), None), "k2": answers_of("b", (0.5, 3.0), (0.5, 3.0))}
+    write_answers(tmp_path / "one", "settings", answers)
+    write_answers(tmp_path / "two", "settings", {"k3": answers_of("c", None, None)})
+    write_answers(tmp_path / "other", "other settings", {"k4": answers_of("d", (0.0, 1.0))})
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken" / FILE.parent).mkdir(parents=True)
+    (tmp_path / "broken" / FILE).write_bytes(b"not parquet")
+    found = find_answers(sorted(tmp_path.iterdir()), "settings", {"k1", "k3", "k4", "k5"})
+    assert found == {"k1": answers["k1"], "k3": answers_of("c", None, None)}
+
+
+def test_a_prompt_answered_in_two_runs_is_taken_from_one(tmp_path):
+    for run in ("one", "two"):
+        write_answers(tmp_path / run, "settings", {"k": answers_of("a", (1.0, 2.0), (1.0, 3.0))})
+    assert len(find_answers(sorted(tmp_path.iterdir()), "settings", {"k"})["k"]) == 2
+
+
+# --- python -m curriculum show ---
+
+
+@pytest.fixture
+def run(config, tmp_path) -> Path:
+    """A run in its second round: p0 dropped, p1 broken, p2 and p3 selected, p4 left out."""
+    curriculum = CurriculumConfig(kind="tvdf", num_selected=2)
+    config = config.model_copy(update={"curriculum": curriculum, "groups_per_step": 2, "max_policy_lag": 0})
+    scheduler = Scheduler([make_prompt(f"p{i}") for i in range(5)], config)
+    scheduler.validate(np.array([0.25, 0.9, 0.95, 0.85, 0.8]))
+    scheduler.start_round(np.array([np.nan, 0.1, 0.2, 0.5, 0.0]), 0)
+    scheduler.retire([FailedPrompt(prompt_id="p1", reason="video p1.mp4 [cut] cannot be decoded")])
+    folder = tmp_path / "run"
+    write_parquet(scheduler.records(), folder / "curriculum" / "round-1.parquet")
+    scheduler.start_round(np.array([np.nan, np.nan, 0.35, 0.3, 0.75]), 1)
+    scheduler.next_prompts(2)
+    scheduler.observe(
+        [observation(make_group("p2", [3])), observation(make_group("p3", [], suspended=[2]))], 1
+    )
+    write_parquet(scheduler.records(), folder / "checkpoints" / "step-2" / "curriculum.parquet")
+    (folder / "config.yaml").write_text(dump_config(config, {}))
+    return folder
+
+
+def test_show_lists_prompts_by_state_from_the_newest_records(run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(["show", str(run)]) == 0
+    out = capsys.readouterr().out
+    rows = {
+        cells[0].strip(): [c.strip() for c in cells[1:]]
+        for line in out.splitlines()
+        if (cells := line.strip("│").split("│"))[1:]
+    }
+    assert rows["dropped: teacher IoU is below 0.7"][:3] == ["1", "0", "0"]
+    assert rows["dropped: video p1.mp4 [cut] cannot be decoded"][0] == "1"
+    assert rows["selected"] == ["1", "1", "1", "0.950", "0.600"]
+    assert rows["suspended"][:3] == ["1", "1", "1"]
+    assert rows["left out"][:3] == ["1", "0", "0"]
+    assert rows["p2"] == ["selected", "0.600", "0.950", "0.200 0.350", "1", "1"]
+    assert "p0" not in rows and "p1" not in rows
+    assert "step-2" in out
+
+
+@pytest.mark.parametrize(
+    ("prompt_id", "expected"),
+    [
+        (
+            "p0",
+            [
+                "p0: dropped",
+                "mean IoU 0.250 over 4 answers, threshold 0.7",
+                "dropped: teacher IoU is below 0.7",
+                "sampled: never",
+            ],
+        ),
+        ("p1", ["p1: dropped", "dropped: video p1.mp4 [cut] cannot be decoded"]),
+        (
+            "p2",
+            [
+                "p2: selected",
+                "IoU by round 0.200 0.350",
+                "disagreement 0.600, rank 1 of 3; 2 selected (top_k)",
+                "1 rollouts, last at step 1",
+            ],
+        ),
+        ("p3", ["p3: suspended", "rank 2 of 3", "suspended that time"]),
+        ("p4", ["p4: left out", "rank 3 of 3", "sampled: never"]),
+    ],
+)
+def test_show_explains_one_prompt(run, capsys, prompt_id, expected):
+    assert main(["show", str(run), "--prompt", prompt_id]) == 0
+    out = capsys.readouterr().out
+    assert all(part in out for part in expected), out
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"kind": "tvdf", "dbtp": False, "num_selected": 2}, {"drawn at random: 2 selected"}),
+        ({"kind": "scc", "anchor_frac": 0.5, "num_selected": 2}, {"Anchor:", "Frontier:", "neither kind:"}),
+    ],
+    ids=["without dbtp", "scc"],
+)
+def test_show_explains_prompts_that_disagreement_did_not_decide(config, tmp_path, capsys, options, expected):
+    config = config.model_copy(
+        update={"curriculum": CurriculumConfig(**options), "groups_per_step": 1, "max_policy_lag": 0}
+    )
+    scheduler = Scheduler([make_prompt(f"p{i}") for i in range(3)], config)
+    scheduler.validate(np.array([0.9, 0.9, 0.9]))
+    scheduler.start_round(np.array([0.9, 0.5, 0.1]) if options["kind"] == "scc" else None, 0)
+    write_parquet(scheduler.records(), tmp_path / "curriculum" / "records.parquet")
+    (tmp_path / "config.yaml").write_text(dump_config(config, {}))
+    for i in range(3):
+        main(["show", str(tmp_path), "--prompt", f"p{i}"])
+    out = capsys.readouterr().out
+    assert all(part in out for part in expected), out
+    assert "rank" not in out
+
+
+def test_show_says_what_is_wrong_in_one_line(run, capsys, tmp_path):
+    for arguments, expected in (
+        ([str(tmp_path / "nowhere")], "holds no curriculum records"),
+        ([str(run), "--prompt", "p22"], "no prompt p22 among 5; did you mean p2?"),
+    ):
+        assert main(["show", *arguments]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and expected in lines[0]
+
+
+def test_the_report_shows_what_was_kept_and_selected(run):
+    from driver.records.report import _curriculum
+
+    config = load_config(run / "config.yaml")
+    pictures = dict(_curriculum(run, config, []))
+    legends = {}
+    for what, figure in pictures.items():
+        shown: Any = [axes.get_legend() for axes in figure.axes]
+        legends[what] = [text.get_text() for legend in shown for text in legend.get_texts()]
+    assert legends == {
+        "teacher IoU, kept and dropped": ["kept: 3", "dropped: 2"],
+        "disagreement by round": ["selected: 2", "left: 1"],
+    }
+
+
+def test_records_without_a_round_are_shown_too(config, tmp_path, capsys):
+    scheduler = Scheduler([make_prompt("a"), make_prompt("b")], config)
+    write_parquet(scheduler.records(), tmp_path / "plain" / "curriculum" / "records.parquet")
+    assert pa.types.is_list(
+        pq.read_schema(tmp_path / "plain" / "curriculum" / "records.parquet").field("student_iou").type
+    )
+    assert main(["show", str(tmp_path / "plain")]) == 0
+    assert "2 prompts" in capsys.readouterr().out

@@ -1,0 +1,178 @@
+"""The samplers and the coupling against slow, literal readings of their formulas."""
+
+import itertools
+from collections import Counter
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from curriculum.coupling import anchors_and_frontier, suspend
+from curriculum.tvdf import (
+    BBDS_BUCKETS,
+    GWDS_CENTRE,
+    GWDS_SPREAD,
+    SAMPLERS,
+    bbds,
+    disagreement,
+    dsus,
+    gwds,
+    reliable,
+    top_k,
+    uniform,
+)
+from tests.fakes import make_group
+from video_opd.grounding import best_iou
+
+coarse = st.integers(-10, 10).map(lambda n: n / 10)  # many ties
+fine = st.floats(-1, 1)
+pools = st.one_of(st.lists(coarse, min_size=1, max_size=30), st.lists(fine, min_size=1, max_size=30))
+
+
+@st.composite
+def pool_and_k(draw) -> tuple[np.ndarray, int]:
+    delta = draw(pools)
+    return np.array(delta), draw(st.integers(1, len(delta)))
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def sorted_descending(delta: np.ndarray) -> list[int]:
+    """Places by delta, largest first; ties in the order of the pool."""
+    return sorted(range(len(delta)), key=lambda i: (-delta[i], i))
+
+
+@given(pool=pool_and_k(), name=st.sampled_from(sorted(SAMPLERS)), seed=st.integers(0, 99))
+def test_every_sampler_takes_k_distinct_prompts_and_the_seed_decides(pool, name, seed):
+    delta, k = pool
+    chosen, again = (SAMPLERS[name](delta, k, np.random.default_rng(seed)).tolist() for _ in range(2))
+    assert chosen == again
+    assert len(chosen) == len(set(chosen)) == k and set(chosen) <= set(range(len(delta)))
+
+
+@given(pool=pool_and_k())
+def test_top_k_takes_the_largest(pool):
+    delta, k = pool
+    assert top_k(delta, k, rng()).tolist() == sorted_descending(delta)[:k]
+
+
+@given(pool=pool_and_k())
+def test_dsus_takes_every_p_over_kth_of_the_sorted_list(pool):
+    delta, k = pool
+    order, spacing = sorted_descending(delta), Fraction(len(delta), k)
+    assert dsus(delta, k, rng()).tolist() == [order[int(j * spacing)] for j in range(k)]
+
+
+dyadic = st.lists(
+    st.integers(-64, 64).map(lambda n: n / 64), min_size=1, max_size=30
+)  # exact in floating point
+
+
+@given(delta=dyadic, data=st.data())
+def test_bbds_deals_equal_shares_to_five_buckets_and_spaces_them(delta, data):
+    k = data.draw(st.integers(1, len(delta)))
+    low, extent = Fraction(min(delta)), Fraction(max(delta)) - Fraction(min(delta))
+    buckets: list[list[int]] = [[] for _ in range(BBDS_BUCKETS)]  # that of the largest delta first
+    for i in sorted_descending(np.array(delta)):
+        place = (
+            min(BBDS_BUCKETS - 1, int((Fraction(delta[i]) - low) / (extent / BBDS_BUCKETS))) if extent else 0
+        )
+        buckets[BBDS_BUCKETS - 1 - place].append(i)
+    shares, turn = [0] * BBDS_BUCKETS, 0
+    while sum(shares) < k:  # one at a time, in turn, a full bucket passed over
+        if shares[turn] < len(buckets[turn]):
+            shares[turn] += 1
+        turn = (turn + 1) % BBDS_BUCKETS
+    expected = [
+        b[int(j * Fraction(len(b), share))]
+        for b, share in zip(buckets, shares, strict=True)
+        for j in range(share)
+    ]
+    assert bbds(np.array(delta), k, rng()).tolist() == expected
+
+
+def inclusion(weights: list[float], k: int) -> list[float]:
+    """The exact chance of each item among k successive draws without replacement, by enumerating every order of draws."""
+    chances = [0.0] * len(weights)
+    for order in itertools.permutations(range(len(weights)), k):
+        chance, left = 1.0, sum(weights)
+        for i in order:
+            chance *= weights[i] / left
+            left -= weights[i]
+        for i in order:
+            chances[i] += chance
+    return chances
+
+
+@pytest.mark.parametrize(
+    ("delta", "k"),
+    [([0.9, 0.7, 0.5, 0.2, -0.1], 2), ([0.9, 0.9, 1.0, 0.6], 3), ([-0.9, -1.0, -0.95], 1)],
+    ids=["spread", "near", "far"],
+)
+def test_gwds_draws_with_its_exact_inclusion_frequencies(delta, k):
+    draws, generator, counts = 20_000, rng(), Counter()
+    for _ in range(draws):
+        counts.update(gwds(np.array(delta), k, generator).tolist())
+    weights = [float(np.exp(-((d - GWDS_CENTRE) ** 2) / (2 * GWDS_SPREAD**2))) for d in delta]
+    for i, chance in enumerate(inclusion(weights, k)):
+        sd = (chance * (1 - chance) / draws) ** 0.5
+        assert abs(counts[i] / draws - chance) <= 4.5 * sd + 1e-12, (i, counts[i] / draws, chance)
+
+
+def test_gwds_still_draws_far_from_its_centre_where_every_weight_underflows():
+    assert sorted(gwds(np.array([-500.0, -400.0]), 2, rng()).tolist()) == [0, 1]
+
+
+def test_uniform_draws_every_prompt_alike():
+    counts, generator = Counter(), rng()
+    for _ in range(6000):
+        counts.update(uniform(np.zeros(6), 2, generator).tolist())
+    assert all(abs(counts[i] - 2000) < 4.5 * (6000 * (1 / 3) * (2 / 3)) ** 0.5 for i in range(6)), counts
+
+
+def test_reliability_and_disagreement_by_hand():
+    tau, sigma = np.array([0.7, 0.69, 1.0], np.float32), np.array([0.5, 0.0, 1.0], np.float32)
+    assert reliable(np.array([0.7, 0.69, 1.0]), 0.7).tolist() == [True, False, True]
+    assert reliable(np.array([np.mean([0.7] * 3)]), 0.7).tolist() == [True], (
+        "rounding keeps this mean below 0.7"
+    )
+    np.testing.assert_allclose(disagreement(tau, sigma), [0.2, 0.69, 0.0], atol=1e-7)
+
+
+@given(
+    sigma=st.lists(st.sampled_from([0.0, 0.29, 0.3, 0.5, 0.69, 0.7, 1.0]), min_size=0, max_size=60),
+    share=st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]),
+    k=st.one_of(st.none(), st.integers(1, 40)),
+)
+def test_anchors_and_frontier_come_in_their_share(sigma, share, k):
+    anchors, frontier = (
+        {i for i, s in enumerate(sigma) if of(s)} for of in (lambda s: s >= 0.7, lambda s: s < 0.3)
+    )
+
+    limits = [len(kind) / part for kind, part in ((anchors, share), (frontier, 1 - share)) if part]
+    largest = min(len(sigma), *(int(limit + 1e-9) for limit in limits))
+    n = k or largest
+    possible = n >= 1 and round(n * share) <= len(anchors) and n - round(n * share) <= len(frontier)
+    if not possible:
+        with pytest.raises(ValueError, match=f"{len(anchors)} Anchors .* {len(frontier)} Frontier"):
+            anchors_and_frontier(np.array(sigma), k, 0.7, 0.3, share, rng())
+        return
+    chosen = anchors_and_frontier(np.array(sigma), k, 0.7, 0.3, share, rng()).tolist()
+    assert chosen == sorted(set(chosen)) and len(chosen) == n and set(chosen) <= anchors | frontier
+    assert len(set(chosen) & anchors) == round(n * share)
+
+
+def test_suspension_takes_the_solved_rollouts_alone():
+    group = make_group("p", [3, 4, 5]).group
+    ious = {id(t): iou for t, iou in zip(group.trajectories, (0.69, 0.7, 0.9), strict=True)}
+    spans = iter(ious.values())
+    routed = suspend(group, lambda span: next(spans), 0.7)
+    assert [len(t.response_token_ids) for t in routed.trajectories] == [3]
+    assert [len(t.response_token_ids) for t in routed.suspended] == [4, 5]
+    assert routed.sampled == group.trajectories
+    unparsed = suspend(group, lambda span: best_iou(None, ((2.0, 5.0),)), 0.7)
+    assert unparsed == group

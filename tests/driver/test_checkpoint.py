@@ -1,0 +1,430 @@
+"""Checkpoints: whole or not at all, and what is said of those that are not."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import video_opd.files.durable
+from driver.checkpoints import set_aside_after
+from driver.held_out import miou_by_step
+from driver.progress import Progress, learner_settings, read_progress, write_progress
+from video_opd.config import LearnerConfig
+from video_opd.errors import CheckpointError, PartialCheckpointError
+from video_opd.files.checkpoint import (
+    FORMAT,
+    MANIFEST,
+    begin_checkpoint,
+    check_whole,
+    checkpoint_folder,
+    checkpoint_steps,
+    find_checkpoint,
+    finish_checkpoint,
+    retain,
+)
+from video_opd.files.durable import mend
+from video_opd.schemas import RECORDS as RECORDS_SCHEMA
+from video_opd.types import Prediction
+
+SHAPES = {"model_type": "qwen3_vl", "text.hidden_size": 8, "vision.depth": 1}
+LEARNER = learner_settings(LearnerConfig(world_size=2, zero_stage=2))
+EVAL_KEY = "the split"
+RECORDS = pa.Table.from_pylist(
+    [
+        {
+            "prompt_id": "a",
+            "teacher_iou": 0.1 + 0.2,
+            "student_iou": [None, 0.5],
+            "num_rollouts": 3,
+            "last_step": -1,
+            "selected": True,
+        },
+        {
+            "prompt_id": "ä:2",
+            "student_iou": [0.0, 1.0],
+            "disagreement": -0.25,
+            "num_rollouts": 0,
+            "last_step": 7,
+            "dropped": "broken",
+        },
+    ],
+    schema=RECORDS_SCHEMA,
+)
+
+
+def progress_at(step: int) -> Progress:
+    return Progress(
+        step=step,
+        shapes=SHAPES,
+        learner=LEARNER,
+        curriculum={
+            "records": RECORDS,
+            "round_end": 12,
+            "settings": {"kind": "uniform"},
+            "queue": ["a", "ä:2"],
+            "in_flight": [3, 1],
+            "random_state": np.random.default_rng(5).bit_generator.state,
+        },
+        totals={"rollouts": 7},
+        eval_key=EVAL_KEY,
+        evaluations={"teacher": {"miou": 0.75, "n": 2}, "student_before": {"miou": 0.25, "n": 2}},
+        examples={
+            "teacher": [Prediction(prompt_id="e", text="From 1 to 2", span_s=(1.0, 2.0))],
+            "student_before": [Prediction(prompt_id="e", text="ä", span_s=None)],
+        },
+        failed_eval={"f": "broken"},
+    )
+
+
+def write_checkpoint(run_dir: Path, step: int, weights: str = "weights" * 9) -> Path:
+    temporary = begin_checkpoint(run_dir, step)
+    (temporary / "student").mkdir()
+    (temporary / "student" / "model.safetensors").write_text(weights)
+    write_progress(temporary, progress_at(step))
+    return finish_checkpoint(temporary, run_dir, step)
+
+
+def read(folder: Path, **changes: Any) -> Progress:
+    return read_progress(folder, **{"shapes": SHAPES, "learner": LEARNER, "eval_key": EVAL_KEY} | changes)
+
+
+def one_line(error: BaseException, *named: str) -> None:
+    assert isinstance(error, CheckpointError) and "\n" not in str(error)
+    for name in named:
+        assert name in str(error)
+
+
+# --- what is read back, and what is refused ---
+
+
+def test_where_a_run_stood_is_read_back_whole(tmp_path):
+    progress = read(write_checkpoint(tmp_path, 12))
+    assert progress == progress_at(12)
+    generator = np.random.default_rng(0)
+    generator.bit_generator.state = progress.curriculum["random_state"]
+    assert generator.random() == np.random.default_rng(5).random()
+
+
+@pytest.mark.parametrize(
+    "change", [{"text.hidden_size": 16}, {"model_type": "other"}, {"text.vocab_size": 6}]
+)
+def test_another_model_is_refused_with_what_differs(tmp_path, change):
+    folder = write_checkpoint(tmp_path, 1)
+    with pytest.raises(CheckpointError) as caught:
+        read(folder, shapes=SHAPES | change)
+    ((key, value),) = change.items()
+    one_line(caught.value, str(folder), "another model", f"{key} {SHAPES.get(key)} / {value}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"lora_rank": 4}, "lora_rank 0 / 4"),
+        ({"freeze_vision": False}, "freeze_vision True / False"),
+        ({"zero_stage": 3}, "zero_files 1 or 2 / 3"),
+        ({"dtype": "float32"}, "dtype bfloat16 / float32"),
+    ],
+)
+def test_another_learner_is_refused_with_what_differs(tmp_path, changes, named):
+    learner = learner_settings(LearnerConfig(**{"world_size": 2, "zero_stage": 2} | changes))
+    with pytest.raises(CheckpointError) as caught:
+        read(write_checkpoint(tmp_path, 1), learner=learner)
+    one_line(caught.value, "another config", named)
+
+
+def test_another_world_size_and_a_stage_that_writes_the_same_are_no_other_learner(tmp_path):
+    learner = learner_settings(LearnerConfig(world_size=8, zero_stage=1))
+    assert read(write_checkpoint(tmp_path, 1), learner=learner).learner["world_size"] == 2
+
+
+def test_another_held_out_split_is_refused(tmp_path):
+    with pytest.raises(CheckpointError) as caught:
+        read(write_checkpoint(tmp_path, 1), eval_key="another")
+    one_line(caught.value, "data.eval")
+
+
+def change_manifest(folder: Path, **changes: Any) -> None:
+    path = folder / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes) + "\n")
+
+
+def test_a_newer_version_is_named_whatever_else_it_changed(tmp_path):
+    folder = write_checkpoint(tmp_path, 1)
+    change_manifest(folder, format=FORMAT + 2, files="elsewhere")
+    with pytest.raises(CheckpointError) as caught:
+        find_checkpoint(tmp_path)
+    one_line(
+        caught.value, f"newer version: format {FORMAT + 2}, this one reads up to {FORMAT}: update video-opd"
+    )
+    assert not isinstance(caught.value, PartialCheckpointError)
+
+
+# --- partial and damaged ---
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("whole"), 3)
+
+
+NAMES = ["curriculum.parquet", MANIFEST, "predictions.parquet", "state.json", "student/model.safetensors"]
+
+
+def test_the_manifest_covers_every_file(whole):
+    assert files_of(whole) == NAMES
+    assert sorted(json.loads((whole / MANIFEST).read_text())["files"]) == [n for n in NAMES if n != MANIFEST]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(NAMES), where=st.floats(0, 1, exclude_max=True))
+def test_a_file_cut_off_anywhere_is_a_partial_checkpoint(whole, tmp_path, name, where):
+    folder = tmp_path / "step-3"
+    shutil.copytree(whole, folder, dirs_exist_ok=True)
+    size = (folder / name).stat().st_size
+    os.truncate(folder / name, int(size * where))
+    with pytest.raises(PartialCheckpointError) as caught:
+        read(folder)
+    one_line(caught.value, str(folder), "partial", name)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(NAMES), where=st.floats(0, 1, exclude_max=True))
+def test_a_byte_changed_anywhere_is_never_read_as_whole(whole, tmp_path, name, where):
+    folder = tmp_path / "step-3"
+    shutil.copytree(whole, folder, dirs_exist_ok=True)
+    content = bytearray((folder / name).read_bytes())
+    content[int(len(content) * where)] ^= 0x10
+    (folder / name).write_bytes(content)
+    said = ""
+    try:
+        assert read(folder) == progress_at(
+            3
+        )  # white space of the manifest, or a file that it no longer names
+    except CheckpointError as error:
+        said = str(error)
+    assert (name == MANIFEST or said) and "\n" not in said
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_file_is_named(whole, tmp_path, name):
+    shutil.copytree(whole, tmp_path / "step-3")
+    (tmp_path / "step-3" / name).unlink()
+    with pytest.raises(PartialCheckpointError) as caught:
+        read(tmp_path / "step-3")
+    one_line(caught.value, name)
+
+
+def test_a_longer_file_is_damage(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "step-3")
+    with (tmp_path / "step-3" / "state.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(CheckpointError) as caught:
+        read(tmp_path / "step-3")
+    one_line(caught.value, "damaged", "state.json", "--step")
+
+
+def test_a_state_that_is_not_one_is_damage(tmp_path):
+    temporary = begin_checkpoint(tmp_path, 4)
+    write_progress(temporary, progress_at(4))
+    (temporary / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError) as caught:
+        read(finish_checkpoint(temporary, tmp_path, 4))
+    one_line(caught.value, "damaged", "state cannot be read")
+
+
+# --- which one is used ---
+
+
+def test_the_newest_is_the_highest_step_not_the_last_name(tmp_path, capsys):
+    for step in (9, 100, 20):
+        write_checkpoint(tmp_path, step)
+    kept = tmp_path / "checkpoints" / "step-300-kept-by-hand"
+    kept.mkdir()
+    assert find_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 100)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_partial_newest_gives_way_to_the_whole_one_before_it_and_it_is_said(tmp_path, capsys):
+    for step in (2, 4, 6, 8):
+        write_checkpoint(tmp_path, step)
+    for step in (6, 8):
+        (checkpoint_folder(tmp_path, step) / "state.json").unlink()
+    assert find_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 4)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert str(checkpoint_folder(tmp_path, 8)) in line and "state.json is missing" in line
+    assert line.endswith(str(checkpoint_folder(tmp_path, 4)))
+
+
+def test_a_damaged_newest_gives_way_only_when_another_is_asked_for(tmp_path):
+    for step in (2, 4):
+        write_checkpoint(tmp_path, step)
+    (checkpoint_folder(tmp_path, 4) / "student" / "model.safetensors").write_text("nothing" * 9)
+    with pytest.raises(CheckpointError) as caught:
+        find_checkpoint(tmp_path)
+    one_line(caught.value, "damaged", "model.safetensors", "--step")
+    assert find_checkpoint(tmp_path, 2) == checkpoint_folder(tmp_path, 2)
+
+
+def test_a_step_that_is_not_there_is_answered_with_those_that_are(tmp_path):
+    for step in (2, 4):
+        write_checkpoint(tmp_path, step)
+    with pytest.raises(CheckpointError) as caught:
+        find_checkpoint(tmp_path, 3)
+    one_line(caught.value, "no checkpoint of step 3", "2, 4")
+
+
+def test_a_partial_one_that_is_asked_for_is_refused(tmp_path):
+    (write_checkpoint(tmp_path, 2) / "state.json").unlink()
+    with pytest.raises(PartialCheckpointError):
+        find_checkpoint(tmp_path, 2)
+
+
+def test_no_checkpoint_is_an_error_that_names_the_run(tmp_path):
+    (tmp_path / "torn" / "checkpoints" / "step-7").mkdir(parents=True)
+    for run_dir in (tmp_path, tmp_path / "none", tmp_path / "torn"):
+        with pytest.raises(CheckpointError) as caught:
+            find_checkpoint(run_dir)
+        one_line(caught.value, str(run_dir), "no whole checkpoint")
+
+
+# --- how it gets to disk ---
+
+
+class Failing:
+    """Stands in for a call: the n-th of all that share `calls` fails, as at a power cut."""
+
+    def __init__(self, calls: list[str], fail_at: int | None, name: str, real: Any):
+        self._calls, self._fail_at, self._name, self._real = calls, fail_at, name, real
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        target = arguments[-1] if self._name == "rename" else arguments[0]
+        path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else str(target)
+        self._calls.append(f"{self._name} {Path(path).name}")
+        if len(self._calls) - 1 == self._fail_at:
+            raise KeyboardInterrupt
+        return self._real(*arguments, **options)
+
+
+def watch(patch: pytest.MonkeyPatch, fail_at: int | None = None, exchanges: bool = True) -> list[str]:
+    """The calls that follow, in order, on their way to disk."""
+    calls: list[str] = []
+    patch.setattr(os, "fsync", Failing(calls, fail_at, "fsync", os.fsync))
+    patch.setattr(os, "rename", Failing(calls, fail_at, "rename", os.rename))
+    patch.setattr(shutil, "rmtree", Failing(calls, fail_at, "rmtree", shutil.rmtree))
+    exchange = video_opd.files.durable._exchange if exchanges else lambda *_: False
+    patch.setattr(video_opd.files.durable, "_exchange", Failing(calls, fail_at, "exchange", exchange))
+    return calls
+
+
+def test_every_file_is_durable_before_the_manifest_and_the_manifest_before_the_name(tmp_path, monkeypatch):
+    calls = watch(monkeypatch)
+    write_checkpoint(tmp_path, 5)
+    manifest, name = calls.index(f"fsync {MANIFEST}"), calls.index("rename step-5")
+    files = [calls.index(f"fsync {Path(n).name}") for n in NAMES if n != MANIFEST]
+    folders = [i for i, call in enumerate(calls) if call == "fsync .step-5.tmp"]
+    assert max(files) < folders[0] < manifest < folders[1] < name < calls.index("fsync checkpoints")
+
+
+@pytest.mark.parametrize("exchanges", [True, False], ids=["exchange", "two renames"])
+def test_a_crash_at_any_moment_of_a_replacement_leaves_the_old_one_or_the_new_one(tmp_path, exchanges):
+    with pytest.MonkeyPatch.context() as patch:
+        write_checkpoint(tmp_path / "count", 5, "old")
+        calls = watch(patch, exchanges=exchanges)
+        write_checkpoint(tmp_path / "count", 5, "new")
+    assert ("rename step-5" in calls) != exchanges
+    seen = []
+    for fail_at in range(len(calls)):
+        run_dir = tmp_path / str(fail_at)
+        write_checkpoint(run_dir, 5, "old")
+        with pytest.MonkeyPatch.context() as patch:
+            watch(patch, fail_at, exchanges)
+            with pytest.raises(KeyboardInterrupt):
+                write_checkpoint(run_dir, 5, "new")
+        mend(run_dir / "checkpoints")
+        folder = find_checkpoint(run_dir)
+        assert read(folder) == progress_at(5)
+        assert [p.name for p in folder.parent.iterdir()] == ["step-5"]
+        seen.append((folder / "student" / "model.safetensors").read_text())
+    assert seen == sorted(seen, reverse=True) and set(seen) == {"old", "new"}
+
+
+def test_a_checkpoint_that_fails_while_it_is_written_leaves_nothing_of_its_name(tmp_path):
+    (begin_checkpoint(tmp_path, 5) / "weights").write_text("half")
+    assert checkpoint_steps(tmp_path) == []
+    write_checkpoint(tmp_path, 6)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-6"]
+
+
+# --- which are kept ---
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_best", "miou", "kept"),
+    [
+        (3, 1, {}, [4, 5, 6]),
+        (1, 0, {1: 0.9}, [6]),
+        (1, 1, {1: 0.1, 2: 0.9, 3: 0.9, 6: 0.3}, [2, 6]),
+        (2, 2, {6: 0.9, 5: 0.8, 2: 0.7}, [5, 6]),
+        (2, 2, {6: 0.1, 3: 0.8, 2: 0.7, 9: 1.0}, [2, 3, 5, 6]),
+    ],
+)
+def test_the_last_and_the_best_are_kept(tmp_path, keep_last, keep_best, miou, kept):
+    for step in range(1, 7):
+        write_checkpoint(tmp_path, step)
+    retain(tmp_path, 6, keep_last, keep_best, miou)
+    assert checkpoint_steps(tmp_path) == kept
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {f"step-{s}" for s in kept}
+
+
+def test_partial_ones_go_and_do_not_count_and_what_is_spared_stays(tmp_path):
+    for step in (1, 2, 3, 4):
+        write_checkpoint(tmp_path, step)
+    (checkpoint_folder(tmp_path, 3) / MANIFEST).unlink()
+    retain(tmp_path, 4, 2, 0, {}, spare=[1])
+    assert checkpoint_steps(tmp_path) == [1, 2, 4]
+
+
+def test_evaluations_are_by_step_the_last_of_the_run_included():
+    evaluations = {
+        "teacher": {"miou": 0.9},
+        "student_before": {"miou": 0.1},
+        "step_2": {"miou": 0.2},
+        "step_10": {"miou": 0.3},
+    }
+    run: Any = SimpleNamespace(step=12, evaluations=evaluations)
+    assert miou_by_step(run) == {2: 0.2, 10: 0.3}
+    run.evaluations["student_after"] = {"miou": 0.4}
+    assert miou_by_step(run) == {2: 0.2, 10: 0.3, 12: 0.4}
+
+
+# --- going on from an earlier one ---
+
+
+def test_what_is_later_is_set_aside_with_copies_of_what_will_be_cut_back(tmp_path):
+    for step in (2, 4, 6):
+        write_checkpoint(tmp_path, step)
+    (checkpoint_folder(tmp_path, 6) / "state.json").unlink()
+    (tmp_path / "metrics.jsonl").write_text("lines")
+    (tmp_path / "trajectories").mkdir()
+    (tmp_path / "trajectories" / "from-step-000000.arrows").write_text("rows")
+    folder = set_aside_after(tmp_path, 2)
+    assert folder and checkpoint_steps(tmp_path) == [2, 6], "the partial one is nobody's"
+    assert check_whole(folder / "checkpoints" / "step-4") == 4
+    assert (folder / "metrics.jsonl").read_text() == "lines" == (tmp_path / "metrics.jsonl").read_text()
+    assert (folder / "trajectories" / "from-step-000000.arrows").read_text() == "rows"
+    assert set_aside_after(tmp_path, 2) is None
+    write_checkpoint(tmp_path, 4)
+    second = set_aside_after(tmp_path, 2)
+    assert second and second != folder

@@ -1,0 +1,120 @@
+"""What a run asks of a cluster, what is missing, and which cluster is meant."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from driver.start_ray import Need, describe_missing, needs_of, place
+from learner.file_transfer import PART_BYTES, FilePart, read_parts, write_part
+from video_opd.cluster import join as cluster
+from video_opd.config_file import load_config
+from video_opd.errors import ConfigError
+
+DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
+
+
+def needs(**counts: int) -> list[Need]:
+    return [Need(role, count, {role: 1, "GPU": 1}, f"{role}.count") for role, count in counts.items()]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "missing"),
+    [
+        ([], "learner: 0 of 2, teacher: 0 of 4"),
+        ([{"learner": 2, "GPU": 2}, *[{"teacher": 1, "GPU": 1}] * 2], "teacher: 2 of 4"),
+        ([{"learner": 2, "GPU": 2}, {"teacher": 4, "GPU": 4}], ""),
+        (
+            [{"learner": 2, "GPU": 1}, {"GPU": 8}, *[{"teacher": 1, "GPU": 1}] * 4],
+            "learner: 1 of 2",
+        ),  # not one node's role, another's GPU
+        ([{"learner": 2, "teacher": 4, "GPU": 3}], "teacher: 1 of 4"),  # one GPU is not given twice
+    ],
+)
+def test_what_is_missing_is_counted_in_processes_that_have_all_they_take_on_one_node(nodes, missing):
+    assert describe_missing(needs(learner=2, teacher=4), nodes) == missing
+
+
+def test_places_are_counted_on_a_copy():
+    node = {"learner": 1.0, "GPU": 1.0}
+    assert place(needs(learner=1), [node]) == {"learner": 1}
+    assert node == {"learner": 1.0, "GPU": 1.0}
+
+
+def test_a_config_asks_for_its_ranks_actors_and_replicas():
+    options = [
+        "learner.world_size=3",
+        "learner.num_gpus=1",
+        "rollout.num_actors=2",
+        "teacher_pool.num_replicas=4",
+    ]
+    parts = [
+        "teacher_pool.engine=vllm",
+        "teacher_pool.tensor_parallel=2",
+        "teacher_pool.num_gpus=1",
+        "loss.kind=opd",
+    ]
+    learner, rollout, teacher = needs_of(load_config(DEMO, options + parts))
+    assert (learner.count, learner.each) == (3, {"learner": 1, "CPU": 0.5, "GPU": 1})
+    assert (rollout.count, rollout.each) == (2, {"rollout": 1, "CPU": 0.5})
+    assert (teacher.count, teacher.each) == (
+        4,
+        {"teacher": 1, "CPU": 1.0, "GPU": 2},
+    )  # both parts on one node
+    assert str(teacher) == "teacher (each teacher 1, CPU 1, GPU 2; teacher_pool.num_replicas)"
+
+
+def test_what_nobody_asks_is_not_waited_for():
+    config = load_config(
+        DEMO, ["loss.kind=sft", "loss.clamp=null", "curriculum.kind=uniform", "rollout.num_actors=0"]
+    )
+    assert [need.role for need in needs_of(config)] == ["learner"]
+
+
+@pytest.fixture
+def listening():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_the_cluster_to_join_is_the_one_that_is_named_or_the_one_this_machine_is_in(monkeypatch, listening):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    started = {"address": listening}
+    monkeypatch.setattr("ray._private.utils.read_ray_address", lambda: started["address"])
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", lambda: set())
+    assert (
+        cluster.cluster_to_join(None)
+        == cluster.cluster_to_join("auto")
+        == cluster.cluster_to_join(listening)
+        == listening
+    )
+    assert cluster.cluster_to_join("local") is None
+    with pytest.raises(ConfigError, match=r"no Ray answers at 127\.0\.0\.1:1 .*: give --address"):
+        cluster.cluster_to_join("127.0.0.1:1")
+    started["address"] = "127.0.0.1:1"  # of a Ray that is gone
+    assert cluster.cluster_to_join(None) is None
+    with pytest.raises(ConfigError, match="no Ray runs on this machine"):
+        cluster.cluster_to_join("auto")
+    monkeypatch.setenv("RAY_ADDRESS", listening)
+    assert cluster.cluster_to_join(None) == listening
+    assert cluster.cluster_to_join("local") is None
+
+
+def test_a_folder_goes_to_another_place_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr("learner.file_transfer.PART_BYTES", 4)
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "student").mkdir(parents=True)
+    files = {"empty": b"", "short": b"abc", "whole": b"abcdefgh", "student/long": bytes(range(11))}
+    for name, data in files.items():
+        (source / name).write_bytes(data)
+    parts = list(read_parts(source))
+    assert max(len(part.data) for part in parts) == 4 < PART_BYTES
+    assert [p for p in parts if p.path == "whole"] == [
+        FilePart("whole", 0, b"abcd"),
+        FilePart("whole", 4, b"efgh"),
+    ]
+    for part in parts:
+        write_part(target, part)
+    assert {str(p.relative_to(target)): p.read_bytes() for p in target.rglob("*") if p.is_file()} == files

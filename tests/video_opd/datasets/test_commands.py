@@ -1,0 +1,286 @@
+"""`python -m video_opd.datasets check | convert` on real clips: every finding, the list of what is left out, exit codes."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from demo.clips import DURATION_S, VIDEO_FPS
+from video_opd.config_data import DatasetConfig, VideoConfig
+from video_opd.datasets import read_prompts
+from video_opd.datasets.__main__ import main
+from video_opd.schemas import MANIFEST
+
+ROOT = Path(__file__).resolve().parents[3]
+GOOD = {"vid": "train00000", "query": "q", "span": [1, 2], "duration": 12}
+
+
+@pytest.fixture
+def folder(split_folder, tmp_path):
+    """A copy of the split that a test may damage."""
+    return shutil.copytree(split_folder, tmp_path / "split")
+
+
+def charades(folder: Path) -> list[str]:
+    return [
+        str(folder / "annotations.txt"),
+        "--lengths",
+        str(folder / "lengths.csv"),
+        "--videos",
+        str(folder / "videos"),
+    ]
+
+
+def jsonl(folder: Path, *records: dict) -> list[str]:
+    path = folder / "a.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return [str(path), "--videos", str(folder / "videos")]
+
+
+def kinds(output: str) -> list[str]:
+    """The kinds of the findings printed, in order; the last line is the summary."""
+    return [line.partition(": ")[0] for line in output.splitlines()[:-1]]
+
+
+def test_a_clean_split_has_no_findings_and_exit_code_0(folder, capsys):
+    count = len((folder / "annotations.txt").read_text().splitlines())
+    for asked in ("auto", "charades_sta"):
+        assert main(["check", *charades(folder), "--format", asked]) == 0
+        assert capsys.readouterr().out == f"{count} annotations, 0 with findings\n"
+
+
+FINDINGS = [
+    ({**GOOD, "vid": "none"}, "missing_video"),
+    ({**GOOD, "vid": "train00001"}, "unreadable_video"),
+    ({**GOOD, "span": [1, 13]}, "beyond_duration"),
+    ({**GOOD, "span": [12, 13]}, "beyond_duration"),
+    ({**GOOD, "span": [2, 1]}, "reversed"),
+    ({**GOOD, "span": [2, 2]}, "zero_length"),
+    ({**GOOD, "span": [-1, 2]}, "before_start"),
+    ({**GOOD, "span": [float("nan"), 2]}, "not_a_number"),
+    ({**GOOD, "span": []}, "no_span"),
+    ({**GOOD, "query": " . "}, "empty_query"),
+    ({**GOOD, "duration": 13.5, "query": "longer"}, "duration_differs"),
+    ({**GOOD, "query": "q."}, "duplicate"),  # once cleaned
+]
+
+
+@pytest.mark.parametrize(("record", "kind"), FINDINGS)
+def test_each_finding_is_reported_with_its_place_and_exit_code_1(record, kind, folder, capsys):
+    (folder / "videos" / "train00001.mp4").write_bytes(b"no video")
+    assert main(["check", *jsonl(folder, GOOD, record)]) == 1
+    output = capsys.readouterr().out
+    assert kinds(output) == [kind] and output.startswith(f"{kind}: {folder / 'a.jsonl'}:2: ")
+    assert output.splitlines()[-1] == f"2 annotations, 1 with findings: {kind} 1"
+
+
+def test_the_sound_one_of_two_equal_annotations_is_kept(folder):
+    output = folder / "m.parquet"
+    assert (
+        main(["convert", *jsonl(folder, {**GOOD, "duration": 13.5}, GOOD, GOOD), "--output", str(output)])
+        == 0
+    )
+    assert pq.read_table(output)["prompt_id"].to_pylist() == ["train00000:2"]
+
+
+def test_the_same_finding_of_a_video_is_printed_once_with_the_number_of_its_annotations(folder, capsys):
+    records = [{**GOOD, "vid": "none", "query": f"q{i}"} for i in range(4)] + [
+        {**GOOD, "vid": f"none{i}"} for i in range(3)
+    ]
+    assert main(["check", *jsonl(folder, *records), "--limit", "2"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("missing_video") and lines[0].endswith("(and 3 more annotations)")
+    assert lines[2:] == [
+        "missing_video: 2 more; see them with --limit",
+        "7 annotations, 7 with findings: missing_video 7",
+    ]
+
+
+def test_tolerances_and_allowances_are_as_asked(folder, capsys):
+    given = jsonl(folder, {**GOOD, "duration": 12.9, "span": [1, 13]})
+    assert main(["check", *given]) == 1 and kinds(capsys.readouterr().out) == ["beyond_duration"]
+    assert main(["check", *given, "--tolerance-s", "0.5", "--clamp-s", "1"]) == 1
+    assert kinds(capsys.readouterr().out) == ["duration_differs"]
+    assert main(["check", *given, "--clamp-s", "1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("fps", "num_frames", "found"),
+    [
+        (VIDEO_FPS, DURATION_S * VIDEO_FPS, []),
+        (VIDEO_FPS * 1.005, DURATION_S * VIDEO_FPS, []),
+        (29.4, round(29.4 * DURATION_S), []),  # the file was encoded again at another rate: seconds are right
+        (VIDEO_FPS * 2, DURATION_S * VIDEO_FPS, ["wrong_fps"]),
+        (VIDEO_FPS / 2, DURATION_S * VIDEO_FPS, ["wrong_fps"]),
+        (VIDEO_FPS, 2 * DURATION_S * VIDEO_FPS, ["duration_differs"]),
+    ],
+)
+def test_frames_counted_at_another_rate_than_the_files_are_found(fps, num_frames, found, folder, capsys):
+    path = folder / "tacos.json"
+    record = {"fps": fps, "num_frames": num_frames, "timestamps": [[0, fps]], "sentences": ["a"]}
+    path.write_text(json.dumps({"train00000.avi": record}))
+    assert main(["check", str(path), "--videos", str(folder / "videos")]) == bool(found)
+    assert kinds(capsys.readouterr().out) == found
+
+
+@pytest.mark.parametrize(
+    ("cut", "found"),
+    [
+        ((2.0, 10.0), []),
+        ((4.0, 12.5), []),  # by rounding
+        ((2.0, 14.0), ["bad_cut"]),
+        ((120.6, 128.6), ["bad_cut"]),
+        ((10.0, 2.0), ["bad_cut"]),
+        ((-1.0, 7.0), ["bad_cut"]),
+        ((0.0, 4.0), ["duration_differs", "beyond_duration"]),
+    ],
+)
+def test_parts_that_the_file_does_not_have_are_found(cut, found, folder, capsys):
+    path = folder / "time_r1.json"
+    record = {"video": "x/train00000.mp4", "duration": 8.0, "timestamp": [0, 7.5], "sentence": "s"}
+    path.write_text(json.dumps([record | {"video_start": cut[0], "video_end": cut[1]}]))
+    arguments = [str(path), "--videos", str(folder / "videos")]
+    assert main(["check", *arguments]) == bool(found)
+    assert kinds(capsys.readouterr().out) == found
+    if not found:
+        assert main(["convert", *arguments, "--output", str(folder / "m.parquet")]) == 0
+        (row,) = pq.read_table(folder / "m.parquet").to_pylist()
+        assert (row["clip_start_s"], row["clip_end_s"]) == (cut[0], min(cut[1], DURATION_S))
+
+
+def test_convert_writes_what_check_accepts_and_lists_the_rest(folder, capsys):
+    (folder / "videos" / "train00001.mp4").write_bytes(b"no video")
+    records = [
+        GOOD,
+        *(record for record, _ in FINDINGS),
+        {**GOOD, "query": "last", "span": [[0, 1], [11, 12.0]]},
+    ]
+    arguments = jsonl(folder, *records)
+    output = folder / "new" / "train.parquet"
+    assert main(["convert", *arguments, "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{output}: 2 prompts; left out {len(FINDINGS)} (")
+    assert sorted(p.name for p in output.parent.iterdir()) == ["train.left_out.csv", "train.parquet"]
+    table = pq.read_table(output)
+    assert table.schema.equals(MANIFEST) and table["prompt_id"].to_pylist() == [
+        "train00000:1",
+        f"train00000:{len(records)}",
+    ]
+    assert table["source"].to_pylist() == ["a.jsonl:1", f"a.jsonl:{len(records)}"]
+    made_by = {b"format": b"videomind", b"cleaning": b"parse_query", b"round_s": b"0.0", b"clamp_s": b"0.0"}
+    assert table.schema.metadata == {b"video_opd." + key: value for key, value in made_by.items()}
+    assert str(folder).encode() not in output.read_bytes()
+    left_out = list(csv.DictReader((output.parent / "train.left_out.csv").open()))
+    assert [(row["source"], row["kind"]) for row in left_out] == [
+        (f"a.jsonl:{i}", k) for i, (_, k) in enumerate(FINDINGS, 2)
+    ]
+    assert all(row["reason"] for row in left_out)
+    assert main(["check", str(output), "--videos", str(folder / "videos")]) == 0
+
+
+def test_the_manifest_of_a_split_gives_its_prompts(folder):
+    output = folder / "m.parquet"
+    assert main(["convert", *charades(folder), "--output", str(output)]) == 0
+    video, videos, lengths = VideoConfig(max_frames=24), str(folder / "videos"), str(folder / "lengths.csv")
+    direct = read_prompts(
+        DatasetConfig(annotations=str(folder / "annotations.txt"), lengths=lengths, videos=videos), video, 32
+    )
+    again = read_prompts(DatasetConfig(format="manifest", annotations=str(output), videos=videos), video, 32)
+    lines = (folder / "annotations.txt").read_text().splitlines()
+    assert [p.prompt_id for p in direct] == [f"{line.split()[0]}:{i}" for i, line in enumerate(lines, 1)]
+    for one, other in zip(direct, again, strict=True):
+        assert (one.prompt_id, one.query, one.answer_spans_s) == (
+            other.prompt_id,
+            other.query,
+            other.answer_spans_s,
+        )
+        assert (one.clip.clip_id, one.clip.video_path) == (other.clip.clip_id, other.clip.video_path)
+
+
+def test_a_stopped_or_impossible_conversion_leaves_the_old_files(folder, capsys):
+    output = folder / "m.parquet"
+    assert main(["convert", *charades(folder), "--output", str(output)]) == 0
+    before = output.read_bytes()
+    assert main(["convert", *jsonl(folder, {**GOOD, "span": [2, 1]}), "--output", str(output)]) == 2
+    assert "no annotations to convert: 1 are left out, first" in capsys.readouterr().err
+    assert output.read_bytes() == before
+
+
+def test_convert_does_not_overwrite_its_input_and_names_a_place_where_it_cannot_write(folder, capsys):
+    arguments = jsonl(folder, GOOD)
+    before = (folder / "a.jsonl").read_text()
+    assert main(["convert", *arguments, "--output", str(folder / "a.jsonl")]) == 2
+    assert (
+        "is the annotation file itself" in capsys.readouterr().err
+        and (folder / "a.jsonl").read_text() == before
+    )
+    assert main(["convert", *arguments, "--output", str(folder / "a.jsonl" / "m.parquet")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+FILES = {
+    "latin1.txt": "train00000 1 2##caf\xe9".encode("latin-1"),
+    "columns.csv": b"id,seconds\ntrain00000,12\n",
+    "one.csv": b"id,length\ntrain00009,12\n",
+    "torn.json": b'{"train00000": {"duration": 12',
+    "empty.jsonl": b"\n",
+    "leaves.jsonl": json.dumps({**GOOD, "vid": "../../x"}).encode(),
+    "charades.json": b'{"train00000": {"duration": 12, "timestamps": [[1, 2]], "sentences": ["a"]}}',
+}
+
+
+@pytest.mark.parametrize("command", ["check", "convert"])
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["latin1.txt"], "not UTF-8"),
+        (["annotations.txt"], "needs the csv of the videos' lengths"),
+        (["annotations.txt", "--lengths", "columns.csv"], "needs the columns id and length"),
+        (["annotations.txt", "--lengths", "one.csv"], "has no length in"),
+        (["torn.json"], "not JSON"),
+        (["empty.jsonl"], "has no annotations"),
+        (["empty.jsonl", "--format", "videomind"], "has no annotations"),
+        (["leaves.jsonl"], "not inside"),
+        (["none.json"], "cannot be read"),
+        (["charades.json", "--videos", "nowhere"], "does not exist"),
+        (["charades.json", "--format", "timelens_bench"], "lacks 'queries'"),
+        (
+            ["charades.json", "--format", "charades_sta", "--lengths", "lengths.csv"],
+            "VIDEO_ID start end##sentence",
+        ),
+        (["annotations.txt", "--format", "activitynet"], "not JSON"),
+        (["charades.json", "--annotators", "all"], "would do nothing"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, named, command, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    for name, content in FILES.items():
+        (folder / name).write_bytes(content)
+    output = ["--output", "m.parquet"] if command == "convert" else []
+    assert main([command, "--videos", "videos", *arguments, *output]) == 2
+    error = capsys.readouterr().err
+    assert named in error and error.startswith("error: ") and error.count("\n") == 1
+    assert not (folder / "m.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    "option", [["--clamp-s", "-1"], ["--tolerance-s", "nan"], ["--round-s", "x"], ["--format", "x"]]
+)
+def test_an_option_out_of_range_is_exit_code_2(option, folder, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["check", *charades(folder), *option])
+    assert ended.value.code == 2 and option[0] in capsys.readouterr().err
+
+
+def test_the_command_runs_as_a_module(folder):
+    command = [sys.executable, "-m", "video_opd.datasets", "check", *charades(folder)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0 and done.stdout.endswith("annotations, 0 with findings\n"), done.stderr

@@ -1,0 +1,273 @@
+"""The configuration: strict, overridable from the command line, one line per problem."""
+
+import pytest
+import yaml
+
+import launch
+from video_opd.config import Config
+from video_opd.config_file import describe_keys, dump_config, load_config, resolve_paths
+from video_opd.errors import ConfigError, InputError
+from video_opd.models.prompting import parse_span
+from video_opd.prompt_styles import STYLES
+
+SPLIT = {"annotations": "a.txt", "lengths": "l.csv", "videos": "v"}
+MINIMAL = {"student": "s", "teacher": "t", "num_steps": 3, "data": {"train": SPLIT, "eval": dict(SPLIT)}}
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+def problem(path, *overrides: str) -> str:
+    """The one line that load_config fails with."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message and message
+    assert isinstance(caught.value, InputError)  # the program ends with code 2
+    return message
+
+
+@pytest.mark.parametrize(
+    ("override", "unknown", "nearest"),
+    [
+        ("learner.learning_rat=1", "learner.learning_rat", None),
+        ("learner.lrr=1", "learner.lrr", "learner.lr"),
+        ("num_step=1", "num_step", "num_steps"),
+        ("rollout.max_respons_tokens=4", "rollout.max_respons_tokens", "rollout.max_response_tokens"),
+        ("data.train.anotations=x", "data.train.anotations", "data.train.annotations"),
+        ("lerner.lr=1", "lerner", "learner"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_known_one(path, override, unknown, nearest):
+    message = problem(path, override)
+    assert f"unknown key {unknown};" in message
+    assert str(path) in message
+    if nearest:
+        assert message.endswith(f"did you mean {nearest}?")
+
+
+@pytest.mark.parametrize(
+    ("section", "key"), [("", "student"), ("", "num_steps"), ("data.eval", "videos"), ("data", "train")]
+)
+def test_a_missing_key_is_named_in_full(path, section, key):
+    tree = yaml.safe_load(path.read_text())
+    node = tree
+    for part in filter(None, section.split(".")):
+        node[part] = dict(node[part])
+        node = node[part]
+    del node[key]
+    path.write_text(yaml.safe_dump(tree))
+    assert f"missing key {section}.{key}".replace(" .", " ") in problem(path)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "num_steps=many",
+        "num_steps=0",
+        "num_steps=1.5",
+        "num_steps=",
+        "learner.lr=fast",
+        "learner.lr=-1",
+        "learner.lr=.nan",
+        "learner.zero_stage=4",
+        "learner.dtype=float16",
+        "learner.betas=[0.9]",
+        "learner.freeze_vision=sometimes",
+        "learner=3",
+        "learner.lora_targets=(",
+        "loss.kind=grpo",
+        "loss.kl_coef=0.1",
+        "rollout.num_actors=0",
+        "rollout.temperature=0.7",
+        "curriculum.teacher_threshold=1.5",
+        "prompt.template=When?",
+        "prompt.answer_template={begin}",
+        "prompt.style=own",
+        "data.eval.unreadable=drop",
+        "video.min_frames=1000",
+        "max_policy_lag=-1",
+        "worker_env=[1]",
+    ],
+)
+def test_a_bad_value_is_named_by_its_key(path, override):
+    key = override.partition("=")[0]
+    section = key.rpartition(".")[0]
+    message = problem(path, override)
+    assert f" {key}" in message or f" {section}: " in message  # checks over several keys name the section
+    assert message.startswith(f"config {path}: ")
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_prompt_style_sets_what_is_not_given_and_its_answers_are_understood(path, style, tmp_path):
+    prompt = load_config(path, [f"prompt.style={style}"]).prompt
+    assert {key: getattr(prompt, key) for key in STYLES[style]} == STYLES[style]
+    assert parse_span(prompt.answer_template.format(start=3.5, end=12.0)) == (3.5, 12.0)
+    own = load_config(
+        path, [f"prompt.style={style}", "prompt.template=When {query}?", "prompt.video_first=false"]
+    )
+    assert (own.prompt.template, own.prompt.video_first) == ("When {query}?", False)
+    assert own.prompt.answer_template == STYLES[style]["answer_template"]
+    (tmp_path / "again.yaml").write_text(dump_config(own, {}))
+    assert load_config(tmp_path / "again.yaml").prompt == own.prompt
+
+
+def test_cached_vision_features_ask_for_a_frozen_tower(path):
+    assert "set freeze_vision" in problem(
+        path, "learner.vision_cache_bytes=1000", "learner.freeze_vision=false"
+    )
+    assert "use zero_stage=2" in problem(
+        path,
+        "learner.vision_cache_bytes=1000",
+        "learner.zero_stage=3",
+        "learner.world_size=2",
+        "learner.freeze_vision=true",
+    )
+
+
+def test_every_problem_of_a_file_is_reported_at_once_in_one_line(path):
+    message = problem(path, "num_steps=0", "learner.lrr=1", "loss.kind=x")
+    assert message.count(f"config {path}: ") == 3
+    assert all(key in message for key in ("num_steps=0", "learner.lrr", "loss.kind='x'"))
+
+
+@pytest.mark.parametrize("override", ["num_steps", "=3", "", "learner.lr: 3"])
+def test_an_override_without_key_or_value_says_how_to_write_one(path, override):
+    assert "section.key=value" in problem(path, override)
+
+
+@pytest.mark.parametrize("override", ["student.name=x", "data.train.videos.more=x"])
+def test_an_override_cannot_go_inside_a_value(path, override):
+    assert "is a value, not a section" in problem(path, override)
+
+
+@pytest.mark.parametrize("override", ["learner.betas=[0.9,", "student={", 'student="open'])
+def test_an_override_that_is_not_yaml_is_named(path, override):
+    message = problem(path, override)
+    assert repr(override) in message and "not YAML" in message
+
+
+@pytest.mark.parametrize("text", ["a: [1,\nb: 2", "\tkey: value", "a: b: c", "key: \x00"])
+def test_a_file_that_is_not_yaml_is_named(path, text):
+    path.write_text(text)
+    message = problem(path)
+    assert str(path) in message and "not YAML" in message
+
+
+def test_a_file_that_is_not_text_is_named(path):
+    path.write_bytes(b"\xff\xfe\x00\x81binary")
+    assert str(path) in problem(path)
+
+
+@pytest.mark.parametrize("text", ["", "just words", "- 1\n- 2\n", "3"])
+def test_a_file_that_is_no_mapping_is_named(path, text):
+    path.write_text(text)
+    message = problem(path)
+    assert str(path) in message and "mapping" in message
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    assert f"{tmp_path / 'none.yaml'}: No such file" in problem(tmp_path / "none.yaml")
+    assert f"{tmp_path}: Is a directory" in problem(tmp_path)
+
+
+def test_overrides_reach_nested_keys_and_leave_the_rest(path):
+    config = load_config(
+        path, ["data.train.max_prompts=7", "learner.betas=[0.8, 0.95]", "loss.clamp=3", "run_name=a=b"]
+    )
+    assert config.data.train.max_prompts == 7 and config.data.eval.max_prompts is None
+    assert config.data.train.annotations == "a.txt"
+    assert config.learner.betas == (0.8, 0.95)
+    assert config.loss.clamp == 3.0
+    assert config.run_name == "a=b"
+    assert config.num_steps == 3 and config.groups_per_step == Config.model_fields["groups_per_step"].default
+
+
+def test_an_override_of_a_section_that_another_repeats_by_reference_changes_that_one_alone(path):
+    path.write_text(
+        "student: s\nteacher: t\nnum_steps: 3\n"
+        "data:\n  train: &split {annotations: a.txt, lengths: l.csv, videos: v}\n  eval: *split\n"
+    )
+    config = load_config(path, ["data.train.max_prompts=7"])
+    assert config.data.train.max_prompts == 7 and config.data.eval.max_prompts is None
+
+
+def test_later_overrides_win_and_null_unsets(path):
+    assert load_config(path, ["num_steps=4", "num_steps=5"]).num_steps == 5
+    assert load_config(path, ["checks.max_logprob_gap=null"]).checks.max_logprob_gap is None
+
+
+@pytest.mark.parametrize("text", ["1e-6", "1E-6", "0.000001", "1.0e-6"])
+def test_a_number_in_scientific_notation_is_a_number(path, text):
+    """YAML 1.1 reads 1e-6 as text."""
+    lr = load_config(path, [f"learner.lr={text}"]).learner.lr
+    assert isinstance(lr, float) and lr == pytest.approx(1e-6, rel=1e-12)
+
+
+def test_a_configuration_cannot_be_changed(path):
+    config = load_config(path)
+    with pytest.raises(ValueError, match="frozen"):
+        config.num_steps = 9
+    with pytest.raises(ValueError, match="frozen"):
+        config.learner.lr = 1.0
+
+
+def test_what_is_dumped_is_loaded_again_whole(path, tmp_path):
+    config = load_config(
+        path, ["learner.lr=1e-6", "worker_env={A: '1'}", "loss.clamp=2", "prompt.template='At {query}: ä?'"]
+    )
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_config(config, {"python": "3.11", "versions": {"torch": "2"}}))
+    assert load_config(copy) == config
+    assert yaml.safe_load(copy.read_text())["environment"]["versions"] == {"torch": "2"}
+    assert load_config(copy, ["num_steps=8"]).num_steps == 8
+
+
+def test_relative_paths_are_resolved_against_the_working_directory(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = resolve_paths(load_config(path, ["teacher=/abs/teacher"]), tmp_path)
+    assert config.student == str(tmp_path / "s") and config.teacher == "/abs/teacher"
+    assert config.data.eval.videos == str(tmp_path / "v") and config.data.eval.lengths == str(
+        tmp_path / "l.csv"
+    )
+
+
+def test_a_dataset_needs_no_lengths(path, tmp_path):
+    config = resolve_paths(
+        load_config(path, ["data.eval={annotations: m.parquet, videos: v, format: manifest}"]), tmp_path
+    )
+    assert config.data.eval.lengths is None and config.data.eval.annotations == str(tmp_path / "m.parquet")
+
+
+def leaves() -> list[str]:
+    """Dotted names of all keys that hold a value, found by walking an instance's dump."""
+    tree = Config.model_validate(MINIMAL).model_dump()
+
+    def walk(node, name):
+        if isinstance(node, dict) and name != "worker_env":
+            return [
+                leaf for key, value in node.items() for leaf in walk(value, f"{name}.{key}" if name else key)
+            ]
+        return [name]
+
+    return walk(tree, "")
+
+
+def test_help_lists_every_key_once_with_its_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        launch.parse_arguments(["--help"])
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    for key in leaves():
+        assert sum(line.startswith(f"  {key}=") for line in lines) == 1, key
+    assert "  student=required  transformers folder of the student" in lines
+    assert any(line.startswith("  learner.lr=1e-06") for line in lines)
+
+
+def test_every_described_key_can_be_overridden(path):
+    described = [line.strip().partition("=")[0] for line in describe_keys()]
+    assert sorted(described) == sorted(leaves())

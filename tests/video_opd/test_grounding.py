@@ -1,0 +1,211 @@
+"""Temporal IoU and its summaries against slow literal readings; reading intervals from text."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.fakes import make_prompt
+from video_opd.grounding import (
+    best_constant_interval,
+    best_iou,
+    blind_baselines,
+    evaluate,
+    merged_iou,
+    prompt_iou,
+    summarise,
+    temporal_iou,
+)
+from video_opd.models.prompting import parse_span
+from video_opd.types import Prediction, Span
+
+TICK_S = 0.25
+ticks = st.integers(0, 60)
+
+
+def literal_iou(a: Span, b: Span) -> float:
+    """Time cut into cells of a tick: cells in both intervals over cells in either."""
+    cells_a, cells_b = (
+        {i for i in range(100) if span[0] <= (i + 0.5) * TICK_S <= span[1]} for span in (a, b)
+    )
+    return len(cells_a & cells_b) / len(cells_a | cells_b) if cells_a | cells_b else 0.0
+
+
+@given(a=st.tuples(ticks, ticks), b=st.tuples(ticks, ticks))
+def test_iou_is_the_share_of_common_time_on_a_fine_grid(a, b):
+    a, b = ((x * TICK_S, y * TICK_S) for x, y in (a, b))
+    expected = literal_iou(a, b) if a[0] < a[1] and b[0] < b[1] else 0.0
+    assert temporal_iou(a, b) == pytest.approx(expected, abs=1e-12)
+    assert temporal_iou(b, a) == temporal_iou(a, b)
+
+
+@given(start=st.floats(0, 1e4), length=st.floats(1e-3, 1e4))
+def test_iou_of_an_interval_with_itself_is_one(start, length):
+    span = (start, start + length)
+    assert temporal_iou(span, span) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        (5.0, 2.0),
+        (3.0, 3.0),
+        (math.nan, 4.0),
+        (1.0, math.nan),
+        (1.0, math.inf),
+        (-math.inf, 4.0),
+        (math.nan, math.nan),
+    ],
+)
+def test_iou_with_a_reversed_empty_or_unbounded_interval_is_zero(bad):
+    assert temporal_iou(bad, (1.0, 4.0)) == 0.0
+    assert temporal_iou((1.0, 4.0), bad) == 0.0
+    assert temporal_iou(bad, bad) == 0.0
+
+
+def test_iou_by_hand():
+    assert temporal_iou((2.0, 6.0), (4.0, 8.0)) == pytest.approx(2 / 6)
+    assert temporal_iou((0.0, 10.0), (4.0, 5.0)) == pytest.approx(0.1)
+    assert temporal_iou((0.0, 1.0), (1.0, 2.0)) == 0.0
+    assert temporal_iou((0.0, 1.0), (5.0, 6.0)) == 0.0
+
+
+def test_best_iou_is_that_of_the_nearest_answer_and_zero_for_no_interval():
+    assert best_iou((0.0, 2.0), [(5.0, 6.0), (0.0, 4.0), (1.0, 2.0)]) == pytest.approx(0.5)
+    assert best_iou(None, [(0.0, 4.0)]) == 0.0
+
+
+spans = st.tuples(st.integers(0, 12), st.integers(0, 12)).filter(lambda s: s[0] < s[1])
+
+
+@given(span=spans, answers=st.lists(spans, min_size=1, max_size=4))
+def test_merged_iou_is_that_with_the_union_of_all_answers_on_a_fine_grid(span, answers):
+    covered = {t for a, b in answers for t in range(a, b)}
+    predicted = set(range(*span))
+    assert merged_iou(span, answers) == pytest.approx(len(covered & predicted) / len(covered | predicted))
+    assert merged_iou(span, answers[:1]) == pytest.approx(best_iou(span, answers[:1]))
+
+
+@pytest.mark.parametrize("bad", [None, (3.0, 3.0), (4.0, 2.0), (0.0, float("nan")), (float("-inf"), 1.0)])
+def test_merged_iou_of_no_interval_is_zero(bad):
+    assert merged_iou(bad, [(0.0, 4.0), (6.0, 8.0)]) == 0.0
+
+
+def test_a_prompt_of_several_spans_is_read_as_its_nearest_or_as_their_union():
+    prompt = make_prompt("p", ((0.0, 2.0), (6.0, 8.0)))
+    assert prompt_iou((0.0, 2.0), prompt, "best") == 1.0
+    assert prompt_iou((0.0, 2.0), prompt, "merged") == 0.5
+    assert prompt_iou((0.0, 8.0), prompt, "merged") == 0.5
+    assert prompt_iou(None, prompt, "best") == prompt_iou(None, prompt, "merged") == 0.0
+
+
+def test_summary_counts_thresholds_inclusively_and_over_every_prompt():
+    summary = summarise([0.0, 0.3, 0.5, 0.7, 1.0, 0.2999], num_unparsed=1)
+    assert summary["miou"] == pytest.approx((0.3 + 0.5 + 0.7 + 1.0 + 0.2999) / 6)
+    assert [summary[f"r1@{m}"] for m in (0.3, 0.5, 0.7)] == pytest.approx([4 / 6, 3 / 6, 2 / 6])
+    assert (summary["n"], summary["unparsed"]) == (6, 1)
+
+
+def test_a_threshold_that_rounding_missed_counts_as_reached():
+    iou = temporal_iou((0.0, 0.7), (0.0, 1.0)) - 1e-12
+    assert iou < 0.7 and summarise([iou])["r1@0.7"] == 1.0
+
+
+def test_nothing_to_summarise_is_an_error():
+    with pytest.raises(ValueError, match="no prompts"):
+        summarise([])
+
+
+def prediction(prompt_id: str, span: Span | None) -> Prediction:
+    return Prediction(prompt_id=prompt_id, text="", span_s=span)
+
+
+def test_prompts_without_a_prediction_or_without_an_interval_stay_in_the_denominator():
+    prompts = [make_prompt(name, ((2.0, 6.0),)) for name in ("right", "half", "unparsed", "missing")]
+    predictions = [
+        prediction("unparsed", None),  # in any order
+        prediction("half", (2.0, 4.0)),
+        prediction("of another prompt", (2.0, 6.0)),
+        prediction("right", (2.0, 6.0)),
+    ]
+    summary = evaluate(predictions, prompts)
+    assert summary["n"] == 4
+    assert summary["unparsed"] == 2
+    assert summary["miou"] == pytest.approx(1.5 / 4)
+    assert summary["r1@0.5"] == pytest.approx(2 / 4)
+    assert summary["r1@0.7"] == pytest.approx(1 / 4)
+
+
+def test_without_any_prediction_everything_is_zero():
+    summary = evaluate([], [make_prompt("a"), make_prompt("b")])
+    assert (summary["miou"], summary["r1@0.3"], summary["n"], summary["unparsed"]) == (0.0, 0.0, 2, 2)
+
+
+def test_best_constant_interval_is_the_common_one_as_fractions_of_the_duration():
+    answers = [([(2.0, 5.0)], 10.0), ([(4.0, 10.0)], 20.0), ([(9.0, 10.0)], 10.0)]  # 0.2 to 0.5 twice
+    assert best_constant_interval(answers, grid=10) == pytest.approx((0.2, 0.5))
+
+
+def test_best_constant_interval_beats_every_other_on_the_grid():
+    answers = [
+        ([(1.0, 4.0), (9.0, 10.0)], 10.0),
+        ([(2.0, 4.0)], 8.0),
+        ([(0.0, 3.0)], 12.0),
+        ([(3.0, 9.0)], 9.0),
+    ]
+
+    def mean_iou(interval: Span) -> float:
+        return sum(max(literal(interval, s, d) for s in spans) for spans, d in answers) / len(answers)
+
+    def literal(interval: Span, span: Span, duration: float) -> float:
+        return temporal_iou((interval[0] * duration, interval[1] * duration), span)
+
+    best = max(mean_iou((a / 8, b / 8)) for a, b in itertools.combinations(range(9), 2))
+    assert mean_iou(best_constant_interval(answers, grid=8)) == pytest.approx(best)
+
+
+def test_blind_baselines_choose_on_train_score_on_evaluation_and_follow_the_seed():
+    train = [make_prompt(f"t{i}", ((3.0, 6.0),), duration_s=12.0) for i in range(3)]
+    evaluation = [make_prompt("same", ((6.0, 12.0),), duration_s=24.0)]
+    evaluation += [make_prompt(f"other{i}", ((20.0, 24.0),), duration_s=24.0) for i in range(2)]
+    baselines = blind_baselines(train, evaluation, seed=1)
+    assert baselines["best_constant"]["interval_frac"] == pytest.approx([0.25, 0.5])
+    assert baselines["best_constant"]["miou"] == pytest.approx(1 / 3)
+    assert baselines == blind_baselines(train, evaluation, seed=1)
+    assert baselines["random"]["miou"] != blind_baselines(train, evaluation, seed=2)["random"]["miou"]
+
+
+@pytest.mark.parametrize(
+    ("text", "span"),
+    [
+        ("From 2.0 to 5.0 seconds.", (2.0, 5.0)),
+        ("The event happens in 2.5 - 7 seconds", (2.5, 7.0)),
+        ("The event happens in 2.5 - 7.25 seconds.", (2.5, 7.25)),
+        ("2.0s to 5.0s", (2.0, 5.0)),
+        ("from 2 seconds to 5 seconds", (2.0, 5.0)),
+        ("From 2 sec - 5 sec", (2.0, 5.0)),
+        ("between 12 and 15.5 seconds", (12.0, 15.5)),
+        ("[3.1, 4.8]", (3.1, 4.8)),
+        ("3.1–4.8", (3.1, 4.8)),
+        ("3.1 — 4.8 s", (3.1, 4.8)),
+        ("Object 3 is seen from 1.0 to 2.0 seconds, then from 5.0 to 6.0.", (1.0, 2.0)),
+        ("From\n2.0\nto\n5.0", (2.0, 5.0)),
+        ("From 5.0 to 2.0 seconds.", (5.0, 2.0)),  # an answer, though a wrong one
+        ("From 2.0 to", None),
+        ("At 2.0 seconds.", None),
+        ("From two to five seconds.", None),
+        ("to - ,", None),
+        ("", None),
+    ],
+)
+def test_the_first_pair_of_numbers_is_the_interval(text, span):
+    assert parse_span(text) == span
+
+
+@given(start=st.integers(0, 9999), end=st.integers(0, 9999))
+def test_answers_written_with_the_demos_and_the_default_template_are_read_back(start, end):
+    span = (start / 10, end / 10)
+    for template in ("From {0:.1f} to {1:.1f} seconds.", "The event happens in {0:.1f} - {1:.1f} seconds."):
+        assert parse_span(template.format(*span)) == span

@@ -1,0 +1,44 @@
+"""A run folder belongs to one process at a time."""
+
+from pathlib import Path
+
+import pytest
+
+from video_opd.config_file import load_config
+from video_opd.errors import ConfigError
+from video_opd.files.run_folder import claimed, new_run_folder
+
+DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
+
+
+def config(runs: Path, *more: str):
+    return load_config(DEMO, [f"runs_dir={runs}", *more])
+
+
+def test_a_folder_that_a_run_writes_to_is_refused(tmp_path):
+    with claimed(tmp_path), pytest.raises(ConfigError, match="a run goes on in"), claimed(tmp_path):
+        pass
+    with claimed(tmp_path):
+        pass
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path):
+    with new_run_folder(config(tmp_path)) as first, new_run_folder(config(tmp_path)) as second:
+        assert first != second
+        (first / "config.yaml").touch()
+    assert list(tmp_path.iterdir()) == [first], "one that nothing was written to is gone"
+
+
+def test_a_name_that_is_taken_and_a_place_that_is_none_are_one_line(tmp_path):
+    with new_run_folder(config(tmp_path, "run_name=a")) as folder:
+        with (
+            pytest.raises(ConfigError, match="a exists: choose another run_name, or go on with --resume"),
+            new_run_folder(config(tmp_path, "run_name=a")),
+        ):
+            pass
+        (folder / "file").touch()
+        with (
+            pytest.raises(ConfigError, match="no folder can be made there"),
+            new_run_folder(config(folder / "file")),
+        ):
+            pass

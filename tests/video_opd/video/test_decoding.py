@@ -1,0 +1,485 @@
+"""Decoding: workers and their deadlines, videos that are not plain, and videos that cannot be decoded."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from tests.video_opd.video.test_clips import decode_all
+from tests.videos import noise, turn, write_audio, write_images, write_over_reporting, write_video
+from video_opd.config import Config
+from video_opd.config_data import VideoConfig
+from video_opd.config_file import load_config
+from video_opd.errors import ClipError, ConfigError
+from video_opd.types import Clip
+from video_opd.video.clips import plan_clip, read_frames
+from video_opd.video.decode_pool import DecodePool
+from video_opd.video.decoders import PyAVDecoder
+
+DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
+DECODERS = ("decord", "pyav")
+CLIP_TIMEOUT_S = 1.5
+
+
+def config(**options) -> VideoConfig:
+    """Decoders of tests have no name in the configuration, so nothing is validated."""
+    return VideoConfig(fps=2, max_frames=24, max_video_tokens=256).model_copy(
+        update={"decode_timeout_s": 30.0, **options}
+    )
+
+
+def workers() -> set[int]:
+    """Processes of this one that decode."""
+    return {p.pid for p in psutil.Process().children() if "decode_worker" in " ".join(p.cmdline())}
+
+
+def shown_at(frames: np.ndarray, clip: Clip, video: VideoConfig) -> np.ndarray:
+    """Which of `frames` the clip's are, by nearest picture: h264 is not lossless."""
+    read = read_frames(clip, video).reshape(len(clip.frame_indices), -1).astype(np.float32)
+    flat = frames.reshape(len(frames), -1).astype(np.float32)
+    return np.array([int(np.abs(flat - f).mean(1).argmin()) for f in read])
+
+
+# Workers
+
+
+def test_workers_start_when_they_are_needed_and_are_used_again(tmp_path):
+    write_video(tmp_path / "a.mp4", noise(30))
+    before = workers()
+    pool = DecodePool("decord", 2, 30.0)
+    assert workers() == before
+    for _ in range(3):
+        pool.describe(str(tmp_path / "a.mp4"))
+    assert len(workers() - before) == 1
+    pool.close()
+    assert workers() == before
+
+
+def test_a_worker_imports_no_framework():
+    code = "import sys, video_opd.decode_worker; print(*sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(DEMO.parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert not {"torch", "pydantic", "ray", "transformers", "pyarrow", "av", "decord"} & {
+        *done.stdout.split()
+    }
+
+
+@pytest.mark.parametrize("decoder", ["HangsOnRead", "HangsOnOpen"])
+def test_a_decoder_that_hangs_holding_the_gil_is_killed_at_the_deadline(decoder, tmp_path):
+    path = tmp_path / "bad.mp4"
+    path.write_bytes(b"x")
+    before = workers()
+    video = config(decoder=f"tests.bad_decoders:{decoder}", decode_timeout_s=CLIP_TIMEOUT_S)
+    started = time.monotonic()
+    with pytest.raises(ClipError, match=rf"bad.mp4 was not decoded within {CLIP_TIMEOUT_S} s") as caught:
+        read_frames(plan_clip("bad", path, video, 32), video)
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - started < 60, "a start of the worker and the deadline"
+    assert workers() == before, "the worker is gone"
+
+
+def test_after_a_worker_was_killed_the_next_clip_is_read_and_the_broken_one_fails_at_once(tmp_path):
+    bad, good = tmp_path / "bad.mp4", tmp_path / "good.mp4"
+    for path in (bad, good):
+        path.write_bytes(b"x")
+    video = config(
+        decoder="tests.bad_decoders:HangsOnRead", decode_timeout_s=CLIP_TIMEOUT_S, decode_workers=1
+    )
+    clips = [plan_clip(path.stem, path, video, 32) for path in (bad, good)]
+    with pytest.raises(ClipError, match="was not decoded within"):
+        read_frames(clips[0], video)
+    assert (read_frames(clips[1], video) == 128).all()
+    started = time.monotonic()
+    with pytest.raises(ClipError, match="was not decoded within"):
+        read_frames(clips[0], video)
+    assert time.monotonic() - started < CLIP_TIMEOUT_S / 2
+
+
+def test_a_decoder_that_crashes_fails_the_clip_alone(tmp_path):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"x")
+    video = config(decoder="tests.bad_decoders:Crashes")
+    clip = plan_clip("a", path, video, 32)
+    with pytest.raises(ClipError, match=f"crash.*{-signal.SIGSEGV}"):
+        read_frames(clip, video)
+
+
+def test_a_worker_that_the_system_killed_does_not_condemn_the_video(tmp_path):
+    path, listed = tmp_path / "a.mp4", tmp_path / "quarantine.jsonl"
+    path.write_bytes(b"x")
+    video = config(decoder="tests.bad_decoders:IsKilled", quarantine=str(listed))
+    clip = plan_clip("a", path, video, 32)
+    for _ in range(2):
+        with pytest.raises(ClipError, match="its worker was killed"):
+            read_frames(clip, video)
+    assert not listed.exists()
+
+
+def run_and_kill(code: str, path: Path) -> psutil.Process:
+    """Starts a process that decodes, kills it, returns its worker."""
+    environment = os.environ | {"PYTHONPATH": str(DEMO.parents[1])}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout
+    parent.stdout.readline()
+    children: list[psutil.Process] = []
+    while not children:
+        children = psutil.Process(parent.pid).children()
+        time.sleep(0.1)
+    time.sleep(1.0)
+    parent.kill()
+    parent.wait()
+    return children[0]
+
+
+def test_no_worker_outlives_its_parent(tmp_path):
+    """An idle one sees its socket close; one that hangs holding the GIL is ended by its alarm."""
+    write_video(tmp_path / "a.mp4", noise(30))
+    pool = (
+        "import sys, time; from video_opd.decode_pool import DecodePool; pool = DecodePool('decord', 1, 30.0)"
+    )
+    worker = run_and_kill(
+        f"{pool}; pool.describe(sys.argv[1]); print('ready', flush=True); time.sleep(600)", tmp_path / "a.mp4"
+    )
+    psutil.wait_procs([worker], timeout=30)
+    assert not worker.is_running()
+    hangs = "import sys; from video_opd.decode_pool import DecodePool; print('ready', flush=True)"
+    hangs += "; DecodePool('tests.bad_decoders:HangsOnOpen', 1, 3.0).describe(sys.argv[1])"
+    worker = run_and_kill(hangs, tmp_path / "a.mp4")
+    psutil.wait_procs([worker], timeout=60)
+    assert not worker.is_running()
+
+
+def test_a_long_clip_comes_in_parts(tmp_path):
+    """More frames than fit one answer: the same frames."""
+    write_video(tmp_path / "a.mp4", noise(8, 240, 320))
+    pool = DecodePool("decord", 1, 60.0)
+    indices = np.arange(8).repeat(40)  # 70 MiB, PART_BYTES are 64 MiB
+    parts = [part.copy() for part in pool.read(str(tmp_path / "a.mp4"), indices, 8)]
+    pool.close()
+    assert len(parts) == 2
+    np.testing.assert_array_equal(np.concatenate(parts), decode_all(tmp_path / "a.mp4")[indices])
+
+
+# Decoders
+
+
+def test_a_decoder_that_does_not_import_is_one_line(tmp_path):
+    write_video(tmp_path / "a.mp4", noise(30))
+    try:
+        import torchcodec  # noqa: F401
+
+        pytest.skip("torchcodec imports here")
+    except (ImportError, OSError, RuntimeError):
+        pass
+    with pytest.raises(
+        ConfigError, match=r"video.decoder=torchcodec cannot be imported here \(.+\)"
+    ) as caught:
+        plan_clip("a", tmp_path / "a.mp4", config(decoder="torchcodec"), 32)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("seed", range(3))
+def test_every_decoder_gives_the_same_frames_in_any_order(decoder, seed, tmp_path):
+    write_video(tmp_path / "a.mp4", noise(60))
+    indices = np.random.default_rng(seed).integers(0, 60, 20)
+    pool = DecodePool(decoder, 1, 30.0)
+    info = pool.describe(str(tmp_path / "a.mp4"))
+    assert (info.num_frames, info.fps, info.size) == (60, 30.0, (32, 32))
+    assert info.times_s is not None
+    np.testing.assert_allclose(info.times_s, np.arange(60) / 30, atol=1e-4)
+    read = np.concatenate([part.copy() for part in pool.read(str(tmp_path / "a.mp4"), indices, 60)])
+    pool.close()
+    np.testing.assert_array_equal(read, decode_all(tmp_path / "a.mp4")[indices])
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_file_without_presentation_times_has_a_constant_rate(decoder, tmp_path):
+    """h264 in AVI."""
+    write_video(tmp_path / "a.avi", noise(60))
+    video = config(decoder=decoder)
+    clip = plan_clip("a", tmp_path / "a.avi", video, 32)
+    assert clip.is_plain and clip.frame_indices.tolist() == [0, 15, 30, 45]
+    np.testing.assert_array_equal(
+        read_frames(clip, video), decode_all(tmp_path / "a.avi")[clip.frame_indices]
+    )
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_rotation_flag_is_obeyed(decoder, degrees, tmp_path):
+    frames = noise(30, 48, 64)
+    write_video(tmp_path / "a.mp4", frames)
+    upright = np.rot90(decode_all(tmp_path / "a.mp4"), -degrees // 90, axes=(1, 2))
+    turn(tmp_path / "a.mp4", degrees)
+    video = VideoConfig(fps=2, max_video_tokens=10_000, decoder=decoder)
+    clip = plan_clip("a", tmp_path / "a.mp4", video, 16)
+    assert clip.frame_size == upright.shape[1:3]
+    np.testing.assert_array_equal(read_frames(clip, video), upright[clip.frame_indices])
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_name_may_have_any_characters(decoder, tmp_path):
+    path = tmp_path / "видео 影片 é\n'x'.mp4"
+    write_video(path, noise(60))
+    video = config(decoder=decoder)
+    clip = plan_clip("a", path, video, 32)
+    np.testing.assert_array_equal(read_frames(clip, video), decode_all(path)[clip.frame_indices])
+
+
+# Times
+
+
+@pytest.fixture(scope="module", params=["mp4", "mkv"])
+def variable(request, tmp_path_factory):
+    """(path, frames, times in ms): rates from 5 to 50 a second, and one picture that stays for three seconds."""
+    rng = np.random.default_rng(1)
+    gaps = rng.choice([20, 33, 200], 119)
+    gaps[60] = 3000
+    times = np.concatenate([[0], np.cumsum(gaps)])
+    path = tmp_path_factory.mktemp("variable") / f"a.{request.param}"
+    write_video(path, noise(120), times_ms=times)
+    return path, noise(120), times
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_frames_of_a_variable_rate_are_those_on_display_and_bear_their_own_times(decoder, variable):
+    path, frames, times = variable
+    video = config(decoder=decoder, max_frames=100)
+    clip = plan_clip("a", path, video, 32)
+    assert clip.frame_times_s is not None and not clip.is_plain
+    np.testing.assert_allclose(clip.timestamps_s, times[clip.frame_indices] / 1000, atol=2e-3)
+    assert len(clip.frame_indices) % 2 == 0 and (np.diff(clip.frame_indices) > 0).all()
+    on_display = np.unique(np.searchsorted(times, np.arange(0, times[-1], 500) + 1, side="right") - 1)
+    assert set(clip.frame_indices) <= set(on_display) and len(clip.frame_indices) >= len(on_display) - 1
+    np.testing.assert_array_equal(shown_at(frames, clip, video), clip.frame_indices)
+
+
+def test_bounds_hold_for_a_variable_rate(variable):
+    path, _, times = variable
+    few = plan_clip("a", path, config(max_frames=6), 32)
+    assert len(few.frame_indices) <= 6 and few.timestamps_s[-1] > times[-1] / 1000 * 0.6
+    many = plan_clip("a", path, config(fps=0.1, min_frames=20), 32)
+    assert len(many.frame_indices) == 20
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_cut_has_the_frames_between_its_ends_and_times_from_its_start(decoder, tmp_path):
+    frames = noise(300)
+    write_video(tmp_path / "a.mp4", frames)
+    video = config(decoder=decoder)
+    clip = plan_clip("a", tmp_path / "a.mp4", video, 32, cut_s=(2.5, 6.5))
+    assert clip.frame_indices.tolist() == list(range(75, 195, 15))
+    np.testing.assert_allclose(clip.timestamps_s, np.arange(8) / 2, atol=1e-9)
+    assert (clip.start_s, clip.duration_s, clip.sampled_fps) == (2.5, 4.0, 2.0)
+    np.testing.assert_array_equal(shown_at(frames, clip, video), clip.frame_indices)
+
+
+def test_a_cut_of_a_variable_rate(variable):
+    path, _, times = variable
+    clip = plan_clip("a", path, config(max_frames=100), 32, cut_s=(1.0, 3.0))
+    inside = times[clip.frame_indices] / 1000
+    assert inside.min() >= 1.0 - 2e-3 and inside.max() < 3.0
+    np.testing.assert_allclose(clip.timestamps_s, inside - 1.0, atol=2e-3)
+
+
+def test_the_whole_video_as_a_cut_is_the_video(tmp_path):
+    write_video(tmp_path / "a.mp4", noise(90))
+    whole, cut = (plan_clip("a", tmp_path / "a.mp4", config(), 32, cut_s) for cut_s in (None, (0.0, 99.0)))
+    assert whole.is_plain and cut.is_plain
+    assert (
+        whole.frame_indices.tolist() == cut.frame_indices.tolist()
+        and whole.duration_s == cut.duration_s == 3.0
+    )
+
+
+@pytest.mark.parametrize(
+    "cut_s", [(-1.0, 2.0), (2.0, 2.0), (2.0, 1.0), (3.0, 5.0), (float("nan"), 2.0), (0.0, float("inf"))]
+)
+def test_a_cut_outside_the_video_is_an_error(cut_s, tmp_path):
+    write_video(tmp_path / "a.mp4", noise(90))
+    with pytest.raises(ClipError, match="no part of it"):
+        plan_clip("a", tmp_path / "a.mp4", config(), 32, cut_s)
+
+
+def test_a_cut_without_two_frames_is_an_error(tmp_path):
+    write_video(tmp_path / "a.mp4", noise(90))
+    with pytest.raises(ClipError, match=r"1 frames from 1\.0 to 1\.01 s"):
+        plan_clip("a", tmp_path / "a.mp4", config(), 32, (1.0, 1.01))
+
+
+# Frame folders
+
+
+@pytest.mark.parametrize("first", [0, 1, 95])
+def test_a_folder_of_numbered_images_is_a_video(first, tmp_path):
+    frames = noise(30)
+    write_images(tmp_path / "clip", frames, first)
+    (tmp_path / "clip" / "notes.txt").write_text("not a frame")
+    video = config(frame_folder_fps=3.0)
+    clip = plan_clip("a", tmp_path / "clip", video, 32)
+    assert (clip.num_video_frames, clip.video_fps, clip.duration_s) == (30, 3.0, 10.0)
+    np.testing.assert_array_equal(read_frames(clip, video), frames[clip.frame_indices])
+    np.testing.assert_allclose(clip.timestamps_s, np.floor(np.arange(20) * 1.5) / 3)
+
+
+def test_frame_folders_that_do_not_say_what_they_are(tmp_path):
+    write_images(tmp_path / "clip", noise(4))
+    with pytest.raises(ClipError, match=r"set video\.frame_folder_fps"):
+        plan_clip("a", tmp_path / "clip", config(), 32)
+    video = config(frame_folder_fps=3.0)
+    (tmp_path / "clip" / "frame_00003.png").unlink()
+    with pytest.raises(ClipError, match="no image 3, 1 of its numbers"):
+        plan_clip("a", tmp_path / "clip", video, 32)
+    (tmp_path / "clip" / "frame_00003.png").write_bytes(b"not an image")
+    clip = plan_clip("a", tmp_path / "clip", video, 32)
+    with pytest.raises(ClipError, match=r"frame_00003\.png cannot be read"):
+        read_frames(clip, video)
+    (tmp_path / "clip" / "3.jpg").write_bytes(b"again")
+    with pytest.raises(ClipError, match="have the same number"):
+        plan_clip("a", tmp_path / "clip", video, 32)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ClipError, match="no numbered images"):
+        plan_clip("a", tmp_path / "empty", video, 32)
+
+
+# Bad input
+
+
+def make_truncated(path: Path) -> None:
+    write_video(path, noise(120))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def make_hollow(path: Path) -> None:
+    """The index is whole, the pictures from the second on are zeros."""
+    write_video(path, noise(120))
+    data = bytearray(path.read_bytes())
+    first, last = data.find(b"mdat") + 8 + 3000, data.rfind(b"moov") - 4
+    data[first:last] = bytes(last - first)
+    path.write_bytes(data)
+
+
+BROKEN = {
+    "truncated": make_truncated,
+    "zero_byte": lambda path: path.write_bytes(b""),
+    "wrong_type": lambda path: path.write_text("this is a text, not a video\n" * 100),
+    "missing": lambda path: None,
+    "audio_only": write_audio,
+    "one_frame": lambda path: write_video(path, noise(1)),
+    "hollow": make_hollow,
+}
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_video_is_one_line_that_names_it(kind, decoder, tmp_path):
+    path = tmp_path / f"{kind}.mp4"
+    BROKEN[kind](path)
+    video = config(decoder=decoder)
+    with pytest.raises(ClipError) as caught:
+        read_frames(plan_clip("a", path, video, 32), video)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+class NoRate(PyAVDecoder):
+    def describe(self):
+        return type(super().describe())(num_frames=60, fps=0.0, size=(32, 32), times_s=None)
+
+
+def test_a_video_of_no_rate_is_an_error(tmp_path):
+    write_video(tmp_path / "a.mp4", noise(60))
+    with pytest.raises(ClipError, match=r"a\.mp4 has 60 frames at 0.0 a second"):
+        plan_clip("a", tmp_path / "a.mp4", config(decoder="tests.video_opd.video.test_decoding:NoRate"), 32)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_length_that_over_reports_ends_by_the_deadline(decoder, tmp_path):
+    """60 packets, 30 pictures. PyAV says which is not there; decord says that it cannot, or gives others of the file's frames."""
+    frames = noise(60)
+    write_over_reporting(tmp_path / "a.webm", frames)
+    video = config(decoder=decoder, decode_timeout_s=20.0)
+    started = time.monotonic()
+    clip = plan_clip("a", tmp_path / "a.webm", video, 32)
+    assert clip.num_video_frames == 60
+    if decoder == "pyav":
+        with pytest.raises(ClipError, match="frame 30 of 60 is not in it"):
+            read_frames(clip, video)
+    else:
+        with suppress(ClipError):  # either, as it happens
+            assert (shown_at(frames, clip, video)[:2] == [0, 15]).all()
+    assert time.monotonic() - started < 60
+
+
+# Quarantine
+
+
+def test_a_broken_video_is_listed_with_its_reason_and_not_tried_again_until_it_is_replaced(
+    tmp_path, monkeypatch
+):
+    path, listed = tmp_path / "ü.mp4", tmp_path / "sub" / "quarantine.jsonl"
+    path.write_bytes(b"")
+    video = config(quarantine=str(listed))
+    with pytest.raises(ClipError, match="cannot be decoded"):
+        plan_clip("a", path, video, 32)
+    (line,) = listed.read_text().splitlines()
+    entry = json.loads(line)
+    assert (
+        entry["video"] == str(path)
+        and entry["decoder"] == "decord"
+        and "cannot be decoded" in entry["reason"]
+    )
+
+    elsewhere = tmp_path / "copy.jsonl"  # as another process or run reads it
+    elsewhere.write_bytes(listed.read_bytes())
+    again = config(quarantine=str(elsewhere))
+    with monkeypatch.context() as patched:
+        patched.setattr(DecodePool, "describe", lambda *_: pytest.fail("was opened again"))
+        with pytest.raises(ClipError, match="cannot be decoded"):
+            plan_clip("a", path, again, 32)
+    write_video(path, noise(60))
+    assert plan_clip("a", path, again, 32).num_video_frames == 60
+    assert len(elsewhere.read_text().splitlines()) == 1
+
+
+def test_lines_that_others_add_or_take_out_are_seen(tmp_path):
+    path, listed = tmp_path / "a.mp4", tmp_path / "quarantine.jsonl"
+    write_video(path, noise(60))
+    video = config(quarantine=str(listed))
+    plan_clip("a", path, video, 32)
+    status = path.stat()
+    line = {
+        "video": str(path),
+        "stamp": f"{status.st_size}:{status.st_mtime_ns}",
+        "decoder": "decord",
+        "reason": "is dull",
+    }
+    listed.write_text(json.dumps(line) + "\n")
+    with pytest.raises(ClipError, match="is dull"):
+        plan_clip("a", path, video, 32)
+    listed.write_text("")
+    plan_clip("a", path, video, 32)
+    listed.write_text("hello\n")
+    with pytest.raises(ConfigError, match=r"quarantine\.jsonl:1"):
+        plan_clip("a", path, video, 32)
+
+
+# Configuration
+
+
+def test_a_deadline_beyond_the_requests_own_is_refused():
+    with pytest.raises(ConfigError, match="decode_timeout_s=700 is above request_timeout_s=600"):
+        load_config(DEMO, ["video.decode_timeout_s=700"])
+    assert isinstance(load_config(DEMO), Config)

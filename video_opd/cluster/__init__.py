@@ -1,0 +1,1 @@
+"""Ray: joining a cluster, command lines, deadlines, lost processes."""

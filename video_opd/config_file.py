@@ -1,0 +1,131 @@
+"""Configuration files: YAML and overrides in, one line per problem out."""
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ValidationError,
+)
+
+from video_opd import ROOT
+from video_opd.config import Config
+from video_opd.config_data import ConfigSection
+from video_opd.errors import ConfigError
+
+ENVIRONMENT = "environment"  # the key of a run's config.yaml that is not configuration
+
+
+Section = TypeVar("Section", bound=ConfigSection)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Reads a YAML file and applies `section.key=value` overrides. Raises ConfigError with one line per problem."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that there is not
+        raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {path} must be a mapping of keys to values")
+    for override in overrides:
+        _apply(tree, override)
+    tree.pop(ENVIRONMENT, None)
+    return parse_config(tree, str(path))
+
+
+def load_demo(overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The embedded demo's config, which works from any directory. Raises ConfigError."""
+    return resolve_paths(load_config(ROOT / "configs" / "demo.yaml", overrides), ROOT)
+
+
+def dump_config(config: Config, environment: dict[str, Any]) -> str:
+    """YAML that load_config reads back; `environment` (versions, commit) is for people."""
+    return yaml.safe_dump(config.model_dump(mode="json") | {ENVIRONMENT: environment}, sort_keys=False)
+
+
+def resolve_paths(config: Config, base: Path) -> Config:
+    """Relative paths made absolute against `base`, since the run's processes have other working directories."""
+    tree = config.model_dump()
+    for key in ("student", "teacher", "runs_dir"):
+        if tree[key] is not None:
+            tree[key] = str((base / tree[key]).resolve())
+    for teacher in tree["teachers"]:
+        teacher["model"] = str((base / teacher["model"]).resolve())
+    for key in ("quarantine", "cache_dir"):
+        if tree["video"][key] is not None:
+            tree["video"][key] = str((base / tree["video"][key]).resolve())
+    for split in tree["data"].values():
+        for key in ("annotations", "lengths", "videos"):
+            if split[key] is not None:
+                split[key] = str((base / split[key]).resolve())
+    return Config.model_validate(tree)
+
+
+def describe_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """One line a key: name, default, meaning."""
+    lines = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            lines += describe_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            default = "required" if field.is_required() else field.default
+            lines.append(
+                f"  {prefix}{name}={default}" + (f"  {field.description}" if field.description else "")
+            )
+    return lines
+
+
+def parse_config(tree: dict[str, Any], source: str) -> Config:
+    """Validates a tree of plain values; `source` names it in errors."""
+    return parse_section(Config, tree, f"config {source}")
+
+
+def parse_section(section: type[Section], tree: dict[str, Any], source: str) -> Section:
+    """The same for any section. Raises ConfigError with one line per problem."""
+    try:
+        return section.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(f"{source}: {_explain(e)}" for e in error.errors())) from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: write it as section.key=value")
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        if not isinstance(node.get(parent, {}), dict):
+            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+        node[parent] = dict(node.get(parent, {}))  # a YAML anchor may share it with another section
+        node = node[parent]
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML") from error
+
+
+def _known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.0)[0]
+        return f"unknown key {key}; did you mean {near}?"
+    if error["type"] == "missing":
+        return f"missing key {key}"
+    message = error["msg"].removeprefix("Value error, ")
+    if isinstance(error["input"], dict):
+        return f"{key}: {message}" if key else message
+    return f"{key}={error['input']!r}: {message}"

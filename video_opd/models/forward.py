@@ -1,0 +1,281 @@
+"""The forward pass that teacher scoring and learning share: logits on response rows only."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch.utils.checkpoint import checkpoint
+
+from video_opd.errors import ModelError
+from video_opd.types import EncodedPrompt
+
+VideoLLM = Any
+"""A transformers Qwen-VL model: a torch module whose class is known only from its folder."""
+
+RowLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, ...]]
+"""Logits float32[rows, V] and which rows of the batch they are -> tensors of one value a row."""
+
+
+@dataclass(frozen=True)
+class ResponseBatch:
+    """B prompts with their responses, right-padded to S tokens. R is the number of response tokens of the batch."""
+
+    input_ids: torch.Tensor  # int64[B, S]
+    attention_mask: torch.Tensor  # int64[B, S]
+    token_types: torch.Tensor  # int64[B, S]
+    pixel_values: torch.Tensor  # float[patches of all videos, patch_dim]
+    video_grid_thw: torch.Tensor  # int64[B, 3]
+    rows: torch.Tensor  # int64[R], flat positions whose logits predict the response tokens
+    targets: torch.Tensor  # int64[R], the response tokens
+    lengths: tuple[int, ...]  # response tokens of each of the B sequences
+    second_per_grid: torch.Tensor | None = (
+        None  # float[B], where the model has positions in seconds (Qwen2.5-VL)
+    )
+    video_features: Any = None  # the vision tower's output, where it is known: see learner/vision_cache.py
+
+
+def collate(
+    prompts: Sequence[EncodedPrompt],
+    responses: Sequence[np.ndarray],
+    pad_id: int,
+    device: torch.device | str = "cpu",
+) -> ResponseBatch:
+    """Builds the batch; masks come from lengths, never from the padding id."""
+    sequences = [np.concatenate([p.token_ids, r]) for p, r in zip(prompts, responses, strict=True)]
+    longest = max(len(s) for s in sequences)
+    input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.int64)
+    mask, types = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+    rows = []
+    for i, (prompt, sequence) in enumerate(zip(prompts, sequences, strict=True)):
+        m = len(prompt.token_ids)
+        input_ids[i, : len(sequence)] = torch.tensor(sequence)
+        mask[i, : len(sequence)] = 1
+        types[i, :m] = torch.tensor(prompt.token_types)
+        rows.append(torch.arange(m - 1, len(sequence) - 1) + i * longest)
+    return ResponseBatch(
+        input_ids=input_ids.to(device),
+        attention_mask=mask.to(device),
+        token_types=types.to(device),
+        pixel_values=torch.from_numpy(np.concatenate([p.pixel_values for p in prompts])).to(device),
+        video_grid_thw=torch.tensor([p.video_grid_thw for p in prompts], device=device),
+        rows=torch.cat(rows).to(device),
+        targets=torch.from_numpy(np.concatenate(responses).astype(np.int64)).to(device),
+        lengths=tuple(len(r) for r in responses),
+        second_per_grid=_second_per_grid(prompts),
+    )
+
+
+def _second_per_grid(prompts: Sequence[EncodedPrompt]) -> torch.Tensor | None:
+    seconds = [p.second_per_grid for p in prompts if p.second_per_grid is not None]
+    return torch.tensor(seconds) if seconds else None
+
+
+class ResponseLogits(torch.nn.Module):
+    """A video LLM whose forward returns the logits of the response rows, float32[R, V].
+
+    The language-model head runs on R rows only: a prompt has thousands of video tokens, an answer a few dozen.
+    """
+
+    def __init__(self, model: VideoLLM):
+        super().__init__()
+        self.model: VideoLLM = model
+
+    def hidden(self, batch: ResponseBatch) -> torch.Tensor:
+        """What the head sees of the response rows, [R, hidden size] in the model's dtype."""
+        if batch.video_features is None:
+            seen: dict[str, Any] = {
+                "pixel_values_videos": batch.pixel_values.to(self.model.get_input_embeddings().weight.dtype)
+            }
+        else:
+            seen = {"mm_encoder_outputs": {"video": batch.video_features}}
+        if batch.second_per_grid is not None:
+            seen["second_per_grid_ts"] = batch.second_per_grid
+        hidden = self.model.model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            mm_token_type_ids=batch.token_types,
+            video_grid_thw=batch.video_grid_thw,
+            use_cache=False,
+            **seen,
+        ).last_hidden_state
+        return hidden.flatten(0, 1)[batch.rows]
+
+    def forward(self, batch: ResponseBatch) -> torch.Tensor:
+        return self.model.lm_head(self.hidden(batch)).float()
+
+
+class ResponseLoss(ResponseLogits):
+    """A video LLM whose forward returns a loss of the response rows, and never holds the logits of more than `chunk` of them."""
+
+    def __init__(self, model: VideoLLM, chunk: int):
+        super().__init__(model)
+        self._chunk = chunk
+
+    def forward(self, batch: ResponseBatch, loss: RowLoss, most_rows: int) -> tuple[torch.Tensor, ...]:
+        return by_chunks(self.model.lm_head, self.hidden(batch), loss, self._chunk, most_rows)
+
+
+def by_chunks(
+    head: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    loss: RowLoss,
+    chunk: int,
+    most_rows: int,
+) -> tuple[torch.Tensor, ...]:
+    """loss(head(hidden)) row by row, `chunk` rows at a time; several chunks are computed again in the backward pass.
+
+    Peak memory is that of one chunk's logits and their gradient, whatever the number of rows. `most_rows` is that of the
+    rank with most: all ranks go through the head equally often, since under ZeRO-3 each time is a collective.
+    """
+    rows = [slice(first, first + chunk) for first in range(0, max(most_rows, len(hidden)), chunk)]
+
+    def of(part: torch.Tensor, which: slice) -> tuple[torch.Tensor, ...]:
+        return loss(head(part).float(), which)
+
+    if len(rows) == 1:
+        return of(hidden, rows[0])
+    parts = [checkpoint(of, hidden[which], which, use_reentrant=False) for which in rows]
+    return tuple(torch.cat(of_chunks) for of_chunks in zip(*parts, strict=True))
+
+
+def load_model(path: str, dtype: str, trust_remote_code: bool = False) -> VideoLLM:
+    """A transformers video LLM from a folder's safetensors, on the CPU, in `dtype`."""
+    from transformers import AutoModelForImageTextToText
+
+    model: VideoLLM = AutoModelForImageTextToText.from_pretrained(
+        path,
+        dtype=getattr(torch, dtype),
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+    )
+    if model.config.model_type == "qwen2_5_vl":
+        model.model.get_rope_index = MethodType(_qwen2_5_positions, model.model)
+    return model
+
+
+def _qwen2_5_positions(
+    model: VideoLLM,
+    input_ids: torch.Tensor,
+    mm_token_type_ids: torch.Tensor,
+    image_grid_thw: torch.Tensor | None = None,
+    video_grid_thw: torch.Tensor | None = None,
+    second_per_grid_ts: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Qwen2.5-VL's 3-D positions as it was trained with them, int64[3, B, S], and how far they run ahead of the length, [B, 1].
+
+    One video a sequence. Text goes on after the video's LARGEST position, as in the model's own code and in vLLM;
+    transformers 5.19 goes on after its height and width, which lets text and later frames share positions.
+    """
+    assert image_grid_thw is None and video_grid_thw is not None and second_per_grid_ts is not None
+    merge = model.config.vision_config.spatial_merge_size
+    per_second = model.config.vision_config.tokens_per_second
+    positions = torch.zeros((3, *input_ids.shape), dtype=torch.int64)
+    ahead = []
+    for b, (types, grid, seconds) in enumerate(
+        zip(mm_token_type_ids.cpu(), video_grid_thw.tolist(), second_per_grid_ts, strict=True)
+    ):
+        valid = (
+            torch.ones_like(types, dtype=torch.bool)
+            if attention_mask is None
+            else attention_mask[b].bool().cpu()
+        )
+        video = (types[valid] != 0).nonzero()[:, 0]
+        first, last, length = int(video[0]), int(video[-1]), int(valid.sum())
+        t, h, w = grid[0], grid[1] // merge, grid[2] // merge
+        axes = torch.stack(
+            torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
+        ).flatten(1)
+        axes[0] = (axes[0] * (float(seconds) * per_second)).long()
+        inside = axes + first
+        after = torch.arange(length - last - 1) + inside.max() + 1
+        of_row = torch.cat([torch.arange(first).expand(3, -1), inside, after.expand(3, -1)], dim=1)
+        positions[:, b, valid] = of_row
+        ahead.append(int(of_row.max()) + 1 - length)
+    return positions.to(input_ids.device), torch.tensor(ahead, device=input_ids.device)[:, None]
+
+
+def load_head(folder: str, dtype: str) -> torch.Tensor:
+    """The language-model head [V, H] of a model folder, read alone; of tied weights, the embeddings. Raises ModelError."""
+    names = ("lm_head.weight", "model.language_model.embed_tokens.weight", "model.embed_tokens.weight")
+    found = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(str(path), "pt") as tensors:
+            found |= {name: tensors.get_tensor(name) for name in names if name in tensors.keys()}  # noqa: SIM118
+    for name in names:
+        if name in found:
+            return found[name].to(getattr(torch, dtype))
+    raise ModelError(f"{folder} has none of {', '.join(names)}: use a Qwen-VL model folder")
+
+
+def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """float32[R]: log-softmax of logits[R, V] at targets[R]."""
+    return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+
+def token_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """float32[R]: entropy of the distribution of logits[R, V], in nats."""
+    logprobs = logits.log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+@torch.inference_mode()
+def generate(
+    model: VideoLLM,
+    prompts: Sequence[EncodedPrompt],
+    *,
+    max_tokens: int,
+    pad_id: int,
+    banned_ids: Sequence[int],
+    temperature: float = 0.0,
+    num_answers: int = 1,
+) -> list[list[np.ndarray]]:
+    """num_answers token sequences for each prompt, int32[<= max_tokens] each, without the end token.
+
+    temperature 0 is greedy. `banned_ids` are never produced.
+    """
+    device = model.get_input_embeddings().weight.device
+    longest = max(len(p.token_ids) for p in prompts)
+    input_ids = torch.full((len(prompts), longest), pad_id, dtype=torch.int64)
+    mask, types = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+    for i, prompt in enumerate(prompts):  # left-padded, so that all continue at the same column
+        m = len(prompt.token_ids)
+        input_ids[i, longest - m :] = torch.tensor(prompt.token_ids)
+        types[i, longest - m :] = torch.tensor(prompt.token_types)
+        mask[i, longest - m :] = 1
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
+    pixels = torch.from_numpy(np.concatenate([p.pixel_values for p in prompts]))
+    seconds = _second_per_grid(prompts)
+    clock = {} if seconds is None else {"second_per_grid_ts": seconds}
+    output = model.generate(
+        input_ids=input_ids.to(device),
+        attention_mask=mask.to(device),
+        mm_token_type_ids=types.to(device),
+        pixel_values_videos=pixels.to(device, model.get_input_embeddings().weight.dtype),
+        video_grid_thw=torch.tensor([p.video_grid_thw for p in prompts], device=device),
+        max_new_tokens=max_tokens,
+        suppress_tokens=list(banned_ids),
+        num_return_sequences=num_answers,
+        **sampling,
+        **clock,
+    )
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    answers = [_until_end(row, ends) for row in output[:, longest:].cpu().numpy().astype(np.int32)]
+    return [answers[i : i + num_answers] for i in range(0, len(answers), num_answers)]
+
+
+def _until_end(row: np.ndarray, ends: set[int]) -> np.ndarray:
+    stops = np.flatnonzero(np.isin(row, list(ends)))
+    return row[: stops[0]] if len(stops) else row

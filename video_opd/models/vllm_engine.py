@@ -1,0 +1,176 @@
+"""Starting vLLM and feeding it encoded prompts: what rollout, evaluation and the vLLM teacher share."""
+
+import gc
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from video_opd.config import RolloutConfig, TeacherConfig
+from video_opd.errors import ParityError
+from video_opd.models.prompting import PromptEncoder, parse_span
+from video_opd.types import EncodedPrompt, FailedPrompt, FinishReason, Prediction, Prompt
+
+
+def start_vllm(
+    model: str,
+    config: RolloutConfig | TeacherConfig,
+    seed: int,
+    trust_remote_code: bool = False,
+    **options: Any,
+):
+    """A vLLM engine inside this process, of a folder's safetensors."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from vllm import LLM
+
+    if not config.num_gpus:
+        _register_architecture(model)
+    gc.freeze()  # vLLM collects garbage five times while it starts: not among what was imported
+
+    memory: dict[str, Any] = {"kv_cache_memory_bytes": config.kv_cache_bytes} if config.kv_cache_bytes else {}
+    if config.num_gpus:
+        memory["gpu_memory_utilization"] = config.gpu_memory_utilization
+    else:  # a seeded request whose prefill is cut in two fails on a CPU: its generator cannot be rewound
+        memory["enable_chunked_prefill"] = False
+    return LLM(
+        model,
+        dtype=config.dtype,
+        load_format="safetensors",
+        trust_remote_code=trust_remote_code,
+        seed=seed,
+        max_model_len=config.max_model_len,
+        limit_mm_per_prompt={"video": 1, "image": 0},
+        skip_mm_profiling=True,
+        mm_processor_cache_gb=0,
+        disable_log_stats=True,
+        **memory,
+        **options,
+    )
+
+
+def _register_architecture(model: str) -> None:
+    """Imports the model's class here rather than in vLLM's own subprocess, which knows nothing of cpu_torch."""
+    from vllm import ModelRegistry
+
+    (architecture,) = json.loads((Path(model) / "config.json").read_text())["architectures"]
+    ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
+
+
+def vllm_prompt(encoded: EncodedPrompt, response: np.ndarray | None = None) -> dict[str, Any]:
+    """vLLM's input: UNEXPANDED prompt ids (it expands the video pad itself), the response, and the frames."""
+    ids = encoded.unexpanded_token_ids + ([] if response is None else response.tolist())
+    video = (encoded.frames.copy(), encoded.video_metadata)  # vLLM warns of read-only arrays
+    return {"prompt_token_ids": ids, "multi_modal_data": {"video": [video]}}
+
+
+def check_expansion(encoded: EncodedPrompt, seen: list[int], party: str) -> None:
+    """Stops the run unless vLLM expanded the prompt into the same ids as transformers did."""
+    expected = encoded.token_ids
+    if len(seen) != len(expected) or (np.asarray(seen) != expected).any():
+        raise ParityError(
+            f"prompt {encoded.prompt_id}: {party}'s vLLM expands it to {len(seen)} tokens {list(seen)[:40]}..., "
+            f"the processor to {len(expected)} tokens {expected[:40].tolist()}..."
+        )
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled response."""
+
+    token_ids: np.ndarray  # int32[N]
+    logprobs: np.ndarray  # float32[N]
+    finish_reason: FinishReason
+    text: str
+
+
+class SamplingEngine:
+    """Samples from a student's folder with vLLM."""
+
+    def __init__(
+        self, model: str, config: RolloutConfig, seed: int, banned_ids: Sequence[int], **options: Any
+    ):
+        """`banned_ids` are never sampled: a sampled video pad would be taken for a video by the learner."""
+        self._config = config
+        self._banned = dict.fromkeys(banned_ids, -100.0)
+        self._llm: Any = start_vllm(
+            model,
+            config,
+            seed,
+            enforce_eager=config.enforce_eager,
+            max_num_seqs=config.max_num_seqs,
+            **options,
+        )
+
+    def generate(
+        self, prompts: Sequence[EncodedPrompt], seeds: Sequence[Sequence[int]] | None
+    ) -> list[list[Completion]]:
+        """Responses to each prompt: one per seed, sampled at temperature 1; greedy, and one, when `seeds` is None.
+
+        Log-probs are those of the model itself, before the ban.
+        """
+        finished = dict(self.stream(prompts, seeds))
+        return [finished[place] for place in range(len(prompts))]
+
+    def stream(
+        self, prompts: Sequence[EncodedPrompt], seeds: Sequence[Sequence[int]] | None
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """The same as (place of the prompt, its responses), each as soon as the prompt's last response is finished."""
+        from vllm import SamplingParams
+
+        rows = seeds or [[None]] * len(prompts)
+        wanted = [(place, number, seed) for place, row in enumerate(rows) for number, seed in enumerate(row)]
+        parameters = [
+            SamplingParams(
+                temperature=0.0 if seed is None else self._config.temperature,
+                seed=seed,
+                max_tokens=self._config.max_response_tokens,
+                logprobs=0,
+                logit_bias=self._banned,
+            )
+            for _, _, seed in wanted
+        ]
+        names = self._llm.enqueue(
+            [vllm_prompt(prompts[place]) for place, _, _ in wanted], parameters, use_tqdm=False
+        )
+        of_request = {name.partition("-")[0]: request for name, request in zip(names, wanted, strict=True)}
+        finished: list[dict[int, Completion]] = [{} for _ in prompts]
+        engine = self._llm.llm_engine
+        try:
+            while engine.has_unfinished_requests():
+                for output in engine.step():  # finished ones alone
+                    place, number, _ = of_request.pop(output.request_id)
+                    check_expansion(prompts[place], output.prompt_token_ids, "the actor")
+                    finished[place][number] = self._completion(output.outputs[0])
+                    if len(finished[place]) == len(rows[place]):
+                        yield place, [finished[place][n] for n in range(len(rows[place]))]
+        finally:  # a caller may stop early
+            engine.abort_request(names, internal=True)
+
+    def _completion(self, output) -> Completion:
+        ids = np.asarray(output.token_ids, dtype=np.int32)
+        assert not np.isin(ids, list(self._banned)).any(), f"a banned token was sampled: {ids}"
+        logprobs = [
+            position[token].logprob for position, token in zip(output.logprobs, output.token_ids, strict=True)
+        ]
+        return Completion(
+            ids, np.asarray(logprobs, np.float32), FinishReason(output.finish_reason), output.text
+        )
+
+
+def predict(
+    encoder: PromptEncoder, engine: SamplingEngine, prompts: Sequence[Prompt], blank_video: bool = False
+) -> list[Prediction | FailedPrompt]:
+    """The greedy answer to each prompt, in order, from one call of vLLM; with `blank_video`, to the same prompt on grey frames.
+
+    A FailedPrompt where the clip cannot be read.
+    """
+    encoded, failed = encoder.encode_readable(prompts, blank_video)
+    answers: dict[str, Prediction | FailedPrompt] = dict(failed)
+    for prompt, (completion,) in zip(encoded, engine.generate(encoded, None) if encoded else [], strict=True):
+        text = completion.text
+        answers[prompt.prompt_id] = Prediction(prompt_id=prompt.prompt_id, text=text, span_s=parse_span(text))
+    return [answers[p.prompt_id] for p in prompts]

@@ -1,0 +1,1 @@
+"""Videos: which frames, decoded where, kept for how long."""
