@@ -27,17 +27,17 @@ from driver.demonstrations import Demonstrator
 from driver.export import export_student
 from driver.held_out import AFTER, BEFORE, NO_VIDEO, evaluate_student, evaluate_teacher
 from driver.invariants import check_finite, check_lag, check_logprob_gap
-from driver.records.gauges import export
+from driver.records.gauges import export_gauges
 from driver.records.report import print_summary, progress_bar, write_report
 from driver.records.sinks import MetricSinks
 from driver.records.step import Outputs, num_tokens, record
 from driver.records.summary import summarise
 from driver.records.trajectory_log import TrajectoryLog
-from driver.recovery import first_error, learner_lost, obey, recover, watch
+from driver.recovery import first_error, learner_lost, poll_control, recover, watch
 from driver.rounds import start_round
 from driver.run import Run, create_parts, publish_weights
 from driver.start_ray import start_ray
-from driver.stopping import ending
+from driver.stopping import shutdown_at_end
 from driver.upload import check_writable
 from preflight.cluster_file import check_cluster
 from preflight.dry_run import dry_run
@@ -47,7 +47,7 @@ from teacher_service.replica import ScoreResult
 from video_opd.cluster.deadline import waiting
 from video_opd.config import Config
 from video_opd.errors import InputError, LearnerLostError, StoppedError, VideoOPDError
-from video_opd.files.run_folder import claimed, new_run_folder, write_config, write_json
+from video_opd.files.run_folder import locked, new_run_folder, write_config, write_json
 from video_opd.logs import driver_log, work
 from video_opd.rewards import total_reward
 from video_opd.schemas import write_parquet
@@ -60,9 +60,11 @@ async def train(run: Run) -> None:
     sinks, log = MetricSinks(run.folder, run.step), TrajectoryLog(run.folder / "trajectories", run.step)
     with closing(sinks), closing(log), progress_bar(config.num_steps, run.step) as progress:
         while run.step < config.num_steps and not run.is_over:
-            if run.step == run.round_end:
+            if run.step == run.next_selection:
                 await start_round(run)
-            until = config.num_steps if run.round_end is None else min(run.round_end, config.num_steps)
+            until = (
+                config.num_steps if run.next_selection is None else min(run.next_selection, config.num_steps)
+            )
             await train_round(run, until, Outputs(sinks, log, progress))
 
 
@@ -191,7 +193,7 @@ def with_rewards(run: Run, group: TrajectoryGroup, scores: tuple[TeacherScores, 
 async def train_to_the_end(run: Run) -> None:
     """Everything between the start of the parts and the summary; done again from the last checkpoint when the learner is lost."""
     if run.resume_from is None:
-        run.round_end = await run.curriculum.round_end()
+        run.next_selection = await run.curriculum.next_selection()
     lost: LearnerLostError | None = None
     while True:
         try:
@@ -203,7 +205,7 @@ async def train_to_the_end(run: Run) -> None:
                 await publish_weights(run, run.step)
             if BEFORE not in run.evaluations:
                 await asyncio.gather(evaluate_student(run, BEFORE), evaluate_teacher(run))
-            run.clock.lap()
+            run.clock.take_times()
             started = time.monotonic()
             await train(run)
             run.totals.update({"train_s": time.monotonic() - started})
@@ -221,13 +223,13 @@ async def execute(config: Config, folder: Path, plan: Plan, resume: int | None) 
     """One run from start to summary. `resume`: the step whose checkpoint it goes on from."""
     began = time.monotonic()
     run = create_parts(folder, config, plan, resume)
-    async with asyncio.TaskGroup() as tasks, ending(run):
+    async with asyncio.TaskGroup() as tasks, shutdown_at_end(run):
         beside = [tasks.create_task(watch(run))]
         try:
             await asyncio.gather(
                 run.actors.start(), run.learner.start(), *([run.teacher.start()] if run.teacher else [])
             )
-            beside += [tasks.create_task(obey(run)), tasks.create_task(export(run))]
+            beside += [tasks.create_task(poll_control(run)), tasks.create_task(export_gauges(run))]
             start_up_s = time.monotonic() - began
             await train_to_the_end(run)
             records = await run.curriculum.records()
@@ -251,7 +253,7 @@ def launch(
     check_fits(memory_plan(config, plan, gpu_memory_gib), one_machine=False)
     if config.checkpoint_url:
         check_writable(config.checkpoint_url)
-    with claimed(resume) if resume else new_run_folder(config) as folder:
+    with locked(resume) if resume else new_run_folder(config) as folder:
         step = step_to_resume(resume, config, plan, step) if resume else None
         try:
             start_ray(config, address)

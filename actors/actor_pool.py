@@ -14,7 +14,7 @@ from ray.exceptions import ObjectLostError
 
 from actors.rollout_actor import RolloutActor
 from actors.weight_broadcast import WeightBroadcast, WeightSource
-from video_opd.cluster.deadline import within
+from video_opd.cluster.deadline import with_deadline
 from video_opd.cluster.faults import LOST, cause_of, retried
 from video_opd.config import Config
 from video_opd.errors import LearnerLostError, PartLostError, WeightsLostError
@@ -153,7 +153,7 @@ class ActorPool:
     async def _join(self, member: _Member) -> None:
         """Among the members once it is up and has the current weights; not if fewer are wanted by then."""
         try:
-            await within(
+            await with_deadline(
                 self._config.start_timeout_s, member.handle.pid.remote(), f"the start of {member.name}"
             )
             await self._load_current(member)
@@ -210,7 +210,7 @@ class ActorPool:
     async def _load(self, member: _Member, policy_version: int, buckets: list[ray.ObjectRef]) -> None:
         call = member.handle.load_weights.remote(policy_version, buckets)
         with member.called() as num_calls:
-            await within(
+            await with_deadline(
                 num_calls * self._config.request_timeout_s, call, f"loading weights into {member.name}"
             )
         member.num_loads += 1
@@ -260,7 +260,9 @@ class ActorPool:
             while not self._members:  # one that joined may be lost again before its turn
                 if self._learner_lost or not (self._starting or self._aside):
                     raise self._learner_lost or self._failure or PartLostError("no rollout actor is left")
-                await within(self._config.start_timeout_s, self._changed.wait(), "a rollout actor to join")
+                await with_deadline(
+                    self._config.start_timeout_s, self._changed.wait(), "a rollout actor to join"
+                )
             return min(self._members, key=lambda m: m.calls)
 
     @contextmanager
@@ -311,7 +313,7 @@ class ActorPool:
         member = await self._choose()
         with self._calling(member) as timeout_s:
             references = member.handle.rollout.options(num_returns="streaming").remote(prompts)
-            while item := await within(timeout_s, _next(references), f"a rollout of {member.name}"):
+            while item := await with_deadline(timeout_s, _next(references), f"a rollout of {member.name}"):
                 timeout_s = self._config.request_timeout_s  # it is this call's turn
                 yield item
 
@@ -328,7 +330,7 @@ class ActorPool:
             member = await self._choose()
             with self._calling(member) as timeout_s:
                 call = member.handle.predict.remote(chunk, blank_video)
-                return await within(timeout_s, call, f"the student's predictions, by {member.name}")
+                return await with_deadline(timeout_s, call, f"the student's predictions, by {member.name}")
 
         async def work() -> None:  # as many calls as actors
             for i, chunk in waiting_chunks:
@@ -415,7 +417,7 @@ class ActorPool:
         async with self._changed:
             self._changed.notify_all()
 
-    def lap(self) -> dict[str, float]:
+    def take_metrics(self) -> dict[str, float]:
         """Metrics since the last lap: seconds that an actor had nothing to do, on average, and the share in which it had."""
         now = time.monotonic()
         wall_s, self._lap_since_s = now - self._lap_since_s, now

@@ -44,7 +44,7 @@ def empty_processes() -> Counter[str]:
             run = launch.create_parts(Path(runs) / "benchmark", config, plan)
             assert run.teacher, "the demo has one"
             await asyncio.gather(
-                run.actors.start(), run.learner.start(), run.teacher.start(), run.curriculum.round_end()
+                run.actors.start(), run.learner.start(), run.teacher.start(), run.curriculum.next_selection()
             )
             await asyncio.to_thread(time.sleep, SETTLE_S)
             sizes = sample()

@@ -22,7 +22,7 @@ from benchmarks.emulated_teacher import EmulatedReplica, make_groups
 from driver.start_ray import start_ray
 from teacher_service.pool import TeacherPool
 from teacher_service.scaling import read_pool, set_replicas
-from video_opd.cluster.deadline import within
+from video_opd.cluster.deadline import with_deadline
 from video_opd.config import Config
 from video_opd.config_file import load_demo
 
@@ -48,7 +48,7 @@ async def until_reached(pool: TeacherPool, replicas: int) -> None:
         ).running != replicas or not status.reached:
             await asyncio.sleep(POLL_S)
 
-    await within(START_S, poll(), f"{replicas} replicas")
+    await with_deadline(START_S, poll(), f"{replicas} replicas")
 
 
 def calls_within(answers_s: np.ndarray, start_s: float, end_s: float) -> float:
@@ -71,7 +71,7 @@ async def measure(
             answers.append(time.monotonic())
 
     await asyncio.gather(*(caller(i) for i in range(LOAD * replicas)))
-    metrics = await pool.lap()
+    metrics = await pool.take_metrics()
     calls = calls_within(np.array(answers), began, began + window_s)
     rate = calls * GROUPS * ROLLOUTS * RESPONSE_TOKENS / window_s
     return {"replicas": replicas, "tokens_per_s": rate, "calls": calls, "queue_s": metrics["teacher/queue_s"]}

@@ -12,7 +12,7 @@ import ray
 
 from curriculum.coupling import suspend
 from curriculum.scheduler import CHANGES_A_STATE, SchedulerActor, observation
-from video_opd.cluster.deadline import within
+from video_opd.cluster.deadline import with_deadline
 from video_opd.cluster.faults import LOST, cause_of, retried
 from video_opd.config import Config
 from video_opd.errors import FAILURE_KINDS, failure_kind
@@ -53,7 +53,7 @@ class Curriculum:
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         call = getattr(self._actor, method).remote(*arguments)
-        return await within(self._config.request_timeout_s, call, f"the curriculum's {method}")
+        return await with_deadline(self._config.request_timeout_s, call, f"the curriculum's {method}")
 
     async def _rebuild(self) -> None:
         ray.kill(self._actor)
@@ -108,8 +108,8 @@ class Curriculum:
     async def start_round(self, student_iou: np.ndarray | None, step: int) -> int | None:
         return await self._change("start_round", student_iou, step)
 
-    async def round_end(self) -> int | None:
-        return await self._ask("round_end")
+    async def next_selection(self) -> int | None:
+        return await self._ask("next_selection")
 
     async def next_prompts(self, n: int) -> list[Prompt]:
         started = time.monotonic()

@@ -87,7 +87,7 @@ class Scheduler:
         self._dropped: dict[int, str] = {}
         self._queue: deque[int] = deque()
         self._in_flight: dict[int, None] = {}
-        self._round_end = None if config.curriculum.kind == "uniform" else 0
+        self._next_selection = None if config.curriculum.kind == "uniform" else 0
 
     def validate(self, teacher_iou: np.ndarray) -> None:
         """TRPV, once a run: drops the prompts that the teacher gets wrong.
@@ -101,7 +101,7 @@ class Scheduler:
             self._drop(~reliable(self._teacher_iou, threshold), f"teacher IoU is below {threshold}")
 
     def start_round(self, student_iou: np.ndarray | None, step: int) -> int | None:
-        """DBTP: selects the round's prompts, and forgets what was queued. Returns `round_end`.
+        """DBTP: selects the round's prompts, and forgets what was queued. Returns `next_selection`.
 
         sigma: float64[P] in the order of the pool, NaN where the clip could not be read or the prompt is dropped; None
         where the config does not ask the student. Raises ConfigError when too few prompts can be selected.
@@ -117,9 +117,11 @@ class Scheduler:
         self._selected[chosen] = True
         self._queue.clear()
         if curriculum.kind == "tvdf":
-            self._round_end = step + len(chosen) * curriculum.passes_per_round // self._config.groups_per_step
+            self._next_selection = (
+                step + len(chosen) * curriculum.passes_per_round // self._config.groups_per_step
+            )
         else:
-            self._round_end = None
+            self._next_selection = None
         work.step = step
         log.info(
             "round %d: %d of %d prompts; %s",
@@ -128,7 +130,7 @@ class Scheduler:
             size,
             self._describe_dropped(),
         )
-        return self._round_end
+        return self._next_selection
 
     def alive(self) -> np.ndarray:
         """int64: the places in the pool of the prompts that are not dropped."""
@@ -196,9 +198,9 @@ class Scheduler:
             for reason, which in by_reason.items()
         )
 
-    def round_end(self) -> int | None:
+    def next_selection(self) -> int | None:
         """The step at which the next round is to start; None: this one lasts as long as the run."""
-        return self._round_end
+        return self._next_selection
 
     def next_prompts(self, n: int) -> list[Prompt]:
         """The next n prompts, none of them in flight. Raises RunError when fewer are left."""
@@ -260,7 +262,7 @@ class Scheduler:
             self._in_flight.pop(i, None)
             lost += bool(self._selected[i]) and i not in self._dropped
             self._dropped[i] = failure.reason
-        if self._round_end and self._student_iou:
+        if self._next_selection and self._student_iou:
             spare = np.flatnonzero(~self._selected & self._is_alive())
             taken = self._sample(spare, min(lost, len(spare)))
             self._selected[taken] = True
@@ -293,7 +295,7 @@ class Scheduler:
             "records": self.records(),
             "in_flight": list(self._in_flight),
             "queue": list(self._queue),
-            "round_end": self._round_end,
+            "round_end": self._next_selection,
             "settings": settings_of(self._config),
             "random_state": self._rng.bit_generator.state,
         }
@@ -315,7 +317,7 @@ class Scheduler:
         self._dropped = {i: reason for i, reason in enumerate(records["dropped"].to_pylist()) if reason}
         self._queue = deque(state["queue"])
         self._in_flight = dict.fromkeys(state["in_flight"])
-        self._round_end = state["round_end"]
+        self._next_selection = state["round_end"]
         self._rng.bit_generator.state = state["random_state"]
 
     def metrics(self) -> dict[str, float]:

@@ -89,7 +89,7 @@ async def restore(run: Run) -> None:
     await run.learner.load(checkpoint_folder(run.folder, progress.step), progress.learner["world_size"])
     await run.curriculum.load_state_dict(progress.curriculum)
     await run.curriculum.reissue()
-    run.round_end = await run.curriculum.round_end()
+    run.next_selection = await run.curriculum.next_selection()
     run.step = run.checkpointed = work.step = progress.step
     run.totals.clear()
     run.totals.update(progress.totals)
@@ -119,7 +119,7 @@ async def start_over(run: Run) -> None:
     run.step = work.step = 0
     run.totals.clear()
     await run.curriculum.start_over()
-    run.round_end = await run.curriculum.round_end()
+    run.next_selection = await run.curriculum.next_selection()
     _forget_rounds_after(run, 0)
     run.settled.set()
 

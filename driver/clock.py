@@ -11,7 +11,7 @@ from video_opd.prometheus import count
 PHASES = ("rollout", "score", "update", "publish", "evaluate")
 
 
-class Lap(NamedTuple):
+class PhaseTimes(NamedTuple):
     """What happened since the lap before."""
 
     seconds: dict[str, float]  # by phase, and idle; phases that overlap each count in full
@@ -52,11 +52,11 @@ class PhaseClock:
         self._tokens[phase] += tokens
         count("tokens", tokens, phase=phase)
 
-    def lap(self) -> Lap:
+    def take_times(self) -> PhaseTimes:
         self.advance()
         seconds = {phase: self._seconds[phase] for phase in (*PHASES, "idle")}
         rates = {phase: tokens / seconds[phase] for phase, tokens in self._tokens.items() if seconds[phase]}
         self._seconds.clear()
         self._tokens.clear()
         wall_s, self._lap_since = self._since - self._lap_since, self._since
-        return Lap(seconds, rates, wall_s)
+        return PhaseTimes(seconds, rates, wall_s)

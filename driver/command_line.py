@@ -15,7 +15,7 @@ from video_opd.config import Config
 from video_opd.config_file import describe_keys, load_config, load_demo, resolve_paths
 from video_opd.errors import CheckpointError, ConfigError
 from video_opd.files.checkpoint import CHECKPOINTS
-from video_opd.files.durable import mend
+from video_opd.files.durable import finish_interrupted_writes
 
 ABOUT = """Video-OPD: on-policy distillation of a video LLM for temporal grounding.
 
@@ -33,7 +33,7 @@ def prepare(config: Config) -> Plan:
 def step_to_resume(folder: Path, config: Config, plan: Plan, step: int | None) -> int:
     """Of the newest whole checkpoint, or `step`. Raises CheckpointError, or ConfigError, if the run cannot go on from it."""
     for half_written in (folder, folder / CHECKPOINTS):
-        mend(half_written)
+        finish_interrupted_writes(half_written)
     step = find_progress(folder, config, plan, step).step
     if step > config.num_steps:
         raise ConfigError(

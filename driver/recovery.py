@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from driver.checkpoints import restore, start_over
 from driver.run import Run
-from video_opd.cluster.deadline import waits, within
+from video_opd.cluster.deadline import waits, with_deadline
 from video_opd.cluster.faults import LOST
 from video_opd.errors import LearnerLostError, PartLostError
 from video_opd.logs import log
@@ -54,12 +54,12 @@ async def recover(run: Run, cause: LearnerLostError) -> None:
         await restore(run)
 
 
-async def obey(run: Run) -> None:
+async def poll_control(run: Run) -> None:
     """Takes what was asked of the run from outside, and says how it stands; see run_control.RunControl."""
     while True:
         try:
             said = run.control.exchange.remote({"step": run.step, **run.actors.counts()})
-            asked = await within(CONTROL_TIMEOUT_S, said, "the run's control actor")
+            asked = await with_deadline(CONTROL_TIMEOUT_S, said, "the run's control actor")
         except LOST:  # Ray starts it again
             asked = None
         if asked is not None:

@@ -22,7 +22,7 @@ async def start_round(run: Run) -> None:
     if run.step == 0 and config.asks_teacher:
         await run.curriculum.validate(await teacher_ious(run))
     student_iou = await student_ious(run) if config.asks_student else None
-    run.round_end = await run.curriculum.start_round(student_iou, run.step)
+    run.next_selection = await run.curriculum.start_round(student_iou, run.step)
     records = await run.curriculum.records()
     number = len(records["student_iou"][0])
     write_parquet(records, run.folder / "curriculum" / f"round-{number}.parquet")
@@ -30,7 +30,7 @@ async def start_round(run: Run) -> None:
     log.info(
         "round %d: %d of %d prompts selected, %d dropped", number, selected.sum(), len(records), dropped.sum()
     )
-    run.clock.lap()  # no step's time
+    run.clock.take_times()  # no step's time
     run.totals.update({"select_s": time.monotonic() - started})
 
 

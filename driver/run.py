@@ -61,7 +61,7 @@ class Run:
     failed_eval: dict[str, str] = field(default_factory=dict)  # prompt id: why; each counts as IoU 0
     step: int = 0  # the next to do
     published: int = -1  # the version that the actors have
-    round_end: int | None = None  # the step at which the curriculum selects again; None: never
+    next_selection: int | None = None  # the step at which the curriculum selects again; None: never
     gap_is_checked: bool = False
     num_restarts: Counter[int] = field(
         default_factory=Counter

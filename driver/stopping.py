@@ -19,7 +19,7 @@ from video_opd.logs import log
 
 
 @asynccontextmanager
-async def ending(run: Run) -> AsyncIterator[None]:
+async def shutdown_at_end(run: Run) -> AsyncIterator[None]:
     """The block is the run. Whatever ends it, teacher service and learner go, checkpoints on their way elsewhere arrive.
 
     The first SIGTERM or SIGINT lets the update under way end within stop_grace_s, ends the block there, and writes a checkpoint;

@@ -127,7 +127,7 @@ class LearnerEngine:
             "learner/skipped": 0.0,
             **policy_signals(TokenRecords.of_all_ranks(records, self._world_size), config.loss),
             **batch_signals(groups, config, self._is_time),
-            **(self._vision_cache.lap() if self._vision_cache else {}),
+            **(self._vision_cache.take_metrics() if self._vision_cache else {}),
         }
 
     def _loss_sum(self, rows: list[Row], most_tokens: int) -> tuple[torch.Tensor, TokenRecords]:

@@ -17,7 +17,7 @@ from learner.file_transfer import FilePart, read_parts, write_part
 from learner.rank import LearnerRank
 from learner.universal import convert, needs_conversion
 from video_opd.broadcast import ABANDON_S
-from video_opd.cluster.deadline import within
+from video_opd.cluster.deadline import with_deadline
 from video_opd.cluster.faults import LOST, cause_of, started_badly
 from video_opd.config import Config
 from video_opd.errors import LearnerLostError, WeightsLostError
@@ -129,7 +129,7 @@ class Learner:
 
     async def _write(self, method: str, folder: Path, seen_by: Path) -> None:
         """Ranks write `folder`; what those wrote that do not see the driver's `seen_by` is brought here."""
-        strangers = await self._strangers(seen_by)
+        strangers = await self._ranks_without_folder(seen_by)
         for rank in strangers:  # an earlier one may have died over it
             await self._all("remove", folder, ranks=[rank])
         await self._all(method, folder)
@@ -137,7 +137,7 @@ class Learner:
             with self._losses("read_folder"):
                 references = rank.read_folder.options(_generator_backpressure_num_objects=2).remote(folder)
                 while (
-                    part := await within(
+                    part := await with_deadline(
                         self._config.request_timeout_s, _next(references), "a checkpoint's files"
                     )
                 ) is not None:
@@ -161,7 +161,7 @@ class Learner:
             shutil.rmtree(converted, ignore_errors=True)
 
     async def _load(self, folder: Path, universal: bool) -> None:
-        strangers = await self._strangers(folder)
+        strangers = await self._ranks_without_folder(folder)
         brought = folder.with_name(
             f".{folder.name}-{uuid4().hex}.tmp"
         )  # what has the folder's own name there is not ours
@@ -172,7 +172,7 @@ class Learner:
         for rank in strangers:
             await self._all("remove", brought, ranks=[rank])
 
-    async def _strangers(self, folder: Path) -> list[Any]:
+    async def _ranks_without_folder(self, folder: Path) -> list[Any]:
         """One rank of each node that does not see what this process has in `folder`."""
         mark = folder / f".{uuid4().hex}"
         mark.touch()
@@ -193,7 +193,7 @@ class Learner:
         ]
         with self._losses(method):
             try:
-                return await within(
+                return await with_deadline(
                     timeout_s or self._config.request_timeout_s,
                     asyncio.gather(*calls),
                     f"the learner's {method}",

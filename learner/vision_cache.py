@@ -47,7 +47,7 @@ class VisionCache:
         first, *layers = zip(*([t.to(grids.device) for t in known[key]] for key in keys), strict=True)
         return BaseModelOutputWithDeepstackFeatures(pooler_output=first, deepstack_features=layers)  # pyright: ignore
 
-    def lap(self) -> dict[str, float]:
+    def take_metrics(self) -> dict[str, float]:
         """The share of videos since the last lap that went past the tower."""
         share = 1.0 - self._computed / self._asked
         self._asked = self._computed = 0

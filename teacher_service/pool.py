@@ -15,7 +15,7 @@ from ray.serve.schema import ApplicationStatus
 
 from teacher_service.replica import Reply, ScoreResult, TeacherReplica
 from teacher_service.scaling import DEPLOYMENT, Bounds, app_name, autoscaling, read_pool
-from video_opd.cluster.deadline import within
+from video_opd.cluster.deadline import with_deadline
 from video_opd.cluster.faults import retried
 from video_opd.config import Config, TeacherConfig, TeacherModel
 from video_opd.errors import RunError
@@ -44,7 +44,7 @@ class Usage:
     def count_retry(self) -> None:
         self._num_retries += 1
 
-    def lap(self, now_s: float, running: float, wanted: float) -> dict[str, float]:
+    def take_metrics(self, now_s: float, running: float, wanted: float) -> dict[str, float]:
         """Of the calls answered since the lap before; NaN where there is nothing to say. `running` replicas, NaN: unknown.
 
         Utilisation is over the mean of the replicas that ran at the lap's start and at its end.
@@ -127,7 +127,7 @@ class TeacherPool:
         )
         serve.run_many([target], wait_for_applications_running=False)
         self._handle = serve.get_app_handle(self.app)
-        await within(self._config.start_timeout_s, self._running(), "the start of the teacher service")
+        await with_deadline(self._config.start_timeout_s, self._running(), "the start of the teacher service")
         self._usage = Usage(time.monotonic(), self._config.teacher_pool.num_replicas)
 
     async def _running(self) -> None:
@@ -194,7 +194,7 @@ class TeacherPool:
         while True:
             response = getattr(self._handle, method).remote(*arguments)
             try:
-                return await within(
+                return await with_deadline(
                     deadline - time.monotonic(), response, f"a {method} call to teacher {self._teacher.name}"
                 )
             except BackPressureError:  # every replica's queue is full: the pool's way to say wait
@@ -222,12 +222,12 @@ class TeacherPool:
         calls = {"teacher/calls": float(self._outstanding), "teacher/calls_held_back": float(self._waiting)}
         return calls | {"teacher/replicas": running, "teacher/replicas_wanted": wanted}
 
-    async def lap(self) -> dict[str, float]:
+    async def take_metrics(self) -> dict[str, float]:
         """Metrics since the lap before: teacher/queue_s, /utilisation, /replicas, /replicas_wanted and /retries. See Usage."""
         running, wanted = await self._replicas()
         return {
             f"teacher/{name}": value
-            for name, value in self._usage.lap(time.monotonic(), running, wanted).items()
+            for name, value in self._usage.take_metrics(time.monotonic(), running, wanted).items()
         }
 
     def stop(self) -> None:

@@ -9,7 +9,7 @@ import ray
 
 from teacher_service.pool import TeacherPool
 from teacher_service.replica import ScoreResult, TeacherReplica
-from video_opd.cluster.deadline import within
+from video_opd.cluster.deadline import with_deadline
 from video_opd.config import Config, TeacherModel
 from video_opd.types import FailedPrompt, Prediction, Prompt, TeacherScores, TrajectoryGroup
 
@@ -60,7 +60,7 @@ class Teachers:
         """Each group by all of its teachers. A reference is read here, to see whose prompts they are, and sent on where all go."""
         read: Any = groups
         if isinstance(groups, ray.ObjectRef):
-            read = await within(
+            read = await with_deadline(
                 self._config.request_timeout_s, asyncio.ensure_future(groups), "trajectories to score"
             )
         teachers = [self._config.teachers_of(g.prompt.prompt_id) for g in read]
@@ -96,9 +96,9 @@ class Teachers:
         )
         return [next(answers[name]) for name in teachers]
 
-    async def lap(self) -> dict[str, float]:
+    async def take_metrics(self) -> dict[str, float]:
         """The metrics of each, teacher/NAME/queue_s and so on."""
-        return self._named(await asyncio.gather(*(pool.lap() for pool in self.pools.values())))
+        return self._named(await asyncio.gather(*(pool.take_metrics() for pool in self.pools.values())))
 
     async def counts(self) -> dict[str, float]:
         """The same of each: teacher/NAME/calls and so on."""

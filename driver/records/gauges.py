@@ -9,7 +9,7 @@ from driver.run import Run
 EXPORT_S = 5.0  # Ray 2.60 reports every 10 s, and forgets a gauge that was not set for 20 s
 
 
-async def export(run: Run) -> None:
+async def export_gauges(run: Run) -> None:
     """Gives Prometheus the state of queues and parts, and what the last step said, every few seconds."""
     seen, since = run.step, time.monotonic()
     while True:

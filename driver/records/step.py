@@ -49,7 +49,7 @@ async def record(
     labelled = [
         best_iou(t.predicted_span_s, p.answer_spans_s or ()) for p, t in trajectories if p.answer_spans_s
     ]
-    seconds, tokens_per_s, wall_s = run.clock.lap()
+    seconds, tokens_per_s, wall_s = run.clock.take_times()
     run.totals.update({f"{phase}_s": s for phase, s in seconds.items()})
     metrics = report.metrics | {
         "actors/miou": mean(labelled),
@@ -61,9 +61,9 @@ async def record(
         "teacher/scored_tokens": float(run.totals["scored_tokens"]),
         "curriculum/suspended_frac": num_suspended / max(1, len(trajectories)),
         "learner/utilisation": seconds["update"] / wall_s,
-        **run.actors.lap(),
+        **run.actors.take_metrics(),
         **await run.curriculum.metrics(),
-        **(await run.teacher.lap() if run.teacher else {}),
+        **(await run.teacher.take_metrics() if run.teacher else {}),
         **{f"time/{phase}_s": s for phase, s in seconds.items()},
         **{f"tokens_per_s/{phase}": rate for phase, rate in tokens_per_s.items()},
     }

@@ -154,7 +154,7 @@ def test_every_prompt_is_sampled_once_from_the_published_weights_whatever_dies(s
             assert [(p.prompt_id, p.text) for p in predictions if isinstance(p, Prediction)] == [
                 (p.prompt_id, str(version)) for prompts in calls for p in prompts
             ]
-        counts = pool.lap()
+        counts = pool.take_metrics()
         assert counts["actors/wanted"] == num_actors and counts["actors/lost"] <= len(pool.made)
         pool.stop()
 

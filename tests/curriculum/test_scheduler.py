@@ -207,7 +207,7 @@ def run_rounds(
     """The steps `first` to `last` as the loop does them: select where a round ends, sample, train; sigma is the step's own."""
     steps = []
     for step in range(first, last):
-        if step == scheduler.round_end():
+        if step == scheduler.next_selection():
             if step == 0:
                 scheduler.validate(
                     np.random.default_rng(sigma_seed).permutation(np.linspace(0.4, 1, 24))
@@ -430,7 +430,7 @@ def test_rounds_are_as_long_as_their_passes_and_sample_nothing_twice_unless_aske
         )
         scheduler.validate(np.full(12, 0.9))
         for _ in range(3):
-            start = scheduler.round_end() or 0
+            start = scheduler.next_selection() or 0
             sigma = np.random.default_rng(start).uniform(0, 1, 12)
             assert scheduler.start_round(sigma, start) == start + 3 * passes
             counts = Counter(issue_and_train(scheduler, 2, 3 * passes))
@@ -465,7 +465,7 @@ def test_every_round_keeps_what_the_student_could_do_then():
     scheduler.validate(np.array([0.9, 0.9, 0.9]))
     chosen = []
     for step, sigma in enumerate(([0.0, 0.5, 0.9], [0.9, 0.5, 0.9])):
-        assert scheduler.round_end() == step
+        assert scheduler.next_selection() == step
         scheduler.start_round(np.array(sigma), step)
         chosen += issue_and_train(scheduler, 1, 1)
     assert chosen == ["p0", "p1"]

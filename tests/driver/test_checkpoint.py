@@ -30,7 +30,7 @@ from video_opd.files.checkpoint import (
     finish_checkpoint,
     retain,
 )
-from video_opd.files.durable import mend
+from video_opd.files.durable import finish_interrupted_writes
 from video_opd.schemas import RECORDS as RECORDS_SCHEMA
 from video_opd.types import Prediction
 
@@ -352,7 +352,7 @@ def test_a_crash_at_any_moment_of_a_replacement_leaves_the_old_one_or_the_new_on
             watch(patch, fail_at, exchanges)
             with pytest.raises(KeyboardInterrupt):
                 write_checkpoint(run_dir, 5, "new")
-        mend(run_dir / "checkpoints")
+        finish_interrupted_writes(run_dir / "checkpoints")
         folder = find_checkpoint(run_dir)
         assert read(folder) == progress_at(5)
         assert [p.name for p in folder.parent.iterdir()] == ["step-5"]

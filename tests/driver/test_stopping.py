@@ -15,7 +15,7 @@ import pytest
 import driver.stopping
 from driver.run import Run, unless_stopped
 from driver.start_ray import stopped_by_signals
-from driver.stopping import ending
+from driver.stopping import shutdown_at_end
 from video_opd.errors import RunError, StoppedError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +46,7 @@ def stopped(run: Any, body: Any, which: signal.Signals = signal.SIGTERM) -> Stop
     """How the run ends whose body calls what it is given to send the signal."""
 
     async def go():
-        async with ending(run):
+        async with shutdown_at_end(run):
             await body(lambda: os.kill(os.getpid(), which))
 
     handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
@@ -156,7 +156,7 @@ def test_the_parts_give_their_places_back_before_uploads_end():
         run.learner.stop = lambda: ended.append("learner")
         run.teacher = SimpleNamespace(stop=lambda: ended.append("teacher") or 1 / 0)
         run.uploads = SimpleNamespace(finish=finish)
-        async with ending(run):
+        async with shutdown_at_end(run):
             pass
 
     with pytest.raises(ZeroDivisionError):
@@ -194,7 +194,7 @@ def test_a_checkpoint_that_fails_is_said(monkeypatch):
 
 def test_without_a_signal_a_run_ends_as_it_does(written):
     async def go(body):
-        async with ending(make_run()):
+        async with shutdown_at_end(make_run()):
             return await body
 
     async def fail():
@@ -220,10 +220,10 @@ def test_what_a_signal_interrupts_has_no_result():
 TWICE = """
 import asyncio, os, signal, sys
 from tests.driver.test_stopping import forever, make_run
-from driver.stopping import ending
+from driver.stopping import shutdown_at_end
 async def go():
     run = make_run()
-    async with ending(run):
+    async with shutdown_at_end(run):
         run.settled.clear()
         os.kill(os.getpid(), signal.SIGTERM)
         while not run.is_over:
@@ -235,9 +235,9 @@ asyncio.run(go())
 IGNORED = """
 import asyncio, os, signal
 from tests.driver.test_stopping import make_run
-from driver.stopping import ending
+from driver.stopping import shutdown_at_end
 async def go():
-    async with ending(make_run()):
+    async with shutdown_at_end(make_run()):
         os.kill(os.getpid(), signal.SIGINT)
         await asyncio.sleep(0.1)
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup and `&` in a script do

@@ -141,7 +141,7 @@ def test_scaling_from_another_terminal_disturbs_no_call_and_restarts_no_replica(
         grown = read_pool(pool.app)
         assert len(set(grown.pids)) == 4 and pid in grown.pids
         await asyncio.sleep(2 * CALL_S)
-        metrics = await pool.lap()
+        metrics = await pool.take_metrics()
         assert (
             metrics["teacher/replicas"],
             metrics["teacher/replicas_wanted"],
@@ -160,14 +160,14 @@ def test_scaling_from_another_terminal_disturbs_no_call_and_restarts_no_replica(
 def test_the_calls_of_a_replica_that_dies_or_hangs_are_made_again(pool, how):
     async def take_one() -> None:
         (pid,) = (await until(pool, lambda p: p.reached)).pids
-        await pool.lap()
+        await pool.take_metrics()
         await asyncio.sleep(3 * CALL_S)
         os.kill(pid, how)
         after = await until(pool, lambda p: p.running == 1 and pid not in p.pids)
         assert after.wanted == 1
         await until_gone(pid)  # it gives back what it holds: only now do calls to one that hung come back
         async with asyncio.timeout(30):
-            while not (await pool.lap())["teacher/retries"]:
+            while not (await pool.take_metrics())["teacher/retries"]:
                 await asyncio.sleep(CALL_S)
 
     asyncio.run(Load(pool).during(take_one()))
@@ -223,10 +223,10 @@ def test_an_argument_that_is_gone_is_the_callers_matter(pool):
         (reference,) = await owner.put.remote()
         ray.kill(owner)
         await asyncio.sleep(1)
-        await pool.lap()
+        await pool.take_metrics()
         with pytest.raises(ObjectLostError):
             await asyncio.wait_for(pool.score(reference), 60)
-        assert (await pool.lap())["teacher/retries"] == 0
+        assert (await pool.take_metrics())["teacher/retries"] == 0
 
     asyncio.run(score_what_died())
 
@@ -251,7 +251,7 @@ def test_two_tiny_teachers_say_what_their_engines_say(local_ray, config, prompts
         await pool.start()
         try:
             results = await pool.score(ray.put(groups))
-            metrics = await pool.lap()
+            metrics = await pool.take_metrics()
         finally:
             pool.stop()
         scores = [s for of_group in results if isinstance(of_group, tuple) for s in of_group]

@@ -48,7 +48,7 @@ def test_a_merged_batch_counts_once_and_queueing_is_what_the_engine_did_not_take
     for engine_s, num_calls, waited_s in batches:
         for _ in range(num_calls):
             usage.count(engine_s + waited_s, Reply([], engine_s, num_calls))
-    metrics = usage.lap(5.0 + wall_s, replicas, replicas)
+    metrics = usage.take_metrics(5.0 + wall_s, replicas, replicas)
     total = sum(engine_s for engine_s, _, _ in batches)
     waited = sum(num_calls * waited_s for _, num_calls, waited_s in batches) / sum(n for _, n, _ in batches)
     assert metrics["utilisation"] == pytest.approx(total / (replicas * wall_s), abs=1e-9)
@@ -59,28 +59,28 @@ def test_a_lap_starts_where_the_one_before_ended():
     usage = Usage(0.0, 1)
     usage.count(3.0, Reply([], 2.0, 1))
     usage.count_retry()
-    assert usage.lap(4.0, 3, 4) == {
+    assert usage.take_metrics(4.0, 3, 4) == {
         "queue_s": 1.0,
         "utilisation": 0.25,
         "replicas": 3,
         "replicas_wanted": 4,
         "retries": 1,
     }
-    after = usage.lap(5.0, 3, 3)
+    after = usage.take_metrics(5.0, 3, 3)
     assert math.isnan(after["queue_s"]) and (after["utilisation"], after["retries"]) == (0, 0)
 
 
 def test_what_serve_does_not_say_is_left_out():
     usage = Usage(0.0, 2)
     usage.count(3.0, Reply([], 2.0, 1))
-    metrics = usage.lap(1.0, math.nan, math.nan)
+    metrics = usage.take_metrics(1.0, math.nan, math.nan)
     assert [name for name, value in metrics.items() if math.isnan(value)] == [
         "utilisation",
         "replicas",
         "replicas_wanted",
     ]
     usage.count(3.0, Reply([], 2.0, 1))
-    assert usage.lap(2.0, 2, 2)["utilisation"] == 1.0
+    assert usage.take_metrics(2.0, 2, 2)["utilisation"] == 1.0
 
 
 # --- what is repeated ---
@@ -127,7 +127,7 @@ def test_a_call_that_is_lost_is_made_again(lost):
     handle = Handle(lost, lost, ANSWER)
     results, pool = score_with(handle)
     assert (results, handle.num_calls) == (["scores"], 3)
-    assert pool._usage.lap(1.0, 1, 1)["retries"] == 2
+    assert pool._usage.take_metrics(1.0, 1, 1)["retries"] == 2
 
 
 def test_retries_end():
@@ -150,7 +150,7 @@ def test_back_pressure_is_a_pause_and_no_retry(monkeypatch):
     monkeypatch.setattr(teacher_service.pool, "BACK_PRESSURE_PAUSE_S", 0.0)
     handle = Handle(*[BackPressureError(1, 1)] * 5, ANSWER)
     results, pool = score_with(handle)
-    assert (results, pool._usage.lap(1.0, 1, 1)["retries"]) == (["scores"], 0)
+    assert (results, pool._usage.take_metrics(1.0, 1, 1)["retries"]) == (["scores"], 0)
 
 
 def test_a_call_that_hangs_is_made_again():

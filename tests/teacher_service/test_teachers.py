@@ -192,7 +192,7 @@ class FakePool:
             [Prediction(prompt_id=p.prompt_id, text=self.name, span_s=None)] * num_answers for p in prompts
         ]
 
-    async def lap(self) -> dict[str, float]:
+    async def take_metrics(self) -> dict[str, float]:
         return {"teacher/replicas": self.logprob}
 
 
@@ -236,7 +236,10 @@ def test_the_first_teacher_answers():
 
 def test_the_metrics_of_each_have_its_name():
     teachers, _ = teachers_of(config_with(MATHS, COOKS))
-    assert asyncio.run(teachers.lap()) == {"teacher/maths/replicas": -1.0, "teacher/cooks/replicas": -2.0}
+    assert asyncio.run(teachers.take_metrics()) == {
+        "teacher/maths/replicas": -1.0,
+        "teacher/cooks/replicas": -2.0,
+    }
 
 
 def test_a_run_has_one_pool_several_or_none():

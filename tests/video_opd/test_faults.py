@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from video_opd.cluster.deadline import waits, within
+from video_opd.cluster.deadline import waits, with_deadline
 from video_opd.cluster.faults import cause_of, retried
 from video_opd.errors import DeadlineError, PartLostError
 
@@ -29,9 +29,9 @@ def failing(*errors: BaseException):
 
 def test_waits_are_named_while_they_last_and_end_at_their_deadline():
     async def run() -> None:
-        long = asyncio.ensure_future(within(5, asyncio.sleep(4), "the long one"))
+        long = asyncio.ensure_future(with_deadline(5, asyncio.sleep(4), "the long one"))
         await asyncio.sleep(0.01)
-        short = asyncio.ensure_future(within(0.01, asyncio.sleep(4), "the short one"))
+        short = asyncio.ensure_future(with_deadline(0.01, asyncio.sleep(4), "the short one"))
         await asyncio.sleep(0)
         assert [w.what for w in waits()] == ["the long one", "the short one"]
         with pytest.raises(DeadlineError, match="the short one did not end within 0 s"):
@@ -50,7 +50,7 @@ def test_a_timeout_of_what_is_waited_for_is_not_the_deadlines():
         raise TimeoutError("Connection timed out")
 
     with pytest.raises(TimeoutError, match="Connection timed out"):
-        asyncio.run(within(5, nfs(), "a checkpoint"))
+        asyncio.run(with_deadline(5, nfs(), "a checkpoint"))
 
 
 @pytest.mark.parametrize("error", [ActorDiedError(), DeadlineError("late")])

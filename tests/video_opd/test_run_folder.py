@@ -6,7 +6,7 @@ import pytest
 
 from video_opd.config_file import load_config
 from video_opd.errors import ConfigError
-from video_opd.files.run_folder import claimed, new_run_folder
+from video_opd.files.run_folder import locked, new_run_folder
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 
@@ -16,9 +16,9 @@ def config(runs: Path, *more: str):
 
 
 def test_a_folder_that_a_run_writes_to_is_refused(tmp_path):
-    with claimed(tmp_path), pytest.raises(ConfigError, match="a run goes on in"), claimed(tmp_path):
+    with locked(tmp_path), pytest.raises(ConfigError, match="a run goes on in"), locked(tmp_path):
         pass
-    with claimed(tmp_path):
+    with locked(tmp_path):
         pass
 
 

@@ -34,7 +34,7 @@ def waiting(what: str) -> Iterator[None]:
         del _waits[number]
 
 
-async def within(timeout_s: float, call: Awaitable[T], what: str) -> T:
+async def with_deadline(timeout_s: float, call: Awaitable[T], what: str) -> T:
     """The call's result. Raises DeadlineError, naming `what` was waited for, after `timeout_s` seconds."""
     with waiting(what):
         deadline = asyncio.timeout(timeout_s)

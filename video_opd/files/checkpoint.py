@@ -9,7 +9,7 @@ from typing import Any
 
 from video_opd.content import file_digest, is_inside
 from video_opd.errors import CheckpointError, PartialCheckpointError
-from video_opd.files.durable import fsync_path, fsync_tree, mend, replace_folder
+from video_opd.files.durable import finish_interrupted_writes, fsync_path, fsync_tree, replace_folder
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -133,7 +133,7 @@ def begin_checkpoint(run_dir: Path, step: int) -> Path:
     """An empty folder to write into, for finish_checkpoint. What earlier ones left behind unfinished is removed."""
     folder = checkpoint_folder(run_dir, step)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    mend(folder.parent)
+    finish_interrupted_writes(folder.parent)
     temporary = folder.with_name(f".{folder.name}.tmp")
     temporary.mkdir()
     return temporary

@@ -33,7 +33,7 @@ def replace_folder(new: Path, target: Path) -> None:
     """Gives the folder `new`, already fsynced, the name `target` beside it, and removes what had that name.
 
     Whoever looks sees the old folder or the new one, whole. Where the file system cannot exchange two folders (NFS) the old one
-    is called `.NAME.old` for the moment between two renames; mend() takes it back after a crash in that moment.
+    is called `.NAME.old` for the moment between two renames; finish_interrupted_writes() takes it back after a crash in that moment.
     """
     old = new
     if not target.exists():
@@ -61,7 +61,7 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(one), None, str(other))
 
 
-def mend(folder: Path) -> None:
+def finish_interrupted_writes(folder: Path) -> None:
     """Ends what a crash left half done in `folder`: replacements are taken back, leftovers `.*.tmp` are removed."""
     for old in folder.glob(".*.old"):
         target = folder / old.name.removeprefix(".").removesuffix(".old")

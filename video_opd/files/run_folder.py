@@ -55,7 +55,7 @@ def _git_commit() -> str:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[Path]:
+def locked(folder: Path) -> Iterator[Path]:
     """A run folder that no other process writes to in the block. Raises ConfigError where one does, or it cannot be written to."""
     try:
         lock = (folder / _LOCK).open("w")
@@ -82,7 +82,7 @@ def new_run_folder(config: Config) -> Iterator[Path]:
     """
     folder = _make_run_folder(Path(config.runs_dir), config.run_name)
     try:
-        with claimed(folder):
+        with locked(folder):
             yield folder
     finally:
         if {p.name for p in folder.iterdir()} == {_LOCK}:
