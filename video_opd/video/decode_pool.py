@@ -29,7 +29,7 @@ from video_opd.video.decoders import VideoInfo
 START_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 5.0
 _ROOT = str(Path(__file__).resolve().parents[2])
-_MAIN = "from video_opd.decode_worker import main; main()"
+_MAIN = "from video_opd.video.decode_worker import main; main()"
 
 
 class BrokenVideo(ClipError):
