@@ -169,7 +169,7 @@ def local_ray():
 
     import launch
 
-    launch.start_ray(load_config(DEMO, ["learner.world_size=2"]), address="local")
+    launch.start_ray(load_config(DEMO, ["learner.world_size=6"]), address="local")
     yield ray
     ray.shutdown()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from learner.adapters import add_adapters
 from learner.learner import Learner
 from learner.rank import LearnerRank
 from tests.real.conftest import DEMO, reference_logprobs, scored_groups
+from video_opd.config import Config
 from video_opd.config_file import load_config
 from video_opd.errors import ConfigError
 from video_opd.models.forward import ResponseLogits, collate, load_model
@@ -116,18 +118,61 @@ def reference_parameters(config, prompts, encoder) -> dict[str, np.ndarray]:
     return {n: p.detach().numpy().copy() for n, p in model.named_parameters()}
 
 
-async def train(name, config, prompts, encoder, folder=None):
-    """The learner's parameters after the same updates, as they are published; its metrics; checkpoint if asked."""
-    learner = Learner(name, config)
-    await learner.start()
-    reports = [
-        await learner.update(groups, step) for step, groups in enumerate(batches(config, prompts, encoder))
-    ]
+class KeptRank(LearnerRank):
+    """A process that goes on with the next learner: it imports torch and DeepSpeed for longer than it trains."""
+
+    def start_again(self, config: Config) -> None:
+        import deepspeed
+
+        import learner.engine
+
+        learner.engine._init_deepspeed = lambda *_: deepspeed  # the process group of the first start stays
+        self._config = config
+        self._engine = learner.engine.LearnerEngine(config, self._rank, config.learner.world_size, ("", 0))
+
+
+class Learners:
+    """One learner of one rank and one of two, each trained as many configurations in turn as ask for it."""
+
+    def __init__(self):
+        self._started: dict[int, Learner] = {}
+
+    async def __call__(self, config: Config) -> Learner:
+        world_size = config.learner.world_size
+        if world_size in self._started:
+            kept = self._started[world_size]
+            kept._config = config
+            await kept._all("start_again", config)
+            return kept
+        kept = self._started[world_size] = Learner(f"kept{world_size}", config, KeptRank)
+        await kept.start()
+        return kept
+
+    def stop(self) -> None:
+        for kept in self._started.values():
+            kept.stop()
+
+
+@pytest.fixture(scope="module")
+def learners(local_ray) -> Iterator[Learners]:
+    made = Learners()
+    yield made
+    made.stop()
+
+
+async def parameters_of(learner: Learner, version: int) -> dict[str, np.ndarray]:
+    """As they are published."""
+    references, _ = await learner.put_weights(version)
+    return {n: t.numpy().copy() for n, t in unpack(ray.get(references, timeout=60))}
+
+
+async def train(learner: Learner, config, prompts, encoder, folder=None):
+    """The learner's parameters after the same updates; its metrics; checkpoint if asked."""
+    batched = enumerate(batches(config, prompts, encoder))
+    reports = [await learner.update(groups, step) for step, groups in batched]
     if folder:
         await learner.save(folder)
-    references, _ = await learner.put_weights(STEPS)
-    parameters = {n: t.numpy() for n, t in unpack(ray.get(references, timeout=60))}
-    return learner, parameters, [r.metrics for r in reports]
+    return await parameters_of(learner, STEPS), [r.metrics for r in reports]
 
 
 def largest_gap(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
@@ -147,11 +192,15 @@ EVERY_OBJECTIVE = [
 
 
 @pytest.mark.parametrize(("world_size", "stage", "loss"), EVERY_OBJECTIVE)
-def test_ranks_compute_what_one_process_does(local_ray, overrides, prompts, encoder, world_size, stage, loss):
+def test_ranks_compute_what_one_process_does(learners, overrides, prompts, encoder, world_size, stage, loss):
     grpo = ["rollout.rollouts_per_prompt=2", "loss.kl_coef=0.5"] if loss == "grpo" else []
     config = make_config(overrides, world_size, stage, f"loss.kind={loss}", *grpo)
     expected = reference_parameters(config, prompts, encoder)
-    learner, parameters, metrics = asyncio.run(train(f"l{world_size}{stage}{loss}", config, prompts, encoder))
+
+    async def run():
+        return await train(await learners(config), config, prompts, encoder)
+
+    parameters, metrics = asyncio.run(run())
     start = {n: p.detach().numpy() for n, p in load_model(config.student, "float32").named_parameters()}
     moved = largest_gap(parameters, start)
     assert moved > 0.5 * LR, "the updates must move the weights for the comparison to mean anything"
@@ -165,7 +214,6 @@ def test_ranks_compute_what_one_process_does(local_ray, overrides, prompts, enco
     assert [m["learner/num_tokens"] for m in metrics] == tokens
     if stage:  # DeepSpeed reports no norm at stage 0
         assert all(m["learner/grad_norm"] > 0 for m in metrics)
-    learner.stop()
 
 
 LORA = ("learner.lora_rank=4", "learner.lora_alpha=8")
@@ -180,7 +228,7 @@ class RankElsewhere(LearnerRank):
 
 @pytest.mark.parametrize("more_options", [(2,), (3, *LORA)], ids=["whole", "lora"])
 def test_a_checkpoint_restores_weights_and_optimizer_exactly_and_its_student_loads(
-    local_ray, overrides, prompts, encoder, tmp_path, more_options
+    learners, overrides, prompts, encoder, tmp_path, more_options
 ):
     stage, *options = more_options
     config = make_config(overrides, 2, stage, "loss.kind=opd_topk", *options)
@@ -188,13 +236,12 @@ def test_a_checkpoint_restores_weights_and_optimizer_exactly_and_its_student_loa
 
     async def go_on(learner):
         await learner.update(more, STEPS)
-        references, _ = await learner.put_weights(STEPS + 1)
-        return {n: t.numpy() for n, t in unpack(ray.get(references, timeout=60))}
+        return await parameters_of(learner, STEPS + 1)
 
     async def run():
-        learner, saved, _ = await train(f"before{stage}", config, prompts, encoder, tmp_path)
+        learner = await learners(config)
+        saved, _ = await train(learner, config, prompts, encoder, tmp_path)
         after = await go_on(learner)
-        learner.stop()
         fresh = Learner(f"after{stage}", config, RankElsewhere)
         await fresh.start()
         await fresh.load(tmp_path)
@@ -235,7 +282,7 @@ def optimizer_state(rank: Any) -> dict[str, tuple[np.ndarray, ...]]:
     ("stage", "before", "after", "dtype"), [(0, 2, 1, "float32"), (2, 2, 1, "float32"), (3, 1, 2, "bfloat16")]
 )
 def test_another_number_of_ranks_goes_on_exactly(
-    local_ray, overrides, prompts, encoder, tmp_path, stage, before, after, dtype
+    learners, overrides, prompts, encoder, tmp_path, stage, before, after, dtype
 ):
     options = ("loss.kind=opd", f"learner.dtype={dtype}", "learner.freeze_vision=true")
     more = scored_groups(prompts[20:26], encoder, seed=9)
@@ -252,14 +299,12 @@ def test_another_number_of_ranks_goes_on_exactly(
 
     async def run():
         config = make_config(overrides, before, stage, *options)
-        learner = Learner(f"ranks{stage}", config)
-        await learner.start()
+        learner = await learners(config)
         for step, groups in enumerate(batches(config, prompts, encoder)):
             await learner.update(groups, step)
         (tmp_path / "c").mkdir()
         await learner.save(tmp_path / "c")
         saved = await states(learner)
-        learner.stop()
         fresh = Learner(f"more{stage}", make_config(overrides, after, stage, *options))
         await fresh.start()
         await fresh.load(tmp_path / "c", saved_world_size=before)
@@ -282,15 +327,18 @@ def test_another_number_of_ranks_goes_on_exactly(
     assert not list(tmp_path.glob(".*")), "nothing of the conversion is left"
 
 
-def test_a_frozen_vision_tower_keeps_its_weights(local_ray, overrides, prompts, encoder):
+def test_a_frozen_vision_tower_keeps_its_weights(learners, overrides, prompts, encoder):
     config = make_config(overrides, 1, 0, "learner.freeze_vision=true", "loss.kind=opd")
-    learner, parameters, _ = asyncio.run(train("frozen", config, prompts, encoder))
+
+    async def run():
+        return await train(await learners(config), config, prompts, encoder)
+
+    parameters, _ = asyncio.run(run())
     start = {n: p.detach().numpy() for n, p in load_model(config.student, "float32").named_parameters()}
     vision = [n for n in start if n.startswith("model.visual.")]
     assert len(vision) > 10
     assert all((parameters[n] == start[n]).all() for n in vision)
     assert any((parameters[n] != start[n]).any() for n in start if n not in vision)
-    learner.stop()
 
 
 def with_actor_logprobs(groups: list[ScoredGroup], model, encoder) -> list[ScoredGroup]:
@@ -308,21 +356,19 @@ def with_actor_logprobs(groups: list[ScoredGroup], model, encoder) -> list[Score
 
 
 def test_lora_trains_adapters_alone_and_publishes_what_it_computes(
-    local_ray, overrides, prompts, encoder, tmp_path
+    learners, overrides, prompts, encoder, tmp_path
 ):
     config = make_config(overrides, 2, 3, "loss.kind=opd", *LORA)
     start = {n: p.detach().numpy() for n, p in load_model(config.student, "float32").named_parameters()}
 
     async def run():
-        learner, published, _ = await train("lora", config, prompts, encoder, tmp_path)
+        learner = await learners(config)
+        published, _ = await train(learner, config, prompts, encoder, tmp_path)
         plain = load_model(str(tmp_path / "student"), "float32").eval()
         again = with_actor_logprobs(scored_groups(prompts[:6], encoder, seed=3), plain, encoder)
         report = await learner.update(again, STEPS)
-        learner.stop()
-        single, alone, _ = await train(
-            "lora1", make_config(overrides, 1, 2, "loss.kind=opd", *LORA), prompts, encoder
-        )
-        single.stop()
+        single = make_config(overrides, 1, 2, "loss.kind=opd", *LORA)
+        alone, _ = await train(await learners(single), single, prompts, encoder)
         return published, report.metrics, alone
 
     published, metrics, alone = asyncio.run(run())
@@ -343,7 +389,7 @@ def test_lora_targets_that_name_no_layer_are_one_line(config):
         add_adapters(load_model(config.student, "float32"), learner)
 
 
-def test_cached_vision_features_change_nothing_but_the_work(local_ray, overrides, prompts, encoder):
+def test_cached_vision_features_change_nothing_but_the_work(learners, overrides, prompts, encoder):
     plain_config = make_config(
         overrides, 1, 2, "loss.kind=grpo", "rollout.rollouts_per_prompt=2", "learner.freeze_vision=true"
     )
@@ -352,11 +398,10 @@ def test_cached_vision_features_change_nothing_but_the_work(local_ray, overrides
     )
 
     async def run():
-        plain, expected, _ = await train("seen", plain_config, prompts, encoder)
-        plain.stop()
-        cached, ours, first = await train("kept", cached_config, prompts, encoder)
+        expected, _ = await train(await learners(plain_config), plain_config, prompts, encoder)
+        cached = await learners(cached_config)
+        ours, first = await train(cached, cached_config, prompts, encoder)
         again = await cached.update(batches(cached_config, prompts, encoder)[0], STEPS)
-        cached.stop()
         return expected, ours, first, again.metrics
 
     expected, ours, first, again = asyncio.run(run())
@@ -375,23 +420,17 @@ def suspended(group: ScoredGroup) -> ScoredGroup:
 
 
 def test_suspended_rollouts_never_scale_up_what_is_left_and_alone_they_leave_everything_as_it_was(
-    local_ray, overrides, prompts, encoder
+    learners, overrides, prompts, encoder
 ):
     config = make_config(overrides, 2, 2, "loss.kind=opd", "learner.weight_decay=0.1")
     groups = scored_groups(prompts[:7], encoder, seed=0)
 
     async def run():
-        learner = Learner("suspended", config)
-        await learner.start()
+        learner = await learners(config)
         skipped = await learner.update([suspended(g) for g in groups], 0)
-        references, _ = await learner.put_weights(1)
-        parameters = {n: t.numpy().copy() for n, t in unpack(ray.get(references, timeout=60))}
+        parameters = await parameters_of(learner, 1)
         mixed = await learner.update([*groups[:4], *map(suspended, groups[4:])], 1)
-        learner.stop()
-        whole = Learner("active", config)
-        await whole.start()
-        active = await whole.update(groups[:4], 1)
-        whole.stop()
+        active = await (await learners(config)).update(groups[:4], 1)
         return skipped.metrics, parameters, mixed.metrics, active.metrics
 
     skipped, parameters, mixed, active = asyncio.run(run())
