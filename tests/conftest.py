@@ -44,3 +44,23 @@ def prometheus_tools() -> None:
 def require_prometheus() -> None:
     if not (shutil.which("prometheus") and shutil.which("promtool")):
         not_tested("the board and Prometheus' files: install Debian's package prometheus")
+
+
+# The modules that start engines, in the order in which they begin: those that take longest first.
+ENGINE_MODULES = ("live", "chaos", "hosts", "launch", "learner", "stopping", "teacher_pool", "cluster")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what starts engines, and lets one worker run all tests of a file, engines first."""
+    for item in items:
+        if "real" in item.path.parts:
+            item.add_marker("engine")
+        item.add_marker(pytest.mark.xdist_group(item.path.relative_to(item.config.rootpath).as_posix()))
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.stem.removeprefix("test_")
+        if item.get_closest_marker("engine") is None:
+            return len(ENGINE_MODULES) + 1
+        return ENGINE_MODULES.index(name) if name in ENGINE_MODULES else len(ENGINE_MODULES)
+
+    items.sort(key=place)

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from tests.real.test_chaos import ROOT, last_step
-from tests.real.test_launch import metrics_of, trajectories_of
+from tests.real.runs import GROUPS, PATIENCE_S, SMALL, last_step, metrics_of, trajectories_of
+from video_opd import ROOT
 
-STEPS, GROUPS, PATIENCE_S = 24, 6, 240.0
+STEPS = 12
 RAY = Path(sys.executable).with_name("ray")
 
 
@@ -80,21 +80,14 @@ class Job:
 def test_a_run_waits_for_its_nodes_outlives_one_and_leaves_the_cluster_running(cluster, overrides, tmp_path):
     """An actor and a replica go with the node, and what they had made; there is no other place for them."""
     options = [
-        *(f"num_steps={STEPS}", f"groups_per_step={GROUPS}", "max_policy_lag=1"),
-        *("rollout.num_actors=2", "teacher_pool.num_replicas=2"),
         *(
-            "rollout.prompts_per_call=3",
-            "rollout.prompts_per_result=1",
-            "rollout.max_response_tokens=6",
-            "learner.micro_batch=3",
-        ),
-        *(
-            "data.eval.max_prompts=4",
+            *SMALL,
+            f"num_steps={STEPS}",
+            "max_policy_lag=1",
             "request_timeout_s=60",
             "video.decode_timeout_s=30",
-            "start_timeout_s=180",
         ),
-        *(f"runs_dir={tmp_path}", "run_name=joined"),
+        *("rollout.num_actors=2", "teacher_pool.num_replicas=2", f"runs_dir={tmp_path}", "run_name=joined"),
     ]
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
     folder, missing = tmp_path / "joined", "waiting for the cluster: rollout: 1 of 2, teacher: 1 of 2"

@@ -13,11 +13,11 @@ import pytest
 
 from tests.conftest import not_tested
 from tests.real.hosts import NETWORK, USER, Host, HostsUnavailable, hosts
-from tests.real.test_chaos import ROOT, last_step
-from tests.real.test_launch import metrics_of, trajectories_of
+from tests.real.runs import GROUPS, SMALL, last_step, metrics_of, trajectories_of
+from video_opd import ROOT
 
 CHECKOUT, FILE = "video-opd", "deploy/on_prem.yaml"
-STEPS, GROUPS, PATIENCE_S = 12, 6, 200.0
+STEPS, PATIENCE_S = 12, 240.0
 TITLES = {"learner": "LearnerRank", "rollout": "RolloutActor", "teacher": "ServeReplica"}
 
 
@@ -86,24 +86,8 @@ def test_a_run_on_four_hosts_outlives_the_loss_of_one_and_leaves_nothing_behind(
         desk, unreachable, "env", "AUTOSCALER_NODE_START_WAIT_S=5", "ray", "up", "--yes", "nobody.yaml"
     )
     options = [
-        *(
-            f"num_steps={STEPS}",
-            f"groups_per_step={GROUPS}",
-            "teacher_pool.num_replicas=2",
-            "checkpoint_every=5",
-        ),
-        *(
-            "rollout.prompts_per_call=3",
-            "rollout.prompts_per_result=1",
-            "rollout.max_response_tokens=6",
-            "learner.micro_batch=3",
-        ),
-        *(
-            "data.eval.max_prompts=4",
-            "request_timeout_s=45",
-            "video.decode_timeout_s=30",
-            "start_timeout_s=120",
-        ),
+        *(*SMALL, f"num_steps={STEPS}", "teacher_pool.num_replicas=2", "checkpoint_every=5"),
+        *("request_timeout_s=45", "video.decode_timeout_s=30", "start_timeout_s=120"),
         *("teacher_pool.health_check_s=2", "max_retries=5", f"runs_dir=/home/{USER}/runs", "run_name=hosts"),
     ]
     of_run = [option for option in overrides if not option.startswith("runs_dir=")]

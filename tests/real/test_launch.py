@@ -9,89 +9,62 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
 import launch
-from demo.clips import write_split
+from preflight.inputs import make_plan
 from tests.real.conftest import DEMO
+from tests.real.runs import GROUPS, SHRUNK, metrics_of, run_launch, trajectories_of, write_data
 from tests.videos import write_audio
+from video_opd import ROOT
 from video_opd.config_file import load_config
 from video_opd.datasets import read_prompts
 from video_opd.files.checkpoint import check_whole
 
-ROOT = Path(launch.__file__).parent
 pytestmark = pytest.mark.usefixtures("shared_ray")
-STEPS, GROUPS = 4, 6
-SHRUNK = [
-    "max_policy_lag=0",
-    f"groups_per_step={GROUPS}",
-    "rollout.prompts_per_call=4",
-    "rollout.max_response_tokens=6",
-    "learner.micro_batch=4",
-    "checks.max_logprob_gap=0.001",
-    "data.eval.max_prompts=4",
-    "start_timeout_s=180",
-    "request_timeout_s=120",
-]
-
-
-def run_launch(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "launch.py"), *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=400, env=os.environ | (env or {}), check=False
-    )
-
-
-def metrics_of(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def trajectories_of(run: Path) -> list[dict]:
-    files = sorted((run / "trajectories").glob("*.arrows"))
-    return [row for f in files for row in pa.ipc.open_stream(pa.OSFile(str(f))).read_all().to_pylist()]
+STEPS = 4
+BREAKING = """
+import launch, pathlib, sys
+start = launch.start_ray
+def broken(*arguments):
+    path = pathlib.Path({path!r})
+    path.write_bytes(path.read_bytes()[:1000])
+    start(*arguments)
+launch.start_ray = broken
+sys.exit(launch.main(sys.argv[1:]))
+"""
 
 
 @pytest.fixture(scope="module")
-def damaged_clips(tmp_path_factory) -> Path:
-    """A training split of its own, since one of its clips will be damaged."""
-    folder = tmp_path_factory.mktemp("damaged")
-    write_split(folder / "train", "train", 16, ("colour",))
-    return folder / "train"
+def broken_clips(tmp_path_factory) -> tuple[list[str], dict[str, Path]]:
+    """Overrides of a training split in which one clip in five is broken, each in another way; and those clips."""
+    folder = tmp_path_factory.mktemp("broken")
+    data = write_data(folder, "train", 25, ("colour",))
+    paths = {f"train{n:05d}": folder / "train" / "videos" / f"train{n:05d}.mp4" for n in (0, 5, 10, 15, 20)}
+    empty, cut, letter, missing, sound = paths.values()
+    empty.write_bytes(b"")
+    cut.write_bytes(cut.read_bytes()[:700])
+    letter.write_text("a letter, not a film")
+    missing.unlink()
+    write_audio(sound)
+    return [*data, "data.train.unreadable=drop"], paths
 
 
 @pytest.fixture(scope="module")
-def finished(shared_ray, overrides, damaged_clips) -> Path:
-    """A run at lag 1 with two actors; one of its clips is damaged after the start-up checks, and mended afterwards."""
-    config = load_config(DEMO, overrides)
-    data = [
-        f"data.train.annotations={damaged_clips / 'annotations.txt'}",
-        f"data.train.lengths={damaged_clips / 'lengths.csv'}",
-        f"data.train.videos={damaged_clips / 'videos'}",
-    ]
-    path = damaged_clips / "videos" / "train00003.mp4"
+def finished(shared_ray, overrides, broken_clips) -> Path:
+    """A run at lag 1 with two actors; one more clip is broken after the start-up checks, and whole again afterwards."""
+    data, paths = broken_clips
+    path = paths["train00000"].with_name("train00003.mp4")
     whole = path.read_bytes()
-    damage = (
-        "import launch, pathlib, sys; start = launch.start_ray;\n"
-        "def damaged(*a):\n"
-        f"    path = pathlib.Path({str(path)!r})\n"
-        "    path.write_bytes(path.read_bytes()[:1000]); start(*a)\n"
-        "launch.start_ray = damaged; sys.exit(launch.main(sys.argv[1:]))"
-    )
-    more = [
-        f"num_steps={STEPS}",
-        "run_name=lag1",
-        "max_policy_lag=1",
-        "rollout.num_actors=2",
-        "checkpoint_every=2",
-    ]
-    command = [sys.executable, "-c", damage, *overrides, *data, *SHRUNK, *more]
+    more = [f"num_steps={STEPS}", "run_name=lag1", "max_policy_lag=1", "rollout.num_actors=2"]
+    command = [sys.executable, "-c", BREAKING.format(path=str(path)), *overrides, *SHRUNK, *data, *more]
+    command.append("checkpoint_every=2")
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT, check=False)
     path.write_bytes(whole)
     assert done.returncode == 0, done.stderr[-4000:]
-    return Path(config.runs_dir) / "lag1"
+    return Path(load_config(DEMO, overrides).runs_dir) / "lag1"
 
 
 def test_every_step_is_recorded_with_lags_within_the_bound(finished):
@@ -114,15 +87,37 @@ def test_every_trajectory_is_trained_on_once_and_logged(finished):
     )
 
 
-def test_a_clip_that_fails_while_running_is_retired_and_counted(finished):
+def test_a_clip_that_fails_while_running_is_retired_and_counted(finished, broken_clips):
     summary = json.loads((finished / "summary.json").read_text())
-    assert summary["dropped"]
-    assert all(prompt_id.startswith("train00003:") for prompt_id in summary["dropped"])
-    assert all("train00003.mp4" in reason for reason in summary["dropped"].values())
+    dropped = {i: r for i, r in summary["dropped"].items() if i.split(":")[0] not in broken_clips[1]}
+    assert dropped
+    assert all(prompt_id.startswith("train00003:") for prompt_id in dropped)
+    assert all("train00003.mp4" in reason for reason in dropped.values())
     assert not any(r["prompt_id"].startswith("train00003:") for r in trajectories_of(finished))
     records = pq.read_table(finished / "curriculum" / "records.parquet").to_pylist()
-    assert {r["prompt_id"] for r in records if r["dropped"]} == set(summary["dropped"])
+    assert {r["prompt_id"] for r in records if r["dropped"]} == set(dropped)
     assert sum(r["num_rollouts"] for r in records) == STEPS * GROUPS
+
+
+def test_clips_that_cannot_be_read_are_named_and_the_pool_is_that_of_the_good_ones(
+    finished, overrides, broken_clips, tmp_path
+):
+    """The plan of the good clips' lines alone has the same prompts in the same places, so the same run."""
+    data, paths = broken_clips
+    summary = json.loads((finished / "summary.json").read_text())
+    dropped = {i: r for i, r in summary["dropped"].items() if i.split(":")[0] in paths}
+    config = load_config(DEMO, [*overrides, *data])
+    lines = Path(config.data.train.annotations).read_text().splitlines()
+    good = [line if line.split()[0] not in paths else "" for line in lines]
+    assert len(dropped) == good.count("") and {i.split(":")[0] for i in dropped} == set(paths)
+    assert all(str(paths[prompt_id.split(":")[0]]) in reason for prompt_id, reason in dropped.items())
+    kinds = {reason.replace(prompt_id[:10], "") for prompt_id, reason in dropped.items()}
+    assert len(kinds) >= 3, "missing, no video, undecodable"
+    (tmp_path / "good.txt").write_text("\n".join(good))
+    of_good = make_plan(load_config(DEMO, [*overrides, *data, f"data.train.annotations={tmp_path}/good.txt"]))
+    of_all = make_plan(config)
+    assert of_good.unreadable == {} and of_all.unreadable == dropped
+    assert [str(p) for p in of_good.train] == [str(p) for p in of_all.train]
 
 
 def test_the_run_folder_is_complete(finished):
@@ -334,56 +329,6 @@ def test_sft_learns_the_ground_truth_with_neither_teacher_nor_actors(overrides, 
     assert (summary["rollouts"], summary["tokens"]["rollout"], summary["published_bytes"]) == (0, 0, 0)
     assert [m["learner/num_tokens"] > 0 for m in metrics_of(run)] == [True] * 8
     assert (run / "report.html").is_file() and (run / "checkpoints" / "step-8" / "student").is_dir()
-
-
-def is_computed(name: str) -> bool:
-    """A metric of what actors and learner computed, not of how long they took."""
-    return name.startswith(("actors/", "learner/")) and not name.endswith(("wait_s", "utilisation"))
-
-
-def test_broken_clips_are_named_and_the_run_is_that_of_the_good_ones(overrides, config, tmp_path):
-    """One clip in five is broken, each in another way. The same run without their lines gives the same numbers."""
-    write_split(tmp_path / "train", "train", 25, ("colour",))
-    videos = tmp_path / "train" / "videos"
-
-    def path(number: int) -> Path:
-        return videos / f"train{number:05d}.mp4"
-
-    path(0).write_bytes(b"")
-    path(5).write_bytes(path(5).read_bytes()[:700])
-    path(10).write_text("a letter, not a film")
-    path(15).unlink()
-    write_audio(path(20))
-    annotations = tmp_path / "train" / "annotations.txt"
-    broken = [f"train{n:05d}" for n in (0, 5, 10, 15, 20)]
-    lines = annotations.read_text().splitlines()
-    good = ["" if line.split()[0] in broken else line for line in lines]
-    (tmp_path / "good.txt").write_text("\n".join(good))
-    data = [
-        f"data.train.lengths={tmp_path / 'train' / 'lengths.csv'}",
-        f"data.train.videos={videos}",
-        "num_steps=2",
-    ]
-    for name, file in (("broken", annotations), ("good", tmp_path / "good.txt")):
-        more = [*data, f"data.train.annotations={file}", f"run_name={name}", "data.train.unreadable=drop"]
-        done = run_launch(*overrides, *SHRUNK, *more)
-        assert done.returncode == 0, done.stderr[-4000:]
-    runs = Path(config.runs_dir)
-    summaries = {name: json.loads((runs / name / "summary.json").read_text()) for name in ("broken", "good")}
-    dropped = summaries["broken"]["dropped"]
-    assert {prompt_id.split(":")[0] for prompt_id in dropped} == set(broken) and len(dropped) == len(
-        lines
-    ) - sum(map(bool, good))
-    assert all(str(path(int(prompt_id[5:10]))) in reason for prompt_id, reason in dropped.items())
-    assert len({reason.replace(prompt_id[:10], "") for prompt_id, reason in dropped.items()}) >= 3, (
-        "missing, no video, undecodable"
-    )
-    assert summaries["good"]["dropped"] == {}
-    assert summaries["broken"]["student_after"] == summaries["good"]["student_after"]
-    for ours, theirs in zip(*(metrics_of(runs / name) for name in ("broken", "good")), strict=True):
-        assert {k: v for k, v in ours.items() if is_computed(k)} == pytest.approx(
-            {k: v for k, v in theirs.items() if is_computed(k)}, rel=1e-4
-        )
 
 
 def bad(capsys, *arguments: str) -> str:

@@ -20,7 +20,7 @@ from demo.clips import write_mp4
 from demo.models import CHAT_TEMPLATE, SPECIAL, build_tokenizer
 from teacher_service.engine import TransformersEngine, Wanted
 from tests.real.conftest import DEMO
-from tests.real.test_launch import GROUPS, SHRUNK, metrics_of, run_launch
+from tests.real.runs import GROUPS, SHRUNK, metrics_of, run_launch
 from video_opd.config import Config
 from video_opd.config_file import load_config
 from video_opd.datasets import read_prompts

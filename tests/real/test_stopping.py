@@ -1,100 +1,107 @@
-"""A run that is told to stop, and goes on elsewhere: the real command, shrunk."""
+"""A run that a signal stops, goes on elsewhere, and is evaluated: the real commands on the demo's own models."""
 
 import json
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import pyarrow.parquet as pq
 import pytest
-import yaml
 
-from tests.real.test_launch import GROUPS, ROOT, SHRUNK, metrics_of, run_launch, trajectories_of
-from video_opd.config_file import load_config
+from tests.real.runs import (
+    end,
+    last_step,
+    metrics_of,
+    run_launch,
+    run_module,
+    start,
+    trajectories_of,
+    wait_for,
+    write_data,
+)
+from video_opd import ROOT
 from video_opd.files.checkpoint import checkpoint_steps
 from video_opd.models.forward import load_model
 
-WAIT_S = 120
+PROMPTS = 40  # more than one call of prompts_per_call
+GROUPS = 8
 
 
-def wait_for(what: Callable[[], bool], process: subprocess.Popen) -> None:
-    until = time.monotonic() + WAIT_S
-    while not what():
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.1)
+class Stopped(NamedTuple):
+    """A run that got SIGTERM after its second step: it had asked for a thousand."""
+
+    folder: Path
+    url: str  # of the copy of its checkpoints
+    said: str
+
+    @property
+    def step(self) -> int:
+        (step,) = checkpoint_steps(self.folder)
+        return step
+
+    @property
+    def state(self) -> dict:
+        return json.loads((self.folder / "checkpoints" / f"step-{self.step}" / "state.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def stopped(overrides, tmp_path_factory) -> tuple[Path, str]:
-    """A run that got SIGTERM after its second step, and what it said; it asked for a thousand."""
-    run = Path(load_config(ROOT / "configs" / "demo.yaml", overrides).runs_dir) / "stopped"
-    store = tmp_path_factory.mktemp("store")
-    more = [
-        "num_steps=1000",
-        "run_name=stopped",
-        "loss.kind=opd",
-        "eval_every=1",
-        f"checkpoint_url=file://{store}",
+def stopped(tmp_path_factory) -> Stopped:
+    """The demo's models have answers that are worth comparing."""
+    folder = tmp_path_factory.mktemp("stopping")
+    data = [
+        option
+        for split, count in (("train", 16), ("eval", 32))
+        for option in write_data(folder, split, count, ("colour", "shape"))
     ]
-    command = [sys.executable, str(ROOT / "launch.py"), *overrides, *SHRUNK, *more]
-    with (
-        (store / "stderr").open("w") as stderr,
-        subprocess.Popen(command, stderr=stderr, stdout=subprocess.DEVNULL) as process,
-    ):
-        wait_for(
-            lambda: (
-                (run / "metrics.jsonl").is_file()
-                and len((run / "metrics.jsonl").read_text().splitlines()) > 1
-            ),
-            process,
-        )
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(WAIT_S) == 143
-    return run, (store / "stderr").read_text()
+    options = [
+        *(f"{name}={ROOT / 'demo' / 'models' / name}" for name in ("student", "teacher")),
+        *(f"runs_dir={folder}", "run_name=stopped", f"checkpoint_url=file://{folder / 'store'}"),
+        *("num_steps=1000", f"groups_per_step={GROUPS}", "max_policy_lag=0", "eval_every=1"),
+        *(f"data.eval.max_prompts={PROMPTS}", "start_timeout_s=180", "request_timeout_s=120"),
+    ]
+    run = start(folder, *data, *options)
+    wait_for(lambda: last_step(folder / "stopped") >= 1, run, "step 1")
+    run.send_signal(signal.SIGTERM)
+    said = end(run, folder, 128 + signal.SIGTERM)
+    return Stopped(folder / "stopped", f"file://{folder / 'store'}/stopped", said)
 
 
 def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint_and_one_line(stopped):
-    run, said = stopped
-    (step,) = checkpoint_steps(run)
-    assert [m["step"] for m in metrics_of(run)] == list(range(step))
-    assert said.strip().splitlines()[-1] == f"stopped by SIGTERM at step {step}: go on with --resume {run}"
-    assert "Traceback" not in said
-    assert len(trajectories_of(run)) == step * GROUPS
+    step = stopped.step
+    assert [m["step"] for m in metrics_of(stopped.folder)] == list(range(step))
+    last = stopped.said.strip().splitlines()[-1]
+    assert last == f"stopped by SIGTERM at step {step}: go on with --resume {stopped.folder}"
+    assert "Traceback" not in stopped.said
+    assert len(trajectories_of(stopped.folder)) == step * GROUPS
 
 
 @pytest.fixture(scope="module")
 def resumed(stopped, shared_ray, tmp_path_factory) -> Path:
     """One step more, from the copy of the checkpoint, with another number of ranks, actors and teachers."""
-    run, _ = stopped
-    (step,) = checkpoint_steps(run)
-    url = yaml.safe_load((run / "config.yaml").read_text())["checkpoint_url"]
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    more = [f"num_steps={step + 1}", f"runs_dir={elsewhere}", "checkpoint_url=null"]
+    more = [f"num_steps={stopped.step + 1}", f"runs_dir={elsewhere}", "checkpoint_url=null"]
     parts = ["learner.world_size=2", "rollout.num_actors=2", "teacher_pool.num_replicas=2"]
-    done = run_launch("--resume", f"{url}/stopped", *more, *parts)
+    done = run_launch("--resume", stopped.url, *more, *parts)
     assert done.returncode == 0, done.stderr[-4000:]
     return elsewhere / "stopped"
 
 
 def test_it_goes_on_from_a_copy_and_reports_the_evaluations_of_its_true_start(stopped, resumed):
-    (step,) = checkpoint_steps(stopped[0])
-    state = json.loads((stopped[0] / "checkpoints" / f"step-{step}" / "state.json").read_text())
+    step = stopped.step
     assert [m["step"] for m in metrics_of(resumed)] == list(range(step + 1))
-    assert metrics_of(resumed)[:step] == metrics_of(stopped[0])
+    assert metrics_of(resumed)[:step] == metrics_of(stopped.folder)
     assert checkpoint_steps(resumed) == [step, step + 1]
     summary = json.loads((resumed / "summary.json").read_text())
     for name in ("teacher", "student_before"):
-        assert summary[name] == state["evaluations"][name]
+        assert summary[name] == stopped.state["evaluations"][name]
         assert summary["examples"][name].keys() == summary["examples"]["student_after"].keys()
     assert summary["rollouts"] == (step + 1) * GROUPS
 
 
 def test_the_exported_student_is_that_of_the_best_evaluation_and_loads_in_transformers(stopped, resumed):
-    (step,) = checkpoint_steps(stopped[0])
-    state = json.loads((resumed / "checkpoints" / f"step-{step + 1}" / "state.json").read_text())
-    miou = {n: state["evaluations"][f"step_{n}"]["miou"] for n in range(1, step + 2)}
+    last = stopped.step + 1
+    state = json.loads((resumed / "checkpoints" / f"step-{last}" / "state.json").read_text())
+    miou = {n: state["evaluations"][f"step_{n}"]["miou"] for n in range(1, last + 1)}
     exported = json.loads((resumed / "student" / "export.json").read_text())
     assert exported["miou"] == miou[exported["step"]]
     kept = resumed / "checkpoints" / f"step-{exported['step']}" / "student"
@@ -103,3 +110,38 @@ def test_the_exported_student_is_that_of_the_best_evaluation_and_loads_in_transf
         dict(load_model(str(f), "float32").named_parameters()) for f in (resumed / "student", kept)
     )
     assert ours.keys() == theirs.keys() and all((ours[n] == theirs[n]).all() for n in ours)
+
+
+def evaluate(*arguments: str | Path) -> str:
+    done = run_module("-m", "evaluation", *arguments)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def only(values: dict, like: dict) -> dict:
+    return {key: values[key] for key in like}
+
+
+def test_an_evaluated_checkpoint_has_launchs_own_numbers_and_answers(resumed):
+    summary = json.loads((resumed / "summary.json").read_text())
+    after = summary["student_after"]
+    printed = evaluate("--run", resumed)
+    result = json.loads((resumed / "evaluation" / "strict.json").read_text())
+    assert only(result["result"], after) == after
+    assert after["miou"] > 0.3 and after["n"] == PROMPTS, "numbers worth comparing"
+    assert result["baselines"].keys() == summary["baselines"].keys()
+    for name, values in summary["baselines"].items():
+        assert only(result["baselines"][name], values) == values
+    rows = pq.read_table(resumed / "evaluation" / "strict.parquet").to_pylist()
+    assert {r["prompt_id"]: r["text"] for r in rows} == summary["examples"]["student_after"]
+    assert f"{after['miou']:.3f}" in printed and f"n {PROMPTS}, unparsed" in printed
+    low, high = result["intervals_95"]["miou"]
+    assert low < result["result"]["miou"] < high
+    assert (resumed / "evaluation" / "strict.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_vllm_loads_the_exported_student_and_finds_the_numbers_it_was_exported_with(resumed, tmp_path):
+    exported = json.loads((resumed / "student" / "export.json").read_text())
+    config = resumed / "config.yaml"
+    evaluate("--model", resumed / "student", "--config", config, "--out", tmp_path, "--no-baselines")
+    assert json.loads((tmp_path / "strict.json").read_text())["result"]["miou"] == exported["miou"] > 0.3
