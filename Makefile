@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 EXTRA ?= cpu
+WORKERS ?= 2
 BIN := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-fast check bench lock
@@ -11,11 +13,11 @@ demo: $(VENV)/.$(EXTRA)
 	$(BIN)/python launch.py
 
 test: $(VENV)/.$(EXTRA)-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST)
 
 # Without the tests that start an engine.
 test-fast: $(VENV)/.$(EXTRA)-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not engine"
+	$(PYTEST) -m "not engine"
 
 check: $(VENV)/.$(EXTRA)-dev
 	$(BIN)/ruff check .
