@@ -28,7 +28,8 @@ check: $(VENV)/.$(EXTRA)-dev
 bench: $(VENV)/.$(EXTRA)
 	$(BIN)/python -m benchmarks.step --quick
 
-# Writes constraints.txt anew: the newest versions that pyproject.toml allows. Run `make test` before committing it.
+# Writes constraints.txt anew: the newest versions that pyproject.toml allows. Run `make test` before
+# committing it.
 lock:
 	rm -rf $(VENV)-lock
 	$(PYTHON) -m venv $(VENV)-lock
@@ -39,7 +40,8 @@ lock:
 	mv $(VENV)-lock/constraints.txt constraints.txt
 	rm -rf $(VENV)-lock
 
-# A stamp file names the extras that the environment has. It is stale when pyproject.toml or constraints.txt is newer.
+# A stamp file names the extras that the environment has. It is stale when pyproject.toml or constraints.txt
+# is newer.
 $(VENV)/.$(EXTRA): pyproject.toml constraints.txt
 	$(MAKE) install EXTRAS=$(EXTRA) STAMP=$@
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Prepares this machine as a node: an environment with this checkout's requirements, and shells that use it.
-#   VENV    the environment (default: ~/.venvs/video-opd); a complete one is used as it is, so it may be shared
+#   VENV    the environment (default: ~/.venvs/video-opd); a complete one is left as it is, so it may be shared
 #   EXTRA   gpu (default) or cpu
 #   PYTHON  the Python 3.11 or 3.12 that creates a missing environment (default: python3)
 set -euo pipefail
@@ -17,10 +17,11 @@ from packaging.requirements import Requirement
 
 with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)["project"]
-needed = [Requirement(line) for line in project["dependencies"] + project["optional-dependencies"][sys.argv[1]]]
-needed = [need for need in needed if need.marker is None or need.marker.evaluate()]
-missing = [need for need in needed if not need.specifier.contains(version(need.name), prereleases=True)]
-sys.exit(bool(missing))
+for line in project["dependencies"] + project["optional-dependencies"][sys.argv[1]]:
+    need = Requirement(line)
+    if need.marker is None or need.marker.evaluate():
+        if not need.specifier.contains(version(need.name), prereleases=True):
+            sys.exit(1)
 PY
 }
 

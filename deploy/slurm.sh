@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# A run on Slurm. The arguments are those of launch.py. In the root of this checkout, on storage all nodes share:
+# A run on Slurm; its arguments are those of launch.py. In the root of this checkout, on shared storage:
 #   sbatch deploy/slurm.sh --config configs/qwen3vl_8b.yaml student=/models/... teacher=/models/...
-# Each node has one role: the first runs Ray's head and the learner, the next $ROLLOUT_NODES run rollout actors, the rest
-# teacher replicas. A node offers one unit of its role per GPU. VENV: the environment that deploy/setup.sh created.
+# Each node has one role: the first runs Ray's head and the learner, the next $ROLLOUT_NODES run rollout
+# actors, the rest teacher replicas. A node offers one unit of its role per GPU. VENV: the environment that
+# deploy/setup.sh created.
 #SBATCH --job-name=video-opd
 #SBATCH --nodes=3
 #SBATCH --ntasks-per-node=1
@@ -19,13 +20,14 @@ ROLLOUT_NODES=${ROLLOUT_NODES:-1} UNITS=${UNITS:-${SLURM_GPUS_ON_NODE:-1}} PORT=
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 if ((${#nodes[@]} < ROLLOUT_NODES + 2)); then
-  echo "error: ${#nodes[@]} nodes: 1 for the learner, ROLLOUT_NODES=$ROLLOUT_NODES and at least 1 for teachers are needed," \
-    "ask for $((ROLLOUT_NODES + 2)) with --nodes" >&2
+  echo "error: ${#nodes[@]} nodes: 1 for the learner, ROLLOUT_NODES=$ROLLOUT_NODES and at least 1 for teachers" \
+    "are needed, ask for $((ROLLOUT_NODES + 2)) with --nodes" >&2
   exit 2
 fi
 
 # This job's own token, in a file that the nodes share.
-export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$PWD/.ray_token_$SLURM_JOB_ID RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS=1
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$PWD/.ray_token_$SLURM_JOB_ID
+export RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS=1
 steps=() run=
 # shellcheck disable=SC2329  # the trap calls it
 clean() {
