@@ -1,37 +1,58 @@
-# Two commands for a fresh machine: `make demo` and `make test`. Both make the environment they need, once.
+# Two commands for a fresh machine: `make demo` and `make test`. Both create the environment they need, once.
 PYTHON ?= python3
 VENV ?= .venv
 EXTRA ?= cpu
+WORKERS ?= 2
 BIN := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check bench
+.PHONY: demo test test-fast check bench lock
 
 demo: $(VENV)/.$(EXTRA)
 	$(BIN)/python launch.py
 
 test: $(VENV)/.$(EXTRA)-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST)
+
+# Without the tests that start an engine.
+test-fast: $(VENV)/.$(EXTRA)-test
+	$(PYTEST) -m "not engine"
 
 check: $(VENV)/.$(EXTRA)-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/shellcheck .ci/run deploy/*.sh
 
 bench: $(VENV)/.$(EXTRA)
 	$(BIN)/python -m benchmarks.step --quick
 
-# A stamp names the extras that the environment has; it is older than pyproject.toml when they changed.
-$(VENV)/.$(EXTRA): pyproject.toml
+# Writes constraints.txt anew: the newest versions that pyproject.toml allows. Run `make test` before
+# committing it.
+lock:
+	rm -rf $(VENV)-lock
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python $(PIP_INSTALL) --editable '.[cpu,dev]'
+	grep '^#' constraints.txt > $(VENV)-lock/constraints.txt
+	$(VENV)-lock/bin/python -m pip list --format=freeze --exclude-editable --exclude pip --exclude setuptools \
+	  --exclude apache-tvm-ffi --exclude triton | sed 's/+cpu$$//' >> $(VENV)-lock/constraints.txt
+	mv $(VENV)-lock/constraints.txt constraints.txt
+	rm -rf $(VENV)-lock
+
+# A stamp file names the extras that the environment has. It is stale when pyproject.toml or constraints.txt
+# is newer.
+$(VENV)/.$(EXTRA): pyproject.toml constraints.txt
 	$(MAKE) install EXTRAS=$(EXTRA) STAMP=$@
 
-$(VENV)/.$(EXTRA)-test: pyproject.toml
+$(VENV)/.$(EXTRA)-test: pyproject.toml constraints.txt
 	$(MAKE) install EXTRAS=$(EXTRA),test STAMP=$@
 
-$(VENV)/.$(EXTRA)-dev: pyproject.toml
+$(VENV)/.$(EXTRA)-dev: pyproject.toml constraints.txt
 	$(MAKE) install EXTRAS=$(EXTRA),dev STAMP=$@
 
 .PHONY: install
 install:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	$(BIN)/python $(PIP_INSTALL) --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $(STAMP)

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# A run on Slurm; what follows the script are launch.py's arguments. In the root of this checkout, on storage that all nodes share:
+# A run on Slurm; its arguments are those of launch.py. In the root of this checkout, on shared storage:
 #   sbatch deploy/slurm.sh --config configs/qwen3vl_8b.yaml student=/models/... teacher=/models/...
-# One role a node: the first has the learner and Ray's head, the next $ROLLOUT_NODES rollout actors, all others teacher replicas.
-# A node offers one unit of its role for each of its GPUs. VENV: the environment that deploy/setup.sh made.
+# Each node has one role: the first runs Ray's head and the learner, the next $ROLLOUT_NODES run rollout
+# actors, the rest teacher replicas. A node offers one unit of its role per GPU. VENV: the environment that
+# deploy/setup.sh created.
 #SBATCH --job-name=video-opd
 #SBATCH --nodes=3
 #SBATCH --ntasks-per-node=1
@@ -19,13 +20,14 @@ ROLLOUT_NODES=${ROLLOUT_NODES:-1} UNITS=${UNITS:-${SLURM_GPUS_ON_NODE:-1}} PORT=
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 if ((${#nodes[@]} < ROLLOUT_NODES + 2)); then
-  echo "error: ${#nodes[@]} nodes: 1 for the learner, ROLLOUT_NODES=$ROLLOUT_NODES and at least 1 for teachers are needed," \
-    "ask for $((ROLLOUT_NODES + 2)) with --nodes" >&2
+  echo "error: ${#nodes[@]} nodes: 1 for the learner, ROLLOUT_NODES=$ROLLOUT_NODES and at least 1 for teachers" \
+    "are needed, ask for $((ROLLOUT_NODES + 2)) with --nodes" >&2
   exit 2
 fi
 
-# A token of this job alone, in a file that the nodes share.
-export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$PWD/.ray_token_$SLURM_JOB_ID RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS=1
+# This job's own token, in a file that the nodes share.
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$PWD/.ray_token_$SLURM_JOB_ID
+export RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS=1
 steps=() run=
 # shellcheck disable=SC2329  # the trap calls it
 clean() {
@@ -35,7 +37,7 @@ clean() {
   wait
 }
 trap clean EXIT
-# A run that is told to stop writes a checkpoint and ends with code 143.
+# A stopped run writes a checkpoint and exits with code 143.
 trap 'if [ -n "$run" ]; then kill -TERM "$run"; else exit 143; fi' TERM INT
 (umask 077 && python -c 'import secrets; print(secrets.token_hex(32), end="")' > "$RAY_AUTH_TOKEN_PATH")
 
@@ -60,7 +62,7 @@ for ((i = 1; i < ${#nodes[@]}; i++)); do
   start_ray "${nodes[i]}" "$role" --address="$head_ip:$PORT"
 done
 
-python launch.py --address "$head_ip:$PORT" "$@" & # it waits for the nodes that are not there yet
+python launch.py --address "$head_ip:$PORT" "$@" & # it waits for nodes that have not joined yet
 run=$!
 code=0
 while kill -0 "$run" 2> /dev/null; do # a signal ends `wait`, not the run
