@@ -1,4 +1,4 @@
-"""The ground truth written as the student's answer: the responses of the off-policy objectives and of sft."""
+"""The ground truth as the student's answer: the responses of the off-policy objectives and of sft."""
 
 from collections.abc import Sequence
 
@@ -10,22 +10,20 @@ from video_opd.types import FinishReason, Prompt, Trajectory, TrajectoryGroup
 
 
 class Demonstrator:
-    """Prompts -> groups of one trajectory each, the first true span in the words of prompt.answer_template."""
+    """Prompts -> groups of one trajectory: the first true span in the words of prompt.answer_template."""
 
     def __init__(self, config: Config):
         self._config = config
-        self._encoder: PromptEncoder | None = None  # made when it is first needed: rollouts need none
+        self._encoder: PromptEncoder | None = None  # created on first use: rollouts need none
 
     def __call__(self, prompts: Sequence[Prompt], step: int) -> list[TrajectoryGroup]:
-        """`step` is in the trajectories' ids: a prompt comes back in every pass."""
+        """`step` makes the trajectories' ids unique: a prompt returns in every pass."""
         if self._encoder is None:
-            config = self._config
-            self._encoder = PromptEncoder(
-                config.student, config.prompt, config.video, config.trust_remote_code
-            )
+            c = self._config
+            self._encoder = PromptEncoder(c.student, c.prompt, c.video, c.trust_remote_code)
+        encoder = self._encoder
         return [
-            TrajectoryGroup(prompt=p, trajectories=(self._trajectory(self._encoder, p, step),))
-            for p in prompts
+            TrajectoryGroup(prompt=p, trajectories=(self._trajectory(encoder, p, step),)) for p in prompts
         ]
 
     @staticmethod

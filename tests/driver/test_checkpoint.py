@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 import video_opd.files.durable
 from driver.checkpoints import set_aside_after
 from driver.held_out import miou_by_step
-from driver.progress import Progress, learner_settings, read_progress, write_progress
+from driver.progress import Progress, SavedRun, Setup, learner_settings, read_progress, write_progress
 from video_opd.config import LearnerConfig
 from video_opd.errors import CheckpointError, PartialCheckpointError
 from video_opd.files.checkpoint import (
@@ -36,7 +38,7 @@ from video_opd.types import Prediction
 
 SHAPES = {"model_type": "qwen3_vl", "text.hidden_size": 8, "vision.depth": 1}
 LEARNER = learner_settings(LearnerConfig(world_size=2, zero_stage=2))
-EVAL_KEY = "the split"
+SETUP = Setup(shapes=SHAPES, learner=LEARNER, eval_key="the split")
 RECORDS = pa.Table.from_pylist(
     [
         {
@@ -60,21 +62,20 @@ RECORDS = pa.Table.from_pylist(
 )
 
 
+CURRICULUM = {
+    "records": RECORDS,
+    "round_end": 12,
+    "settings": {"kind": "uniform"},
+    "queue": ["a", "ä:2"],
+    "in_flight": [3, 1],
+    "random_state": np.random.default_rng(5).bit_generator.state,
+}
+
+
 def progress_at(step: int) -> Progress:
     return Progress(
         step=step,
-        shapes=SHAPES,
-        learner=LEARNER,
-        curriculum={
-            "records": RECORDS,
-            "round_end": 12,
-            "settings": {"kind": "uniform"},
-            "queue": ["a", "ä:2"],
-            "in_flight": [3, 1],
-            "random_state": np.random.default_rng(5).bit_generator.state,
-        },
-        totals={"rollouts": 7},
-        eval_key=EVAL_KEY,
+        totals=Counter(rollouts=7),
         evaluations={"teacher": {"miou": 0.75, "n": 2}, "student_before": {"miou": 0.25, "n": 2}},
         examples={
             "teacher": [Prediction(prompt_id="e", text="From 1 to 2", span_s=(1.0, 2.0))],
@@ -88,12 +89,16 @@ def write_checkpoint(run_dir: Path, step: int, weights: str = "weights" * 9) -> 
     temporary = begin_checkpoint(run_dir, step)
     (temporary / "student").mkdir()
     (temporary / "student" / "model.safetensors").write_text(weights)
-    write_progress(temporary, progress_at(step))
+    write_progress(temporary, progress_at(step), CURRICULUM, SETUP)
     return finish_checkpoint(temporary, run_dir, step)
 
 
+def read_all(folder: Path, **changes: Any) -> SavedRun:
+    return read_progress(check_whole(folder), replace(SETUP, **changes))
+
+
 def read(folder: Path, **changes: Any) -> Progress:
-    return read_progress(folder, **{"shapes": SHAPES, "learner": LEARNER, "eval_key": EVAL_KEY} | changes)
+    return read_all(folder, **changes).progress
 
 
 def one_line(error: BaseException, *named: str) -> None:
@@ -106,10 +111,10 @@ def one_line(error: BaseException, *named: str) -> None:
 
 
 def test_where_a_run_stood_is_read_back_whole(tmp_path):
-    progress = read(write_checkpoint(tmp_path, 12))
-    assert progress == progress_at(12)
+    saved = read_all(write_checkpoint(tmp_path, 12))
+    assert saved.progress == progress_at(12) and saved.curriculum == CURRICULUM
     generator = np.random.default_rng(0)
-    generator.bit_generator.state = progress.curriculum["random_state"]
+    generator.bit_generator.state = saved.curriculum["random_state"]
     assert generator.random() == np.random.default_rng(5).random()
 
 
@@ -137,12 +142,12 @@ def test_another_learner_is_refused_with_what_differs(tmp_path, changes, named):
     learner = learner_settings(LearnerConfig(**{"world_size": 2, "zero_stage": 2} | changes))
     with pytest.raises(CheckpointError) as caught:
         read(write_checkpoint(tmp_path, 1), learner=learner)
-    one_line(caught.value, "another config", named)
+    one_line(caught.value, "another learner config", named)
 
 
 def test_another_world_size_and_a_stage_that_writes_the_same_are_no_other_learner(tmp_path):
     learner = learner_settings(LearnerConfig(world_size=8, zero_stage=1))
-    assert read(write_checkpoint(tmp_path, 1), learner=learner).learner["world_size"] == 2
+    assert read_all(write_checkpoint(tmp_path, 1), learner=learner).world_size == 2
 
 
 def test_another_held_out_split_is_refused(tmp_path):
@@ -237,7 +242,7 @@ def test_a_longer_file_is_damage(whole, tmp_path):
 
 def test_a_state_that_is_not_one_is_damage(tmp_path):
     temporary = begin_checkpoint(tmp_path, 4)
-    write_progress(temporary, progress_at(4))
+    write_progress(temporary, progress_at(4), CURRICULUM, SETUP)
     (temporary / "state.json").write_text("{}")
     with pytest.raises(CheckpointError) as caught:
         read(finish_checkpoint(temporary, tmp_path, 4))
@@ -252,7 +257,7 @@ def test_the_newest_is_the_highest_step_not_the_last_name(tmp_path, capsys):
         write_checkpoint(tmp_path, step)
     kept = tmp_path / "checkpoints" / "step-300-kept-by-hand"
     kept.mkdir()
-    assert find_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 100)
+    assert find_checkpoint(tmp_path).folder == checkpoint_folder(tmp_path, 100)
     assert capsys.readouterr().out == ""
 
 
@@ -261,10 +266,10 @@ def test_a_partial_newest_gives_way_to_the_whole_one_before_it_and_it_is_said(tm
         write_checkpoint(tmp_path, step)
     for step in (6, 8):
         (checkpoint_folder(tmp_path, step) / "state.json").unlink()
-    assert find_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 4)
+    assert find_checkpoint(tmp_path).folder == checkpoint_folder(tmp_path, 4)
     (line,) = capsys.readouterr().out.splitlines()
     assert str(checkpoint_folder(tmp_path, 8)) in line and "state.json is missing" in line
-    assert line.endswith(str(checkpoint_folder(tmp_path, 4)))
+    assert line.endswith("the whole one before it, of step 4")
 
 
 def test_a_damaged_newest_gives_way_only_when_another_is_asked_for(tmp_path):
@@ -274,7 +279,7 @@ def test_a_damaged_newest_gives_way_only_when_another_is_asked_for(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         find_checkpoint(tmp_path)
     one_line(caught.value, "damaged", "model.safetensors", "--step")
-    assert find_checkpoint(tmp_path, 2) == checkpoint_folder(tmp_path, 2)
+    assert find_checkpoint(tmp_path, 2).folder == checkpoint_folder(tmp_path, 2)
 
 
 def test_a_step_that_is_not_there_is_answered_with_those_that_are(tmp_path):
@@ -353,7 +358,7 @@ def test_a_crash_at_any_moment_of_a_replacement_leaves_the_old_one_or_the_new_on
             with pytest.raises(KeyboardInterrupt):
                 write_checkpoint(run_dir, 5, "new")
         finish_interrupted_writes(run_dir / "checkpoints")
-        folder = find_checkpoint(run_dir)
+        folder = find_checkpoint(run_dir).folder
         assert read(folder) == progress_at(5)
         assert [p.name for p in folder.parent.iterdir()] == ["step-5"]
         seen.append((folder / "student" / "model.safetensors").read_text())
@@ -421,7 +426,7 @@ def test_what_is_later_is_set_aside_with_copies_of_what_will_be_cut_back(tmp_pat
     (tmp_path / "trajectories" / "from-step-000000.arrows").write_text("rows")
     folder = set_aside_after(tmp_path, 2)
     assert folder and checkpoint_steps(tmp_path) == [2, 6], "the partial one is nobody's"
-    assert check_whole(folder / "checkpoints" / "step-4") == 4
+    assert check_whole(folder / "checkpoints" / "step-4").step == 4
     assert (folder / "metrics.jsonl").read_text() == "lines" == (tmp_path / "metrics.jsonl").read_text()
     assert (folder / "trajectories" / "from-step-000000.arrows").read_text() == "rows"
     assert set_aside_after(tmp_path, 2) is None

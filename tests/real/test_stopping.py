@@ -59,7 +59,7 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint_and_one_line(stopp
     run, said = stopped
     (step,) = checkpoint_steps(run)
     assert [m["step"] for m in metrics_of(run)] == list(range(step))
-    assert said.strip().splitlines()[-1] == f"stopped by SIGTERM at step {step}: go on with --resume {run}"
+    assert said.strip().splitlines()[-1] == f"stopped by SIGTERM at step {step}: continue with --resume {run}"
     assert "Traceback" not in said
     assert len(trajectories_of(run)) == step * GROUPS
 
