@@ -9,23 +9,20 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError
 
 import video_opd  # noqa: F401  # first: makes transformers importable
 from actors.actor_pool import RolloutResult
 from driver.buffer import TrajectoryBuffer
 from driver.checkpoints import checkpoint, restore, save_if_due
 from driver.command_line import parse_arguments, prepare, read_config, resumed_folder, saved_run_to_resume
-from driver.demonstrations import Demonstrator
 from driver.export import export_student
-from driver.held_out import AFTER, BEFORE, NO_VIDEO, at_step, evaluate_student, evaluate_teacher
+from driver.held_out import AFTER, BEFORE, NO_VIDEO, evaluate_if_due, evaluate_student, evaluate_teacher
 from driver.invariants import check_finite, check_lag, check_logprob_gap
 from driver.progress import SavedRun
 from driver.records.gauges import export_gauges
@@ -38,6 +35,7 @@ from driver.recovery import first_error, learner_lost, poll_control, recover, wa
 from driver.rounds import start_round
 from driver.run import Run, create_parts, publish_weights
 from driver.run_state import Phase
+from driver.scoring import roll_out, score
 from driver.start_ray import start_ray
 from driver.stopping import shutdown_at_end
 from driver.upload import check_writable
@@ -45,15 +43,13 @@ from preflight.cluster_file import check_cluster
 from preflight.dry_run import dry_run
 from preflight.inputs import Plan
 from preflight.memory_fit import check_fits, memory_plan
-from teacher_service.replica import ScoreResult
 from video_opd.cluster.deadline import waiting
 from video_opd.config import Config
 from video_opd.errors import InputError, LearnerLostError, StoppedError, VideoOPDError
 from video_opd.files.run_folder import locked, new_run_folder, write_config, write_json
 from video_opd.logs import driver_log, work
-from video_opd.rewards import total_reward
 from video_opd.schemas import write_parquet
-from video_opd.types import FailedPrompt, Prompt, ScoredGroup, TeacherScores, TrajectoryGroup
+from video_opd.types import FailedPrompt, ScoredGroup
 
 
 async def train(run: Run) -> None:
@@ -133,68 +129,10 @@ async def learn_step(run: Run, buffer: TrajectoryBuffer, outputs: Outputs) -> No
     run.progress.step = work.step = step + 1
     await buffer.release()  # only now may new prompts enter
     report.metrics.update({"time/step_s": time.monotonic() - started, "learner/wait_s": wait_s})
-    if config.eval_every and run.step % config.eval_every == 0:
-        name = at_step(run.step)
-        with run.clock("evaluate"):
-            await evaluate_student(run, name)
-        report.metrics.update({f"eval/{k}": v for k, v in run.evaluations.get(name, {}).items()})
+    report.metrics.update(await evaluate_if_due(run))
     await record(run, outputs, report, groups, lags)
     await save_if_due(run)
     run.state.enter(Phase.RUNNING)
-
-
-async def roll_out(run: Run, prompts: list[Prompt]) -> AsyncIterator[tuple[Any, Sequence[RolloutResult]]]:
-    """Rollouts as they arrive, as (reference, results); the ground truth if the objective uses that."""
-    if not run.config.loss.needs.rollouts:
-        groups = Demonstrator(run.config)(prompts, run.step)
-        yield groups, groups
-        return
-    with run.clock("rollout"):
-        async for reference, results in run.actors.rollout(prompts):
-            groups = [r for r in results if isinstance(r, TrajectoryGroup)]
-            run.clock.count("rollout", sum(num_tokens(g.trajectories) for g in groups))
-            yield reference, results
-
-
-async def score(
-    run: Run, reference: ray.ObjectRef | Sequence[RolloutResult], results: Sequence[RolloutResult]
-) -> list[ScoredGroup | FailedPrompt]:
-    """Adds what the objective needs, the teacher's scores or rewards, to every group; keeps the order.
-
-    Suspended rollouts and failed prompts are not scored. reference: to the results, for the teacher to fetch.
-    """
-    groups = [r if isinstance(r, FailedPrompt) else run.curriculum.route(r) for r in results]
-    asked = [g for g in groups if isinstance(g, TrajectoryGroup) and g.trajectories]
-    scores: Iterator[ScoreResult] = repeat(())
-    if asked and run.config.loss.needs.teacher != "none":
-        assert run.teacher, "the objective needs a teacher"
-        whole = len(asked) == len(results) and not any(g.suspended for g in asked)
-        sent: Any = reference if whole else asked  # a reference is fetched past the driver
-        with run.clock("score"):
-            try:
-                scores = iter(await run.teacher.score(sent))
-            except ObjectLostError:  # with the actor's node; the driver has the value
-                scores = iter(await run.teacher.score(asked))
-        run.totals["scored_rollouts"] += sum(len(g.trajectories) for g in asked)
-        tokens = sum(num_tokens(g.trajectories) for g in asked)
-        run.totals["scored_tokens"] += tokens
-        run.clock.count("score", tokens)
-    scored: list[ScoredGroup | FailedPrompt] = []
-    for group in groups:
-        if isinstance(group, TrajectoryGroup):
-            result = next(scores) if group.trajectories else ()
-            scored.append(result if isinstance(result, FailedPrompt) else with_rewards(run, group, result))
-        else:
-            scored.append(group)
-    return scored
-
-
-def with_rewards(run: Run, group: TrajectoryGroup, scores: tuple[TeacherScores, ...]) -> ScoredGroup:
-    """What the learner gets; with rewards if the objective needs them."""
-    rewards = None
-    if run.rewards:
-        rewards = tuple(total_reward(run.rewards, t, group.prompt) for t in group.trajectories)
-    return ScoredGroup(group=group, scores=scores, rewards=rewards)
 
 
 async def train_to_the_end(run: Run) -> None:
@@ -205,9 +143,9 @@ async def train_to_the_end(run: Run) -> None:
     lost: LearnerLostError | None = None
     while True:
         try:
-            if lost is not None:
+            if lost:
                 await recover(run, lost)
-            elif run.resume_from is not None:
+            elif run.resume_from:
                 await restore(run)
             if run.published != run.step and run.actors.num_wanted:
                 await publish_weights(run, run.step)
@@ -222,8 +160,7 @@ async def train_to_the_end(run: Run) -> None:
             await checkpoint(run)
             return await export_student(run)
         except (LearnerLostError, BaseExceptionGroup) as error:
-            lost = learner_lost(error)
-            if lost is None:
+            if not (lost := learner_lost(error)):
                 raise
 
 

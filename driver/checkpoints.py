@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 from pathlib import Path
+from typing import Any
 
 from driver.export import STUDENT, best_step, export_student, exported_step
 from driver.held_out import AFTER, NO_VIDEO, at_step, miou_by_step
@@ -84,8 +85,9 @@ async def start_over(run: Run) -> None:
 
 
 def _rename_final_evaluation(progress: Progress) -> None:
-    """The checkpoint's last evaluation is no longer the run's last."""
-    for of in (progress.evaluations, progress.examples):
+    """The checkpoint's final evaluation is no longer the run's final one."""
+    results: list[dict[str, Any]] = [progress.evaluations, progress.examples]
+    for of in results:
         of.pop(NO_VIDEO, None)
         if AFTER in of:
             of.setdefault(at_step(progress.step), of.pop(AFTER))
@@ -104,19 +106,17 @@ def set_aside_after(run_dir: Path, step: int) -> Path | None:
 
     Returns the folder; None: there are no later checkpoints.
     """
-    steps = [s for s in checkpoint_steps(run_dir) if s > step]
-    later = [s for s in steps if not is_partial(checkpoint_folder(run_dir, s))]
+    later = [s for s in checkpoint_steps(run_dir) if s > step and not is_partial(run_dir, s)]
     if not later:
         return None
     parent = run_dir / SET_ASIDE
     folder = parent / f"{len(list(parent.glob('*'))) + 1:02d}-after-step-{step}"
     (folder / CHECKPOINTS).mkdir(parents=True)
-    for name in ("metrics.jsonl", "summary.json", "report.html"):
-        if (run_dir / name).exists():
-            shutil.copy2(run_dir / name, folder / name)
-    for name in ("trajectories", "curriculum"):
-        if (run_dir / name).exists():
+    for name in ("metrics.jsonl", "summary.json", "report.html", "trajectories", "curriculum"):
+        if (run_dir / name).is_dir():
             shutil.copytree(run_dir / name, folder / name)
+        elif (run_dir / name).exists():
+            shutil.copy2(run_dir / name, folder / name)
     if (exported_step(run_dir) or 0) > step:
         (run_dir / STUDENT).rename(folder / STUDENT)
     for number in later:

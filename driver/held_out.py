@@ -35,6 +35,16 @@ async def evaluate_student(run: Run, name: str, blank_video: bool = False) -> No
     log.debug("evaluation %s: mIoU %.3f", name, run.evaluations[name]["miou"])
 
 
+async def evaluate_if_due(run: Run) -> dict[str, float]:
+    """The step's metrics of the evaluation that eval_every asks for; empty: it is not due."""
+    if not run.config.eval_every or run.step % run.config.eval_every:
+        return {}
+    name = at_step(run.step)
+    with run.clock("evaluate"):
+        await evaluate_student(run, name)
+    return {f"eval/{k}": v for k, v in run.evaluations.get(name, {}).items()}
+
+
 async def evaluate_teacher(run: Run) -> None:
     if run.teacher is not None:
         results = await run.teacher.predict(run.plan.eval)

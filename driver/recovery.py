@@ -60,7 +60,7 @@ async def poll_control(run: Run) -> None:
 
 
 async def watch(run: Run) -> None:
-    """The watchdog: says what the run waits for when no step ends within watchdog_s."""
+    """The watchdog: names the longest waits of this process when no step ends within watchdog_s."""
     seen, since = run.step, time.monotonic()
     while True:
         await asyncio.sleep(run.config.watchdog_s)
@@ -68,10 +68,6 @@ async def watch(run: Run) -> None:
         if run.step != seen:
             seen, since = run.step, now
         else:
-            log.warning("no step for %.0f s; waiting for %s", now - since, describe_waits(now))
-
-
-def describe_waits(now_s: float) -> str:
-    """This process's longest waits, with their seconds."""
-    oldest = [f"{wait.what} ({now_s - wait.since_s:.0f} s)" for wait in waits()[:WAITS_SHOWN]]
-    return "; ".join(oldest) or "nothing that has a name"
+            longest = [f"{wait.what} ({now - wait.since_s:.0f} s)" for wait in waits()[:WAITS_SHOWN]]
+            what = "; ".join(longest) or "nothing that has a name"
+            log.warning("no step for %.0f s; waiting for %s", now - since, what)

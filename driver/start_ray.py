@@ -60,13 +60,15 @@ def needs_of(config: Config) -> list[Need]:
     ]
 
 
-def place(needs: Sequence[Need], nodes: Sequence[Resources]) -> dict[str, int]:
-    """How many processes of each role fit, each on the first node that has all it takes.
+def describe_missing(needs: Sequence[Need], nodes: Sequence[Resources]) -> str:
+    """The roles that lack places, such as "teacher: 2 of 4"; empty: none.
 
-    nodes: what each has free. An estimate for messages: Ray itself decides.
+    nodes: what each has free. Each process goes to the first node that has all it takes. This is an estimate
+    for messages: Ray itself decides.
     """
     free = [dict(node) for node in nodes]
-    return {need.role: sum(_take(need.each, free) for _ in range(need.count)) for need in needs}
+    placed = {need.role: sum(_take(need.each, free) for _ in range(need.count)) for need in needs}
+    return ", ".join(f"{n.role}: {placed[n.role]} of {n.count}" for n in needs if placed[n.role] < n.count)
 
 
 def _take(each: Resources, free: list[dict[str, float]]) -> bool:
@@ -76,12 +78,6 @@ def _take(each: Resources, free: list[dict[str, float]]) -> bool:
                 node[name] -= amount
             return True
     return False
-
-
-def describe_missing(needs: Sequence[Need], nodes: Sequence[Resources]) -> str:
-    """The roles that lack places, such as "teacher: 2 of 4"; empty: none."""
-    placed = place(needs, nodes)
-    return ", ".join(f"{n.role}: {placed[n.role]} of {n.count}" for n in needs if placed[n.role] < n.count)
 
 
 def wait_for_places(config: Config, timeout_s: float) -> None:

@@ -34,7 +34,7 @@ def make_run(step: int = 3, newest_checkpoint: int | None = 2, stop_grace_s: flo
 
 @pytest.fixture(autouse=True)
 def handled() -> Iterator[None]:
-    """Default handlers, even where the shell made this process ignore SIGINT, as it does in the background."""
+    """Default handlers, even where the shell ignores SIGINT, as it does in the background."""
     before = {which: signal.getsignal(which) for which in SIGNALS}
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)

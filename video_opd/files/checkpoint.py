@@ -134,13 +134,12 @@ def check_whole(folder: Path, digests: bool = True) -> WholeCheckpoint:
     return WholeCheckpoint(folder, manifest["step"])
 
 
-def is_partial(folder: Path) -> bool:
+def is_partial(run_dir: Path, step: int) -> bool:
+    """By sizes alone. A damaged one, or one of a newer version, is not partial: people should see it."""
     try:
-        check_whole(folder, digests=False)
-    except PartialCheckpointError:
-        return True
-    except CheckpointError:  # damaged, or of a newer version: for people to look at
-        return False
+        check_whole(checkpoint_folder(run_dir, step), digests=False)
+    except CheckpointError as error:
+        return isinstance(error, PartialCheckpointError)
     return False
 
 
@@ -190,7 +189,7 @@ def retain(
     miou: by step, of the steps that were evaluated.
     """
     steps = checkpoint_steps(run_dir)
-    whole = [s for s in steps if not is_partial(checkpoint_folder(run_dir, s))]
+    whole = [s for s in steps if not is_partial(run_dir, s)]
     best = sorted((s for s in whole if s in miou), key=lambda s: (-miou[s], s))[:keep_best]
     for step in set(steps) - {newest, *whole[-keep_last:], *best, *spare}:
         folder = checkpoint_folder(run_dir, step)
