@@ -116,8 +116,7 @@ class Uploads:
 
         The old manifest is removed first and the new one comes last: no reader takes a part for the whole.
         """
-        for name in _BESIDE:
-            path = self._run_dir / name
+        for path in (self._run_dir / name for name in _BESIDE):
             for file in [path] if path.is_file() else _files_below(path):
                 self._put_whole(file, f"{self._root}/{file.relative_to(self._run_dir)}")
         folder, there = checkpoint_folder(self._run_dir, step), self._remote_folder(step)
@@ -192,16 +191,15 @@ def fetch_run(url: str, runs_dir: Path, step: int | None = None) -> Path:
     try:
         with _as_config_error(f"{url} cannot be copied to {folder}"):
             files = _files_of_checkpoint(system, root, url, step)
-            for name in files:
-                _get(system, f"{root}/{name}", temporary / name)
-            check_whole((temporary / files[-1]).parent)
-            for name in _BESIDE:
-                for source in system.find(f"{root}/{name}"):
-                    if not source.endswith(".part"):
-                        file = source.removeprefix(root).lstrip("/")
-                        if not is_inside(file):
-                            raise ConfigError(f"{url} has a file {file!r}, which is not inside it: remove it")
-                        _get(system, source, temporary / file)
+            found = [path for name in _BESIDE for path in system.find(f"{root}/{name}")]
+            beside = [path.removeprefix(root).lstrip("/") for path in found if not path.endswith(".part")]
+            if outside := [name for name in beside if not is_inside(name)]:
+                raise ConfigError(f"{url} has a file {outside[0]!r}, which is not inside it: remove it")
+            targets = [temporary / name for name in (*beside, *files)]
+            for target in targets:
+                target.parent.mkdir(parents=True, exist_ok=True)
+            system.get([f"{root}/{name}" for name in (*beside, *files)], [str(t) for t in targets])
+            check_whole(targets[-1].parent)
             temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -220,11 +218,6 @@ def _files_of_checkpoint(system: Any, root: str, url: str, step: int | None) -> 
         return [f"{folder}/{name}" for name in (*names, MANIFEST)]
 
     return choose_checkpoint(remote_steps(system, root), step, url, files)
-
-
-def _get(system: Any, source: str, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    system.get_file(source, str(target))
 
 
 def in_daemon(work: Callable[[], T]) -> asyncio.Future[T]:

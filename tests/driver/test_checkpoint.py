@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, and what is said of those that are not."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -15,11 +16,26 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import video_opd.files.checkpoint
 import video_opd.files.durable
-from driver.checkpoints import set_aside_after
+from curriculum.scheduler import settings_of
+from driver.checkpoints import restore, set_aside_after
 from driver.held_out import miou_by_step
-from driver.progress import Progress, SavedRun, Setup, learner_settings, read_progress, write_progress
+from driver.progress import (
+    Progress,
+    SavedRun,
+    Setup,
+    find_saved_run,
+    learner_settings,
+    read_progress,
+    setup_of,
+    write_progress,
+)
+from driver.run import Run
+from driver.run_state import Phase
 from video_opd.config import LearnerConfig
+from video_opd.config_file import load_demo
+from video_opd.content import file_digest
 from video_opd.errors import CheckpointError, PartialCheckpointError
 from video_opd.files.checkpoint import (
     FORMAT,
@@ -433,3 +449,51 @@ def test_what_is_later_is_set_aside_with_copies_of_what_will_be_cut_back(tmp_pat
     write_checkpoint(tmp_path, 4)
     second = set_aside_after(tmp_path, 2)
     assert second and second != folder
+
+
+class Parts:
+    """Stands in for a run's learner and curriculum: notes what it is asked."""
+
+    def __init__(self):
+        self.asked: list[tuple] = []
+
+    def __getattr__(self, name: str) -> Any:
+        async def ask(*arguments: Any) -> int:
+            self.asked.append((name, *arguments))
+            return 12
+
+        return ask
+
+
+def test_a_checkpoint_is_verified_once_by_a_resume_and_once_when_the_learner_is_lost(tmp_path, monkeypatch):
+    config = load_demo([])
+    prompts = [SimpleNamespace(prompt_id=name) for name in RECORDS["prompt_id"].to_pylist()]
+    plan: Any = SimpleNamespace(student=SimpleNamespace(shapes=SHAPES), eval=[], train=prompts)
+    curriculum, setup = CURRICULUM | {"settings": settings_of(config)}, setup_of(config, plan)
+    temporary, ended = begin_checkpoint(tmp_path, 12), progress_at(12)
+    ended.evaluations |= {"student_after": {"miou": 0.5}, "no_video": {"miou": 0.1}}
+    write_progress(temporary, ended, curriculum, setup)
+    folder = finish_checkpoint(temporary, tmp_path, 12)
+    digested: list[str] = []
+
+    def digest(path: Path) -> str:
+        digested.append(path.name)
+        return file_digest(path)
+
+    monkeypatch.setattr(video_opd.files.checkpoint, "file_digest", digest)
+    saved = find_saved_run(tmp_path, config, plan)
+    every_file = sorted(name for name in files_of(folder) if name != MANIFEST)
+    parts: Any = {"control": None, "actors": None, "teacher": None, "rewards": []}
+    parts |= {"learner": Parts(), "curriculum": Parts(), "plan": plan, "config": config, "given": config}
+    run = Run(folder=tmp_path, resume_from=saved, newest_checkpoint=12, **parts)
+    asyncio.run(restore(run))
+    assert sorted(digested) == every_file and parts["learner"].asked == [("load", folder, 1)]
+    assert (run.step, run.newest_checkpoint, run.next_selection) == (12, 12, 12)
+    assert run.totals == {"rollouts": 7} and run.progress.failed_eval == {"f": "broken"}
+    assert run.evaluations.keys() == {"teacher", "student_before", "step_12"}, "it is not the last any more"
+    assert (
+        run.resume_from is None and run.state.phase is Phase.RUNNING and (tmp_path / "config.yaml").exists()
+    )
+    run.progress.step = 14
+    asyncio.run(restore(run))
+    assert sorted(digested) == sorted(every_file * 2) and run.step == 12
