@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from driver.held_out import miou_by_step
@@ -51,13 +52,11 @@ def exported_step(run_dir: Path) -> int | None:
 
 def _link_or_copy(source: str, target: str) -> str:
     """Hard-links weights where the file system can; copies small files, which people may edit."""
-    try:
-        if not source.endswith(".safetensors"):
-            return shutil.copy2(source, target)
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-    return target
+    if source.endswith(".safetensors"):
+        with suppress(OSError):
+            os.link(source, target)
+            return target
+    return shutil.copy2(source, target)
 
 
 def _publish(temporary: Path, folder: Path, card: dict) -> None:

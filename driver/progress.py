@@ -30,9 +30,7 @@ class Progress:
 
     step: int = 0  # the next to do
     totals: Counter[str] = field(default_factory=Counter)  # what the summary counts
-    evaluations: dict[str, dict[str, float]] = field(
-        default_factory=dict
-    )  # teacher, student_before, step_N, ...
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)  # by name: teacher, step_N, ...
     examples: dict[str, list[Prediction]] = field(default_factory=dict)  # the answers, by the same names
     failed_eval: dict[str, str] = field(default_factory=dict)  # prompt id: why; each counts as IoU 0
 
@@ -121,18 +119,14 @@ def read_progress(checkpoint: WholeCheckpoint, setup: Setup) -> SavedRun:
         written = Setup(**{name: state[name] for name in vars(setup)})
         world_size = written.learner["world_size"]
         progress = Progress(
-            step=state["step"],
+            **{name: state[name] for name in ("step", "evaluations", "failed_eval")},
             totals=Counter(state["totals"]),
-            evaluations=state["evaluations"],
             examples=_read_predictions(folder / _PREDICTIONS, state["evaluations"]),
-            failed_eval=state["failed_eval"],
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(folder, f"its state cannot be read ({error!r})") from error
     if progress.step != checkpoint.step:
-        raise damaged(
-            folder, f"its state is of step {progress.step}, its {MANIFEST} of step {checkpoint.step}"
-        )
+        raise damaged(folder, f"its state is of step {progress.step}, its {MANIFEST} of {checkpoint.step}")
     _check_same(folder, "model", "the student", written.shapes, setup.shapes)
     fixed = {k: v for k, v in setup.learner.items() if k != "world_size"}
     _check_same(folder, "learner config", "the learner section", written.learner, fixed)
@@ -148,15 +142,12 @@ def _read_predictions(path: Path, evaluations: Mapping[str, Any]) -> dict[str, l
     examples: dict[str, list[Prediction]] = {name: [] for name in evaluations}
     for row in pq.read_table(path).to_pylist():
         span = None if row["start_s"] is None else (row["start_s"], row["end_s"])
-        examples[row["evaluation"]].append(
-            Prediction(prompt_id=row["prompt_id"], text=row["text"], span_s=span)
-        )
+        prediction = Prediction(prompt_id=row["prompt_id"], text=row["text"], span_s=span)
+        examples[row["evaluation"]].append(prediction)
     return examples
 
 
-def _check_same(
-    folder: Path, kind: str, what: str, saved: Mapping[str, Any], wanted: Mapping[str, Any]
-) -> None:
+def _check_same(folder: Path, kind: str, what: str, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
     different = [f"{k} {saved.get(k)} / {v}" for k, v in wanted.items() if saved.get(k) != v]
     if different:
         raise CheckpointError(

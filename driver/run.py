@@ -52,9 +52,7 @@ class Run:
     clock: PhaseClock = field(default_factory=PhaseClock)
     state: RunState = field(default_factory=RunState)
     progress: Progress = field(default_factory=Progress)
-    resume_from: SavedRun | None = (
-        None  # the checkpoint to restore first; None: there is none, or it is restored
-    )
+    resume_from: SavedRun | None = None  # the checkpoint of a resume, until it is restored
     newest_checkpoint: int | None = None  # its step; None: there is no whole checkpoint
     next_selection: int | None = None  # the step before whose update prompts are selected next; None: never
     published: int = -1  # the version of the actors' weights
@@ -76,21 +74,17 @@ class Run:
         return self.progress.evaluations
 
     @property
-    def out_of_budget(self) -> bool:
-        return self.totals["scored_tokens"] >= (self.config.max_scored_tokens or math.inf)
-
-    @property
     def is_over(self) -> bool:
-        """No further step may begin, even below num_steps."""
-        return self.out_of_budget or self.state.stopped_by is not None
+        """No further step may begin: a signal came, or the budget of tokens is spent."""
+        budget = self.config.max_scored_tokens or math.inf
+        return self.state.stopped_by is not None or self.totals["scored_tokens"] >= budget
 
 
 def create_parts(folder: Path, given: Config, plan: Plan, resume_from: SavedRun | None = None) -> Run:
     """Starts the processes of a run. Raises ConfigError if a run of that name is on this Ray."""
     name = f"video_opd/{folder.name}"
-    config = given.model_copy(
-        update={"run_name": folder.name, "worker_env": python_path() | given.worker_env}
-    )
+    env = python_path() | given.worker_env
+    config = given.model_copy(update={"run_name": folder.name, "worker_env": env})
     uploads = None
     if config.checkpoint_url:
         uploads = Uploads(config.checkpoint_url, folder, config.max_retries, config.upload_timeout_s)
@@ -135,10 +129,8 @@ async def publish_weights(run: Run, policy_version: int) -> None:
 
 async def unless_stopped(run: Run, call: Awaitable[T]) -> T | None:
     """The call's result; None if a signal asks the run to stop first, which cancels the call."""
-    result, stop = (
-        asyncio.ensure_future(call),
-        asyncio.ensure_future(run.state.wait_until(lambda: run.state.stopped_by)),
-    )
+    result = asyncio.ensure_future(call)
+    stop = asyncio.ensure_future(run.state.wait_until(lambda: run.state.stopped_by))
     try:
         await asyncio.wait({result, stop}, return_when=asyncio.FIRST_COMPLETED)
         return result.result() if result.done() else None
