@@ -1,7 +1,7 @@
-"""Video-OPD: on-policy distillation of a video LLM for temporal grounding. Command line and THE loop.
+"""Video-OPD: on-policy distillation of a video LLM for temporal grounding. The training loop and main.
 
-Actors sample, the teacher scores, the curriculum steers, the learner steps. Without arguments it runs the embedded
-demo on a CPU.
+Actors sample, the teacher scores, the curriculum steers, the learner steps.
+Without arguments it runs the embedded demo on a CPU.
 """
 
 import asyncio
@@ -9,24 +9,22 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError
 
 import video_opd  # noqa: F401  # first: makes transformers importable
 from actors.actor_pool import RolloutResult
 from driver.buffer import TrajectoryBuffer
 from driver.checkpoints import checkpoint, restore, save_if_due
-from driver.command_line import parse_arguments, prepare, read_config, resumed_folder, step_to_resume
-from driver.demonstrations import Demonstrator
+from driver.command_line import parse_arguments, prepare, read_config, resumed_folder, saved_run_to_resume
 from driver.export import export_student
-from driver.held_out import AFTER, BEFORE, NO_VIDEO, evaluate_student, evaluate_teacher
+from driver.held_out import AFTER, BEFORE, NO_VIDEO, evaluate_if_due, evaluate_student, evaluate_teacher
 from driver.invariants import check_finite, check_lag, check_logprob_gap
+from driver.progress import SavedRun
 from driver.records.gauges import export_gauges
 from driver.records.report import print_summary, progress_bar, write_report
 from driver.records.sinks import MetricSinks
@@ -36,6 +34,8 @@ from driver.records.trajectory_log import TrajectoryLog
 from driver.recovery import first_error, learner_lost, poll_control, recover, watch
 from driver.rounds import start_round
 from driver.run import Run, create_parts, publish_weights
+from driver.run_state import Phase
+from driver.scoring import roll_out, score
 from driver.start_ray import start_ray
 from driver.stopping import shutdown_at_end
 from driver.upload import check_writable
@@ -43,36 +43,32 @@ from preflight.cluster_file import check_cluster
 from preflight.dry_run import dry_run
 from preflight.inputs import Plan
 from preflight.memory_fit import check_fits, memory_plan
-from teacher_service.replica import ScoreResult
 from video_opd.cluster.deadline import waiting
 from video_opd.config import Config
 from video_opd.errors import InputError, LearnerLostError, StoppedError, VideoOPDError
 from video_opd.files.run_folder import locked, new_run_folder, write_config, write_json
 from video_opd.logs import driver_log, work
-from video_opd.rewards import total_reward
 from video_opd.schemas import write_parquet
-from video_opd.types import FailedPrompt, Prompt, ScoredGroup, TeacherScores, TrajectoryGroup
+from video_opd.types import FailedPrompt, ScoredGroup
 
 
 async def train(run: Run) -> None:
-    """Rounds, from where the run stands to its end: the curriculum selects, then the loop runs over what it selected."""
-    config = run.config
+    """Trains to num_steps, in rounds: the curriculum selects prompts, then the loop runs over them."""
+    last = run.config.num_steps
     sinks, log = MetricSinks(run.folder, run.step), TrajectoryLog(run.folder / "trajectories", run.step)
-    with closing(sinks), closing(log), progress_bar(config.num_steps, run.step) as progress:
-        while run.step < config.num_steps and not run.is_over:
+    with closing(sinks), closing(log), progress_bar(last, run.step) as progress:
+        while run.step < last and not run.is_over:
             if run.step == run.next_selection:
                 await start_round(run)
-            until = (
-                config.num_steps if run.next_selection is None else min(run.next_selection, config.num_steps)
-            )
+            until = last if run.next_selection is None else min(run.next_selection, last)
             await train_round(run, until, Outputs(sinks, log, progress))
 
 
 async def train_round(run: Run, until: int, outputs: Outputs) -> None:
-    """Actors sample, the teacher scores, the curriculum steers, the learner steps.
+    """Trains to step `until`. Actors sample, the teacher scores, the curriculum steers, the learner steps.
 
-    Two kinds of tasks meet at the buffer. Sampling tasks wait for free slots, and fill them; the learning task waits
-    for one step's slots, updates, publishes, and frees them. A crash anywhere stops everything, loudly.
+    Sampling tasks and the learning task meet at the buffer. A sampling task waits for free slots and fills
+    them. The learning task waits for the filled slots of one step, updates, publishes, and frees them.
     """
     config, curriculum = run.config, run.curriculum
     buffer = run.buffer = TrajectoryBuffer(config.groups_per_step, config.max_policy_lag, until - run.step)
@@ -81,125 +77,75 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
 
     async def sample() -> None:
         while slots := await buffer.reserve(per_call):
-            while slots:  # a failed prompt leaves its slot to another prompt
+            while slots:  # the slot of a failed prompt goes to another prompt
                 prompts = await curriculum.next_prompts(len(slots))
-                slot_of = {p.prompt_id: slots.popleft() for p in prompts}
-                async with asyncio.TaskGroup() as scoring:  # each rollout as soon as it is finished
-                    async for reference, results in roll_out(run, prompts):
+                slot_of = {p.prompt_id: slot for p, slot in zip(prompts, slots, strict=True)}
+                async with asyncio.TaskGroup() as scoring:  # each result as soon as it arrives
+                    tasks = [
                         scoring.create_task(score_and_fill(slot_of, reference, results))
-                slots.extend(slot_of.values())
+                        async for reference, results in roll_out(run, prompts)
+                    ]
+                filled = set[int]().union(*(task.result() for task in tasks))
+                slots = [slot for slot in slots if slot not in filled]
 
     async def score_and_fill(
         slot_of: dict[str, int], reference: Any, results: Sequence[RolloutResult]
-    ) -> None:
+    ) -> set[int]:
         groups = await score(run, reference, results)
         await curriculum.retire([g for g in groups if isinstance(g, FailedPrompt)])
-        for group in groups:
-            if isinstance(group, ScoredGroup):
-                await buffer.fill(slot_of.pop(group.group.prompt.prompt_id), group)
+        scored = {slot_of[g.group.prompt.prompt_id]: g for g in groups if isinstance(g, ScoredGroup)}
+        for slot, group in scored.items():
+            await buffer.fill(slot, group)
+        return set(scored)
 
     async def learn() -> None:
         while run.step < until and not run.is_over:
-            step, started = run.step, time.monotonic()
-            with waiting(f"the trajectories of step {step}"):
-                groups = await buffer.take()
-            wait_s = time.monotonic() - started
-            lags = check_lag(groups, step, config.max_policy_lag)
-            run.settled.clear()  # from here to where it is set again a signal waits
-            with run.clock("update"):
-                report = await run.learner.update(groups, step)
-            run.clock.count("update", sum(num_tokens(g.group.trajectories) for g in groups))
-            check_finite(report)
-            check_logprob_gap(run, report)
-            await curriculum.observe(groups, step)
-            if config.loss.needs.rollouts:
-                with run.clock("publish"):
-                    await publish_weights(run, policy_version=step + 1)
-            run.step = work.step = step + 1
-            await buffer.release()  # only now may new prompts enter
-            report.metrics.update({"time/step_s": time.monotonic() - started, "learner/wait_s": wait_s})
-            if config.eval_every and run.step % config.eval_every == 0:
-                with run.clock("evaluate"):
-                    await evaluate_student(run, f"step_{run.step}")
-                report.metrics.update(
-                    {f"eval/{k}": v for k, v in run.evaluations.get(f"step_{run.step}", {}).items()}
-                )
-            await record(run, outputs, report, groups, lags)
-            await save_if_due(run)
-            run.settled.set()
+            await learn_step(run, buffer, outputs)
         await buffer.close()
 
-    async with asyncio.TaskGroup() as tasks:
+    async with asyncio.TaskGroup() as tasks:  # an error in one task stops them all
         tasks.create_task(learn())
         for _ in range(-(-capacity // per_call)):
             tasks.create_task(sample())
 
 
-async def roll_out(run: Run, prompts: list[Prompt]) -> AsyncIterator[tuple[Any, Sequence[RolloutResult]]]:
-    """What the student sampled, as it comes, each part after its reference; the ground truth where the objective takes that."""
-    if not run.config.loss.needs.rollouts:
-        groups = Demonstrator(run.config)(prompts, run.step)
-        yield groups, groups
-        return
-    with run.clock("rollout"):
-        async for reference, results in run.actors.rollout(prompts):
-            run.clock.count(
-                "rollout", sum(num_tokens(r.trajectories) for r in results if isinstance(r, TrajectoryGroup))
-            )
-            yield reference, results
-
-
-async def score(
-    run: Run, reference: ray.ObjectRef | Sequence[RolloutResult], results: Sequence[RolloutResult]
-) -> list[ScoredGroup | FailedPrompt]:
-    """Every group with what the objective needs: the teacher's scores, rewards, or neither; in order.
-
-    The teacher is not asked for suspended rollouts and failed prompts. `reference`: of the results, for the teacher to fetch.
-    """
-    groups = [r if isinstance(r, FailedPrompt) else run.curriculum.route(r) for r in results]
-    asked = [g for g in groups if isinstance(g, TrajectoryGroup) and g.trajectories]
-    scores: Iterator[ScoreResult] = repeat(())
-    if asked and run.config.loss.needs.teacher != "none":
-        assert run.teacher, "the objective needs a teacher"
-        whole = len(asked) == len(results) and not any(g.suspended for g in asked)
-        sent: Any = reference if whole else asked  # a reference is fetched past the driver
-        with run.clock("score"):
-            try:
-                scores = iter(await run.teacher.score(sent))
-            except ObjectLostError:  # with the actor's node; the driver has the value
-                scores = iter(await run.teacher.score(asked))
-        run.totals["scored_rollouts"] += sum(len(g.trajectories) for g in asked)
-        tokens = sum(num_tokens(g.trajectories) for g in asked)
-        run.totals["scored_tokens"] += tokens
-        run.clock.count("score", tokens)
-    scored: list[ScoredGroup | FailedPrompt] = []
-    for group in groups:
-        if isinstance(group, TrajectoryGroup):
-            result = next(scores) if group.trajectories else ()
-            scored.append(result if isinstance(result, FailedPrompt) else with_rewards(run, group, result))
-        else:
-            scored.append(group)
-    return scored
-
-
-def with_rewards(run: Run, group: TrajectoryGroup, scores: tuple[TeacherScores, ...]) -> ScoredGroup:
-    """The learner's payload; with rewards where the objective needs them."""
-    rewards = (
-        tuple(total_reward(run.rewards, t, group.prompt) for t in group.trajectories) if run.rewards else None
-    )
-    return ScoredGroup(group=group, scores=scores, rewards=rewards)
+async def learn_step(run: Run, buffer: TrajectoryBuffer, outputs: Outputs) -> None:
+    """One step of the learner, from its trajectories to its line of metrics and its checkpoint."""
+    config, step, started = run.config, run.step, time.monotonic()
+    with waiting(f"the trajectories of step {step}"):
+        groups = await buffer.take()
+    wait_s = time.monotonic() - started
+    lags = check_lag(groups, step, config.max_policy_lag)
+    run.state.enter(Phase.UPDATING)  # a signal now waits for the end of the step
+    with run.clock("update"):
+        report = await run.learner.update(groups, step)
+    run.clock.count("update", sum(num_tokens(g.group.trajectories) for g in groups))
+    check_finite(report)
+    check_logprob_gap(run, report)
+    await run.curriculum.observe(groups, step)
+    if config.loss.needs.rollouts:
+        with run.clock("publish"):
+            await publish_weights(run, policy_version=step + 1)
+    run.progress.step = work.step = step + 1
+    await buffer.release()  # only now may new prompts enter
+    report.metrics.update({"time/step_s": time.monotonic() - started, "learner/wait_s": wait_s})
+    report.metrics.update(await evaluate_if_due(run))
+    await record(run, outputs, report, groups, lags)
+    await save_if_due(run)
+    run.state.enter(Phase.RUNNING)
 
 
 async def train_to_the_end(run: Run) -> None:
-    """Everything between the start of the parts and the summary; done again from the last checkpoint when the learner is lost."""
+    """Evaluates, trains, evaluates, exports; again from the newest checkpoint when the learner is lost."""
     if run.resume_from is None:
         run.next_selection = await run.curriculum.next_selection()
+        run.state.enter(Phase.RUNNING)
     lost: LearnerLostError | None = None
     while True:
         try:
-            if lost is not None:
+            if lost:
                 await recover(run, lost)
-            elif run.resume_from is not None:
+            elif run.resume_from:
                 await restore(run)
             if run.published != run.step and run.actors.num_wanted:
                 await publish_weights(run, run.step)
@@ -214,15 +160,14 @@ async def train_to_the_end(run: Run) -> None:
             await checkpoint(run)
             return await export_student(run)
         except (LearnerLostError, BaseExceptionGroup) as error:
-            lost = learner_lost(error)
-            if lost is None:
+            if not (lost := learner_lost(error)):
                 raise
 
 
-async def execute(config: Config, folder: Path, plan: Plan, resume: int | None) -> dict[str, Any]:
-    """One run from start to summary. `resume`: the step whose checkpoint it goes on from."""
+async def execute(config: Config, folder: Path, plan: Plan, resume_from: SavedRun | None) -> dict[str, Any]:
+    """One run from start to summary, from the beginning or from a checkpoint."""
     began = time.monotonic()
-    run = create_parts(folder, config, plan, resume)
+    run = create_parts(folder, config, plan, resume_from)
     async with asyncio.TaskGroup() as tasks, shutdown_at_end(run):
         beside = [tasks.create_task(watch(run))]
         try:
@@ -248,19 +193,22 @@ def launch(
     gpu_memory_gib: float | None = None,
     step: int | None = None,
 ) -> dict[str, Any]:
-    """Runs `config` and returns the summary. `resume`: the run folder to go on in, from its newest checkpoint or that of `step`."""
+    """Runs `config` and returns the summary.
+
+    resume: the run folder to continue in, from its newest checkpoint or that of `step`.
+    """
     plan = prepare(config)
     check_fits(memory_plan(config, plan, gpu_memory_gib), one_machine=False)
     if config.checkpoint_url:
         check_writable(config.checkpoint_url)
     with locked(resume) if resume else new_run_folder(config) as folder:
-        step = step_to_resume(resume, config, plan, step) if resume else None
+        saved = saved_run_to_resume(resume, config, plan, step) if resume else None
         try:
             start_ray(config, address)
-            if step is None:
+            if saved is None:
                 write_config(folder, config)
-            with driver_log(folder, step or 0):
-                summary = asyncio.run(execute(config, folder, plan, step))
+            with driver_log(folder, saved.progress.step if saved else 0):
+                summary = asyncio.run(execute(config, folder, plan, saved))
         finally:
             ray.shutdown()
         write_json(folder / "summary.json", summary)

@@ -1,7 +1,6 @@
-"""TrajectoryBuffer: slots between the sampling tasks and the learner, and the bound on policy lag they give."""
+"""The slots between the sampling tasks and the learner, which bound the policy lag."""
 
 import asyncio
-from collections import deque
 
 from video_opd.types import ScoredGroup
 
@@ -25,15 +24,15 @@ class TrajectoryBuffer:
         self._filled: dict[int, ScoredGroup] = {}
         self._changed = asyncio.Condition()
 
-    async def reserve(self, at_most: int) -> deque[int]:
-        """Waits for free slots and takes up to `at_most`; empty when the run needs no more."""
+    async def reserve(self, at_most: int) -> list[int]:
+        """Waits for free slots and takes up to `at_most`; empty when the round needs no more."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._free > 0 or self._left == 0)
-            count = min(at_most, self._free, self._left)
-            slots = deque(range(self._next_slot, self._next_slot + count))
-            self._next_slot += count
-            self._free -= count
-            self._left -= count
+            num_slots = min(at_most, self._free, self._left)
+            slots = list(range(self._next_slot, self._next_slot + num_slots))
+            self._next_slot += num_slots
+            self._free -= num_slots
+            self._left -= num_slots
             if self._left == 0:
                 self._changed.notify_all()
             return slots
@@ -47,7 +46,7 @@ class TrajectoryBuffer:
             self._changed.notify_all()
 
     async def take(self) -> list[ScoredGroup]:
-        """Waits for the next groups_per_step slots to be filled; their groups in the order of the slots."""
+        """Waits until the slots of the next step are filled; returns their groups in slot order."""
         wanted = range(self._first_slot, self._first_slot + self._groups_per_step)
         async with self._changed:
             await self._changed.wait_for(lambda: all(slot in self._filled for slot in wanted))
@@ -55,19 +54,19 @@ class TrajectoryBuffer:
             return [self._filled.pop(slot) for slot in wanted]
 
     def counts(self) -> dict[str, float]:
-        """Slots that are filled, that wait for rollouts or scores of their prompts, and that are free; the rest are learnt from."""
+        """Slots that are filled, reserved (sampled or scored just now) and free; the learner has the rest."""
         filled = len(self._filled)
         reserved = self._next_slot - self._first_slot - filled
         return {"buffer/filled": filled, "buffer/reserved": reserved, "buffer/free": self._free}
 
     async def close(self) -> None:
-        """No more slots are handed out: the run ends earlier than planned."""
+        """Hands out no more slots: the run ends earlier than planned."""
         async with self._changed:
             self._left = 0
             self._changed.notify_all()
 
     async def release(self) -> None:
-        """Frees one step's slots: the weights of that step are published."""
+        """Frees one step's slots, once the weights of that step are published."""
         async with self._changed:
             self._free += self._groups_per_step
             self._changed.notify_all()

@@ -8,28 +8,28 @@ from typing import NamedTuple
 
 from video_opd.prometheus import count
 
-PHASES = ("rollout", "score", "update", "publish", "evaluate")
+PHASES: tuple[str, ...] = ("rollout", "score", "update", "publish", "evaluate")
 
 
 class PhaseTimes(NamedTuple):
-    """What happened since the lap before."""
+    """Where the time went since the last call of take_times."""
 
-    seconds: dict[str, float]  # by phase, and idle; phases that overlap each count in full
+    seconds: dict[str, float]  # by phase, and idle; phases that overlap count in full each
     tokens_per_s: dict[str, float]  # response tokens, of the phases that counted any
     wall_s: float
 
 
 class PhaseClock:
-    """Seconds in which at least one call of a phase was under way, and in which none was. Prometheus counts them too."""
+    """Counts the seconds in which at least one call of a phase is under way, and in which none is."""
 
     def __init__(self):
-        self._active: dict[str, int] = {phase: 0 for phase in PHASES}
+        self._active = dict.fromkeys(PHASES, 0)
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._tokens: Counter[str] = Counter()
-        self._since = self._lap_since = time.monotonic()
+        self._since = self._taken_at = time.monotonic()
 
     def advance(self) -> None:
-        """Up to now."""
+        """Counts the seconds up to now."""
         now = time.monotonic()
         active = [phase for phase in PHASES if self._active[phase]]
         for phase in active or ["idle"]:
@@ -48,15 +48,16 @@ class PhaseClock:
             self._active[phase] -= 1
 
     def count(self, phase: str, tokens: int) -> None:
-        """Response tokens that a call of the phase was about."""
+        """Adds response tokens that a call of the phase handled."""
         self._tokens[phase] += tokens
         count("tokens", tokens, phase=phase)
 
     def take_times(self) -> PhaseTimes:
+        """Returns the times since the last call, and starts again at zero."""
         self.advance()
         seconds = {phase: self._seconds[phase] for phase in (*PHASES, "idle")}
         rates = {phase: tokens / seconds[phase] for phase, tokens in self._tokens.items() if seconds[phase]}
         self._seconds.clear()
         self._tokens.clear()
-        wall_s, self._lap_since = self._since - self._lap_since, self._since
+        wall_s, self._taken_at = self._since - self._taken_at, self._since
         return PhaseTimes(seconds, rates, wall_s)

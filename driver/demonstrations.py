@@ -1,4 +1,4 @@
-"""The ground truth written as the student's answer: the responses of the off-policy objectives and of sft."""
+"""The ground truth as the student's answer: the responses of the off-policy objectives and of sft."""
 
 from collections.abc import Sequence
 
@@ -9,38 +9,27 @@ from video_opd.models.prompting import PromptEncoder
 from video_opd.types import FinishReason, Prompt, Trajectory, TrajectoryGroup
 
 
-class Demonstrator:
-    """Prompts -> groups of one trajectory each, the first true span in the words of prompt.answer_template."""
+def demonstrations(config: Config, prompts: Sequence[Prompt], step: int) -> list[TrajectoryGroup]:
+    """One trajectory for each prompt: the first true span in the words of prompt.answer_template.
 
-    def __init__(self, config: Config):
-        self._config = config
-        self._encoder: PromptEncoder | None = None  # made when it is first needed: rollouts need none
+    `step` makes the trajectories' ids unique: a prompt returns in every pass.
+    """
+    encoder = PromptEncoder(config.student, config.prompt, config.video, config.trust_remote_code)
+    return [TrajectoryGroup(prompt=p, trajectories=(_demonstration(encoder, p, step),)) for p in prompts]
 
-    def __call__(self, prompts: Sequence[Prompt], step: int) -> list[TrajectoryGroup]:
-        """`step` is in the trajectories' ids: a prompt comes back in every pass."""
-        if self._encoder is None:
-            config = self._config
-            self._encoder = PromptEncoder(
-                config.student, config.prompt, config.video, config.trust_remote_code
-            )
-        return [
-            TrajectoryGroup(prompt=p, trajectories=(self._trajectory(self._encoder, p, step),))
-            for p in prompts
-        ]
 
-    @staticmethod
-    def _trajectory(encoder: PromptEncoder, prompt: Prompt, step: int) -> Trajectory:
-        assert prompt.answer_spans_s, "make_plan refuses unlabelled prompts"
-        ids = encoder.answer_ids(prompt.answer_spans_s[0])
-        return Trajectory(
-            trajectory_id=f"{prompt.prompt_id}@{step}#truth",
-            prompt_id=prompt.prompt_id,
-            policy_version=step,
-            prompt_token_ids=np.zeros(0, np.int32),
-            prompt_fingerprint=None,
-            response_token_ids=ids,
-            actor_logprobs=np.zeros(len(ids), np.float32),
-            finish_reason=FinishReason.STOP,
-            text=encoder.tokenizer.decode(ids, skip_special_tokens=True),
-            predicted_span_s=prompt.answer_spans_s[0],
-        )
+def _demonstration(encoder: PromptEncoder, prompt: Prompt, step: int) -> Trajectory:
+    assert prompt.answer_spans_s, "make_plan refuses unlabelled prompts"
+    ids = encoder.answer_ids(prompt.answer_spans_s[0])
+    return Trajectory(
+        trajectory_id=f"{prompt.prompt_id}@{step}#truth",
+        prompt_id=prompt.prompt_id,
+        policy_version=step,
+        prompt_token_ids=np.zeros(0, np.int32),
+        prompt_fingerprint=None,
+        response_token_ids=ids,
+        actor_logprobs=np.zeros(len(ids), np.float32),
+        finish_reason=FinishReason.STOP,
+        text=encoder.tokenizer.decode(ids, skip_special_tokens=True),
+        predicted_span_s=prompt.answer_spans_s[0],
+    )

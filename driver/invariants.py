@@ -1,4 +1,4 @@
-"""Checks on every step that stop the run."""
+"""Checks on every step; a failure stops the run."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,9 @@ from video_opd.types import ScoredGroup, StepReport
 
 
 def check_lag(groups: Sequence[ScoredGroup], step: int, max_policy_lag: int) -> list[int]:
-    """The policy lag of every trajectory. Raises ParityError where one breaks the bound."""
-    lags = [
-        step - t.policy_version for g in groups for t in g.group.sampled if t.prompt_fingerprint is not None
-    ]
+    """The policy lag of every sampled trajectory. Raises ParityError if one exceeds the bound."""
+    sampled = (t for g in groups for t in g.group.sampled if t.prompt_fingerprint is not None)
+    lags = [step - t.policy_version for t in sampled]
     if lags and (min(lags) < 0 or max(lags) > max_policy_lag):
         raise ParityError(
             f"step {step}: policy lags {min(lags)} to {max(lags)}, allowed 0 to {max_policy_lag}"
@@ -22,16 +21,16 @@ def check_lag(groups: Sequence[ScoredGroup], step: int, max_policy_lag: int) -> 
 
 
 def check_finite(report: StepReport) -> None:
-    """A diverged update must not be published. Raises RunError."""
+    """Raises RunError if the update diverged: it must not be published."""
     for name in ("learner/loss", "learner/grad_norm"):
-        if not np.isfinite(report.metrics[name]):
+        if not np.isfinite(value := report.metrics[name]):
             raise RunError(
-                f"step {report.step}: {name} is {report.metrics[name]}: lower learner.lr, or resume from a checkpoint"
+                f"step {report.step}: {name} is {value}: lower learner.lr, or resume from a checkpoint"
             )
 
 
 def check_logprob_gap(run: Run, report: StepReport) -> None:
-    """Actor and learner must agree on the tokens of the first batch that has any."""
+    """Raises ParityError if actor and learner disagree on the tokens of the first batch that has any."""
     gap, bound = report.metrics.get("learner/logprob_gap_p99"), run.config.checks.max_logprob_gap
     if run.gap_is_checked or bound is None or gap is None:
         return

@@ -1,8 +1,7 @@
-"""A run that goes on when its parts do not."""
+"""What runs beside the loop, and what happens when the learner is lost."""
 
 import asyncio
 import time
-from collections.abc import Iterator
 
 from driver.checkpoints import restore, start_over
 from driver.run import Run
@@ -15,61 +14,53 @@ WAITS_SHOWN = 4
 CONTROL_TIMEOUT_S, CONTROL_POLL_S = 10.0, 0.5
 
 
-def single_errors(error: BaseException) -> Iterator[BaseException]:
-    """The errors inside a task group's, or the error itself."""
-    if isinstance(error, BaseExceptionGroup):
-        for part in error.exceptions:
-            yield from single_errors(part)
-    else:
-        yield error
-
-
 def first_error(error: BaseException) -> BaseException:
-    """What went wrong first."""
-    return next(single_errors(error))
+    """The first of the errors inside an exception group, or the error itself."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def learner_lost(error: BaseException) -> LearnerLostError | None:
-    """The loss of the learner among what went wrong: others may have failed with it."""
-    return next((e for e in single_errors(error) if isinstance(e, LearnerLostError)), None)
+    """The learner's loss among the errors: other tasks may have failed with it. None: it was not lost."""
+    if isinstance(error, BaseExceptionGroup):
+        error = first_error(error.subgroup(LearnerLostError) or error)
+    return error if isinstance(error, LearnerLostError) else None
 
 
 async def recover(run: Run, cause: LearnerLostError) -> None:
-    """A new group of learner ranks, and the whole run back where the last checkpoint stands.
+    """Starts a new group of learner ranks, and puts the whole run back to the newest checkpoint.
 
     Raises PartLostError after max_retries from the same checkpoint.
     """
-    lost_at, back_to = run.step, run.resume_from or run.checkpointed or 0
+    back_to = run.newest_checkpoint or 0
     run.num_restarts[back_to] += 1
     if run.num_restarts[back_to] > run.config.max_retries:
         raise PartLostError(
-            f"{cause}; it was started again {run.config.max_retries} times at step {back_to}"
+            f"{cause}; it was restarted {run.config.max_retries} times at step {back_to}"
         ) from cause
-    log.warning("%s; it is started again, and the run goes back from step %d to %d", cause, lost_at, back_to)
+    log.warning("%s; it is restarted, and the run goes back from step %d to %d", cause, run.step, back_to)
     run.published = -1
     await run.learner.restart()
-    if run.checkpointed is None and run.resume_from is None:
-        await start_over(run)
-    else:
-        await restore(run)
+    await (start_over(run) if run.newest_checkpoint is None else restore(run))
 
 
 async def poll_control(run: Run) -> None:
-    """Takes what was asked of the run from outside, and says how it stands; see run_control.RunControl."""
+    """Applies scaling requests and reports status; see run_control.RunControl."""
     while True:
         try:
-            said = run.control.exchange.remote({"step": run.step, **run.actors.counts()})
-            asked = await with_deadline(CONTROL_TIMEOUT_S, said, "the run's control actor")
-        except LOST:  # Ray starts it again
-            asked = None
-        if asked is not None:
-            log.info("rollout actors: %d -> %d", run.actors.num_wanted, asked)
-            await run.actors.scale(asked)
+            answer = run.control.exchange.remote({"step": run.step, **run.actors.counts()})
+            wanted = await with_deadline(CONTROL_TIMEOUT_S, answer, "the run's control actor")
+        except LOST:  # Ray restarts it
+            wanted = None
+        if wanted is not None:
+            log.info("rollout actors: %d -> %d", run.actors.num_wanted, wanted)
+            await run.actors.scale(wanted)
         await asyncio.sleep(CONTROL_POLL_S)
 
 
 async def watch(run: Run) -> None:
-    """The watchdog: while no step ends, says what is waited for."""
+    """The watchdog: names the longest waits of this process when no step ends within watchdog_s."""
     seen, since = run.step, time.monotonic()
     while True:
         await asyncio.sleep(run.config.watchdog_s)
@@ -77,10 +68,6 @@ async def watch(run: Run) -> None:
         if run.step != seen:
             seen, since = run.step, now
         else:
-            log.warning("no step for %.0f s; waiting for %s", now - since, describe_waits(now))
-
-
-def describe_waits(now_s: float) -> str:
-    """The longest waits of this process and their seconds."""
-    oldest = [f"{wait.what} ({now_s - wait.since_s:.0f} s)" for wait in waits()[:WAITS_SHOWN]]
-    return "; ".join(oldest) or "nothing that has a name"
+            longest = [f"{wait.what} ({now - wait.since_s:.0f} s)" for wait in waits()[:WAITS_SHOWN]]
+            what = "; ".join(longest) or "nothing that has a name"
+            log.warning("no step for %.0f s; waiting for %s", now - since, what)

@@ -1,4 +1,4 @@
-"""The curriculum's rounds: who is asked what before prompts are selected."""
+"""The curriculum's rounds: teacher and student answer the pool, then prompts are selected."""
 
 import asyncio
 import time
@@ -17,7 +17,7 @@ ANSWERS_A_WRITE = 4096
 
 
 async def start_round(run: Run) -> None:
-    """The curriculum's next round: the teacher answers the pool once a run, the student at the start of every round."""
+    """Starts the next round. The teacher answers the pool once a run, the student once a round."""
     config, started = run.config.curriculum, time.monotonic()
     if run.step == 0 and config.asks_teacher:
         await run.curriculum.validate(await teacher_ious(run))
@@ -26,37 +26,31 @@ async def start_round(run: Run) -> None:
     records = await run.curriculum.records()
     number = len(records["student_iou"][0])
     write_parquet(records, run.folder / "curriculum" / f"round-{number}.parquet")
-    selected, dropped = records["selected"].to_numpy(), records["dropped"].to_numpy() != ""
-    log.info(
-        "round %d: %d of %d prompts selected, %d dropped", number, selected.sum(), len(records), dropped.sum()
-    )
-    run.clock.take_times()  # no step's time
+    selected, dropped = records["selected"].to_numpy().sum(), (records["dropped"].to_numpy() != "").sum()
+    log.info("round %d: %d of %d prompts selected, %d dropped", number, selected, len(records), dropped)
+    run.clock.take_times()  # not part of a step
     run.totals.update({"select_s": time.monotonic() - started})
 
 
 async def teacher_ious(run: Run) -> np.ndarray:
-    """float64[P]: tau, NaN where a clip cannot be read. Answers that a run in runs_dir has are not generated again."""
+    """float64[P]: tau, NaN where a clip cannot be read. Reuses the answers of earlier runs in runs_dir."""
     config, pool = run.config, run.plan.train
     assert run.teacher, "the curriculum asks one"
     settings, keys = settings_key(config), await asyncio.to_thread(prompt_keys, pool, config)
+    prompt_of = dict(zip(keys, pool, strict=True))
     answers = find_answers(sorted(Path(config.runs_dir).iterdir()), settings, set(keys))
-    log.info("teacher answers: %d of %d found in %s", len(answers), len(set(keys)), config.runs_dir)
-    missing = [
-        (key, prompt) for key, prompt in dict(zip(keys, pool, strict=True)).items() if key not in answers
-    ]
+    log.info("teacher answers: %d of %d found in %s", len(answers), len(prompt_of), config.runs_dir)
+    missing = [key for key in prompt_of if key not in answers]
     for first in range(0, len(missing), ANSWERS_A_WRITE):
         part = missing[first : first + ANSWERS_A_WRITE]
         results = await run.teacher.predict(
-            [p for _, p in part], config.curriculum.num_teacher_predictions, TEMPERATURE
+            [prompt_of[key] for key in part], config.curriculum.num_teacher_predictions, TEMPERATURE
         )
-        run.totals["teacher_answers"] += sum(len(r) for r in results if not isinstance(r, FailedPrompt))
+        new = {k: r for k, r in zip(part, results, strict=True) if not isinstance(r, FailedPrompt)}
+        run.totals["teacher_answers"] += sum(len(r) for r in new.values())
         await run.curriculum.retire([r for r in results if isinstance(r, FailedPrompt)])
-        answers |= {
-            key: r for (key, _), r in zip(part, results, strict=True) if not isinstance(r, FailedPrompt)
-        }
-        write_answers(
-            run.folder, settings, answers
-        )  # whole again each time: an interrupted run has answered what it has
+        answers |= new
+        write_answers(run.folder, settings, answers)  # all of them: an interrupted run keeps its answers
     write_answers(run.folder, settings, answers)
     reading = config.curriculum.multi_span_iou
     ious = [
@@ -68,13 +62,13 @@ async def teacher_ious(run: Run) -> np.ndarray:
 
 async def student_ious(run: Run) -> np.ndarray:
     """float64[P]: sigma of the current student, NaN where a clip cannot be read or the prompt is dropped."""
-    places = await run.curriculum.alive()
-    pool = [run.plan.train[i] for i in places]
+    alive = await run.curriculum.alive()
+    pool = [run.plan.train[i] for i in alive]
     results = await ask_student(run, pool)
     await run.curriculum.retire([r for r in results if isinstance(r, FailedPrompt)])
     ious = np.full(len(run.plan.train), np.nan)
     reading = run.config.curriculum.multi_span_iou
-    ious[places] = [
+    ious[alive] = [
         np.nan if isinstance(r, FailedPrompt) else prompt_iou(r.span_s, p, reading)
         for r, p in zip(results, pool, strict=True)
     ]

@@ -1,8 +1,7 @@
-"""The parts of a run and the Ray they run on."""
+"""A run: its parts and its state; publishing weights, asking the student."""
 
 import asyncio
 import math
-import signal
 from collections import Counter
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,8 @@ from actors.actor_pool import ActorPool
 from curriculum.curriculum import Curriculum
 from driver.buffer import TrajectoryBuffer
 from driver.clock import PhaseClock
+from driver.progress import Progress, SavedRun
+from driver.run_state import RunState
 from driver.start_ray import python_path
 from driver.upload import Uploads
 from learner.learner import Learner
@@ -32,15 +33,9 @@ from video_opd.types import FailedPrompt, Prediction, Prompt
 T = TypeVar("T")
 
 
-def _set_event() -> asyncio.Event:
-    event = asyncio.Event()
-    event.set()
-    return event
-
-
 @dataclass
 class Run:
-    """The parts of a run, and what it has seen so far."""
+    """The parts of a run, and where it stands."""
 
     folder: Path
     config: Config
@@ -52,66 +47,63 @@ class Run:
     learner: Learner
     curriculum: Curriculum
     rewards: list[Reward]  # empty: the objective needs none
-    buffer: TrajectoryBuffer | None = None  # of the round; None: none has begun
+    uploads: Uploads | None = None  # None: checkpoints stay here
     gauges: Gauges = field(default_factory=Gauges)  # for Prometheus
     clock: PhaseClock = field(default_factory=PhaseClock)
-    totals: Counter[str] = field(default_factory=Counter)
-    evaluations: dict[str, Any] = field(default_factory=dict)
-    examples: dict[str, list[Prediction]] = field(default_factory=dict)
-    failed_eval: dict[str, str] = field(default_factory=dict)  # prompt id: why; each counts as IoU 0
-    step: int = 0  # the next to do
-    published: int = -1  # the version that the actors have
-    next_selection: int | None = None  # the step at which the curriculum selects again; None: never
-    gap_is_checked: bool = False
-    num_restarts: Counter[int] = field(
-        default_factory=Counter
-    )  # of the learner, by the step that it went back to
-    uploads: Uploads | None = None  # None: checkpoints stay here
-    resume_from: int | None = (
-        None  # the step whose checkpoint it is to go on from; None: it stands where it is to
-    )
-    checkpointed: int | None = None  # the step of the newest whole checkpoint
-    stopped_by: signal.Signals | None = None
-    stop: asyncio.Event = field(
-        default_factory=asyncio.Event
-    )  # set: the run is to end after the step under way
-    settled: asyncio.Event = field(
-        default_factory=_set_event
-    )  # cleared: learner, curriculum and `step` do not fit each other
-    saving: bool = False  # a checkpoint or an export is being written
+    state: RunState = field(default_factory=RunState)
+    progress: Progress = field(default_factory=Progress)
+    resume_from: SavedRun | None = None  # the checkpoint of a resume, until it is restored
+    newest_checkpoint: int | None = None  # its step; None: there is no whole checkpoint
+    next_selection: int | None = None  # the step before whose update prompts are selected next; None: never
+    published: int = -1  # the version of the actors' weights
+    buffer: TrajectoryBuffer | None = None  # of the round; None: none has begun
+    gap_is_checked: bool = False  # see check_logprob_gap
+    num_restarts: Counter[int] = field(default_factory=Counter)  # of the learner, by the step it went back to
 
     @property
-    def out_of_budget(self) -> bool:
-        return self.totals["scored_tokens"] >= (self.config.max_scored_tokens or math.inf)
+    def step(self) -> int:
+        """The next to do."""
+        return self.progress.step
+
+    @property
+    def totals(self) -> Counter[str]:
+        return self.progress.totals
+
+    @property
+    def evaluations(self) -> dict[str, dict[str, float]]:
+        return self.progress.evaluations
 
     @property
     def is_over(self) -> bool:
-        """Whether no further step is to begin, whatever num_steps says."""
-        return self.out_of_budget or self.stop.is_set()
+        """No further step may begin: a signal came, or the budget of tokens is spent."""
+        budget = self.config.max_scored_tokens or math.inf
+        return self.state.stopped_by is not None or self.totals["scored_tokens"] >= budget
 
 
-def create_parts(folder: Path, given: Config, plan: Plan, resume_from: int | None = None) -> Run:
-    """The parts of a run, their processes on their way. Raises ConfigError where a run of that name goes on."""
+def create_parts(folder: Path, given: Config, plan: Plan, resume_from: SavedRun | None = None) -> Run:
+    """Starts the processes of a run. Raises ConfigError if a run of that name is on this Ray."""
     name = f"video_opd/{folder.name}"
-    config = given.model_copy(
-        update={"run_name": folder.name, "worker_env": python_path() | given.worker_env}
-    )
+    env = python_path() | given.worker_env
+    config = given.model_copy(update={"run_name": folder.name, "worker_env": env})
+    uploads = None
+    if config.checkpoint_url:
+        uploads = Uploads(config.checkpoint_url, folder, config.max_retries, config.upload_timeout_s)
+    progress = resume_from.progress if resume_from else Progress()
     return Run(
         folder=folder,
         config=config,
         given=given,
         plan=plan,
-        step=resume_from or 0,
-        resume_from=resume_from,
         control=create_control(name),
         actors=ActorPool(name, config),
         teacher=create_teacher(name, config),
         learner=Learner(name, config),
         curriculum=Curriculum(name, plan.train, config),
         rewards=load_rewards(config.loss.rewards) if config.loss.needs.rewards else [],
-        uploads=Uploads(config.checkpoint_url, folder, config.max_retries, config.upload_timeout_s)
-        if config.checkpoint_url
-        else None,
+        uploads=uploads,
+        progress=progress,
+        resume_from=resume_from,
+        newest_checkpoint=progress.step if resume_from else None,
     )
 
 
@@ -136,20 +128,21 @@ async def publish_weights(run: Run, policy_version: int) -> None:
 
 
 async def unless_stopped(run: Run, call: Awaitable[T]) -> T | None:
-    """The call's result, or None, and the call is given up, where a signal asks the run to stop first."""
-    asked, stop = asyncio.ensure_future(call), asyncio.ensure_future(run.stop.wait())
+    """The call's result; None if a signal asks the run to stop first, which cancels the call."""
+    result = asyncio.ensure_future(call)
+    stop = asyncio.ensure_future(run.state.wait_until(lambda: run.state.stopped_by))
     try:
-        await asyncio.wait({asked, stop}, return_when=asyncio.FIRST_COMPLETED)
-        return asked.result() if asked.done() else None
+        await asyncio.wait({result, stop}, return_when=asyncio.FIRST_COMPLETED)
+        return result.result() if result.done() else None
     finally:
-        asked.cancel()
+        result.cancel()
         stop.cancel()
 
 
 async def ask_student(
     run: Run, prompts: Sequence[Prompt], blank_video: bool = False
 ) -> list[Prediction | FailedPrompt]:
-    """The student's greedy answers, with the weights of the step where the run stands."""
-    if run.published != run.step:  # without rollouts nobody needed them before
+    """The student's greedy answers with the weights of the current step."""
+    if run.published != run.step:  # an objective without rollouts does not publish every step
         await publish_weights(run, run.step)
     return await run.actors.predict(prompts, blank_video)

@@ -1,4 +1,4 @@
-"""What a run asks of its cluster, and the wait until the cluster has it."""
+"""What a run needs of a cluster, the wait until the cluster has it, and the start of Ray."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -19,57 +19,56 @@ from video_opd.cluster.run_control import NAMESPACE, running_runs
 from video_opd.config import Config
 from video_opd.errors import ClusterError, StoppedError
 
-T = TypeVar("T")
-
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL_S = 2.0
+LOCAL_ROLES = 64  # rollout actors and teacher replicas that a local Ray admits: memory limits them, not Ray
+LOCAL_TIMEOUT_S = 60.0  # until a local Ray reports its resources; they do not grow
+# A replica that hangs cannot drain: it must free its device for the next one.
+SERVE_ENV = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
 
-Resources = Mapping[str, float]  # what Ray calls them: CPU, GPU, and one named for each role
+Resources = Mapping[str, float]  # by Ray's names: CPU, GPU, and one for each role
 
 
 @dataclass(frozen=True)
 class Need:
-    """So many processes of a role, and what each takes of one node."""
+    """A number of processes of one role, each on one node."""
 
     role: str
     count: int
-    each: Resources
+    each: Resources  # of one process
     key: str  # of the config
 
     def __str__(self) -> str:
-        return f"{self.role} (each {', '.join(f'{name} {amount:g}' for name, amount in self.each.items())}; {self.key})"
+        each = ", ".join(f"{name} {amount:g}" for name, amount in self.each.items())
+        return f"{self.role} (each {each}; {self.key})"
 
 
 def needs_of(config: Config) -> list[Need]:
-    """Learner ranks, rollout actors and teacher replicas, as many as the run starts with."""
+    """Learner ranks, rollout actors and teacher replicas that the run starts with."""
     learner, rollout, pool = config.learner, config.rollout, config.teacher_pool
+    num_teachers = pool.num_replicas * len(config.teacher_models) * config.needs_teacher
     parts = pool.tensor_parallel
-    asked = [
+    rows = [
         ("learner", learner.world_size, learner.num_cpus, learner.num_gpus, "learner.world_size"),
         ("rollout", rollout.num_actors, rollout.num_cpus, rollout.num_gpus, "rollout.num_actors"),
-        (
-            *("teacher", pool.num_replicas * len(config.teacher_models) * config.needs_teacher),
-            *(pool.num_cpus * parts, pool.num_gpus * parts, "teacher_pool.num_replicas"),
-        ),
+        ("teacher", num_teachers, pool.num_cpus * parts, pool.num_gpus * parts, "teacher_pool.num_replicas"),
     ]
     return [
-        Need(
-            role,
-            count,
-            {role: 1} | {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount},
-            key,
-        )
-        for role, count, cpus, gpus, key in asked
+        Need(role, count, {role: 1} | {k: v for k, v in (("CPU", cpus), ("GPU", gpus)) if v}, key)
+        for role, count, cpus, gpus, key in rows
         if count
     ]
 
 
-def place(needs: Sequence[Need], nodes: Sequence[Resources]) -> dict[str, int]:
-    """How many processes of each role find a place, each on the first node that has what it takes.
+def describe_missing(needs: Sequence[Need], nodes: Sequence[Resources]) -> str:
+    """The roles that lack places, such as "teacher: 2 of 4"; empty: none.
 
-    nodes: what each has free. An estimate for people: Ray itself decides.
+    nodes: what each has free. Each process goes to the first node that has all it takes. This is an estimate
+    for messages: Ray itself decides.
     """
     free = [dict(node) for node in nodes]
-    return {need.role: sum(_take(need.each, free) for _ in range(need.count)) for need in needs}
+    placed = {need.role: sum(_take(need.each, free) for _ in range(need.count)) for need in needs}
+    return ", ".join(f"{n.role}: {placed[n.role]} of {n.count}" for n in needs if placed[n.role] < n.count)
 
 
 def _take(each: Resources, free: list[dict[str, float]]) -> bool:
@@ -81,50 +80,66 @@ def _take(each: Resources, free: list[dict[str, float]]) -> bool:
     return False
 
 
-def describe_missing(needs: Sequence[Need], nodes: Sequence[Resources]) -> str:
-    """Which roles have not all their places, such as "teacher: 2 of 4"; empty: none."""
-    placed = place(needs, nodes)
-    return ", ".join(f"{n.role}: {placed[n.role]} of {n.count}" for n in needs if placed[n.role] < n.count)
-
-
 def wait_for_places(config: Config, timeout_s: float) -> None:
-    """Returns once the cluster has a place for every process at once, and says meanwhile what is missing.
+    """Waits until the cluster has room for all processes at once; prints what is missing.
 
-    What is asked for is a placement group that is given back: an autoscaler sees the demand, and it is gone when this
-    process is. Raises ClusterError after `timeout_s` seconds.
+    It asks with a placement group, so that an autoscaler sees the demand, and gives it back.
+    Raises ClusterError after `timeout_s` seconds.
     """
+    from ray._private.state import available_resources_per_node
+
     needs = needs_of(config)
-    deadline, said = time.monotonic() + timeout_s, ""
+    deadline, printed = time.monotonic() + timeout_s, ""
     group = placement_group([dict(need.each) for need in needs for _ in range(need.count)])
     try:
         while not group.wait(min(POLL_S, max(0.1, deadline - time.monotonic()))):
-            missing = describe_missing(needs, list(_free())) or "the nodes have it, Ray has not given it yet"
+            free = list(available_resources_per_node().values())
+            missing = describe_missing(needs, free) or "the nodes have it, Ray has not given it yet"
             if time.monotonic() >= deadline:
-                short = "; ".join(map(str, needs))
                 raise ClusterError(
-                    f"the cluster has not what the run asks for after {timeout_s:.0f} s, {missing}; asked for are {short}: "
-                    "add nodes (`ray status` says which), ask for less, or raise start_timeout_s"
+                    f"the cluster could not provide what the run needs within {timeout_s:.0f} s, {missing}; "
+                    f"needed are {'; '.join(map(str, needs))}: "
+                    "add nodes (see `ray status`), ask for less, or raise start_timeout_s"
                 )
-            if missing != said:
+            if missing != printed:
                 print(f"waiting for the cluster: {missing}", flush=True)
-                said = missing
+                printed = missing
     finally:
         remove_placement_group(group)
 
 
-def _free() -> Iterator[Resources]:
-    """What each node has free."""
-    from ray._private.state import available_resources_per_node
+def start_ray(config: Config, address: str | None) -> None:
+    """Joins the Ray of `address` (see cluster_to_join), or starts a local one; waits until it has room.
 
-    yield from available_resources_per_node().values()
-
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    Raises ConfigError, and ClusterError if it does not get room.
+    """
+    os.environ.setdefault("RAY_worker_niceness", "0")  # workers must not yield to the driver
+    shared: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": "ERROR",
+        "namespace": NAMESPACE,
+        "runtime_env": {"env_vars": python_path() | SERVE_ENV},
+    }
+    joined = cluster_to_join(address)
+    if joined:
+        context = join(joined, **shared)
+    else:
+        roles = {"rollout": LOCAL_ROLES, "teacher": LOCAL_ROLES, "learner": config.learner.world_size}
+        cpus = max(os.cpu_count() or 1, 8 + config.rollout.num_actors + config.learner.world_size)
+        context = start_local(num_cpus=cpus, resources={k: float(v) for k, v in roles.items()}, **shared)
+    dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else "not installed"
+    of = "joined" if joined else "address"
+    print(f"Ray dashboard: {dashboard}, {of} {ray.get_runtime_context().gcs_address}", flush=True)
+    for app in delete_orphans(running_runs()) if joined else ():
+        print(f"deleted the teacher {app}: its run is gone", flush=True)
+    timeout_s = config.start_timeout_s if joined else min(config.start_timeout_s, LOCAL_TIMEOUT_S)
+    with stopped_by_signals("while it waited for the cluster"):
+        wait_for_places(config, timeout_s)
 
 
 @contextmanager
 def stopped_by_signals(when: str) -> Iterator[None]:
-    """SIGTERM and SIGINT raise StoppedError in the block: before the run has begun."""
+    """SIGTERM and SIGINT raise StoppedError in the block; for the time before the run begins."""
 
     def stop(number: int, _: object) -> None:
         raise StoppedError(f"stopped by {signal.Signals(number).name} {when}", number)
@@ -143,47 +158,6 @@ def stopped_by_signals(when: str) -> Iterator[None]:
             signal.signal(which, handler)
 
 
-LOCAL_ROLES = 64  # rollout actors and teacher replicas that a Ray of this machine alone lets in; memory bounds them, not Ray
-
-
-LOCAL_TIMEOUT_S = 60.0  # until such a Ray says what it has; no more will come
-
-
-SERVE_ENV = {
-    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"
-}  # one that hangs cannot drain: it gives its device to the next
-
-
-def start_ray(config: Config, address: str | None) -> None:
-    """Joins the Ray that `address` means (see cluster_to_join), or starts one of this machine alone; waits until it has room.
-
-    Raises ConfigError, and ClusterError where the room does not come.
-    """
-    os.environ.setdefault("RAY_worker_niceness", "0")  # workers are not to yield to the driver
-    shared: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": "ERROR",
-        "namespace": NAMESPACE,
-        "runtime_env": {"env_vars": python_path() | SERVE_ENV},
-    }
-    joined = cluster_to_join(address)
-    if joined:
-        context = join(joined, **shared)
-    else:
-        roles = {"rollout": LOCAL_ROLES, "teacher": LOCAL_ROLES, "learner": config.learner.world_size}
-        cpus = max(os.cpu_count() or 1, 8 + config.rollout.num_actors + config.learner.world_size)
-        context = start_local(num_cpus=cpus, resources={k: float(v) for k, v in roles.items()}, **shared)
-    dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else "not installed"
-    of = "joined" if joined else "address"
-    print(f"Ray dashboard: {dashboard}, {of} {ray.get_runtime_context().gcs_address}", flush=True)
-    for app in delete_orphans(running_runs()) if joined else ():
-        print(f"the teacher {app} of a run that is gone is deleted", flush=True)
-    with stopped_by_signals("while it waited for the cluster"):
-        wait_for_places(
-            config, config.start_timeout_s if joined else min(config.start_timeout_s, LOCAL_TIMEOUT_S)
-        )
-
-
 def python_path() -> dict[str, str]:
-    """This checkout comes first, also in what Serve starts: its controller may be of a run from another one."""
+    """Puts this checkout first, also for Serve, whose controller may come from another checkout."""
     return {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}

@@ -1,4 +1,4 @@
-"""How a run ends, by itself or because a signal asks it to."""
+"""How a run ends: by itself, or stopped by a signal."""
 
 import asyncio
 import os
@@ -12,6 +12,7 @@ from ray.exceptions import RayError
 
 from driver.checkpoints import checkpoint
 from driver.run import Run
+from driver.run_state import Phase
 from driver.start_ray import SIGNALS
 from video_opd.cluster.faults import cause_of
 from video_opd.errors import StoppedError, VideoOPDError
@@ -20,29 +21,29 @@ from video_opd.logs import log
 
 @asynccontextmanager
 async def shutdown_at_end(run: Run) -> AsyncIterator[None]:
-    """The block is the run. Whatever ends it, teacher service and learner go, checkpoints on their way elsewhere arrive.
+    """The block is the run. On exit, stops teacher and learner and waits for uploads.
 
-    The first SIGTERM or SIGINT lets the update under way end within stop_grace_s, ends the block there, and writes a checkpoint;
-    a second one ends the process at once. Raises StoppedError, which says where the run can go on.
+    After SIGTERM or SIGINT the update under way has stop_grace_s to end. Then the block is cancelled, a
+    checkpoint written and StoppedError raised. A second signal ends the process at once.
     """
     task = asyncio.current_task()
     assert task
     handled = _handle_signals(run)
-    stopping = asyncio.ensure_future(_cancel_when_settled(run, task))
+    stopping = asyncio.ensure_future(_cancel_after_signal(run, task))
     try:
         yield
     except (asyncio.CancelledError, Exception) as error:
-        if run.stopped_by is None:
+        if run.state.stopped_by is None:
             raise
         if isinstance(error, asyncio.CancelledError):
             task.uncancel()
-        raise await _stopped(run) from None
+        raise await _stopped(run, run.state.stopped_by) from None
     finally:
         stopping.cancel()
-        async with AsyncExitStack() as last:  # each, whatever another raises; the one named last is the first
+        async with AsyncExitStack() as last:  # runs all, in reverse order, whatever one of them raises
             for which in handled:
                 last.callback(asyncio.get_running_loop().remove_signal_handler, which)
-            if run.uploads:  # it may take an hour yet: without what holds places of the cluster
+            if run.uploads:  # can take an hour: only after the parts gave back their places
                 last.push_async_callback(run.uploads.finish)
             last.callback(run.learner.stop)
             if run.teacher:
@@ -50,7 +51,7 @@ async def shutdown_at_end(run: Run) -> AsyncIterator[None]:
 
 
 def _handle_signals(run: Run) -> list[signal.Signals]:
-    """Which signals are handled: those that are not ignored, as SIGINT is under nohup, where this is the main thread."""
+    """Returns the handled ones: those that are not ignored (as by nohup), in the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         return []
     handled = [which for which in SIGNALS if signal.getsignal(which) != signal.SIG_IGN]
@@ -60,42 +61,38 @@ def _handle_signals(run: Run) -> list[signal.Signals]:
 
 
 def _on_signal(run: Run, which: signal.Signals) -> None:
-    if run.stopped_by is not None:
+    if run.state.stopped_by is not None:
         signal.signal(which, signal.SIG_DFL)
         os.kill(os.getpid(), which)
         return
-    run.stopped_by = which
-    run.stop.set()
-    said = f"{which.name}: stopping after the step under way; a second signal ends the run at once"
-    print(said, file=sys.stderr)
-    log.debug(said)
+    run.state.stop(which)
+    message = f"{which.name}: stopping after the step under way; a second signal ends the run at once"
+    print(message, file=sys.stderr)
+    log.debug(message)
 
 
-async def _cancel_when_settled(run: Run, task: asyncio.Task) -> None:
-    """After a signal: cancels the run where a checkpoint can be written, or, after stop_grace_s, where it is."""
-    await run.stop.wait()
+async def _cancel_after_signal(run: Run, task: asyncio.Task) -> None:
+    """After a signal, waits at most stop_grace_s until a checkpoint can be written; then cancels the run."""
+    state = run.state
+    await state.wait_until(lambda: state.stopped_by)
     with suppress(TimeoutError):
-        await asyncio.wait_for(run.settled.wait(), run.config.stop_grace_s)
-    while run.saving:  # as good as done, and what the grace is for
-        await asyncio.sleep(0.05)
+        await asyncio.wait_for(state.wait_until(lambda: state.is_settled), run.config.stop_grace_s)
+    await state.wait_until(lambda: state.phase is not Phase.SAVING)  # almost done, and what the grace is for
     task.cancel()
 
 
-async def _stopped(run: Run) -> StoppedError:
-    """The run ended by a signal, after a checkpoint if there is anything new that can be written."""
-    assert run.stopped_by
+async def _stopped(run: Run, which: signal.Signals) -> StoppedError:
+    """Writes a checkpoint if there is something new and it can be written; returns how the run ended."""
     note = ""
-    newest = run.resume_from if run.checkpointed is None else run.checkpointed
-    if run.settled.is_set() and run.step > (newest or 0):
+    if run.state.is_settled and run.step > (run.newest_checkpoint or 0):
         try:
             await checkpoint(run)
-            newest = run.checkpointed
         except (VideoOPDError, RayError, OSError) as error:
             note = f" (step {run.step} could not be written: {cause_of(error)})"
-    elif not run.settled.is_set() and run.resume_from is None:
+    elif not run.state.is_settled and run.resume_from is None:
         note = f" (step {run.step} was not done within stop_grace_s={run.config.stop_grace_s:g})"
-    if newest is None:
-        where = "before its first checkpoint, there is nothing to go on with"
+    if run.newest_checkpoint is None:
+        where = "before its first checkpoint: nothing to resume from"
     else:
-        where = f"at step {newest}: go on with --resume {run.folder}"
-    return StoppedError(f"stopped by {run.stopped_by.name} {where}{note}", run.stopped_by)
+        where = f"at step {run.newest_checkpoint}: continue with --resume {run.folder}"
+    return StoppedError(f"stopped by {which.name} {where}{note}", which)

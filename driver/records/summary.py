@@ -29,8 +29,10 @@ def summarise(run: Run, records: pa.Table, seconds: Mapping[str, float]) -> dict
         "published_bytes": totals["published_bytes"],
         "dropped": plan.unreadable
         | {r["prompt_id"]: r["dropped"] for r in records.filter(pc.field("dropped") != "").to_pylist()},
-        "failed_eval": run.failed_eval,
+        "failed_eval": run.progress.failed_eval,
         "examples": {
-            k: {p.prompt_id: p.text for p in run.examples[k]} for k in run.examples if k != "no_video"
+            k: {p.prompt_id: p.text for p in run.progress.examples[k]}
+            for k in run.progress.examples
+            if k != "no_video"
         },
     }

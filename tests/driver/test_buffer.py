@@ -69,7 +69,7 @@ async def simulate(
             await pause(6)
             while slots:  # some prompts of a call fail, their slots are filled by a later one
                 for _ in range(rng.randint(0, len(slots))):
-                    slot = slots.popleft()
+                    slot = slots.pop(0)
                     await buffer.fill(slot, make_group(str(slot), policy_version=version))
                     await pause(1)
                 await asyncio.sleep(0)

@@ -1,8 +1,11 @@
 """Checkpoints: whole or not at all, and what is said of those that are not."""
 
+import asyncio
 import json
 import os
 import shutil
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +16,26 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import video_opd.files.checkpoint
 import video_opd.files.durable
-from driver.checkpoints import set_aside_after
+from curriculum.scheduler import settings_of
+from driver.checkpoints import restore, set_aside_after
 from driver.held_out import miou_by_step
-from driver.progress import Progress, learner_settings, read_progress, write_progress
+from driver.progress import (
+    Progress,
+    SavedRun,
+    Setup,
+    find_saved_run,
+    learner_settings,
+    read_progress,
+    setup_of,
+    write_progress,
+)
+from driver.run import Run
+from driver.run_state import Phase
 from video_opd.config import LearnerConfig
+from video_opd.config_file import load_demo
+from video_opd.content import file_digest
 from video_opd.errors import CheckpointError, PartialCheckpointError
 from video_opd.files.checkpoint import (
     FORMAT,
@@ -28,15 +46,13 @@ from video_opd.files.checkpoint import (
     checkpoint_steps,
     find_checkpoint,
     finish_checkpoint,
-    retain,
 )
-from video_opd.files.durable import finish_interrupted_writes
 from video_opd.schemas import RECORDS as RECORDS_SCHEMA
 from video_opd.types import Prediction
 
 SHAPES = {"model_type": "qwen3_vl", "text.hidden_size": 8, "vision.depth": 1}
 LEARNER = learner_settings(LearnerConfig(world_size=2, zero_stage=2))
-EVAL_KEY = "the split"
+SETUP = Setup(shapes=SHAPES, learner=LEARNER, eval_key="the split")
 RECORDS = pa.Table.from_pylist(
     [
         {
@@ -60,21 +76,20 @@ RECORDS = pa.Table.from_pylist(
 )
 
 
+CURRICULUM = {
+    "records": RECORDS,
+    "round_end": 12,
+    "settings": {"kind": "uniform"},
+    "queue": ["a", "ä:2"],
+    "in_flight": [3, 1],
+    "random_state": np.random.default_rng(5).bit_generator.state,
+}
+
+
 def progress_at(step: int) -> Progress:
     return Progress(
         step=step,
-        shapes=SHAPES,
-        learner=LEARNER,
-        curriculum={
-            "records": RECORDS,
-            "round_end": 12,
-            "settings": {"kind": "uniform"},
-            "queue": ["a", "ä:2"],
-            "in_flight": [3, 1],
-            "random_state": np.random.default_rng(5).bit_generator.state,
-        },
-        totals={"rollouts": 7},
-        eval_key=EVAL_KEY,
+        totals=Counter(rollouts=7),
         evaluations={"teacher": {"miou": 0.75, "n": 2}, "student_before": {"miou": 0.25, "n": 2}},
         examples={
             "teacher": [Prediction(prompt_id="e", text="From 1 to 2", span_s=(1.0, 2.0))],
@@ -88,12 +103,16 @@ def write_checkpoint(run_dir: Path, step: int, weights: str = "weights" * 9) -> 
     temporary = begin_checkpoint(run_dir, step)
     (temporary / "student").mkdir()
     (temporary / "student" / "model.safetensors").write_text(weights)
-    write_progress(temporary, progress_at(step))
+    write_progress(temporary, progress_at(step), CURRICULUM, SETUP)
     return finish_checkpoint(temporary, run_dir, step)
 
 
+def read_all(folder: Path, **changes: Any) -> SavedRun:
+    return read_progress(check_whole(folder), replace(SETUP, **changes))
+
+
 def read(folder: Path, **changes: Any) -> Progress:
-    return read_progress(folder, **{"shapes": SHAPES, "learner": LEARNER, "eval_key": EVAL_KEY} | changes)
+    return read_all(folder, **changes).progress
 
 
 def one_line(error: BaseException, *named: str) -> None:
@@ -106,10 +125,10 @@ def one_line(error: BaseException, *named: str) -> None:
 
 
 def test_where_a_run_stood_is_read_back_whole(tmp_path):
-    progress = read(write_checkpoint(tmp_path, 12))
-    assert progress == progress_at(12)
+    saved = read_all(write_checkpoint(tmp_path, 12))
+    assert saved.progress == progress_at(12) and saved.curriculum == CURRICULUM
     generator = np.random.default_rng(0)
-    generator.bit_generator.state = progress.curriculum["random_state"]
+    generator.bit_generator.state = saved.curriculum["random_state"]
     assert generator.random() == np.random.default_rng(5).random()
 
 
@@ -137,12 +156,12 @@ def test_another_learner_is_refused_with_what_differs(tmp_path, changes, named):
     learner = learner_settings(LearnerConfig(**{"world_size": 2, "zero_stage": 2} | changes))
     with pytest.raises(CheckpointError) as caught:
         read(write_checkpoint(tmp_path, 1), learner=learner)
-    one_line(caught.value, "another config", named)
+    one_line(caught.value, "another learner config", named)
 
 
 def test_another_world_size_and_a_stage_that_writes_the_same_are_no_other_learner(tmp_path):
     learner = learner_settings(LearnerConfig(world_size=8, zero_stage=1))
-    assert read(write_checkpoint(tmp_path, 1), learner=learner).learner["world_size"] == 2
+    assert read_all(write_checkpoint(tmp_path, 1), learner=learner).world_size == 2
 
 
 def test_another_held_out_split_is_refused(tmp_path):
@@ -237,163 +256,11 @@ def test_a_longer_file_is_damage(whole, tmp_path):
 
 def test_a_state_that_is_not_one_is_damage(tmp_path):
     temporary = begin_checkpoint(tmp_path, 4)
-    write_progress(temporary, progress_at(4))
+    write_progress(temporary, progress_at(4), CURRICULUM, SETUP)
     (temporary / "state.json").write_text("{}")
     with pytest.raises(CheckpointError) as caught:
         read(finish_checkpoint(temporary, tmp_path, 4))
     one_line(caught.value, "damaged", "state cannot be read")
-
-
-# --- which one is used ---
-
-
-def test_the_newest_is_the_highest_step_not_the_last_name(tmp_path, capsys):
-    for step in (9, 100, 20):
-        write_checkpoint(tmp_path, step)
-    kept = tmp_path / "checkpoints" / "step-300-kept-by-hand"
-    kept.mkdir()
-    assert find_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 100)
-    assert capsys.readouterr().out == ""
-
-
-def test_a_partial_newest_gives_way_to_the_whole_one_before_it_and_it_is_said(tmp_path, capsys):
-    for step in (2, 4, 6, 8):
-        write_checkpoint(tmp_path, step)
-    for step in (6, 8):
-        (checkpoint_folder(tmp_path, step) / "state.json").unlink()
-    assert find_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 4)
-    (line,) = capsys.readouterr().out.splitlines()
-    assert str(checkpoint_folder(tmp_path, 8)) in line and "state.json is missing" in line
-    assert line.endswith(str(checkpoint_folder(tmp_path, 4)))
-
-
-def test_a_damaged_newest_gives_way_only_when_another_is_asked_for(tmp_path):
-    for step in (2, 4):
-        write_checkpoint(tmp_path, step)
-    (checkpoint_folder(tmp_path, 4) / "student" / "model.safetensors").write_text("nothing" * 9)
-    with pytest.raises(CheckpointError) as caught:
-        find_checkpoint(tmp_path)
-    one_line(caught.value, "damaged", "model.safetensors", "--step")
-    assert find_checkpoint(tmp_path, 2) == checkpoint_folder(tmp_path, 2)
-
-
-def test_a_step_that_is_not_there_is_answered_with_those_that_are(tmp_path):
-    for step in (2, 4):
-        write_checkpoint(tmp_path, step)
-    with pytest.raises(CheckpointError) as caught:
-        find_checkpoint(tmp_path, 3)
-    one_line(caught.value, "no checkpoint of step 3", "2, 4")
-
-
-def test_a_partial_one_that_is_asked_for_is_refused(tmp_path):
-    (write_checkpoint(tmp_path, 2) / "state.json").unlink()
-    with pytest.raises(PartialCheckpointError):
-        find_checkpoint(tmp_path, 2)
-
-
-def test_no_checkpoint_is_an_error_that_names_the_run(tmp_path):
-    (tmp_path / "torn" / "checkpoints" / "step-7").mkdir(parents=True)
-    for run_dir in (tmp_path, tmp_path / "none", tmp_path / "torn"):
-        with pytest.raises(CheckpointError) as caught:
-            find_checkpoint(run_dir)
-        one_line(caught.value, str(run_dir), "no whole checkpoint")
-
-
-# --- how it gets to disk ---
-
-
-class Failing:
-    """Stands in for a call: the n-th of all that share `calls` fails, as at a power cut."""
-
-    def __init__(self, calls: list[str], fail_at: int | None, name: str, real: Any):
-        self._calls, self._fail_at, self._name, self._real = calls, fail_at, name, real
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        target = arguments[-1] if self._name == "rename" else arguments[0]
-        path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else str(target)
-        self._calls.append(f"{self._name} {Path(path).name}")
-        if len(self._calls) - 1 == self._fail_at:
-            raise KeyboardInterrupt
-        return self._real(*arguments, **options)
-
-
-def watch(patch: pytest.MonkeyPatch, fail_at: int | None = None, exchanges: bool = True) -> list[str]:
-    """The calls that follow, in order, on their way to disk."""
-    calls: list[str] = []
-    patch.setattr(os, "fsync", Failing(calls, fail_at, "fsync", os.fsync))
-    patch.setattr(os, "rename", Failing(calls, fail_at, "rename", os.rename))
-    patch.setattr(shutil, "rmtree", Failing(calls, fail_at, "rmtree", shutil.rmtree))
-    exchange = video_opd.files.durable._exchange if exchanges else lambda *_: False
-    patch.setattr(video_opd.files.durable, "_exchange", Failing(calls, fail_at, "exchange", exchange))
-    return calls
-
-
-def test_every_file_is_durable_before_the_manifest_and_the_manifest_before_the_name(tmp_path, monkeypatch):
-    calls = watch(monkeypatch)
-    write_checkpoint(tmp_path, 5)
-    manifest, name = calls.index(f"fsync {MANIFEST}"), calls.index("rename step-5")
-    files = [calls.index(f"fsync {Path(n).name}") for n in NAMES if n != MANIFEST]
-    folders = [i for i, call in enumerate(calls) if call == "fsync .step-5.tmp"]
-    assert max(files) < folders[0] < manifest < folders[1] < name < calls.index("fsync checkpoints")
-
-
-@pytest.mark.parametrize("exchanges", [True, False], ids=["exchange", "two renames"])
-def test_a_crash_at_any_moment_of_a_replacement_leaves_the_old_one_or_the_new_one(tmp_path, exchanges):
-    with pytest.MonkeyPatch.context() as patch:
-        write_checkpoint(tmp_path / "count", 5, "old")
-        calls = watch(patch, exchanges=exchanges)
-        write_checkpoint(tmp_path / "count", 5, "new")
-    assert ("rename step-5" in calls) != exchanges
-    seen = []
-    for fail_at in range(len(calls)):
-        run_dir = tmp_path / str(fail_at)
-        write_checkpoint(run_dir, 5, "old")
-        with pytest.MonkeyPatch.context() as patch:
-            watch(patch, fail_at, exchanges)
-            with pytest.raises(KeyboardInterrupt):
-                write_checkpoint(run_dir, 5, "new")
-        finish_interrupted_writes(run_dir / "checkpoints")
-        folder = find_checkpoint(run_dir)
-        assert read(folder) == progress_at(5)
-        assert [p.name for p in folder.parent.iterdir()] == ["step-5"]
-        seen.append((folder / "student" / "model.safetensors").read_text())
-    assert seen == sorted(seen, reverse=True) and set(seen) == {"old", "new"}
-
-
-def test_a_checkpoint_that_fails_while_it_is_written_leaves_nothing_of_its_name(tmp_path):
-    (begin_checkpoint(tmp_path, 5) / "weights").write_text("half")
-    assert checkpoint_steps(tmp_path) == []
-    write_checkpoint(tmp_path, 6)
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-6"]
-
-
-# --- which are kept ---
-
-
-@pytest.mark.parametrize(
-    ("keep_last", "keep_best", "miou", "kept"),
-    [
-        (3, 1, {}, [4, 5, 6]),
-        (1, 0, {1: 0.9}, [6]),
-        (1, 1, {1: 0.1, 2: 0.9, 3: 0.9, 6: 0.3}, [2, 6]),
-        (2, 2, {6: 0.9, 5: 0.8, 2: 0.7}, [5, 6]),
-        (2, 2, {6: 0.1, 3: 0.8, 2: 0.7, 9: 1.0}, [2, 3, 5, 6]),
-    ],
-)
-def test_the_last_and_the_best_are_kept(tmp_path, keep_last, keep_best, miou, kept):
-    for step in range(1, 7):
-        write_checkpoint(tmp_path, step)
-    retain(tmp_path, 6, keep_last, keep_best, miou)
-    assert checkpoint_steps(tmp_path) == kept
-    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {f"step-{s}" for s in kept}
-
-
-def test_partial_ones_go_and_do_not_count_and_what_is_spared_stays(tmp_path):
-    for step in (1, 2, 3, 4):
-        write_checkpoint(tmp_path, step)
-    (checkpoint_folder(tmp_path, 3) / MANIFEST).unlink()
-    retain(tmp_path, 4, 2, 0, {}, spare=[1])
-    assert checkpoint_steps(tmp_path) == [1, 2, 4]
 
 
 def test_evaluations_are_by_step_the_last_of_the_run_included():
@@ -421,10 +288,58 @@ def test_what_is_later_is_set_aside_with_copies_of_what_will_be_cut_back(tmp_pat
     (tmp_path / "trajectories" / "from-step-000000.arrows").write_text("rows")
     folder = set_aside_after(tmp_path, 2)
     assert folder and checkpoint_steps(tmp_path) == [2, 6], "the partial one is nobody's"
-    assert check_whole(folder / "checkpoints" / "step-4") == 4
+    assert check_whole(folder / "checkpoints" / "step-4").step == 4
     assert (folder / "metrics.jsonl").read_text() == "lines" == (tmp_path / "metrics.jsonl").read_text()
     assert (folder / "trajectories" / "from-step-000000.arrows").read_text() == "rows"
     assert set_aside_after(tmp_path, 2) is None
     write_checkpoint(tmp_path, 4)
     second = set_aside_after(tmp_path, 2)
     assert second and second != folder
+
+
+class Parts:
+    """Stands in for a run's learner and curriculum: notes what it is asked."""
+
+    def __init__(self):
+        self.asked: list[tuple] = []
+
+    def __getattr__(self, name: str) -> Any:
+        async def ask(*arguments: Any) -> int:
+            self.asked.append((name, *arguments))
+            return 12
+
+        return ask
+
+
+def test_a_checkpoint_is_verified_once_by_a_resume_and_once_when_the_learner_is_lost(tmp_path, monkeypatch):
+    config = load_demo([])
+    prompts = [SimpleNamespace(prompt_id=name) for name in RECORDS["prompt_id"].to_pylist()]
+    plan: Any = SimpleNamespace(student=SimpleNamespace(shapes=SHAPES), eval=[], train=prompts)
+    curriculum, setup = CURRICULUM | {"settings": settings_of(config)}, setup_of(config, plan)
+    temporary, ended = begin_checkpoint(tmp_path, 12), progress_at(12)
+    ended.evaluations |= {"student_after": {"miou": 0.5}, "no_video": {"miou": 0.1}}
+    write_progress(temporary, ended, curriculum, setup)
+    folder = finish_checkpoint(temporary, tmp_path, 12)
+    digested: list[str] = []
+
+    def digest(path: Path) -> str:
+        digested.append(path.name)
+        return file_digest(path)
+
+    monkeypatch.setattr(video_opd.files.checkpoint, "file_digest", digest)
+    saved = find_saved_run(tmp_path, config, plan)
+    every_file = sorted(name for name in files_of(folder) if name != MANIFEST)
+    parts: Any = {"control": None, "actors": None, "teacher": None, "rewards": []}
+    parts |= {"learner": Parts(), "curriculum": Parts(), "plan": plan, "config": config, "given": config}
+    run = Run(folder=tmp_path, resume_from=saved, newest_checkpoint=12, **parts)
+    asyncio.run(restore(run))
+    assert sorted(digested) == every_file and parts["learner"].asked == [("load", folder, 1)]
+    assert (run.step, run.newest_checkpoint, run.next_selection) == (12, 12, 12)
+    assert run.totals == {"rollouts": 7} and run.progress.failed_eval == {"f": "broken"}
+    assert run.evaluations.keys() == {"teacher", "student_before", "step_12"}, "it is not the last any more"
+    assert (
+        run.resume_from is None and run.state.phase is Phase.RUNNING and (tmp_path / "config.yaml").exists()
+    )
+    run.progress.step = 14
+    asyncio.run(restore(run))
+    assert sorted(digested) == sorted(every_file * 2) and run.step == 12

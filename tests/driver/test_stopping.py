@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,20 +14,33 @@ from typing import Any
 import pytest
 
 import driver.stopping
+from driver.progress import Progress
 from driver.run import Run, unless_stopped
-from driver.start_ray import stopped_by_signals
+from driver.run_state import Phase
+from driver.start_ray import SIGNALS, stopped_by_signals
 from driver.stopping import shutdown_at_end
 from video_opd.errors import RunError, StoppedError
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def make_run(step: int = 3, checkpointed: int | None = 2, stop_grace_s: float = 60.0) -> Any:
-    parts: Any = {name: None for name in ("plan", "actors", "teacher", "curriculum")}
+def make_run(step: int = 3, newest_checkpoint: int | None = 2, stop_grace_s: float = 60.0) -> Any:
+    parts: Any = {name: None for name in ("plan", "actors", "teacher", "curriculum", "control")}
     parts["learner"] = SimpleNamespace(stop=lambda: None)
     config: Any = SimpleNamespace(stop_grace_s=stop_grace_s, max_scored_tokens=None)
-    parts |= {"config": config, "given": config, "control": None, "rewards": []}
-    return Run(folder=Path("runs/name"), step=step, checkpointed=checkpointed, **parts)
+    parts |= {"config": config, "given": config, "rewards": [], "progress": Progress(step=step)}
+    return Run(folder=Path("runs/name"), newest_checkpoint=newest_checkpoint, **parts)
+
+
+@pytest.fixture(autouse=True)
+def handled() -> Iterator[None]:
+    """Default handlers, even where the shell ignores SIGINT, as it does in the background."""
+    before = {which: signal.getsignal(which) for which in SIGNALS}
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for which, handler in before.items():
+        signal.signal(which, handler)
 
 
 @pytest.fixture
@@ -36,7 +50,7 @@ def written(monkeypatch) -> list[int]:
 
     async def checkpoint(run: Run) -> None:
         steps.append(run.step)
-        run.checkpointed = run.step
+        run.newest_checkpoint = run.step
 
     monkeypatch.setattr(driver.stopping, "checkpoint", checkpoint)
     return steps
@@ -49,13 +63,8 @@ def stopped(run: Any, body: Any, which: signal.Signals = signal.SIGTERM) -> Stop
         async with shutdown_at_end(run):
             await body(lambda: os.kill(os.getpid(), which))
 
-    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
-    try:
-        with pytest.raises(StoppedError) as caught:
-            asyncio.run(asyncio.wait_for(go(), 30))
-    finally:
-        for s, handler in zip((signal.SIGTERM, signal.SIGINT), handlers, strict=True):
-            signal.signal(s, handler)
+    with pytest.raises(StoppedError) as caught:
+        asyncio.run(asyncio.wait_for(go(), 30))
     assert "\n" not in str(caught.value)
     return caught.value
 
@@ -72,20 +81,20 @@ def test_a_run_that_waits_ends_where_it_stands(written, which, code):
 
     error = stopped(make_run(), body, which)
     assert written == [3] and error.exit_code == code
-    assert str(error) == f"stopped by {which.name} at step 3: go on with --resume runs/name"
+    assert str(error) == f"stopped by {which.name} at step 3: continue with --resume runs/name"
 
 
 def test_the_update_under_way_is_done_first(written):
     run = make_run()
 
     async def body(send):
-        run.settled.clear()
+        run.state.enter(Phase.UPDATING)
         send()
         for _ in range(5):
             await asyncio.sleep(0.01)
         assert run.is_over, "no further step may begin"
-        run.step += 1
-        run.settled.set()
+        run.progress.step += 1
+        run.state.enter(Phase.RUNNING)
         await forever()
 
     stopped(run, body)
@@ -96,28 +105,31 @@ def test_an_update_that_does_not_end_is_given_up_and_what_there_is_stands(writte
     run = make_run(stop_grace_s=0.05)
 
     async def body(send):
-        run.settled.clear()
+        run.state.enter(Phase.UPDATING)
         send()
         await forever()
 
     error = stopped(run, body)
     assert written == []
-    assert "at step 2: go on" in str(error) and "step 3 was not done within stop_grace_s=0.05" in str(error)
+    assert "at step 2: continue" in str(error) and "step 3 was not done within stop_grace_s=0.05" in str(
+        error
+    )
 
 
 def test_a_checkpoint_that_is_being_written_is_waited_for(written):
     run = make_run(stop_grace_s=0.02)
 
     async def body(send):
-        run.settled.clear()
-        run.saving = True
-        send()
-        await asyncio.sleep(0.3)
-        run.checkpointed, run.saving = 3, False
-        run.settled.set()
+        run.state.enter(Phase.UPDATING)
+        with run.state.saving():
+            send()
+            await asyncio.sleep(0.3)
+            run.newest_checkpoint = 3
+        assert run.state.phase is Phase.UPDATING
+        run.state.enter(Phase.RUNNING)
         await forever()
 
-    assert "at step 3: go on" in str(stopped(run, body)) and written == []
+    assert "at step 3: continue" in str(stopped(run, body)) and written == []
 
 
 def test_nothing_new_is_not_written_again(written):
@@ -125,22 +137,23 @@ def test_nothing_new_is_not_written_again(written):
         send()
         await forever()
 
-    assert "at step 3" in str(stopped(make_run(step=3, checkpointed=3), body)) and written == []
+    assert "at step 3" in str(stopped(make_run(step=3, newest_checkpoint=3), body)) and written == []
     assert (
-        "nothing to go on with" in str(stopped(make_run(step=0, checkpointed=None), body)) and written == []
+        "nothing to resume from" in str(stopped(make_run(step=0, newest_checkpoint=None), body))
+        and written == []
     )
 
 
 def test_a_run_that_is_told_to_stop_while_it_restores_can_go_on_from_there(written):
     async def body(send):
-        run.settled.clear()
+        run.state.enter(Phase.RESTORING)
         send()
         await forever()
 
-    run = make_run(step=5, checkpointed=None, stop_grace_s=0.05)
-    run.resume_from = 5
+    run = make_run(step=5, newest_checkpoint=5, stop_grace_s=0.05)
+    run.resume_from = object()
     assert (
-        str(stopped(run, body)) == "stopped by SIGTERM at step 5: go on with --resume runs/name"
+        str(stopped(run, body)) == "stopped by SIGTERM at step 5: continue with --resume runs/name"
         and written == []
     )
 
@@ -189,7 +202,7 @@ def test_a_checkpoint_that_fails_is_said(monkeypatch):
         await forever()
 
     error = stopped(make_run(), body)
-    assert "at step 2: go on" in str(error) and "step 3 could not be written: no room" in str(error)
+    assert "at step 2: continue" in str(error) and "step 3 could not be written: no room" in str(error)
 
 
 def test_without_a_signal_a_run_ends_as_it_does(written):
@@ -211,7 +224,7 @@ def test_what_a_signal_interrupts_has_no_result():
 
     async def go():
         assert await unless_stopped(run, asyncio.sleep(0, "done")) == "done"
-        asyncio.get_running_loop().call_later(0.01, run.stop.set)
+        asyncio.get_running_loop().call_later(0.01, run.state.stop, signal.SIGTERM)
         assert await unless_stopped(run, forever()) is None
 
     asyncio.run(go())
@@ -219,12 +232,13 @@ def test_what_a_signal_interrupts_has_no_result():
 
 TWICE = """
 import asyncio, os, signal, sys
+from driver.run_state import Phase
 from tests.driver.test_stopping import forever, make_run
 from driver.stopping import shutdown_at_end
 async def go():
     run = make_run()
     async with shutdown_at_end(run):
-        run.settled.clear()
+        run.state.enter(Phase.UPDATING)
         os.kill(os.getpid(), signal.SIGTERM)
         while not run.is_over:
             await asyncio.sleep(0.01)

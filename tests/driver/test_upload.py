@@ -93,7 +93,7 @@ def test_a_run_comes_back_as_it_was(tmp_path, run_dir, protocol):
     names = sorted(str(p.relative_to(run_dir)) for p in run_dir.rglob("*") if p.is_file())
     assert sorted(str(p.relative_to(copy)) for p in copy.rglob("*") if p.is_file()) == names
     assert all((copy / n).read_bytes() == (run_dir / n).read_bytes() for n in names)
-    assert read(find_checkpoint(copy)) == progress_at(2)
+    assert read(find_checkpoint(copy).folder) == progress_at(2)
     (tmp_path / "config").mkdir()
     assert fetch_config(f"{url}/name", tmp_path / "config").read_text() == "config.yaml"
 
@@ -101,7 +101,9 @@ def test_a_run_comes_back_as_it_was(tmp_path, run_dir, protocol):
 def test_memory_is_a_url_too(run_dir, tmp_path):
     write_checkpoint(run_dir, 2)
     asyncio.run(upload(Uploads("memory://bucket", run_dir, 0, 60), 2))
-    assert read(find_checkpoint(fetch_run("memory://bucket/name", tmp_path / "elsewhere"))) == progress_at(2)
+    assert read(
+        find_checkpoint(fetch_run("memory://bucket/name", tmp_path / "elsewhere")).folder
+    ) == progress_at(2)
 
 
 def test_the_manifest_comes_last(tmp_path, run_dir):
@@ -137,7 +139,7 @@ def test_an_upload_that_ends_anywhere_leaves_an_earlier_checkpoint_or_its_own(tm
             twice()
         copy = fetch_run(f"{url_of(store)}/name", store / "elsewhere")
         (step,) = checkpoint_steps(copy)
-        assert read(find_checkpoint(copy)).step == step
+        assert read(find_checkpoint(copy).folder).step == step
         seen.append(step)
     capsys.readouterr()
     assert set(seen) == {2, 3} and seen[0] == 2
@@ -233,7 +235,7 @@ def test_a_partial_newest_copy_gives_way_and_it_is_said_unless_a_step_is_asked_f
     assert not (tmp_path / "a" / "name").exists()
     assert checkpoint_steps(fetch_run(url, tmp_path / "a")) == [2]
     (line,) = capsys.readouterr().out.splitlines()
-    assert "step-3 is partial" in line and line.endswith("step 2")
+    assert "step-3 is partial" in line and line.endswith("of step 2")
 
 
 def test_a_damaged_copy_is_not_taken(tmp_path, run_dir):

@@ -97,7 +97,7 @@ def test_a_run_ends_by_itself_whatever_is_killed_or_hangs(survived):
     assert len(re.findall(r"actor-\d+ was lost and is replaced", output)) >= actors
     assert "the curriculum was lost and is rebuilt" in output
     assert re.search(
-        r"the learner's \w+ was lost: .*; it is started again, and the run goes back from step \d+ to \d+",
+        r"the learner's \w+ was lost: .*; it is restarted, and the run goes back from step \d+ to \d+",
         output,
     )
 

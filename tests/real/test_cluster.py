@@ -129,6 +129,6 @@ def test_a_run_waits_for_its_nodes_outlives_one_and_leaves_the_cluster_running(c
     )
     assert late.returncode == 2 and late.stderr.count("\n") == 1
     assert (
-        "has not what the run asks for after 3 s, rollout: 1 of 2, teacher: 1 of 2; asked for are learner (each"
+        "could not provide what the run needs within 3 s, rollout: 1 of 2, teacher: 1 of 2; needed are learner (each"
         in late.stderr
     )

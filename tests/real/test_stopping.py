@@ -70,7 +70,7 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint_and_one_line(stopp
     step = stopped.step
     assert [m["step"] for m in metrics_of(stopped.folder)] == list(range(step))
     last = stopped.said.strip().splitlines()[-1]
-    assert last == f"stopped by SIGTERM at step {step}: go on with --resume {stopped.folder}"
+    assert last == f"stopped by SIGTERM at step {step}: continue with --resume {stopped.folder}"
     assert "Traceback" not in stopped.said
     assert len(trajectories_of(stopped.folder)) == step * GROUPS
 

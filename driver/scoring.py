@@ -1,0 +1,72 @@
+"""The two halves of the way to a scored trajectory: rollouts, and what the objective needs of the teacher."""
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from itertools import repeat
+from typing import Any
+
+import ray
+from ray.exceptions import ObjectLostError
+
+from actors.actor_pool import RolloutResult
+from driver.demonstrations import demonstrations
+from driver.records.step import num_tokens
+from driver.run import Run
+from teacher_service.replica import ScoreResult
+from video_opd.rewards import total_reward
+from video_opd.types import FailedPrompt, Prompt, ScoredGroup, TrajectoryGroup
+
+
+async def roll_out(run: Run, prompts: list[Prompt]) -> AsyncIterator[tuple[Any, Sequence[RolloutResult]]]:
+    """Rollouts as they arrive, as (reference, results); the ground truth if the objective uses that."""
+    if not run.config.loss.needs.rollouts:
+        groups = demonstrations(run.config, prompts, run.step)
+        yield groups, groups
+        return
+    with run.clock("rollout"):
+        async for reference, results in run.actors.rollout(prompts):
+            groups = [r for r in results if isinstance(r, TrajectoryGroup)]
+            run.clock.count("rollout", sum(num_tokens(g.trajectories) for g in groups))
+            yield reference, results
+
+
+async def score(
+    run: Run, reference: ray.ObjectRef | Sequence[RolloutResult], results: Sequence[RolloutResult]
+) -> list[ScoredGroup | FailedPrompt]:
+    """Adds what the objective needs, the teacher's scores or rewards, to every group; keeps the order.
+
+    Suspended rollouts and failed prompts are not scored. reference: to the results, for the teacher to fetch.
+    """
+    groups = [r if isinstance(r, FailedPrompt) else run.curriculum.route(r) for r in results]
+    asked = [g for g in groups if isinstance(g, TrajectoryGroup) and g.trajectories]
+    scores: Iterator[ScoreResult] = repeat(())
+    if asked and run.config.loss.needs.teacher != "none":
+        whole = len(asked) == len(results) and not any(g.suspended for g in asked)
+        scores = iter(await _ask_teacher(run, reference if whole else asked, asked))
+    return [
+        g if isinstance(g, FailedPrompt) else _scored(run, g, next(scores) if g.trajectories else ())
+        for g in groups
+    ]
+
+
+async def _ask_teacher(run: Run, sent: Any, asked: Sequence[TrajectoryGroup]) -> list[ScoreResult]:
+    """sent: the groups `asked`, or a reference to them, which the teacher fetches past the driver."""
+    assert run.teacher, "the objective needs a teacher"
+    with run.clock("score"):
+        try:
+            scores = await run.teacher.score(sent)
+        except ObjectLostError:  # with the actor's node; the driver has the value
+            scores = await run.teacher.score(asked)
+    tokens = sum(num_tokens(g.trajectories) for g in asked)
+    run.totals.update(scored_rollouts=sum(len(g.trajectories) for g in asked), scored_tokens=tokens)
+    run.clock.count("score", tokens)
+    return scores
+
+
+def _scored(run: Run, group: TrajectoryGroup, scores: ScoreResult) -> ScoredGroup | FailedPrompt:
+    """What the learner gets; with rewards if the objective needs them."""
+    if isinstance(scores, FailedPrompt):
+        return scores
+    rewards = None
+    if run.rewards:
+        rewards = tuple(total_reward(run.rewards, t, group.prompt) for t in group.trajectories)
+    return ScoredGroup(group=group, scores=scores, rewards=rewards)
