@@ -49,7 +49,7 @@ def read_split(dataset: DatasetConfig, video: VideoConfig, multiple: int) -> Spl
                 clips[key] = _plan(annotation.video, str(path), annotation.cut_s, video, multiple)
             except ClipError as error:
                 if dataset.unreadable == "error":
-                    raise ClipError(f"{annotation.where}: {error}") from error
+                    raise ClipError(f"{annotation.where}: {error}", error.kind) from error
                 clips[key] = error
         clip = clips[key]
         if isinstance(clip, ClipError):

@@ -123,7 +123,7 @@ class PromptEncoder:
         with ThreadPoolExecutor(self._num_readers) as readers:
             clips = list(readers.map(read, [p.clip for p in prompts]))
         return [
-            FailedPrompt(prompt_id=p.prompt_id, reason=str(c))
+            FailedPrompt(prompt_id=p.prompt_id, reason=str(c), kind=c.kind)
             if isinstance(c, ClipError)
             else self._encode(p, c, blank_video)
             for p, c in zip(prompts, clips, strict=True)

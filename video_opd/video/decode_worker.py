@@ -1,7 +1,8 @@
-"""A decode worker: the process that DecodePool starts, and kills. Arguments: decoder, socket, buffer (file descriptors).
+"""A decode worker: the process that DecodePool starts and kills. Arguments: decoder, socket, buffer.
 
-It answers one request after the other until its parent's end of the socket closes. Pixels go through the buffer, an
-anonymous file in memory. A request that the parent does not live to end is ended by the alarm, which needs no GIL.
+Socket and buffer are file descriptors; the buffer is an anonymous file in memory, for pixels. The worker
+answers requests until its parent's end of the socket closes. If the parent dies during a request, an alarm
+ends the worker, even one that hangs while it holds the GIL.
 """
 
 import mmap
@@ -17,12 +18,12 @@ import numpy as np
 from video_opd.video.decoders import Decoder, FrameFolder, VideoInfo, first_line, load_decoder
 
 PART_BYTES = 64 << 20  # of frames in one answer: bounds the memory of a worker and of its buffer
-ALARM_SLACK_S = 5.0  # the parent, which knows the deadline, comes first
+ALARM_SLACK_S = 5.0  # the parent kills at the deadline; the alarm follows if there is no parent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """Read frames of a file. The answer is VideoInfo where none are wanted, or the file has not `num_video_frames` frames."""
+    """Read frames of a file."""
 
     path: str
     indices: np.ndarray  # int64[F]
@@ -30,33 +31,11 @@ class Request:
     seconds: float  # the worker dies after these
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Frames:
-    """The first F of the requested frames lie at the start of the buffer."""
-
-    shape: tuple[int, int, int, int]  # (F, H, W, 3), uint8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
-    """The file cannot be read."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unavailable:
-    """The decoder's library cannot be imported here."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ready:
-    """The worker takes requests."""
-
-
-Answer = VideoInfo | Frames | Failure
+Shape = tuple[int, int, int, int]
+Answer = Shape | VideoInfo | str
+"""(F, H, W, 3) of the first F requested frames, which are in the buffer as uint8; what the file holds, if no
+frames were requested or their number changed; or why the file cannot be read.
+"""
 
 
 class DecodeWorker:
@@ -72,9 +51,9 @@ class DecodeWorker:
             decoder, info = self._file(request.path)
             wanted = len(request.indices) and info.num_frames == request.num_video_frames
             return self._read(decoder, info.size, request.indices) if wanted else info
-        except Exception as error:  # whatever a library raises at a broken file, it is that file's fate alone
+        except Exception as error:  # whatever a library raises for a broken file fails that file alone
             self._open = None
-            return Failure(reason=first_line(error))
+            return first_line(error)
 
     def _file(self, path: str) -> tuple[Decoder, VideoInfo]:
         status = os.stat(path)
@@ -85,7 +64,7 @@ class DecodeWorker:
             self._open = key, decoder, decoder.describe()
         return self._open[1:]
 
-    def _read(self, decoder: Decoder, size: tuple[int, int], indices: np.ndarray) -> Frames:
+    def _read(self, decoder: Decoder, size: tuple[int, int], indices: np.ndarray) -> Shape:
         frame_bytes = size[0] * size[1] * 3
         indices = indices[: max(1, PART_BYTES // frame_bytes)]
         num_bytes, shape = len(indices) * frame_bytes, (len(indices), *size, 3)
@@ -93,29 +72,25 @@ class DecodeWorker:
             os.ftruncate(self._buffer_fd, num_bytes)
             self._buffer = mmap.mmap(self._buffer_fd, num_bytes)
         decoder.read(indices, np.frombuffer(self._buffer, np.uint8, num_bytes).reshape(shape))
-        return Frames(shape=shape)
+        return shape
 
 
 def main() -> None:
     name, socket_fd, buffer_fd = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     parent = Connection(socket_fd)
     try:
         worker = DecodeWorker(load_decoder(name), buffer_fd)
     except (ImportError, OSError, RuntimeError) as error:
-        parent.send(Unavailable(reason=first_line(error)))
-        return
-    parent.send(Ready())
-    while True:
-        try:
+        return parent.send(first_line(error))
+    parent.send("")  # ready
+    try:
+        while True:
             request = parent.recv()
-        except (EOFError, ConnectionError):  # the parent is gone, or needs this worker no more
-            return
-        signal.setitimer(signal.ITIMER_REAL, request.seconds + ALARM_SLACK_S)
-        answer = worker.answer(request)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        try:
+            signal.setitimer(signal.ITIMER_REAL, request.seconds + ALARM_SLACK_S)
+            answer = worker.answer(request)
+            signal.setitimer(signal.ITIMER_REAL, 0)
             parent.send(answer)
-        except ConnectionError:
-            return
+    except (EOFError, ConnectionError):  # the parent is gone, or closed its end
+        return

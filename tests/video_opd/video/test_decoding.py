@@ -64,7 +64,7 @@ def test_workers_start_when_they_are_needed_and_are_used_again(tmp_path):
 
 
 def test_a_worker_imports_no_framework():
-    code = "import sys, video_opd.decode_worker; print(*sys.modules)"
+    code = "import sys, video_opd.video.decode_worker; print(*sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(DEMO.parents[1])}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
@@ -147,14 +147,14 @@ def test_no_worker_outlives_its_parent(tmp_path):
     """An idle one sees its socket close; one that hangs holding the GIL is ended by its alarm."""
     write_video(tmp_path / "a.mp4", noise(30))
     pool = (
-        "import sys, time; from video_opd.decode_pool import DecodePool; pool = DecodePool('decord', 1, 30.0)"
+        "import sys, time; from video_opd.video.decode_pool import DecodePool; pool = DecodePool('decord', 1, 30.0)"
     )
     worker = run_and_kill(
         f"{pool}; pool.describe(sys.argv[1]); print('ready', flush=True); time.sleep(600)", tmp_path / "a.mp4"
     )
     psutil.wait_procs([worker], timeout=30)
     assert not worker.is_running()
-    hangs = "import sys; from video_opd.decode_pool import DecodePool; print('ready', flush=True)"
+    hangs = "import sys; from video_opd.video.decode_pool import DecodePool; print('ready', flush=True)"
     hangs += "; DecodePool('tests.bad_decoders:HangsOnOpen', 1, 3.0).describe(sys.argv[1])"
     worker = run_and_kill(hangs, tmp_path / "a.mp4")
     psutil.wait_procs([worker], timeout=60)
