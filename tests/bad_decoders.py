@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 
@@ -25,7 +26,7 @@ class Opens:
 
 
 class HangsOnRead(Opens):
-    """As decord does on a file that over-reports its length: it never comes back, and holds the GIL. Only for names with "bad"."""
+    """As decord on a file that over-reports its length: never returns, holds the GIL; if "bad" is in its name."""
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
         if "bad" in self.path:
@@ -34,7 +35,10 @@ class HangsOnRead(Opens):
 
 
 class HangsOnOpen(Opens):
+    """Creates PATH.opened first."""
+
     def __init__(self, path: str):
+        Path(f"{path}.opened").touch()
         ctypes.PyDLL(None).sleep(3600)
 
 

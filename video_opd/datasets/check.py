@@ -1,4 +1,4 @@
-"""What is wrong with annotations and the videos that they are about."""
+"""Finds faults in annotations and their videos."""
 
 import math
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ FPS_TOLERANCE = 0.01  # as a share: 29.97 is written as 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoFile:
-    """What a video's file says of itself."""
+    """Facts of a video's file."""
 
     duration_s: float
     fps: float
@@ -26,16 +26,16 @@ class VideoFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """An annotation as it goes into a manifest, and all that is wrong with it."""
+    """An annotation as a manifest holds it, with all its faults."""
 
-    annotation: Annotation  # its video a path below the folder; spans and cut end with the file, within the allowances
+    annotation: Annotation  # video: a path below the folder; spans and cut are clamped within the allowances
     faults: tuple[Fault, ...]
 
 
 def check(dataset: DatasetConfig, tolerance_s: float = TOLERANCE_S) -> Iterator[Checked]:
-    """Every annotation in the order of its file, each video opened once.
+    """Every annotation in the order of its file; each video is opened once.
 
-    `tolerance_s`: by which durations may differ from the file's. Raises DataError for what cannot be read at all.
+    `tolerance_s`: how much durations may differ from the file's. Raises DataError for an unreadable file.
     """
     if not Path(dataset.videos).is_dir():
         raise DataError(f"the folder of videos {dataset.videos} does not exist: check the path")
@@ -60,9 +60,7 @@ def _open(path: Path) -> VideoFile | Fault:
     if not path.exists():
         return Fault("missing_video", f"video {path} is missing: put it there, or leave its annotations out")
     try:
-        clip = plan_clip(
-            path.stem, path, VideoConfig(), 32
-        )  # frame rate and number of frames depend on neither
+        clip = plan_clip(path.stem, path, VideoConfig(), 32)  # rate and number of frames depend on neither
     except ClipError as error:
         return Fault("unreadable_video", str(error))
     return VideoFile(duration_s=clip.num_video_frames / clip.video_fps, fps=clip.video_fps)
@@ -71,7 +69,7 @@ def _open(path: Path) -> VideoFile | Fault:
 def _compare(
     annotation: Annotation, file: VideoFile | Fault, clamp_s: float, tolerance_s: float
 ) -> tuple[Annotation, list[Fault]]:
-    """The annotation within the file's bounds, and all faults but duplicates."""
+    """The annotation within the file's bounds, and all its faults except duplicates."""
     if isinstance(file, Fault):
         spans, faults = fit(annotation, math.inf, 0.0, clamp_s)
         return replace(annotation, spans_s=spans), [file, *faults]
@@ -79,10 +77,9 @@ def _compare(
     if annotation.cut_s is not None:
         start, end = annotation.cut_s
         if not 0 <= start < end <= file.duration_s + tolerance_s:
+            reason = f"no part {start} to {end} s in {file.duration_s:.2f} s"
             advice = "correct it, or use cuts=ignore if the file is that part already"
-            return annotation, [
-                Fault("bad_cut", f"no part {start} to {end} s in {file.duration_s:.2f} s: {advice}")
-            ]
+            return annotation, [Fault("bad_cut", f"{reason}: {advice}")]
         annotation = replace(annotation, cut_s=(start, min(end, file.duration_s)))
         clip_s = min(end, file.duration_s) - start
     if annotation.duration_s is not None and abs(annotation.duration_s - clip_s) > tolerance_s:
@@ -92,11 +89,11 @@ def _compare(
 
 
 def _duration_fault(annotation: Annotation, stated: float, clip_s: float, file: VideoFile) -> Fault:
-    """Frames counted at another rate than the file's make all times wrong; otherwise the file is another one."""
+    """Frames counted at a wrong rate make all times wrong; otherwise the file is not the annotated one."""
+    name = f"video {video_id(annotation.video)}"
     if annotation.fps is not None and abs(annotation.fps / file.fps - 1.0) > FPS_TOLERANCE:
-        rates = f"frames are counted at {annotation.fps:g} a second, video {video_id(annotation.video)} has {file.fps:g}"
-        return Fault(
-            "wrong_fps", f"{rates}, and {stated:.2f} s are not its {clip_s:.2f} s: correct fps and num_frames"
-        )
-    lengths = f"the annotations say {stated:.2f} s, the file of video {video_id(annotation.video)} has {clip_s:.2f} s"
+        rates = f"frames are counted at {annotation.fps:g} a second, {name} has {file.fps:g}"
+        differ = f"{stated:.2f} s are not its {clip_s:.2f} s"
+        return Fault("wrong_fps", f"{rates}, and {differ}: correct fps and num_frames")
+    lengths = f"the annotations say {stated:.2f} s, the file of {name} has {clip_s:.2f} s"
     return Fault("duration_differs", f"{lengths}: find the right file, or allow a tolerance")

@@ -10,8 +10,7 @@ from video_opd.config_data import DatasetConfig, VideoConfig
 from video_opd.datasets import prompts, read_prompts
 from video_opd.datasets.check import TOLERANCE_S
 from video_opd.datasets.convert import convert
-from video_opd.datasets.detect import detect
-from video_opd.datasets.formats import FORMATS
+from video_opd.datasets.formats import FORMATS, detect
 from video_opd.datasets.manifest import write_manifest
 from video_opd.datasets.source import read_source
 from video_opd.datasets.videos import find_video
