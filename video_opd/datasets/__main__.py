@@ -9,8 +9,7 @@ from typing import Any, get_args
 
 from video_opd.config_data import AnnotationFormat, DatasetConfig
 from video_opd.config_file import parse_section
-from video_opd.datasets.check import TOLERANCE_S, check
-from video_opd.datasets.convert import convert
+from video_opd.datasets.check import TOLERANCE_S, check, convert
 from video_opd.datasets.fields import CLEANINGS
 from video_opd.errors import DataError, InputError
 
@@ -21,12 +20,11 @@ def show_findings(dataset: DatasetConfig, tolerance_s: float, limit: int) -> int
     """Prints what check finds, grouped by reason. Returns the number of annotations with findings."""
     num_annotations = num_bad = 0
     findings: dict[str, dict[str, list[str]]] = {}  # kind -> reason -> places
-    for checked in check(dataset, tolerance_s):
+    for annotation, faults in check(dataset, tolerance_s):
         num_annotations += 1
-        num_bad += bool(checked.faults)
-        for fault in checked.faults:
-            places = findings.setdefault(fault.kind, defaultdict(list))
-            places[fault.reason].append(checked.annotation.where)
+        num_bad += bool(faults)
+        for kind, reason in faults:
+            findings.setdefault(kind, defaultdict(list))[reason].append(annotation.where)
     if not num_annotations:
         raise DataError(f"{dataset.annotations} has no annotations")
     for kind, reasons in findings.items():
@@ -86,14 +84,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dataset = parse_section(DatasetConfig, options, "command line")
         if parsed.command == "check":
             return 1 if show_findings(dataset, parsed.tolerance_s, parsed.limit) else 0
-        done = convert(dataset, parsed.output, parsed.tolerance_s)
+        num_prompts, left_out, list_path = convert(dataset, parsed.output, parsed.tolerance_s)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    counts = ", ".join(f"{kind} {count}" for kind, count in done.left_out.items())
-    left_out = f"{done.left_out.total()}{f' ({counts})' if counts else ''}"
-    print(f"{parsed.output}: {done.num_prompts} prompts; left out {left_out}")
-    print(f"{done.list_path}: what was left out, and why")
+    counts = ", ".join(f"{kind} {count}" for kind, count in left_out.items())
+    total = f"{left_out.total()}{f' ({counts})' if counts else ''}"
+    print(f"{parsed.output}: {num_prompts} prompts; left out {total}")
+    print(f"{list_path}: what was left out, and why")
     return 0
 
 

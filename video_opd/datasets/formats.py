@@ -138,8 +138,8 @@ def _timestamp(record: dict[str, Any], where: str, _: DatasetConfig) -> Spans:
 
 def _answer(record: dict[str, Any], where: str, _: DatasetConfig) -> Spans:
     answer = fields.text(fields.get(record, "answer", where), "answer", where)
-    start, _, end = answer.rpartition("-")
     try:
+        start, end = answer.rsplit("-", 1)
         return ((float(start), float(end)),)
     except ValueError:
         raise fields.wrong("answer must be like '13.4-28.1', in seconds", answer, where) from None

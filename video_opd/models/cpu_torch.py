@@ -1,8 +1,8 @@
 """Lets transformers import beside a CPU build of torch.
 
-The package index serves torchvision, torchaudio and torchcodec as CUDA builds only. Beside a CPU torch they fail at
-import: torchvision because two operators that it decorates are unknown, the other two with OSError. `install`
-declares the operators when torchvision is imported, and hides the other two. It does nothing beside a CUDA torch.
+The package index serves torchvision, torchaudio and torchcodec as CUDA builds only. Beside a CPU torch they
+fail at import: torchvision because it decorates two unknown operators, the others with OSError. `install`
+declares the operators for torchvision and hides the others. It does nothing beside a CUDA torch.
 """
 
 import importlib.abc

@@ -22,16 +22,16 @@ class ModelInfo:
 
 
 def read_model_info(folder: str | Path, trust_remote_code: bool = False) -> ModelInfo:
-    """Reads config.json. Raises ModelError if the model is not of a supported type or needs its own code to run."""
-    folder = Path(folder)
-    config = read_json(folder / "config.json")
+    """Reads config.json. Raises ModelError if the type is not supported or the model brings its own code."""
+    files = Path(folder)
+    config = read_json(files / "config.json")
     model_type = config.get("model_type")
     if model_type not in SUPPORTED:
         raise ModelError(f"{folder}: model_type {model_type!r} is not supported; use one of {SUPPORTED}")
     if not trust_remote_code:
-        _check_no_code(folder)
-    if not list(folder.glob("*.safetensors")):
-        pickled = sorted(p.name for p in folder.iterdir() if p.name.endswith(_PICKLES))
+        _check_no_code(files)
+    if not list(files.glob("*.safetensors")):
+        pickled = sorted(p.name for p in files.iterdir() if p.name.endswith(_PICKLES))
         why = f", only {pickled[0]}, which could run code when it is read" if pickled else ""
         raise ModelError(f"{folder} has no safetensors weights{why}: download or convert the model first")
     try:
@@ -51,8 +51,8 @@ def _check_no_code(folder: Path) -> None:
     for path in sorted(folder.glob("*config.json")):
         if read_json(path).get("auto_map"):
             raise ModelError(
-                f"{path} has an auto_map, which names Python code that comes with the model: remove it to use "
-                "transformers' own class, or set trust_remote_code=true if you trust that code"
+                f"{path} has an auto_map, which names Python code that comes with the model: remove it to "
+                "use transformers' own class, or set trust_remote_code=true if you trust that code"
             )
 
 
@@ -72,7 +72,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_tokenizer(folder: str | Path) -> tuple[dict[str, int], dict[str, Any]]:
-    """What decides which ids a text gets: the vocabulary with added tokens, and the rest. Raises ModelError."""
+    """What decides the ids of a text: the vocabulary with added tokens, and the rest. Raises ModelError."""
     tree = read_json(Path(folder) / "tokenizer.json")
     try:
         vocabulary = tree["model"]["vocab"] | {t["content"]: t["id"] for t in tree.get("added_tokens", [])}
@@ -87,7 +87,7 @@ def _read_tokenizer(folder: str | Path) -> tuple[dict[str, int], dict[str, Any]]
 def check_same_tokenizer(student: str | Path, teacher: str | Path) -> None:
     """Raises ModelError unless both models map every text to the same ids (docs/algorithm.md).
 
-    Compares vocabulary, merges and added tokens, not vocab_size, which only says how far embeddings are padded.
+    Compares vocabulary, merges and added tokens, not vocab_size, which only tells how embeddings are padded.
     """
     (ours, our_rest), (theirs, their_rest) = _read_tokenizer(student), _read_tokenizer(teacher)
     models, advice = f"student {student} and teacher {teacher}", "use a teacher of the same family"

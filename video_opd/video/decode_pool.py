@@ -4,7 +4,6 @@ A worker starts when it is first needed and imports numpy and one decoder's libr
 a fork, so Ray actors, Serve replicas and processes that use vLLM and CUDA can have workers.
 """
 
-import mmap
 import os
 import queue
 import signal
@@ -29,7 +28,7 @@ from video_opd.video.decoders import VideoInfo
 
 START_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 5.0
-_MAIN = "from video_opd.video.decode_worker import main; main()"
+_MAIN = "from video_opd.video.decode_worker import main; main()"  # with -m its classes would be __main__'s
 
 
 class _Worker:
@@ -39,11 +38,10 @@ class _Worker:
         """Raises ConfigError if the decoder cannot be imported."""
         ours, theirs = socket.socketpair()
         paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-        self._buffer_fd = os.memfd_create("video_opd-frames")
-        self._buffer: mmap.mmap | None = None
+        self._buffer = open(os.memfd_create("video_opd-frames"), "r+b")  # noqa: SIM115
         self._connection = Connection(ours.detach())
         with theirs:
-            fds = (theirs.fileno(), self._buffer_fd)
+            fds = (theirs.fileno(), self._buffer.fileno())
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _MAIN, decoder, *map(str, fds)],
                 stdin=subprocess.DEVNULL,
@@ -86,17 +84,14 @@ class _Worker:
 
     def frames(self, shape: tuple[int, ...]) -> np.ndarray:
         """A view of the buffer: valid until the next request."""
-        size = int(np.prod(shape))
-        if self._buffer is None or len(self._buffer) < size:
-            self._buffer = mmap.mmap(self._buffer_fd, size)
-        return np.frombuffer(self._buffer, np.uint8, size).reshape(shape)
+        return np.memmap(self._buffer, np.uint8, "r+", shape=shape)
 
     def end(self) -> None:
         """Kills a busy worker; an idle one ends by itself. One that waits for a disk ends after that."""
         if not self.usable:
             self._process.kill()
         self._connection.close()
-        os.close(self._buffer_fd)
+        self._buffer.close()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(END_TIMEOUT_S)
 

@@ -5,13 +5,13 @@ answers requests until its parent's end of the socket closes. If the parent dies
 ends the worker, even one that hangs while it holds the GIL.
 """
 
-import mmap
 import os
 import signal
 import sys
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -41,9 +41,8 @@ frames were requested or their number changed; or why the file cannot be read.
 class DecodeWorker:
     """Keeps the last file open: a long clip is read in parts."""
 
-    def __init__(self, decoder: type[Decoder], buffer_fd: int):
-        self._decoder, self._buffer_fd = decoder, buffer_fd
-        self._buffer: mmap.mmap | None = None
+    def __init__(self, decoder: type[Decoder], buffer: BinaryIO):
+        self._decoder, self._buffer = decoder, buffer
         self._open: tuple[tuple, Decoder, VideoInfo] | None = None
 
     def answer(self, request: Request) -> Answer:
@@ -65,13 +64,9 @@ class DecodeWorker:
         return self._open[1:]
 
     def _read(self, decoder: Decoder, size: tuple[int, int], indices: np.ndarray) -> Shape:
-        frame_bytes = size[0] * size[1] * 3
-        indices = indices[: max(1, PART_BYTES // frame_bytes)]
-        num_bytes, shape = len(indices) * frame_bytes, (len(indices), *size, 3)
-        if self._buffer is None or len(self._buffer) < num_bytes:
-            os.ftruncate(self._buffer_fd, num_bytes)
-            self._buffer = mmap.mmap(self._buffer_fd, num_bytes)
-        decoder.read(indices, np.frombuffer(self._buffer, np.uint8, num_bytes).reshape(shape))
+        indices = indices[: max(1, PART_BYTES // (size[0] * size[1] * 3))]
+        shape = (len(indices), *size, 3)
+        decoder.read(indices, np.memmap(self._buffer, np.uint8, "r+", shape=shape))  # which extends the file
         return shape
 
 
@@ -81,7 +76,7 @@ def main() -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     parent = Connection(socket_fd)
     try:
-        worker = DecodeWorker(load_decoder(name), buffer_fd)
+        worker = DecodeWorker(load_decoder(name), open(buffer_fd, "r+b"))  # noqa: SIM115
     except (ImportError, OSError, RuntimeError) as error:
         return parent.send(first_line(error))
     parent.send("")  # ready

@@ -1,4 +1,4 @@
-"""A few lines of every annotation format -> the rows of the manifest -> prompts, and what each kind of bad input says."""
+"""A few lines of every annotation format -> rows of the manifest -> prompts, and the errors of bad input."""
 
 import shutil
 from pathlib import Path
@@ -8,8 +8,7 @@ import pytest
 
 from video_opd.config_data import DatasetConfig, VideoConfig
 from video_opd.datasets import prompts, read_prompts
-from video_opd.datasets.check import TOLERANCE_S
-from video_opd.datasets.convert import convert
+from video_opd.datasets.check import TOLERANCE_S, convert
 from video_opd.datasets.formats import FORMATS, detect
 from video_opd.datasets.manifest import write_manifest
 from video_opd.datasets.source import read_source
@@ -276,7 +275,7 @@ def test_records_are_read_as_a_list_too(name, videos, tmp_path):
 
 
 class Planned:
-    """plan_clip with cuts: whole clips from the real one, with the cut written down."""
+    """Stands in for plan_clip: plans whole clips and records the cuts."""
 
     def __init__(self, monkeypatch):
         self.cuts, self._real = {}, prompts.plan_clip
@@ -362,9 +361,8 @@ def test_cleaning_and_rounding_are_as_asked(cleaning, query, round_s, videos, tm
 
 def test_a_line_separator_inside_a_query_does_not_end_its_line(videos, tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text(
-        '{"vid": "KWZSA", "query": "one\u2028two\x85three", "span": [1, 2]}\n{"vid": "KWZSA", "query": "q", "span": [1, 2]}\n'
-    )
+    first = '{"vid": "KWZSA", "query": "one\u2028two\x85three", "span": [1, 2]}'
+    path.write_text(first + '\n{"vid": "KWZSA", "query": "q", "span": [1, 2]}\n')
     read = read_prompts(config(path, videos, cleaning="as_written"), VIDEO, 32)
     assert [(p.prompt_id, p.query) for p in read] == [("KWZSA:1", "one\u2028two\x85three"), ("KWZSA:2", "q")]
 
