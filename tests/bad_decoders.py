@@ -26,7 +26,7 @@ class Opens:
 
 
 class HangsOnRead(Opens):
-    """As decord on a file that over-reports its length: never returns, holds the GIL; if "bad" is in its name."""
+    """Like decord on some files: hangs and holds the GIL. Only if "bad" is in its name."""
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
         if "bad" in self.path:

@@ -1,4 +1,4 @@
-"""cpu_torch: transformers' video processors import beside a CPU torch; beside a CUDA torch nothing changes."""
+"""cpu_torch: transformers' video processors import beside a CPU torch; a CUDA torch changes nothing."""
 
 import subprocess
 import sys

@@ -68,7 +68,7 @@ def _compare(
     if annotation.cut_s is not None:
         start, end = annotation.cut_s
         if not 0 <= start < end <= file.duration_s + tolerance_s:
-            reason = f"no part {start} to {end} s in {file.duration_s:.2f} s"
+            reason = f"{start} to {end} s is not part of the file's {file.duration_s:.2f} s"
             advice = "correct it, or use cuts=ignore if the file is that part already"
             return annotation, [Fault("bad_cut", f"{reason}: {advice}")]
         annotation = replace(annotation, cut_s=(start, min(end, file.duration_s)))

@@ -35,9 +35,8 @@ def _annotation(
 
 def _charades_sta(dataset: DatasetConfig) -> Iterator[Annotation]:
     if dataset.lengths is None:
-        raise DataError(
-            f"{dataset.annotations}: charades_sta needs the csv of the videos' lengths: set lengths"
-        )
+        needs = "charades_sta needs the csv of the videos' lengths"
+        raise DataError(f"{dataset.annotations}: {needs}: name it in lengths")
     lengths = _read_lengths(read_source(dataset.lengths))
     for number, line in read_source(dataset.annotations).lines():
         where = f"{dataset.annotations}:{number}"

@@ -61,7 +61,7 @@ def read_manifest(path: str) -> Iterator[Annotation]:
     for number, row in enumerate(table.to_pylist(), 1):
         where = f"{path}: row {number}"
         if row["prompt_id"] in seen:
-            raise DataError(f"{where}: prompt_id {row['prompt_id']} stands there twice: rename or remove one")
+            raise DataError(f"{where}: prompt_id {row['prompt_id']} appears twice: rename or remove one")
         seen.add(row["prompt_id"])
         yield _annotation(row, where)
 

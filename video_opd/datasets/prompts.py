@@ -74,5 +74,5 @@ def _clip_id(annotation: Annotation) -> str:
         return name
     start, end = annotation.cut_s
     if not 0 <= start < end < math.inf:
-        raise DataError(f"{annotation.where}: the cut {start} to {end} is no part of a video: correct it")
+        raise DataError(f"{annotation.where}: the cut {start} to {end} is not part of a video: correct it")
     return f"{name}@{start:g}-{end:g}"

@@ -36,8 +36,8 @@ def video_metadata(clip: Clip) -> dict[str, Any]:
 
     Qwen3-VL writes the mean of frames_indices / fps, to one decimal, before each pair of frames. Here that is
     the mean of the pair's true times in the clip: for a variable rate or a cut, frames_indices are not whole
-    numbers but timestamps_s * fps. Qwen2.5-VL places pairs 2 * total_num_frames / (F * fps) seconds apart, from
-    0 on: evenly over duration_s, exact to a frame if frames are evenly spaced.
+    numbers but timestamps_s * fps. Qwen2.5-VL places pairs 2 * total_num_frames / (F * fps) seconds apart,
+    from 0 on: evenly over duration_s, exact to a frame if frames are evenly spaced.
     """
     indices = clip.frame_indices if clip.is_plain else clip.timestamps_s * clip.video_fps
     return {
@@ -90,9 +90,8 @@ class PromptEncoder:
         to_id = self.tokenizer.convert_tokens_to_ids
         self.pad_ids = to_id("<|video_pad|>"), to_id("<|image_pad|>")  # never sampled or part of a response
         if None in self.pad_ids or self.tokenizer.unk_token_id in self.pad_ids:
-            raise ModelError(
-                f"the tokenizer of {model_path} has no <|video_pad|>: use a Qwen-VL model folder"
-            )
+            advice = "use a Qwen-VL model folder"
+            raise ModelError(f"the tokenizer of {model_path} has no <|video_pad|>: {advice}")
 
     def _text(self, query: str) -> str:
         text = {"type": "text", "text": self._config.template.format(query=query)}
@@ -110,21 +109,16 @@ class PromptEncoder:
     ) -> list[EncodedPrompt | FailedPrompt]:
         """encode for each, in order, or a FailedPrompt. video.decode_workers clips are read at once."""
 
-        def read(clip: Clip) -> np.ndarray | ClipError:
+        def read(prompt: Prompt) -> np.ndarray | FailedPrompt:
             try:
-                return self.frame_cache.read(clip)
+                return self.frame_cache.read(prompt.clip)
             except ClipError as error:
-                log.info("clip %s: %s", clip.clip_id, error)
-                return error
+                log.info("clip %s: %s", prompt.clip.clip_id, error)
+                return FailedPrompt(prompt_id=prompt.prompt_id, reason=str(error), kind=error.kind)
 
         with ThreadPoolExecutor(self._num_readers) as readers:
-            clips = list(readers.map(read, [p.clip for p in prompts]))
-        return [
-            FailedPrompt(prompt_id=p.prompt_id, reason=str(c), kind=c.kind)
-            if isinstance(c, ClipError)
-            else self._encode(p, c, blank_video)
-            for p, c in zip(prompts, clips, strict=True)
-        ]
+            clips = zip(prompts, list(readers.map(read, prompts)), strict=True)
+        return [c if isinstance(c, FailedPrompt) else self._encode(p, c, blank_video) for p, c in clips]
 
     def encode(self, prompt: Prompt, blank_video: bool = False) -> EncodedPrompt:
         """Reads the clip, expands the video into timestamps and pads, normalises pixels. Raises ClipError.

@@ -15,15 +15,11 @@ from video_opd.errors import ParityError
 from video_opd.models.prompting import PromptEncoder, parse_span
 from video_opd.types import EncodedPrompt, FailedPrompt, FinishReason, Prediction, Prompt
 
+EngineConfig = RolloutConfig | TeacherConfig
 
-def start_vllm(
-    model: str,
-    config: RolloutConfig | TeacherConfig,
-    seed: int,
-    trust_remote_code: bool = False,
-    **options: Any,
-):
-    """A vLLM engine in this process, with the safetensors of a folder. `options`: vllm.LLM's."""
+
+def start_vllm(model: str, config: EngineConfig, seed: int, trust_remote_code: bool = False, **options: Any):
+    """A vLLM engine in this process, with the safetensors of a folder. `options`: of vllm.LLM."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM
 
@@ -95,14 +91,8 @@ class SamplingEngine:
         """`banned_ids` are never sampled: the learner would take a sampled video pad for a video."""
         self._config = config
         self._banned = dict.fromkeys(banned_ids, -100.0)
-        self._llm: Any = start_vllm(
-            model,
-            config,
-            seed,
-            enforce_eager=config.enforce_eager,
-            max_num_seqs=config.max_num_seqs,
-            **options,
-        )
+        options |= {"enforce_eager": config.enforce_eager, "max_num_seqs": config.max_num_seqs}
+        self._llm: Any = start_vllm(model, config, seed, **options)
 
     def generate(
         self, prompts: Sequence[EncodedPrompt], seeds: Sequence[Sequence[int]] | None

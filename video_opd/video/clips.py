@@ -101,7 +101,7 @@ def _cut(path: str, cut_s: Span | None, times_s: np.ndarray, duration_s: float) 
         return slice(0, len(times_s)), 0.0, duration_s
     start, end = cut_s
     if not (0 <= start < end < math.inf and start < duration_s):
-        raise ClipError(f"video {path} lasts {duration_s:.2f} s: {start} to {end} s is no part of it")
+        raise ClipError(f"video {path} lasts {duration_s:.2f} s: {start} to {end} s is not part of it")
     first, last = np.searchsorted(times_s, [start - SLACK_S, end - SLACK_S])
     if last - first < TEMPORAL_PATCH:
         found = f"has {last - first} frames from {start} to {end} s"

@@ -74,9 +74,8 @@ class Quarantine:
                 self._known[key] = entry["reason"], FailureKind(entry.get("kind", FailureKind.BROKEN))
             except (ValueError, KeyError, TypeError) as error:
                 self._stamp = ""
-                raise ConfigError(
-                    f"{self._path}:{number} is no line of a quarantine list: remove it ({error!r})"
-                ) from error
+                where = f"{self._path}:{number}"
+                raise ConfigError(f"{where} is not a quarantine entry: remove it ({error!r})") from error
 
 
 @lru_cache

@@ -442,7 +442,7 @@ BAD = {  # golden file -> (text in it, what stands there instead, what the error
         ('"A family plays basketball."', '""', "the query is empty"),
         ('"duration": 12,', '"duration": -1,', "duration must be a number above 0"),
         ('"duration": 12,', '"duration": 1e999,', "duration must be a number above 0"),
-        ('"qid": 8738,', '"vid": "x",', "'vid' stands there twice"),
+        ('"qid": 8738,', '"vid": "x",', "'vid' appears twice"),
         ('"qid": 8738,', '"qid" 8738', "not JSON (Expecting ':' delimiter"),
         ('{"qid": 8738', '[{"qid": 8738', "not JSON"),
         ('"vid": "bP5KfdFJzC4_660.0_810.0"}', '"vid": "../KWZSA"}', "is not inside"),
@@ -466,8 +466,8 @@ BAD = {  # golden file -> (text in it, what stands there instead, what the error
     "time_r1": [
         ('"timestamp": [1.0, 4.0]', '"timestamp": [[1.0, 4.0]]', "timestamp must be [start, end]"),
         ('"video_start": 2.5', '"video_start": null', "video_start must be a number"),
-        ('"video_start": 2.5', '"video_start": 12', "the cut 12.0 to 10.5 is no part"),
-        ('"video_start": 2.5', '"video_start": NaN', "the cut nan to 10.5 is no part"),
+        ('"video_start": 2.5', '"video_start": 12', "the cut 12.0 to 10.5 is not part"),
+        ('"video_start": 2.5', '"video_start": NaN', "the cut nan to 10.5 is not part"),
     ],
     "tvgbench": [
         ("3.4-8.1", "3.4 to 8.1", "answer must be like '13.4-28.1'"),
@@ -605,7 +605,7 @@ MANIFEST_ROW = {**row("a:1", "KWZSA.mp4", "q", [[1.0, 2.0]], 12.0, None, None), 
         ([{"spans_s": [[2.0, 1.0]]}], "2.0 to 1.0 is not an interval"),
         ([{"clip_start_s": 1.0}], "give both or none"),
         ([{"duration_s": -1.0}], "duration_s must be a number above 0"),
-        ([{}, {}], "prompt_id a:1 stands there twice"),
+        ([{}, {}], "prompt_id a:1 appears twice"),
         ([{"video": "../a.mp4"}], "is not inside"),
     ],
 )
