@@ -23,7 +23,7 @@ import numpy as np
 from video_opd import ROOT
 from video_opd.config_data import VideoConfig
 from video_opd.errors import BrokenVideo, ClipError, ConfigError, FailureKind, RunError
-from video_opd.video.decode_worker import Answer, Request, Shape
+from video_opd.video.decode_worker import Answer, Buffer, Request, Shape
 from video_opd.video.decoders import VideoInfo
 
 START_TIMEOUT_S = 120.0
@@ -38,10 +38,10 @@ class _Worker:
         """Raises ConfigError if the decoder cannot be imported."""
         ours, theirs = socket.socketpair()
         paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-        self._buffer = open(os.memfd_create("video_opd-frames"), "r+b")  # noqa: SIM115
+        self.buffer = Buffer(os.memfd_create("video_opd-frames"))
         self._connection = Connection(ours.detach())
         with theirs:
-            fds = (theirs.fileno(), self._buffer.fileno())
+            fds = (theirs.fileno(), self.buffer.file.fileno())
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _MAIN, decoder, *map(str, fds)],
                 stdin=subprocess.DEVNULL,
@@ -82,16 +82,12 @@ class _Worker:
         self._busy = False
         return answer
 
-    def frames(self, shape: tuple[int, ...]) -> np.ndarray:
-        """A view of the buffer: valid until the next request."""
-        return np.memmap(self._buffer, np.uint8, "r+", shape=shape)
-
     def end(self) -> None:
         """Kills a busy worker; an idle one ends by itself. One that waits for a disk ends after that."""
         if not self.usable:
             self._process.kill()
         self._connection.close()
-        self._buffer.close()
+        self.buffer.file.close()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(END_TIMEOUT_S)
 
@@ -126,7 +122,7 @@ class DecodePool:
                 if isinstance(answer, VideoInfo):
                     found = f"had {num_video_frames} frames, now {answer.num_frames}"
                     raise ClipError(f"video {path} {found}: it was replaced", FailureKind.REPLACED)
-                yield worker.frames(answer)
+                yield worker.buffer.frames(answer)
                 indices = indices[answer[0] :]
 
     def _ask(

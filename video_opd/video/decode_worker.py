@@ -5,13 +5,13 @@ answers requests until its parent's end of the socket closes. If the parent dies
 ends the worker, even one that hangs while it holds the GIL.
 """
 
+import math
 import os
 import signal
 import sys
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -38,10 +38,25 @@ frames were requested or their number changed; or why the file cannot be read.
 """
 
 
+class Buffer:
+    """Memory that a worker and its parent share: an anonymous file, mapped again only when it has to grow."""
+
+    def __init__(self, fd: int):
+        self.file = open(fd, "r+b")  # noqa: SIM115
+        self._bytes = np.empty(0, np.uint8)
+
+    def frames(self, shape: Shape) -> np.ndarray:
+        """uint8[shape], a view: valid until the next request."""
+        num_bytes = math.prod(shape)
+        if len(self._bytes) < num_bytes:
+            self._bytes = np.memmap(self.file, np.uint8, "r+", shape=(num_bytes,))
+        return self._bytes[:num_bytes].reshape(shape)
+
+
 class DecodeWorker:
     """Keeps the last file open: a long clip is read in parts."""
 
-    def __init__(self, decoder: type[Decoder], buffer: BinaryIO):
+    def __init__(self, decoder: type[Decoder], buffer: Buffer):
         self._decoder, self._buffer = decoder, buffer
         self._open: tuple[tuple, Decoder, VideoInfo] | None = None
 
@@ -66,7 +81,7 @@ class DecodeWorker:
     def _read(self, decoder: Decoder, size: tuple[int, int], indices: np.ndarray) -> Shape:
         indices = indices[: max(1, PART_BYTES // (size[0] * size[1] * 3))]
         shape = (len(indices), *size, 3)
-        decoder.read(indices, np.memmap(self._buffer, np.uint8, "r+", shape=shape))  # which extends the file
+        decoder.read(indices, self._buffer.frames(shape))
         return shape
 
 
@@ -76,7 +91,7 @@ def main() -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     parent = Connection(socket_fd)
     try:
-        worker = DecodeWorker(load_decoder(name), open(buffer_fd, "r+b"))  # noqa: SIM115
+        worker = DecodeWorker(load_decoder(name), Buffer(buffer_fd))
     except (ImportError, OSError, RuntimeError) as error:
         return parent.send(first_line(error))
     parent.send("")  # ready
