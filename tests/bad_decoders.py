@@ -9,17 +9,14 @@ import numpy as np
 
 from video_opd.video.decoders import VideoInfo
 
-INFO = VideoInfo(num_frames=48, fps=4.0, size=(32, 32), times_s=None)
-
 
 class Opens:
     """48 grey frames."""
 
+    info = VideoInfo(num_frames=48, fps=4.0, size=(32, 32), times_s=None)
+
     def __init__(self, path: str):
         self.path = path
-
-    def describe(self) -> VideoInfo:
-        return INFO
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
         frames[:] = 128

@@ -44,9 +44,8 @@ def read_manifest(path: str) -> Iterator[Annotation]:
     try:
         table = pq.read_table(path)
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror or _line(error)}): check the path"
-        ) from error
+        why = error.strerror or _line(error)
+        raise DataError(f"{path} cannot be read ({why}): check the path") from error
     except pa.ArrowException as error:
         raise DataError(f"{path} is not a manifest ({_line(error)}): {_REMEDY}") from error
     if missing := [name for name in MANIFEST.names if name not in table.column_names]:

@@ -58,29 +58,29 @@ class DecodeWorker:
 
     def __init__(self, decoder: type[Decoder], buffer: Buffer):
         self._decoder, self._buffer = decoder, buffer
-        self._open: tuple[tuple, Decoder, VideoInfo] | None = None
+        self._open: tuple[tuple, Decoder] | None = None
 
     def answer(self, request: Request) -> Answer:
         try:
-            decoder, info = self._file(request.path)
-            wanted = len(request.indices) and info.num_frames == request.num_video_frames
-            return self._read(decoder, info.size, request.indices) if wanted else info
+            decoder = self._file(request.path)
+            wanted = len(request.indices) and decoder.info.num_frames == request.num_video_frames
+            return self._read(decoder, request.indices) if wanted else decoder.info
         except Exception as error:  # whatever a library raises for a broken file fails that file alone
             self._open = None
             return first_line(error)
 
-    def _file(self, path: str) -> tuple[Decoder, VideoInfo]:
+    def _file(self, path: str) -> Decoder:
         status = os.stat(path)
         key = (path, status.st_size, status.st_mtime_ns, status.st_ino)
         if self._open is None or self._open[0] != key:
             self._open = None  # closed before the next one opens
-            decoder = FrameFolder(path) if Path(path).is_dir() else self._decoder(path)
-            self._open = key, decoder, decoder.describe()
-        return self._open[1:]
+            self._open = key, FrameFolder(path) if Path(path).is_dir() else self._decoder(path)
+        return self._open[1]
 
-    def _read(self, decoder: Decoder, size: tuple[int, int], indices: np.ndarray) -> Shape:
-        indices = indices[: max(1, PART_BYTES // (size[0] * size[1] * 3))]
-        shape = (len(indices), *size, 3)
+    def _read(self, decoder: Decoder, indices: np.ndarray) -> Shape:
+        height, width = decoder.info.size
+        indices = indices[: max(1, PART_BYTES // (height * width * 3))]
+        shape = (len(indices), height, width, 3)
         decoder.read(indices, self._buffer.frames(shape))
         return shape
 

@@ -33,9 +33,9 @@ class VideoInfo:
 class Decoder(Protocol):
     """One open file."""
 
-    def __init__(self, path: str): ...
+    info: VideoInfo
 
-    def describe(self) -> VideoInfo: ...
+    def __init__(self, path: str): ...
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
         """Writes the frames at int64[F], in any order, repeats allowed, to uint8[F, H, W, 3]."""
@@ -66,16 +66,13 @@ class DecordDecoder:
         decord = import_module("decord")
         decord.logging.set_level(decord.logging.QUIET)  # errors are raised anyway
         self._reader = decord.VideoReader(path, num_threads=1, fault_tol=_NO_NEIGHBOURS)
-        self._shape = self._reader[0].shape
-        starts = self._reader.get_frame_timestamp(np.arange(len(self._reader)))[:, 0]
-        self._times = _from_first(starts.astype(np.float64))
-        self._instead = PyAVDecoder(path) if self._shape[2] != 3 or self._times is None else None
-
-    def describe(self) -> VideoInfo:
-        if self._instead:
-            return self._instead.describe()
-        fps = float(self._reader.get_avg_fps())
-        return VideoInfo(num_frames=len(self._reader), fps=fps, size=self._shape[:2], times_s=self._times)
+        height, width, channels = self._reader[0].shape
+        num_frames, fps = len(self._reader), float(self._reader.get_avg_fps())
+        starts = self._reader.get_frame_timestamp(np.arange(num_frames))[:, 0]
+        times = _from_first(starts.astype(np.float64))
+        self._instead = PyAVDecoder(path) if channels != 3 or times is None else None
+        own = VideoInfo(num_frames=num_frames, fps=fps, size=(height, width), times_s=times)
+        self.info = self._instead.info if self._instead else own
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
         if self._instead:
@@ -99,7 +96,6 @@ class PyAVDecoder:
         packets = [(p.pts, p.is_keyframe) for p in packets if p.size and not p.is_discard]
         if not packets:
             raise DecodeError("it has no frames")
-        self._num_frames = len(packets)
         self._has_times = all(pts is not None for pts, _ in packets)
         times = packets if self._has_times else [(i, False) for i in range(len(packets))]
         self._pts = np.array(sorted(pts for pts, _ in times), np.int64)
@@ -107,13 +103,9 @@ class PyAVDecoder:
         self._size: tuple[int, int] | None = None  # (H, W) as coded
         self._frames: Iterator[tuple[int, Any]] = self._decode_from(int(self._pts[0]))
         self._last: int | None = None  # pts of the frame decoded last
-        self._shape = self._frame(0).shape
-
-    def describe(self) -> VideoInfo:
-        times = self._pts * float(self._stream.time_base) if self._has_times else None
-        rate = self._stream.average_rate or 0
-        times = None if times is None else _from_first(times)
-        return VideoInfo(num_frames=self._num_frames, fps=float(rate), size=self._shape[:2], times_s=times)
+        size, fps = self._frame(0).shape[:2], float(self._stream.average_rate or 0)
+        times_s = _from_first(self._pts * float(self._stream.time_base)) if self._has_times else None
+        self.info = VideoInfo(num_frames=len(packets), fps=fps, size=size, times_s=times_s)
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
         order = np.argsort(indices, kind="stable")
@@ -137,7 +129,7 @@ class PyAVDecoder:
                     break
             if start is not None:
                 self._frames = self._decode_from(int(self._pts[0]))
-        raise DecodeError(f"frame {index} of {self._num_frames} is not in it")
+        raise DecodeError(f"frame {index} of {len(self._pts)} is not in it")
 
     def _decode_from(self, pts: int) -> Iterator[tuple[int, Any]]:
         """(pts, frame) from the key frame at or before `pts`."""
@@ -161,11 +153,9 @@ class TorchcodecDecoder:
         decoders = import_module("torchcodec.decoders")
         self._av = PyAVDecoder(path)
         decoder = decoders.VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
-        upright = self._av.describe().size == (decoder.metadata.height, decoder.metadata.width)
+        self.info = self._av.info
+        upright = self.info.size == (decoder.metadata.height, decoder.metadata.width)
         self._decoder = decoder if upright else None
-
-    def describe(self) -> VideoInfo:
-        return self._av.describe()
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
         if self._decoder:
@@ -179,14 +169,12 @@ class FrameFolder:
 
     def __init__(self, path: str):
         self._paths = numbered_images(path)
-        self._size = self._image(0).shape[:2]
-
-    def describe(self) -> VideoInfo:
-        return VideoInfo(num_frames=len(self._paths), fps=None, size=self._size, times_s=None)
+        size = self._image(0).shape[:2]
+        self.info = VideoInfo(num_frames=len(self._paths), fps=None, size=size, times_s=None)
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
         for place, index in enumerate(indices):
-            frames[place] = self._image(int(index), *self._size)
+            frames[place] = self._image(int(index), *self.info.size)
 
     def _image(self, index: int, height: int | None = None, width: int | None = None) -> np.ndarray:
         av = import_module("av")

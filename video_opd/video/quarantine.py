@@ -31,7 +31,7 @@ class Quarantine:
     def __init__(self, path: str | None, decoder: str):
         self._path, self._decoder = Path(path) if path else None, decoder
         self._known: dict[tuple[str, ...], tuple[str, FailureKind]] = {}  # of (video, stamp, decoder)
-        self._stamp = ""  # of the file as last read
+        self._num_bytes = self._num_lines = 0  # of the file, as read so far
         self._lock = threading.Lock()
 
     @contextmanager
@@ -63,19 +63,28 @@ class Quarantine:
                 file.write(json.dumps(entry, ensure_ascii=False).encode(errors="surrogateescape") + b"\n")
 
     def _read_file(self) -> None:
-        if self._path is None or not self._path.exists() or file_stamp(self._path) == self._stamp:
+        """Reads the lines added since the last call, or all lines if some were deleted."""
+        size = self._path.stat().st_size if self._path and self._path.exists() else self._num_bytes
+        if size < self._num_bytes:
+            self._known, self._num_bytes, self._num_lines = {}, 0, 0
+        if self._path is None or size == self._num_bytes:
             return
-        self._stamp, self._known = file_stamp(self._path), {}
-        lines = self._path.read_bytes().split(b"\n")[:-1]  # another process may be writing the last one
-        for number, line in enumerate(lines, 1):
-            try:
-                entry = json.loads(line.decode(errors="surrogateescape"))
-                key = (entry["video"], entry["stamp"], entry["decoder"])
-                self._known[key] = entry["reason"], FailureKind(entry.get("kind", FailureKind.BROKEN))
-            except (ValueError, KeyError, TypeError) as error:
-                self._stamp = ""
-                where = f"{self._path}:{number}"
-                raise ConfigError(f"{where} is not a quarantine entry: remove it ({error!r})") from error
+        with self._path.open("rb") as file:
+            file.seek(self._num_bytes)
+            for line in file:
+                if not line.endswith(b"\n"):  # another process is writing it
+                    return
+                self._read_line(line)
+                self._num_bytes, self._num_lines = self._num_bytes + len(line), self._num_lines + 1
+
+    def _read_line(self, line: bytes) -> None:
+        try:
+            entry = json.loads(line.decode(errors="surrogateescape"))
+            key = (entry["video"], entry["stamp"], entry["decoder"])
+            self._known[key] = entry["reason"], FailureKind(entry.get("kind", FailureKind.BROKEN))
+        except (ValueError, KeyError, TypeError) as error:
+            where = f"{self._path}:{self._num_lines + 1}"
+            raise ConfigError(f"{where} is not a quarantine entry: remove it ({error!r})") from error
 
 
 @lru_cache

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -401,8 +402,9 @@ def test_a_broken_video_is_one_line_that_names_it(kind, decoder, tmp_path):
 
 
 class NoRate(PyAVDecoder):
-    def describe(self):
-        return type(super().describe())(num_frames=60, fps=0.0, size=(32, 32), times_s=None)
+    def __init__(self, path: str):
+        super().__init__(path)
+        self.info = replace(self.info, fps=0.0)
 
 
 def test_a_video_of_no_rate_is_an_error(tmp_path):
@@ -472,7 +474,8 @@ def test_lines_that_others_add_or_take_out_are_seen(tmp_path):
         "reason": "is dull",
     }
     for kind in ("broken", "too_slow"):  # a line without a kind is broken
-        listed.write_text(json.dumps(line) + "\n")
+        with listed.open("a") as file:
+            file.write(json.dumps(line) + "\n")
         with pytest.raises(ClipError, match="is dull") as caught:
             plan_clip("a", path, video, 32)
         assert caught.value.kind == kind
