@@ -23,6 +23,7 @@ _LINE = re.compile(r"(?P<video>\S+)\s+(?P<start>\S+)\s+(?P<end>\S+?)##(?P<senten
 
 Spans = tuple[Span, ...]
 Reader = Callable[[DatasetConfig], Iterator[Annotation]]
+SpanReader = Callable[[dict[str, Any], str, DatasetConfig], Spans | None]
 
 
 def _annotation(
@@ -96,16 +97,13 @@ def _by_video(spans_key: str, queries_key: str, in_frames: bool = False) -> Read
 
 
 def _by_record(
-    video_keys: tuple[str, ...],
-    query_key: str,
-    read_spans: Callable[[dict[str, Any], str, DatasetConfig], Spans | None],
-    cut_keys: tuple[str, str] | None = None,
+    videos: tuple[str, ...], query_key: str, read_spans: SpanReader, cut_keys: tuple[str, str] | None = None
 ) -> Reader:
-    """Objects with a query each. The first of `video_keys` that is there names the video."""
+    """Objects with a query each. The first of the keys `videos` that is there names the video."""
 
     def read(dataset: DatasetConfig) -> Iterator[Annotation]:
         for where, number, record in read_source(dataset.annotations).records():
-            video_key = next((key for key in video_keys if key in record), video_keys[-1])
+            video_key = next((key for key in videos if key in record), videos[-1])
             video, query = fields.get(record, video_key, where), fields.get(record, query_key, where)
             spans, duration_s = read_spans(record, where, dataset), fields.duration(record, where)
             cut_s = _cut(record, cut_keys, video, where) if cut_keys and dataset.cuts != "ignore" else None

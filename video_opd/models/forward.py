@@ -17,6 +17,7 @@ from video_opd.types import EncodedPrompt
 VideoLLM = Any
 """A transformers Qwen-VL model; its class is known only from its folder."""
 
+Device = torch.device | str
 RowLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, ...]]
 """Logits float32[rows, V] and their slice of the batch's rows -> tensors of one value per row."""
 
@@ -38,10 +39,7 @@ class ResponseBatch:
 
 
 def collate(
-    prompts: Sequence[EncodedPrompt],
-    responses: Sequence[np.ndarray],
-    pad_id: int,
-    device: torch.device | str = "cpu",
+    prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray], pad_id: int, device: Device = "cpu"
 ) -> ResponseBatch:
     """Builds the batch. Masks come from lengths, never from the padding id."""
     sequences = [np.concatenate([p.token_ids, r]) for p, r in zip(prompts, responses, strict=True)]
@@ -51,7 +49,7 @@ def collate(
         for i, (prompt, sequence) in enumerate(zip(prompts, sequences, strict=True))
     ]
     return ResponseBatch(
-        **_padded(prompts, sequences, pad_id, device),
+        **_padded(prompts, sequences, pad_id, device, left=False),
         rows=torch.cat(rows).to(device),
         targets=torch.from_numpy(np.concatenate(responses).astype(np.int64)).to(device),
         lengths=tuple(len(r) for r in responses),
@@ -59,11 +57,7 @@ def collate(
 
 
 def _padded(
-    prompts: Sequence[EncodedPrompt],
-    sequences: Sequence[np.ndarray],
-    pad_id: int,
-    device: torch.device | str,
-    left: bool = False,
+    prompts: Sequence[EncodedPrompt], sequences: Sequence[np.ndarray], pad_id: int, device: Device, left: bool
 ) -> dict[str, Any]:
     """The fields of a ResponseBatch that a model sees. `sequences`: each prompt's tokens and response."""
     longest = max(len(s) for s in sequences)

@@ -316,8 +316,9 @@ def test_the_whole_video_as_a_cut_is_the_video(tmp_path):
 )
 def test_a_cut_outside_the_video_is_an_error(cut_s, tmp_path):
     write_video(tmp_path / "a.mp4", noise(90))
-    with pytest.raises(ClipError, match="not part of it"):
+    with pytest.raises(ClipError, match="not part of it") as caught:
         plan_clip("a", tmp_path / "a.mp4", config(), 32, cut_s)
+    assert caught.value.kind == FailureKind.OTHER
 
 
 def test_a_cut_without_two_frames_is_an_error(tmp_path):
