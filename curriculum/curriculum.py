@@ -15,7 +15,7 @@ from curriculum.scheduler import CHANGES_A_STATE, SchedulerActor, observation
 from video_opd.cluster.deadline import with_deadline
 from video_opd.cluster.faults import LOST, cause_of, retried
 from video_opd.config import Config
-from video_opd.errors import FAILURE_KINDS, failure_kind
+from video_opd.errors import FailureKind
 from video_opd.grounding import prompt_iou
 from video_opd.logs import log
 from video_opd.types import FailedPrompt, Prompt, ScoredGroup, TrajectoryGroup
@@ -34,7 +34,7 @@ class Curriculum:
         self._prompts = ray.put(prompts)
         self._next_prompts_s = 0.0
         self._num_starts = 0
-        self._num_failed = Counter(dict.fromkeys(FAILURE_KINDS, 0))
+        self._num_failed = Counter(dict.fromkeys(FailureKind, 0))
         self._turn = asyncio.Lock()
         self._saved: Mapping[str, Any] | None = None  # None: as created
         self._changes: list[tuple[str, tuple[Any, ...]]] = []  # since then
@@ -122,7 +122,7 @@ class Curriculum:
 
     async def retire(self, failed: Sequence[FailedPrompt]) -> None:
         for failure in failed:
-            self._num_failed[failure_kind(failure.reason)] += 1
+            self._num_failed[failure.kind] += 1
             log.warning("prompt %s is dropped: %s", failure.prompt_id, failure.reason)
         if failed:
             await self._change("retire", failed)
@@ -149,8 +149,8 @@ class Curriculum:
             await retried(self._rebuild, self._config.max_retries, "the start of the curriculum")
 
     def num_failed(self) -> dict[str, int]:
-        """Prompts retired by this process so far, for each of FAILURE_KINDS."""
-        return dict(self._num_failed)
+        """Prompts retired by this process so far, by FailureKind."""
+        return {kind.value: number for kind, number in self._num_failed.items()}
 
     async def metrics(self) -> dict[str, float]:
         """The scheduler's, and the seconds that callers waited for next_prompts since the last call."""

@@ -3,29 +3,27 @@
 import ctypes
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 
 from video_opd.video.decoders import VideoInfo
 
-INFO = VideoInfo(num_frames=48, fps=4.0, size=(32, 32), times_s=None)
-
 
 class Opens:
     """48 grey frames."""
 
+    info = VideoInfo(num_frames=48, fps=4.0, size=(32, 32), times_s=None)
+
     def __init__(self, path: str):
         self.path = path
-
-    def describe(self) -> VideoInfo:
-        return INFO
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
         frames[:] = 128
 
 
 class HangsOnRead(Opens):
-    """As decord does on a file that over-reports its length: it never comes back, and holds the GIL. Only for names with "bad"."""
+    """Like decord on some files: hangs and holds the GIL. Only if "bad" is in its name."""
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
         if "bad" in self.path:
@@ -34,7 +32,10 @@ class HangsOnRead(Opens):
 
 
 class HangsOnOpen(Opens):
+    """Creates PATH.opened first."""
+
     def __init__(self, path: str):
+        Path(f"{path}.opened").touch()
         ctypes.PyDLL(None).sleep(3600)
 
 

@@ -48,7 +48,7 @@ def write_audio(path: Path) -> None:
 
 
 def write_over_reporting(path: Path, frames: np.ndarray) -> None:
-    """VP8 in WebM whose second half is packets of frames that are never shown: twice as many packets as pictures."""
+    """VP8 in WebM whose second half is frames that are never shown: twice as many packets as pictures."""
     with av.open(str(path), "w", format="webm") as container:
         stream = container.add_stream(
             "libvpx", rate=RATE, options={"lag-in-frames": "0", "auto-alt-ref": "0"}

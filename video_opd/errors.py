@@ -1,4 +1,6 @@
-"""The exception tree. Every error a user can cause derives from InputError and ends the program with code 2."""
+"""The exception tree. Errors that a user can cause derive from InputError and end the program with code 2."""
+
+from enum import StrEnum
 
 
 class VideoOPDError(Exception):
@@ -10,60 +12,71 @@ class InputError(VideoOPDError, ValueError):
 
 
 class ConfigError(InputError):
-    """A configuration that is missing a key, has an unknown one, or a value of the wrong type or range."""
+    """A configuration with a missing or unknown key, or a value of the wrong type or range."""
 
 
 class ClusterError(InputError):
-    """A Ray cluster that does not answer, does not let this process in, or has not what the run asks for."""
+    """A Ray cluster that does not answer, refuses this process, or lacks what the run needs."""
 
 
 class DataError(InputError):
     """An annotation file that cannot be read, or annotations that contradict themselves."""
 
 
+class FailureKind(StrEnum):
+    """Why a clip could not be read: the label under which its prompt is counted."""
+
+    MISSING = "missing"
+    REPLACED = "replaced"
+    TOO_SLOW = "too_slow"
+    WORKER_KILLED = "worker_killed"
+    DECODER_CRASHED = "decoder_crashed"
+    BROKEN = "broken"
+    OTHER = "other"
+
+
 class ClipError(InputError):
-    """A clip that is missing or cannot be decoded. Before the run it ends it; while running it retires its prompt."""
+    """A clip is missing or cannot be decoded. It stops a launch; during a run its prompt is retired."""
+
+    def __init__(self, message: str, kind: FailureKind = FailureKind.OTHER):
+        super().__init__(message)
+        self.kind = kind
 
 
-_FAILURES = {  # what a ClipError says: what it is counted as
-    "is missing": "missing",
-    "it was replaced": "replaced",
-    "was not decoded within": "too_slow",
-    "its worker was killed": "worker_killed",
-    "crash (exit code": "decoder_crashed",
-    "cannot be decoded": "broken",
-    "frames at": "broken",
-}
-FAILURE_KINDS = (*dict.fromkeys(_FAILURES.values()), "other")
+class BrokenVideo(ClipError):
+    """A file that cannot be decoded now or later, until it is replaced."""
 
+    def __init__(self, path: str, reason: str, kind: FailureKind = FailureKind.BROKEN):
+        advice = "replace the file, or remove its lines from the annotations"
+        super().__init__(f"video {path} {reason}: {advice}", kind)
+        self.path, self.reason = path, reason
 
-def failure_kind(reason: str) -> str:
-    """One of FAILURE_KINDS: of what a ClipError says, which names the file too."""
-    return next((kind for said, kind in _FAILURES.items() if said in reason), "other")
+    def __reduce__(self):  # Ray and Serve pickle errors
+        return BrokenVideo, (self.path, self.reason, self.kind)
 
 
 class ModelError(InputError):
-    """A model folder that is missing, or models that cannot work together (another tokenizer, another architecture)."""
+    """A model folder is missing or damaged, or two models differ in tokenizer or architecture."""
 
 
 class CheckpointError(InputError):
-    """A checkpoint that is missing, damaged, or of another model, config or version."""
+    """A checkpoint that is missing, damaged, or made by another model, config or version."""
 
 
 class PartialCheckpointError(CheckpointError):
-    """A checkpoint of which a part was provably never written, or is gone: the one before it can be used."""
+    """Incomplete: a part was never written or is gone. The previous checkpoint is usable."""
 
 
 class ParityError(VideoOPDError):
-    """Two parties see different inputs or different numbers for one trajectory; the run must stop."""
+    """Two processes see different inputs or numbers for one trajectory; the run must stop."""
 
 
 class RunError(VideoOPDError, RuntimeError):
-    """The run cannot go on, by no fault of its input."""
+    """The run cannot continue, and its input is not the cause."""
 
 
 class WeightsLostError(RunError):
-    """A version of the weights that did not arrive whole, or is no longer to be had: it must be sent anew, or a later one."""
+    """A version of the weights arrived incomplete or is gone: send it again, or a later one."""
 
 
 class DeadlineError(RunError):
@@ -71,15 +84,15 @@ class DeadlineError(RunError):
 
 
 class LearnerLostError(RunError):
-    """A rank of the learner died or hangs, or took the weights with it: the group must start again from a checkpoint."""
+    """A learner rank died or hangs: all ranks must restart from a checkpoint."""
 
 
 class PartLostError(RunError):
-    """A process of the run was lost more often than it may be started again."""
+    """A process was lost more often than it may be restarted."""
 
 
 class StoppedError(VideoOPDError):
-    """The run ended because it was asked to by a signal."""
+    """A signal asked the run to end."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message, signal_number)

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from video_opd.errors import FailureKind
+
 Span = tuple[float, float]
 """(start, end) in seconds from the start of the clip."""
 
@@ -184,6 +186,7 @@ class FailedPrompt:
 
     prompt_id: str
     reason: str
+    kind: FailureKind = FailureKind.OTHER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

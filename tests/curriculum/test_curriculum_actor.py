@@ -14,7 +14,7 @@ from curriculum.curriculum import Curriculum
 from curriculum.scheduler import Scheduler
 from tests.curriculum.test_scheduler import make_config
 from tests.fakes import make_group, make_prompt
-from video_opd.errors import PartLostError
+from video_opd.errors import FailureKind, PartLostError
 from video_opd.types import FailedPrompt
 
 POOL = [make_prompt(f"p{i}") for i in range(12)]
@@ -101,6 +101,17 @@ def test_starting_over_forgets_everything():
         assert [p.prompt_id for p in await curriculum.next_prompts(5)] == first
 
     asyncio.run(run())
+
+
+def test_retired_prompts_are_counted_by_kind():
+    async def run() -> dict[str, int]:
+        curriculum = make_curriculum(random.Random(0), 0.0)
+        gone, slow = (p.prompt_id for p in await curriculum.next_prompts(2))
+        await curriculum.retire([FailedPrompt(prompt_id=gone, reason="gone", kind=FailureKind.MISSING)])
+        await curriculum.retire([FailedPrompt(prompt_id=slow, reason="slow", kind=FailureKind.TOO_SLOW)])
+        return curriculum.num_failed()
+
+    assert asyncio.run(run()) == dict.fromkeys(FailureKind, 0) | {"missing": 1, "too_slow": 1}
 
 
 def test_a_curriculum_that_cannot_live_ends_with_the_cause():

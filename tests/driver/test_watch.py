@@ -12,7 +12,7 @@ import yaml
 from driver.clock import PhaseClock
 from video_opd import prometheus
 from video_opd.config_data import VideoConfig
-from video_opd.errors import FAILURE_KINDS, ClipError, RunError, failure_kind
+from video_opd.errors import RunError
 from video_opd.logs import driver_log, log, start_role_log, work
 from video_opd.prometheus import Gauges, count, metric_name
 from video_opd.video.frame_cache import FrameCache
@@ -148,37 +148,6 @@ def test_without_ray_nothing_happens_and_ray_is_not_imported():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
-@pytest.mark.parametrize(
-    ("said", "kind"),
-    [
-        (
-            "video /is broken/a.mp4 is missing: put it there, or take its lines out of the annotations",
-            "missing",
-        ),
-        ("video a.mp4 was not decoded within 60 s (video.decode_timeout_s): replace the file", "too_slow"),
-        ("video a.mp4 cannot be decoded (Invalid data): replace the file", "broken"),
-        ("video a.mp4 made decord crash (exit code -11): replace the file", "decoder_crashed"),
-        ("video a.mp4 was not decoded: its worker was killed, for want of memory perhaps", "worker_killed"),
-        ("video a.mp4 had 8 frames, now 7: it was replaced", "replaced"),
-        ("video a.mp4 has 1 frames at 2.0 a second: replace the file", "broken"),
-        ("something else", "other"),
-    ],
-)
-def test_reasons_are_few(said, kind):
-    assert failure_kind(said) == kind and kind in FAILURE_KINDS
-
-
-def test_what_a_real_file_that_is_broken_or_missing_says_has_its_kind(tmp_path):
-    from video_opd.video.clips import plan_clip
-
-    broken = tmp_path / "broken.mp4"
-    broken.write_bytes(b"no video at all")
-    for path, kind in ((broken, "broken"), (tmp_path / "nowhere.mp4", "missing")):
-        with pytest.raises(ClipError) as raised:
-            plan_clip("a", path, VideoConfig(), 32)
-        assert failure_kind(str(raised.value)) == kind
-
-
 def panels() -> list[dict]:
     return [p for p in BOARD["panels"] if p["type"] != "row"]
 
@@ -256,7 +225,7 @@ def test_a_drivers_events_are_json_lines_and_text_and_a_resumed_run_appends(tmp_
         with driver_log(tmp_path, step):
             log.warning("actor-3 was lost\nand %s", "is replaced")
             log.debug("for the file alone")
-            logging.getLogger("video_opd.frame_cache").warning("of a module")
+            logging.getLogger("video_opd.video.frame_cache").warning("of a module")
     said = [e for e in lines_of(tmp_path) if "actor-3" in e["message"]]
     assert [(e["level"], e["run"], e["step"], e["role"]) for e in said] == [
         ("WARNING", tmp_path.name, s, "driver") for s in (0, 7)

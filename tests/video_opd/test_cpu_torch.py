@@ -1,4 +1,4 @@
-"""cpu_torch: transformers' video processors import beside a CPU torch, and nothing changes beside a CUDA torch."""
+"""cpu_torch: transformers' video processors import beside a CPU torch; a CUDA torch changes nothing."""
 
 import subprocess
 import sys

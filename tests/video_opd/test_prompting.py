@@ -1,4 +1,4 @@
-"""What a prompt says of its clip: true times for plain videos, cuts and variable rates, and a fingerprint of all of it."""
+"""What a prompt says of its clip: true times of plain videos, cuts and variable rates; the fingerprint."""
 
 from dataclasses import replace
 

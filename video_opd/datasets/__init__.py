@@ -1,7 +1,7 @@
-"""Annotation files -> one manifest -> prompts. The formats are described in docs/data.md.
+"""Annotation files -> one manifest -> prompts. Formats and options: docs/data.md.
 
-source.py reads text, fields.py single values, formats.py every layout (detect.py tells them apart), manifest.py the Parquet
-file, videos.py finds files; prompts.py is what a run reads, check.py and convert.py are `python -m video_opd.datasets`.
+source.py reads text, fields.py values, formats.py every layout, manifest.py the Parquet file; videos.py
+finds videos. prompts.py serves a run; check.py serves `python -m video_opd.datasets check | convert`.
 """
 
 from video_opd.datasets.prompts import Split, read_prompts, read_split

@@ -1,44 +1,30 @@
-"""Checks annotation files of any format against their videos, and converts them to the manifest. Formats: docs/data.md."""
+"""Checks annotation files against their videos, or converts them to the manifest. Formats: docs/data.md."""
 
 import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from video_opd.config_data import AnnotationFormat, DatasetConfig
 from video_opd.config_file import parse_section
-from video_opd.datasets.check import TOLERANCE_S, check
-from video_opd.datasets.convert import convert
+from video_opd.datasets.check import TOLERANCE_S, check, convert
 from video_opd.datasets.fields import CLEANINGS
 from video_opd.errors import DataError, InputError
 
 SHOWN = 20
-DATASET_OPTIONS = (
-    "format",
-    "annotations",
-    "lengths",
-    "videos",
-    "cleaning",
-    "round_s",
-    "annotators",
-    "cuts",
-    "clamp_s",
-)
 
 
 def show_findings(dataset: DatasetConfig, tolerance_s: float, limit: int) -> int:
-    """Prints what check finds, the same finding of several annotations once. Returns the number of annotations with any."""
+    """Prints what check finds, grouped by reason. Returns the number of annotations with findings."""
     num_annotations = num_bad = 0
-    findings: dict[str, dict[str, list[str]]] = defaultdict(
-        lambda: defaultdict(list)
-    )  # kind -> reason -> places
-    for checked in check(dataset, tolerance_s):
+    findings: dict[str, dict[str, list[str]]] = {}  # kind -> reason -> places
+    for annotation, faults in check(dataset, tolerance_s):
         num_annotations += 1
-        num_bad += bool(checked.faults)
-        for fault in checked.faults:
-            findings[fault.kind][fault.reason].append(checked.annotation.where)
+        num_bad += bool(faults)
+        for kind, reason in faults:
+            findings.setdefault(kind, defaultdict(list))[reason].append(annotation.where)
     if not num_annotations:
         raise DataError(f"{dataset.annotations} has no annotations")
     for kind, reasons in findings.items():
@@ -61,84 +47,51 @@ def _seconds(text: str) -> float:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("annotations", help="annotation file, or a manifest")
-    shared.add_argument(
-        "--format", choices=get_args(AnnotationFormat), default="auto", help="default: auto, by content"
-    )
-    shared.add_argument("--videos", required=True, metavar="DIR", help="folder of the video files")
-    shared.add_argument(
-        "--lengths", metavar="CSV", help="charades_sta: csv with the columns id and length (seconds)"
-    )
-    shared.add_argument("--cleaning", choices=tuple(CLEANINGS), help="of queries; default: the format's")
-    shared.add_argument(
-        "--round-s",
-        type=_seconds,
-        metavar="S",
-        help="round times to multiples of it, 0: not; default: the format's",
-    )
-    shared.add_argument(
-        "--annotators",
-        choices=("mean", "majority", "first", "all"),
-        help="didemo: whose intervals; default mean",
-    )
-    shared.add_argument(
+    add = shared.add_argument
+    seconds: dict[str, Any] = {"type": _seconds, "metavar": "S"}
+    formats, annotators = get_args(AnnotationFormat), ("mean", "majority", "first", "all")
+    add("annotations", help="annotation file, or a manifest")
+    add("--format", choices=formats, default="auto", help="default: auto, by content")
+    add("--videos", required=True, metavar="DIR", help="folder of the video files")
+    add("--lengths", metavar="CSV", help="charades_sta: csv with the columns id and length (seconds)")
+    add("--cleaning", choices=tuple(CLEANINGS), help="of queries; default: the format's")
+    add("--round-s", **seconds, help="round times to multiples of it, 0: not; default: the format's")
+    add("--annotators", choices=annotators, help="didemo: whose intervals; default mean")
+    add(
         "--cuts",
         choices=("apply", "ignore"),
         help="time_r1, tvgbench: ignore if files are cut; default apply",
     )
-    shared.add_argument(
-        "--clamp-s",
-        type=_seconds,
-        default=0.0,
-        metavar="S",
-        help="cut ends that pass the clip's by at most S (default 0)",
-    )
-    shared.add_argument(
-        "--tolerance-s",
-        type=_seconds,
-        default=TOLERANCE_S,
-        metavar="S",
-        help=f"between annotated and true durations ({TOLERANCE_S})",
-    )
+    add("--clamp-s", **seconds, default=0.0, help="cut ends that pass the clip's by at most S (default 0)")
+    tolerance = f"between annotated and true durations ({TOLERANCE_S})"
+    add("--tolerance-s", **seconds, default=TOLERANCE_S, help=tolerance)
     parser = argparse.ArgumentParser(prog="python -m video_opd.datasets", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    checking = commands.add_parser(
-        "check", parents=[shared], help="report findings; exit code 1 if there are any"
-    )
-    checking.add_argument(
-        "--limit", type=int, default=SHOWN, help=f"findings of a kind to print (default {SHOWN})"
-    )
-    converting = commands.add_parser(
-        "convert", parents=[shared], help="write the manifest without what check finds"
-    )
-    converting.add_argument(
-        "--output",
-        required=True,
-        type=Path,
-        metavar="PARQUET",
-        help="the manifest; NAME.left_out.csv beside it",
-    )
+    add_command = parser.add_subparsers(dest="command", required=True).add_parser
+    checking = add_command("check", parents=[shared], help="report findings; exit code 1 if there are any")
+    limit = f"findings of a kind to print (default {SHOWN})"
+    checking.add_argument("--limit", type=int, default=SHOWN, help=limit)
+    converting = add_command("convert", parents=[shared], help="write the manifest without what check finds")
+    output = "the manifest; NAME.left_out.csv beside it"
+    converting.add_argument("--output", required=True, type=Path, metavar="PARQUET", help=output)
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0; 1 if check has findings; 2 for bad input."""
     parsed = _parse(arguments)
+    options = {key: value for key, value in vars(parsed).items() if key in DatasetConfig.model_fields}
     try:
-        dataset = parse_section(
-            DatasetConfig, {key: getattr(parsed, key) for key in DATASET_OPTIONS}, "command line"
-        )
+        dataset = parse_section(DatasetConfig, options, "command line")
         if parsed.command == "check":
             return 1 if show_findings(dataset, parsed.tolerance_s, parsed.limit) else 0
-        done = convert(dataset, parsed.output, parsed.tolerance_s)
-        counts = ", ".join(f"{kind} {count}" for kind, count in done.left_out.items())
-        print(
-            f"{parsed.output}: {done.num_prompts} prompts; left out {done.left_out.total()}{f' ({counts})' if counts else ''}"
-        )
-        print(f"{done.list_path}: what was left out, and why")
+        num_prompts, left_out, list_path = convert(dataset, parsed.output, parsed.tolerance_s)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    counts = ", ".join(f"{kind} {count}" for kind, count in left_out.items())
+    total = f"{left_out.total()}{f' ({counts})' if counts else ''}"
+    print(f"{parsed.output}: {num_prompts} prompts; left out {total}")
+    print(f"{list_path}: what was left out, and why")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""One annotation, whatever file it comes from, and what can be wrong with its query and intervals."""
+"""One annotation, whatever file it comes from, and the faults of its query and intervals."""
 
 import math
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ from video_opd.types import Span
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Annotation:
-    """A query about a video. Times are in seconds from the start of the cut, or of the file where there is none."""
+    """A query about a video. Times are in seconds from the start of the cut or, without one, of the file."""
 
     where: str  # FILE:LINE or the like, for errors
-    prompt_id: str  # VIDEO_ID:NUMBER, the number that of the line or the query: unique in its file
-    video: str  # id or path, as the file names it
+    prompt_id: str  # VIDEO_ID:NUMBER, the number of the line or the query: unique in its file
+    video: str  # id or path, as in the file
     query: str
     spans_s: tuple[Span, ...] | None  # any floats; None: unlabelled
-    duration_s: float | None = None  # of the cut or the file, as the annotations say; None: they do not
+    duration_s: float | None = None  # of the cut or the file, as annotated; None: not annotated
     cut_s: Span | None = None  # the part of the file that is the clip; None: all of it
-    fps: float | None = None  # of the file, where times were frames
+    fps: float | None = None  # of the file, if times were frames
 
 
 class Fault(NamedTuple):
@@ -31,16 +31,17 @@ class Fault(NamedTuple):
 def fit(
     annotation: Annotation, clip_s: float, frame_s: float, clamp_s: float
 ) -> tuple[tuple[Span, ...] | None, list[Fault]]:
-    """The spans, cut at the clip's end where they pass it by at most `clamp_s`, and what is wrong with them or the query.
+    """The spans, cut at the clip's end if they pass it by at most `clamp_s`; the faults of spans and query.
 
-    The clip ends where the annotations say, or after its file's `clip_s` seconds if that is more than a frame earlier; for
-    annotations that do not say, after its file's seconds, and a span may pass that by a frame.
+    The clip ends at the annotated duration, or at its file's `clip_s` seconds if that is more than a frame
+    earlier. Without an annotated duration it ends with the file, and a span may pass that end by a frame.
     """
-    length = clip_s if annotation.duration_s is None else min(annotation.duration_s, clip_s + frame_s)
-    allowed = clamp_s + frame_s if annotation.duration_s is None else clamp_s
-    faults = (
-        [] if annotation.query else [Fault("empty_query", "the query is empty: write one or remove the line")]
-    )
+    length, allowed = clip_s, clamp_s + frame_s
+    if annotation.duration_s is not None:
+        length, allowed = min(annotation.duration_s, clip_s + frame_s), clamp_s
+    faults: list[Fault] = []
+    if not annotation.query:
+        faults.append(Fault("empty_query", "the query is empty: write one or remove the line"))
     if annotation.spans_s is None:
         return None, faults
     if not annotation.spans_s:
@@ -48,12 +49,12 @@ def fit(
     spans: list[Span] = []
     for start, end in annotation.spans_s:
         spans.append((start, length if start < length < end <= length + allowed else end))
-        fault = _span_fault(*spans[-1], length)
-        faults += [fault] if fault else []
+        faults += _span_faults(*spans[-1], length)
     return tuple(spans), faults
 
 
-def _span_fault(start: float, end: float, length: float) -> Fault | None:
+def _span_faults(start: float, end: float, length: float) -> list[Fault]:
+    """None or one."""
     kind = None
     if not (math.isfinite(start) and math.isfinite(end)):
         kind = "not_a_number"
@@ -62,17 +63,15 @@ def _span_fault(start: float, end: float, length: float) -> Fault | None:
     elif start < 0:
         kind = "before_start"
     if kind:
-        return Fault(kind, f"{start} to {end} is not an interval in seconds: correct it or remove the line")
-    if start >= length:
-        return Fault(
-            "beyond_duration",
-            f"the annotation starts at {start} s, its clip ends at {length} s: correct it or remove it",
-        )
-    if end > length:
+        reason = f"{start} to {end} is not an interval in seconds: correct it or remove the line"
+    elif start >= length:
+        kind = "beyond_duration"
+        reason = f"the annotation starts at {start} s, its clip ends at {length} s: correct or remove it"
+    elif end > length:
+        kind = "beyond_duration"
         allowance = math.ceil(round((end - length) * 10, 6)) / 10
-        over = f"allow data.*.clamp_s={allowance} or more"
-        return Fault(
-            "beyond_duration",
-            f"the annotation ends at {end} s, its clip at {length} s: correct it, or {over}",
-        )
-    return None
+        advice = f"correct it, or allow data.*.clamp_s={allowance} or more"
+        reason = f"the annotation ends at {end} s, its clip at {length} s: {advice}"
+    else:
+        return []
+    return [Fault(kind, reason)]

@@ -1,46 +1,38 @@
-"""What is wrong with annotations and the videos that they are about."""
+"""Finds faults in annotations and their videos; writes the annotations without faults as a manifest."""
 
+import csv
 import math
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from video_opd.config_data import DatasetConfig, VideoConfig
 from video_opd.datasets.annotation import Annotation, Fault, fit
 from video_opd.datasets.formats import read_annotations, resolve
+from video_opd.datasets.manifest import manifest_row, write_manifest
 from video_opd.datasets.videos import find_video, video_id
-from video_opd.errors import ClipError, DataError
+from video_opd.errors import ClipError, DataError, FailureKind
+from video_opd.types import Clip
 from video_opd.video.clips import plan_clip
 
 TOLERANCE_S = 1.0  # annotated durations are often whole seconds
 FPS_TOLERANCE = 0.01  # as a share: 29.97 is written as 30
+LEFT_OUT = ("source", "prompt_id", "kind", "reason")  # columns of the list
+MADE_BY = ("format", "cleaning", "round_s", "annotators", "cuts", "clamp_s")  # options kept in the manifest
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VideoFile:
-    """What a video's file says of itself."""
+def check(
+    dataset: DatasetConfig, tolerance_s: float = TOLERANCE_S
+) -> Iterator[tuple[Annotation, list[Fault]]]:
+    """Every annotation as a manifest holds it, in file order, and its faults. Each video is opened once.
 
-    duration_s: float
-    fps: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checked:
-    """An annotation as it goes into a manifest, and all that is wrong with it."""
-
-    annotation: Annotation  # its video a path below the folder; spans and cut end with the file, within the allowances
-    faults: tuple[Fault, ...]
-
-
-def check(dataset: DatasetConfig, tolerance_s: float = TOLERANCE_S) -> Iterator[Checked]:
-    """Every annotation in the order of its file, each video opened once.
-
-    `tolerance_s`: by which durations may differ from the file's. Raises DataError for what cannot be read at all.
+    `tolerance_s`: how much durations may differ from the file's. Raises DataError for an unreadable file.
     """
     if not Path(dataset.videos).is_dir():
         raise DataError(f"the folder of videos {dataset.videos} does not exist: check the path")
     dataset = resolve(dataset)
-    files: dict[Path, VideoFile | Fault] = {}
+    files: dict[Path, Clip | Fault] = {}
     seen: dict[tuple, str] = {}
     for annotation in read_annotations(dataset):
         path = find_video(dataset.videos, annotation.video, annotation.where)
@@ -53,50 +45,82 @@ def check(dataset: DatasetConfig, tolerance_s: float = TOLERANCE_S) -> Iterator[
             faults.append(Fault("duplicate", f"the same as {seen[key]}: remove one of them"))
         elif not faults:
             seen[key] = annotation.where
-        yield Checked(annotation=annotation, faults=tuple(faults))
+        yield annotation, faults
 
 
-def _open(path: Path) -> VideoFile | Fault:
-    if not path.exists():
-        return Fault("missing_video", f"video {path} is missing: put it there, or leave its annotations out")
+def _open(path: Path) -> Clip | Fault:
+    """The whole video as a clip."""
     try:
-        clip = plan_clip(
-            path.stem, path, VideoConfig(), 32
-        )  # frame rate and number of frames depend on neither
+        return plan_clip(path.stem, path, VideoConfig(), 32)  # frame rate and duration depend on neither
     except ClipError as error:
-        return Fault("unreadable_video", str(error))
-    return VideoFile(duration_s=clip.num_video_frames / clip.video_fps, fps=clip.video_fps)
+        missing = error.kind == FailureKind.MISSING
+        return Fault("missing_video" if missing else "unreadable_video", str(error))
 
 
 def _compare(
-    annotation: Annotation, file: VideoFile | Fault, clamp_s: float, tolerance_s: float
+    annotation: Annotation, file: Clip | Fault, clamp_s: float, tolerance_s: float
 ) -> tuple[Annotation, list[Fault]]:
-    """The annotation within the file's bounds, and all faults but duplicates."""
+    """The annotation within the file's bounds, and all its faults except duplicates."""
     if isinstance(file, Fault):
         spans, faults = fit(annotation, math.inf, 0.0, clamp_s)
         return replace(annotation, spans_s=spans), [file, *faults]
-    faults, clip_s = [], file.duration_s
+    clip_s = file.duration_s
     if annotation.cut_s is not None:
         start, end = annotation.cut_s
         if not 0 <= start < end <= file.duration_s + tolerance_s:
+            reason = f"{start} to {end} s is not part of the file's {file.duration_s:.2f} s"
             advice = "correct it, or use cuts=ignore if the file is that part already"
-            return annotation, [
-                Fault("bad_cut", f"no part {start} to {end} s in {file.duration_s:.2f} s: {advice}")
-            ]
+            return annotation, [Fault("bad_cut", f"{reason}: {advice}")]
         annotation = replace(annotation, cut_s=(start, min(end, file.duration_s)))
         clip_s = min(end, file.duration_s) - start
+    spans, faults = fit(annotation, clip_s, 1.0 / file.video_fps, clamp_s)
     if annotation.duration_s is not None and abs(annotation.duration_s - clip_s) > tolerance_s:
-        faults.append(_duration_fault(annotation, annotation.duration_s, clip_s, file))
-    spans, of_spans = fit(annotation, clip_s, 1.0 / file.fps, clamp_s)
-    return replace(annotation, spans_s=spans), faults + of_spans
+        faults.insert(0, _duration_fault(annotation, annotation.duration_s, clip_s, file.video_fps))
+    return replace(annotation, spans_s=spans), faults
 
 
-def _duration_fault(annotation: Annotation, stated: float, clip_s: float, file: VideoFile) -> Fault:
-    """Frames counted at another rate than the file's make all times wrong; otherwise the file is another one."""
-    if annotation.fps is not None and abs(annotation.fps / file.fps - 1.0) > FPS_TOLERANCE:
-        rates = f"frames are counted at {annotation.fps:g} a second, video {video_id(annotation.video)} has {file.fps:g}"
-        return Fault(
-            "wrong_fps", f"{rates}, and {stated:.2f} s are not its {clip_s:.2f} s: correct fps and num_frames"
-        )
-    lengths = f"the annotations say {stated:.2f} s, the file of video {video_id(annotation.video)} has {clip_s:.2f} s"
+def _duration_fault(annotation: Annotation, stated: float, clip_s: float, fps: float) -> Fault:
+    """Frames counted at a wrong rate make all times wrong; otherwise the file is not the annotated one."""
+    name = f"video {video_id(annotation.video)}"
+    if annotation.fps is not None and abs(annotation.fps / fps - 1.0) > FPS_TOLERANCE:
+        rates = f"frames are counted at {annotation.fps:g} a second, {name} has {fps:g}"
+        differ = f"{stated:.2f} s are not its {clip_s:.2f} s"
+        return Fault("wrong_fps", f"{rates}, and {differ}: correct fps and num_frames")
+    lengths = f"the annotations say {stated:.2f} s, the file of {name} has {clip_s:.2f} s"
     return Fault("duration_differs", f"{lengths}: find the right file, or allow a tolerance")
+
+
+def convert(dataset: DatasetConfig, output: Path, tolerance_s: float) -> tuple[int, Counter[str], Path]:
+    """Writes `output` (Parquet) and NAME.left_out.csv beside it: the annotations with faults, and the faults.
+
+    Returns the number of rows, the counts of left out annotations by their first fault's kind, and the list's
+    path. Each file appears whole or not at all. Raises DataError, also if no annotation is left.
+    """
+    if output.resolve() == Path(dataset.annotations).resolve():
+        raise DataError(f"{output} is the annotation file itself: name another output")
+    dataset = resolve(dataset)
+    rows, left_out, counts, first = [], [], Counter(), ""
+    for annotation, faults in check(dataset, tolerance_s):
+        place = annotation.where.removeprefix(dataset.annotations)
+        source = Path(dataset.annotations).name + place  # no path of a machine
+        if faults:
+            left_out += [(source, annotation.prompt_id, *fault) for fault in faults]
+            counts[faults[0].kind] += 1
+            first = first or f"{annotation.where}: {faults[0].reason}"
+        else:
+            rows.append(manifest_row(annotation, source))
+    if not rows:
+        why = f": {counts.total()} are left out, first {first}" if first else ""
+        raise DataError(f"{dataset.annotations} has no annotations to convert{why}")
+    list_path = output.with_name(f"{output.stem}.left_out.csv")
+    temporary = list_path.with_name(list_path.name + ".tmp")
+    made_by = dataset.model_dump(include=set(MADE_BY), exclude_none=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([LEFT_OUT, *left_out])
+        temporary.rename(list_path)
+        write_manifest(rows, output, {key: str(value) for key, value in made_by.items()})
+    except OSError as error:
+        raise DataError(f"{output} cannot be written ({error.strerror}): name another output") from error
+    return len(rows), counts, list_path

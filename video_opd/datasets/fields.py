@@ -1,4 +1,4 @@
-"""Single values of an annotation: numbers, texts, intervals; how queries are cleaned and times are rounded."""
+"""Single values of an annotation: numbers, texts, intervals; cleaning of queries, rounding of times."""
 
 import re
 from typing import Any
@@ -18,33 +18,36 @@ CLEANINGS = {
 def get(record: dict[str, Any], key: str, where: str) -> Any:
     """A value that must be there."""
     if key not in record:
-        raise DataError(
-            f"{where}: lacks {key!r}, has {', '.join(map(repr, record)) or 'nothing'}: add it, or use format auto"
-        )
+        keys = ", ".join(map(repr, record)) or "nothing"
+        raise DataError(f"{where}: lacks {key!r}, has {keys}: add it, or use format auto")
     return record[key]
+
+
+def wrong(expected: str, value: Any, where: str) -> DataError:
+    """The error for a value that is not as expected."""
+    return DataError(f"{where}: {expected}, found {str(value)[:60]!r}")
 
 
 def text(value: Any, key: str, where: str) -> str:
     """A string that can be written as UTF-8."""
     if not isinstance(value, str):
-        raise DataError(f"{where}: {key} must be text, found {str(value)[:60]!r}")
+        raise wrong(f"{key} must be text", value, where)
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: {key} holds half of a surrogate pair at character {error.start}: correct it"
-        ) from error
+        place = f"character {error.start}"
+        raise DataError(f"{where}: {key} has half of a surrogate pair at {place}: correct it") from error
     return value
 
 
 def number(value: Any, key: str, where: str) -> float:
-    """A JSON number; NaN and infinity pass and are judged as intervals are."""
+    """A JSON number. NaN and infinity pass: intervals are judged later."""
     try:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError
         return float(value)
     except (TypeError, OverflowError):
-        raise DataError(f"{where}: {key} must be a number, found {str(value)[:60]!r}") from None
+        raise wrong(f"{key} must be a number", value, where) from None
 
 
 def positive(value: Any, key: str, where: str) -> float:
@@ -56,14 +59,14 @@ def positive(value: Any, key: str, where: str) -> float:
 
 
 def duration(record: dict[str, Any], where: str, key: str = "duration") -> float | None:
-    """Seconds; None where the annotations do not say."""
+    """Seconds; None if the annotations do not say."""
     return None if record.get(key) is None else positive(record[key], key, where)
 
 
 def pair(value: Any, key: str, where: str) -> Span:
     """[start, end]."""
     if not isinstance(value, list) or len(value) != 2:
-        raise DataError(f"{where}: {key} must be [start, end], found {str(value)[:60]!r}")
+        raise wrong(f"{key} must be [start, end]", value, where)
     return number(value[0], key, where), number(value[1], key, where)
 
 
@@ -74,20 +77,8 @@ def pairs(value: Any, key: str, where: str) -> tuple[Span, ...]:
     return (pair(value, key, where),)
 
 
-def same_number(queries: Any, spans: Any, keys: tuple[str, str], where: str) -> list[tuple[Any, Any]]:
-    """(query, span) of two lists, which must be equally long."""
-    if not isinstance(queries, list) or not isinstance(spans, list) or len(queries) != len(spans):
-        sizes = " and ".join(
-            str(len(v)) if isinstance(v, list) else repr(str(v)[:40]) for v in (queries, spans)
-        )
-        raise DataError(
-            f"{where}: {keys[0]} and {keys[1]} must be lists of one length, found {sizes}: correct them"
-        )
-    return list(zip(queries, spans, strict=True))
-
-
 def rounded(span: Span, unit_s: float) -> Span:
-    """To multiples of `unit_s`, halves to the even one; 0: as it is. What is not finite stays so."""
+    """To multiples of `unit_s`, halves to even; 0, or a time that is not finite: unchanged."""
     start, end = (
         round(round(t / unit_s) * unit_s, 9) if unit_s and abs(t) < float("inf") else t for t in span
     )

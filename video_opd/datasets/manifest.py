@@ -12,7 +12,7 @@ from video_opd.errors import DataError
 from video_opd.schemas import MANIFEST, write_parquet
 
 _MAGIC = b"PAR1"  # of every Parquet file
-_FILLED = ("prompt_id", "video", "query")  # columns without nulls
+_REMEDY = "write it with `convert`"
 
 
 def is_manifest(path: str | Path) -> bool:
@@ -27,80 +27,61 @@ def is_manifest(path: str | Path) -> bool:
 def manifest_row(annotation: Annotation, source: str) -> dict:
     """A row of schemas.MANIFEST. `source`: annotation file and place in it."""
     start, end = annotation.cut_s or (None, None)
-    return {
-        "prompt_id": annotation.prompt_id,
-        "video": annotation.video,
-        "query": annotation.query,
-        "spans_s": None if annotation.spans_s is None else [list(span) for span in annotation.spans_s],
-        "duration_s": annotation.duration_s,
-        "clip_start_s": start,
-        "clip_end_s": end,
-        "fps": annotation.fps,
-        "source": source,
-    }
+    spans = None if annotation.spans_s is None else [list(span) for span in annotation.spans_s]
+    same = {name: getattr(annotation, name) for name in ("prompt_id", "video", "query", "duration_s", "fps")}
+    return {**same, "spans_s": spans, "clip_start_s": start, "clip_end_s": end, "source": source}
 
 
 def write_manifest(rows: Sequence[dict], path: Path, about: Mapping[str, str]) -> None:
-    """`about`: how the rows were made, kept as the file's metadata. Appears whole or not at all."""
+    """`about`: how the rows were made, kept as the file's metadata. The file appears whole or not at all."""
     table = pa.Table.from_pylist(list(rows), schema=MANIFEST)
-    write_parquet(
-        table.replace_schema_metadata({f"video_opd.{key}": value for key, value in about.items()}), path
-    )
+    metadata = {f"video_opd.{key}": value for key, value in about.items()}
+    write_parquet(table.replace_schema_metadata(metadata), path)
 
 
 def read_manifest(path: str) -> Iterator[Annotation]:
-    """Raises DataError for a file that is no Parquet, lacks a column, or has one of another type, with nulls or repeated ids."""
+    """Raises DataError if it is not Parquet, lacks a column, or has wrong types, nulls or repeated ids."""
     try:
         table = pq.read_table(path)
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror or str(error).splitlines()[0]}): check the path"
-        ) from error
+        why = error.strerror or _line(error)
+        raise DataError(f"{path} cannot be read ({why}): check the path") from error
     except pa.ArrowException as error:
-        raise DataError(
-            f"{path} is not a manifest ({str(error).splitlines()[0]}): write one with `convert`"
-        ) from error
-    missing = [name for name in MANIFEST.names if name not in table.column_names]
-    if missing:
-        raise DataError(
-            f"{path}: lacks the columns {', '.join(missing)}: write it with `convert`, or name its format"
-        )
+        raise DataError(f"{path} is not a manifest ({_line(error)}): {_REMEDY}") from error
+    if missing := [name for name in MANIFEST.names if name not in table.column_names]:
+        raise DataError(f"{path}: lacks the columns {', '.join(missing)}: {_REMEDY}, or name its format")
     try:
         table = table.select(MANIFEST.names).cast(MANIFEST)
     except (pa.ArrowException, ValueError) as error:
-        raise DataError(
-            f"{path}: a column is of another type ({str(error).splitlines()[0]}): write it with `convert`"
-        ) from error
-    empty = [name for name in _FILLED if table[name].null_count]
-    if empty:
-        raise DataError(f"{path}: empty values in {', '.join(empty)}: write it with `convert`")
+        raise DataError(f"{path}: a column is of another type ({_line(error)}): {_REMEDY}") from error
+    if empty := [name for name in ("prompt_id", "video", "query") if table[name].null_count]:
+        raise DataError(f"{path}: empty values in {', '.join(empty)}: {_REMEDY}")
     seen: set[str] = set()
     for number, row in enumerate(table.to_pylist(), 1):
         where = f"{path}: row {number}"
         if row["prompt_id"] in seen:
-            raise DataError(f"{where}: prompt_id {row['prompt_id']} stands there twice: rename or remove one")
+            raise DataError(f"{where}: prompt_id {row['prompt_id']} appears twice: rename or remove one")
         seen.add(row["prompt_id"])
         yield _annotation(row, where)
 
 
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
 def _annotation(row: dict, where: str) -> Annotation:
-    bounds = row["clip_start_s"], row["clip_end_s"]
-    if None in bounds and bounds != (None, None):
-        raise DataError(
-            f"{where}: clip_start_s and clip_end_s are {bounds[0]} and {bounds[1]}: give both or none"
-        )
-    spans = row["spans_s"]
-    if spans is not None and not all(
-        span is not None and len(span) == 2 and None not in span for span in spans
-    ):
+    start, end, spans = row["clip_start_s"], row["clip_end_s"], row["spans_s"]
+    if (start is None) != (end is None):
+        raise DataError(f"{where}: clip_start_s and clip_end_s are {start} and {end}: give both or none")
+    if any(span is None or len(span) != 2 or None in span for span in spans or ()):
         raise DataError(f"{where}: spans_s must be pairs [start, end], found {spans}: correct them")
     return Annotation(
         where=where,
         prompt_id=row["prompt_id"],
         video=row["video"],
         query=row["query"],
-        spans_s=None if spans is None else tuple((start, end) for start, end in spans),
+        spans_s=None if spans is None else tuple(tuple(span) for span in spans),
         duration_s=fields.duration(row, where, "duration_s"),
-        cut_s=None if bounds[0] is None else bounds,
+        cut_s=None if start is None else (start, end),
         fps=row["fps"],
     )

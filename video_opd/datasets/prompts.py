@@ -2,10 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from video_opd.config_data import DatasetConfig, VideoConfig
-from video_opd.datasets.annotation import fit
+from video_opd.datasets.annotation import Annotation, fit
 from video_opd.datasets.formats import read_annotations, resolve
 from video_opd.datasets.videos import find_video, video_id
 from video_opd.errors import ClipError, DataError
@@ -20,9 +19,7 @@ class Split:
     """An annotated split as a run sees it."""
 
     prompts: list[Prompt]
-    unreadable: dict[
-        str, str
-    ]  # prompt id: why its clip cannot be read; none where data.*.unreadable is `error`
+    unreadable: dict[str, str]  # prompt id: why its clip cannot be read; only with data.train.unreadable=drop
 
 
 def read_prompts(dataset: DatasetConfig, video: VideoConfig, multiple: int) -> list[Prompt]:
@@ -33,9 +30,9 @@ def read_prompts(dataset: DatasetConfig, video: VideoConfig, multiple: int) -> l
 def read_split(dataset: DatasetConfig, video: VideoConfig, multiple: int) -> Split:
     """Reads an annotated split of any format, in the order of its file.
 
-    `multiple`: see clips.plan_clip. Each clip is opened once. Raises DataError on the first line that cannot be read, ClipError
-    on the first video that cannot be (with unreadable=drop its prompts are left out), and DataError for all intervals and
-    queries that cannot be, with their number and the first of them.
+    `multiple`: see clips.plan_clip. Each clip is opened once. Raises DataError for the first unreadable line,
+    ClipError for the first unreadable video (with unreadable=drop its prompts are left out), and at the end
+    DataError for all bad intervals and queries, with their number and the first few.
     """
     dataset = resolve(dataset)
     clips: dict[tuple[str, Span | None], Clip | ClipError] = {}
@@ -44,12 +41,12 @@ def read_split(dataset: DatasetConfig, video: VideoConfig, multiple: int) -> Spl
         path = find_video(dataset.videos, annotation.video, annotation.where)
         key = (str(path), annotation.cut_s)
         if key not in clips:
-            _check_cut(annotation.cut_s, annotation.where)
+            clip_id = _clip_id(annotation)
             try:
-                clips[key] = _plan(annotation.video, str(path), annotation.cut_s, video, multiple)
+                clips[key] = plan_clip(clip_id, path, video, multiple, annotation.cut_s)
             except ClipError as error:
                 if dataset.unreadable == "error":
-                    raise ClipError(f"{annotation.where}: {error}") from error
+                    raise ClipError(f"{annotation.where}: {error}", error.kind) from error
                 clips[key] = error
         clip = clips[key]
         if isinstance(clip, ClipError):
@@ -57,9 +54,8 @@ def read_split(dataset: DatasetConfig, video: VideoConfig, multiple: int) -> Spl
             continue
         spans, faults = fit(annotation, clip.duration_s, 1.0 / clip.video_fps, dataset.clamp_s)
         bad += [f"{annotation.where}: {fault.reason}" for fault in faults]
-        prompts.append(
-            Prompt(prompt_id=annotation.prompt_id, clip=clip, query=annotation.query, answer_spans_s=spans)
-        )
+        prompt_id, query = annotation.prompt_id, annotation.query
+        prompts.append(Prompt(prompt_id=prompt_id, clip=clip, query=query, answer_spans_s=spans))
         if len(prompts) == dataset.max_prompts:
             break
     if not prompts:
@@ -71,15 +67,12 @@ def read_split(dataset: DatasetConfig, video: VideoConfig, multiple: int) -> Spl
     return Split(prompts, unreadable)
 
 
-def _check_cut(cut_s: Span | None, where: str) -> None:
-    if cut_s is not None and not 0 <= cut_s[0] < cut_s[1] < math.inf:
-        raise DataError(
-            f"{where}: the cut {cut_s[0]} to {cut_s[1]} is no part of a video in seconds: correct it"
-        )
-
-
-def _plan(name: str, path: str, cut_s: Span | None, video: VideoConfig, multiple: int) -> Clip:
-    if cut_s is None:
-        return plan_clip(video_id(name), path, video, multiple)
-    cut: dict[str, Any] = {"cut_s": cut_s}
-    return plan_clip(f"{video_id(name)}@{cut_s[0]:g}-{cut_s[1]:g}", path, video, multiple, **cut)
+def _clip_id(annotation: Annotation) -> str:
+    """Raises DataError if the cut is not an interval."""
+    name = video_id(annotation.video)
+    if annotation.cut_s is None:
+        return name
+    start, end = annotation.cut_s
+    if not 0 <= start < end < math.inf:
+        raise DataError(f"{annotation.where}: the cut {start} to {end} is not part of a video: correct it")
+    return f"{name}@{start:g}-{end:g}"

@@ -9,21 +9,19 @@ from typing import Any
 from video_opd.errors import DataError
 
 Record = tuple[str, int, dict[str, Any]]
-"""(where, for errors; its number from 1: the line, or the place in a JSON list; the object itself)."""
+"""(where, for errors; number from 1 of the line, or of the item in a JSON list; the object)."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """An annotation file, its byte order mark gone and its line ends those of Unix."""
+    """An annotation file without byte order mark, with Unix line ends."""
 
     path: str
     text: str
 
     def lines(self) -> Iterator[tuple[int, str]]:
-        """(line number from 1, line) of every line that is not blank. Only line ends separate lines: a query may hold U+2028."""
-        for number, line in enumerate(self.text.split("\n"), 1):
-            if line.strip():
-                yield number, line
+        """(number from 1, line) of lines that are not blank. Not str.splitlines: a query may hold U+2028."""
+        yield from ((n, line) for n, line in enumerate(self.text.split("\n"), 1) if line.strip())
 
     def json(self) -> Any:
         """The whole file as one JSON value. Raises DataError."""
@@ -33,26 +31,20 @@ class Source:
         """(video, its object) of a JSON object with an object for each video. Raises DataError."""
         tree = self.json()
         if not isinstance(tree, dict) or not all(isinstance(value, dict) for value in tree.values()):
-            raise DataError(
-                f"{self.path}: expected one JSON object with an object for each video: use format auto"
-            )
+            expected = "expected one JSON object with an object for each video"
+            raise DataError(f"{self.path}: {expected}: use format auto")
         yield from tree.items()
 
     def records(self) -> Iterator[Record]:
-        """The objects of a JSON list, or of lines with one JSON object each. Raises DataError when it gets to what is neither."""
+        """The objects of a JSON list, or of lines with one object each. Raises DataError at anything else."""
         if self.text.lstrip().startswith("["):
-            items = [
-                (f"{self.path}: item {number}", number, item) for number, item in enumerate(self.json(), 1)
-            ]
+            items = ((f"{self.path}: item {n}", n, item) for n, item in enumerate(self.json(), 1))
         else:
-            items = (
-                (f"{self.path}:{n}", n, _parse(line, self.path, line_number=n)) for n, line in self.lines()
-            )
+            items = ((f"{self.path}:{n}", n, _parse(line, self.path, n)) for n, line in self.lines())
         for where, number, item in items:
             if not isinstance(item, dict):
-                raise DataError(
-                    f"{where}: expected a JSON object with an annotation, found {str(item)[:60]!r}"
-                )
+                found = str(item)[:60]
+                raise DataError(f"{where}: expected a JSON object with an annotation, found {found!r}")
             yield where, number, item
 
 
@@ -63,9 +55,8 @@ def read_source(path: str | Path) -> Source:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): check the path") from error
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
-        ) from error
+        why = f"{error.reason} at byte {error.start}"
+        raise DataError(f"{path} is not UTF-8 text ({why}): save it as UTF-8") from error
     return Source(str(path), text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
@@ -73,21 +64,18 @@ def _parse(text: str, path: str, line_number: int = 1) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        place = f"{path}:{line_number + error.lineno - 1}"
-        raise DataError(
-            f"{place}: not JSON ({error.msg} at column {error.colno}): correct the file, or name its format"
-        ) from error
+        place, why = f"{path}:{line_number + error.lineno - 1}", f"{error.msg} at column {error.colno}"
+        raise DataError(f"{place}: not JSON ({why}): correct the file, or name its format") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path}:{line_number}: cannot be read as JSON ({error}): correct the file"
-        ) from error
+        place = f"{path}:{line_number}"
+        raise DataError(f"{place}: cannot be read as JSON ({error}): correct the file") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. A key that stands there twice would lose its first value."""
-    tree = dict(pairs)
-    if len(tree) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands there twice")
+    """A JSON object. Raises ValueError for a repeated key, which would lose its first value."""
+    tree: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in tree:
+            raise ValueError(f"the key {key!r} appears twice")
+        tree[key] = value
     return tree

@@ -14,7 +14,7 @@ _CUT_NAME = re.compile(r".*_\d\d:\d\d:\d\d[:.]\d+_\d\d:\d\d:\d\d[:.]\d+")
 
 
 def split_extension(name: str) -> tuple[str, str]:
-    """(all before it, the extension); the extension is empty unless it is known: ids may hold dots."""
+    """(name, extension); the extension is empty unless it is known: ids may hold dots."""
     extension = PurePosixPath(name).suffix
     return (name.removesuffix(extension), extension) if extension.lower() in EXTENSIONS else (name, "")
 
@@ -25,23 +25,22 @@ def video_id(name: str) -> str:
 
 
 def holds_cut(name: str) -> bool:
-    """Whether a file's name ends on the two times between which it was cut, as in ID_00:00:39:000_00:01:24:700.mp4."""
+    """Whether a file is named after the times of its cut, as in ID_00:00:39:000_00:01:24:700.mp4."""
     return _CUT_NAME.fullmatch(video_id(name)) is not None
 
 
 def find_video(folder: str, name: str, where: str) -> Path:
     """The file of a video that annotations call `name`: an id or a path.
 
-    The first that exists of: the path in `folder`, the same with another known extension, with one more, with none (a folder
-    of frames); then the same for the path's tails, longest first. The first of all if none exists. Raises DataError for a
-    path that leaves `folder`.
+    The first that exists of: the path in `folder`, with another known extension, with one added, with none (a
+    folder of frames); then the same for the path's tails, longest first. The first of all if none exists.
+    Raises DataError for a path that leaves `folder`.
     """
     root = os.path.abspath(folder)
     path = os.path.normpath(os.path.join(root, name))
     if "\0" in name or is_of_windows(name) or not path.startswith(root.rstrip(os.sep) + os.sep):
-        raise DataError(
-            f"{where}: the video {name!r} is not inside {folder}: write a path below it, or name another folder"
-        )
+        advice = "write a path below it, or name another folder"
+        raise DataError(f"{where}: the video {name!r} is not inside {folder}: {advice}")
     candidates = list(_candidates(os.path.relpath(path, root)))
     return Path(folder) / next((c for c in candidates if _exists(Path(root) / c)), candidates[0])
 

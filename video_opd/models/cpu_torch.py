@@ -1,9 +1,8 @@
 """Lets transformers import beside a CPU build of torch.
 
-The package index serves torchvision, torchaudio and torchcodec as CUDA builds only. Beside a CPU torch
-they break at import: torchvision because its C++ library cannot load and two operators it decorates are
-unknown, the other two with OSError. `install` declares the two operators when torchvision is imported, and
-hides the other two. It changes nothing where torch is a CUDA build or the companions are CPU builds.
+The package index serves torchvision, torchaudio and torchcodec as CUDA builds only. Beside a CPU torch they
+fail at import: torchvision because it decorates two unknown operators, the others with OSError. `install`
+declares the operators for torchvision and hides the others. It does nothing beside a CUDA torch.
 """
 
 import importlib.abc
@@ -32,25 +31,21 @@ class _DeclareTorchvisionOperators(importlib.abc.MetaPathFinder):
         return None
 
 
-def _version(package: str) -> str | None:
+def _is_build(package: str, cpu: bool) -> bool:
+    """Whether the package is installed, and as a CPU build or not."""
     try:
-        return importlib.metadata.version(package)
+        return ("+cpu" in importlib.metadata.version(package)) == cpu
     except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _is_cuda_build(package: str) -> bool:
-    version = _version(package)
-    return version is not None and "+cpu" not in version
+        return False
 
 
 def install() -> None:
     """Prepares this process; call before transformers is imported. Costs about a millisecond."""
-    if "+cpu" not in (_version("torch") or ""):
+    if not _is_build("torch", cpu=True):
         return
     for package in ("torchaudio", "torchcodec"):
-        if package not in sys.modules and _is_cuda_build(package):
+        if package not in sys.modules and _is_build(package, cpu=False):
             sys.modules[package] = None  # type: ignore[assignment]  # makes `import` raise ImportError
     installed = any(isinstance(finder, _DeclareTorchvisionOperators) for finder in sys.meta_path)
-    if "torchvision" not in sys.modules and _is_cuda_build("torchvision") and not installed:
+    if "torchvision" not in sys.modules and _is_build("torchvision", cpu=False) and not installed:
         sys.meta_path.insert(0, _DeclareTorchvisionOperators())

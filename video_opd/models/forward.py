@@ -1,4 +1,4 @@
-"""The forward pass that teacher scoring and learning share: logits on response rows only."""
+"""The forward pass of teacher scoring and learning: logits of response rows only."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,15 +15,16 @@ from video_opd.errors import ModelError
 from video_opd.types import EncodedPrompt
 
 VideoLLM = Any
-"""A transformers Qwen-VL model: a torch module whose class is known only from its folder."""
+"""A transformers Qwen-VL model; its class is known only from its folder."""
 
+Device = torch.device | str
 RowLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, ...]]
-"""Logits float32[rows, V] and which rows of the batch they are -> tensors of one value a row."""
+"""Logits float32[rows, V] and their slice of the batch's rows -> tensors of one value per row."""
 
 
 @dataclass(frozen=True)
 class ResponseBatch:
-    """B prompts with their responses, right-padded to S tokens. R is the number of response tokens of the batch."""
+    """B prompts with their responses, right-padded to S tokens. R: the response tokens of the batch."""
 
     input_ids: torch.Tensor  # int64[B, S]
     attention_mask: torch.Tensor  # int64[B, S]
@@ -33,52 +34,55 @@ class ResponseBatch:
     rows: torch.Tensor  # int64[R], flat positions whose logits predict the response tokens
     targets: torch.Tensor  # int64[R], the response tokens
     lengths: tuple[int, ...]  # response tokens of each of the B sequences
-    second_per_grid: torch.Tensor | None = (
-        None  # float[B], where the model has positions in seconds (Qwen2.5-VL)
-    )
-    video_features: Any = None  # the vision tower's output, where it is known: see learner/vision_cache.py
+    second_per_grid: torch.Tensor | None = None  # float[B], for positions in seconds (Qwen2.5-VL)
+    video_features: Any = None  # the vision tower's output, if known: learner/vision_cache.py
 
 
 def collate(
-    prompts: Sequence[EncodedPrompt],
-    responses: Sequence[np.ndarray],
-    pad_id: int,
-    device: torch.device | str = "cpu",
+    prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray], pad_id: int, device: Device = "cpu"
 ) -> ResponseBatch:
-    """Builds the batch; masks come from lengths, never from the padding id."""
+    """Builds the batch. Masks come from lengths, never from the padding id."""
     sequences = [np.concatenate([p.token_ids, r]) for p, r in zip(prompts, responses, strict=True)]
     longest = max(len(s) for s in sequences)
-    input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.int64)
-    mask, types = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-    rows = []
-    for i, (prompt, sequence) in enumerate(zip(prompts, sequences, strict=True)):
-        m = len(prompt.token_ids)
-        input_ids[i, : len(sequence)] = torch.tensor(sequence)
-        mask[i, : len(sequence)] = 1
-        types[i, :m] = torch.tensor(prompt.token_types)
-        rows.append(torch.arange(m - 1, len(sequence) - 1) + i * longest)
+    rows = [
+        torch.arange(len(prompt.token_ids) - 1, len(sequence) - 1) + i * longest
+        for i, (prompt, sequence) in enumerate(zip(prompts, sequences, strict=True))
+    ]
     return ResponseBatch(
-        input_ids=input_ids.to(device),
-        attention_mask=mask.to(device),
-        token_types=types.to(device),
-        pixel_values=torch.from_numpy(np.concatenate([p.pixel_values for p in prompts])).to(device),
-        video_grid_thw=torch.tensor([p.video_grid_thw for p in prompts], device=device),
+        **_padded(prompts, sequences, pad_id, device, left=False),
         rows=torch.cat(rows).to(device),
         targets=torch.from_numpy(np.concatenate(responses).astype(np.int64)).to(device),
         lengths=tuple(len(r) for r in responses),
-        second_per_grid=_second_per_grid(prompts),
     )
 
 
-def _second_per_grid(prompts: Sequence[EncodedPrompt]) -> torch.Tensor | None:
+def _padded(
+    prompts: Sequence[EncodedPrompt], sequences: Sequence[np.ndarray], pad_id: int, device: Device, left: bool
+) -> dict[str, Any]:
+    """The fields of a ResponseBatch that a model sees. `sequences`: each prompt's tokens and response."""
+    longest = max(len(s) for s in sequences)
+    input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.int64)
+    mask, types = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+    for i, (prompt, sequence) in enumerate(zip(prompts, sequences, strict=True)):
+        first = longest - len(sequence) if left else 0
+        input_ids[i, first : first + len(sequence)] = torch.tensor(sequence)
+        mask[i, first : first + len(sequence)] = 1
+        types[i, first : first + len(prompt.token_ids)] = torch.tensor(prompt.token_types)
     seconds = [p.second_per_grid for p in prompts if p.second_per_grid is not None]
-    return torch.tensor(seconds) if seconds else None
+    return {
+        "input_ids": input_ids.to(device),
+        "attention_mask": mask.to(device),
+        "token_types": types.to(device),
+        "pixel_values": torch.from_numpy(np.concatenate([p.pixel_values for p in prompts])).to(device),
+        "video_grid_thw": torch.tensor([p.video_grid_thw for p in prompts], device=device),
+        "second_per_grid": torch.tensor(seconds) if seconds else None,
+    }
 
 
 class ResponseLogits(torch.nn.Module):
     """A video LLM whose forward returns the logits of the response rows, float32[R, V].
 
-    The language-model head runs on R rows only: a prompt has thousands of video tokens, an answer a few dozen.
+    The head runs on R rows only: a prompt has thousands of video tokens, an answer a few dozen.
     """
 
     def __init__(self, model: VideoLLM):
@@ -86,13 +90,11 @@ class ResponseLogits(torch.nn.Module):
         self.model: VideoLLM = model
 
     def hidden(self, batch: ResponseBatch) -> torch.Tensor:
-        """What the head sees of the response rows, [R, hidden size] in the model's dtype."""
+        """The head's input for the response rows, [R, hidden size] in the model's dtype."""
+        seen: dict[str, Any] = {"mm_encoder_outputs": {"video": batch.video_features}}
         if batch.video_features is None:
-            seen: dict[str, Any] = {
-                "pixel_values_videos": batch.pixel_values.to(self.model.get_input_embeddings().weight.dtype)
-            }
-        else:
-            seen = {"mm_encoder_outputs": {"video": batch.video_features}}
+            dtype = self.model.get_input_embeddings().weight.dtype
+            seen = {"pixel_values_videos": batch.pixel_values.to(dtype)}
         if batch.second_per_grid is not None:
             seen["second_per_grid_ts"] = batch.second_per_grid
         hidden = self.model.model(
@@ -110,7 +112,7 @@ class ResponseLogits(torch.nn.Module):
 
 
 class ResponseLoss(ResponseLogits):
-    """A video LLM whose forward returns a loss of the response rows, and never holds the logits of more than `chunk` of them."""
+    """A video LLM whose forward returns a loss per response row, from logits of `chunk` rows at once."""
 
     def __init__(self, model: VideoLLM, chunk: int):
         super().__init__(model)
@@ -127,10 +129,10 @@ def by_chunks(
     chunk: int,
     most_rows: int,
 ) -> tuple[torch.Tensor, ...]:
-    """loss(head(hidden)) row by row, `chunk` rows at a time; several chunks are computed again in the backward pass.
+    """loss(head(hidden)), `chunk` rows at a time. The backward pass recomputes the chunks, if several.
 
-    Peak memory is that of one chunk's logits and their gradient, whatever the number of rows. `most_rows` is that of the
-    rank with most: all ranks go through the head equally often, since under ZeRO-3 each time is a collective.
+    Peak memory is that of one chunk's logits and gradient. `most_rows`: the most rows of any rank. All ranks
+    call the head equally often, because under ZeRO-3 each call is a collective.
     """
     rows = [slice(first, first + chunk) for first in range(0, max(most_rows, len(hidden)), chunk)]
 
@@ -169,10 +171,10 @@ def _qwen2_5_positions(
     attention_mask: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Qwen2.5-VL's 3-D positions as it was trained with them, int64[3, B, S], and how far they run ahead of the length, [B, 1].
+    """Qwen2.5-VL's 3-D positions as trained, int64[3, B, S], and how far they exceed the length, [B, 1].
 
-    One video a sequence. Text goes on after the video's LARGEST position, as in the model's own code and in vLLM;
-    transformers 5.19 goes on after its height and width, which lets text and later frames share positions.
+    One video a sequence. Text continues after the video's LARGEST position, as in the model's own code and
+    vLLM; transformers 5.19 continues after height and width, so that text and later frames share positions.
     """
     assert image_grid_thw is None and video_grid_thw is not None and second_per_grid_ts is not None
     merge = model.config.vision_config.spatial_merge_size
@@ -182,17 +184,13 @@ def _qwen2_5_positions(
     for b, (types, grid, seconds) in enumerate(
         zip(mm_token_type_ids.cpu(), video_grid_thw.tolist(), second_per_grid_ts, strict=True)
     ):
-        valid = (
-            torch.ones_like(types, dtype=torch.bool)
-            if attention_mask is None
-            else attention_mask[b].bool().cpu()
-        )
+        valid = torch.ones_like(types) if attention_mask is None else attention_mask[b].cpu()
+        valid = valid.bool()
         video = (types[valid] != 0).nonzero()[:, 0]
         first, last, length = int(video[0]), int(video[-1]), int(valid.sum())
         t, h, w = grid[0], grid[1] // merge, grid[2] // merge
-        axes = torch.stack(
-            torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
-        ).flatten(1)
+        grids = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
+        axes = torch.stack(grids).flatten(1)
         axes[0] = (axes[0] * (float(seconds) * per_second)).long()
         inside = axes + first
         after = torch.arange(length - last - 1) + inside.max() + 1
@@ -203,7 +201,7 @@ def _qwen2_5_positions(
 
 
 def load_head(folder: str, dtype: str) -> torch.Tensor:
-    """The language-model head [V, H] of a model folder, read alone; of tied weights, the embeddings. Raises ModelError."""
+    """The head [V, H] of a model folder, or the embeddings it is tied to. Raises ModelError."""
     names = ("lm_head.weight", "model.language_model.embed_tokens.weight", "model.embed_tokens.weight")
     found = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
@@ -239,43 +237,31 @@ def generate(
 ) -> list[list[np.ndarray]]:
     """num_answers token sequences for each prompt, int32[<= max_tokens] each, without the end token.
 
-    temperature 0 is greedy. `banned_ids` are never produced.
+    Temperature 0 is greedy. `banned_ids` are never sampled.
     """
-    device = model.get_input_embeddings().weight.device
-    longest = max(len(p.token_ids) for p in prompts)
-    input_ids = torch.full((len(prompts), longest), pad_id, dtype=torch.int64)
-    mask, types = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-    for i, prompt in enumerate(prompts):  # left-padded, so that all continue at the same column
-        m = len(prompt.token_ids)
-        input_ids[i, longest - m :] = torch.tensor(prompt.token_ids)
-        types[i, longest - m :] = torch.tensor(prompt.token_types)
-        mask[i, longest - m :] = 1
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        if temperature
-        else {"do_sample": False}
-    )
-    pixels = torch.from_numpy(np.concatenate([p.pixel_values for p in prompts]))
-    seconds = _second_per_grid(prompts)
-    clock = {} if seconds is None else {"second_per_grid_ts": seconds}
+    weight = model.get_input_embeddings().weight
+    sequences = [p.token_ids for p in prompts]
+    batch = _padded(prompts, sequences, pad_id, weight.device, left=True)  # all continue at the same column
+    options: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    if batch["second_per_grid"] is not None:
+        options["second_per_grid_ts"] = batch["second_per_grid"]
     output = model.generate(
-        input_ids=input_ids.to(device),
-        attention_mask=mask.to(device),
-        mm_token_type_ids=types.to(device),
-        pixel_values_videos=pixels.to(device, model.get_input_embeddings().weight.dtype),
-        video_grid_thw=torch.tensor([p.video_grid_thw for p in prompts], device=device),
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        mm_token_type_ids=batch["token_types"],
+        pixel_values_videos=batch["pixel_values"].to(weight.dtype),
+        video_grid_thw=batch["video_grid_thw"],
         max_new_tokens=max_tokens,
         suppress_tokens=list(banned_ids),
         num_return_sequences=num_answers,
-        **sampling,
-        **clock,
+        **options,
     )
     ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    answers = [_until_end(row, ends) for row in output[:, longest:].cpu().numpy().astype(np.int32)]
+    ends = ends if isinstance(ends, list) else [ends]
+    answers = []
+    for row in output[:, batch["input_ids"].shape[1] :].cpu().numpy().astype(np.int32):
+        stops = np.flatnonzero(np.isin(row, ends))
+        answers.append(row[: stops[0]] if len(stops) else row)
     return [answers[i : i + num_answers] for i in range(0, len(answers), num_answers)]
-
-
-def _until_end(row: np.ndarray, ends: set[int]) -> np.ndarray:
-    stops = np.flatnonzero(np.isin(row, list(ends)))
-    return row[: stops[0]] if len(stops) else row

@@ -1,4 +1,4 @@
-"""THE prompt encoding: rollout, scoring and learning all see a prompt through PromptEncoder, and parse through parse_span."""
+"""The one prompt encoding of rollout, scoring and learning (PromptEncoder), and of answers (parse_span)."""
 
 import hashlib
 import re
@@ -16,28 +16,28 @@ from video_opd.types import Clip, EncodedPrompt, FailedPrompt, Prompt, Span, Tra
 from video_opd.video.frame_cache import FrameCache
 
 _NUMBER = r"(\d++(?:\.\d++)?+)"
-_SPAN = re.compile(  # from the start of a run of digits, and without going back: linear in the length of any answer
+_SPAN = re.compile(  # starts at a run of digits and never backtracks: linear in the answer's length
     rf"(?<!\d){_NUMBER}\s*+(?:s(?:ec(?:onds?+)?+)?+\s*+)?+(?:to|and|-|–|—|,)\s*+{_NUMBER}"
 )
 
 
 def parse_span(text: str) -> Span | None:
-    """The first pair of numbers joined by 'to', 'and', a dash or a comma, in seconds; None if there is none.
+    """The first pair of numbers joined by 'to', 'and', a dash or a comma, in seconds, or None.
 
-    Where the text has an <answer> tag, only what follows the last one counts: times that are thought of before are no
-    answer. A reversed pair is returned as written: it is an answer, and its IoU is 0.
+    If the text has <answer> tags, only what follows the last one counts, not the thoughts before it. A
+    reversed pair is returned as written: it is an answer, and its IoU is 0.
     """
     match = _SPAN.search(text, max(text.rfind("<answer>"), 0))
     return (float(match[1]), float(match[2])) if match else None
 
 
 def video_metadata(clip: Clip) -> dict[str, Any]:
-    """What transformers' and vLLM's processors take beside the frames. They compute times from it:
+    """What the processors of transformers and vLLM take beside the frames. They compute times from it.
 
-    Qwen3-VL writes, before each pair of frames, the mean of their frames_indices / fps, to one decimal. Here that is the mean
-    of the pair's true times in the clip: of a variable rate or a cut, frames_indices are timestamps_s * fps, not whole numbers.
-    Qwen2.5-VL takes the pairs as 2 * total_num_frames / (F * fps) seconds apart, from 0 on. That is duration_s shared out evenly:
-    exact to a frame where frames are evenly spaced, else the mean.
+    Qwen3-VL writes the mean of frames_indices / fps, to one decimal, before each pair of frames. Here that is
+    the mean of the pair's true times in the clip: for a variable rate or a cut, frames_indices are not whole
+    numbers but timestamps_s * fps. Qwen2.5-VL places pairs 2 * total_num_frames / (F * fps) seconds apart,
+    from 0 on: evenly over duration_s, exact to a frame if frames are evenly spaced.
     """
     indices = clip.frame_indices if clip.is_plain else clip.timestamps_s * clip.video_fps
     return {
@@ -45,7 +45,7 @@ def video_metadata(clip: Clip) -> dict[str, Any]:
         "fps": clip.video_fps,
         "frames_indices": indices.tolist(),
         "duration": clip.duration_s,
-        "video_backend": "decord",  # whichever decoded: the processors behave the same
+        "video_backend": "decord",  # whatever the decoder: the processors behave the same
         "height": clip.frame_size[0],
         "width": clip.frame_size[1],
     }
@@ -58,22 +58,20 @@ def fingerprint(
     frames: np.ndarray,
     timing: Sequence[float] = (),
 ) -> str:
-    """Identifies all that a model sees of a prompt: ids, video grid, which frames, their pixels, and their times.
+    """Identifies all that a model sees of a prompt: ids, video grid, frame indices, pixels and times.
 
-    timing, where ids and frame indices do not tell the times: seconds between token grids (Qwen2.5-VL); timestamps and
-    duration of a clip in seconds, where they are not those of the whole video at a constant rate.
+    timing, if ids and frame indices do not tell the times: seconds between token grids (Qwen2.5-VL), and
+    timestamps and duration in seconds of a clip that is not a whole video at a constant rate.
     """
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(np.asarray(token_ids, dtype=np.int32).tobytes())
-    digest.update(np.asarray(grid_thw, dtype=np.int64).tobytes())
-    digest.update(np.asarray(frame_indices, dtype=np.int64).tobytes())
-    digest.update(frames.tobytes())
-    digest.update(np.asarray(timing, dtype=np.float64).tobytes())
+    parts = ((token_ids, np.int32), (grid_thw, np.int64), (frame_indices, np.int64), (frames, np.uint8))
+    for values, dtype in (*parts, (timing, np.float64)):
+        digest.update(np.asarray(values, dtype=dtype).tobytes())
     return digest.hexdigest()
 
 
 class PromptEncoder:
-    """Prompt -> EncodedPrompt with one model folder's processor. Every process that sees prompts holds one."""
+    """Prompt -> EncodedPrompt, with a model folder's processor. Every process that sees prompts holds one."""
 
     def __init__(
         self,
@@ -89,13 +87,11 @@ class PromptEncoder:
         self.tokenizer = self._processor.tokenizer
         self.frame_cache = FrameCache(video)
         self._num_readers = video.decode_workers
-        ids = {t: self.tokenizer.convert_tokens_to_ids(t) for t in ("<|video_pad|>", "<|image_pad|>")}
-        if None in ids.values() or self.tokenizer.unk_token_id in ids.values():
-            raise ModelError(
-                f"the tokenizer of {model_path} has no <|video_pad|>: use a Qwen-VL model folder"
-            )
-        self.pad_ids = tuple(ids.values())  # never sampled, never part of a response
-        self._video_id = ids["<|video_pad|>"]
+        to_id = self.tokenizer.convert_tokens_to_ids
+        self.pad_ids = to_id("<|video_pad|>"), to_id("<|image_pad|>")  # never sampled or part of a response
+        if None in self.pad_ids or self.tokenizer.unk_token_id in self.pad_ids:
+            advice = "use a Qwen-VL model folder"
+            raise ModelError(f"the tokenizer of {model_path} has no <|video_pad|>: {advice}")
 
     def _text(self, query: str) -> str:
         text = {"type": "text", "text": self._config.template.format(query=query)}
@@ -104,35 +100,30 @@ class PromptEncoder:
         return self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
     def answer_ids(self, span: Span) -> np.ndarray:
-        """int32[N]: an interval written as prompt.answer_template says, end token included."""
+        """int32[N]: an interval written by prompt.answer_template, with the end token."""
         text = self._config.answer_template.format(start=span[0], end=span[1]) + self.tokenizer.eos_token
         return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
 
     def encode_all(
         self, prompts: Sequence[Prompt], blank_video: bool = False
     ) -> list[EncodedPrompt | FailedPrompt]:
-        """encode for each, in order; a FailedPrompt where the clip cannot be read. video.decode_workers clips are read at once."""
+        """encode for each, in order, or a FailedPrompt. video.decode_workers clips are read at once."""
 
-        def read(clip: Clip) -> np.ndarray | ClipError:
+        def read(prompt: Prompt) -> np.ndarray | FailedPrompt:
             try:
-                return self.frame_cache.read(clip)
+                return self.frame_cache.read(prompt.clip)
             except ClipError as error:
-                log.info("clip %s: %s", clip.clip_id, error)
-                return error
+                log.info("clip %s: %s", prompt.clip.clip_id, error)
+                return FailedPrompt(prompt_id=prompt.prompt_id, reason=str(error), kind=error.kind)
 
         with ThreadPoolExecutor(self._num_readers) as readers:
-            clips = list(readers.map(read, [p.clip for p in prompts]))
-        return [
-            FailedPrompt(prompt_id=p.prompt_id, reason=str(c))
-            if isinstance(c, ClipError)
-            else self._encode(p, c, blank_video)
-            for p, c in zip(prompts, clips, strict=True)
-        ]
+            clips = zip(prompts, list(readers.map(read, prompts)), strict=True)
+        return [c if isinstance(c, FailedPrompt) else self._encode(p, c, blank_video) for p, c in clips]
 
     def encode(self, prompt: Prompt, blank_video: bool = False) -> EncodedPrompt:
-        """Reads the clip, expands the video into timestamps and pads, normalises the pixels. Raises ClipError.
+        """Reads the clip, expands the video into timestamps and pads, normalises pixels. Raises ClipError.
 
-        `blank_video` puts mid-grey frames in place of the clip's: what can be answered without seeing?
+        `blank_video` replaces the frames by mid-grey ones, to test what can be answered without seeing.
         """
         return self._encode(prompt, self.frame_cache.read(prompt.clip), blank_video)
 
@@ -153,10 +144,9 @@ class PromptEncoder:
         grid = (time, rows, columns)
         patch = self._processor.video_processor.patch_size
         if (rows * patch, columns * patch) != clip.frame_size:
-            raise ModelError(
-                f"clip {clip.clip_id}: the processor resizes {clip.frame_size} frames to {grid[1:]} patches of {patch}: "
-                "bring video.max_video_tokens within the processor's own limits"
-            )
+            resized = f"the processor resizes {clip.frame_size} frames to {grid[1:]} patches of {patch}"
+            advice = "bring video.max_video_tokens within the processor's own limits"
+            raise ModelError(f"clip {clip.clip_id}: {resized}: {advice}")
         token_ids = np.asarray(inputs["input_ids"][0], dtype=np.int32)
         second_per_grid = float(inputs["second_per_grid_ts"][0]) if "second_per_grid_ts" in inputs else None
         timing = [] if second_per_grid is None else [second_per_grid]
@@ -177,14 +167,14 @@ class PromptEncoder:
     def encode_readable(
         self, prompts: Sequence[Prompt], blank_video: bool = False
     ) -> tuple[list[EncodedPrompt], dict[str, FailedPrompt]]:
-        """The prompts whose clips can be read, and a FailedPrompt, by prompt id, for each of the others."""
+        """The prompts whose clips can be read, and by prompt id a FailedPrompt for each other."""
         encoded = self.encode_all(prompts, blank_video)
         failed = {e.prompt_id: e for e in encoded if isinstance(e, FailedPrompt)}
         return [e for e in encoded if isinstance(e, EncodedPrompt)], failed
 
 
 def check_parity(encoded: EncodedPrompt, trajectory: Trajectory, party: str) -> None:
-    """Stops the run unless `party` sees the prompt exactly as the actor that sampled the trajectory, if any, saw it."""
+    """Raises ParityError unless `party` sees the prompt as the trajectory's actor, if any, did."""
     if trajectory.prompt_fingerprint in (None, encoded.fingerprint):
         return
     ours, theirs = encoded.token_ids, trajectory.prompt_token_ids

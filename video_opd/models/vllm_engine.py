@@ -1,4 +1,4 @@
-"""Starting vLLM and feeding it encoded prompts: what rollout, evaluation and the vLLM teacher share."""
+"""vLLM for rollout, evaluation and the teacher: starting it, and giving it encoded prompts."""
 
 import gc
 import json
@@ -15,26 +15,22 @@ from video_opd.errors import ParityError
 from video_opd.models.prompting import PromptEncoder, parse_span
 from video_opd.types import EncodedPrompt, FailedPrompt, FinishReason, Prediction, Prompt
 
+EngineConfig = RolloutConfig | TeacherConfig
 
-def start_vllm(
-    model: str,
-    config: RolloutConfig | TeacherConfig,
-    seed: int,
-    trust_remote_code: bool = False,
-    **options: Any,
-):
-    """A vLLM engine inside this process, of a folder's safetensors."""
+
+def start_vllm(model: str, config: EngineConfig, seed: int, trust_remote_code: bool = False, **options: Any):
+    """A vLLM engine in this process, with the safetensors of a folder. `options`: of vllm.LLM."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM
 
     if not config.num_gpus:
         _register_architecture(model)
-    gc.freeze()  # vLLM collects garbage five times while it starts: not among what was imported
+    gc.freeze()  # vLLM collects garbage five times while it starts: skip imported objects
 
     memory: dict[str, Any] = {"kv_cache_memory_bytes": config.kv_cache_bytes} if config.kv_cache_bytes else {}
     if config.num_gpus:
         memory["gpu_memory_utilization"] = config.gpu_memory_utilization
-    else:  # a seeded request whose prefill is cut in two fails on a CPU: its generator cannot be rewound
+    else:  # on a CPU a seeded request with a chunked prefill fails: its generator cannot be rewound
         memory["enable_chunked_prefill"] = False
     return LLM(
         model,
@@ -53,7 +49,7 @@ def start_vllm(
 
 
 def _register_architecture(model: str) -> None:
-    """Imports the model's class here rather than in vLLM's own subprocess, which knows nothing of cpu_torch."""
+    """Imports the model's class here, not in vLLM's subprocess, which lacks cpu_torch."""
     from vllm import ModelRegistry
 
     (architecture,) = json.loads((Path(model) / "config.json").read_text())["architectures"]
@@ -61,20 +57,19 @@ def _register_architecture(model: str) -> None:
 
 
 def vllm_prompt(encoded: EncodedPrompt, response: np.ndarray | None = None) -> dict[str, Any]:
-    """vLLM's input: UNEXPANDED prompt ids (it expands the video pad itself), the response, and the frames."""
+    """vLLM's input: UNEXPANDED prompt ids (vLLM expands the video pad), the response, and the frames."""
     ids = encoded.unexpanded_token_ids + ([] if response is None else response.tolist())
     video = (encoded.frames.copy(), encoded.video_metadata)  # vLLM warns of read-only arrays
     return {"prompt_token_ids": ids, "multi_modal_data": {"video": [video]}}
 
 
 def check_expansion(encoded: EncodedPrompt, seen: list[int], party: str) -> None:
-    """Stops the run unless vLLM expanded the prompt into the same ids as transformers did."""
+    """Raises ParityError unless vLLM expanded the prompt into the same ids as transformers."""
     expected = encoded.token_ids
     if len(seen) != len(expected) or (np.asarray(seen) != expected).any():
-        raise ParityError(
-            f"prompt {encoded.prompt_id}: {party}'s vLLM expands it to {len(seen)} tokens {list(seen)[:40]}..., "
-            f"the processor to {len(expected)} tokens {expected[:40].tolist()}..."
-        )
+        theirs = f"{party}'s vLLM expands it to {len(seen)} tokens {list(seen)[:40]}..."
+        ours = f"the processor to {len(expected)} tokens {expected[:40].tolist()}..."
+        raise ParityError(f"prompt {encoded.prompt_id}: {theirs}, {ours}")
 
 
 @dataclass(frozen=True)
@@ -93,22 +88,16 @@ class SamplingEngine:
     def __init__(
         self, model: str, config: RolloutConfig, seed: int, banned_ids: Sequence[int], **options: Any
     ):
-        """`banned_ids` are never sampled: a sampled video pad would be taken for a video by the learner."""
+        """`banned_ids` are never sampled: the learner would take a sampled video pad for a video."""
         self._config = config
         self._banned = dict.fromkeys(banned_ids, -100.0)
-        self._llm: Any = start_vllm(
-            model,
-            config,
-            seed,
-            enforce_eager=config.enforce_eager,
-            max_num_seqs=config.max_num_seqs,
-            **options,
-        )
+        options |= {"enforce_eager": config.enforce_eager, "max_num_seqs": config.max_num_seqs}
+        self._llm: Any = start_vllm(model, config, seed, **options)
 
     def generate(
         self, prompts: Sequence[EncodedPrompt], seeds: Sequence[Sequence[int]] | None
     ) -> list[list[Completion]]:
-        """Responses to each prompt: one per seed, sampled at temperature 1; greedy, and one, when `seeds` is None.
+        """Responses to each prompt: one per seed, sampled; one, greedy, if `seeds` is None.
 
         Log-probs are those of the model itself, before the ban.
         """
@@ -118,7 +107,7 @@ class SamplingEngine:
     def stream(
         self, prompts: Sequence[EncodedPrompt], seeds: Sequence[Sequence[int]] | None
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """The same as (place of the prompt, its responses), each as soon as the prompt's last response is finished."""
+        """The same as (index of the prompt, its responses), when the prompt's last response is finished."""
         from vllm import SamplingParams
 
         rows = seeds or [[None]] * len(prompts)
@@ -141,7 +130,7 @@ class SamplingEngine:
         engine = self._llm.llm_engine
         try:
             while engine.has_unfinished_requests():
-                for output in engine.step():  # finished ones alone
+                for output in engine.step():  # only finished requests
                     place, number, _ = of_request.pop(output.request_id)
                     check_expansion(prompts[place], output.prompt_token_ids, "the actor")
                     finished[place][number] = self._completion(output.outputs[0])
@@ -153,20 +142,17 @@ class SamplingEngine:
     def _completion(self, output) -> Completion:
         ids = np.asarray(output.token_ids, dtype=np.int32)
         assert not np.isin(ids, list(self._banned)).any(), f"a banned token was sampled: {ids}"
-        logprobs = [
-            position[token].logprob for position, token in zip(output.logprobs, output.token_ids, strict=True)
-        ]
-        return Completion(
-            ids, np.asarray(logprobs, np.float32), FinishReason(output.finish_reason), output.text
-        )
+        steps = zip(output.logprobs, output.token_ids, strict=True)
+        logprobs = np.asarray([step[token].logprob for step, token in steps], np.float32)
+        return Completion(ids, logprobs, FinishReason(output.finish_reason), output.text)
 
 
 def predict(
     encoder: PromptEncoder, engine: SamplingEngine, prompts: Sequence[Prompt], blank_video: bool = False
 ) -> list[Prediction | FailedPrompt]:
-    """The greedy answer to each prompt, in order, from one call of vLLM; with `blank_video`, to the same prompt on grey frames.
+    """The greedy answer to each prompt, in order, or a FailedPrompt if the clip cannot be read.
 
-    A FailedPrompt where the clip cannot be read.
+    `blank_video`: to the same prompt with grey frames.
     """
     encoded, failed = encoder.encode_readable(prompts, blank_video)
     answers: dict[str, Prediction | FailedPrompt] = dict(failed)

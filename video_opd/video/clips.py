@@ -1,23 +1,20 @@
-"""Video -> Clip -> frames: which frames, at which size, and their pixels. Decoding is done by decode_pool.
+"""Video -> Clip -> frames: which frames of a video, at which size, and their pixels.
 
-Frames are resized here as well, so that the model's processor has nothing left to resize: what is
-fingerprinted is what every model sees.
+Frames are resized here, so the model's processor resizes nothing: models see the fingerprinted pixels.
 """
 
 import math
 from collections.abc import Hashable
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from video_opd.config_data import VideoConfig
-from video_opd.content import file_stamp
-from video_opd.errors import ClipError
+from video_opd.errors import BrokenVideo, ClipError
 from video_opd.types import Clip, Span
-from video_opd.video.decode_pool import BrokenVideo, shared_pool
+from video_opd.video.decode_pool import shared_pool
 from video_opd.video.decoders import VideoInfo
-from video_opd.video.quarantine import Quarantine
+from video_opd.video.quarantine import quarantine
 
 TEMPORAL_PATCH = 2  # frames in one video token, in every Qwen-VL model
 SLACK_S = 1e-3  # times in files are rounded
@@ -27,7 +24,7 @@ FRAMES_AT_ONCE = 8  # resized together: bounds the memory
 def choose_frame_indices(num_video_frames: int, video_fps: float, video: VideoConfig) -> np.ndarray:
     """int64[F]: `fps` frames a second from the first frame on, F even and within [min_frames, max_frames].
 
-    Where `fps` would give more than max_frames or fewer than min_frames, the F frames are spread evenly instead.
+    If `fps` would give too many or too few, F frames are spread evenly over the video instead.
     """
     wanted = math.floor(num_video_frames / video_fps * video.fps)
     num_frames = min(max(wanted, video.min_frames), video.max_frames, num_video_frames)
@@ -40,15 +37,16 @@ def choose_frame_indices(num_video_frames: int, video_fps: float, video: VideoCo
 def choose_frame_size(
     height: int, width: int, num_frames: int, video: VideoConfig, multiple: int
 ) -> tuple[int, int]:
-    """(H, W): multiples of `multiple`, aspect ratio kept, at most max_video_tokens in all and no enlargement.
+    """(H, W): multiples of `multiple`, aspect ratio kept, at most max_video_tokens in all, never enlarged.
 
     One video token covers multiple x multiple pixels of TEMPORAL_PATCH frames.
     """
-    tokens_per_frame_pair = video.max_video_tokens // (num_frames // TEMPORAL_PATCH)
+    num_pairs = num_frames // TEMPORAL_PATCH
+    tokens_per_frame_pair = video.max_video_tokens // num_pairs
     if tokens_per_frame_pair < 1:
         raise ClipError(
             f"video.max_video_tokens={video.max_video_tokens} is less than one token for each of "
-            f"{num_frames // TEMPORAL_PATCH} frame pairs: raise it or lower video.max_frames"
+            f"{num_pairs} frame pairs: raise it or lower video.max_frames"
         )
     scale = min(1.0, math.sqrt(tokens_per_frame_pair * multiple**2 / (height * width)))
     rows = max(1, math.floor(height * scale / multiple))
@@ -61,8 +59,8 @@ def choose_frame_size(
 def choose_frames_in_time(times_s: np.ndarray, video: VideoConfig) -> np.ndarray:
     """int64[F]: as choose_frame_indices, for frames at any times: those on display at even times, each once.
 
-    times_s: float64, ascending. Where a frame stays on display for longer than a spacing, F is smaller than asked for; where that
-    would leave fewer than min_frames, every so many frames are chosen instead.
+    times_s: float64, ascending. F is smaller than asked for if a frame stays on display for longer than the
+    spacing; if fewer than min_frames would remain, evenly spaced indices are chosen instead.
     """
     num, duration_s = len(times_s), times_s[-1] - times_s[0] + _spacing_s(times_s)
     wanted = math.floor(duration_s * video.fps)
@@ -81,24 +79,20 @@ def _spacing_s(times_s: np.ndarray) -> float:
     return float(times_s[-1] - times_s[0]) / (len(times_s) - 1)
 
 
-def _times(path: str, info: VideoInfo, video: VideoConfig) -> tuple[float, np.ndarray | None]:
-    """Frames a second, and every frame's time in seconds; None: constant, index / fps. Raises ClipError.
+def _rate_and_times(path: str, info: VideoInfo, video: VideoConfig) -> tuple[float, np.ndarray | None]:
+    """Frames a second, and every frame's time in seconds; None: constant rate, index / fps. Raises ClipError.
 
     A rate is constant if no frame is further than half a frame from its place.
     """
-    fps = info.fps
-    if fps is None:
-        if video.frame_folder_fps is None:
-            raise ClipError(
-                f"{path} is a folder of frames: set video.frame_folder_fps, the rate at which they were taken"
-            )
-        fps = video.frame_folder_fps
+    fps = video.frame_folder_fps if info.fps is None else info.fps
     times = info.times_s
-    if info.num_frames >= TEMPORAL_PATCH and math.isfinite(fps) and fps > 0:
-        if times is None or np.abs(times - np.arange(info.num_frames) / fps).max() <= 0.5 / fps:
-            return fps, None
-        return 1.0 / _spacing_s(times), times
-    raise BrokenVideo(path, f"has {info.num_frames} frames at {fps} a second")
+    if fps is None:
+        raise ClipError(f"{path} is a folder of frames: set video.frame_folder_fps, their frames a second")
+    if info.num_frames < TEMPORAL_PATCH or not 0 < fps < math.inf:
+        raise BrokenVideo(path, f"has {info.num_frames} frames at {fps} a second")
+    if times is None or np.abs(times - np.arange(info.num_frames) / fps).max() <= 0.5 / fps:
+        return fps, None
+    return 1.0 / _spacing_s(times), times
 
 
 def _cut(path: str, cut_s: Span | None, times_s: np.ndarray, duration_s: float) -> tuple[slice, float, float]:
@@ -106,33 +100,29 @@ def _cut(path: str, cut_s: Span | None, times_s: np.ndarray, duration_s: float) 
     if cut_s is None:
         return slice(0, len(times_s)), 0.0, duration_s
     start, end = cut_s
-    if not (math.isfinite(start) and math.isfinite(end) and 0 <= start < end and start < duration_s):
-        raise ClipError(f"video {path} lasts {duration_s:.2f} s: {start} to {end} s is no part of it")
+    if not (0 <= start < end < math.inf and start < duration_s):
+        raise ClipError(f"video {path} lasts {duration_s:.2f} s: {start} to {end} s is not part of it")
     first, last = np.searchsorted(times_s, [start - SLACK_S, end - SLACK_S])
     if last - first < TEMPORAL_PATCH:
-        raise ClipError(
-            f"video {path} has {last - first} frames from {start} to {end} s: {TEMPORAL_PATCH} are the fewest"
-        )
+        found = f"has {last - first} frames from {start} to {end} s"
+        raise ClipError(f"video {path} {found}: at least {TEMPORAL_PATCH} are needed")
     return slice(int(first), int(last)), start, min(end, duration_s) - start
 
 
 def plan_clip(
     clip_id: str, video_path: str | Path, video: VideoConfig, multiple: int, cut_s: Span | None = None
 ) -> Clip:
-    """Opens the file once and decides which frames, at which size, every party will see.
+    """Opens the file once and decides which frames, at which size, every process will see.
 
-    `video_path`: a video file, or a folder of numbered images. `multiple`: the model's patch_size * spatial_merge_size.
-    `cut_s`: the clip is this part of the video, its times count from the part's start; frames from the start on and before the end.
-    Raises ClipError if there is no such clip, ConfigError if the decoder does not import. Threads may plan side by side.
+    `video_path`: a video file, or a folder of numbered images.
+    `multiple`: the model's patch_size * spatial_merge_size.
+    `cut_s`: the clip is this part of the video, its end excluded, and its times count from the part's start.
+    Raises ClipError, and ConfigError if the decoder does not import. Thread-safe.
     """
     path = str(Path(video_path).resolve())
-    stamp = _stamp(path, video)
-    try:
+    with quarantine(video.quarantine, video.decoder).watch(path):
         info = shared_pool(video).describe(path)
-        fps, times = _times(path, info, video)
-    except BrokenVideo as error:
-        _quarantine(video).add(path, stamp, error.reason)
-        raise
+        fps, times = _rate_and_times(path, info, video)
     all_times = np.arange(info.num_frames) / fps if times is None else times
     part, start_s, duration_s = _cut(path, cut_s, all_times, info.num_frames / fps)
     if times is None:
@@ -153,7 +143,7 @@ def plan_clip(
 
 
 def num_video_tokens(clip: Clip, multiple: int) -> int:
-    """Of the clip in a prompt, the timestamps between them not counted. `multiple`: see plan_clip."""
+    """Of the clip in a prompt, without the timestamps between them. `multiple`: see plan_clip."""
     height, width = clip.frame_size
     return len(clip.frame_indices) // TEMPORAL_PATCH * (height // multiple) * (width // multiple)
 
@@ -161,43 +151,16 @@ def num_video_tokens(clip: Clip, multiple: int) -> int:
 def read_frames(clip: Clip, video: VideoConfig) -> np.ndarray:
     """uint8[F, H, W, 3], RGB: the clip's frames, decoded and resized. Raises ClipError.
 
-    Nothing is cached: FrameCache.read is what every party of a run calls.
+    Nothing is cached: processes of a run call FrameCache.read.
     """
-    stamp = _stamp(clip.video_path, video)
     frames = np.empty((len(clip.frame_indices), *clip.frame_size, 3), np.uint8)
     done = 0
-    try:
+    with quarantine(video.quarantine, video.decoder).watch(clip.video_path):
         for part in shared_pool(video).read(clip.video_path, clip.frame_indices, clip.num_video_frames):
-            frames[done : done + len(part)] = (
-                part if part.shape[1:3] == clip.frame_size else _resize(part, clip.frame_size)
-            )
+            same_size = part.shape[1:3] == clip.frame_size
+            frames[done : done + len(part)] = part if same_size else _resize(part, clip.frame_size)
             done += len(part)
-    except BrokenVideo as error:
-        _quarantine(video).add(clip.video_path, stamp, error.reason)
-        raise
     return frames
-
-
-def _stamp(path: str, video: VideoConfig) -> str:
-    """See content.file_stamp. Raises ClipError if the video is missing or known to be broken."""
-    try:
-        stamp = file_stamp(path)
-    except FileNotFoundError:
-        raise ClipError(
-            f"video {path} is missing: put it there, or take its lines out of the annotations"
-        ) from None
-    if reason := _quarantine(video).reason(path, stamp):
-        raise BrokenVideo(path, reason)
-    return stamp
-
-
-def _quarantine(video: VideoConfig) -> Quarantine:
-    return _quarantine_of(video.quarantine, video.decoder)
-
-
-@lru_cache
-def _quarantine_of(path: str | None, decoder: str) -> Quarantine:
-    return Quarantine(path, decoder)
 
 
 def _resize(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -208,12 +171,11 @@ def _resize(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     for i in range(0, len(frames), FRAMES_AT_ONCE):
         pixels = torch.from_numpy(frames[i : i + FRAMES_AT_ONCE]).permute(0, 3, 1, 2).float()
         pixels = torch.nn.functional.interpolate(pixels, size=size, mode="bicubic", antialias=True)
-        resized[i : i + FRAMES_AT_ONCE] = (
-            pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        )
+        pixels = pixels.round().clamp(0, 255).to(torch.uint8)
+        resized[i : i + FRAMES_AT_ONCE] = pixels.permute(0, 2, 3, 1).numpy()
     return resized
 
 
 def frames_key(clip: Clip) -> Hashable:
-    """The same for clips of the same frames of the same file at the same size."""
+    """Equal for clips of the same frames of the same file at the same size."""
     return clip.video_path, clip.frame_size, clip.frame_indices.tobytes()

@@ -1,10 +1,11 @@
-"""A decode worker: the process that DecodePool starts, and kills. Arguments: decoder, socket, buffer (file descriptors).
+"""A decode worker: the process that DecodePool starts and kills. Arguments: decoder, socket, buffer.
 
-It answers one request after the other until its parent's end of the socket closes. Pixels go through the buffer, an
-anonymous file in memory. A request that the parent does not live to end is ended by the alarm, which needs no GIL.
+Socket and buffer are file descriptors; the buffer is an anonymous file in memory, for pixels. The worker
+answers requests until its parent's end of the socket closes. If the parent dies during a request, an alarm
+ends the worker, even one that hangs while it holds the GIL.
 """
 
-import mmap
+import math
 import os
 import signal
 import sys
@@ -17,12 +18,12 @@ import numpy as np
 from video_opd.video.decoders import Decoder, FrameFolder, VideoInfo, first_line, load_decoder
 
 PART_BYTES = 64 << 20  # of frames in one answer: bounds the memory of a worker and of its buffer
-ALARM_SLACK_S = 5.0  # the parent, which knows the deadline, comes first
+ALARM_SLACK_S = 5.0  # the parent kills at the deadline; the alarm follows if there is no parent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """Read frames of a file. The answer is VideoInfo where none are wanted, or the file has not `num_video_frames` frames."""
+    """Read frames of a file."""
 
     path: str
     indices: np.ndarray  # int64[F]
@@ -30,92 +31,76 @@ class Request:
     seconds: float  # the worker dies after these
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Frames:
-    """The first F of the requested frames lie at the start of the buffer."""
-
-    shape: tuple[int, int, int, int]  # (F, H, W, 3), uint8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
-    """The file cannot be read."""
-
-    reason: str
+Shape = tuple[int, int, int, int]
+Answer = Shape | VideoInfo | str
+"""(F, H, W, 3) of the first F requested frames, which are in the buffer as uint8; what the file holds, if no
+frames were requested or their number changed; or why the file cannot be read.
+"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unavailable:
-    """The decoder's library cannot be imported here."""
+class Buffer:
+    """Memory that a worker and its parent share: an anonymous file, mapped again only when it has to grow."""
 
-    reason: str
+    def __init__(self, fd: int):
+        self.file = open(fd, "r+b")  # noqa: SIM115
+        self._bytes = np.empty(0, np.uint8)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ready:
-    """The worker takes requests."""
-
-
-Answer = VideoInfo | Frames | Failure
+    def frames(self, shape: Shape) -> np.ndarray:
+        """uint8[shape], a view: valid until the next request."""
+        num_bytes = math.prod(shape)
+        if len(self._bytes) < num_bytes:
+            self._bytes = np.memmap(self.file, np.uint8, "r+", shape=(num_bytes,))
+        return self._bytes[:num_bytes].reshape(shape)
 
 
 class DecodeWorker:
     """Keeps the last file open: a long clip is read in parts."""
 
-    def __init__(self, decoder: type[Decoder], buffer_fd: int):
-        self._decoder, self._buffer_fd = decoder, buffer_fd
-        self._buffer: mmap.mmap | None = None
-        self._open: tuple[tuple, Decoder, VideoInfo] | None = None
+    def __init__(self, decoder: type[Decoder], buffer: Buffer):
+        self._decoder, self._buffer = decoder, buffer
+        self._open: tuple[tuple, Decoder] | None = None
 
     def answer(self, request: Request) -> Answer:
         try:
-            decoder, info = self._file(request.path)
-            wanted = len(request.indices) and info.num_frames == request.num_video_frames
-            return self._read(decoder, info.size, request.indices) if wanted else info
-        except Exception as error:  # whatever a library raises at a broken file, it is that file's fate alone
+            decoder = self._file(request.path)
+            wanted = len(request.indices) and decoder.info.num_frames == request.num_video_frames
+            return self._read(decoder, request.indices) if wanted else decoder.info
+        except Exception as error:  # whatever a library raises for a broken file fails that file alone
             self._open = None
-            return Failure(reason=first_line(error))
+            return first_line(error)
 
-    def _file(self, path: str) -> tuple[Decoder, VideoInfo]:
+    def _file(self, path: str) -> Decoder:
         status = os.stat(path)
         key = (path, status.st_size, status.st_mtime_ns, status.st_ino)
         if self._open is None or self._open[0] != key:
             self._open = None  # closed before the next one opens
-            decoder = FrameFolder(path) if Path(path).is_dir() else self._decoder(path)
-            self._open = key, decoder, decoder.describe()
-        return self._open[1:]
+            self._open = key, FrameFolder(path) if Path(path).is_dir() else self._decoder(path)
+        return self._open[1]
 
-    def _read(self, decoder: Decoder, size: tuple[int, int], indices: np.ndarray) -> Frames:
-        frame_bytes = size[0] * size[1] * 3
-        indices = indices[: max(1, PART_BYTES // frame_bytes)]
-        num_bytes, shape = len(indices) * frame_bytes, (len(indices), *size, 3)
-        if self._buffer is None or len(self._buffer) < num_bytes:
-            os.ftruncate(self._buffer_fd, num_bytes)
-            self._buffer = mmap.mmap(self._buffer_fd, num_bytes)
-        decoder.read(indices, np.frombuffer(self._buffer, np.uint8, num_bytes).reshape(shape))
-        return Frames(shape=shape)
+    def _read(self, decoder: Decoder, indices: np.ndarray) -> Shape:
+        height, width = decoder.info.size
+        indices = indices[: max(1, PART_BYTES // (height * width * 3))]
+        shape = (len(indices), height, width, 3)
+        decoder.read(indices, self._buffer.frames(shape))
+        return shape
 
 
 def main() -> None:
     name, socket_fd, buffer_fd = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     parent = Connection(socket_fd)
     try:
-        worker = DecodeWorker(load_decoder(name), buffer_fd)
+        worker = DecodeWorker(load_decoder(name), Buffer(buffer_fd))
     except (ImportError, OSError, RuntimeError) as error:
-        parent.send(Unavailable(reason=first_line(error)))
-        return
-    parent.send(Ready())
-    while True:
-        try:
+        return parent.send(first_line(error))
+    parent.send("")  # ready
+    try:
+        while True:
             request = parent.recv()
-        except (EOFError, ConnectionError):  # the parent is gone, or needs this worker no more
-            return
-        signal.setitimer(signal.ITIMER_REAL, request.seconds + ALARM_SLACK_S)
-        answer = worker.answer(request)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        try:
+            signal.setitimer(signal.ITIMER_REAL, request.seconds + ALARM_SLACK_S)
+            answer = worker.answer(request)
+            signal.setitimer(signal.ITIMER_REAL, 0)
             parent.send(answer)
-        except ConnectionError:
-            return
+    except (EOFError, ConnectionError):  # the parent is gone, or closed its end
+        return

@@ -1,6 +1,6 @@
-"""The decoders: file -> frames. Imported by decode workers; the only importer of decord and torchcodec.
+"""The decoders: file -> frames. Decode workers import them; nothing else imports decord or torchcodec.
 
-Every decoder gives the same thing: frames in the order of display, upright, RGB, at the size of the first one.
+All decoders agree: frames in the order of display, upright, RGB, at the size of the first one.
 """
 
 import re
@@ -17,7 +17,7 @@ IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp"))
 
 
 class DecodeError(Exception):
-    """A file that a decoder cannot read: the reason, without the file's name."""
+    """Why a decoder cannot read a file, without the file's name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,19 +25,17 @@ class VideoInfo:
     """What a file holds."""
 
     num_frames: int
-    fps: float | None  # frames a second, as the file says; None: a frame folder, which does not say
+    fps: float | None  # frames a second, as the file says; None: a frame folder
     size: tuple[int, int]  # (H, W) upright
-    times_s: (
-        np.ndarray | None
-    )  # float64[num_frames], ascending, of display, 0 is the first; None: the file does not say
+    times_s: np.ndarray | None  # float64[num_frames] of display, ascending from 0; None: unknown
 
 
 class Decoder(Protocol):
     """One open file."""
 
-    def __init__(self, path: str): ...
+    info: VideoInfo
 
-    def describe(self) -> VideoInfo: ...
+    def __init__(self, path: str): ...
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
         """Writes the frames at int64[F], in any order, repeats allowed, to uint8[F, H, W, 3]."""
@@ -45,21 +43,11 @@ class Decoder(Protocol):
 
 
 _STARTS = (b"\x1aE\xdf\xa3", b"RIFF", b"FLV", b"OggS", b"\x30\x26\xb2\x75", b"\0\0\x01", b"\0\0\0\x01", b"G")
-_BOXES = (
-    b"ftyp",
-    b"moov",
-    b"mdat",
-    b"free",
-    b"skip",
-    b"wide",
-    b"pnot",
-    b"styp",
-    b"uuid",
-)  # that an mp4 or mov may begin with
+_BOXES = b"ftyp moov mdat free skip wide pnot styp uuid".split()  # of mp4 and mov
 
 
 def check_container(path: str) -> None:
-    """Raises DecodeError for what is no container: a playlist, whatever it is called, makes ffmpeg open other files."""
+    """Raises DecodeError unless the file is a container. A playlist would make ffmpeg open other files."""
     with open(path, "rb") as file:
         start = file.read(8)
     if not (start.startswith(_STARTS) or start[4:] in _BOXES or start[4:5] == b"G"):
@@ -67,28 +55,24 @@ def check_container(path: str) -> None:
 
 
 class DecordDecoder:
-    """decord 0.6. Files that it misreads go to PyAV: those to be turned by 90 degrees, and those without presentation times.
+    """decord 0.6. PyAV reads what decord misreads: files rotated by 90 degrees or without presentation times.
 
-    It fails where it notices that it would give a neighbour in place of a frame. It does not notice all: where a file has fewer
-    pictures than packets, the frames that are not there are other frames of the file.
+    It fails if it notices that it would return a neighbour in place of a frame. It does not always notice: in
+    a file with fewer pictures than packets, other frames of the file take the place of missing ones.
     """
 
     def __init__(self, path: str):
         check_container(path)
         decord = import_module("decord")
-        decord.logging.set_level(decord.logging.QUIET)  # its errors are raised; the log lines add nothing
+        decord.logging.set_level(decord.logging.QUIET)  # errors are raised anyway
         self._reader = decord.VideoReader(path, num_threads=1, fault_tol=_NO_NEIGHBOURS)
-        self._shape = self._reader[0].shape
-        self._times = _from_first(
-            self._reader.get_frame_timestamp(np.arange(len(self._reader)))[:, 0].astype(np.float64)
-        )
-        self._instead = PyAVDecoder(path) if self._shape[2] != 3 or self._times is None else None
-
-    def describe(self) -> VideoInfo:
-        if self._instead:
-            return self._instead.describe()
-        fps = float(self._reader.get_avg_fps())
-        return VideoInfo(num_frames=len(self._reader), fps=fps, size=self._shape[:2], times_s=self._times)
+        height, width, channels = self._reader[0].shape
+        num_frames, fps = len(self._reader), float(self._reader.get_avg_fps())
+        starts = self._reader.get_frame_timestamp(np.arange(num_frames))[:, 0]
+        times = _from_first(starts.astype(np.float64))
+        self._instead = PyAVDecoder(path) if channels != 3 or times is None else None
+        own = VideoInfo(num_frames=num_frames, fps=fps, size=(height, width), times_s=times)
+        self.info = self._instead.info if self._instead else own
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
         if self._instead:
@@ -108,12 +92,10 @@ class PyAVDecoder:
         if self._stream is None:
             raise DecodeError("it has no video stream")
         self._stream.codec_context.thread_count = 1
-        packets = [
-            (p.pts, p.is_keyframe) for p in self._container.demux(self._stream) if p.size and not p.is_discard
-        ]
+        packets = self._container.demux(self._stream)
+        packets = [(p.pts, p.is_keyframe) for p in packets if p.size and not p.is_discard]
         if not packets:
             raise DecodeError("it has no frames")
-        self._num_frames = len(packets)
         self._has_times = all(pts is not None for pts, _ in packets)
         times = packets if self._has_times else [(i, False) for i in range(len(packets))]
         self._pts = np.array(sorted(pts for pts, _ in times), np.int64)
@@ -121,17 +103,9 @@ class PyAVDecoder:
         self._size: tuple[int, int] | None = None  # (H, W) as coded
         self._frames: Iterator[tuple[int, Any]] = self._decode_from(int(self._pts[0]))
         self._last: int | None = None  # pts of the frame decoded last
-        self._shape = self._frame(0).shape
-
-    def describe(self) -> VideoInfo:
-        times = self._pts * float(self._stream.time_base) if self._has_times else None
-        rate = self._stream.average_rate or 0
-        return VideoInfo(
-            num_frames=self._num_frames,
-            fps=float(rate),
-            size=self._shape[:2],
-            times_s=None if times is None else _from_first(times),
-        )
+        size, fps = self._frame(0).shape[:2], float(self._stream.average_rate or 0)
+        times_s = _from_first(self._pts * float(self._stream.time_base)) if self._has_times else None
+        self.info = VideoInfo(num_frames=len(packets), fps=fps, size=size, times_s=times_s)
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
         order = np.argsort(indices, kind="stable")
@@ -140,13 +114,10 @@ class PyAVDecoder:
             frames[place] = frames[before] if repeated else self._frame(int(indices[place]))
 
     def _frame(self, index: int) -> np.ndarray:
-        """uint8[H, W, 3]: the frame, by going on from where decoding stands, or from the key frame before it, or from the start."""
+        """uint8[H, W, 3]. Decodes on from the last frame, or from the key frame before, or from the start."""
         target = int(self._pts[index])
-        key = (
-            int(self._keys[max(0, np.searchsorted(self._keys, target, side="right") - 1)])
-            if len(self._keys)
-            else target
-        )
+        place = max(0, int(np.searchsorted(self._keys, target, side="right")) - 1)
+        key = int(self._keys[place]) if len(self._keys) else target
         if self._last is None or self._last >= target or self._last < key:
             self._frames = self._decode_from(key)
         for start in (key, int(self._pts[0]), None):
@@ -158,7 +129,7 @@ class PyAVDecoder:
                     break
             if start is not None:
                 self._frames = self._decode_from(int(self._pts[0]))
-        raise DecodeError(f"frame {index} of {self._num_frames} is not in it")
+        raise DecodeError(f"frame {index} of {len(self._pts)} is not in it")
 
     def _decode_from(self, pts: int) -> Iterator[tuple[int, Any]]:
         """(pts, frame) from the key frame at or before `pts`."""
@@ -176,18 +147,15 @@ class PyAVDecoder:
 
 
 class TorchcodecDecoder:
-    """torchcodec. What the file holds is read by PyAV, and so are files with a rotation flag."""
+    """torchcodec. PyAV describes the file, and reads it if it has a rotation flag."""
 
     def __init__(self, path: str):
         decoders = import_module("torchcodec.decoders")
         self._av = PyAVDecoder(path)
         decoder = decoders.VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
-        self._decoder = (
-            decoder if self._av.describe().size == (decoder.metadata.height, decoder.metadata.width) else None
-        )
-
-    def describe(self) -> VideoInfo:
-        return self._av.describe()
+        self.info = self._av.info
+        upright = self.info.size == (decoder.metadata.height, decoder.metadata.width)
+        self._decoder = decoder if upright else None
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
         if self._decoder:
@@ -197,18 +165,16 @@ class TorchcodecDecoder:
 
 
 class FrameFolder:
-    """A folder of images, one a frame, whose names end in consecutive numbers. Other files in it are left out."""
+    """A folder of images, one a frame, whose names end in consecutive numbers. Other files are ignored."""
 
     def __init__(self, path: str):
         self._paths = numbered_images(path)
-        self._size = self._image(0).shape[:2]
-
-    def describe(self) -> VideoInfo:
-        return VideoInfo(num_frames=len(self._paths), fps=None, size=self._size, times_s=None)
+        size = self._image(0).shape[:2]
+        self.info = VideoInfo(num_frames=len(self._paths), fps=None, size=size, times_s=None)
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
         for place, index in enumerate(indices):
-            frames[place] = self._image(int(index), *self._size)
+            frames[place] = self._image(int(index), *self.info.size)
 
     def _image(self, index: int, height: int | None = None, width: int | None = None) -> np.ndarray:
         av = import_module("av")
@@ -216,21 +182,19 @@ class FrameFolder:
             with av.open(str(self._paths[index])) as container:
                 return next(container.decode(video=0)).to_ndarray(format="rgb24", height=height, width=width)
         except (av.FFmpegError, StopIteration) as error:
-            raise DecodeError(
-                f"image {self._paths[index].name} cannot be read ({first_line(error)})"
-            ) from error
+            name = self._paths[index].name
+            raise DecodeError(f"image {name} cannot be read ({first_line(error)})") from error
 
 
 def numbered_images(folder: str) -> list[Path]:
     """The images of a frame folder, in order. Raises DecodeError."""
     images: dict[int, Path] = {}
     for path in sorted(Path(folder).iterdir()):
-        number = re.search(r"(\d+)$", path.stem)
-        if path.suffix.lower() not in IMAGE_SUFFIXES or not number:
-            continue
-        if int(number[1]) in images:
-            raise DecodeError(f"{images[int(number[1])].name} and {path.name} have the same number")
-        images[int(number[1])] = path
+        digits = re.search(r"\d+$", path.stem)
+        if digits and path.suffix.lower() in IMAGE_SUFFIXES:
+            other = images.setdefault(int(digits[0]), path)
+            if other is not path:
+                raise DecodeError(f"{other.name} and {path.name} have the same number")
     if not images:
         raise DecodeError("it has no numbered images")
     missing = set(range(min(images), max(images))) - set(images)
@@ -239,19 +203,19 @@ def numbered_images(folder: str) -> list[Path]:
     return [images[number] for number in sorted(images)]
 
 
-DECODERS: dict[str, type[Decoder]] = {
-    "decord": DecordDecoder,
-    "pyav": PyAVDecoder,
-    "torchcodec": TorchcodecDecoder,
+DECODERS: dict[str, tuple[type[Decoder], str]] = {  # and the module that must import
+    "decord": (DecordDecoder, "decord"),
+    "pyav": (PyAVDecoder, "av"),
+    "torchcodec": (TorchcodecDecoder, "torchcodec.decoders"),
 }
-_MODULES = {"decord": "decord", "pyav": "av", "torchcodec": "torchcodec.decoders"}
 
 
 def load_decoder(name: str) -> type[Decoder]:
-    """One of DECODERS, or "module:class". Raises ImportError, OSError or RuntimeError where its library does not import."""
+    """One of DECODERS, or "module:class". Raises ImportError, OSError or RuntimeError if its import fails."""
     if name in DECODERS:
-        import_module(_MODULES[name])
-        return DECODERS[name]
+        decoder, library = DECODERS[name]
+        import_module(library)
+        return decoder
     module, _, attribute = name.partition(":")
     return getattr(import_module(module), attribute)
 
@@ -261,6 +225,6 @@ def first_line(error: BaseException) -> str:
 
 
 def _from_first(times: np.ndarray) -> np.ndarray | None:
-    """Seconds from the first frame; None where they are not times: files without them give nonsense."""
+    """Seconds from the first frame; None if they are not ascending: files without times give nonsense."""
     times = times - times[:1]
     return times if np.isfinite(times).all() and (np.diff(times) > 0).all() else None

@@ -1,65 +1,93 @@
-"""Videos that could not be decoded, with the reason: nobody waits for a decoder's deadline twice."""
+"""Videos that could not be decoded, and why, so that nobody waits for a decoder's deadline twice."""
 
 import json
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
-from video_opd.errors import ConfigError
+from video_opd.content import file_stamp
+from video_opd.errors import BrokenVideo, ClipError, ConfigError, FailureKind
+
+
+def video_stamp(path: str) -> str:
+    """content.file_stamp of a video. Raises ClipError if it is missing."""
+    try:
+        return file_stamp(path)
+    except FileNotFoundError:
+        advice = "put it there, or remove its lines from the annotations"
+        raise ClipError(f"video {path} is missing: {advice}", FailureKind.MISSING) from None
 
 
 class Quarantine:
-    """Remembers for this process and, with a file, for all processes and runs that name the same file.
+    """Known to this process and, with a file, to all processes and runs that name the same file.
 
-    The file is JSON lines: video, stamp (content.file_stamp: a replaced video is tried again), decoder, reason, since. It is only
-    appended to, one write a line. Delete a line, or the file, to have a video tried again.
+    The file is JSON lines of video, stamp, decoder, reason, kind, since. Lines are only appended, each by one
+    write. A video is tried again if it is replaced (its content.file_stamp changes) or its line is deleted.
     """
 
     def __init__(self, path: str | None, decoder: str):
         self._path, self._decoder = Path(path) if path else None, decoder
-        self._reasons: dict[tuple[str, str, str], str] = {}  # (video, stamp, decoder): why
-        self._read_bytes, self._num_lines = 0, 0
+        self._known: dict[tuple[str, ...], tuple[str, FailureKind]] = {}  # of (video, stamp, decoder)
+        self._num_bytes = self._num_lines = 0  # of the file, as read so far
         self._lock = threading.Lock()
 
-    def reason(self, video: str, stamp: str) -> str | None:
-        """Why the video is not to be decoded; None: it may be. Raises ConfigError if the file is not what it should be."""
-        with self._lock:
-            self._read_new_lines()
-            return self._reasons.get((video, stamp, self._decoder))
+    @contextmanager
+    def watch(self, video: str) -> Iterator[None]:
+        """Raises ClipError if the video is missing or listed; lists it if the body raises BrokenVideo.
 
-    def add(self, video: str, stamp: str, reason: str) -> None:
+        Raises ConfigError if the file has a bad line.
+        """
+        key = (video, video_stamp(video), self._decoder)
         with self._lock:
-            self._reasons[video, stamp, self._decoder] = reason
-            if self._path is None:
-                return
+            self._read_file()
+            if key in self._known:
+                raise BrokenVideo(video, *self._known[key])
+        try:
+            yield
+        except BrokenVideo as error:
+            with self._lock:
+                self._add(key, error)
+            raise
+
+    def _add(self, key: tuple[str, str, str], error: BrokenVideo) -> None:
+        self._known[key] = (error.reason, error.kind)
+        if self._path:
             since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            line = {
-                "video": video,
-                "stamp": stamp,
-                "decoder": self._decoder,
-                "reason": reason,
-                "since": since,
-            }
+            entry = dict(zip(("video", "stamp", "decoder"), key, strict=True))
+            entry |= {"reason": error.reason, "kind": error.kind, "since": since}
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab", buffering=0) as file:
-                file.write(json.dumps(line, ensure_ascii=False).encode(errors="surrogateescape") + b"\n")
+                file.write(json.dumps(entry, ensure_ascii=False).encode(errors="surrogateescape") + b"\n")
 
-    def _read_new_lines(self) -> None:
-        if self._path is None or not self._path.exists() or self._path.stat().st_size == self._read_bytes:
+    def _read_file(self) -> None:
+        """Reads the lines added since the last call, or all lines if some were deleted."""
+        size = self._path.stat().st_size if self._path and self._path.exists() else self._num_bytes
+        if size < self._num_bytes:
+            self._known, self._num_bytes, self._num_lines = {}, 0, 0
+        if self._path is None or size == self._num_bytes:
             return
-        if self._path.stat().st_size < self._read_bytes:  # somebody took lines out
-            self._reasons, self._read_bytes, self._num_lines = {}, 0, 0
         with self._path.open("rb") as file:
-            file.seek(self._read_bytes)
-            text = file.read()
-        text = text[: text.rfind(b"\n") + 1]  # another process may be writing the rest
-        for line in text.splitlines():
-            self._num_lines += 1
-            try:
-                entry = json.loads(line.decode(errors="surrogateescape"))
-                self._reasons[entry["video"], entry["stamp"], entry["decoder"]] = entry["reason"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(
-                    f"{self._path}:{self._num_lines} is no line of a quarantine list: take it out ({error!r})"
-                ) from error
-        self._read_bytes += len(text)
+            file.seek(self._num_bytes)
+            for line in file:
+                if not line.endswith(b"\n"):  # another process is writing it
+                    return
+                self._read_line(line)
+                self._num_bytes, self._num_lines = self._num_bytes + len(line), self._num_lines + 1
+
+    def _read_line(self, line: bytes) -> None:
+        try:
+            entry = json.loads(line.decode(errors="surrogateescape"))
+            key = (entry["video"], entry["stamp"], entry["decoder"])
+            self._known[key] = entry["reason"], FailureKind(entry.get("kind", FailureKind.BROKEN))
+        except (ValueError, KeyError, TypeError) as error:
+            where = f"{self._path}:{self._num_lines + 1}"
+            raise ConfigError(f"{where} is not a quarantine entry: remove it ({error!r})") from error
+
+
+@lru_cache
+def quarantine(path: str | None, decoder: str) -> Quarantine:
+    """This process's list for these settings."""
+    return Quarantine(path, decoder)

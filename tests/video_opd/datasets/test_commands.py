@@ -1,4 +1,4 @@
-"""`python -m video_opd.datasets check | convert` on real clips: every finding, the list of what is left out, exit codes."""
+"""`python -m video_opd.datasets check | convert` on real clips: findings, what is left out, exit codes."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""The Charades-STA reader on real clips, and the line and file that each kind of bad input is blamed on."""
+"""The Charades-STA reader on real clips, and the line and file that errors of bad input name."""
 
 import csv
 import itertools

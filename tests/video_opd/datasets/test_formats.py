@@ -1,4 +1,4 @@
-"""A few lines of every annotation format -> the rows of the manifest -> prompts, and what each kind of bad input says."""
+"""A few lines of every annotation format -> rows of the manifest -> prompts, and the errors of bad input."""
 
 import shutil
 from pathlib import Path
@@ -8,10 +8,8 @@ import pytest
 
 from video_opd.config_data import DatasetConfig, VideoConfig
 from video_opd.datasets import prompts, read_prompts
-from video_opd.datasets.check import TOLERANCE_S
-from video_opd.datasets.convert import convert
-from video_opd.datasets.detect import detect
-from video_opd.datasets.formats import FORMATS
+from video_opd.datasets.check import TOLERANCE_S, convert
+from video_opd.datasets.formats import FORMATS, detect
 from video_opd.datasets.manifest import write_manifest
 from video_opd.datasets.source import read_source
 from video_opd.datasets.videos import find_video
@@ -277,7 +275,7 @@ def test_records_are_read_as_a_list_too(name, videos, tmp_path):
 
 
 class Planned:
-    """plan_clip with cuts: whole clips from the real one, with the cut written down."""
+    """Stands in for plan_clip: plans whole clips and records the cuts."""
 
     def __init__(self, monkeypatch):
         self.cuts, self._real = {}, prompts.plan_clip
@@ -363,9 +361,8 @@ def test_cleaning_and_rounding_are_as_asked(cleaning, query, round_s, videos, tm
 
 def test_a_line_separator_inside_a_query_does_not_end_its_line(videos, tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text(
-        '{"vid": "KWZSA", "query": "one\u2028two\x85three", "span": [1, 2]}\n{"vid": "KWZSA", "query": "q", "span": [1, 2]}\n'
-    )
+    first = '{"vid": "KWZSA", "query": "one\u2028two\x85three", "span": [1, 2]}'
+    path.write_text(first + '\n{"vid": "KWZSA", "query": "q", "span": [1, 2]}\n')
     read = read_prompts(config(path, videos, cleaning="as_written"), VIDEO, 32)
     assert [(p.prompt_id, p.query) for p in read] == [("KWZSA:1", "one\u2028two\x85three"), ("KWZSA:2", "q")]
 
@@ -445,7 +442,7 @@ BAD = {  # golden file -> (text in it, what stands there instead, what the error
         ('"A family plays basketball."', '""', "the query is empty"),
         ('"duration": 12,', '"duration": -1,', "duration must be a number above 0"),
         ('"duration": 12,', '"duration": 1e999,', "duration must be a number above 0"),
-        ('"qid": 8738,', '"vid": "x",', "'vid' stands there twice"),
+        ('"qid": 8738,', '"vid": "x",', "'vid' appears twice"),
         ('"qid": 8738,', '"qid" 8738', "not JSON (Expecting ':' delimiter"),
         ('{"qid": 8738', '[{"qid": 8738', "not JSON"),
         ('"vid": "bP5KfdFJzC4_660.0_810.0"}', '"vid": "../KWZSA"}', "is not inside"),
@@ -469,8 +466,8 @@ BAD = {  # golden file -> (text in it, what stands there instead, what the error
     "time_r1": [
         ('"timestamp": [1.0, 4.0]', '"timestamp": [[1.0, 4.0]]', "timestamp must be [start, end]"),
         ('"video_start": 2.5', '"video_start": null', "video_start must be a number"),
-        ('"video_start": 2.5', '"video_start": 12', "the cut 12.0 to 10.5 is no part"),
-        ('"video_start": 2.5', '"video_start": NaN', "the cut nan to 10.5 is no part"),
+        ('"video_start": 2.5', '"video_start": 12', "the cut 12.0 to 10.5 is not part"),
+        ('"video_start": 2.5', '"video_start": NaN', "the cut nan to 10.5 is not part"),
     ],
     "tvgbench": [
         ("3.4-8.1", "3.4 to 8.1", "answer must be like '13.4-28.1'"),
@@ -608,7 +605,7 @@ MANIFEST_ROW = {**row("a:1", "KWZSA.mp4", "q", [[1.0, 2.0]], 12.0, None, None), 
         ([{"spans_s": [[2.0, 1.0]]}], "2.0 to 1.0 is not an interval"),
         ([{"clip_start_s": 1.0}], "give both or none"),
         ([{"duration_s": -1.0}], "duration_s must be a number above 0"),
-        ([{}, {}], "prompt_id a:1 stands there twice"),
+        ([{}, {}], "prompt_id a:1 appears twice"),
         ([{"video": "../a.mp4"}], "is not inside"),
     ],
 )

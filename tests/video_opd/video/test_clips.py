@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from demo.clips import write_mp4
 from tests.videos import write_video
 from video_opd.config_data import VideoConfig
-from video_opd.errors import ClipError
+from video_opd.errors import ClipError, FailureKind
 from video_opd.video.clips import (
     choose_frame_indices,
     choose_frame_size,
@@ -25,7 +25,7 @@ VIDEO = VideoConfig(fps=2, max_frames=24, max_video_tokens=256)
 
 @pytest.fixture(scope="session")
 def noise():
-    """uint8[48, 32, 32, 3]: every frame is another picture, and every one has bytes of its own in the file."""
+    """uint8[48, 32, 32, 3]: every frame is another picture, with bytes of its own in the file."""
     return np.random.default_rng(0).integers(0, 256, size=(48, 32, 32, 3), dtype=np.uint8)
 
 
@@ -111,7 +111,7 @@ def test_frames_within_the_bounds_are_the_times_asked_for(seconds, video_fps, fp
 
 @given(num_video_frames=st.integers(300, 5000), max_frames=st.sampled_from([4, 10, 24]))
 def test_a_long_video_is_covered_to_its_end(num_video_frames, max_frames):
-    """Where fps would give more than max_frames: even spacing, the last frame within one spacing of the end."""
+    """If fps would give more than max_frames: even spacing, the last frame within one spacing of the end."""
     video = VideoConfig(fps=2, min_frames=4, max_frames=max_frames)
     indices = choose_frame_indices(num_video_frames, 10.0, video)
     assert len(indices) == max_frames
@@ -190,21 +190,24 @@ def test_a_video_that_opens_but_cannot_be_decoded_is_an_error_on_read(noise_vide
     with pytest.raises(ClipError, match="cannot be decoded") as caught:
         read_frames(clip, VIDEO)
     assert str(noise_video) in str(caught.value) and "\n" not in str(caught.value)
+    assert caught.value.kind == FailureKind.BROKEN
 
 
 def test_a_video_that_was_replaced_or_removed_is_an_error_on_read(noise_video, noise):
     clip = plan_clip("clip", noise_video, VIDEO, 32)
     write_mp4(noise_video, noise[:40])
-    with pytest.raises(ClipError, match="had 48 frames, now 40"):
+    with pytest.raises(ClipError, match="had 48 frames, now 40") as caught:
         read_frames(clip, VIDEO)
+    assert caught.value.kind == FailureKind.REPLACED
     noise_video.unlink()
-    with pytest.raises(ClipError, match="is missing"):
+    with pytest.raises(ClipError, match="is missing") as caught:
         read_frames(clip, VIDEO)
+    assert caught.value.kind == FailureKind.MISSING
 
 
 @pytest.mark.parametrize("rate", [4, 24, 25, 30])
 def test_a_plain_video_has_the_times_of_its_indices(noise, tmp_path, rate):
-    """No float32 from a container comes between: prompts and fingerprints of plain videos stay what they are."""
+    """No float32 from a container changes them: prompts and fingerprints of plain videos stay the same."""
     write_video(tmp_path / "a.mp4", noise, rate=rate)
     clip = plan_clip("a", tmp_path / "a.mp4", VIDEO, 32)
     assert clip.is_plain and clip.duration_s == 48 / rate

@@ -2,11 +2,13 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from tests.videos import noise, turn, write_audio, write_images, write_over_repo
 from video_opd.config import Config
 from video_opd.config_data import VideoConfig
 from video_opd.config_file import load_config
-from video_opd.errors import ClipError, ConfigError
+from video_opd.errors import BrokenVideo, ClipError, ConfigError, FailureKind
 from video_opd.types import Clip
 from video_opd.video.clips import plan_clip, read_frames
 from video_opd.video.decode_pool import DecodePool
@@ -64,7 +66,7 @@ def test_workers_start_when_they_are_needed_and_are_used_again(tmp_path):
 
 
 def test_a_worker_imports_no_framework():
-    code = "import sys, video_opd.decode_worker; print(*sys.modules)"
+    code = "import sys, video_opd.video.decode_worker; print(*sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(DEMO.parents[1])}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
@@ -80,15 +82,15 @@ def test_a_decoder_that_hangs_holding_the_gil_is_killed_at_the_deadline(decoder,
     path.write_bytes(b"x")
     before = workers()
     video = config(decoder=f"tests.bad_decoders:{decoder}", decode_timeout_s=CLIP_TIMEOUT_S)
-    started = time.monotonic()
     with pytest.raises(ClipError, match=rf"bad.mp4 was not decoded within {CLIP_TIMEOUT_S} s") as caught:
         read_frames(plan_clip("bad", path, video, 32), video)
-    assert "\n" not in str(caught.value)
-    assert time.monotonic() - started < 60, "a start of the worker and the deadline"
+    assert "\n" not in str(caught.value) and caught.value.kind == FailureKind.TOO_SLOW
     assert workers() == before, "the worker is gone"
 
 
-def test_after_a_worker_was_killed_the_next_clip_is_read_and_the_broken_one_fails_at_once(tmp_path):
+def test_after_a_worker_was_killed_the_next_clip_is_read_and_the_broken_one_fails_at_once(
+    tmp_path, monkeypatch
+):
     bad, good = tmp_path / "bad.mp4", tmp_path / "good.mp4"
     for path in (bad, good):
         path.write_bytes(b"x")
@@ -99,10 +101,10 @@ def test_after_a_worker_was_killed_the_next_clip_is_read_and_the_broken_one_fail
     with pytest.raises(ClipError, match="was not decoded within"):
         read_frames(clips[0], video)
     assert (read_frames(clips[1], video) == 128).all()
-    started = time.monotonic()
-    with pytest.raises(ClipError, match="was not decoded within"):
+    monkeypatch.setattr(DecodePool, "read", lambda *_: pytest.fail("was decoded again"))
+    with pytest.raises(ClipError, match="was not decoded within") as caught:
         read_frames(clips[0], video)
-    assert time.monotonic() - started < CLIP_TIMEOUT_S / 2
+    assert caught.value.kind == FailureKind.TOO_SLOW
 
 
 def test_a_decoder_that_crashes_fails_the_clip_alone(tmp_path):
@@ -110,8 +112,9 @@ def test_a_decoder_that_crashes_fails_the_clip_alone(tmp_path):
     path.write_bytes(b"x")
     video = config(decoder="tests.bad_decoders:Crashes")
     clip = plan_clip("a", path, video, 32)
-    with pytest.raises(ClipError, match=f"crash.*{-signal.SIGSEGV}"):
+    with pytest.raises(ClipError, match=f"crash.*{-signal.SIGSEGV}") as caught:
         read_frames(clip, video)
+    assert caught.value.kind == FailureKind.DECODER_CRASHED
 
 
 def test_a_worker_that_the_system_killed_does_not_condemn_the_video(tmp_path):
@@ -120,45 +123,48 @@ def test_a_worker_that_the_system_killed_does_not_condemn_the_video(tmp_path):
     video = config(decoder="tests.bad_decoders:IsKilled", quarantine=str(listed))
     clip = plan_clip("a", path, video, 32)
     for _ in range(2):
-        with pytest.raises(ClipError, match="its worker was killed"):
+        with pytest.raises(ClipError, match="its worker was killed") as caught:
             read_frames(clip, video)
+        assert caught.value.kind == FailureKind.WORKER_KILLED
     assert not listed.exists()
 
 
-def run_and_kill(code: str, path: Path) -> psutil.Process:
-    """Starts a process that decodes, kills it, returns its worker."""
+@pytest.mark.parametrize(
+    "error",
+    [ClipError("gone", FailureKind.MISSING), BrokenVideo("a.mp4", "hung", FailureKind.TOO_SLOW)],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_keeps_its_message_and_kind_from_process_to_process(error):
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), again.kind) == (type(error), str(error), error.kind)
+
+
+DESCRIBE = """
+import sys, time
+from pathlib import Path
+from video_opd.video.decode_pool import DecodePool
+pool = DecodePool(sys.argv[1], 1, 3.0)
+pool.describe(sys.argv[2])
+Path(sys.argv[2] + ".opened").touch()
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("decoder", ["decord", "tests.bad_decoders:HangsOnOpen"])
+def test_no_worker_outlives_its_parent(decoder, tmp_path):
+    """An idle one sees its socket close; one that hangs while it holds the GIL is ended by its alarm."""
+    path, opened = tmp_path / "a.mp4", tmp_path / "a.mp4.opened"
+    write_video(path, noise(30))
     environment = os.environ | {"PYTHONPATH": str(DEMO.parents[1])}
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code, str(path)], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    assert parent.stdout
-    parent.stdout.readline()
-    children: list[psutil.Process] = []
-    while not children:
-        children = psutil.Process(parent.pid).children()
-        time.sleep(0.1)
-    time.sleep(1.0)
+    parent = subprocess.Popen([sys.executable, "-c", DESCRIBE, decoder, str(path)], env=environment)
+    while not opened.exists():
+        assert parent.poll() is None
+        time.sleep(0.05)
+    workers = psutil.Process(parent.pid).children()
     parent.kill()
     parent.wait()
-    return children[0]
-
-
-def test_no_worker_outlives_its_parent(tmp_path):
-    """An idle one sees its socket close; one that hangs holding the GIL is ended by its alarm."""
-    write_video(tmp_path / "a.mp4", noise(30))
-    pool = (
-        "import sys, time; from video_opd.decode_pool import DecodePool; pool = DecodePool('decord', 1, 30.0)"
-    )
-    worker = run_and_kill(
-        f"{pool}; pool.describe(sys.argv[1]); print('ready', flush=True); time.sleep(600)", tmp_path / "a.mp4"
-    )
-    psutil.wait_procs([worker], timeout=30)
-    assert not worker.is_running()
-    hangs = "import sys; from video_opd.decode_pool import DecodePool; print('ready', flush=True)"
-    hangs += "; DecodePool('tests.bad_decoders:HangsOnOpen', 1, 3.0).describe(sys.argv[1])"
-    worker = run_and_kill(hangs, tmp_path / "a.mp4")
-    psutil.wait_procs([worker], timeout=60)
-    assert not worker.is_running()
+    _, alive = psutil.wait_procs(workers, timeout=120)
+    assert len(workers) == 1 and not alive
 
 
 def test_a_long_clip_comes_in_parts(tmp_path):
@@ -244,7 +250,7 @@ def test_a_name_may_have_any_characters(decoder, tmp_path):
 
 @pytest.fixture(scope="module", params=["mp4", "mkv"])
 def variable(request, tmp_path_factory):
-    """(path, frames, times in ms): rates from 5 to 50 a second, and one picture that stays for three seconds."""
+    """(path, frames, times in ms): rates from 5 to 50 a second, and one picture shown for three seconds."""
     rng = np.random.default_rng(1)
     gaps = rng.choice([20, 33, 200], 119)
     gaps[60] = 3000
@@ -310,8 +316,9 @@ def test_the_whole_video_as_a_cut_is_the_video(tmp_path):
 )
 def test_a_cut_outside_the_video_is_an_error(cut_s, tmp_path):
     write_video(tmp_path / "a.mp4", noise(90))
-    with pytest.raises(ClipError, match="no part of it"):
+    with pytest.raises(ClipError, match="not part of it") as caught:
         plan_clip("a", tmp_path / "a.mp4", config(), 32, cut_s)
+    assert caught.value.kind == FailureKind.OTHER
 
 
 def test_a_cut_without_two_frames_is_an_error(tmp_path):
@@ -392,11 +399,13 @@ def test_a_broken_video_is_one_line_that_names_it(kind, decoder, tmp_path):
     with pytest.raises(ClipError) as caught:
         read_frames(plan_clip("a", path, video, 32), video)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert caught.value.kind == ("missing" if kind == "missing" else "broken")
 
 
 class NoRate(PyAVDecoder):
-    def describe(self):
-        return type(super().describe())(num_frames=60, fps=0.0, size=(32, 32), times_s=None)
+    def __init__(self, path: str):
+        super().__init__(path)
+        self.info = replace(self.info, fps=0.0)
 
 
 def test_a_video_of_no_rate_is_an_error(tmp_path):
@@ -407,11 +416,10 @@ def test_a_video_of_no_rate_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_length_that_over_reports_ends_by_the_deadline(decoder, tmp_path):
-    """60 packets, 30 pictures. PyAV says which is not there; decord says that it cannot, or gives others of the file's frames."""
+    """60 packets, 30 pictures. PyAV names a missing one; decord fails or returns other frames."""
     frames = noise(60)
     write_over_reporting(tmp_path / "a.webm", frames)
     video = config(decoder=decoder, decode_timeout_s=20.0)
-    started = time.monotonic()
     clip = plan_clip("a", tmp_path / "a.webm", video, 32)
     assert clip.num_video_frames == 60
     if decoder == "pyav":
@@ -420,7 +428,6 @@ def test_a_length_that_over_reports_ends_by_the_deadline(decoder, tmp_path):
     else:
         with suppress(ClipError):  # either, as it happens
             assert (shown_at(frames, clip, video)[:2] == [0, 15]).all()
-    assert time.monotonic() - started < 60
 
 
 # Quarantine
@@ -440,6 +447,7 @@ def test_a_broken_video_is_listed_with_its_reason_and_not_tried_again_until_it_i
         entry["video"] == str(path)
         and entry["decoder"] == "decord"
         and "cannot be decoded" in entry["reason"]
+        and entry["kind"] == "broken"
     )
 
     elsewhere = tmp_path / "copy.jsonl"  # as another process or run reads it
@@ -466,9 +474,13 @@ def test_lines_that_others_add_or_take_out_are_seen(tmp_path):
         "decoder": "decord",
         "reason": "is dull",
     }
-    listed.write_text(json.dumps(line) + "\n")
-    with pytest.raises(ClipError, match="is dull"):
-        plan_clip("a", path, video, 32)
+    for kind in ("broken", "too_slow"):  # a line without a kind is broken
+        with listed.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        with pytest.raises(ClipError, match="is dull") as caught:
+            plan_clip("a", path, video, 32)
+        assert caught.value.kind == kind
+        line["kind"] = "too_slow"
     listed.write_text("")
     plan_clip("a", path, video, 32)
     listed.write_text("hello\n")

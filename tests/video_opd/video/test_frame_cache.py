@@ -86,8 +86,8 @@ def test_frames_cannot_be_changed_whether_decoded_or_mapped(planned, tmp_path):
 READER = """
 import sys
 from pathlib import Path
-from video_opd.clips import plan_clip
-from video_opd.config import VideoConfig
+from video_opd.config_data import VideoConfig
+from video_opd.video.clips import plan_clip
 from video_opd.video.frame_cache import FrameCache
 folder, videos = sys.argv[1:]
 video = VideoConfig(fps=2, max_frames=24, max_video_tokens=256, cache_dir=folder)
