@@ -232,12 +232,17 @@ BAD: list[tuple[str, Callable[[Any], None], str]] = [
         put(2, "available_node_types", "learner", "min_workers"),
         "available_node_types.learner: min_workers 2 is more than max_workers 1: lower or raise one",
     ),
-    (AWS, put(3, "max_workers"), "min_workers of all types add up to 4, max_workers is 3: raise max_workers"),
+    (
+        AWS,
+        put(3, "max_workers"),
+        "Ray refuses it: The specified global `max_workers` is smaller than the sum of `min_workers` of all the "
+        "available node types.",
+    ),
     (
         AWS,
         put("gone", "file_mounts", "/data"),
-        "file_mounts: gone, the source of /data, does not exist here: mend the path; it is relative to the folder that `ray up` is "
-        "run in",
+        "file_mounts: gone, the source of /data, does not exist here: correct the path, which is relative to the "
+        "folder that `ray up` runs in",
     ),
     (
         AWS,
@@ -264,16 +269,21 @@ BAD: list[tuple[str, Callable[[Any], None], str]] = [
     (
         LOCAL,
         put("us-west-2", "provider", "region"),
-        "provider.region is no field of provider local: take it out, or correct it to one of coordinator_address, "
+        "provider.region is no field of provider local: remove it, or use one of coordinator_address, "
         "disable_launch_config_check, disable_node_updaters, external_head_ip, foreground_node_launch, head_ip, type, "
         "use_external_head_ip, use_internal_ips, worker_ips, worker_liveness_check",
     ),
-    (GCP, pop("provider", "project_id"), "provider.project_id is missing: name it"),
-    (LOCAL, pop("provider", "head_ip"), "provider.head_ip is missing: name it"),
+    (GCP, pop("provider", "project_id"), "provider.project_id is missing: add it"),
+    (
+        LOCAL,
+        pop("provider", "head_ip"),
+        "Ray refuses it: Please supply a `head_ip` and list of `worker_ips`. Alternatively, supply a "
+        "`coordinator_address`.",
+    ),
     (
         AWS,
         put("boss", "head_node_type"),
-        "head_node_type boss is none of available_node_types (head, learner, rollout, teacher): name one of them",
+        "Ray refuses it: `head_node_type` must be one of `available_node_types`.",
     ),
     (
         AWS,
@@ -288,7 +298,7 @@ BAD: list[tuple[str, Callable[[Any], None], str]] = [
     (
         AWS,
         pop("available_node_types"),
-        "available_node_types is missing: write one type for each of head, learner, rollout and teacher",
+        "available_node_types is missing: add types for head, learner, rollout, teacher",
     ),
     (
         AWS,
@@ -308,12 +318,12 @@ BAD: list[tuple[str, Callable[[Any], None], str]] = [
     (
         LOCAL,
         put(load(AWS)["available_node_types"], "available_node_types"),
-        "available_node_types cannot be used with provider local: say each host's resources in worker_start_ray_commands",
+        "Ray refuses it: The field available_node_types is not supported for on-premise clusters.",
     ),
     (
         LOCAL,
         lambda c: c["provider"]["worker_ips"].append("192.0.2.12"),
-        "provider.worker_ips names 192.0.2.12 twice: take one out",
+        "provider.worker_ips names 192.0.2.12 more than once: remove one",
     ),
     (
         LOCAL,
@@ -323,18 +333,23 @@ BAD: list[tuple[str, Callable[[Any], None], str]] = [
     (
         LOCAL,
         lambda c: c["provider"]["worker_ips"].remove("192.0.2.13"),
-        "worker_start_ray_commands name 192.0.2.13, which is none of provider.worker_ips: add it there",
+        "worker_start_ray_commands name 192.0.2.13, which provider.worker_ips lack: add it there",
     ),
     (
         LOCAL,
         swap("teacher", "rollout", "worker_start_ray_commands", 1),
-        "no host offers the resource teacher: give it to one with --resources in worker_start_ray_commands",
+        "no host offers the resource teacher: add --resources in worker_start_ray_commands",
     ),
-    (LOCAL, put(4, "min_workers"), "min_workers 4 is more than max_workers 3: lower or raise one"),
+    (
+        LOCAL,
+        lambda c: c.update(min_workers=3, max_workers=2),
+        "Ray refuses it: The specified global `max_workers` is smaller than the sum of `min_workers` of all the "
+        "available node types.",
+    ),
     (
         AWS,
         put("ec2", "provider", "type"),
-        "provider.type ec2 is unknown to Ray: take one of aliyun, aws, azure, external, fake_multinode, fake_multinode_docker, "
+        "provider.type ec2 is unknown to Ray: use one of aliyun, aws, azure, external, fake_multinode, fake_multinode_docker, "
         "gcp, kuberay, local, readonly, spark, vsphere",
     ),
     (
@@ -354,8 +369,8 @@ BAD: list[tuple[str, Callable[[Any], None], str]] = [
     (
         KUBERAY,
         put("teacher: 1", *GROUPS, 2, "rayStartParams", "resources"),
-        "video-opd: Ray's autoscaler cannot read the groups' resources (Expecting value: line 1 column 1 (char 0)): write them as "
-        "in deploy/kuberay.yaml",
+        "video-opd: Ray cannot read the groups' resources (Expecting value: line 1 column 1 (char 0)): write "
+        "them as in deploy/kuberay.yaml",
     ),
     (
         KUBERAY,
@@ -365,14 +380,18 @@ BAD: list[tuple[str, Callable[[Any], None], str]] = [
     (
         KUBERAY,
         put(5, *GROUPS, 2, "replicas"),
-        "video-opd, group teacher: replicas 5 is not within minReplicas 1 and maxReplicas 4: correct it",
+        "video-opd, group teacher: replicas 5 is not from 1 to 4: correct it",
     ),
     (
         KUBERAY,
         put("learner", *GROUPS, 1, "groupName"),
-        "video-opd: groupName learner is used twice: rename one",
+        "video-opd: groupName learner is used more than once: rename one",
     ),
-    (KUBERAY, pop(*GROUPS, 1, "groupName"), "video-opd, group None: groupName is missing: name its role"),
+    (
+        KUBERAY,
+        pop(*GROUPS, 1, "groupName"),
+        "RayCluster, spec.workerGroupSpecs.1: 'groupName' is a required property: correct it",
+    ),
     (
         KUBERAY,
         pop(*GROUPS, 2, "rayStartParams", "resources"),
@@ -381,7 +400,8 @@ BAD: list[tuple[str, Callable[[Any], None], str]] = [
     (
         KUBERAY,
         put(8080, *GROUPS, 0, "rayStartParams", "metrics-export-port"),
-        "video-opd, group learner: rayStartParams.metrics-export-port is 8080, the values must be strings: put it into quotes",
+        "RayCluster, spec.workerGroupSpecs.0.rayStartParams.metrics-export-port: 8080 is not of type 'string': "
+        "put it into quotes",
     ),
     (
         KUBERAY,
@@ -396,13 +416,17 @@ BAD: list[tuple[str, Callable[[Any], None], str]] = [
     (
         KUBERAY,
         pop(*GROUPS, 1, "template", "spec", "volumes", 0),
-        "video-opd, group rollout: mounts the volume shm, which is none of its volumes: add it",
+        "video-opd, group rollout: mounts the volume shm, which its volumes lack: add it there",
     ),
-    (KUBERAY, pop(0, "spec", "headGroupSpec"), "video-opd: spec.headGroupSpec is missing: add it"),
+    (
+        KUBERAY,
+        pop(0, "spec", "headGroupSpec"),
+        "RayCluster, spec: 'headGroupSpec' is a required property: correct it",
+    ),
     (
         KUBERAY,
         pop(1, "spec", "entrypoint"),
-        "video-opd-run: spec.entrypoint is missing: write the command that runs launch.py",
+        "RayJob, spec: 'entrypoint' is a required property: correct it",
     ),
     (
         KUBERAY,
@@ -412,7 +436,7 @@ BAD: list[tuple[str, Callable[[Any], None], str]] = [
     (
         KUBERAY,
         put("ray.io/v1alpha1", 1, "apiVersion"),
-        "video-opd-run: apiVersion ray.io/v1alpha1 is not ray.io/v1: correct it",
+        "RayJob, apiVersion: 'ray.io/v1' was expected: correct it",
     ),
     (
         KUBERAY,
@@ -448,9 +472,9 @@ def test_everything_that_is_wrong_is_said_in_one_go(check):
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("a: [", "error: not YAML: mend it"),
-        ("", "error: holds no mapping of keys to values: write it as cluster.yaml is"),
-        ("- 1", "error: holds no mapping of keys to values: write it as cluster.yaml is"),
+        ("a: [", "error: not YAML: correct it"),
+        ("", "error: holds no mapping of keys to values: write it like cluster.yaml"),
+        ("- 1", "error: holds no mapping of keys to values: write it like cluster.yaml"),
         ("a: 1\n---\nb: 2\n", "error: 2 YAML documents: `ray up` reads one, split the file"),
     ],
 )
