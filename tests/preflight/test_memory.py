@@ -12,6 +12,14 @@ import launch
 from demo.models import Size, build_model, build_tokenizer
 from learner.adapters import choose_trained
 from learner.loss import ResponseTokens, loss_per_token
+from preflight.activations import (
+    logit_copies,
+    text_layer_passing,
+    text_layer_saved,
+    video_bytes,
+    vision_block_passing,
+    vision_block_saved,
+)
 from preflight.inputs import SHAPES
 from preflight.memory import (
     DTYPE_BYTES,
@@ -23,14 +31,8 @@ from preflight.memory import (
     gradient_bytes,
     kv_bytes_per_token,
     learner_memory,
-    logit_copies,
     optimizer_bytes,
-    text_layer_passing,
-    text_layer_saved,
     trained,
-    video_bytes,
-    vision_block_passing,
-    vision_block_saved,
     weight_bytes,
     workload_of_budget,
 )
@@ -125,7 +127,8 @@ def test_every_parameter_is_the_one_that_transformers_makes(name, tmp_path):
 
 def test_an_unknown_model_that_is_not_here_is_one_line():
     with pytest.raises(
-        ModelError, match=r"/nowhere/Qwen3-VL-8B-Instrukt does not exist, and shapes are known of Qwen2"
+        ModelError,
+        match=r"/nowhere/Qwen3-VL-8B-Instrukt does not exist, and it is none of the models with committed shapes \(Qwen2",
     ) as caught:
         find_shapes("/nowhere/Qwen3-VL-8B-Instrukt", SHAPES)
     assert "\n" not in str(caught.value)
