@@ -323,10 +323,10 @@ def vllm_memory(
     """A vLLM engine: weights eP, KV cache, and phases of N tokens a pass.
 
     N: the longest prompt, or as many prompts as GPU_BATCHED_TOKENS (CPU_BATCHED_TOKENS) hold.
-    prefill: forward_bytes. vLLM plans for the language model alone, since skip_mm_profiling is set: the vision
-    tower comes on top of gpu_memory_utilization.
+    prefill: forward_bytes. vLLM plans for the language model alone (skip_mm_profiling): the vision tower
+    comes on top of gpu_memory_utilization.
     logits: an actor's 4V VLLM_LOGIT_COPIES for each of max_num_seqs; a teacher's (4 + e) V for each of N.
-    KV cache: kv_cache_bytes; on a GPU without it what gpu_memory_utilization leaves, at least a max_model_len.
+    KV cache: kv_cache_bytes, or what gpu_memory_utilization leaves of a GPU, at least a max_model_len.
 
     With tensor_parallel, one part of the teacher: weights and KV cache are divided, layers are counted whole.
     """
