@@ -42,7 +42,11 @@ ADDRESS = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w.])")
 PLACEHOLDER = re.compile(  # or an address that is reserved for documentation
     r"YOUR_[A-Z_]+|(?<![\w.])(?:192\.0\.2|198\.51\.100|203\.0\.113)\.\d{1,3}(?![\w.])"
 )
-REFUSALS = (ValueError, RuntimeError, AssertionError, KeyError, ImportError, click.ClickException)
+# What Ray's functions raise for a file that they cannot use.
+REFUSALS = (
+    *(ValueError, RuntimeError, AssertionError, KeyError, TypeError, AttributeError, ImportError),
+    *(click.ClickException, jsonschema.ValidationError),
+)
 
 
 def check_cluster(path: Path) -> int:
@@ -108,11 +112,9 @@ def check_ray_up(documents: list[dict[str, Any]]) -> tuple[list[str], list[str]]
     (config,) = documents
     violations = schema_violations(config)
     problems = [describe_violation(v) for v in violations]
-    if any(v.validator == "type" for v in violations):
+    if any(v.validator == "type" for v in violations) or "type" not in config.get("provider", {}):
         return problems, []
-    kind = config.get("provider", {}).get("type")
-    if kind is None:
-        return problems, []
+    kind = config["provider"]["type"]
     if kind not in _NODE_PROVIDERS:
         known = ", ".join(sorted(_NODE_PROVIDERS))
         return [*problems, f"provider.type {kind} is unknown to Ray: use one of {known}"], []
@@ -127,10 +129,7 @@ def check_ray_up(documents: list[dict[str, Any]]) -> tuple[list[str], list[str]]
         return [*problems, _refusal(error)], []
     for check in (provider_problems, access_problems, mount_problems, start_problems):
         problems += check(filled)
-    if kind == "local":
-        problems += local_problems(filled)
-    else:
-        problems += node_type_problems(filled)
+    problems += local_problems(filled) if kind == "local" else node_type_problems(filled)
     if not violations:
         problems += ray_problems(config)
     if problems:
@@ -152,7 +151,7 @@ def ray_problems(config: dict[str, Any]) -> list[str]:
     try:
         with quiet():
             validate_config(prepare_config(config))
-    except (*REFUSALS, jsonschema.ValidationError) as error:
+    except REFUSALS as error:
         return [_refusal(error)]
     return []
 

@@ -65,8 +65,9 @@ def _describe_clips(config: Config, draft: Draft) -> str:
     tokens = [num_video_tokens(c, draft.student.size_multiple) for c in clips]
     frames = [len(c.frame_indices) for c in clips]
     return (
-        f"{len(clips)} train clips: frames {min(frames)} to {max(frames)}, a second {min(rates):.2f} to "
-        f"{max(rates):.2f}, tokens {min(tokens)} to {max(tokens)}, mean {sum(tokens) / len(tokens):.0f}; {asked}"
+        f"{len(clips)} train clips: frames {min(frames)} to {max(frames)}, "
+        f"a second {min(rates):.2f} to {max(rates):.2f}, "
+        f"tokens {min(tokens)} to {max(tokens)}, mean {sum(tokens) / len(tokens):.0f}; {asked}"
     )
 
 

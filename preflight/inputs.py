@@ -136,9 +136,7 @@ def check_pool(config: Config, train: list[Prompt]) -> None:
         )
     selected = curriculum.num_selected if curriculum.kind != "uniform" else None
     if selected and selected > len(train):
-        raise ConfigError(
-            f"curriculum.num_selected={selected}, but the pool has {len(train)} prompts: lower it"
-        )
+        raise ConfigError(f"curriculum.num_selected={selected} of {len(train)} training prompts: lower it")
     pool, in_flight = selected or len(train), (config.max_policy_lag + 1) * config.groups_per_step
     if pool < in_flight:
         raise ConfigError(
@@ -154,9 +152,7 @@ def check_routes(config: Config, train: list[Prompt], evaluation: list[Prompt]) 
     for prompt in (*train, *evaluation):
         if not config.teachers_of(prompt.prompt_id):
             patterns = ", ".join(f"{t.name}: {t.prompts}" for t in config.teacher_models)
-            raise ConfigError(
-                f"prompt {prompt.prompt_id} has no teacher ({patterns}): widen a teacher's prompts"
-            )
+            raise ConfigError(f"prompt {prompt.prompt_id} has no teacher ({patterns}): widen a pattern")
     if config.loss.needs.teacher not in ("top_k", "hidden"):
         return
     for prompt in train:

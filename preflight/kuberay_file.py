@@ -156,7 +156,7 @@ def resource_problems(cluster: dict[str, Any], roles: Sequence[str]) -> list[str
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError, ValidationError) as error:
         why = " ".join(str(error).split())
         return [
-            f"{name}: Ray cannot read the groups' resources ({why}): write them as in deploy/kuberay.yaml"
+            f"{name}: Ray cannot read the resources of groups ({why}): write them as in deploy/kuberay.yaml"
         ]
     usable = [t["resources"] for group, t in types.items() if group == HEAD or t["max_workers"]]
     return [

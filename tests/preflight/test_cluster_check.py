@@ -183,8 +183,8 @@ BAD: list[tuple[str, Callable[[Any], None], str]] = [
     (
         KUBERAY,
         put("teacher: 1", *GROUPS, 2, "rayStartParams", "resources"),
-        "video-opd: Ray cannot read the groups' resources (Expecting value: line 1 column 1 (char 0)): write "
-        "them as in deploy/kuberay.yaml",
+        "video-opd: Ray cannot read the resources of groups (Expecting value: line 1 column 1 (char 0)): "
+        "write them as in deploy/kuberay.yaml",
     ),
     (
         KUBERAY,
