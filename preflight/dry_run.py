@@ -8,25 +8,34 @@ from video_opd.types import Prompt
 from video_opd.video.clips import num_video_tokens
 
 
+def dry_run(config: Config, gpu_memory_gib: float | None) -> None:
+    """Checks what is here, and prints the plan and its memory; writes nothing. Raises InputError."""
+    draft = make_draft(config)
+    memory = memory_plan(config, draft, gpu_memory_gib)
+    print(describe(config, draft))
+    print(describe_memory(memory))
+    check_fits(memory, one_machine=True)
+
+
 def describe(config: Config, draft: Draft) -> str:
-    """The plan for people: what --dry-run prints first."""
-    rollouts = config.num_steps * config.groups_per_step * config.rollout.rollouts_per_prompt
-    return "\n".join(
-        [
-            *(f"NOT CHECKED  {note}" for note in draft.unchecked),
-            f"student   {config.student} ({draft.student.model_type}), {config.learner.dtype}, ZeRO-{config.learner.zero_stage}, "
-            f"{config.learner.world_size} rank(s)",
-            *(_describe_teacher(config, teacher) for teacher in asked_teachers(config)),
-            *([] if config.needs_teacher else ["teacher   none"]),
-            f"actors    {config.rollout.num_actors} on vLLM, {config.rollout.prompts_per_call} prompts a call",
-            f"data      {_describe_split(draft.train, 'train')}; {_describe_split(draft.eval, 'eval')}",
-            f"video     {_describe_clips(config, draft)}",
-            f"loss      {config.loss.kind}, lr {config.learner.lr:g}",
-            f"prompts   {_describe_curriculum(config)}",
-            f"run       {config.num_steps} steps of {config.groups_per_step} prompts, {rollouts} rollouts, "
-            f"policy lag at most {config.max_policy_lag}",
-        ]
-    )
+    """The plan for people."""
+    learner, rollout = config.learner, config.rollout
+    rollouts = config.num_steps * config.groups_per_step * rollout.rollouts_per_prompt
+    student = f"{config.student} ({draft.student.model_type}), {learner.dtype}, ZeRO-{learner.zero_stage}"
+    steps = f"{config.num_steps} steps of {config.groups_per_step} prompts, {rollouts} rollouts"
+    teachers = [_describe_teacher(config, teacher) for teacher in asked_teachers(config)]
+    lines = [
+        *(f"NOT CHECKED  {note}" for note in draft.unchecked),
+        f"student   {student}, {learner.world_size} rank(s)",
+        *(teachers or ["teacher   none"]),
+        f"actors    {rollout.num_actors} on vLLM, {rollout.prompts_per_call} prompts a call",
+        f"data      {_describe_split(draft.train, 'train')}; {_describe_split(draft.eval, 'eval')}",
+        f"video     {_describe_clips(config, draft)}",
+        f"loss      {config.loss.kind}, lr {learner.lr:g}",
+        f"prompts   curriculum {_describe_curriculum(config)}",
+        f"run       {steps}, policy lag at most {config.max_policy_lag}",
+    ]
+    return "\n".join(lines)
 
 
 def _describe_teacher(config: Config, teacher: TeacherModel) -> str:
@@ -44,39 +53,32 @@ def _describe_split(prompts: list[Prompt] | None, name: str) -> str:
 
 
 def _describe_clips(config: Config, draft: Draft) -> str:
-    """Frames, rate and tokens that models see of a clip, next to what was asked for."""
+    """Frames, rate and tokens of the clips that models see, and what the config asked for."""
     video = config.video
-    budget = (
+    asked = (
         f"asked {video.fps:g} frames a second, at most {video.max_video_tokens} tokens, by {video.decoder}"
     )
     if draft.train is None:
-        return budget
+        return asked
     clips = list({p.clip.clip_id: p.clip for p in draft.train}.values())
     rates = [c.sampled_fps for c in clips]
     tokens = [num_video_tokens(c, draft.student.size_multiple) for c in clips]
     frames = [len(c.frame_indices) for c in clips]
     return (
-        f"{len(clips)} train clips: frames {min(frames)} to {max(frames)}, a second {min(rates):.2f} to {max(rates):.2f}, "
-        f"tokens {min(tokens)} to {max(tokens)}, mean {sum(tokens) / len(tokens):.0f}; {budget}"
+        f"{len(clips)} train clips: frames {min(frames)} to {max(frames)}, "
+        f"a second {min(rates):.2f} to {max(rates):.2f}, "
+        f"tokens {min(tokens)} to {max(tokens)}, mean {sum(tokens) / len(tokens):.0f}; {asked}"
     )
 
 
 def _describe_curriculum(config: Config) -> str:
     curriculum = config.curriculum
     if curriculum.kind == "uniform":
-        return "curriculum uniform: shuffled passes over all"
-    selected = curriculum.num_selected or "all that may be"
+        return "uniform: shuffled passes over all"
+    selected = f"{curriculum.num_selected or 'all that may be'} selected"
     if curriculum.kind == "scc":
-        return f"curriculum scc: {selected} selected, a share of {curriculum.anchor_frac} Anchors"
+        return f"scc: {selected}, a share of {curriculum.anchor_frac} Anchors"
     validated = f"teacher IoU at least {curriculum.teacher_threshold}" if curriculum.trpv else "not validated"
     chosen = f"by disagreement ({curriculum.sampler})" if curriculum.dbtp else "at random"
-    return f"curriculum tvdf: {validated}, {selected} selected a round {chosen}, {curriculum.passes_per_round} pass(es) each"
-
-
-def dry_run(config: Config, gpu_memory_gib: float | None) -> None:
-    """Checks what is here, prints the plan and its memory; starts and writes nothing. Raises InputError."""
-    draft = make_draft(config)
-    memory = memory_plan(config, draft, gpu_memory_gib)
-    print(describe(config, draft))
-    print(describe_memory(memory))
-    check_fits(memory, one_machine=True)
+    passes = f"{curriculum.passes_per_round} pass(es) each"
+    return f"tvdf: {validated}, {selected} a round {chosen}, {passes}"

@@ -1,4 +1,4 @@
-"""All that can be known of a run before anything starts."""
+"""Checks models, data and configuration before anything starts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from video_opd.rewards import load_rewards
 from video_opd.types import Prompt
 from video_opd.video.decode_pool import shared_pool
 
-SHAPES = ROOT / "configs" / "shapes"  # of published models: config.json, the fields that are needed
+SHAPES = ROOT / "configs" / "shapes"  # the fields that matter of published models' config.json
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Draft:
-    """What --dry-run can say where models or data are not on this machine."""
+    """The plan of --dry-run, which needs neither models nor data."""
 
     student: ModelShapes
     teacher: ModelShapes | None  # the largest of several
@@ -39,36 +39,38 @@ class Draft:
 
 
 def make_plan(config: Config) -> Plan:
-    """Checks models, tokenizers, annotations, videos and the curriculum's size. Raises InputError; starts nothing."""
+    """Checks models, tokenizers, annotations, videos and the curriculum's size. Raises InputError."""
     student = read_model_info(config.student, config.trust_remote_code)
     for teacher in asked_teachers(config):
-        check_teacher(config, student, read_model_info(teacher.model, config.trust_remote_code))
+        read_model_info(teacher.model, config.trust_remote_code)
+        check_same_tokenizer(config.student, teacher.model)
+        check_teacher(config, read_shapes(config.student), read_shapes(teacher.model))
     if config.loss.needs.rewards:
         load_rewards(config.loss.rewards)
     train, evaluation = (
         read_split(d, config.video, student.size_multiple) for d in (config.data.train, config.data.eval)
     )
-    shared_pool(config.video).close()  # who plans decodes no more
+    shared_pool(config.video).close()  # the driver decodes no more
     check_pool(config, train.prompts)
     check_routes(config, train.prompts, evaluation.prompts)
     return Plan(student, train.prompts, evaluation.prompts, train.unreadable)
 
 
 def make_draft(config: Config) -> Draft:
-    """The checks of make_plan as far as models and data are here; of model folders that are not, the committed shapes.
+    """Makes the checks of make_plan for models and data that are here; other models get the committed shapes.
 
-    Raises InputError for what is here and wrong, and for a model that neither is here nor has committed shapes.
+    Raises InputError for what is here and wrong, and for a model without committed shapes that is not here.
     """
     student = find_shapes(config.student, SHAPES)
-    teachers = [(t.model, find_shapes(t.model, SHAPES)) for t in asked_teachers(config)]
-    models = [("student", config.student, student), *(("teacher", *teacher) for teacher in teachers)]
-    for _, shapes in teachers:
-        check_vocabularies(config, student, shapes)
+    teachers = {t.model: find_shapes(t.model, SHAPES) for t in asked_teachers(config)}
+    for shapes in teachers.values():
+        check_teacher(config, student, shapes)
+    models = [("student", config.student, student), *(("teacher", *teacher) for teacher in teachers.items())]
     unchecked = [
         note for role, folder, shapes in models for note in _unchecked_model(role, Path(folder), shapes)
     ]
     if all((Path(folder) / "tokenizer.json").is_file() for _, folder, _ in models):
-        for folder, _ in teachers:
+        for folder in teachers:
             check_same_tokenizer(config.student, folder)
     elif teachers:
         unchecked.append("tokenizers: a tokenizer.json is missing, so they were not compared")
@@ -83,75 +85,58 @@ def make_draft(config: Config) -> Draft:
     if splits[0] is not None:
         check_pool(config, splits[0])
     check_routes(config, *(split or [] for split in splits))
-    return Draft(
-        student, largest_teacher([shapes for _, shapes in teachers]), *splits, unchecked=tuple(unchecked)
-    )
+    return Draft(student, largest_teacher(list(teachers.values())), *splits, unchecked=tuple(unchecked))
 
 
 def asked_teachers(config: Config) -> tuple[TeacherModel, ...]:
-    """Those that are asked."""
+    """The teachers that the run asks; none if neither objective nor curriculum needs one."""
     return config.teacher_models if config.needs_teacher else ()
 
 
 def largest_teacher(teachers: list[ModelShapes]) -> ModelShapes | None:
-    """The one that memory is planned for; None of none."""
+    """The one that memory is planned for; None without teachers."""
     return max(teachers, key=lambda shapes: count(parameters(shapes)), default=None)
 
 
 def _unchecked_model(role: str, folder: Path, shapes: ModelShapes) -> list[str]:
-    notes = []
     if shapes.committed:
-        notes.append(
-            f"{role}: {folder} does not exist; its shapes are the committed copy, configs/shapes/{shapes.name}.json"
-        )
-    elif not list(folder.glob("*.safetensors")):
-        notes.append(f"{role}'s weights: {folder} has no safetensors")
-    return notes
+        copy = f"its shapes are the committed copy, configs/shapes/{shapes.name}.json"
+        return [f"{role}: {folder} does not exist; {copy}"]
+    return [] if list(folder.glob("*.safetensors")) else [f"{role}'s weights: {folder} has no safetensors"]
 
 
 def _is_here(dataset: DatasetConfig) -> bool:
-    """False where none of its files exist. One of them missing is a mistake, which reading then names."""
+    """False if none of its files exist. If only some do, reading reports the missing one."""
     return any(Path(path).exists() for path in (dataset.annotations, dataset.lengths, dataset.videos) if path)
 
 
-def check_teacher(config: Config, student: ModelInfo, teacher: ModelInfo) -> None:
-    """Who may teach whom (ALGORITHM.md section 5). Raises InputError."""
-    check_same_tokenizer(config.student, teacher.path)
-    check_vocabularies(config, read_shapes(student.path), read_shapes(teacher.path))
-
-
-def check_vocabularies(config: Config, student: ModelShapes, teacher: ModelShapes) -> None:
-    """The part of check_teacher that shapes decide. Raises ConfigError."""
+def check_teacher(config: Config, student: ModelShapes, teacher: ModelShapes) -> None:
+    """Frames must be of one size and top_k within the vocabulary (docs/algorithm.md). Raises ConfigError."""
     if student.size_multiple != teacher.size_multiple:
         raise ConfigError(
-            f"student frames come in multiples of {student.size_multiple} pixels, the teacher's of {teacher.size_multiple}: "
-            "use a teacher of the same family"
+            f"student frames come in multiples of {student.size_multiple} pixels, the teacher's of "
+            f"{teacher.size_multiple}: use a teacher of the same family"
         )
-    vocabulary = teacher.text.vocab_size
-    if config.loss.needs.teacher == "top_k" and config.loss.top_k > vocabulary:
-        raise ConfigError(
-            f"loss.top_k={config.loss.top_k}, but the teacher has {vocabulary} tokens: lower it"
-        )
+    top_k, vocabulary = config.loss.top_k, teacher.text.vocab_size
+    if config.loss.needs.teacher == "top_k" and top_k > vocabulary:
+        raise ConfigError(f"loss.top_k={top_k}, but the teacher has {vocabulary} tokens: lower it")
 
 
 def check_pool(config: Config, train: list[Prompt]) -> None:
-    """The training prompts must be enough, and labelled where the curriculum needs the truth. Raises ConfigError."""
-    curriculum = config.curriculum
+    """The training prompts must be enough, and labelled if ground truth is needed. Raises ConfigError."""
+    curriculum, needs = config.curriculum, config.loss.needs
     unlabelled = [p.prompt_id for p in train if not p.answer_spans_s]
-    needs = config.loss.needs
     users = [f"curriculum.kind={curriculum.kind}"] if curriculum.kind != "uniform" else []
     users += [f"loss.kind={config.loss.kind}"] if needs.rewards or not needs.rollouts else []
     if users and unlabelled:
         named = ", ".join(unlabelled[:3]) + (", ..." if len(unlabelled) > 3 else "")
         raise ConfigError(
-            f"{' and '.join(users)} need ground truth, but {len(unlabelled)} of {len(train)} prompts have none ({named}): "
-            "label or remove them"
+            f"{' and '.join(users)} need ground truth, but {len(unlabelled)} of {len(train)} prompts have "
+            f"none ({named}): label or remove them"
         )
     selected = curriculum.num_selected if curriculum.kind != "uniform" else None
     if selected and selected > len(train):
-        raise ConfigError(
-            f"curriculum.num_selected={selected}, but the pool has {len(train)} prompts: lower it"
-        )
+        raise ConfigError(f"curriculum.num_selected={selected} of {len(train)} training prompts: lower it")
     pool, in_flight = selected or len(train), (config.max_policy_lag + 1) * config.groups_per_step
     if pool < in_flight:
         raise ConfigError(
@@ -161,20 +146,19 @@ def check_pool(config: Config, train: list[Prompt]) -> None:
 
 
 def check_routes(config: Config, train: list[Prompt], evaluation: list[Prompt]) -> None:
-    """Every prompt must have a teacher, and just one where the objective needs more of it than log-probs. Raises ConfigError."""
+    """Every prompt must have a teacher, and only one if more than log-probs is needed. Raises ConfigError."""
     if not asked_teachers(config):
         return
     for prompt in (*train, *evaluation):
         if not config.teachers_of(prompt.prompt_id):
             patterns = ", ".join(f"{t.name}: {t.prompts}" for t in config.teacher_models)
-            raise ConfigError(
-                f"prompt {prompt.prompt_id} has no teacher ({patterns}): widen a teacher's prompts"
-            )
+            raise ConfigError(f"prompt {prompt.prompt_id} has no teacher ({patterns}): widen a pattern")
     if config.loss.needs.teacher not in ("top_k", "hidden"):
         return
     for prompt in train:
         if len(own := config.teachers_of(prompt.prompt_id)) > 1:
+            names = ", ".join(t.name for t in own)
             raise ConfigError(
-                f"prompt {prompt.prompt_id} has the teachers {', '.join(t.name for t in own)}, but loss.kind={config.loss.kind} "
-                "needs more of a teacher than log-probs, which alone can be combined: give each prompt one, by teachers' prompts"
+                f"prompt {prompt.prompt_id} has the teachers {names}, but loss.kind={config.loss.kind} needs "
+                "more than log-probs, which alone can be combined: give each prompt one, by teachers' prompts"
             )

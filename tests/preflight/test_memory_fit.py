@@ -1,0 +1,204 @@
+"""What fits and what is refused, with the change that helps; --dry-run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import launch
+from preflight.inputs import SHAPES
+from preflight.memory import GIB, ProcessMemory, RoleMemory, estimate, workload_of_budget
+from preflight.memory_fit import MemoryPlan, check_fits, host_total
+from preflight.model_shapes import find_shapes, parse_shapes
+from video_opd import ROOT
+from video_opd.config import Config, TeacherModel
+from video_opd.config_file import load_config
+from video_opd.errors import ConfigError, InputError
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def config_of(name: str, *overrides: str) -> Config:
+    return load_config(ROOT / "configs" / name, overrides)
+
+
+def plan_of(config: Config, gpu_gib: float = 80, host_bytes: int = 1 << 50) -> MemoryPlan:
+    student = find_shapes(config.student, SHAPES)
+    teacher = find_shapes(config.teacher, SHAPES) if config.teacher else None
+    work = workload_of_budget(config.video, student)
+    return MemoryPlan(config, student, teacher, work, work, int(gpu_gib * GIB), host_bytes)
+
+
+def refusal(plan: MemoryPlan) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_fits(plan, one_machine=True)
+    assert isinstance(caught.value, InputError) and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpu_gib", "named"),
+    [
+        (["learner.gradient_checkpointing=false"], 80, "learner.gradient_checkpointing=true would need"),
+        (["learner.zero_stage=0"], 80, "learner.zero_stage=1 would need"),
+        (["learner.zero_stage=1"], 62, "learner.zero_stage=2 would need"),
+        (["learner.micro_batch=8"], 70, "learner.micro_batch=4 would need"),
+        (["learner.world_size=2"], 60, "learner.world_size=4 would need"),
+        (["learner.world_size=1", "learner.zero_stage=0"], 48, "learner.lora_rank=16 would need"),
+        (["curriculum.num_teacher_predictions=4"], 80, "curriculum.num_teacher_predictions=2 would need"),
+        (["rollout.gpu_memory_utilization=1.0"], 80, "rollout.gpu_memory_utilization=0.95 would need"),
+        (["rollout.num_gpus=0.5"], 80, "rollout.gpu_memory_utilization=0.45 would need"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_the_smallest_change_that_would(overrides, gpu_gib, named):
+    message = refusal(plan_of(config_of("qwen3vl_8b.yaml", *overrides), gpu_gib))
+    assert named in message, message
+
+
+def test_a_teacher_in_parts_has_a_share_of_the_weights_in_each():
+    def teacher(*overrides: str) -> RoleMemory:
+        roles = plan_of(config_of("qwen3vl_8b.yaml", "teacher_pool.engine=vllm", *overrides)).roles
+        return next(r for r in roles if r.role == "teacher")
+
+    whole, parts = teacher(), teacher("teacher_pool.tensor_parallel=4")
+    assert whole.device and parts.device
+    assert parts.processes == 4 * whole.processes
+    assert parts.device.held["weights"] == whole.device.held["weights"] // 4
+    assert parts.device.held["KV cache"] > whole.device.held["KV cache"]  # what the weights leave
+
+
+def test_of_several_teachers_each_has_its_replicas():
+    config = config_of("qwen3vl_8b.yaml")
+    several = tuple(TeacherModel(name=name, model="models/Qwen3-VL-32B-Instruct") for name in ("a", "b"))
+    roles = plan_of(config).of(config.model_copy(update={"teachers": several, "teacher": None}))
+    assert {r.role: r.processes for r in roles}["teacher"] == 2 * config.teacher_pool.num_replicas
+
+
+def test_the_named_change_does_fit_and_the_next_larger_value_does_not():
+    message = refusal(plan_of(config_of("qwen3vl_8b.yaml", "learner.micro_batch=16"), 70))
+    assert "learner.micro_batch=4 would need 67" in message
+    learner, *_ = plan_of(config_of("qwen3vl_8b.yaml", "learner.micro_batch=4"), 70).roles
+    assert learner.device and round(learner.device.peak_bytes / GIB) == 67
+    learner, *_ = plan_of(config_of("qwen3vl_8b.yaml", "learner.micro_batch=8"), 70).roles
+    assert learner.device and learner.device.peak_bytes > 70 * GIB
+
+
+def test_several_changes_are_named_where_none_alone_is_enough():
+    config = config_of(
+        "qwen3vl_8b.yaml",
+        "learner.world_size=1",
+        "learner.zero_stage=0",
+        "learner.gradient_checkpointing=false",
+    )
+    assert "learner.gradient_checkpointing=true learner.zero_stage=3" in refusal(plan_of(config))
+
+
+def test_what_no_change_makes_fit_says_so():
+    assert "none of its options makes it fit" in refusal(plan_of(config_of("qwen3vl_8b.yaml"), 4))
+
+
+def test_a_run_without_gpus_must_fit_in_the_machine():
+    config = config_of("demo.yaml", "teacher=null", "loss={kind: sft}")
+    shapes = parse_shapes(json.loads((ROOT / "demo/models/student/config.json").read_text()), "demo", "demo")
+    work = workload_of_budget(config.video, shapes)
+    plan = MemoryPlan(config, shapes, None, work, work, int(80 * GIB), host_bytes=1 << 50)
+    check_fits(plan, one_machine=True)
+    total = host_total(plan.roles)
+    small = MemoryPlan(config, shapes, None, work, work, int(80 * GIB), host_bytes=total - 1)
+    assert "all processes together" in refusal(small)
+    check_fits(small, one_machine=False)  # a launch refuses only what is plainly impossible
+
+
+def test_a_peak_is_what_is_held_and_the_largest_phase():
+    memory = ProcessMemory({"weights": 10}, {"a": {"x": 5, "y": 1}, "b": {"z": 4}})
+    assert (memory.peak_bytes, memory.largest_phase, memory.terms) == (
+        16,
+        "a",
+        {"weights": 10, "x": 5, "y": 1},
+    )
+    assert ProcessMemory({"weights": 10}, {}).peak_bytes == 10
+
+
+def test_a_role_that_is_not_run_takes_nothing():
+    config = config_of(
+        "qwen3vl_8b.yaml", "loss={kind: sft}", "curriculum.kind=uniform", "rollout.num_actors=0"
+    )
+    plan = plan_of(config)
+    roles = {
+        r.role
+        for r in estimate(config, plan.student, plan.teacher, plan.train, plan.evaluation, plan.gpu_bytes)
+    }
+    assert "learner" in roles and not roles & {"actors", "teacher", "serve"}
+
+
+# --- --dry-run ---
+
+
+def arguments_of(config: Path) -> list[str]:
+    """Leaves out the demo's clips, which take half a minute to open; those of the others are not here."""
+    if config.name != "demo.yaml":
+        return ["--config", str(config)]
+    return [f"data.{s}.{k}=nowhere" for s in ("train", "eval") for k in ("annotations", "lengths", "videos")]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.name)
+def test_dry_run_of_every_config_needs_no_weights_data_or_gpu(config, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code = launch.main([*arguments_of(config), "--dry-run", "--gpu-memory-gib", "80"])
+    captured = capsys.readouterr()
+    assert (code, captured.err) == (0, "") and not list(tmp_path.iterdir())
+    assert "NOT CHECKED  annotations and videos of data.train" in captured.out
+    assert "GiB a process" in captured.out and "billion parameters" in captured.out
+    if config.name != "demo.yaml":
+        assert (
+            "NOT CHECKED  student" in captured.out and "the committed copy, configs/shapes/" in captured.out
+        )
+        assert "NOT CHECKED  tokenizers" in captured.out
+
+
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c.name != "demo.yaml"], ids=lambda p: p.name)
+def test_a_launch_refuses_what_a_dry_run_could_not_check(config, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert launch.main(["--config", str(config)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "config.json cannot be read" in line and not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_that_does_not_fit_is_one_line_and_code_2(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = str(ROOT / "configs" / "qwen3vl_8b.yaml")
+    assert launch.main(["--config", config, "--dry-run", "--gpu-memory-gib", "40"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: learner: ") and len(captured.err.strip().splitlines()) == 1
+    assert "GiB a process" in captured.out
+
+
+@pytest.mark.parametrize("gib", ["0", "-1", "nan", "inf"])
+def test_a_gpu_must_have_memory(capsys, monkeypatch, tmp_path, gib):
+    monkeypatch.chdir(tmp_path)
+    config = str(ROOT / "configs" / "qwen3vl_8b.yaml")
+    assert launch.main(["--config", config, "--dry-run", f"--gpu-memory-gib={gib}"]) == 2
+    assert "--gpu-memory-gib" in capsys.readouterr().err
+
+
+def test_a_mistyped_model_in_a_dry_run_is_one_line_and_code_2(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = str(ROOT / "configs" / "qwen3vl_8b.yaml")
+    assert launch.main(["--config", config, "--dry-run", "student=models/Qwen3-VL-8B-Instrukt"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "Qwen3-VL-8B-Instrukt does not exist" in line
+
+
+def test_one_missing_file_of_a_split_is_a_mistake_even_in_a_dry_run(capsys, split_folder):
+    data = {"annotations": "annotations.txt", "lengths": "lengths.csv", "videos": "videos"}
+    overrides = [f"data.{s}.{k}={split_folder / v}" for s in ("train", "eval") for k, v in data.items()]
+    demo = ["--config", str(ROOT / "configs" / "demo.yaml"), "groups_per_step=3", "max_policy_lag=0"]
+    overrides += [
+        f"student={ROOT / 'demo/models/student'}",
+        f"teacher={ROOT / 'demo/models/teacher'}",
+    ]
+    assert launch.main([*demo, *overrides, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "NOT" not in out and "12 tokens a prompt expected" in out
+    assert launch.main([*demo, *overrides, "data.eval.annotations=nowhere.txt", "--dry-run"]) == 2
+    assert "nowhere.txt cannot be read" in capsys.readouterr().err
