@@ -93,8 +93,8 @@ class TeacherConfig(ConfigSection):
             raise ValueError(f"tensor_parallel={self.tensor_parallel} is vLLM's: use engine=vllm")
         if self.num_gpus > 1 or (not self.num_gpus and not self.num_cpus):
             raise ValueError(
-                f"tensor_parallel={self.tensor_parallel} gives each part at most one GPU, or num_cpus "
-                f"without GPUs: num_gpus={self.num_gpus:g}, num_cpus={self.num_cpus:g}"
+                f"tensor_parallel={self.tensor_parallel} gives each part at most one GPU, or on a CPU "
+                f"machine a share of num_cpus: num_gpus={self.num_gpus:g}, num_cpus={self.num_cpus:g}"
             )
         return self
 
