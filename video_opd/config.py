@@ -31,9 +31,7 @@ class RolloutConfig(ConfigSection):
 
     num_actors: NonNegativeInt = key(1, "0: none, for objectives without rollouts; disables evaluation too")
     prompts_per_call: PositiveInt = key(32, "prompts in flight in one call of an actor")
-    prompts_per_result: PositiveInt = key(
-        4, "finished prompts that an actor returns together; the teacher scores them meanwhile"
-    )
+    prompts_per_result: PositiveInt = key(4, "finished prompts that an actor returns together")
     rollouts_per_prompt: PositiveInt = 1
     temperature: PositiveFloat = key(1.0, "only 1 is supported: log-probs are those of the policy itself")
     max_response_tokens: PositiveInt = 64
@@ -61,17 +59,13 @@ class TeacherConfig(ConfigSection):
 
     engine: Literal["transformers", "vllm"] = "transformers"
     num_replicas: PositiveInt = key(1, "at the start; `python -m teacher_service scale N` changes it")
-    max_replicas: PositiveInt | None = key(
-        None, "upper bound of autoscaling; None: num_replicas, until `scale` changes it"
-    )
-    min_replicas: PositiveInt | None = key(None, "lower bound of autoscaling; None: 1")
-    target_ongoing_requests: PositiveFloat = key(
-        2.0, "autoscaling: target calls per replica, queued ones too"
-    )
+    max_replicas: PositiveInt | None = key(None, "most replicas; None: num_replicas, or as `scale` says")
+    min_replicas: PositiveInt | None = key(None, "fewest replicas; None: 1")
+    target_ongoing_requests: PositiveFloat = key(2.0, "autoscaling: calls per replica, queued ones too")
     upscale_delay_s: NonNegativeFloat = key(10.0, "autoscaling: add replicas after calls queue for this long")
     downscale_delay_s: NonNegativeFloat = key(120.0, "autoscaling: remove replicas idle for this long")
     health_check_s: PositiveFloat = key(
-        10.0, "period and timeout of a replica's health checks; it is replaced after three failures"
+        10.0, "period and timeout of health checks; three failures replace a replica"
     )
     max_queued_requests: PositiveInt = key(256, "beyond this callers are told to wait")
     max_batch_requests: PositiveInt = key(4, "concurrent calls merged into one forward pass")
@@ -130,16 +124,12 @@ class LossConfig(ConfigSection):
     kind: LossKind = key("opd", "on-policy distillation, or one of its baselines; see docs/algorithm.md")
     top_k: PositiveInt = key(64, "opd_topk: teacher tokens kept at each position")
     center: Literal["none", "batch"] = key("none", "opd: subtract the batch mean from the signal r")
-    clamp: PositiveFloat | None = key(
-        None, "opd, opd_topk, off_policy_rkd: bound of |log-ratio of teacher and student|, before centring"
-    )
+    clamp: PositiveFloat | None = key(None, "opd, opd_topk, off_policy_rkd: bound of |log-ratio|")
     max_ratio: PositiveFloat | None = key(None, "opd: truncate importance ratios; None: no bound")
     divergence: Literal["reverse", "forward", "jsd"] = key("reverse", "opd_full: KL(student || teacher), ...")
     beta: OpenFraction = key(0.5, "opd_full, divergence=jsd: weight of the teacher")
     clip: OpenFraction = key(0.2, "grpo: importance ratios count within 1 +- clip")
-    kl_coef: NonNegativeFloat = key(
-        0.0, "grpo: weight of the KL to a reference, the model `teacher` (the student's initial weights, say)"
-    )
+    kl_coef: NonNegativeFloat = key(0.0, "grpo: weight of the KL to a reference, the model `teacher`")
     advantage_std: bool = key(True, "grpo: divide a group's advantages by their standard deviation")
     rewards: Annotated[tuple[str, ...], Field(min_length=1)] = key(
         ("video_opd.rewards:iou",), "grpo: functions (trajectory, prompt) -> float, by import path; summed"
@@ -179,9 +169,7 @@ class LearnerConfig(ConfigSection):
     final_lr_frac: Fraction = key(1.0, "lr falls linearly to this share of itself; 1: constant")
     max_grad_norm: PositiveFloat = 1.0
     freeze_vision: bool = key(True, "vision tower and merger keep their weights")
-    vision_cache_bytes: NonNegativeInt = key(
-        0, "cache of the frozen vision tower's outputs in each rank's memory; 0: none"
-    )
+    vision_cache_bytes: NonNegativeInt = key(0, "cache of vision features in each rank's memory; 0: none")
     lora_rank: NonNegativeInt = key(0, "train only low-rank adapters of this rank; 0: train the weights")
     lora_alpha: PositiveFloat = key(32.0, "adapters are scaled by lora_alpha / lora_rank")
     lora_targets: RegularExpression = key(
@@ -268,9 +256,7 @@ class Config(ConfigSection):
     seed: int = 0
     student: str = Field(description="transformers folder of the student")
     teacher: str | None = key(None, "transformers folder of the teacher, where one is needed")
-    teachers: tuple[TeacherModel, ...] = key(
-        (), "several teachers, in place of `teacher`: {name, model, weight, prompts} each"
-    )
+    teachers: tuple[TeacherModel, ...] = key((), "instead of `teacher`: {name, model, weight, prompts} each")
     trust_remote_code: bool = key(False, "run the Python code that a model folder brings (its auto_map)")
     num_steps: PositiveInt
     max_scored_tokens: PositiveInt | None = key(
@@ -281,22 +267,14 @@ class Config(ConfigSection):
     max_policy_lag: NonNegativeInt = key(0, "0: strictly on-policy")
     checkpoint_every: NonNegativeInt = key(0, "steps between checkpoints; 0: only at the end")
     checkpoint_keep_last: PositiveInt = key(3, "newest checkpoints that are kept")
-    checkpoint_keep_best: NonNegativeInt = key(
-        1, "checkpoints also kept: those with the best mIoU on data.eval; needs eval_every"
-    )
-    checkpoint_url: str | None = key(
-        None, "copy checkpoints to URL/run_name: s3://..., file://..., whatever fsspec opens"
-    )
+    checkpoint_keep_best: NonNegativeInt = key(1, "checkpoints of best eval mIoU also kept; needs eval_every")
+    checkpoint_url: str | None = key(None, "copy checkpoints to URL/run_name; any fsspec URL: s3://...")
     upload_timeout_s: PositiveFloat = key(3600.0, "bound on the copy of one checkpoint to checkpoint_url")
-    stop_grace_s: PositiveFloat = key(
-        60.0, "after SIGTERM or SIGINT: how long the current update may take before it is abandoned"
-    )
+    stop_grace_s: PositiveFloat = key(60.0, "time that SIGTERM or SIGINT leaves for the current update")
     eval_every: NonNegativeInt = key(0, "steps between evaluations on data.eval; 0: before and after only")
     request_timeout_s: PositiveFloat = key(600.0, "bound on every wait for a rollout, a score or an update")
     start_timeout_s: PositiveFloat = key(900.0, "bound on the start of all parts")
-    max_retries: NonNegativeInt = key(
-        3, "consecutive retries of a call, or restarts of a part, after a process died or hung"
-    )
+    max_retries: NonNegativeInt = key(3, "consecutive retries of a call or restarts of a part that was lost")
     watchdog_s: PositiveFloat = key(120.0, "after this long without a step, print what is waited for")
     data: DataConfig
     video: VideoConfig = VideoConfig()

@@ -80,9 +80,7 @@ class DatasetConfig(ConfigSection):
     cuts: Literal["apply", "ignore"] | None = key(
         None, "time_r1, tvgbench: ignore where the files are cut already; None: apply"
     )
-    clamp_s: NonNegativeFloat = key(
-        0.0, "cut an annotation that ends at most this far beyond its clip at the clip's end"
-    )
+    clamp_s: NonNegativeFloat = key(0.0, "cut annotations that end up to this far beyond the clip's end")
     max_prompts: PositiveInt | None = key(None, "use only this many prompts, the first ones")
     unreadable: Literal["error", "drop"] = key(
         "error", "data.train: a video that cannot be opened ends the launch, or its prompts are left out"
@@ -112,7 +110,7 @@ class VideoConfig(ConfigSection):
     max_frames: PositiveInt = 768
     max_video_tokens: PositiveInt = key(8192, "frames are scaled down to at most this many tokens")
     frame_folder_fps: PositiveFloat | None = key(
-        None, "frames per second of videos that are folders of numbered images; None: there are none"
+        None, "frames per second of videos that are folders of images"
     )
     decoder: Literal["decord", "pyav", "torchcodec"] = "decord"
     decode_workers: PositiveInt = key(4, "decoding processes of each process, started when first needed")
@@ -120,9 +118,7 @@ class VideoConfig(ConfigSection):
     quarantine: str | None = key(
         None, "JSON lines file of undecodable videos, skipped by every run; None: each process keeps its own"
     )
-    cache_dir: str | None = key(
-        None, "folder of the node's cache of decoded frames; None: in the temporary folder"
-    )
+    cache_dir: str | None = key(None, "folder of the node's cache of frames; None: in the temporary folder")
     cache_bytes: PositiveInt = key(8 << 30, "size of that cache, which outlives the run")
 
     @model_validator(mode="after")
@@ -138,13 +134,9 @@ class VideoConfig(ConfigSection):
 class PromptConfig(ConfigSection):
     """The text around a query."""
 
-    style: PromptStyle = key(
-        "timelens", "published prompt: sets template, answer_template and video_first where not given"
-    )
+    style: PromptStyle = key("timelens", "published prompt; sets the other keys where they are not given")
     template: str = key(STYLES["timelens"]["template"], "must contain {query}")
-    answer_template: str = key(
-        STYLES["timelens"]["answer_template"], "ground truth written as an answer, with {start} and {end}"
-    )
+    answer_template: str = key(STYLES["timelens"]["answer_template"], "ground truth written as an answer")
     video_first: bool = key(STYLES["timelens"]["video_first"], "video before the text")
 
     @model_validator(mode="before")

@@ -30,8 +30,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "time_r1_think": {
         "template": _TIME_R1
         + "Output your thought process within the <think> </think> tags, including analysis with either "
-        "specific timestamps (xx.xx) or time ranges (xx.xx to xx.xx) in <timestep> </timestep> tags.\n\nThen, provide "
-        + _TIME_R1_ANSWER,
+        "specific timestamps (xx.xx) or time ranges (xx.xx to xx.xx) in <timestep> </timestep> tags.\n\n"
+        "Then, provide " + _TIME_R1_ANSWER,
         "answer_template": "<answer>{start:.2f} to {end:.2f}</answer>",
         "video_first": False,
     },

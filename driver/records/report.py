@@ -15,15 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from driver.clock import PHASES
@@ -57,9 +50,9 @@ ShowStep = Callable[[Mapping[str, float]], None]
 @contextmanager
 def progress_bar(num_steps: int, done: int) -> Iterator[ShowStep]:
     """A progress bar over the run's steps on stderr."""
-    columns = [TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[numbers]}")]
-    columns += [TimeElapsedColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    columns = "step", bars.MofNCompleteColumn(), bars.BarColumn(), "{task.fields[numbers]}"
+    times = bars.TimeElapsedColumn(), bars.TimeRemainingColumn()
+    with bars.Progress(*columns, *times, console=Console(stderr=True)) as progress:
         task = progress.add_task("train", total=num_steps, completed=done, numbers="")
 
         def show(metrics: Mapping[str, float]) -> None:

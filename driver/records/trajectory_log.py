@@ -1,6 +1,7 @@
 """The log of every trajectory that was trained on."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -56,12 +57,9 @@ class TrajectoryLog:
 def _read_batches(path: Path) -> pa.Table:
     """The whole batches of one file; a last batch cut off by a crash is left out."""
     batches = []
-    with pa.OSFile(str(path)) as source:
-        try:
-            for batch in pa.ipc.open_stream(source):
-                batches.append(batch)
-        except pa.ArrowInvalid:  # the writer stopped within a batch, or before the first
-            pass
+    with pa.OSFile(str(path)) as source, suppress(pa.ArrowInvalid):
+        for batch in pa.ipc.open_stream(source):
+            batches.append(batch)
     return pa.Table.from_batches(batches, schema=TRAJECTORIES)
 
 

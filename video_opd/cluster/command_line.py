@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-from video_opd.cluster.join import find_address, join
 from video_opd.errors import ConfigError, InputError, VideoOPDError
 
 
@@ -45,6 +44,7 @@ def connected(address: str) -> Iterator[None]:
     """Within the block this process is a driver of the Ray at `address`. Raises ConfigError, see join."""
     import ray
 
+    from video_opd.cluster.join import find_address, join
     from video_opd.cluster.run_control import NAMESPACE
 
     join(find_address(address), namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)

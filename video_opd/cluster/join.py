@@ -6,6 +6,18 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
+import grpc
+import psutil
+import ray
+from ray._common.tls_utils import load_certs_from_env
+from ray._private import ray_constants, services, utils
+from ray._private.authentication import authentication_token_setup as token_setup
+from ray._raylet import AuthenticationTokenLoader  # pyright: ignore[reportAttributeAccessIssue]
+from ray.core.generated import gcs_service_pb2_grpc
+from ray.core.generated.gcs_service_pb2 import CheckAliveRequest  # pyright: ignore[reportAttributeAccessIssue]
+from ray.exceptions import AuthenticationError
+from ray.util import get_node_ip_address
+
 from video_opd.errors import ConfigError
 
 CONNECT_TIMEOUT_S = 5.0
@@ -15,12 +27,10 @@ GET_TOKEN = "copy the head's ~/.ray/auth_token to the same place here, or name a
 
 def find_address(address: str) -> str:
     """host:port of a Ray that answers; auto: RAY_ADDRESS, or this machine's only one. Raises ConfigError."""
-    from ray._private.services import find_gcs_addresses
-
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS", "auto")
     if address == "auto":
-        found = sorted(find_gcs_addresses())
+        found = sorted(services.find_gcs_addresses())
         if not found:
             raise ConfigError(
                 "no Ray runs on this machine: start a run, or name another machine's with --address"
@@ -42,14 +52,12 @@ def cluster_to_join(asked: str | None) -> str | None:
     asked: HOST:PORT, auto or local. None: as ray.init does, RAY_ADDRESS, else what `ray up` or `ray start`
     left on this machine, else its own. Raises ConfigError if the Ray asked for does not answer.
     """
-    from ray._private.utils import read_ray_address
-
     asked = asked or os.environ.get("RAY_ADDRESS")
     if asked == "local":
         return None
     if asked not in (None, "", "auto"):
         return find_address(asked)
-    started = read_ray_address()
+    started = utils.read_ray_address()
     if started and _connect(started) is None:
         return started
     return find_address("auto") if asked else None
@@ -61,9 +69,6 @@ def join(address: str, **options: Any) -> Any:
     RAY_AUTH_MODE decides whether a token is sent; unset, it is sent if there is one. Raises ConfigError
     within seconds if nothing answers or the token is missing or wrong. Warns if the Ray asks for no token.
     """
-    import ray
-    from ray.exceptions import AuthenticationError
-
     logging.getLogger("ray").setLevel(logging.ERROR)
     token = _token()
     _use_loopback(_only_on_loopback(address))
@@ -90,18 +95,14 @@ def start_local(**options: Any) -> Any:
     It asks for a token unless RAY_AUTH_MODE says otherwise; a missing token is created, readable by this user
     alone. Raises ConfigError.
     """
-    import ray
-    from ray._private.authentication import authentication_token_setup
-    from ray.exceptions import AuthenticationError
-
     logging.getLogger("ray").setLevel(logging.ERROR)
     if _auth_mode() == "disabled":
         warning = f"{AUTH_MODE}=disabled: the run lets in all who reach this machine"
         print(f"warning: {warning}: see docs/security.md", flush=True)
-    authentication_token_setup.enable_token_auth_by_default()
+    token_setup.enable_token_auth_by_default()
     umask = os.umask(0o077)
     try:
-        authentication_token_setup.ensure_token_if_auth_enabled()
+        token_setup.ensure_token_if_auth_enabled()
     except AuthenticationError as error:
         raise ConfigError(f"no Ray can start here: {error.message}") from error
     finally:
@@ -130,15 +131,11 @@ def _auth_mode() -> str | None:
 
 def _token() -> dict[str, str]:
     """The headers with this process's token; empty if it has none or must not send it. Raises ConfigError."""
-    from ray._private.authentication import authentication_token_setup
-    from ray._raylet import AuthenticationTokenLoader  # pyright: ignore[reportAttributeAccessIssue]
-    from ray.exceptions import AuthenticationError
-
     if _auth_mode() == "disabled":
         return {}
     loader = AuthenticationTokenLoader.instance()
     try:  # ray.init enables tokens itself only for address="auto"
-        authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         return loader.get_token_for_http_header() if loader.has_token(ignore_auth_mode=True) else {}
     except AuthenticationError as error:
         raise ConfigError(f"the token cannot be read: {error.message}: {GET_TOKEN}") from error
@@ -146,11 +143,6 @@ def _token() -> dict[str, str]:
 
 def _lets_in(address: str, headers: Mapping[str, str]) -> bool:
     """Whether the head accepts these headers; ray.init would retry for minutes. Raises ConfigError."""
-    import grpc
-    from ray._common.tls_utils import load_certs_from_env
-    from ray.core.generated import gcs_service_pb2_grpc
-    from ray.core.generated.gcs_service_pb2 import CheckAliveRequest  # pyright: ignore[reportAttributeAccessIssue]
-
     if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
         certificate, key, authority = load_certs_from_env()
         channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(authority, key, certificate))
@@ -177,8 +169,6 @@ def _is_loopback(address: str) -> bool:
 
 def _only_on_loopback(address: str) -> bool:
     """Whether start_local started this Ray: it does not answer at the node's own address."""
-    from ray.util import get_node_ip_address
-
     if not _is_loopback(address):
         return False
     _use_loopback(False)
@@ -187,9 +177,6 @@ def _only_on_loopback(address: str) -> bool:
 
 def _use_loopback(alone: bool) -> None:
     """Makes Ray and gloo, here and in child processes, use loopback (alone) or the node's address."""
-    import psutil
-    from ray._private import ray_constants
-
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0" if alone else "1"
     ray_constants.ENABLE_RAY_CLUSTER = not alone
     interfaces = psutil.net_if_addrs().items()
