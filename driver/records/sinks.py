@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+from video_opd.files.run_folder import write_atomically
 from video_opd.types import StepReport
 
 
@@ -19,9 +20,7 @@ class MetricSinks:
         path = run_dir / "metrics.jsonl"
         if path.exists():
             kept = [line for line in _whole_lines(path) if json.loads(line)["step"] < start_step]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            temporary.rename(path)
+            write_atomically(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a")
         self._board = Writer(str(run_dir / "tensorboard"))
 

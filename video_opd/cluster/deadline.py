@@ -1,7 +1,6 @@
 """Named waits, which the watchdog prints, and deadlines for waits on other processes."""
 
 import asyncio
-import itertools
 import time
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
@@ -19,19 +18,18 @@ class Wait(NamedTuple):
     since_s: float  # monotonic clock
 
 
-_waits: dict[int, Wait] = {}
-_numbers = itertools.count()
+_waits: list[Wait] = []
 
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """Lists the wait while the block runs."""
-    number = next(_numbers)
-    _waits[number] = Wait(what, time.monotonic())
+    wait = Wait(what, time.monotonic())
+    _waits.append(wait)
     try:
         yield
     finally:
-        del _waits[number]
+        _waits.remove(wait)
 
 
 async def with_deadline(timeout_s: float, call: Awaitable[T], what: str) -> T:
@@ -51,4 +49,4 @@ async def with_deadline(timeout_s: float, call: Awaitable[T], what: str) -> T:
 
 def waits() -> list[Wait]:
     """The waits of this process, longest first."""
-    return sorted(_waits.values(), key=lambda wait: wait.since_s)
+    return sorted(_waits, key=lambda wait: wait.since_s)
