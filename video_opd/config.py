@@ -59,8 +59,8 @@ class TeacherConfig(ConfigSection):
 
     engine: Literal["transformers", "vllm"] = "transformers"
     num_replicas: PositiveInt = key(1, "at the start; `python -m teacher_service scale N` changes it")
-    max_replicas: PositiveInt | None = key(None, "most replicas; None: num_replicas, or as `scale` says")
-    min_replicas: PositiveInt | None = key(None, "fewest replicas; None: 1")
+    max_replicas: PositiveInt | None = key(None, "autoscale up to this; None: fixed, unless `scale` sets it")
+    min_replicas: PositiveInt | None = key(None, "autoscale down to this; None: 1")
     target_ongoing_requests: PositiveFloat = key(2.0, "autoscaling: calls per replica, queued ones too")
     upscale_delay_s: NonNegativeFloat = key(10.0, "autoscaling: add replicas after calls queue for this long")
     downscale_delay_s: NonNegativeFloat = key(120.0, "autoscaling: remove replicas idle for this long")
@@ -111,7 +111,7 @@ class TeacherModel(ConfigSection):
     name: FileName = Field(pattern=r"^[\w.-]+$", description="in metrics, teacher ids and commands")
     model: str = Field(description="transformers folder")
     weight: PositiveFloat = key(1.0, "relative weight where several teachers score a prompt")
-    prompts: RegularExpression | None = key(None, "the prompt ids that it scores; None: all")
+    prompts: RegularExpression | None = key(None, "regular expression of the prompt ids it scores; None: all")
 
     def scores(self, prompt_id: str) -> bool:
         """Whether this teacher scores the prompt."""
@@ -173,7 +173,7 @@ class LearnerConfig(ConfigSection):
     lora_rank: NonNegativeInt = key(0, "train only low-rank adapters of this rank; 0: train the weights")
     lora_alpha: PositiveFloat = key(32.0, "adapters are scaled by lora_alpha / lora_rank")
     lora_targets: RegularExpression = key(
-        r".*language_model.*\.(q|k|v|o|gate|up|down)_proj", "linear layers with adapters"
+        r".*language_model.*\.(q|k|v|o|gate|up|down)_proj", "regular expression: linear layers with adapters"
     )
     gradient_checkpointing: bool = True
     bucket_bytes: PositiveInt = Field(

@@ -87,10 +87,7 @@ def blind_baselines(train: Sequence[Prompt], evaluation: Sequence[Prompt], seed:
     durations = [p.clip.duration_s for p in evaluation]
     constant = summarise(_best_ious([(start * d, end * d) for d in durations], evaluation))
     random = summarise(_best_ious(random_spans(durations, seed), evaluation))
-    return {
-        "best_constant": {**constant, "interval_frac": [float(start), float(end)]},
-        "random": random,
-    }
+    return {"best_constant": constant | {"interval_frac": [float(start), float(end)]}, "random": random}
 
 
 def _best_ious(spans: Sequence[Span | None], prompts: Sequence[Prompt]) -> list[float]:
