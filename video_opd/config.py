@@ -1,11 +1,12 @@
 """The run's configuration: frozen pydantic models. video_opd/config_file.py reads and writes them."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from video_opd.config_data import (
     ConfigSection,
@@ -44,14 +45,12 @@ class RolloutConfig(ConfigSection):
     num_gpus: NonNegativeFloat = key(1, "of one actor; 0 on a CPU machine")
     num_cpus: NonNegativeFloat = 1
 
-    @model_validator(mode="after")
-    def _logprobs_are_on_policy(self):
+    def problems(self) -> Iterator[str]:
         if self.temperature != 1.0:
-            raise ValueError(
+            yield (
                 f"temperature={self.temperature}: vLLM reports log-probs before the temperature is applied, "
                 "not those of the distribution sampled from; set 1.0"
             )
-        return self
 
 
 class TeacherConfig(ConfigSection):
@@ -79,30 +78,21 @@ class TeacherConfig(ConfigSection):
     num_gpus: NonNegativeFloat = key(1, "of one replica, or of each of its shards; 0 on a CPU machine")
     num_cpus: NonNegativeFloat = 1
 
-    @model_validator(mode="after")
-    def _shards_can_be_placed(self):
-        if self.tensor_parallel == 1:
-            return self
-        if self.engine != "vllm":
-            raise ValueError(f"tensor_parallel={self.tensor_parallel} is vLLM's: use engine=vllm")
-        if self.num_gpus > 1 or (not self.num_gpus and not self.num_cpus):
-            raise ValueError(
-                f"tensor_parallel={self.tensor_parallel} gives each part at most one GPU, or on a CPU "
-                f"machine a share of num_cpus: num_gpus={self.num_gpus:g}, num_cpus={self.num_cpus:g}"
+    def problems(self) -> Iterator[str]:
+        shards, fits = self.tensor_parallel, self.num_gpus <= 1 and (self.num_gpus or self.num_cpus)
+        if shards > 1 and self.engine != "vllm":
+            yield f"tensor_parallel={shards} is vLLM's: use engine=vllm"
+        if shards > 1 and not fits:
+            yield (
+                f"tensor_parallel={shards} gives each part at most one GPU, or on a CPU machine a share of "
+                f"num_cpus: num_gpus={self.num_gpus:g}, num_cpus={self.num_cpus:g}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _bounds_are_ordered(self):
         lowest, highest = self.min_replicas or 1, self.max_replicas
         if highest is None and self.min_replicas is not None:
-            raise ValueError(
-                f"min_replicas={lowest} without max_replicas: set both, or neither for a fixed number"
-            )
+            yield f"min_replicas={lowest} without max_replicas: set both, or neither for a fixed number"
         if highest is not None and not lowest <= self.num_replicas <= highest:
             bounds = f"min_replicas={lowest} and max_replicas={highest}"
-            raise ValueError(f"num_replicas={self.num_replicas} is not within {bounds}")
-        return self
+            yield f"num_replicas={self.num_replicas} is not within {bounds}"
 
 
 class TeacherModel(ConfigSection):
@@ -142,16 +132,14 @@ class LossConfig(ConfigSection):
         needs = OBJECTIVES[self.kind]
         return replace(needs, teacher="logprobs") if self.kl_coef else needs
 
-    @model_validator(mode="after")
-    def _options_have_an_effect(self):
+    def problems(self) -> Iterator[str]:
         nothing = f"nothing for kind={self.kind}"
         if self.kind != "grpo" and self.kl_coef:
-            raise ValueError(f"kl_coef is an option of kind=grpo: it does {nothing}")
+            yield f"kl_coef is an option of kind=grpo: it does {nothing}"
         if self.kind != "opd" and (self.center != "none" or self.max_ratio is not None):
-            raise ValueError(f"center and max_ratio are options of kind=opd: they do {nothing}")
+            yield f"center and max_ratio are options of kind=opd: they do {nothing}"
         if self.kind not in ("opd", "opd_topk", "off_policy_rkd") and self.clamp is not None:
-            raise ValueError(f"clamp bounds the log-ratio of teacher and student: it does {nothing}")
-        return self
+            yield f"clamp bounds the log-ratio of teacher and student: it does {nothing}"
 
 
 class LearnerConfig(ConfigSection):
@@ -187,18 +175,14 @@ class LearnerConfig(ConfigSection):
     num_gpus: Annotated[float, Field(ge=0)] = Field(default=1, description="of one rank; 0 on a CPU machine")
     num_cpus: Annotated[float, Field(ge=0)] = 1
 
-    @model_validator(mode="after")
-    def _cached_features_stay_valid(self):
+    def problems(self) -> Iterator[str]:
         if self.vision_cache_bytes and not self.freeze_vision:
-            raise ValueError(
-                "vision_cache_bytes keeps outputs of the vision tower: set freeze_vision, or leave it 0"
-            )
+            yield "vision_cache_bytes keeps outputs of the vision tower: set freeze_vision, or leave it 0"
         if self.vision_cache_bytes and self.zero_stage == 3 and self.world_size > 1:
-            raise ValueError(
+            yield (
                 "vision_cache_bytes lets one rank skip the vision tower, which blocks the others under "
                 "zero_stage=3: use zero_stage=2"
             )
-        return self
 
 
 class CurriculumConfig(ConfigSection):
@@ -221,12 +205,10 @@ class CurriculumConfig(ConfigSection):
     anchor_frac: Fraction = key(0.1, "scc: share of Anchors in the pool")
     suspend_iou: Fraction = key(0.7, "scc: rollouts with at least this IoU are neither scored nor trained on")
 
-    @model_validator(mode="after")
-    def _kinds_are_apart(self):
+    def problems(self) -> Iterator[str]:
         if self.frontier_iou > self.anchor_iou:
-            both = f"frontier_iou={self.frontier_iou} is above anchor_iou={self.anchor_iou}"
-            raise ValueError(f"{both}: a prompt could be both")
-        return self
+            above = f"frontier_iou={self.frontier_iou} is above anchor_iou={self.anchor_iou}"
+            yield f"{above}: a prompt could be both"
 
     @property
     def asks_teacher(self) -> bool:
@@ -304,46 +286,31 @@ class Config(ConfigSection):
         """The teachers that score the prompt. The first one gives the teacher's answer to it."""
         return tuple(t for t in self.teacher_models if t.scores(prompt_id))
 
-    @model_validator(mode="after")
-    def _one_teacher_or_several(self):
+    def problems(self) -> Iterator[str]:
         if self.teacher is not None and self.teachers:
-            raise ValueError(
-                "teacher and teachers are both set: list all under teachers, and set teacher=null"
-            )
+            yield "teacher and teachers are both set: list all under teachers, and set teacher=null"
         names = [t.name for t in self.teachers]
         if len(set(names)) < len(names):
-            raise ValueError(f"teachers {', '.join(names)}: give each a name of its own")
-        return self
-
-    @model_validator(mode="after")
-    def _timeouts_are_ordered(self):
-        clip, request = self.video.decode_timeout_s, self.request_timeout_s
-        if clip >= request:
-            above = f"video.decode_timeout_s={clip:g} is above request_timeout_s={request:g}"
-            raise ValueError(f"{above}: a clip that hangs would end the run")
-        return self
-
-    @model_validator(mode="after")
-    def _sections_fit(self):
+            yield f"teachers {', '.join(names)}: give each a name of its own"
+        if self.video.decode_timeout_s >= self.request_timeout_s:
+            yield (
+                f"video.decode_timeout_s={self.video.decode_timeout_s:g} is above "
+                f"request_timeout_s={self.request_timeout_s:g}: a clip that hangs would end the run"
+            )
         shared = any(0 < part.num_gpus < 1 for part in (self.learner, self.rollout))
         if self.learner.weight_transfer == "collective" and shared:
             raise ValueError(
                 "learner.weight_transfer=collective: NCCL wants a GPU for each member, so num_gpus is 0 or 1 and more"
             )
         if self.loss.kind == "grpo" and self.rollout.rollouts_per_prompt < 2:
-            raise ValueError(
-                "loss.kind=grpo compares responses to one prompt: set rollout.rollouts_per_prompt >= 2"
-            )
+            yield "loss.kind=grpo compares responses to one prompt: set rollout.rollouts_per_prompt >= 2"
         needs, loss = self.loss.needs, f"loss.kind={self.loss.kind}"
         kinds = f"{loss} with curriculum.kind={self.curriculum.kind}"
         if (needs.rollouts or self.curriculum.asks_student) and not self.rollout.num_actors:
-            raise ValueError(f"rollout.num_actors=0, but {kinds} asks the student: set 1 or more")
+            yield f"rollout.num_actors=0, but {kinds} asks the student: set 1 or more"
         if needs.teacher == "hidden" and self.teacher_pool.engine == "vllm":
-            raise ValueError(
-                f"{loss} needs the teacher's hidden states: use teacher_pool.engine=transformers"
-            )
+            yield f"{loss} needs the teacher's hidden states: use teacher_pool.engine=transformers"
         if not needs.rollouts and self.curriculum.kind == "scc":
-            raise ValueError(f"curriculum.kind=scc suspends rollouts, {loss} has none: use tvdf or uniform")
+            yield f"curriculum.kind=scc suspends rollouts, {loss} has none: use tvdf or uniform"
         if self.needs_teacher and not self.teacher_models:
-            raise ValueError(f"{kinds} needs a teacher: set teacher")
-        return self
+            yield f"{kinds} needs a teacher: set teacher"

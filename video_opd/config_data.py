@@ -1,6 +1,7 @@
 """Configuration of annotations, videos and prompts, with the types that all sections share."""
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -55,6 +56,16 @@ class ConfigSection(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
+    def problems(self) -> Iterator[str]:
+        """Yields what is wrong with values that are valid on their own; the first is reported."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _check(self):
+        for problem in self.problems():
+            raise ValueError(problem)
+        return self
+
 
 def key(default: Any, description: str) -> Any:
     """A configuration key with a default; `python launch.py --help` prints both."""
@@ -93,13 +104,9 @@ class DataConfig(ConfigSection):
     train: DatasetConfig
     eval: DatasetConfig
 
-    @model_validator(mode="after")
-    def _evaluation_leaves_nothing_out(self):
+    def problems(self) -> Iterator[str]:
         if self.eval.unreadable != "error":
-            raise ValueError(
-                "data.eval.unreadable=drop would leave failures out of the metrics: mend the videos"
-            )
-        return self
+            yield "data.eval.unreadable=drop would leave failures out of the metrics: mend the videos"
 
 
 class VideoConfig(ConfigSection):
@@ -121,14 +128,12 @@ class VideoConfig(ConfigSection):
     cache_dir: str | None = key(None, "folder of the node's cache of frames; None: in the temporary folder")
     cache_bytes: PositiveInt = key(8 << 30, "size of that cache, which outlives the run")
 
-    @model_validator(mode="after")
-    def _frames_fit(self):
-        numbers = f"min_frames={self.min_frames}", f"max_frames={self.max_frames}"
+    def problems(self) -> Iterator[str]:
+        fewest, most = f"min_frames={self.min_frames}", f"max_frames={self.max_frames}"
         if self.min_frames > self.max_frames:
-            raise ValueError(" is more than ".join(numbers))
+            yield f"{fewest} is more than {most}"
         if self.min_frames % 2 or self.max_frames % 2:
-            raise ValueError(f"{' and '.join(numbers)} must be even: tokens cover two frames")
-        return self
+            yield f"{fewest} and {most} must be even: tokens cover two frames"
 
 
 class PromptConfig(ConfigSection):
@@ -145,17 +150,15 @@ class PromptConfig(ConfigSection):
         style = values.get("style") if isinstance(values, dict) else None
         return STYLES[style] | values if style in STYLES else values
 
-    @model_validator(mode="after")
-    def _templates_are_valid(self):
+    def problems(self) -> Iterator[str]:
         if "{query}" not in self.template:
-            raise ValueError("template must contain {query}")
+            yield "template must contain {query}"
         try:
             self.template.format(query="")
         except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(f"template may hold {{query}} and no other braces ({error!r})") from None
+            yield f"template may hold {{query}} and no other braces ({error!r})"
         try:
             self.answer_template.format(start=0.0, end=0.0)
         except (KeyError, IndexError, ValueError) as error:
             allowed = "{start} and {end} with number formats alone"
-            raise ValueError(f"answer_template may hold {allowed} ({error!r})") from None
-        return self
+            yield f"answer_template may hold {allowed} ({error!r})"

@@ -178,10 +178,10 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BucketHeader:
-    """The tensors in one bucket of a version of the student's weights, in order, all of one dtype."""
+    """What a part of one version of the student's weights holds: several tensors of one dtype, in order."""
 
     policy_version: int
-    first: int  # number of this version's tensors in earlier buckets
+    first: int  # tensors of this version in the buckets before
     is_last: bool  # of this version
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -190,7 +190,7 @@ class BucketHeader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightBucket:
-    """A bucket of weights in the object store. Readers share its memory and must not write to it."""
+    """A part of the weights as it lies in the object store. Whoever takes it out shares the memory: nobody writes to it."""
 
     header: BucketHeader
     parts: tuple[np.ndarray, ...]  # uint8[bytes] of each tensor
@@ -202,10 +202,10 @@ class WeightBucket:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupPlace:
-    """A member's rank in a broadcast group, and the store where the members meet."""
+    """One member's place in a broadcast group, and where its members meet."""
 
     host: str
-    port: int  # of the driver's store
+    port: int  # of the store that the driver keeps
     rank: int  # 0 sends
     size: int
     backend: Literal["gloo", "nccl"]

@@ -13,7 +13,6 @@ from video_opd.grounding import blind_baselines
 def summarise(run: Run, records: pa.Table, seconds: Mapping[str, float]) -> dict[str, Any]:
     """`records`: the curriculum's, see schemas.RECORDS; `seconds`: durations besides those of the phases."""
     config, plan, totals = run.config, run.plan, run.totals
-    dropped = records.filter(pc.field("dropped") != "").to_pylist()
     return {
         **{k: run.evaluations.get(k) for k in ("teacher", "student_before", "student_after")},
         "baselines": blind_baselines(plan.train, plan.eval, config.seed)
@@ -28,7 +27,8 @@ def summarise(run: Run, records: pa.Table, seconds: Mapping[str, float]) -> dict
         "teacher_calls": totals["scored_rollouts"],
         "teacher_answers": totals["teacher_answers"],
         "published_bytes": totals["published_bytes"],
-        "dropped": plan.unreadable | {r["prompt_id"]: r["dropped"] for r in dropped},
+        "dropped": plan.unreadable
+        | {r["prompt_id"]: r["dropped"] for r in records.filter(pc.field("dropped") != "").to_pylist()},
         "failed_eval": run.failed_eval,
         "examples": {
             k: {p.prompt_id: p.text for p in run.examples[k]} for k in run.examples if k != "no_video"
