@@ -1,4 +1,4 @@
-"""What data, checkpoints and models of others cannot do: run code, and name files elsewhere. See docs/security.md."""
+"""Untrusted data, checkpoints and models run no code and name no files elsewhere. See docs/security.md."""
 
 import ast
 import json
@@ -77,19 +77,15 @@ def unsafe_calls(source: str) -> list[str]:
 @pytest.mark.parametrize(
     "call",
     [
-        *(
-            "eval(x)",
-            "exec(x)",
-            "pickle.loads(x)",
-            "yaml.load(x)",
-            "torch.load(x)",
-            "torch.load(x, weights_only=False)",
-        ),
-        *(
-            "np.load(x, allow_pickle=True)",
-            "A.from_pretrained(x, trust_remote_code=True)",
-            "subprocess.run(x, shell=True)",
-        ),
+        "eval(x)",
+        "exec(x)",
+        "pickle.loads(x)",
+        "yaml.load(x)",
+        "torch.load(x)",
+        "torch.load(x, weights_only=False)",
+        "np.load(x, allow_pickle=True)",
+        "A.from_pretrained(x, trust_remote_code=True)",
+        "subprocess.run(x, shell=True)",
     ],
 )
 def test_a_call_that_runs_what_a_file_says_is_found(call):
@@ -139,7 +135,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_before_any_of_it_runs(write, pr
     path.parent.mkdir(parents=True)
     torch.save({"module": {"w": torch.ones(2)}}, path)
     sign(folder)
-    assert read(folder).step == 3, "what is no code is no reason"
+    assert read(folder).step == 3, "plain tensors are accepted"
     write({"module": Marks(marker)}, path, protocol)
     sign(folder)
     with pytest.raises(CheckpointError) as caught:
@@ -148,11 +144,11 @@ def test_a_checkpoint_with_code_in_it_is_refused_before_any_of_it_runs(write, pr
     assert not marker.exists()
     if write is bare_pickle:
         pickle.loads(path.read_bytes())
-        assert marker.exists(), "the file would have done it"
+        assert marker.exists(), "the pickle does run code"
 
 
 def test_deepspeed_and_all_else_in_a_learners_process_read_tensors_alone(tmp_path):
-    """The second line of defence: torch.load with weights_only=False, as DeepSpeed calls it, does not run code."""
+    """Second line of defence: torch.load(weights_only=False), as DeepSpeed calls it, does not run code."""
     marker = tmp_path / "marker"
     torch_file({"module": Marks(marker)}, tmp_path / "bad.pt")
     torch_file({"module": {"w": torch.ones(2)}}, tmp_path / "good.pt")
@@ -162,7 +158,8 @@ def test_deepspeed_and_all_else_in_a_learners_process_read_tensors_alone(tmp_pat
         "from deepspeed.runtime.zero.config import ZeroStageEnum\n"
         "engine = TorchCheckpointEngine()\n"
         "print(engine.load('good.pt', map_location='cpu')['module']['w'].sum())\n"
-        "torch.save({'stage': ZeroStageEnum.weights}, 'stage.pt'); assert engine.load('stage.pt')['stage'] == 3\n"
+        "torch.save({'stage': ZeroStageEnum.weights}, 'stage.pt')\n"
+        "assert engine.load('stage.pt')['stage'] == 3\n"
         "engine.load('bad.pt', map_location='cpu')\n"
     )
     env = os.environ | {"PYTHONPATH": str(tmp_path), "DS_ACCELERATOR": "cpu"}

@@ -1,8 +1,7 @@
-"""Shared vocabulary of Video-OPD: types, configuration, clips, prompts and the loss-free model forward.
+"""Shared by all rooms: types, configuration, clips, prompts, models, files.
 
-Importing it first makes transformers importable beside a CPU build of torch (see cpu_torch), and lets a process start
-sooner: torch, transformers and vLLM make a million objects that stay, and the garbage collector
-would go through them again and again.
+Import it first: it makes transformers importable beside a CPU build of torch (see cpu_torch), and garbage
+collection rare, since torch, transformers and vLLM create a million objects that would be scanned repeatedly.
 """
 
 import gc
@@ -14,6 +13,6 @@ cpu_torch.install()
 gc.set_threshold(50_000, 10, 10)
 
 ROOT = Path(__file__).resolve().parents[1]
-"""The checkout, or site-packages: the folder of the packages and of configs/ and demo/."""
+"""The checkout, or site-packages: the parent of configs/, demo/ and the packages."""
 
 __version__ = "0.1.0"

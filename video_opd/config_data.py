@@ -1,47 +1,39 @@
-"""Sections of the configuration: annotations, videos, prompts."""
+"""Configuration of annotations, videos and prompts, with the types that all sections share."""
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from video_opd.content import is_inside
 from video_opd.prompt_styles import STYLES
 
 
-def file_name(name: str) -> str:
+def _file_name(name: str) -> str:
     if "/" in name or name.startswith(".") or not name.isprintable() or not is_inside(name):
         raise ValueError("it names a file: write it without /, \\ and a dot in front")
     return name
 
 
+def _regular_expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"not a regular expression ({error})") from None
+    return pattern
+
+
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
-
-
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
-
-
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-FileName = Annotated[str, AfterValidator(file_name)]
-
-
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+FileName = Annotated[str, AfterValidator(_file_name)]
+RegularExpression = Annotated[str, AfterValidator(_regular_expression)]
 Dtype = Literal["float32", "bfloat16"]
-
-
 PromptStyle = Literal["timelens", "time_r1", "time_r1_think", "timelens2"]
-
-
 AnnotationFormat = Literal[
     "auto",
     "charades_sta",
@@ -60,137 +52,113 @@ AnnotationFormat = Literal[
 
 
 class ConfigSection(BaseModel):
+    """Base of every section: frozen, strict about unknown keys."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
+    def problems(self) -> Iterator[str]:
+        """Yields what is wrong with values that are valid on their own; the first is reported."""
+        yield from ()
 
-def regular_expression(pattern: str) -> str:
-    """The pattern, once it is known to be one."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"not a regular expression ({error})") from None
-    return pattern
+    @model_validator(mode="after")
+    def _check(self):
+        for problem in self.problems():
+            raise ValueError(problem)
+        return self
+
+
+def key(default: Any, description: str) -> Any:
+    """A configuration key with a default; `python launch.py --help` prints both."""
+    return Field(default=default, description=description)
 
 
 class DatasetConfig(ConfigSection):
     """One annotated split."""
 
-    format: AnnotationFormat = Field(
-        default="charades_sta", description="annotation format, see docs/data.md; auto: by content"
-    )
+    format: AnnotationFormat = key("charades_sta", "annotation format, see docs/data.md; auto: by content")
     annotations: str = Field(description="annotation file, or a manifest")
-    lengths: str | None = Field(
-        default=None, description="charades_sta: csv with the columns id and length (seconds)"
-    )
+    lengths: str | None = key(None, "charades_sta: csv with the columns id and length (seconds)")
     videos: str = Field(description="folder of the video files")
-    cleaning: Literal["as_written", "strip", "parse_query", "time_r1"] | None = Field(
-        default=None, description="how queries are cleaned; None: as the format's codebase does"
+    cleaning: Literal["as_written", "strip", "parse_query", "time_r1"] | None = key(
+        None, "how queries are cleaned; None: as the format's codebase does"
     )
-    round_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
-        default=None,
-        description="annotated times are rounded to multiples of it; 0: not; None: as the format's codebase does",
+    round_s: NonNegativeFloat | None = key(
+        None, "round annotated times to multiples of it; 0: do not; None: as the format's codebase does"
     )
-    annotators: Literal["mean", "majority", "first", "all"] | None = Field(
-        default=None, description="didemo: which of several annotators' intervals count; None: mean"
+    annotators: Literal["mean", "majority", "first", "all"] | None = key(
+        None, "didemo: which of several annotators' intervals count; None: mean"
     )
-    cuts: Literal["apply", "ignore"] | None = Field(
-        default=None, description="time_r1, tvgbench: ignore where the files are cut already; None: apply"
+    cuts: Literal["apply", "ignore"] | None = key(
+        None, "time_r1, tvgbench: ignore where the files are cut already; None: apply"
     )
-    clamp_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        default=0.0,
-        description="an annotation that ends beyond its clip by at most this is cut at the clip's end",
-    )
-    max_prompts: PositiveInt | None = Field(default=None, description="use only the first so many prompts")
-    unreadable: Literal["error", "drop"] = Field(
-        default="error",
-        description="data.train: a video that cannot be opened ends the launch, or its prompts are left out",
+    clamp_s: NonNegativeFloat = key(0.0, "cut annotations that end up to this far beyond the clip's end")
+    max_prompts: PositiveInt | None = key(None, "use only this many prompts, the first ones")
+    unreadable: Literal["error", "drop"] = key(
+        "error", "data.train: a video that cannot be opened ends the launch, or its prompts are left out"
     )
 
 
 class DataConfig(ConfigSection):
+    """The split to train on and the held-out split."""
+
     train: DatasetConfig
     eval: DatasetConfig
 
-    @model_validator(mode="after")
-    def _evaluation_leaves_nothing_out(self):
+    def problems(self) -> Iterator[str]:
         if self.eval.unreadable != "error":
-            raise ValueError(
-                "data.eval.unreadable=drop would leave failures out of the metrics: mend the videos"
-            )
-        return self
+            yield "data.eval.unreadable=drop would leave failures out of the metrics: mend the videos"
 
 
 class VideoConfig(ConfigSection):
-    """Which frames, at which size, every model sees."""
+    """Which frames every model sees, at which size, and how they are decoded."""
 
-    fps: PositiveFloat = Field(default=2.0, description="frames sampled a second")
+    fps: PositiveFloat = key(2.0, "sampled frames per second")
     min_frames: PositiveInt = 4
     max_frames: PositiveInt = 768
-    max_video_tokens: PositiveInt = Field(default=8192, description="frames are scaled down to stay within")
-    frame_folder_fps: PositiveFloat | None = Field(
-        default=None,
-        description="frames a second of videos that are folders of numbered images; None: there are none",
+    max_video_tokens: PositiveInt = key(8192, "frames are scaled down to at most this many tokens")
+    frame_folder_fps: PositiveFloat | None = key(
+        None, "frames per second of videos that are folders of images"
     )
     decoder: Literal["decord", "pyav", "torchcodec"] = "decord"
-    decode_workers: PositiveInt = Field(
-        default=4, description="decoding processes of each process, started when first needed"
+    decode_workers: PositiveInt = key(4, "decoding processes of each process, started when first needed")
+    decode_timeout_s: PositiveFloat = key(60.0, "a clip that takes longer has failed; its worker is killed")
+    quarantine: str | None = key(
+        None, "JSON lines file of undecodable videos, skipped by every run; None: each process keeps its own"
     )
-    decode_timeout_s: PositiveFloat = Field(
-        default=60.0, description="a clip that takes longer is given up, its worker killed"
-    )
-    quarantine: str | None = Field(
-        default=None,
-        description="JSON lines file of videos that could not be decoded, which no run tries again; None: known to a process alone",
-    )
-    cache_dir: str | None = Field(
-        default=None,
-        description="folder on the node for decoded frames, shared by its processes; None: in the temporary folder",
-    )
-    cache_bytes: PositiveInt = Field(
-        default=8 << 30, description="decoded frames kept there, also from one run to the next"
-    )
+    cache_dir: str | None = key(None, "folder of the node's cache of frames; None: in the temporary folder")
+    cache_bytes: PositiveInt = key(8 << 30, "size of that cache, which outlives the run")
 
-    @model_validator(mode="after")
-    def _ordered(self):
+    def problems(self) -> Iterator[str]:
+        fewest, most = f"min_frames={self.min_frames}", f"max_frames={self.max_frames}"
         if self.min_frames > self.max_frames:
-            raise ValueError(f"min_frames={self.min_frames} is more than max_frames={self.max_frames}")
+            yield f"{fewest} is more than {most}"
         if self.min_frames % 2 or self.max_frames % 2:
-            raise ValueError(
-                f"min_frames={self.min_frames} and max_frames={self.max_frames} must be even: tokens cover two frames"
-            )
-        return self
+            yield f"{fewest} and {most} must be even: tokens cover two frames"
 
 
 class PromptConfig(ConfigSection):
-    style: PromptStyle = Field(
-        default="timelens",
-        description="published prompt; template, answer_template and video_first are its own where not given",
-    )
-    template: str = Field(default=STYLES["timelens"]["template"], description="must contain {query}")
-    answer_template: str = Field(
-        default=STYLES["timelens"]["answer_template"],
-        description="how the truth is written where it is an answer",
-    )
-    video_first: bool = Field(default=STYLES["timelens"]["video_first"], description="video before the text")
+    """The text around a query."""
+
+    style: PromptStyle = key("timelens", "published prompt; sets the other keys where they are not given")
+    template: str = key(STYLES["timelens"]["template"], "must contain {query}")
+    answer_template: str = key(STYLES["timelens"]["answer_template"], "ground truth written as an answer")
+    video_first: bool = key(STYLES["timelens"]["video_first"], "video before the text")
 
     @model_validator(mode="before")
     @classmethod
-    def _of_the_style(cls, values: Any) -> Any:
+    def _apply_style(cls, values: Any) -> Any:
         style = values.get("style") if isinstance(values, dict) else None
         return STYLES[style] | values if style in STYLES else values
 
-    @model_validator(mode="after")
-    def _has_query(self):
+    def problems(self) -> Iterator[str]:
         if "{query}" not in self.template:
-            raise ValueError("template must contain {query}")
+            yield "template must contain {query}"
         try:
             self.template.format(query="")
         except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(f"template may hold {{query}} and no other braces ({error!r})") from None
+            yield f"template may hold {{query}} and no other braces ({error!r})"
         try:
             self.answer_template.format(start=0.0, end=0.0)
         except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(
-                f"answer_template may hold {{start}} and {{end}} with number formats alone ({error!r})"
-            ) from None
-        return self
+            allowed = "{start} and {end} with number formats alone"
+            yield f"answer_template may hold {allowed} ({error!r})"

@@ -1,4 +1,4 @@
-"""Keys of content: what tells whether a file or a model is the same, without reading all of it; and names that may be paths."""
+"""Digests and stamps of files and model folders, and checks of names that become paths."""
 
 import hashlib
 import os
@@ -6,23 +6,21 @@ import re
 from pathlib import Path
 
 _BLOCK_BYTES = 64 << 10
-
-
-_OF_WINDOWS = re.compile(r"[A-Za-z]:|.*\\", re.DOTALL)  # a drive, or a backslash
+_WINDOWS_PATH = re.compile(r"[A-Za-z]:|.*\\", re.DOTALL)  # a drive, or a backslash
 
 
 def is_of_windows(name: str) -> bool:
-    """Whether a path is, or somewhere else could be taken for, one with a drive or with backslashes."""
-    return _OF_WINDOWS.match(name) is not None
+    """Whether a system could read the name as a path with a drive or with backslashes."""
+    return _WINDOWS_PATH.match(name) is not None
 
 
 def is_inside(name: str) -> bool:
-    """Whether a relative path, parts separated by /, stays below the folder that it is put after."""
+    """Whether a relative path, parts separated by /, stays below the folder that it is joined to."""
     return "\0" not in name and not is_of_windows(name) and not {"", ".", ".."} & set(name.split("/"))
 
 
 def file_digest(path: str | Path, num_blocks: int = 64) -> str:
-    """Of the size and of `num_blocks` blocks of 64 KiB, evenly spaced from the first to the last byte; smaller files whole."""
+    """Digest of the size and of `num_blocks` evenly spaced blocks of 64 KiB; small files are read whole."""
     path = Path(path)
     size = path.stat().st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
@@ -37,7 +35,7 @@ def file_digest(path: str | Path, num_blocks: int = 64) -> str:
 
 
 def file_stamp(path: str | Path) -> str:
-    """Of sizes and times of change: another one when the file was replaced. A folder's is that of the files in it."""
+    """Size and modification time, which change when a file is replaced; of a folder, those of its files."""
     path = Path(path)
     if not path.is_dir():
         status = path.stat()
@@ -47,7 +45,7 @@ def file_stamp(path: str | Path) -> str:
 
 
 def folder_digest(folder: str | Path) -> str:
-    """Of the names and digests of all files in a model folder: weights, tokenizer, processor and templates."""
+    """Digest of the names and digests of all files in a model folder."""
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(p for p in Path(folder).iterdir() if p.is_file()):
         digest.update(f"{path.name}:{file_digest(path)};".encode())

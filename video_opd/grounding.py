@@ -1,4 +1,4 @@
-"""Temporal grounding metrics: IoU of intervals, R1@m and mIoU, and the blind baselines beside which they are read."""
+"""Temporal grounding metrics: IoU of intervals, R1@m, mIoU, and baselines that do not see the video."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,24 +7,25 @@ import numpy as np
 from video_opd.types import Prediction, Prompt, Span
 
 THRESHOLDS = (0.3, 0.5, 0.7)
-ROUNDING = 1e-9  # an IoU that rounding keeps below a threshold has reached it
+ROUNDING = 1e-9
+"""An IoU that misses a threshold by less has reached it."""
 
 
 def temporal_iou(a: Span, b: Span) -> float:
-    """Intersection over union of two intervals; 0 when either is empty, reversed or not finite."""
+    """Intersection over union of two intervals; 0 if one is empty, reversed or not finite."""
     if not np.all(np.isfinite((*a, *b))) or a[1] <= a[0] or b[1] <= b[0]:
         return 0.0
-    intersection = min(a[1], b[1]) - max(a[0], b[0])
-    return max(0.0, intersection) / ((a[1] - a[0]) + (b[1] - b[0]) - max(0.0, intersection))
+    intersection = max(0.0, min(a[1], b[1]) - max(a[0], b[0]))
+    return intersection / ((a[1] - a[0]) + (b[1] - b[0]) - intersection)
 
 
 def best_iou(span: Span | None, answers: Sequence[Span]) -> float:
-    """The largest IoU with any of the answers; 0 for an answer that could not be parsed."""
+    """The largest IoU with any answer; 0 for an unparsed response (None)."""
     return 0.0 if span is None else max((temporal_iou(span, answer) for answer in answers), default=0.0)
 
 
 def merged_iou(span: Span | None, answers: Sequence[Span]) -> float:
-    """IoU with the union of all answers, in seconds covered; 0 for an answer that could not be parsed."""
+    """IoU with the union of all answers, in seconds covered; 0 for an unparsed response (None)."""
     if span is None or not np.all(np.isfinite(span)) or span[1] <= span[0]:
         return 0.0
     covered = shared = 0.0
@@ -37,7 +38,7 @@ def merged_iou(span: Span | None, answers: Sequence[Span]) -> float:
 
 
 def prompt_iou(span: Span | None, prompt: Prompt, multi_span: str) -> float:
-    """IoU with the prompt's ground truth; `multi_span` names the reading of several spans: best or merged."""
+    """IoU with the prompt's ground truth. multi_span: how several spans count, best or merged."""
     return {"best": best_iou, "merged": merged_iou}[multi_span](span, prompt.answer_spans_s or ())
 
 
@@ -49,7 +50,7 @@ def reaches(ious: np.ndarray, threshold: float) -> np.ndarray:
 def summarise(
     ious: Sequence[float], num_unparsed: int = 0, reached: Callable[[np.ndarray, float], np.ndarray] = reaches
 ) -> dict[str, float]:
-    """mIoU and R1@m (share that `reached` m) over every prompt; a failure is an IoU of 0 and stays in the denominator."""
+    """mIoU and R1@m, the share of IoUs that `reached` m. Failures count with an IoU of 0."""
     values = np.asarray(ious, dtype=np.float64)
     if len(values) == 0:
         raise ValueError("no prompts to summarise")
@@ -58,14 +59,14 @@ def summarise(
 
 
 def evaluate(predictions: Sequence[Prediction], prompts: Sequence[Prompt]) -> dict[str, float]:
-    """Scores one prediction per prompt. A prompt without a prediction counts as IoU 0 and as unparsed."""
-    spans = {p.prompt_id: p.span_s for p in predictions}
-    ious = [best_iou(spans.get(p.prompt_id), p.answer_spans_s or ()) for p in prompts]
-    return summarise(ious, sum(spans.get(p.prompt_id) is None for p in prompts))
+    """Scores one prediction per prompt. A prompt without one counts as IoU 0 and as unparsed."""
+    by_id = {p.prompt_id: p.span_s for p in predictions}
+    spans = [by_id.get(p.prompt_id) for p in prompts]
+    return summarise(_best_ious(spans, prompts), spans.count(None))
 
 
 def best_constant_interval(answers: Sequence[tuple[Sequence[Span], float]], grid: int = 24) -> Span:
-    """The interval, as fractions of the duration, with the highest mean IoU over (answer spans, duration) pairs."""
+    """The interval, in fractions of the duration, of highest mean IoU over pairs (answers, duration)."""
     ticks = np.linspace(0.0, 1.0, grid + 1)
     candidates = [(a, b) for i, a in enumerate(ticks) for b in ticks[i + 1 :]]
     means = [np.mean([best_iou((a * d, b * d), spans) for spans, d in answers]) for a, b in candidates]
@@ -73,28 +74,21 @@ def best_constant_interval(answers: Sequence[tuple[Sequence[Span], float]], grid
 
 
 def random_spans(durations_s: Sequence[float], seed: int) -> list[Span]:
-    """One interval in each clip, both ends drawn evenly from it."""
+    """One interval per clip, both ends uniform over it."""
     rng = np.random.default_rng(seed)
-    return [
-        (float(low), float(high)) for low, high in (np.sort(rng.uniform(0.0, d, size=2)) for d in durations_s)
-    ]
+    ends = (np.sort(rng.uniform(0.0, d, size=2)) for d in durations_s)
+    return [(float(low), float(high)) for low, high in ends]
 
 
 def blind_baselines(train: Sequence[Prompt], evaluation: Sequence[Prompt], seed: int = 0) -> dict[str, dict]:
-    """What can be reached without a model: the constant interval that is best on `train`, and a random interval."""
-    start, end = best_constant_interval(
-        [(p.answer_spans_s, p.clip.duration_s) for p in train if p.answer_spans_s]
-    )
+    """Scores without a model: the constant interval that is best on `train`, and a random interval."""
+    labelled = [(p.answer_spans_s, p.clip.duration_s) for p in train if p.answer_spans_s]
+    start, end = best_constant_interval(labelled)
     durations = [p.clip.duration_s for p in evaluation]
-    spans = {
-        "best_constant": [(start * d, end * d) for d in durations],
-        "random": random_spans(durations, seed),
-    }
-    scores: dict[str, dict] = {
-        name: summarise(
-            [best_iou(span, p.answer_spans_s or ()) for span, p in zip(of_kind, evaluation, strict=True)]
-        )
-        for name, of_kind in spans.items()
-    }
-    scores["best_constant"]["interval_frac"] = [float(start), float(end)]
-    return scores
+    constant = summarise(_best_ious([(start * d, end * d) for d in durations], evaluation))
+    random = summarise(_best_ious(random_spans(durations, seed), evaluation))
+    return {"best_constant": constant | {"interval_frac": [float(start), float(end)]}, "random": random}
+
+
+def _best_ious(spans: Sequence[Span | None], prompts: Sequence[Prompt]) -> list[float]:
+    return [best_iou(span, p.answer_spans_s or ()) for span, p in zip(spans, prompts, strict=True)]

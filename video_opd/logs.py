@@ -1,7 +1,7 @@
-"""Events of a run: one JSON object a line with time, level, run, step, role and message.
+"""Events of a run: JSON lines with time, level, run, step, role and message.
 
-The driver's are in RUN/log.jsonl, and as plain text on the terminal. A role's are in the log of its Ray worker, which the
-Ray dashboard shows beside the actor.
+The driver's go to RUN/log.jsonl and, as plain text, to the terminal. Those of other roles go to the logs of
+their Ray workers, which the Ray dashboard shows.
 """
 
 import logging
@@ -15,7 +15,7 @@ from pythonjsonlogger.json import JsonFormatter
 from video_opd.errors import VideoOPDError
 
 log = logging.getLogger("video_opd")
-"""Where every part says what happened. What it says of a run's end is ERROR: main() prints that itself."""
+"""The log of every part. ERROR is for the end of the run, which main() prints itself."""
 
 FILE = "log.jsonl"
 _FIELDS = {"levelname": "level", "run": "run", "step": "step", "role": "role", "message": "message"}
@@ -26,15 +26,15 @@ class Work:
     """What this process works on."""
 
     run: str = ""
-    role: str = ""  # driver, curriculum, or the name of an actor, a learner's rank or a teacher: actor-0, learner-0, teacher-NAME
-    step: int | None = None  # as far as this process knows: an actor that of its weights, a teacher none
+    role: str = ""  # driver, curriculum, actor-0, learner-0, teacher-NAME, ...
+    step: int | None = None  # as known here: an actor's is that of its weights, a teacher has none
 
 
 work = Work()
 
 
 class _Terminal(logging.Handler):
-    """print() finds today's sys.stdout, which a progress bar puts itself in place of."""
+    """Prints to the current sys.stdout, which a progress bar replaces."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), flush=True)
@@ -54,17 +54,17 @@ def _begin(run: str, role: str, step: int | None, lines: logging.Handler, *other
 
 
 def start_role_log(run: str | None, role: str) -> None:
-    """For the process of a role, before it does anything: its lines go to its stderr, which Ray keeps."""
+    """Called first in the process of a role: sends its events to stderr, which Ray keeps."""
     _begin(run or "", role, None, logging.StreamHandler())
 
 
 @contextmanager
 def driver_log(run_dir: Path, step: int) -> Iterator[None]:
-    """For the driver, around the run, which begins at `step`. A resumed run appends. DEBUG is for the file alone."""
+    """Logs the driver's events during the run, which starts at `step`. DEBUG goes to the file only."""
     file, terminal = logging.FileHandler(run_dir / FILE), _Terminal(logging.INFO)
     terminal.addFilter(lambda record: record.levelno < logging.ERROR)
     _begin(run_dir.name, "driver", step, file, terminal)
-    log.debug("the run goes on" if step else "the run begins")
+    log.debug("the run resumes" if step else "the run begins")
     try:
         yield
         log.debug("the run is done")
@@ -72,11 +72,8 @@ def driver_log(run_dir: Path, step: int) -> Iterator[None]:
         first = error
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
-        log.error(
-            "the run ended: %s",
-            getattr(first, "cause", None) or first,
-            exc_info=not isinstance(first, VideoOPDError),
-        )
+        cause = getattr(first, "cause", None) or first
+        log.error("the run ended: %s", cause, exc_info=not isinstance(first, VideoOPDError))
         raise
     finally:
         log.handlers, log.propagate = [], True

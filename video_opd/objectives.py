@@ -1,4 +1,4 @@
-"""The objectives of learner/loss.py as the loop sees them: what each needs brought to the learner."""
+"""The inputs that each objective of learner/loss.py needs."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,13 +8,13 @@ LossKind = Literal["opd", "opd_topk", "opd_full", "grpo", "off_policy_rkd", "off
 
 @dataclass(frozen=True)
 class Objective:
-    """What one loss.kind is computed from."""
+    """The inputs of one loss.kind."""
 
-    rollouts: bool  # the student's own responses; else the ground truth, written as an answer
+    rollouts: bool  # the student's responses; False: the ground truth, written as an answer
     teacher: Literal[
         "none", "logprobs", "top_k", "hidden"
-    ]  # of the response tokens; each more than the one before
-    rewards: bool = False  # of whole responses
+    ]  # of the response tokens; each includes the former
+    rewards: bool = False  # one per response
 
 
 OBJECTIVES: dict[LossKind, Objective] = {

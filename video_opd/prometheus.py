@@ -1,7 +1,7 @@
-"""Numbers for Prometheus, through ray.util.metrics: `learner/reverse_kl` is ray_video_opd_learner_reverse_kl{run="NAME"} there.
+"""Metrics for Prometheus: `learner/loss` becomes ray_video_opd_learner_loss{run="NAME"}.
 
-Every process counts for itself; Ray's agent on its node is what Prometheus asks. To count costs microseconds and waits for
-nobody: Ray hands the numbers on from a thread of its own. A process without Ray counts nothing.
+Every process counts for itself through ray.util.metrics; Prometheus scrapes each node's Ray agent. Counting
+takes microseconds, since Ray exports from its own thread. Without Ray nothing is counted.
 """
 
 import math
@@ -13,37 +13,39 @@ from typing import Any
 
 from video_opd.logs import work
 
-BY_ROUND = ("actors/miou", "eval/miou")  # shown for each round of the curriculum besides
+BY_ROUND = ("actors/miou", "eval/miou")
+"""Metrics that are also exported by round of the curriculum."""
 
 
 def metric_name(name: str) -> str:
-    """As ray.util.metrics takes it; Ray puts `ray_` before it, and `_total` behind a counter's."""
+    """The name for ray.util.metrics. Ray adds the prefix `ray_`, and `_total` to counters."""
     return "video_opd_" + re.sub(r"\W", "_", name, flags=re.ASCII)
 
 
 def count(name: str, amount: float = 1.0, **tags: str) -> None:
-    """Adds to a counter, tagged with the run and this process's kind of role: actor, learner, teacher, driver."""
+    """Adds to a counter, tagged with the run and the kind of role: actor, learner, teacher, driver."""
     if amount > 0 and _connected():
         tags = {"run": work.run, "role": work.role.partition("-")[0], **tags}
         _metric("Counter", metric_name(name), tuple(tags)).inc(float(amount), tags)
 
 
 class Gauges:
-    """The last value of everything, in the driver.
+    """The last value of every gauge, in the driver.
 
-    Ray 2.60 exports a gauge only if it was set since its last report, every 10 s: `export` sets all of them, every few seconds.
+    Ray 2.60 exports only gauges set since its last report, every 10 s, so `export` must set all of them every
+    few seconds.
     """
 
     def __init__(self):
         self._values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
 
     def set(self, values: Mapping[str, float], **tags: str) -> None:
-        """What is not finite says nothing, and leaves what was."""
-        known = {"run": work.run, **tags}
-        self._values |= {(n, tuple(known.items())): float(v) for n, v in values.items() if math.isfinite(v)}
+        """Sets gauges. A value that is not finite is ignored."""
+        known = tuple({"run": work.run, **tags}.items())
+        self._values |= {(n, known): float(v) for n, v in values.items() if math.isfinite(v)}
 
     def set_step(self, metrics: Mapping[str, float]) -> None:
-        """A step's line of metrics.jsonl: teacher/NAME/queue_s is teacher/queue_s with the tag `teacher`."""
+        """Sets a step's metrics: teacher/NAME/queue_s becomes teacher/queue_s with the tag `teacher`."""
         for name, value in metrics.items():
             room, *middle, leaf = name.split("/")
             if room == "teacher" and middle:
@@ -61,7 +63,7 @@ class Gauges:
 
 
 def _connected() -> bool:
-    ray: Any = sys.modules.get("ray")  # who has not imported it has no Ray, and is not to wait for the import
+    ray: Any = sys.modules.get("ray")  # a process that has not imported Ray should not start to
     return ray is not None and ray.is_initialized()
 
 

@@ -1,4 +1,4 @@
-"""Rewards of whole responses, for loss.kind=grpo. A reward is any function (trajectory, prompt) -> float, named by import path."""
+"""Rewards for loss.kind=grpo: functions (trajectory, prompt) -> float, named by import path."""
 
 import importlib
 import math
@@ -12,21 +12,18 @@ Reward = Callable[[Trajectory, Prompt], float]
 
 
 def iou(trajectory: Trajectory, prompt: Prompt) -> float:
-    """Temporal IoU with the nearest true span; 0 for an answer that cannot be parsed."""
+    """IoU with the nearest true span; 0 for an unparsed response."""
     return best_iou(trajectory.predicted_span_s, prompt.answer_spans_s or ())
 
 
 def time_r1(trajectory: Trajectory, prompt: Prompt) -> float:
-    """Time-R1's: IoU (1 - |s - s'| / T) (1 - |e - e'| / T) with the nearest true span, T the clip's duration."""
+    """Time-R1: IoU (1 - |s - s'| / T) (1 - |e - e'| / T) with the nearest true span, T the duration."""
     span, duration = trajectory.predicted_span_s, prompt.clip.duration_s
     if span is None or not prompt.answer_spans_s:
         return 0.0
     start, end = max(prompt.answer_spans_s, key=lambda answer: best_iou(span, [answer]))
-    return (
-        best_iou(span, [(start, end)])
-        * (1 - abs(span[0] - start) / duration)
-        * (1 - abs(span[1] - end) / duration)
-    )
+    start_factor, end_factor = 1 - abs(span[0] - start) / duration, 1 - abs(span[1] - end) / duration
+    return best_iou(span, [(start, end)]) * start_factor * end_factor
 
 
 def answer_format(trajectory: Trajectory, prompt: Prompt) -> float:
@@ -36,16 +33,15 @@ def answer_format(trajectory: Trajectory, prompt: Prompt) -> float:
 
 
 def load_rewards(paths: Sequence[str]) -> list[Reward]:
-    """The functions behind `module:function` paths. Raises ConfigError."""
+    """Imports `module:function` paths. Raises ConfigError."""
     rewards = []
     for path in paths:
         module, _, name = path.partition(":")
         try:
             reward = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError(
-                f"loss.rewards: {path} cannot be imported ({error}): write module:function"
-            ) from error
+            problem = f"loss.rewards: {path} cannot be imported ({error})"
+            raise ConfigError(f"{problem}: write module:function") from error
         if not callable(reward):
             raise ConfigError(f"loss.rewards: {path} is not a function")
         rewards.append(reward)
@@ -53,12 +49,11 @@ def load_rewards(paths: Sequence[str]) -> list[Reward]:
 
 
 def total_reward(rewards: Sequence[Reward], trajectory: Trajectory, prompt: Prompt) -> float:
-    """The sum of all. Raises ConfigError if one is not a finite number."""
+    """The sum of all rewards. Raises ConfigError if one is not a finite number."""
     values = [reward(trajectory, prompt) for reward in rewards]
     for reward, value in zip(rewards, values, strict=True):
         if not isinstance(value, int | float) or not math.isfinite(value):
             name = f"{reward.__module__}:{getattr(reward, '__name__', reward)}"
-            raise ConfigError(
-                f"loss.rewards: {name} gives {value!r} for trajectory {trajectory.trajectory_id}, not a finite number"
-            )
+            given = f"{name} gives {value!r} for trajectory {trajectory.trajectory_id}"
+            raise ConfigError(f"loss.rewards: {given}, not a finite number")
     return float(sum(values))

@@ -1,4 +1,4 @@
-"""What is to be seen of a run while no step ends."""
+"""Exports gauges between steps."""
 
 import asyncio
 import time
@@ -6,11 +6,12 @@ import time
 from driver.held_out import BEFORE, TEACHER
 from driver.run import Run
 
-EXPORT_S = 5.0  # Ray 2.60 reports every 10 s, and forgets a gauge that was not set for 20 s
+EXPORT_S = 5.0
+"""Ray 2.60 reports every 10 s and forgets a gauge that was not set for 20 s."""
 
 
 async def export_gauges(run: Run) -> None:
-    """Gives Prometheus the state of queues and parts, and what the last step said, every few seconds."""
+    """Every few seconds, exports to Prometheus the state of queues and parts and the last step's metrics."""
     seen, since = run.step, time.monotonic()
     while True:
         if run.step != seen:
@@ -33,5 +34,5 @@ async def export_gauges(run: Run) -> None:
             run.gauges.set({"dropped_prompts": number}, reason=kind)
         run.gauges.export()
         if run.teacher:
-            run.gauges.set_step(await run.teacher.counts())  # waits for Serve, which may not answer
+            run.gauges.set_step(await run.teacher.counts())  # last: Serve may not answer
         await asyncio.sleep(EXPORT_S)

@@ -1,31 +1,31 @@
-"""Where numbers go: phase clocks, metrics.jsonl, TensorBoard."""
+"""metrics.jsonl and TensorBoard."""
 
 import json
 import math
 from pathlib import Path
 
+from video_opd.files.run_folder import write_atomically
 from video_opd.types import StepReport
 
 
 class MetricSinks:
-    """metrics.jsonl, one line a step, and TensorBoard. A resumed run goes on in the same files, each step once.
+    """Writes metrics.jsonl, one line per step, and TensorBoard. A resumed run appends, each step once.
 
-    What a step has no value for (the mIoU of unlabelled prompts, say) is left out of its line.
+    Values that are not finite (the mIoU of unlabelled prompts, say) are left out.
     """
 
     def __init__(self, run_dir: Path, start_step: int):
         from tensorboard.summary import Writer
 
-        self._path = run_dir / "metrics.jsonl"
-        if self._path.exists():
-            kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] < start_step]
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            temporary.rename(self._path)
-        self._file = self._path.open("a")
+        path = run_dir / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] < start_step]
+            write_atomically(path, "".join(line + "\n" for line in kept))
+        self._file = path.open("a")
         self._board = Writer(str(run_dir / "tensorboard"))
 
     def write(self, report: StepReport, wall_s: float) -> None:
+        """`wall_s`: seconds since the epoch."""
         known = {name: value for name, value in report.metrics.items() if math.isfinite(value)}
         line = {"step": report.step, "policy_version": report.policy_version, "wall_s": wall_s, **known}
         self._file.write(json.dumps(line) + "\n")
@@ -39,7 +39,7 @@ class MetricSinks:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl; a last line torn by a crash is left out."""
+    """The lines of metrics.jsonl, without a last line cut off by a crash."""
     return [json.loads(line) for line in _whole_lines(run_dir / "metrics.jsonl")]
 
 

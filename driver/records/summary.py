@@ -1,4 +1,4 @@
-"""summary.json: what a run came to."""
+"""The content of summary.json."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from video_opd.grounding import blind_baselines
 
 
 def summarise(run: Run, records: pa.Table, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """`records`: of the curriculum, see schemas.RECORDS; `seconds`: beside those of the phases."""
+    """`records`: the curriculum's, see schemas.RECORDS; `seconds`: durations besides those of the phases."""
     config, plan, totals = run.config, run.plan, run.totals
     return {
         **{k: run.evaluations.get(k) for k in ("teacher", "student_before", "student_after")},

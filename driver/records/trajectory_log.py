@@ -1,19 +1,22 @@
-"""The log of every scored trajectory."""
+"""The log of every trajectory that was trained on."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.ipc
 
-from video_opd.schemas import TRAJECTORIES, _keep_steps_before, span_columns
+from video_opd.schemas import TRAJECTORIES, span_columns
 from video_opd.types import ScoredGroup
 
 
 class TrajectoryLog:
-    """Every scored trajectory that was trained on, as an Arrow IPC stream: what was written before a crash is readable.
+    """Arrow IPC streams, schema TRAJECTORIES: everything written before a crash stays readable.
 
-    Each start of the run writes a file of its own, named for its first step; steps that it does again leave older files.
+    Each start of the run writes its own file, named for its first step, and removes the steps that it will
+    repeat from older files.
     """
 
     def __init__(self, folder: Path, start_step: int):
@@ -24,6 +27,7 @@ class TrajectoryLog:
         self._writer = pa.ipc.new_stream(self._sink, TRAJECTORIES)
 
     def write(self, groups: Sequence[ScoredGroup], step: int) -> None:
+        """Appends one batch; suspended trajectories are not part of it."""
         rows = [
             {
                 "step": step,
@@ -48,3 +52,20 @@ class TrajectoryLog:
     def close(self) -> None:
         self._writer.close()
         self._sink.close()
+
+
+def _read_batches(path: Path) -> pa.Table:
+    """The whole batches of one file; a last batch cut off by a crash is left out."""
+    batches = []
+    with pa.OSFile(str(path)) as source, suppress(pa.ArrowInvalid):
+        for batch in pa.ipc.open_stream(source):
+            batches.append(batch)
+    return pa.Table.from_batches(batches, schema=TRAJECTORIES)
+
+
+def _keep_steps_before(path: Path, step: int) -> None:
+    kept = _read_batches(path).filter(pc.field("step") < step)
+    temporary = path.with_suffix(".tmp")
+    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, TRAJECTORIES) as writer:
+        writer.write_table(kept)
+    temporary.rename(path)

@@ -1,39 +1,53 @@
-"""What the command lines share."""
+"""Shared by the command lines: arguments, exit codes, choice of a run, capacity of the cluster."""
 
 import argparse
 import logging
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-from video_opd.cluster.join import find_address, join
-from video_opd.errors import ConfigError
+from video_opd.errors import ConfigError, InputError, VideoOPDError
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad arguments are bad input, said in one line as any other."""
+    """Raises ConfigError for bad arguments, so that they are reported in one line like any bad input."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
 
 
 def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --address and --run."""
     parser.add_argument(
         "--address",
         default="auto",
         help="of a node of the run's Ray, e.g. 10.0.0.1:6379 (default: this machine's)",
     )
-    parser.add_argument(
-        "--run", metavar="NAME", help="of the run folder; needed where several runs share a Ray"
-    )
+    parser.add_argument("--run", metavar="NAME", help="of the run folder; needed if several runs share a Ray")
+
+
+def exit_code_of(command: Callable[[], int | None]) -> int:
+    """Runs `command`. Prints an error of this project in one line and returns 2 for bad input, 1 for others.
+
+    Without an error it returns what `command` returned, 0 for None.
+    """
+    try:
+        return command() or 0
+    except VideoOPDError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
 
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
-    """Within a Ray, as one of its drivers. Raises ConfigError where there is none, or it does not let this process in."""
+    """Within the block this process is a driver of the Ray at `address`. Raises ConfigError, see join."""
     import ray
 
-    join(find_address(address), namespace="video_opd", log_to_driver=False, logging_level=logging.ERROR)
+    from video_opd.cluster.join import find_address, join
+    from video_opd.cluster.run_control import NAMESPACE
+
+    join(find_address(address), namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
     finally:
@@ -41,7 +55,7 @@ def connected(address: str) -> Iterator[None]:
 
 
 def choose_run(runs: Sequence[str], asked: str | None) -> str:
-    """The run that is meant. Raises ConfigError where it is not running, or several are and none was named."""
+    """The run `asked`, or the only one. Raises ConfigError if neither exists."""
     if not runs:
         raise ConfigError(
             "no run is on this Ray: start one with launch.py, or name another Ray with --address"
@@ -54,14 +68,17 @@ def choose_run(runs: Sequence[str], asked: str | None) -> str:
 
 
 def check_capacity(wanted: int, resource: str) -> str | None:
-    """A note where the cluster has to grow first. Raises ConfigError where it cannot. A process takes one `resource`."""
+    """Checks that `wanted` processes fit, each of which takes one `resource`.
+
+    Returns a note if the autoscaler must add nodes first. Raises ConfigError if there is no autoscaler.
+    """
     import ray
 
     return describe_shortage(wanted, resource, ray.cluster_resources().get(resource, 0.0), _may_grow())
 
 
 def describe_shortage(wanted: int, resource: str, held: float, grows: bool) -> str | None:
-    """The same of a cluster that holds so many, and may add nodes or not."""
+    """check_capacity for a cluster that holds `held` of the resource and may add nodes if it `grows`."""
     if wanted <= held:
         return None
     short = f"{wanted} are asked for, but the nodes of this Ray hold {held:.0f} of the resource `{resource}`"
@@ -71,7 +88,7 @@ def describe_shortage(wanted: int, resource: str, held: float, grows: bool) -> s
 
 
 def _may_grow() -> bool:
-    """Whether Ray's autoscaler may add nodes: false only where its process is here and was given no cluster configuration."""
+    """Whether the autoscaler may add nodes: false only if it runs here without a cluster configuration."""
     import psutil
     import ray
 
@@ -79,7 +96,6 @@ def _may_grow() -> bool:
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or []
         if of_gcs in command and any(part.endswith("/monitor.py") for part in command):
-            return any(
-                part.startswith("--autoscaling-config=") and not part.endswith("=") for part in command
-            )
+            option = "--autoscaling-config="
+            return any(part.startswith(option) and part != option for part in command)
     return True

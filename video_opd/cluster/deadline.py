@@ -1,7 +1,6 @@
-"""Every wait has a name, and a deadline where it is for another process."""
+"""Named waits, which the watchdog prints, and deadlines for waits on other processes."""
 
 import asyncio
-import itertools
 import time
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
@@ -13,42 +12,41 @@ T = TypeVar("T")
 
 
 class Wait(NamedTuple):
-    """One wait under way."""
+    """One wait in progress."""
 
     what: str
     since_s: float  # monotonic clock
 
 
-_waits: dict[int, Wait] = {}
-_numbers = itertools.count()
+_waits: list[Wait] = []
 
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Names a wait while it lasts, for the watchdog."""
-    number = next(_numbers)
-    _waits[number] = Wait(what, time.monotonic())
+    """Lists the wait while the block runs."""
+    wait = Wait(what, time.monotonic())
+    _waits.append(wait)
     try:
         yield
     finally:
-        del _waits[number]
+        _waits.remove(wait)
 
 
 async def with_deadline(timeout_s: float, call: Awaitable[T], what: str) -> T:
-    """The call's result. Raises DeadlineError, naming `what` was waited for, after `timeout_s` seconds."""
+    """The call's result. Raises DeadlineError, which names `what`, after `timeout_s` seconds."""
     with waiting(what):
         deadline = asyncio.timeout(timeout_s)
         try:
             async with deadline:
                 return await call
         except TimeoutError:
-            if not deadline.expired():  # what was waited for raised it
+            if not deadline.expired():  # raised by the call itself
                 raise
-            raise DeadlineError(
-                f"{what} did not end within {timeout_s:.0f} s: see the Ray dashboard, or raise request_timeout_s or start_timeout_s"
-            ) from None
+            late = f"{what} did not end within {timeout_s:.0f} s"
+            hint = "see the Ray dashboard, or raise request_timeout_s or start_timeout_s"
+            raise DeadlineError(f"{late}: {hint}") from None
 
 
 def waits() -> list[Wait]:
-    """All that this process waits for, longest first."""
-    return sorted(_waits.values(), key=lambda wait: wait.since_s)
+    """The waits of this process, longest first."""
+    return sorted(_waits, key=lambda wait: wait.since_s)

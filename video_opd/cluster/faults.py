@@ -1,4 +1,4 @@
-"""Which errors say that a process was lost, so that what it did can be done again."""
+"""Errors that mean a process was lost, and retries after them."""
 
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -14,18 +14,18 @@ LOST = (RayActorError, NodeDiedError, ObjectLostError, WorkerCrashedError, Deadl
 
 
 def cause_of(error: BaseException) -> str:
-    """What an error says, in one line: the last of a remote traceback, else the first."""
+    """The error's message in one line: the last of a constructor's remote traceback, else the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[-1] if started_badly(error) else lines[0]
 
 
 def started_badly(error: BaseException) -> bool:
-    """An actor whose constructor raised: it would raise again."""
+    """Whether an actor's constructor raised, which a restart would not change."""
     return isinstance(error, RayActorError) and error.actor_init_failed
 
 
 async def retried(call: Callable[[], Awaitable[T]], max_retries: int, what: str) -> T:
-    """The result of `call()`, made again after LOST errors. Raises PartLostError with the last cause when retries are used up."""
+    """The result of `call()`, repeated up to `max_retries` times after LOST errors. Raises PartLostError."""
     for attempt in range(max_retries + 1):
         try:
             return await call()

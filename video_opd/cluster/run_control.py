@@ -1,4 +1,4 @@
-"""The line between a running run and whoever asks it for something: one named Ray actor, `video_opd/NAME/control`."""
+"""How other processes reach a run: through a named Ray actor, `video_opd/NAME/control`."""
 
 import ray
 
@@ -9,7 +9,7 @@ _SUFFIX = "/control"
 
 
 class RunControl:
-    """Holds what was asked for until the run takes it, and what the run last said of itself."""
+    """Holds the last request until the run takes it, and the run's last status."""
 
     def __init__(self):
         self._num_actors: int | None = None
@@ -19,28 +19,27 @@ class RunControl:
         return "control"
 
     def ask_for_actors(self, num_actors: int) -> None:
-        """The run is to have so many rollout actors."""
+        """Requests this many rollout actors."""
         self._num_actors = num_actors
 
     def exchange(self, status: dict[str, float]) -> int | None:
-        """The run's side: says how it stands, takes what was asked for; None: nothing since the last time."""
+        """Called by the run: stores its status, returns and clears the number of actors requested, if any."""
         self._status = status
         asked, self._num_actors = self._num_actors, None
         return asked
 
     def status(self) -> dict[str, float]:
-        """As the run said last; empty before the first time."""
+        """The run's last status; empty before the first."""
         return self._status
 
 
 def create_control(name: str):
-    """The actor of the run `name`, video_opd/NAME. Raises ConfigError where there is one."""
+    """Starts the control actor of the run `name`, video_opd/NAME. Raises ConfigError if there is one."""
     try:
         return ray.remote(RunControl).options(name=name + _SUFFIX, num_cpus=0, max_restarts=-1).remote()
-    except ValueError as error:  # Ray's, for a name that is taken
-        raise ConfigError(
-            f"a run {name.removeprefix(f'{NAMESPACE}/')} goes on on this Ray: choose another run_name"
-        ) from error
+    except ValueError as error:  # the name is taken
+        run = name.removeprefix(f"{NAMESPACE}/")
+        raise ConfigError(f"a run {run} is already running on this Ray: choose another run_name") from error
 
 
 def running_runs() -> list[str]:
@@ -50,5 +49,5 @@ def running_runs() -> list[str]:
 
 
 def control_of(run: str):
-    """Raises ValueError where no such run is."""
+    """The control actor of a run. Raises ValueError if there is no such run."""
     return ray.get_actor(f"{NAMESPACE}/{run}{_SUFFIX}", namespace=NAMESPACE)

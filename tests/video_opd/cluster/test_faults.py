@@ -1,4 +1,4 @@
-"""Waits and retries: every wait has a name, what is lost is done again a bounded number of times, anything else is not."""
+"""Waits have names and deadlines; lost calls are repeated a bounded number of times, other errors are not."""
 
 import asyncio
 
