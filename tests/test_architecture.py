@@ -88,10 +88,10 @@ def test_clips_are_decoded_in_one_file():
     assert importers_of("decord") == {Path("video_opd/video/decoders.py")}
 
 
-def test_vllm_is_imported_by_engines_and_the_weight_receiver_only():
+def test_vllm_is_imported_by_engines_and_the_weight_transfer_only():
     importers = importers_of("vllm")
     assert importers, "nothing imports vllm"
-    assert {p.name for p in importers} <= {"engine.py", "vllm_engine.py", "weight_receiver.py"}, importers
+    assert {p.name for p in importers} <= {"engine.py", "vllm_engine.py", "transfer.py"}, importers
 
 
 def test_deepspeed_is_imported_by_the_learners_engine_only():

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from actors.engine import PolicyEngine
-from learner.weight_sender import to_buckets
 from tests.real.conftest import reference_logprobs
 from tests.videos import noise, write_video
 from video_opd.models.forward import load_model
 from video_opd.models.prompting import parse_span
 from video_opd.types import EncodedPrompt, Prompt
 from video_opd.video.clips import plan_clip
+from video_opd.weights.buckets import to_buckets
 
 KV_BLOCK_TOKENS = 128  # of vLLM on a CPU
 TOLERANCE = 1e-4
