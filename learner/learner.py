@@ -189,6 +189,7 @@ class Learner:
         except LOST as error:
             if started_badly(error):
                 raise
+            self._published = None
             raise LearnerLostError(f"the learner's {method} was lost: {cause_of(error)}") from error
 
 
