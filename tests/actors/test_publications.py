@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -350,7 +351,7 @@ def test_rollouts_that_reach_an_actor_during_a_transfer_are_done_again():
         pool, learner = Pool(config(2)), Learner()
         await pool.start()
         begun, hold = pool.created[0], threading.Event()
-        pool.created[1].do_start_weight_update = lambda: hold.wait(PATIENCE_S)
+        pool.created[1].do_start_weight_update = partial(pool.created[1].do_wait, hold)
         publication = asyncio.ensure_future(pool.publish(1, learner))
         while begun.version is not None:
             await asyncio.sleep(0.01)
