@@ -237,7 +237,8 @@ class ActorPool:
         except LOST as error:  # its successor loads them when it joins
             self._members.lose(member, error)
         else:
-            self._members.add(member)
+            if member in self._members.aside:  # not one that drains by now
+                self._members.add(member)
 
     async def _send_to_all(self, published: Published) -> int:
         """One transfer to all actors. If it fails, each actor that is left gets one of its own."""
@@ -293,7 +294,7 @@ class ActorPool:
             await with_deadline(timeout_s, call, f"{method} of {member.name}")
 
     def take_metrics(self) -> dict[str, float]:
-        """Since the last call: mean seconds that an actor was idle, and its share of time under way."""
+        """Since the last call: seconds that an actor was idle and the share of busy time, both on average."""
         now = time.monotonic()
         wall_s, self._metrics_since_s = now - self._metrics_since_s, now
         busy = []

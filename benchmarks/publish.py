@@ -1,10 +1,10 @@
 """Bytes a second of a publication of weights, to one and two actors, beside the machine's memory bandwidth.
 
 `python -m benchmarks.publish [--quick]`: the learner's and the pool's own code, with one learner rank and the
-actors in Ray processes on this machine, and a made-up student of 500 MB (--quick: 64 MB). "named": until every
-actor has the named tensors, which it maps rather than copies; "loaded": until every actor has copied them into
-its own parameters, as an engine does. The last line is one JSON object; bandwidth_share is of "named" with one
-actor.
+actors in Ray processes on this machine, and a made-up student of 500 MB (--quick: 64 MB). "named": until each
+actor has the named tensors, which it maps rather than copies; "loaded": until every actor has copied them
+into its own parameters, as an engine does. The last line is one JSON object; bandwidth_share is of "named"
+with one actor.
 """
 
 import argparse

@@ -43,7 +43,7 @@ class LearnerRank:
         return self._engine.update(groups, step)
 
     def put_weights(self, policy_version: int) -> tuple[list[ray.ObjectRef], int]:
-        """Puts the weights into the object store. Returns references to buckets, owned by rank 0, and bytes."""
+        """Puts the weights into the object store; returns rank 0's references to the buckets, and bytes."""
         references, num_bytes = [], 0
         for bucket in self._engine.buckets(policy_version):
             num_bytes += bucket.num_bytes

@@ -211,6 +211,35 @@ def test_an_actor_that_goes_ends_its_calls_first(killed):
     asyncio.run(run())
 
 
+def test_an_actor_that_goes_during_a_publication_ends_its_calls_first(killed, monkeypatch):
+    async def run() -> None:
+        config = make_config(2).model_copy(update={"request_timeout_s": 60.0})
+        pool = await started(FakePool(config, random.Random(0), 0.0))
+        end = asyncio.Event()
+
+        async def load_weights(actor: FakeActor, version: int, buckets: Sequence[Any]) -> float:
+            await pool.scale(1)
+            actor.version = version
+            return 0.0
+
+        async def act(actor: FakeActor, can_fail: bool = True) -> None:
+            await end.wait()
+
+        for actor in pool.made:
+            actor.load_weights = Method(partial(load_weights, actor))
+        monkeypatch.setattr(FakeActor, "_act", act)
+        answers = [asyncio.ensure_future(sampled(pool, [make_prompt(f"p{i}")])) for i in range(2)]
+        await asyncio.sleep(0)
+        await pool.publish(1, FakeLearner())
+        assert pool.counts()["actors/running"] == 1 and not killed
+        end.set()
+        assert [len(a) for a in await asyncio.gather(*answers)] == [1, 1]
+        while not killed:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+
+
 def test_an_actor_that_cannot_take_the_weights_is_said_and_tried_again(monkeypatch, caplog):
     """What vLLM raises is no death: the task that starts the actor must not end silently."""
 
