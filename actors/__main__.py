@@ -61,9 +61,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     status = commands.add_parser("status", help="how many run and are wanted")
     more = commands.add_parser("scale", help="run N of them")
     more.add_argument("num_actors", type=int, metavar="N")
-    more.add_argument(
-        "--timeout-s", type=float, default=600.0, help="wait at most so long for them (default 600)"
-    )
+    more.add_argument("--timeout-s", type=float, default=600.0, help="wait so long for them (default 600)")
     for command in (status, more):
         add_cluster_arguments(command)
     parsed = parser.parse_args(arguments)

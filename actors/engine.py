@@ -30,6 +30,7 @@ class PolicyEngine(SamplingEngine):
             trust_remote_code=trust_remote_code,
             weight_transfer_config=transfer_config(weight_transfer),
         )
+        self._is_updating = False
 
     def load_weights(self, policy_version: int, buckets: Sequence[WeightBucket]) -> None:
         """Loads one version. Raises WeightsLostError, before any change, unless it is whole."""
@@ -42,13 +43,20 @@ class PolicyEngine(SamplingEngine):
         self._llm.init_weight_transfer_engine(request)
 
     def start_weight_update(self) -> None:
+        """Also ends an update that never came because another actor died: vLLM would refuse a second one."""
+        if self._is_updating:
+            self._llm.finish_weight_update()
         self._llm.start_weight_update()
+        self._is_updating = True
 
     def update_weights(self, request: Any) -> None:
+        self._is_updating = False  # vLLM itself ends an update that fails here
         self._llm.update_weights(request)
+        self._is_updating = True
 
     def finish_weight_update(self) -> None:
-        """Also drops all that was computed with the old weights."""
+        """Ends vLLM's update and drops all that was computed with the old weights."""
         self._llm.finish_weight_update()
+        self._is_updating = False
         assert self._llm.reset_prefix_cache(), "blocks of the prefix cache are still in use"
         self._llm.llm_engine.reset_encoder_cache()

@@ -15,14 +15,7 @@ from video_opd.errors import WeightsLostError
 from video_opd.logs import log, start_role_log, work
 from video_opd.models.prompting import PromptEncoder, parse_span
 from video_opd.models.vllm_engine import Completion, predict
-from video_opd.types import (
-    EncodedPrompt,
-    FailedPrompt,
-    Prediction,
-    Prompt,
-    Trajectory,
-    TrajectoryGroup,
-)
+from video_opd.types import EncodedPrompt, FailedPrompt, Prediction, Prompt, Trajectory, TrajectoryGroup
 
 
 class RolloutActor:
@@ -35,15 +28,10 @@ class RolloutActor:
         start_role_log(config.run_name, name)
         started = time.monotonic()
         self._name, self._config = name, config
-        self._encoder = PromptEncoder(config.student, config.prompt, config.video, config.trust_remote_code)
-        self._engine = PolicyEngine(
-            config.student,
-            config.rollout,
-            config.seed,
-            self._encoder.pad_ids,
-            config.trust_remote_code,
-            config.learner.weight_transfer,
-        )
+        student, trusted = config.student, config.trust_remote_code
+        self._encoder = PromptEncoder(student, config.prompt, config.video, trusted)
+        way, banned_ids = config.learner.weight_transfer, self._encoder.pad_ids
+        self._engine = PolicyEngine(student, config.rollout, config.seed, banned_ids, trusted, way)
         # -1: the folder's weights, before the first publication; None: no whole version
         self._policy_version: int | None = -1
         log.info("started in %.1f s", time.monotonic() - started)

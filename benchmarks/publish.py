@@ -161,10 +161,6 @@ def with_actors(config: Config, count: int) -> Config:
     return config.model_copy(update={"rollout": config.rollout.model_copy(update={"num_actors": count})})
 
 
-def with_ranks(config: Config, count: int) -> Config:
-    return config.model_copy(update={"learner": config.learner.model_copy(update={"world_size": count})})
-
-
 def engine_reload(config: Config) -> dict[str, float]:
     """vLLM's own part: median seconds that it takes to load the demo's student from this process."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -181,8 +177,9 @@ def engine_reload(config: Config) -> dict[str, float]:
 
 
 def run(num_bytes: int, repeats: int) -> dict[str, Any]:
-    config = load_demo([f"worker_env.{STUDENT_BYTES}='{num_bytes}'"])
-    start_ray(with_ranks(config, len(ACTORS) * len(NUM_ACTORS)), address="local")  # a learner for each pool
+    options, num_pools = [f"worker_env.{STUDENT_BYTES}='{num_bytes}'"], len(ACTORS) * len(NUM_ACTORS)
+    config = load_demo(options)
+    start_ray(load_demo([*options, f"learner.world_size={num_pools}"]), address="local")  # a learner for each
     try:
         result = asyncio.run(measure(config, repeats))
     finally:

@@ -120,7 +120,11 @@ class ParameterSource(WeightSource):
     def __init__(self, parameters: Callable[[], Named]):
         self._parameters = parameters
         self._metadata: list[ParamMeta] = []
-        self._begun: Named | None = None  # the pass that has not reached its end
+        self._pass: Named = iter(())
+
+    def begin(self) -> None:
+        """Prepares one pass, for one publication."""
+        self._pass = self._parameters()
 
     def metadata(self) -> list[ParamMeta]:
         """Found by a first pass: sharded parameters do not show their shapes."""
@@ -129,17 +133,13 @@ class ParameterSource(WeightSource):
         return self._metadata
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        self._begun = self._parameters()
-        for named in self._begun:  # noqa: UP028  # `yield from` would close the pass with this generator
-            yield named
-        self._begun = None
+        return self._pass
 
     def finish(self) -> None:
-        """After a failure on this rank: makes the rest of the passes that the other ranks make."""
+        """After a failure on this rank: completes the passes that the other ranks make."""
         self.metadata()
-        for _ in self._begun or self._parameters():
+        for _ in self._pass:
             pass
-        self._begun = None
 
     @property
     def num_bytes(self) -> int:
@@ -161,6 +161,7 @@ class WeightSender:
         `address`: of rank 0, with a port that is free for a new group. Raises WeightsLostError when an actor
         or the group fails. Where an actor dies during the transfer, NCCL waits until the driver's deadline.
         """
+        self._source.begin()
         try:
             if self._engine is None or self._actors != actors:
                 self._leave_group()
