@@ -241,32 +241,21 @@ class ActorPool:
                 self._members.add(member)
 
     async def _send_to_all(self, published: Published) -> int:
-        """One transfer to all actors. If it fails, each actor that is left gets one of its own."""
-        members = self._members.alive
-        for member in members:
+        """One transfer to all actors; if it fails, another without those that were lost. Returns bytes."""
+        for member in self._members.ready.copy():
             self._members.set_aside(member)
-        try:
-            num_bytes = await self._send(members, published)
-        except (WeightsLostError, LearnerLostError, *LOST) as error:
-            await asyncio.gather(*(self._lose_if_silent(member) for member in members))
-            if isinstance(error, LearnerLostError):
-                raise
-            log.warning("sending weights %d failed: %s", published.policy_version, cause_of(error))
-            left = [m for m in members if m in self._members.aside]
-            return sum([await self._send_alone(m, published) for m in left])
+        while True:
+            members = self._members.aside.copy()
+            try:
+                num_bytes = await self._send(members, published)
+                break
+            except (WeightsLostError, LearnerLostError, *LOST) as error:
+                await asyncio.gather(*(self._lose_if_silent(member) for member in members))
+                if isinstance(error, LearnerLostError) or members == self._members.aside:
+                    raise
+                log.warning("sending weights %d failed: %s", published.policy_version, cause_of(error))
         for member in members:
             self._members.add(member)
-        return num_bytes
-
-    async def _send_alone(self, member: Member, published: Published) -> int:
-        try:
-            num_bytes = await self._send([member], published)
-        except (WeightsLostError, *LOST):
-            await self._lose_if_silent(member)
-            if member in self._members.aside:
-                raise
-            return 0
-        self._members.add(member)
         return num_bytes
 
     async def _send(self, members: list[Member], published: Published) -> int:

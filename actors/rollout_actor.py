@@ -74,14 +74,12 @@ class RolloutActor:
         self._check_whole()
         return predict(self._encoder, self._engine, prompts, blank_video)
 
-    def load_weights(self, policy_version: int, buckets: Sequence[ray.ObjectRef]) -> float:
-        """Loads one version; returns the seconds it took. Raises WeightsLostError unless it is whole."""
-        started = time.monotonic()
+    def load_weights(self, policy_version: int, buckets: Sequence[ray.ObjectRef]) -> None:
+        """Loads one version from the object store. Raises WeightsLostError unless it is whole."""
         fetched = ray.get(list(buckets), timeout=self._config.request_timeout_s)
         self._policy_version = None  # nothing is sampled from a mixture
         self._engine.load_weights(policy_version, fetched)
         self.update_weight_version(str(policy_version))
-        return time.monotonic() - started
 
     # The learner calls the next four through vLLM's RayVLLMWeightSyncClient, then the driver the fifth.
 

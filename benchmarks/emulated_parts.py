@@ -38,10 +38,9 @@ class EmulatedActor:
             time.sleep(max(0.0, began + (first + len(part)) * self._prompt_s - time.monotonic()))
             yield [TrajectoryGroup(prompt=p, trajectories=(self._trajectory(p),)) for p in part]
 
-    def load_weights(self, policy_version: int, buckets: Sequence[ray.ObjectRef]) -> float:
+    def load_weights(self, policy_version: int, buckets: Sequence[ray.ObjectRef]) -> None:
         ray.get(list(buckets), timeout=self._config.request_timeout_s)
         self._policy_version = policy_version
-        return 0.0
 
     def _trajectory(self, prompt: Prompt) -> Trajectory:
         return Trajectory(

@@ -47,25 +47,20 @@ def transfer_config(weight_transfer: str) -> WeightTransferConfig:
 
 
 @dataclass
-class NoInitInfo(WeightTransferInitInfo):
-    """The object store needs no rendezvous."""
-
-
-@dataclass
 class BucketUpdateInfo(WeightTransferUpdateInfo):
     """One whole version, as check_whole found it."""
 
     buckets: list[WeightBucket]
 
 
-class ObjectStoreEngine(WeightTransferEngine[NoInitInfo, BucketUpdateInfo]):
+class ObjectStoreEngine(WeightTransferEngine[WeightTransferInitInfo, BucketUpdateInfo]):
     """Loads buckets of the object store into a vLLM worker's model, on CPUs and GPUs."""
 
-    init_info_cls = NoInitInfo
+    init_info_cls = WeightTransferInitInfo
     update_info_cls = BucketUpdateInfo
 
-    def init_transfer_engine(self, init_info: NoInitInfo) -> None:
-        pass
+    def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:
+        """The object store needs no rendezvous."""
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
