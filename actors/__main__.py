@@ -1,4 +1,4 @@
-"""Rollout actors of a run that goes on: how many there are, and more or fewer of them."""
+"""Shows and changes the number of rollout actors of a running run."""
 
 import argparse
 import sys
@@ -23,11 +23,10 @@ ANSWER_TIMEOUT_S = 10.0
 POLL_S = 0.5
 
 
-def read_status(run: str) -> dict[str, float]:
-    """What the run last said of its actors. Raises RunError where it does not answer."""
+def ask(run: str, method: str, *arguments: Any) -> Any:
+    """The answer of the run's RunControl actor. Raises RunError where there is none."""
     try:
-        status: Any = ray.get(control_of(run).status.remote(), timeout=ANSWER_TIMEOUT_S)
-        return status
+        return ray.get(getattr(control_of(run), method).remote(*arguments), timeout=ANSWER_TIMEOUT_S)
     except (ValueError, GetTimeoutError, RayError) as error:
         raise RunError(f"run {run} does not answer: {error}") from error
 
@@ -36,23 +35,22 @@ def describe(run: str, status: dict[str, float]) -> str:
     if not status:
         return f"run {run}: starting"
     running, wanted, lost = (int(status[f"actors/{k}"]) for k in ("running", "wanted", "lost"))
-    return f"run {run}, step {int(status['step'])}: rollout actors {running} running, {wanted} wanted, {lost} lost so far"
+    actors = f"{running} running, {wanted} wanted, {lost} lost so far"
+    return f"run {run}, step {int(status['step'])}: rollout actors {actors}"
 
 
 def scale(run: str, num_actors: int, timeout_s: float) -> None:
     """Asks the run for so many actors and waits for them. Raises ConfigError, or RunError at the deadline."""
     if note := check_capacity(num_actors, "rollout"):
         print(note)
-    try:
-        ray.get(control_of(run).ask_for_actors.remote(num_actors), timeout=ANSWER_TIMEOUT_S)
-    except (ValueError, GetTimeoutError, RayError) as error:
-        raise RunError(f"run {run} does not answer: {error}") from error
+    ask(run, "ask_for_actors", num_actors)
     deadline = time.monotonic() + timeout_s
-    while (status := read_status(run)).get("actors/running") != num_actors or status.get(
-        "actors/wanted"
-    ) != num_actors:
+    while True:
+        status = ask(run, "status")
+        if status.get("actors/running") == status.get("actors/wanted") == num_actors:
+            return
         if time.monotonic() > deadline:
-            raise RunError(f"{describe(run, status)} after {timeout_s:.0f} s: the run goes on trying")
+            raise RunError(f"{describe(run, status)} after {timeout_s:.0f} s: the run keeps trying")
         time.sleep(POLL_S)
 
 
@@ -63,9 +61,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     status = commands.add_parser("status", help="how many run and are wanted")
     more = commands.add_parser("scale", help="run N of them")
     more.add_argument("num_actors", type=int, metavar="N")
-    more.add_argument(
-        "--timeout-s", type=float, default=600.0, help="wait at most so long for them (default 600)"
-    )
+    more.add_argument("--timeout-s", type=float, default=600.0, help="wait so long for them (default 600)")
     for command in (status, more):
         add_cluster_arguments(command)
     parsed = parser.parse_args(arguments)
@@ -75,14 +71,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 when the run does not answer or obey in time, 2 for bad input."""
+    """Returns the exit code: 0; 1 when the run does not answer or scale in time; 2 for bad input."""
     try:
         parsed = parse_arguments(arguments)
         with connected(parsed.address):
             run = choose_run(running_runs(), parsed.run)
             if parsed.command == "scale":
                 scale(run, parsed.num_actors, parsed.timeout_s)
-            print(describe(run, read_status(run)))
+            print(describe(run, ask(run, "status")))
     except VideoOPDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

@@ -1,15 +1,15 @@
 """The vLLM engine of a rollout actor."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from video_opd.config import RolloutConfig
-from video_opd.errors import WeightsLostError
 from video_opd.models.vllm_engine import SamplingEngine
-from video_opd.types import GroupPlace, WeightBucket
+from video_opd.weights.buckets import WeightBucket, check_whole
 
 
 class PolicyEngine(SamplingEngine):
-    """Samples from the student with vLLM; its weights can be replaced between calls."""
+    """Samples from the student with vLLM; its weights can be replaced between generations."""
 
     def __init__(
         self,
@@ -18,31 +18,45 @@ class PolicyEngine(SamplingEngine):
         seed: int,
         banned_ids: Sequence[int],
         trust_remote_code: bool = False,
+        weight_transfer: str = "object_store",
     ):
-        receiver = "actors.weight_receiver.WeightReceiver"
+        from video_opd.weights.transfer import transfer_config
+
         super().__init__(
             model,
             config,
             seed,
             banned_ids,
             trust_remote_code=trust_remote_code,
-            worker_extension_cls=receiver,
+            weight_transfer_config=transfer_config(weight_transfer),
         )
+        self._is_updating = False
 
-    def load_weights(self, policy_version: int, buckets: list[WeightBucket]) -> None:
-        """Swaps the weights and drops all that was computed with the old ones. No generation may be under way.
+    def load_weights(self, policy_version: int, buckets: Sequence[WeightBucket]) -> None:
+        """Loads one version. Raises WeightsLostError, before any change, unless it is whole."""
+        check_whole(buckets, policy_version)
+        self.start_weight_update()
+        self.update_weights({"update_info": {"buckets": buckets}})
+        self.finish_weight_update()
 
-        Raises WeightsLostError unless the buckets are the whole version; nothing may be sampled before another one is.
-        """
-        self._replace_weights("receive_buckets", policy_version, buckets)
+    def init_weight_transfer_engine(self, request: Any) -> None:
+        self._llm.init_weight_transfer_engine(request)
 
-    def receive_weights(self, policy_version: int, place: GroupPlace | None, timeout_s: float) -> None:
-        """The same with weights that the learner broadcasts, see WeightReceiver.receive_broadcast."""
-        self._replace_weights("receive_broadcast", policy_version, place, timeout_s)
+    def start_weight_update(self) -> None:
+        """Also ends an update that never came because another actor died: vLLM would refuse a second one."""
+        if self._is_updating:
+            self._llm.finish_weight_update()
+        self._llm.start_weight_update()
+        self._is_updating = True
 
-    def _replace_weights(self, method: str, *arguments) -> None:
-        failures = self._llm.collective_rpc(method, args=arguments)
+    def update_weights(self, request: Any) -> None:
+        self._is_updating = False  # vLLM itself ends an update that fails here
+        self._llm.update_weights(request)
+        self._is_updating = True
+
+    def finish_weight_update(self) -> None:
+        """Ends vLLM's update and drops all that was computed with the old weights."""
+        self._llm.finish_weight_update()
+        self._is_updating = False
         assert self._llm.reset_prefix_cache(), "blocks of the prefix cache are still in use"
         self._llm.llm_engine.reset_encoder_cache()
-        if failure := next(filter(None, failures), None):
-            raise WeightsLostError(failure)

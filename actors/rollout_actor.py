@@ -4,7 +4,7 @@ import os
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import ray
@@ -15,33 +15,25 @@ from video_opd.errors import WeightsLostError
 from video_opd.logs import log, start_role_log, work
 from video_opd.models.prompting import PromptEncoder, parse_span
 from video_opd.models.vllm_engine import Completion, predict
-from video_opd.types import (
-    EncodedPrompt,
-    FailedPrompt,
-    GroupPlace,
-    Prediction,
-    Prompt,
-    Trajectory,
-    TrajectoryGroup,
-    WeightBucket,
-)
+from video_opd.types import EncodedPrompt, FailedPrompt, Prediction, Prompt, Trajectory, TrajectoryGroup
 
 
 class RolloutActor:
-    """Runs one call at a time, in the order of arrival: a load_weights waits for the rollouts before it, and every
-    token of a trajectory comes from one policy version."""
+    """Runs one call at a time, in order of arrival.
+
+    So load_weights waits for the rollouts before it, and a trajectory comes from one policy version.
+    """
 
     def __init__(self, name: str, config: Config):
         start_role_log(config.run_name, name)
         started = time.monotonic()
         self._name, self._config = name, config
-        self._encoder = PromptEncoder(config.student, config.prompt, config.video, config.trust_remote_code)
-        self._engine = PolicyEngine(
-            config.student, config.rollout, config.seed, self._encoder.pad_ids, config.trust_remote_code
-        )
-        self._policy_version: (
-            int | None
-        ) = -1  # the folder's weights, before the first publication; None: no whole version
+        student, trusted = config.student, config.trust_remote_code
+        self._encoder = PromptEncoder(student, config.prompt, config.video, trusted)
+        way, banned_ids = config.learner.weight_transfer, self._encoder.pad_ids
+        self._engine = PolicyEngine(student, config.rollout, config.seed, banned_ids, trusted, way)
+        # -1: the folder's weights, before the first publication; None: no whole version
+        self._policy_version: int | None = -1
         log.info("started in %.1f s", time.monotonic() - started)
 
     def __repr__(self) -> str:  # what the Ray dashboard and the log lines show
@@ -51,10 +43,11 @@ class RolloutActor:
         return os.getpid()
 
     def rollout(self, prompts: Sequence[Prompt]) -> Iterator[list[TrajectoryGroup | FailedPrompt]]:
-        """rollouts_per_prompt trajectories for each prompt, a FailedPrompt where the clip cannot be read.
+        """Samples rollouts_per_prompt trajectories a prompt; a FailedPrompt where the clip cannot be read.
 
-        Results come as prompts finish, `rollout.prompts_per_result` of them at a time. Sampling is seeded by
-        (config.seed, trajectory id): same weights, same trajectories. Raises WeightsLostError while it holds no whole version.
+        Results come as prompts finish, `rollout.prompts_per_result` at a time. Sampling is seeded by
+        (config.seed, trajectory id): same weights, same trajectories. Raises WeightsLostError without a whole
+        version of the weights.
         """
         self._check_whole()
         encoded, failed = self._encoder.encode_readable(prompts)
@@ -77,35 +70,36 @@ class RolloutActor:
     def predict(
         self, prompts: Sequence[Prompt], blank_video: bool = False
     ) -> list[Prediction | FailedPrompt]:
-        """The greedy answer to each prompt; with `blank_video`, to the same prompt on grey frames. Raises WeightsLostError."""
+        """The greedy answer to each prompt, on grey frames with `blank_video`. Raises WeightsLostError."""
         self._check_whole()
         return predict(self._encoder, self._engine, prompts, blank_video)
 
-    def load_weights(self, policy_version: int, buckets: Sequence[ray.ObjectRef | WeightBucket]) -> float:
-        """Takes one published version; returns the seconds it took. Raises WeightsLostError unless it is whole."""
-        started = time.monotonic()
-        whole = [
-            ray.get(b, timeout=self._config.request_timeout_s) if isinstance(b, ray.ObjectRef) else b
-            for b in buckets
-        ]
-        with self._replacing_weights(policy_version):
-            self._engine.load_weights(policy_version, whole)
-        return time.monotonic() - started
+    def load_weights(self, policy_version: int, buckets: Sequence[ray.ObjectRef]) -> None:
+        """Loads one version from the object store. Raises WeightsLostError unless it is whole."""
+        fetched = ray.get(list(buckets), timeout=self._config.request_timeout_s)
+        self._policy_version = None  # nothing is sampled from a mixture
+        self._engine.load_weights(policy_version, fetched)
+        self.update_weight_version(str(policy_version))
 
-    def receive_weights(self, policy_version: int, place: GroupPlace | None) -> float:
-        """Takes a version that the learner broadcasts; see WeightReceiver.receive_broadcast and load_weights."""
-        started = time.monotonic()
-        with self._replacing_weights(policy_version):
-            self._engine.receive_weights(policy_version, place, self._config.request_timeout_s)
-        return time.monotonic() - started
+    # The learner calls the next four through vLLM's RayVLLMWeightSyncClient, then the driver the fifth.
 
-    @contextmanager
-    def _replacing_weights(self, policy_version: int) -> Iterator[None]:
-        """No version until the new one is whole: nothing is sampled from a mixture."""
+    def init_weight_transfer_engine(self, request: Any) -> None:
+        self._engine.init_weight_transfer_engine(request)
+
+    def start_weight_update(self) -> None:
         self._policy_version = None
-        yield
-        self._policy_version = work.step = policy_version
-        log.info("samples from weights %d now", policy_version)
+        self._engine.start_weight_update()
+
+    def update_weights(self, request: Any) -> None:
+        self._engine.update_weights(request)
+
+    def finish_weight_update(self) -> None:
+        self._engine.finish_weight_update()
+
+    def update_weight_version(self, policy_version: str) -> None:
+        """From now on, samples come from the version that was just loaded."""
+        self._policy_version = work.step = int(policy_version)
+        log.info("samples from weights %d now", self._policy_version)
 
     def _check_whole(self) -> None:
         if self._policy_version is None:

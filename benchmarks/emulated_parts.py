@@ -1,4 +1,4 @@
-"""Rollout actors and learner ranks that take the time they are told to and compute nothing: what is left is the loop's own."""
+"""Rollout actors and learner ranks that compute nothing and take a given time: the rest is the loop's own."""
 
 import os
 import time
@@ -8,9 +8,9 @@ import numpy as np
 import ray
 import torch
 
-from learner.weight_sender import to_buckets
 from video_opd.config import Config
 from video_opd.types import FinishReason, Prompt, ScoredGroup, Trajectory, TrajectoryGroup
+from video_opd.weights.buckets import to_buckets
 
 ROLLOUT_S, UPDATE_S = "EMULATED_ROLLOUT_S", "EMULATED_UPDATE_S"  # of one step's prompts, in worker_env
 PROMPT_TOKENS, RESPONSE_TOKENS = 1024, 64
@@ -18,7 +18,7 @@ WEIGHT_BYTES = 1 << 20
 
 
 class EmulatedActor:
-    """Samples a step's prompts in ROLLOUT_S seconds; they finish one after the other, evenly."""
+    """Samples a step's prompts in ROLLOUT_S seconds, evenly one after the other."""
 
     def __init__(self, name: str, config: Config):
         self._name, self._config = name, config
@@ -38,10 +38,9 @@ class EmulatedActor:
             time.sleep(max(0.0, began + (first + len(part)) * self._prompt_s - time.monotonic()))
             yield [TrajectoryGroup(prompt=p, trajectories=(self._trajectory(p),)) for p in part]
 
-    def load_weights(self, policy_version: int, buckets: Sequence[ray.ObjectRef]) -> float:
+    def load_weights(self, policy_version: int, buckets: Sequence[ray.ObjectRef]) -> None:
         ray.get(list(buckets), timeout=self._config.request_timeout_s)
         self._policy_version = policy_version
-        return 0.0
 
     def _trajectory(self, prompt: Prompt) -> Trajectory:
         return Trajectory(
@@ -75,7 +74,6 @@ class EmulatedRank:
         return {"learner/loss": 0.0, "learner/grad_norm": 0.0}
 
     def put_weights(self, policy_version: int) -> tuple[list[ray.ObjectRef], int]:
-        (bucket,) = to_buckets(
-            [("w", torch.zeros(WEIGHT_BYTES, dtype=torch.uint8))], policy_version, WEIGHT_BYTES
-        )
+        weight = torch.zeros(WEIGHT_BYTES, dtype=torch.uint8)
+        (bucket,) = to_buckets([("w", weight)], policy_version, WEIGHT_BYTES)
         return [ray.put(bucket)], WEIGHT_BYTES

@@ -108,14 +108,9 @@ def create_parts(folder: Path, given: Config, plan: Plan, resume_from: SavedRun 
 
 
 async def publish_weights(run: Run, policy_version: int) -> None:
-    """The learner's weights to every actor, as one version, the way that learner.weight_transfer says. Raises LearnerLostError."""
+    """Publishes the learner's weights to every actor as one version. Raises LearnerLostError."""
     try:
-        if run.config.learner.weight_transfer == "collective":
-            update = await run.actors.receive_weights(policy_version, run.learner)
-        else:
-            update = await run.actors.load_weights(
-                policy_version, *await run.learner.put_weights(policy_version), run.learner
-            )
+        update = await run.actors.publish(policy_version, run.learner)
     except ObjectLostError as error:
         raise LearnerLostError(
             f"weights of version {policy_version} went with the learner: {cause_of(error)}"

@@ -16,11 +16,10 @@ from learner.adapters import choose_trained, merge, merged_parameters
 from learner.batching import Row, plan_update
 from learner.diagnostics import TimestampTokens, TokenRecords, batch_signals, policy_signals
 from learner.loss import ResponseTokens, loss_per_token
+from learner.rendezvous import node_store
 from learner.safe_load import read_weights_only
 from learner.universal import TAG as universal_tag
 from learner.vision_cache import VisionCache
-from learner.weight_sender import Bucket, tensor_buckets, to_buckets
-from video_opd.broadcast import node_store
 from video_opd.config import Config
 from video_opd.errors import ClipError, RunError
 from video_opd.models.forward import (
@@ -33,8 +32,9 @@ from video_opd.models.forward import (
     token_entropy,
 )
 from video_opd.models.prompting import PromptEncoder, check_parity
-from video_opd.types import EncodedPrompt, ScoredGroup, WeightBucket
+from video_opd.types import EncodedPrompt, ScoredGroup
 from video_opd.video.clips import frames_key
+from video_opd.weights.buckets import Named, WeightBucket, to_buckets
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -194,10 +194,8 @@ class LearnerEngine:
     def _tensor(self, arrays: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(self._device)
 
-    def _full_parameters(
-        self, device: str | torch.device | None = "cpu"
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter of the plain model, whole, adapters merged, on `device` (None: as it is). All ranks iterate together."""
+    def _full_parameters(self, device: str = "cpu") -> Named:
+        """Every parameter of the plain model, whole, adapters merged, on `device`. All ranks iterate together."""
         for name, parts, scaling in merged_parameters(self._model):
             if self._config.learner.zero_stage == 3:
                 with self._deepspeed.zero.GatheredParameters(parts):
@@ -209,11 +207,9 @@ class LearnerEngine:
         """The student's weights, for publication. All ranks must iterate together."""
         return to_buckets(self._full_parameters(), policy_version, self._config.learner.bucket_bytes)
 
-    def broadcast_buckets(self, policy_version: int, device: torch.device | None) -> Iterator[Bucket]:
-        """The same, for a broadcast of tensors on `device`. All ranks must iterate together."""
-        return tensor_buckets(
-            self._full_parameters(device), policy_version, self._config.learner.bucket_bytes
-        )
+    def parameters(self) -> Named:
+        """The student's weights on this rank's device. All ranks must iterate together."""
+        return self._full_parameters(self._device)
 
     def save(self, folder: Path) -> None:
         """Writes the DeepSpeed state and `student/`, a transformers folder."""

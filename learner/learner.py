@@ -1,4 +1,4 @@
-"""The learner's ranks as Ray actors, and the driver's side of them."""
+"""The driver's side of the learner."""
 
 import asyncio
 import shutil
@@ -16,32 +16,29 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from learner.file_transfer import FilePart, read_parts, write_part
 from learner.rank import LearnerRank
 from learner.universal import convert, needs_conversion
-from video_opd.broadcast import ABANDON_S
 from video_opd.cluster.deadline import with_deadline
 from video_opd.cluster.faults import LOST, cause_of, started_badly
 from video_opd.config import Config
-from video_opd.errors import LearnerLostError, WeightsLostError
-from video_opd.types import GroupPlace, ScoredGroup, StepReport
+from video_opd.errors import LearnerLostError
+from video_opd.types import ScoredGroup, StepReport
 
 NEIGHBOUR_GRACE_S = 15.0
 
 
 class Learner:
-    """The driver's side: starts the ranks, sends every call to all of them, bounds every wait.
+    """Starts the ranks, sends every call to all of them, and bounds every wait.
 
-    Ranks fail as a group: whatever takes one away is a LearnerLostError, after which `restart` and `load` are due.
+    Ranks fail as a group: the loss of any is a LearnerLostError, after which `restart` and `load` are due.
     """
 
     def __init__(self, name: str, config: Config, rank_class: type = LearnerRank):
         self._name, self._config, self._rank_class = name, config, rank_class
         self._num_starts = 0
-        self._version: int | None = (
-            None  # of the ranks' weights, once they are published; None: they changed since
-        )
+        self._published: int | None = None  # version of the ranks' weights; None: changed since
         learner = config.learner
         amounts = {"learner": 1, "CPU": learner.num_cpus, "GPU": learner.num_gpus}
-        place = {resource: float(amount) for resource, amount in amounts.items() if amount}
-        self._places = placement_group([place] * learner.world_size, strategy="PACK")
+        bundle = {resource: float(amount) for resource, amount in amounts.items() if amount}
+        self._bundles = placement_group([bundle] * learner.world_size, strategy="PACK")
         self._ranks = self._create()
 
     def _create(self) -> list[Any]:
@@ -54,7 +51,7 @@ class Learner:
                 num_cpus=learner.num_cpus,
                 num_gpus=learner.num_gpus,
                 resources={"learner": 1},
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._places, rank),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._bundles, rank),
                 max_restarts=0,
                 runtime_env={"env_vars": self._config.worker_env},
             )
@@ -67,16 +64,16 @@ class Learner:
         await self._all("start", addresses[0], timeout_s=self._config.start_timeout_s)
 
     async def restart(self) -> None:
-        """A new group with the student's first weights, in place of what is left of the old one."""
-        self._version = None
+        """Replaces the ranks by new ones, with the student's first weights."""
+        self._published = None
         self._kill()
         self._ranks = self._create()
         await self.start()
 
     def stop(self) -> None:
-        """Ends the ranks and gives their places back."""
+        """Ends the ranks and releases their resources."""
         self._kill()
-        remove_placement_group(self._places)
+        remove_placement_group(self._bundles)
 
     def _kill(self) -> None:
         for rank in self._ranks:
@@ -84,72 +81,57 @@ class Learner:
 
     async def update(self, groups: list[ScoredGroup], step: int) -> StepReport:
         """One optimizer step; the weights after it are version step + 1."""
-        self._version = None
+        self._published = None
         metrics = (await self._all("update", ray.put(groups), step))[0]
         return StepReport(step=step, policy_version=step + 1, metrics=metrics)
 
+    def holds(self, policy_version: int) -> bool:
+        """Whether the weights are still this published version.
+
+        Ranks serve calls in order, so what is asked for now comes before the next update.
+        """
+        return self._published == policy_version
+
     async def put_weights(self, policy_version: int) -> tuple[list[ray.ObjectRef], int]:
-        """See LearnerRank.put_weights. The references live as long as rank 0 does and the caller holds them."""
-        self._version = policy_version
+        """See LearnerRank.put_weights. The references live while rank 0 does and the caller holds them."""
+        self._published = policy_version
         return (await self._all("put_weights", policy_version))[0]
 
-    async def put_published_weights(self, policy_version: int) -> list[ray.ObjectRef]:
-        """The same, later: for an actor that joins. Raises WeightsLostError once the weights are to change.
-
-        Ranks serve calls in order, so what is asked for before the next update is what was published.
-        """
-        if self._version != policy_version:
-            raise WeightsLostError(f"the learner's weights are no longer version {policy_version}")
-        return (await self.put_weights(policy_version))[0]
-
-    @property
-    def generation(self) -> int:
-        """Another number when the ranks are other processes."""
-        return self._num_starts
-
-    async def meet_actors(self, place: GroupPlace | None) -> None:
-        """See LearnerRank.meet_actors."""
-        await self._all(
-            "meet_actors", place, timeout_s=self._config.request_timeout_s + ABANDON_S, ranks=self._ranks[:1]
-        )
-
-    async def send_weights(self, policy_version: int) -> int:
-        """See LearnerRank.send_weights."""
-        self._version = policy_version
-        timeout_s = self._config.request_timeout_s + ABANDON_S
-        return (await self._all("send_weights", policy_version, timeout_s=timeout_s))[0]
+    async def send_weights(self, policy_version: int, actors: list[Any], timeout_s: float) -> int:
+        """Sends the weights between GPUs; returns bytes. Raises WeightsLostError when an actor fails."""
+        self._published = policy_version
+        return (await self._all("send_weights", actors, timeout_s=timeout_s))[0] if actors else 0
 
     async def save(self, folder: Path) -> None:
-        """Into a folder that is there."""
+        """Writes a checkpoint into an existing folder."""
         await self._write("save", folder, seen_by=folder)
 
     async def export(self, folder: Path) -> None:
-        """Writes the student alone: a transformers folder, beside others that are there."""
+        """Writes the student alone, a transformers folder, into an existing one."""
         await self._write("export", folder, seen_by=folder.parent)
 
     async def _write(self, method: str, folder: Path, seen_by: Path) -> None:
-        """Ranks write `folder`; what those wrote that do not see the driver's `seen_by` is brought here."""
-        strangers = await self._ranks_without_folder(seen_by)
-        for rank in strangers:  # an earlier one may have died over it
+        """Ranks write `folder`. Files of ranks that do not see the driver's `seen_by` are copied here."""
+        elsewhere = await self._ranks_without_folder(seen_by)
+        for rank in elsewhere:  # remains of an attempt that was lost
             await self._all("remove", folder, ranks=[rank])
         await self._all(method, folder)
-        for rank in strangers:
+        timeout_s = self._config.request_timeout_s
+        for rank in elsewhere:
             with self._losses("read_folder"):
                 references = rank.read_folder.options(_generator_backpressure_num_objects=2).remote(folder)
-                while (
-                    part := await with_deadline(
-                        self._config.request_timeout_s, _next(references), "a checkpoint's files"
-                    )
-                ) is not None:
+                while part := await with_deadline(timeout_s, _next(references), "a checkpoint's files"):
                     await asyncio.to_thread(write_part, folder, part)
 
     async def load(self, folder: Path, saved_world_size: int | None = None) -> None:
-        """A checkpoint's weights and optimizer, exactly. `saved_world_size`: ranks that wrote it; None: as many as there are."""
-        self._version = None
+        """Restores a checkpoint's weights and optimizer exactly.
+
+        `saved_world_size`: ranks that wrote it; None: as many as there are now.
+        """
+        self._published = None
         learner = self._config.learner
-        if not needs_conversion(
-            learner.zero_stage, saved_world_size or learner.world_size, learner.world_size
-        ):
+        saved_world_size = saved_world_size or learner.world_size
+        if not needs_conversion(learner.zero_stage, saved_world_size, learner.world_size):
             await self._load(folder, False)
             return
         converted = folder.with_name(f".{folder.name}-universal.tmp")
@@ -161,16 +143,16 @@ class Learner:
             shutil.rmtree(converted, ignore_errors=True)
 
     async def _load(self, folder: Path, universal: bool) -> None:
-        strangers = await self._ranks_without_folder(folder)
-        brought = folder.with_name(
+        elsewhere = await self._ranks_without_folder(folder)
+        copied = folder.with_name(
             f".{folder.name}-{uuid4().hex}.tmp"
-        )  # what has the folder's own name there is not ours
-        for rank in strangers:
+        )  # that node may have a `folder` of its own
+        for rank in elsewhere:
             for part in read_parts(folder):
-                await self._all("write_part", brought, part, ranks=[rank])
-        await self._all("load", folder, brought, universal)
-        for rank in strangers:
-            await self._all("remove", brought, ranks=[rank])
+                await self._all("write_part", copied, part, ranks=[rank])
+        await self._all("load", folder, copied, universal)
+        for rank in elsewhere:
+            await self._all("remove", copied, ranks=[rank])
 
     async def _ranks_without_folder(self, folder: Path) -> list[Any]:
         """One rank of each node that does not see what this process has in `folder`."""
@@ -180,24 +162,19 @@ class Learner:
             seen = await self._all("sees", mark)
         finally:
             mark.unlink()
-        return list(
-            {node: rank for rank, (node, sees) in zip(self._ranks, seen, strict=True) if not sees}.values()
-        )
+        by_node = {node: rank for rank, (node, sees) in zip(self._ranks, seen, strict=True) if not sees}
+        return list(by_node.values())
 
     async def _all(
         self, method: str, *arguments: Any, timeout_s: float | None = None, ranks: Sequence[Any] | None = None
     ) -> list[Any]:
-        """Each rank's answer. `ranks`: those asked, where it is not all."""
-        calls = [
-            asyncio.ensure_future(getattr(rank, method).remote(*arguments)) for rank in ranks or self._ranks
-        ]
+        """Each rank's answer. `ranks`: those to ask; None: all."""
+        asked = ranks or self._ranks
+        calls = [asyncio.ensure_future(getattr(rank, method).remote(*arguments)) for rank in asked]
+        timeout_s = timeout_s or self._config.request_timeout_s
         with self._losses(method):
             try:
-                return await with_deadline(
-                    timeout_s or self._config.request_timeout_s,
-                    asyncio.gather(*calls),
-                    f"the learner's {method}",
-                )
+                return await with_deadline(timeout_s, asyncio.gather(*calls), f"the learner's {method}")
             except RayTaskError as error:  # a rank whose neighbour died may complain first
                 await asyncio.wait(calls, timeout=NEIGHBOUR_GRACE_S)
                 if dead := [e for c in calls if c.done() and isinstance(e := c.exception(), LOST)]:
@@ -206,16 +183,17 @@ class Learner:
 
     @contextmanager
     def _losses(self, method: str) -> Iterator[None]:
-        """The loss of a rank is the learner's."""
+        """Turns the loss of a rank into that of the learner."""
         try:
             yield
         except LOST as error:
             if started_badly(error):
                 raise
+            self._published = None
             raise LearnerLostError(f"the learner's {method} was lost: {cause_of(error)}") from error
 
 
 async def _next(references: Any) -> FilePart | None:
-    """None at the end."""
+    """The next of a streaming call's results; None at the end."""
     reference = await anext(references, None)
     return None if reference is None else await reference

@@ -167,10 +167,10 @@ class LearnerConfig(ConfigSection):
     bucket_bytes: PositiveInt = Field(
         default=256 << 20, description="weights travel in buckets of about this size"
     )
-    weight_transfer: Literal["object_store", "collective"] = Field(
+    weight_transfer: Literal["object_store", "collective", "ipc"] = Field(
         default="object_store",
-        description="weights reach the actors through Ray's object store, or by a broadcast of torch.distributed: gloo on CPUs, "
-        "measured in docs/performance.md; NCCL where learner and actors have GPUs, never run so far",
+        description="weights reach the actors through Ray's object store; by vLLM's NCCL broadcast between GPUs "
+        "(collective); or in the memory of a GPU that learner and actors share (ipc). The last two never ran so far",
     )
     num_gpus: Annotated[float, Field(ge=0)] = Field(default=1, description="of one rank; 0 on a CPU machine")
     num_cpus: Annotated[float, Field(ge=0)] = 1
@@ -297,10 +297,16 @@ class Config(ConfigSection):
                 f"video.decode_timeout_s={self.video.decode_timeout_s:g} is above "
                 f"request_timeout_s={self.request_timeout_s:g}: a clip that hangs would end the run"
             )
-        shared = any(0 < part.num_gpus < 1 for part in (self.learner, self.rollout))
-        if self.learner.weight_transfer == "collective" and shared:
+        way, num_gpus = self.learner.weight_transfer, (self.learner.num_gpus, self.rollout.num_gpus)
+        if way == "collective" and min(num_gpus) < 1:
             raise ValueError(
-                "learner.weight_transfer=collective: NCCL wants a GPU for each member, so num_gpus is 0 or 1 and more"
+                "learner.weight_transfer=collective needs NCCL, a whole GPU for each learner rank and actor: "
+                "set learner.num_gpus and rollout.num_gpus to 1 or more, or use object_store"
+            )
+        if way == "ipc" and not all(0 < n < 1 for n in num_gpus):
+            raise ValueError(
+                "learner.weight_transfer=ipc needs learner and actors on one GPU: "
+                "set learner.num_gpus and rollout.num_gpus between 0 and 1, or use object_store"
             )
         if self.loss.kind == "grpo" and self.rollout.rollouts_per_prompt < 2:
             yield "loss.kind=grpo compares responses to one prompt: set rollout.rollouts_per_prompt >= 2"

@@ -7,7 +7,7 @@ before torch.from_numpy.
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -177,41 +177,6 @@ class Prediction:
     prompt_id: str
     text: str
     span_s: Span | None  # None: the answer could not be parsed
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BucketHeader:
-    """What a part of one version of the student's weights holds: several tensors of one dtype, in order."""
-
-    policy_version: int
-    first: int  # tensors of this version in the buckets before
-    is_last: bool  # of this version
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    dtype: str  # torch dtype name, e.g. "bfloat16"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightBucket:
-    """A part of the weights as it lies in the object store. Whoever takes it out shares the memory: nobody writes to it."""
-
-    header: BucketHeader
-    parts: tuple[np.ndarray, ...]  # uint8[bytes] of each tensor
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupPlace:
-    """One member's place in a broadcast group, and where its members meet."""
-
-    host: str
-    port: int  # of the store that the driver keeps
-    rank: int  # 0 sends
-    size: int
-    backend: Literal["gloo", "nccl"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,9 @@
-"""The actor pool with fake actors that die, hang and join at random moments: nothing is lost, nobody samples from old weights."""
+"""The pool with fake actors that die, hang and join at random: nothing is lost, no weights are old."""
 
 import asyncio
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.exceptions import ActorDiedError, ObjectLostError
 
-import actors.actor_pool as actor_pool
+import actors.members as members
 from actors.actor_pool import ActorPool
 from tests.fakes import make_prompt
 from video_opd.cluster.deadline import waits
@@ -37,7 +38,7 @@ def make_config(num_actors: int, max_retries: int = 1000) -> Config:
 
 
 class Method:
-    """`handle.method.remote(...)`, awaitable or, with num_returns="streaming", an async iterator of awaitables."""
+    """`handle.method.remote(...)`: awaitable or, if streaming, an async iterator of awaitables."""
 
     def __init__(self, call: Callable[..., Any]):
         self._call = call
@@ -98,6 +99,24 @@ class FakeActor:
             yield asyncio.ensure_future(value(prompt, self.version))
 
 
+class FakeLearner:
+    """Publishes versions without tensors."""
+
+    def __init__(self):
+        self.is_dead = False
+
+    def holds(self, policy_version: int) -> bool:
+        return True
+
+    async def put_weights(self, policy_version: int) -> tuple[list[Any], int]:
+        if self.is_dead:
+            raise LearnerLostError(f"version {policy_version} is gone")
+        return [], 0
+
+    async def send_weights(self, policy_version: int, actors: list[Any], timeout_s: float) -> int:
+        raise AssertionError("the object store brings them")
+
+
 class FakePool(ActorPool):
     """With FakeActors."""
 
@@ -108,7 +127,7 @@ class FakePool(ActorPool):
     def _create(self) -> Any:
         name = f"actor-{next(self._numbers)}"
         self.made.append(FakeActor(name, self.rng, self.faults))
-        return actor_pool._Member(name, self.made[-1])
+        return members.Member(name, self.made[-1])
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +138,7 @@ def killed(monkeypatch) -> list[FakeActor]:
         handle.killed = True
         dead.append(handle)
 
-    monkeypatch.setattr(actor_pool.ray, "kill", kill)
+    monkeypatch.setattr(members.ray, "kill", kill)
     return dead
 
 
@@ -145,7 +164,7 @@ def test_every_prompt_is_sampled_once_from_the_published_weights_whatever_dies(s
         rng = random.Random(seed)
         pool = await started(FakePool(make_config(num_actors), rng, faults))
         for version in range(4):
-            await pool.load_weights(version, [], 0)
+            await pool.publish(version, FakeLearner())
             calls = [[make_prompt(f"p{version}-{i}-{k}") for k in range(3)] for i in range(4)]
             answers = await asyncio.gather(*(sampled(pool, prompts) for prompts in calls))
             for prompts, answer in zip(calls, answers, strict=True):
@@ -164,7 +183,7 @@ def test_every_prompt_is_sampled_once_from_the_published_weights_whatever_dies(s
 def test_a_joining_actor_has_the_weights_before_it_is_called():
     async def run() -> None:
         pool = await started(FakePool(make_config(1), random.Random(0), 0.0))
-        await pool.load_weights(7, [], 0)
+        await pool.publish(7, FakeLearner())
         await pool.scale(3)
         while pool.counts()["actors/running"] < 3:
             await asyncio.sleep(0.01)
@@ -192,12 +211,41 @@ def test_an_actor_that_goes_ends_its_calls_first(killed):
     asyncio.run(run())
 
 
+def test_an_actor_that_goes_during_a_publication_ends_its_calls_first(killed, monkeypatch):
+    async def run() -> None:
+        config = make_config(2).model_copy(update={"request_timeout_s": 60.0})
+        pool = await started(FakePool(config, random.Random(0), 0.0))
+        end = asyncio.Event()
+
+        async def load_weights(actor: FakeActor, version: int, buckets: Sequence[Any]) -> float:
+            await pool.scale(1)
+            actor.version = version
+            return 0.0
+
+        async def act(actor: FakeActor, can_fail: bool = True) -> None:
+            await end.wait()
+
+        for actor in pool.made:
+            actor.load_weights = Method(partial(load_weights, actor))
+        monkeypatch.setattr(FakeActor, "_act", act)
+        answers = [asyncio.ensure_future(sampled(pool, [make_prompt(f"p{i}")])) for i in range(2)]
+        await asyncio.sleep(0)
+        await pool.publish(1, FakeLearner())
+        assert pool.counts()["actors/running"] == 1 and not killed
+        end.set()
+        assert [len(a) for a in await asyncio.gather(*answers)] == [1, 1]
+        while not killed:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+
+
 def test_an_actor_that_cannot_take_the_weights_is_said_and_tried_again(monkeypatch, caplog):
     """What vLLM raises is no death: the task that starts the actor must not end silently."""
 
     async def run() -> None:
         pool = await started(FakePool(make_config(1), random.Random(0), 0.0))
-        await pool.load_weights(7, [], 0)
+        await pool.publish(7, FakeLearner())
         failures = [RuntimeError("no memory left")]
         load = FakeActor._load_weights
 
@@ -213,9 +261,11 @@ def test_an_actor_that_cannot_take_the_weights_is_said_and_tried_again(monkeypat
         assert [a.version for a in pool.made] == [7, -1, 7]
         pool.stop()
 
-    monkeypatch.setattr(actor_pool, "START_AGAIN_S", 0.05)
+    monkeypatch.setattr(members, "RETRY_START_S", 0.05)
     asyncio.run(asyncio.wait_for(run(), 20))
-    assert "the start of a rollout actor failed: no memory left; 1 rollout actors go on" in caplog.text
+    assert (
+        "the start of a rollout actor failed: no memory left; continuing with 1 rollout actors" in caplog.text
+    )
 
 
 def test_a_deadline_covers_the_calls_before_it(killed, monkeypatch):
@@ -248,33 +298,25 @@ def test_retries_that_are_used_up_end_with_the_cause():
     assert not waits()
 
 
-def test_a_learner_that_died_unseen_is_noticed_by_those_who_wait_for_an_actor():
-    """It is idle while it waits for trajectories: nobody but an actor that joins would ask it for anything."""
+def test_a_learner_that_died_unseen_is_noticed_by_those_who_wait_for_an_actor(monkeypatch):
+    """While it waits for trajectories, only an actor that joins asks it for anything."""
 
-    class DeadLearner:
-        async def put_published_weights(self, policy_version: int) -> list[Any]:
-            raise LearnerLostError(f"version {policy_version} is gone")
+    load = FakeActor._load_weights
 
     async def gone(*_: Any) -> float:
         raise ObjectLostError("00" * 28, b"", "")
 
     async def run() -> None:
         pool = await started(FakePool(make_config(1), random.Random(0), 0.0))
-        learner: Any = DeadLearner()
-        await pool.load_weights(1, [], 0, learner)
-        make = pool._create
-
-        def make_unlucky() -> Any:
-            member = make()
-            member.handle.load_weights = Method(gone)
-            return member
-
-        pool._create = make_unlucky
+        learner = FakeLearner()
+        await pool.publish(1, learner)
+        learner.is_dead = True
+        monkeypatch.setattr(FakeActor, "_load_weights", gone)
         pool.made[0].killed = True
         with pytest.raises(LearnerLostError, match="version 1 is gone"):
             await asyncio.wait_for(sampled(pool, [make_prompt("p")]), 5)
-        pool.made[1].load_weights = Method(pool.made[1]._load_weights)
-        await pool.load_weights(1, [], 0, learner)  # as recover does
+        pool.made[1].load_weights = Method(partial(load, pool.made[1]))
+        await pool.publish(1, FakeLearner())  # as recover does
         assert await sampled(pool, [make_prompt("p")]) == [("p", 1)]
 
     asyncio.run(run())
@@ -290,7 +332,7 @@ def test_weights_that_went_with_the_learner_are_its_loss_and_no_actors():
         for actor in pool.made:
             actor.load_weights = Method(gone)
         with pytest.raises(ObjectLostError):
-            await pool.load_weights(1, [], 0)
+            await pool.publish(1, FakeLearner())
         assert pool.counts()["actors/lost"] == 0
 
     asyncio.run(run())

@@ -12,7 +12,6 @@ import pytest
 import ray
 import torch
 
-from actors.weight_receiver import unpack
 from learner.adapters import add_adapters
 from learner.learner import Learner
 from learner.rank import LearnerRank
@@ -22,6 +21,7 @@ from video_opd.config_file import load_config
 from video_opd.errors import ConfigError
 from video_opd.models.forward import ResponseLogits, collate, load_model
 from video_opd.types import ScoredGroup
+from video_opd.weights.buckets import unpack
 
 # Adam's first steps move a weight by about lr whatever the size of its gradient; where a gradient is almost zero,
 # another order of summation changes a part of that step. Hence one bound for the worst weight and one for them all.

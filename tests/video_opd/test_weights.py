@@ -6,10 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.weight_receiver import split, unpack
-from learner.weight_sender import tensor_buckets, to_buckets, to_flat
-from video_opd.broadcast import in_order
 from video_opd.errors import WeightsLostError
+from video_opd.weights.buckets import check_whole, to_buckets, unpack
 
 DTYPES = (torch.float32, torch.bfloat16)
 layers = st.lists(
@@ -48,56 +46,41 @@ def test_what_arrives_is_what_was_sent_bit_for_bit_and_in_order(specification, b
 def test_a_bucket_of_several_tensors_keeps_the_bound_and_holds_one_dtype(specification, bucket_bytes):
     sent = dict(tensors(specification))
     for bucket in to_buckets(sent.items(), 7, bucket_bytes):
-        header = bucket.header
-        assert {part.dtype for part in bucket.parts} == {np.dtype(np.uint8)} and header.policy_version == 7
-        assert bucket.num_bytes <= bucket_bytes or len(header.names) == 1
-        assert [part.nbytes for part in bucket.parts] == [sent[name].nbytes for name in header.names]
-        assert {str(sent[name].dtype) for name in header.names} == {f"torch.{header.dtype}"}
-        assert header.shapes == tuple(tuple(sent[name].shape) for name in header.names)
-
-
-@given(specification=layers, bucket_bytes=st.integers(1, 400), seed=st.integers(0, 100))
-def test_a_flat_bucket_holds_the_same_tensors(specification, bucket_bytes, seed):
-    sent = tensors(specification, seed)
-    flat = [(header, to_flat(of_bucket)) for header, of_bucket in tensor_buckets(sent, 7, bucket_bytes)]
-    arrived = list(split(in_order(flat, 7)))
-    assert [(n, t.dtype, t.shape, bits(t)) for n, t in arrived] == [
-        (n, t.dtype, t.shape, bits(t)) for n, t in sent
-    ]
+        assert {part.dtype for part in bucket.parts} == {np.dtype(np.uint8)} and bucket.policy_version == 7
+        assert bucket.num_bytes <= bucket_bytes or len(bucket.names) == 1
+        assert [part.nbytes for part in bucket.parts] == [sent[name].nbytes for name in bucket.names]
+        assert {str(sent[name].dtype) for name in bucket.names} == {f"torch.{bucket.dtype}"}
+        assert bucket.shapes == tuple(tuple(sent[name].shape) for name in bucket.names)
 
 
 def test_a_version_that_is_not_whole_is_told_from_one_that_is():
-    buckets = [
-        (b.header, b) for b in to_buckets([(str(i), torch.full((25,), float(i))) for i in range(9)], 3, 400)
-    ]
-    assert [b for _, b in in_order(buckets, 3)] == [b for _, b in buckets]
-    assert [b for _, b in in_order([*buckets, *buckets], 3)] == [b for _, b in buckets], (
-        "nothing is read after the last"
-    )
+    buckets = list(to_buckets([(str(i), torch.full((25,), float(i))) for i in range(9)], 3, 400))
+    check_whole(buckets, 3)
     broken = {
         "tensor 8 came where tensor 4 was due": [buckets[0], buckets[2]],
         "tensor 0 came where tensor 4 was due": [buckets[0], buckets[0]],
         "tensor 4 came where tensor 0 was due": buckets[1:],
+        "tensor 0 came where tensor 9 was due": [*buckets, *buckets],
         "ended after 8 tensors, before its last bucket": buckets[:2],
         "ended after 0 tensors": [],
     }
     for problem, those in broken.items():
         with pytest.raises(WeightsLostError, match=problem):
-            list(in_order(those, 3))
+            check_whole(those, 3)
     with pytest.raises(WeightsLostError, match="a bucket of version 3 came as one of version 4"):
-        list(in_order(buckets, 4))
+        check_whole(buckets, 4)
 
 
 def test_buckets_are_filled_before_the_next_is_begun():
     sent = [(str(i), torch.full((25,), float(i))) for i in range(9)]  # 100 bytes each
-    assert [len(b.header.names) for b in to_buckets(sent, 0, 400)] == [4, 4, 1]
-    assert [len(b.header.names) for b in to_buckets(sent, 0, 399)] == [3, 3, 3]
+    assert [len(b.names) for b in to_buckets(sent, 0, 400)] == [4, 4, 1]
+    assert [len(b.names) for b in to_buckets(sent, 0, 399)] == [3, 3, 3]
 
 
 def test_a_tensor_larger_than_the_bound_travels_alone():
     sent = [("small", torch.ones(2)), ("large", torch.arange(1000.0)), ("last", torch.zeros(2))]
     buckets = list(to_buckets(sent, 0, 64))
-    assert [b.header.names for b in buckets] == [("small",), ("large",), ("last",)]
+    assert [b.names for b in buckets] == [("small",), ("large",), ("last",)]
     assert dict(unpack(buckets))["large"].tolist() == list(range(1000))
 
 

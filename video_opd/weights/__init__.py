@@ -1,1 +1,1 @@
-"""Weights on their way from the learner to the actors."""
+"""The student's weights on their way from the learner to the actors."""

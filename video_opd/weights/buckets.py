@@ -1,0 +1,93 @@
+"""Buckets of weights in Ray's object store: the format, both sides, and the check that a version is whole."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from video_opd.errors import WeightsLostError
+
+Named = Iterator[tuple[str, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightBucket:
+    """Several tensors of one dtype, in order. Receivers share its memory: nobody writes to it."""
+
+    policy_version: int
+    first: int  # number of the version's tensors in earlier buckets
+    is_last: bool  # of the version
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: str  # torch dtype name, e.g. "bfloat16"
+    parts: tuple[np.ndarray, ...]  # uint8[bytes] of each tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+def to_buckets(
+    named: Iterable[tuple[str, torch.Tensor]], policy_version: int, bucket_bytes: int
+) -> Iterator[WeightBucket]:
+    """Groups CPU tensors, in order, into buckets of one dtype and about `bucket_bytes` each.
+
+    Contiguous tensors are not copied: the object store copies from their memory.
+    """
+    waiting: list[tuple[str, torch.Tensor]] = []
+    size = first = 0
+    for name, tensor in named:
+        if waiting and (size + tensor.nbytes > bucket_bytes or tensor.dtype != waiting[0][1].dtype):
+            yield _bucket(waiting, policy_version, first, is_last=False)
+            first += len(waiting)
+            waiting, size = [], 0
+        waiting.append((name, tensor))
+        size += tensor.nbytes
+    if waiting:
+        yield _bucket(waiting, policy_version, first, is_last=True)
+
+
+def _bucket(
+    named: list[tuple[str, torch.Tensor]], policy_version: int, first: int, is_last: bool
+) -> WeightBucket:
+    return WeightBucket(
+        policy_version=policy_version,
+        first=first,
+        is_last=is_last,
+        names=tuple(n for n, _ in named),
+        shapes=tuple(tuple(t.shape) for _, t in named),
+        dtype=str(named[0][1].dtype).removeprefix("torch."),
+        parts=tuple(t.detach().contiguous().flatten().view(torch.uint8).numpy() for _, t in named),
+    )
+
+
+def check_whole(buckets: Sequence[WeightBucket], policy_version: int) -> None:
+    """Raises WeightsLostError unless the buckets are exactly one version, in order and complete."""
+    expected = 0
+    for bucket in buckets:
+        if bucket.policy_version != policy_version:
+            raise WeightsLostError(
+                f"a bucket of version {bucket.policy_version} came as one of version {policy_version}"
+            )
+        if bucket.first != expected:
+            raise WeightsLostError(
+                f"version {policy_version}: tensor {bucket.first} came where tensor {expected} was due"
+            )
+        expected += len(bucket.names)
+    if not buckets or not buckets[-1].is_last:
+        raise WeightsLostError(
+            f"version {policy_version} ended after {expected} tensors, before its last bucket"
+        )
+
+
+def unpack(buckets: Iterable[WeightBucket]) -> Named:
+    """The named tensors of all buckets, as read-only views of the buckets' memory."""
+    for bucket in buckets:
+        dtype = getattr(torch, bucket.dtype)
+        for name, shape, part in zip(bucket.names, bucket.shapes, bucket.parts, strict=True):
+            with warnings.catch_warnings():  # Ray's arrays are read-only
+                warnings.simplefilter("ignore", UserWarning)
+                flat = torch.from_numpy(part)
+            yield name, flat.view(dtype).view(shape)

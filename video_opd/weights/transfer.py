@@ -1,0 +1,182 @@
+"""vLLM's weight-transfer interface: an engine for Ray's object store, and vLLM's `nccl` and `ipc` for GPUs.
+
+All engines replace a model's weights by the same calls: init_weight_transfer_engine, start_weight_update,
+update_weights, finish_weight_update.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayError
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer import (
+    ParamMeta,
+    RayVLLMWeightSyncClient,
+    TrainerWeightTransferEngine,
+    WeightSource,
+    WeightTransferEngine,
+    WeightTransferEngineFactory,
+    WeightTransferTrainerFactory,
+)
+from vllm.distributed.weight_transfer.base import (
+    TrainerInitInfo,
+    WeightTransferInitInfo,
+    WeightTransferInitRequest,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from video_opd.cluster.faults import cause_of
+from video_opd.errors import WeightsLostError
+from video_opd.weights.buckets import Named, WeightBucket, unpack
+
+OBJECT_STORE = "video_opd_object_store"
+BACKENDS = {"object_store": OBJECT_STORE, "collective": "nccl", "ipc": "ipc"}
+"""learner.weight_transfer: the name of vLLM's engine."""
+
+
+def transfer_config(weight_transfer: str) -> WeightTransferConfig:
+    """What `LLM(weight_transfer_config=...)` takes."""
+    return WeightTransferConfig(backend=BACKENDS[weight_transfer])
+
+
+@dataclass
+class BucketUpdateInfo(WeightTransferUpdateInfo):
+    """One whole version, as check_whole found it."""
+
+    buckets: list[WeightBucket]
+
+
+class ObjectStoreEngine(WeightTransferEngine[WeightTransferInitInfo, BucketUpdateInfo]):
+    """Loads buckets of the object store into a vLLM worker's model, on CPUs and GPUs."""
+
+    init_info_cls = WeightTransferInitInfo
+    update_info_cls = BucketUpdateInfo
+
+    def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:
+        """The object store needs no rendezvous."""
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """As the base class, whose wait for the accelerator raises an error where there is none."""
+        self.receive_weights(self.parse_update_info(update_info))
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: BucketUpdateInfo) -> None:
+        model: Any = self.model
+        model.load_weights(unpack(update_info.buckets))
+
+    def finish_weight_update(self) -> None:
+        """Ends the reload and packs tied language-model heads again.
+
+        On a CPU a head multiplies by a packed copy of its weight. A head tied to the embedding has no weight
+        of its own in a checkpoint, so the reload leaves that copy unchanged.
+        """
+        finalize_layerwise_reload(self.model, self.model_config)
+        for module in self.model.modules():
+            if isinstance(module, ParallelLMHead):
+                module.quant_method.process_weights_after_loading(module)
+
+    def shutdown(self) -> None:
+        pass
+
+
+WeightTransferEngineFactory.register_engine(OBJECT_STORE, ObjectStoreEngine)
+
+
+class ActorsClient(RayVLLMWeightSyncClient):
+    """vLLM's client for rollout actors, which are engines of their own rather than replicas of one."""
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Gives each actor's worker a rank of its own: vLLM counts from `rank_offset` within one engine."""
+        infos = [dict(init_info) for _ in self.handles]
+        if "rank_offset" in init_info:
+            for number, info in enumerate(infos):
+                info["rank_offset"] += number
+        calls = [
+            handle.init_weight_transfer_engine.remote(WeightTransferInitRequest(init_info=info))
+            for handle, info in zip(self.handles, infos, strict=True)
+        ]
+        ray.get(calls)
+
+
+class ParameterSource(WeightSource):
+    """A learner rank's parameters. Under ZeRO-3 each pass over them is a collective of all ranks."""
+
+    def __init__(self, parameters: Callable[[], Named]):
+        self._parameters = parameters
+        self._metadata: list[ParamMeta] = []
+        self._pass: Named = iter(())
+
+    def begin(self) -> None:
+        """Prepares one pass, for one publication."""
+        self._pass = self._parameters()
+
+    def metadata(self) -> list[ParamMeta]:
+        """Found by a first pass: sharded parameters do not show their shapes."""
+        if not self._metadata:
+            self._metadata = [ParamMeta(n, t.dtype, tuple(t.shape)) for n, t in self._parameters()]
+        return self._metadata
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._pass
+
+    def finish(self) -> None:
+        """After a failure on this rank: completes the passes that the other ranks make."""
+        self.metadata()
+        for _ in self._pass:
+            pass
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(torch.Size(m.shape).numel() * m.dtype.itemsize for m in self.metadata())
+
+
+class WeightSender:
+    """A learner rank's side of vLLM's `nccl` and `ipc`. Rank 0 sends; all ranks make the same calls."""
+
+    def __init__(self, weight_transfer: str, rank: int, parameters: Callable[[], Named]):
+        self._backend, self._rank = BACKENDS[weight_transfer], rank
+        self._source = ParameterSource(parameters)
+        self._actors: list[Any] = []
+        self._engine: TrainerWeightTransferEngine | None = None
+
+    def send(self, address: tuple[str, int], actors: list[Any]) -> int:
+        """Sends the weights to all actors, as one group; returns their bytes.
+
+        `address`: of rank 0, with a port that is free for a new group. Raises WeightsLostError when an actor
+        or the group fails. Where an actor dies during the transfer, NCCL waits until the driver's deadline.
+        """
+        self._source.begin()
+        try:
+            if self._engine is None or self._actors != actors:
+                self._leave_group()
+                self._actors = actors
+                self._engine = WeightTransferTrainerFactory.trainer_init(
+                    self._init_info(address), client=ActorsClient(actors), source=self._source
+                )
+            self._engine.send_weights()
+        except (RayError, RuntimeError) as error:  # torch's and NCCL's errors are RuntimeErrors
+            self._source.finish()
+            self._leave_group()
+            raise WeightsLostError(f"the actors did not take the weights: {cause_of(error)}") from error
+        return self._source.num_bytes
+
+    def _init_info(self, address: tuple[str, int]) -> TrainerInitInfo:
+        if self._backend == "ipc":
+            return IPCTrainerInitInfo(rank=self._rank)
+        return NCCLTrainerInitInfo(*address, world_size=1 + len(self._actors), rank=self._rank)
+
+    def _leave_group(self) -> None:
+        if self._engine is not None:
+            self._engine.shutdown()
+        self._engine = None
