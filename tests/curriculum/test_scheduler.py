@@ -430,7 +430,8 @@ def test_rounds_are_as_long_as_their_passes_and_sample_nothing_twice_unless_aske
         )
         scheduler.validate(np.full(12, 0.9))
         for _ in range(3):
-            start = scheduler.next_selection() or 0
+            start = scheduler.next_selection()
+            assert start is not None
             sigma = np.random.default_rng(start).uniform(0, 1, 12)
             assert scheduler.start_round(sigma, start) == start + 3 * passes
             counts = Counter(issue_and_train(scheduler, 2, 3 * passes))
