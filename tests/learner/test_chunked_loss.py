@@ -17,11 +17,11 @@ def test_chunks_change_neither_value_nor_gradient(kind, chunk):
     torch.manual_seed(0)
     head = torch.nn.Linear(HIDDEN, V, bias=False).double()
     hidden = torch.randn(ROWS, HIDDEN, dtype=torch.float64, requires_grad=True)
-    targets, actor, signal = torch.randint(V, (ROWS,)), torch.randn(ROWS) - 3, torch.randn(ROWS)
+    targets, actor, advantage = torch.randint(V, (ROWS,)), torch.randn(ROWS) - 3, torch.randn(ROWS)
     teacher = torch.randn(ROWS, V)
     top = teacher.log_softmax(-1).topk(K)
     tokens = ResponseTokens(
-        targets, actor, signal, (top.indices, top.values), lambda rows: teacher[rows], signal - 2
+        targets, actor, advantage, (top.indices, top.values), lambda rows: teacher[rows], advantage - 2
     )
     largest = 0
 
