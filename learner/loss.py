@@ -74,7 +74,7 @@ def topk_loss(
 
     Without the bucket the student escapes by moving mass out of the set. `clamp` bounds the log-ratio: a very
     sure teacher would otherwise dominate the batch with a few tokens. The log-ratio is constant in the
-    gradient, which changes nothing without clamp (probabilities sum to one) and keeps a policy gradient with it.
+    gradient: the same gradient without clamp (probabilities sum to one), a policy gradient with it.
     logits[R, V] of the student; top_k_ids int64[R, K] and top_k_logprobs float32[R, K] of the teacher.
     """
     normaliser = logits.logsumexp(-1, keepdim=True)

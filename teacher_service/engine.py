@@ -10,14 +10,7 @@ import numpy as np
 import torch
 
 from video_opd.config import LossConfig, TeacherConfig
-from video_opd.models.forward import (
-    ResponseLogits,
-    collate,
-    generate,
-    load_model,
-    token_entropy,
-    token_logprobs,
-)
+from video_opd.models import forward
 from video_opd.models.prompting import PromptEncoder
 from video_opd.models.vllm_engine import check_expansion, start_vllm, vllm_prompt
 from video_opd.types import EncodedPrompt, TopK
@@ -92,8 +85,8 @@ class TransformersEngine(ScoringEngine):
     def _load(self, model: str, trust_remote_code: bool) -> None:
         torch.manual_seed(self._seed)
         self._device = "cuda" if self._config.num_gpus else "cpu"
-        self._model = load_model(model, self._config.dtype, trust_remote_code).eval().to(self._device)
-        self._logits = ResponseLogits(self._model)
+        self._model = forward.load_model(model, self._config.dtype, trust_remote_code).eval().to(self._device)
+        self._logits = forward.ResponseLogits(self._model)
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray]) -> list[TokenScores]:
@@ -106,11 +99,11 @@ class TransformersEngine(ScoringEngine):
         return [scores[i] for i in range(len(prompts))]
 
     def _score_batch(self, prompts: list[EncodedPrompt], responses: list[np.ndarray]) -> list[TokenScores]:
-        batch = collate(prompts, responses, self._encoder.tokenizer.pad_token_id, self._device)
+        batch = forward.collate(prompts, responses, self._encoder.tokenizer.pad_token_id, self._device)
         hidden = self._logits.hidden(batch)
         logits = self._model.lm_head(hidden).float()
-        logprobs = token_logprobs(logits, batch.targets).cpu().numpy()
-        entropy = token_entropy(logits).cpu().numpy()
+        logprobs = forward.token_logprobs(logits, batch.targets).cpu().numpy()
+        entropy = forward.token_entropy(logits).cpu().numpy()
         top_k = top_k_of(logits, self._wanted.top_k) if self._wanted.top_k else None
         kept = hidden.float().cpu().numpy() if self._wanted.hidden else None
         scores = []
@@ -127,7 +120,7 @@ class TransformersEngine(ScoringEngine):
     ) -> list[list[str]]:
         tokenizer, texts = self._encoder.tokenizer, []
         for chosen in _chunks(list(prompts), self._config.micro_batch):
-            answers = generate(
+            answers = forward.generate(
                 self._model,
                 chosen,
                 max_tokens=max_tokens,
