@@ -38,7 +38,7 @@ def teacher_top_k(teacher: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
 
 
 def bucketed_kl(student_logits: np.ndarray, teacher_logprobs: np.ndarray, ids: np.ndarray) -> float:
-    """One row, literally: both distributions over the tokens `ids` and one bucket for all other tokens, then their KL."""
+    """One row, literally: the KL of both distributions over the tokens `ids` and one bucket for the rest."""
     p = np.exp(student_logits) / np.exp(student_logits).sum()
     q = np.exp(teacher_logprobs)
     inside = [int(i) for i in ids]
@@ -85,7 +85,7 @@ def test_expected_sampled_gradient_off_policy_is_that_of_the_student_not_of_the_
 
 
 def test_monte_carlo_gradient_converges_like_one_over_root_n():
-    """The error over 64 repetitions has the size that the enumerated variance predicts, at n and at 16 n samples."""
+    """The error over 64 repetitions is as the enumerated variance predicts, at n and at 16 n samples."""
     logits, teacher = distributions(3, rows=1)
     exact = gradient(reverse_kl(logits, teacher).sum(), logits)
     logprobs = logits.detach().log_softmax(-1)[0]
@@ -112,7 +112,7 @@ def test_monte_carlo_gradient_converges_like_one_over_root_n():
         draws = torch.multinomial(logprobs.exp(), 64 * n, replacement=True, generator=generator).split(n)
         estimates = torch.cat([estimate(tokens) for tokens in draws])
         errors[n] = float(((estimates - exact) ** 2).sum(-1).mean().sqrt())
-        # the mean of 64 squared errors of V - 1 free components: relative deviation below 1 / sqrt(32), so 4 sigma
+        # 64 squared errors of V - 1 free components: relative deviation below 1 / sqrt(32), so 4 sigma
         # of the root are 35 %
         assert errors[n] == pytest.approx(math.sqrt(variance / n), rel=0.35)
         # and no bias: the mean of all repetitions is within 5 standard errors

@@ -1,4 +1,4 @@
-"""Every objective's value and gradient against an independent float64 reading of its formula, and what the loop brings to each."""
+"""Every objective's value and gradient against a float64 reading of its formula, and its inputs."""
 
 import math
 from dataclasses import replace
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from learner.batching import plan_update, advantages_of
+from learner.batching import advantages_of, plan_update
 from learner.loss import ResponseTokens, full_loss, group_advantages, grpo_loss, loss_per_token
 from tests.fakes import make_group, make_prompt
 from video_opd.config import LossConfig

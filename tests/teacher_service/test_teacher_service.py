@@ -1,4 +1,4 @@
-"""The teacher service without Ray: what is measured, what is repeated, what Serve is told, and what the command line refuses."""
+"""The teacher service without Ray: usage, repeated calls, Serve's options, and the command line."""
 
 import asyncio
 import math
@@ -55,7 +55,7 @@ def test_a_merged_batch_counts_once_and_queueing_is_what_the_engine_did_not_take
     assert metrics["queue_s"] == pytest.approx(waited, abs=1e-9)
 
 
-def test_a_lap_starts_where_the_one_before_ended():
+def test_metrics_start_anew_each_time_they_are_taken():
     usage = Usage(0.0, 1)
     usage.add(3.0, Reply([], 2.0, 1))
     usage.add_retry()
