@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -27,19 +28,19 @@ def newest_records(run: Path) -> tuple[pa.Table, Path]:
     final = run / "curriculum" / "records.parquet"
     if final.is_file():
         return pq.read_table(final), final
-    rounds = sorted(run.glob("curriculum/round-*.parquet"), key=lambda p: _number_of(p.stem))
-    checkpoints = sorted(
-        run.glob("checkpoints/step-*/curriculum.parquet"), key=lambda p: _number_of(p.parent.name)
-    )
-    tables = [(pq.read_table(path), path) for path in (*rounds[-1:], *checkpoints[-1:])]
+    found = [
+        list(run.glob(p)) for p in ("curriculum/round-*.parquet", "checkpoints/step-*/curriculum.parquet")
+    ]
+    newest = [max(paths, key=_number_in) for paths in found if paths]
+    tables = [(pq.read_table(path), path) for path in newest]
     if not tables:
         raise ConfigError(f"{run} holds no curriculum records: name a run folder, e.g. runs/NAME")
     return max(tables, key=lambda t: (len(t[0]["student_iou"][0]), t[0]["last_step"].to_numpy().max()))
 
 
-def _number_of(name: str) -> int:
-    """N of step-N and round-N."""
-    return int(name.rpartition("-")[2])
+def _number_in(path: Path) -> int:
+    """N of curriculum/round-N.parquet and step-N/curriculum.parquet."""
+    return int(re.findall(r"-(\d+)", f"{path.parent.name}/{path.stem}")[-1])
 
 
 def state_of(record: dict) -> str:

@@ -1,8 +1,7 @@
 """Diagnostics of an update (docs/operations.md): plain numbers that training does not use."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,8 +28,7 @@ class TimestampTokens:
         return digit | between
 
 
-@dataclass(frozen=True)
-class TokenRecords:
+class TokenRecords(NamedTuple):
     """The response tokens that one rank trained on, in no particular order; float32[tokens] each."""
 
     learner_logprobs: np.ndarray
@@ -40,9 +38,7 @@ class TokenRecords:
     @staticmethod
     def of_all_ranks(parts: Sequence["TokenRecords"], world_size: int) -> "TokenRecords":
         """The parts of all ranks together: the same on every rank."""
-        mine = np.concatenate(
-            [np.stack([p.learner_logprobs, p.actor_logprobs, p.entropy]) for p in parts], axis=1
-        )
+        mine = np.concatenate(parts, axis=1)  # float32[3, tokens]
         gathered: list[Any] = [mine]
         if world_size > 1:
             gathered = [None] * world_size
