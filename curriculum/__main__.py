@@ -1,8 +1,10 @@
-"""`python -m curriculum show RUN`: what the curriculum knows of a run's prompts, and why it took or left one."""
+"""`python -m curriculum show RUN`: the state of a run's prompts, and why each was selected or not."""
 
 import argparse
 import difflib
+import re
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,29 +24,26 @@ SHOWN = 20
 
 
 def newest_records(run: Path) -> tuple[pa.Table, Path]:
-    """The run's last records, or those of its latest checkpoint or round. Raises ConfigError if there are none."""
+    """The run's final records, else its latest checkpoint's or round's. Raises ConfigError if it has none."""
     final = run / "curriculum" / "records.parquet"
     if final.is_file():
         return pq.read_table(final), final
-    checkpoints = sorted(
-        run.glob("checkpoints/step-*/curriculum.parquet"), key=lambda p: _number_of(p.parent.name)
-    )[-1:]
-    rounds = sorted(run.glob("curriculum/round-*.parquet"), key=lambda p: _number_of(p.stem))[-1:]
-    tables = [(pq.read_table(path), path) for path in (*rounds, *checkpoints)]
+    found = [
+        list(run.glob(p)) for p in ("curriculum/round-*.parquet", "checkpoints/step-*/curriculum.parquet")
+    ]
+    newest = [max(paths, key=_number_in) for paths in found if paths]
+    tables = [(pq.read_table(path), path) for path in newest]
     if not tables:
         raise ConfigError(f"{run} holds no curriculum records: name a run folder, e.g. runs/NAME")
-    return max(
-        tables, key=lambda table: (len(table[0]["student_iou"][0]), table[0]["last_step"].to_numpy().max())
-    )
+    return max(tables, key=lambda t: (len(t[0]["student_iou"][0]), t[0]["last_step"].to_numpy().max()))
 
 
-def _number_of(name: str) -> int:
-    """N of step-N and round-N."""
-    return int(name.rpartition("-")[2])
+def _number_in(path: Path) -> int:
+    """N of curriculum/round-N.parquet and step-N/curriculum.parquet."""
+    return int(re.findall(r"-(\d+)", f"{path.parent.name}/{path.stem}")[-1])
 
 
 def state_of(record: dict) -> str:
-    """One word for where a prompt stands."""
     if record["dropped"]:
         return "dropped"
     if not record["selected"]:
@@ -54,39 +53,23 @@ def state_of(record: dict) -> str:
 
 def overview(records: pa.Table) -> Table:
     """Prompts by state; dropped ones by reason."""
-    rows = records.select(
-        ["dropped", "selected", "suspended", "num_rollouts", "teacher_iou", "disagreement"]
-    ).to_pylist()
-    groups: dict[str, list[dict]] = {}
-    for row in rows:
-        state = state_of(row)
-        groups.setdefault(f"dropped: {row['dropped']}" if state == "dropped" else state, []).append(row)
-    table = Table(
-        "state",
-        "prompts",
-        "sampled",
-        "rollouts",
-        "teacher IoU",
-        "disagreement",
-        title=f"{len(records)} prompts",
-    )
-    for state, members in sorted(groups.items(), key=lambda item: -len(item[1])):
-        sampled = sum(m["num_rollouts"] > 0 for m in members)
-        means = [_mean([m[name] for m in members]) for name in ("teacher_iou", "disagreement")]
-        table.add_row(
-            escape(state),
-            str(len(members)),
-            str(sampled),
-            str(sum(m["num_rollouts"] for m in members)),
-            *means,
-        )
+    groups: dict[str, list[dict]] = defaultdict(list)
+    for row in records.drop_columns(["prompt_id", "student_iou"]).to_pylist():
+        groups[f"dropped: {row['dropped']}" if row["dropped"] else state_of(row)].append(row)
+    columns = ("state", "prompts", "sampled", "rollouts", "teacher IoU", "disagreement")
+    table = Table(*columns, title=f"{len(records)} prompts")
+    for state, rows in sorted(groups.items(), key=lambda item: -len(item[1])):
+        rollouts = [row["num_rollouts"] for row in rows]
+        means = [_mean([row[name] for row in rows]) for name in ("teacher_iou", "disagreement")]
+        counts = (len(rows), np.count_nonzero(rollouts), sum(rollouts))
+        table.add_row(escape(state), *map(str, counts), *means)
     return table
 
 
 def largest(records: pa.Table, limit: int) -> Table:
-    """The prompts of the largest disagreement that are not dropped."""
+    """The prompts of largest disagreement, without those dropped."""
     alive = records.filter(pc.field("dropped") == "").sort_by([("disagreement", "descending")])
-    table = Table(
+    columns = (
         "prompt",
         "state",
         "disagreement",
@@ -94,23 +77,17 @@ def largest(records: pa.Table, limit: int) -> Table:
         "student IoU by round",
         "rollouts",
         "last step",
-        title="largest disagreement",
     )
+    table = Table(*columns, title="largest disagreement")
     for record in alive.slice(0, limit).to_pylist():
-        student = " ".join(_number(iou) for iou in record["student_iou"])
-        numbers = (_number(record["disagreement"]), _number(record["teacher_iou"]), student)
-        table.add_row(
-            escape(record["prompt_id"]),
-            state_of(record),
-            *numbers,
-            str(record["num_rollouts"]),
-            str(record["last_step"]),
-        )
+        ious = (_number(record["disagreement"]), _number(record["teacher_iou"]), _rounds(record))
+        counts = (str(record["num_rollouts"]), str(record["last_step"]))
+        table.add_row(escape(record["prompt_id"]), state_of(record), *ious, *counts)
     return table
 
 
 def explain(records: pa.Table, prompt_id: str, config: Config) -> list[str]:
-    """Why a prompt was taken or left, in sentences. Raises ConfigError for an unknown one."""
+    """Why a prompt was selected or not, in sentences. Raises ConfigError for an unknown prompt."""
     found = records.filter(pc.field("prompt_id") == prompt_id).to_pylist()
     if not found:
         near = difflib.get_close_matches(prompt_id, records["prompt_id"].to_pylist(), n=1, cutoff=0.0)[0]
@@ -118,50 +95,44 @@ def explain(records: pa.Table, prompt_id: str, config: Config) -> list[str]:
     record, curriculum = found[0], config.curriculum
     lines = [f"{prompt_id}: {state_of(record)}"]
     if record["teacher_iou"] is not None:
-        answers = curriculum.num_teacher_predictions
-        lines.append(
-            f"teacher: mean IoU {record['teacher_iou']:.3f} over {answers} answers, threshold {curriculum.teacher_threshold}"
+        answers = (
+            f"over {curriculum.num_teacher_predictions} answers, threshold {curriculum.teacher_threshold}"
         )
+        lines.append(f"teacher: mean IoU {record['teacher_iou']:.3f} {answers}")
     if any(iou is not None for iou in record["student_iou"]):
-        lines.append(f"student: IoU by round {' '.join(_number(iou) for iou in record['student_iou'])}")
-    if record["dropped"]:
-        lines.append(f"dropped: {record['dropped']}")
-    else:
-        lines += _why(record, records, config)
+        lines.append(f"student: IoU by round {_rounds(record)}")
+    lines += [f"dropped: {record['dropped']}"] if record["dropped"] else _why(record, records, config)
+    sampled = "never"
     if record["num_rollouts"]:
         suspended = ", suspended that time" if record["suspended"] else ""
-        lines.append(
-            f"sampled: {record['num_rollouts']} rollouts, last at step {record['last_step']}{suspended}"
-        )
-    else:
-        lines.append("sampled: never")
-    return lines
+        sampled = f"{record['num_rollouts']} rollouts, last at step {record['last_step']}{suspended}"
+    return [*lines, f"sampled: {sampled}"]
 
 
 def _why(record: dict, records: pa.Table, config: Config) -> list[str]:
     """What decided whether a prompt that is not dropped was selected."""
-    curriculum, chosen = config.curriculum, int(records["selected"].to_numpy().sum())
+    curriculum = config.curriculum
+    selected = f"{int(records['selected'].to_numpy().sum())} selected"
     if curriculum.kind == "scc":
-        sigma = record["student_iou"][0]
-        kind = (
-            "Anchor"
-            if sigma >= curriculum.anchor_iou
-            else "Frontier"
-            if sigma < curriculum.frontier_iou
-            else "neither kind"
-        )
-        return [
-            f"{kind}: Anchors start at {curriculum.anchor_iou}, Frontier ends below {curriculum.frontier_iou}; {chosen} selected"
-        ]
+        sigma, kind = record["student_iou"][0], "neither kind"
+        if sigma >= curriculum.anchor_iou:
+            kind = "Anchor"
+        elif sigma < curriculum.frontier_iou:
+            kind = "Frontier"
+        bounds = f"Anchors start at {curriculum.anchor_iou}, Frontier ends below {curriculum.frontier_iou}"
+        return [f"{kind}: {bounds}; {selected}"]
     if curriculum.kind == "tvdf" and not curriculum.dbtp:
-        return [f"drawn at random: {chosen} selected"]
+        return [f"drawn at random: {selected}"]
     if record["disagreement"] is None:
         return []
-    alive = records.filter(pc.field("dropped") == "")
-    rank = int((alive["disagreement"].to_numpy() > record["disagreement"]).sum()) + 1
-    return [
-        f"disagreement {record['disagreement']:.3f}, rank {rank} of {len(alive)}; {chosen} selected ({curriculum.sampler})"
-    ]
+    alive = records.filter(pc.field("dropped") == "")["disagreement"].to_numpy()
+    rank = int((alive > record["disagreement"]).sum()) + 1
+    place = f"disagreement {record['disagreement']:.3f}, rank {rank} of {len(alive)}"
+    return [f"{place}; {selected} ({curriculum.sampler})"]
+
+
+def _rounds(record: dict) -> str:
+    return " ".join(_number(iou) for iou in record["student_iou"])
 
 
 def _number(value: float | None) -> str:
@@ -176,17 +147,12 @@ def _mean(values: Sequence[float | None]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m curriculum", description=__doc__)
-    show = parser.add_subparsers(dest="command", required=True).add_parser(
-        "show", help="print a run's prompts by state"
-    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("show", help="print a run's prompts by state")
     show.add_argument("run", type=Path, help="run folder, e.g. runs/NAME")
     show.add_argument("--prompt", metavar="ID", help="explain one prompt")
-    show.add_argument(
-        "--limit",
-        type=int,
-        default=SHOWN,
-        help=f"prompts of the largest disagreement to list (default {SHOWN})",
-    )
+    limit_help = f"prompts of the largest disagreement to list (default {SHOWN})"
+    show.add_argument("--limit", type=int, default=SHOWN, help=limit_help)
     parsed = parser.parse_args(arguments)
     console = Console()
     try:

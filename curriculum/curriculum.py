@@ -1,4 +1,4 @@
-"""The driver's side of the scheduler actor."""
+"""The driver's side of the curriculum."""
 
 import asyncio
 import time
@@ -11,7 +11,7 @@ import pyarrow as pa
 import ray
 
 from curriculum.coupling import suspend
-from curriculum.scheduler import CHANGES_A_STATE, SchedulerActor, observation
+from curriculum.scheduler import SchedulerActor, observation
 from video_opd.cluster.deadline import with_deadline
 from video_opd.cluster.faults import LOST, cause_of, retried
 from video_opd.config import Config
@@ -20,13 +20,14 @@ from video_opd.grounding import prompt_iou
 from video_opd.logs import log
 from video_opd.types import FailedPrompt, Prompt, ScoredGroup, TrajectoryGroup
 
+CHANGES_A_STATE = 512
+
 
 class Curriculum:
-    """The driver's side of the scheduler actor, `NAME/curriculum`: the same methods, each with a deadline.
+    """Calls the scheduler actor `NAME/curriculum`: the scheduler's methods, each with a deadline.
 
-    Calls go one at a time, and those that change the scheduler are kept since its last saved state. One that dies or
-    hangs is replaced by another, which loads that state and is told the same again: it then knows, draw by draw, what
-    the lost one knew.
+    Calls run one at a time. Those that changed the scheduler since its last saved state are kept. An actor
+    that dies or hangs is replaced: the new one loads that state and replays those calls.
     """
 
     def __init__(self, name: str, prompts: Sequence[Prompt], config: Config):
@@ -46,7 +47,7 @@ class Curriculum:
         actor = ray.remote(SchedulerActor).options(
             name=f"{self._name}/curriculum{suffix}",
             num_cpus=0,
-            max_restarts=0,  # a silent restart would begin anew
+            max_restarts=0,  # Ray would restart it with an empty state
             runtime_env={"env_vars": self._config.worker_env},
         )
         return actor.remote(self._prompts, self._config)
@@ -89,15 +90,12 @@ class Curriculum:
         return result
 
     def route(self, group: TrajectoryGroup) -> TrajectoryGroup:
-        """The group as it goes on to the teacher: with scc, without the rollouts that are suspended."""
+        """The part of the group that the teacher scores: with scc, without the rollouts it suspends."""
         curriculum = self._config.curriculum
         if curriculum.kind != "scc":
             return group
-        return suspend(
-            group,
-            lambda span: prompt_iou(span, group.prompt, curriculum.multi_span_iou),
-            curriculum.suspend_iou,
-        )
+        mode = curriculum.multi_span_iou
+        return suspend(group, lambda span: prompt_iou(span, group.prompt, mode), curriculum.suspend_iou)
 
     async def validate(self, teacher_iou: np.ndarray) -> None:
         await self._change("validate", teacher_iou)
@@ -143,7 +141,7 @@ class Curriculum:
         self._saved, self._changes = state, []
 
     async def start_over(self) -> None:
-        """As it was when the run began."""
+        """Restores the state at the start of the run."""
         async with self._turn:
             self._saved, self._changes = None, []
             await retried(self._rebuild, self._config.max_retries, "the start of the curriculum")
@@ -153,7 +151,7 @@ class Curriculum:
         return {kind.value: number for kind, number in self._num_failed.items()}
 
     async def metrics(self) -> dict[str, float]:
-        """The scheduler's, and the seconds that callers waited for next_prompts since the last call."""
+        """The scheduler's; seconds that callers waited for next_prompts since the last call; restarts."""
         waited, self._next_prompts_s = self._next_prompts_s, 0.0
         starts = float(self._num_starts - 1)
         return {**await self._ask("metrics"), "curriculum/next_prompts_s": waited, "curriculum/lost": starts}

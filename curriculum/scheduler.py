@@ -1,4 +1,4 @@
-"""The scheduler actor: which prompts the actors sample next."""
+"""The scheduler: which prompts the actors sample next. A pure class, and the Ray actor that holds it."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -16,16 +16,15 @@ from video_opd.schemas import RECORDS
 from video_opd.types import FailedPrompt, Prompt, ScoredGroup
 
 NAMED_IN_ERRORS = 3
-CHANGES_A_STATE = 512
 UNREADABLE = "no answer: its clip cannot be read"
 
 
 class Observation(NamedTuple):
-    """What the scheduler is told of one group."""
+    """The outcome of one group."""
 
     prompt_id: str
     num_rollouts: int
-    suspended: bool  # every one of them
+    suspended: bool  # all of them
 
 
 def observation(group: ScoredGroup) -> Observation:
@@ -33,42 +32,34 @@ def observation(group: ScoredGroup) -> Observation:
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """What cannot change between a checkpoint and its resumption."""
-    curriculum = config.curriculum
-    return {
-        "kind": curriculum.kind,
-        "asks_teacher": curriculum.asks_teacher,
-        "asks_student": curriculum.asks_student,
-    }
+    """The settings that must stay the same when a run resumes."""
+    return {name: getattr(config.curriculum, name) for name in ("kind", "asks_teacher", "asks_student")}
 
 
 def check_state(state: Mapping[str, Any], prompt_ids: Sequence[str], config: Config) -> None:
-    """Raises CheckpointError on another pool or kind of curriculum than that of a Scheduler's state_dict."""
+    """Raises CheckpointError if a Scheduler's state_dict is of another pool or kind of curriculum."""
     if state["settings"] != settings_of(config):
         raise CheckpointError(
-            f"the checkpoint's curriculum is {state['settings']}, the config's {settings_of(config)}: resume with the curriculum "
-            "the run was started with"
+            f"the checkpoint's curriculum is {state['settings']}, the config's {settings_of(config)}: "
+            "resume with the curriculum the run was started with"
         )
     saved = state["records"]["prompt_id"].to_pylist()
     if saved == list(prompt_ids):
         return
-    other = sorted(set(saved) ^ set(prompt_ids))
-    named = (
-        f"{len(other)} are in one of them only ({', '.join(other[:NAMED_IN_ERRORS])})"
-        if other
-        else "their order differs"
-    )
+    named, other = "their order differs", sorted(set(saved) ^ set(prompt_ids))
+    if other:
+        named = f"{len(other)} are in one of them only ({', '.join(other[:NAMED_IN_ERRORS])})"
     raise CheckpointError(
-        f"the checkpoint's curriculum has {len(saved)} prompts, the data {len(prompt_ids)}; {named}: resume with the data the run "
-        "was started with"
+        f"the checkpoint's curriculum has {len(saved)} prompts, the data {len(prompt_ids)}; {named}: "
+        "resume with the data the run was started with"
     )
 
 
 class Scheduler:
     """Issues prompts in shuffled passes; a prompt in flight is not issued again.
 
-    `uniform` passes over the whole pool; `tvdf` and `scc` over the prompts that `start_round` selected. What is known of
-    the P prompts is held in arrays, in the order of the pool.
+    `uniform` passes over the whole pool; `tvdf` and `scc` over the prompts that `start_round` selected.
+    Arrays hold the state of the P prompts, in the order of the pool.
     """
 
     def __init__(self, prompts: Sequence[Prompt], config: Config):
@@ -87,12 +78,12 @@ class Scheduler:
         self._dropped: dict[int, str] = {}
         self._queue: deque[int] = deque()
         self._in_flight: dict[int, None] = {}
-        self._next_selection = None if config.curriculum.kind == "uniform" else 0
+        self._next_selection = None if config.curriculum.kind == "uniform" else 0  # see next_selection()
 
     def validate(self, teacher_iou: np.ndarray) -> None:
         """TRPV, once a run: drops the prompts that the teacher gets wrong.
 
-        tau: float64[P] in the order of the pool, NaN where the clip could not be read.
+        teacher_iou: tau, float64[P], NaN where the clip could not be read.
         """
         self._teacher_iou = np.asarray(teacher_iou, np.float64)
         self._drop(np.isnan(self._teacher_iou), UNREADABLE)
@@ -101,39 +92,31 @@ class Scheduler:
             self._drop(~reliable(self._teacher_iou, threshold), f"teacher IoU is below {threshold}")
 
     def start_round(self, student_iou: np.ndarray | None, step: int) -> int | None:
-        """DBTP: selects the round's prompts, and forgets what was queued. Returns `next_selection`.
+        """DBTP: selects the round's prompts and clears the queue. Returns `next_selection`.
 
-        sigma: float64[P] in the order of the pool, NaN where the clip could not be read or the prompt is dropped; None
-        where the config does not ask the student. Raises ConfigError when too few prompts can be selected.
+        student_iou: sigma, float64[P], NaN for an unreadable clip or a dropped prompt; None where the config
+        does not ask the student. Raises ConfigError when too few prompts can be selected.
         """
-        curriculum, size = self._config.curriculum, len(self._prompts)
-        self._student_iou.append(
-            np.full(size, np.nan) if student_iou is None else np.asarray(student_iou, np.float64)
-        )
+        size = len(self._prompts)
+        sigma = np.full(size, np.nan) if student_iou is None else np.asarray(student_iou, np.float64)
+        self._student_iou.append(sigma)
         if student_iou is not None:
-            self._drop(np.isnan(self._student_iou[-1]), UNREADABLE)
+            self._drop(np.isnan(sigma), UNREADABLE)
         chosen = self._select_round(self.alive())
         self._selected = np.zeros(size, bool)
         self._selected[chosen] = True
         self._queue.clear()
-        if curriculum.kind == "tvdf":
-            self._next_selection = (
-                step + len(chosen) * curriculum.passes_per_round // self._config.groups_per_step
-            )
-        else:
-            self._next_selection = None
+        self._next_selection = None
+        if self._config.curriculum.kind == "tvdf":
+            presentations = len(chosen) * self._config.curriculum.passes_per_round
+            self._next_selection = step + presentations // self._config.groups_per_step
         work.step = step
-        log.info(
-            "round %d: %d of %d prompts; %s",
-            len(self._student_iou),
-            len(chosen),
-            size,
-            self._describe_dropped(),
-        )
+        what = f"{len(chosen)} of {size} prompts; {self._describe_dropped()}"
+        log.info("round %d: %s", len(self._student_iou), what)
         return self._next_selection
 
     def alive(self) -> np.ndarray:
-        """int64: the places in the pool of the prompts that are not dropped."""
+        """int64: indices into the pool of the prompts that are not dropped."""
         return np.flatnonzero(self._is_alive())
 
     def _drop(self, which: np.ndarray, reason: str) -> None:
@@ -146,28 +129,27 @@ class Scheduler:
         return alive
 
     def _select_round(self, alive: np.ndarray) -> np.ndarray:
-        """The round's prompts, out of those that are not dropped. Raises ConfigError when there are too few."""
-        curriculum, k = self._config.curriculum, self._config.curriculum.num_selected
-        if k and len(self._student_iou) > 1:  # what failed since the first round must not end the run
+        """Selects the round's prompts from `alive`. Raises ConfigError when there are too few."""
+        curriculum, size = self._config.curriculum, len(self._prompts)
+        k = curriculum.num_selected
+        if k and len(self._student_iou) > 1:  # prompts that failed since the first round must not end the run
             k = min(k, len(alive))
         if len(alive) < (k or 1):
-            raise ConfigError(
-                f"curriculum: {len(alive)} of {len(self._prompts)} prompts are left, {k or 1} are to be selected: {self._advice()}"
-            )
+            left = f"{len(alive)} of {size} prompts are left, {k or 1} are to be selected"
+            raise ConfigError(f"curriculum: {left}: {self._advice()}")
         if curriculum.kind == "scc":
             bounds = (curriculum.anchor_iou, curriculum.frontier_iou, curriculum.anchor_frac)
             try:
                 chosen = alive[anchors_and_frontier(self._student_iou[-1][alive], k, *bounds, self._rng)]
             except ValueError as error:
-                raise ConfigError(
-                    f"curriculum: {error}; change anchor_frac or the bounds; {self._advice()}"
-                ) from None
+                advice = f"change anchor_frac or the bounds; {self._advice()}"
+                raise ConfigError(f"curriculum: {error}; {advice}") from None
         else:
             chosen = self._sample(alive, k or len(alive))
         in_flight = (self._config.max_policy_lag + 1) * self._config.groups_per_step
         if len(chosen) < in_flight:
             raise ConfigError(
-                f"curriculum: {len(chosen)} of {len(self._prompts)} prompts are selected, fewer than the "
+                f"curriculum: {len(chosen)} of {size} prompts are selected, fewer than the "
                 f"(max_policy_lag + 1) * groups_per_step = {in_flight} in flight: {self._advice()}"
             )
         return chosen
@@ -177,35 +159,36 @@ class Scheduler:
         curriculum = self._config.curriculum
         sampler = curriculum.sampler if curriculum.dbtp else "uniform"
         delta = disagreement(self._teacher_iou, self._student_iou[-1])[candidates]
-        assert sampler == "uniform" or np.isfinite(delta).all(), (
-            "a prompt without both answers can have no disagreement"
-        )
+        assert sampler == "uniform" or np.isfinite(delta).all(), "disagreement needs both answers of a prompt"
         return candidates[SAMPLERS[sampler](delta, k, self._rng)]
 
     def _advice(self) -> str:
-        return f"{self._describe_dropped()}; lower teacher_threshold, num_selected or groups_per_step, or add data"
+        lower = "lower teacher_threshold, num_selected or groups_per_step, or add data"
+        return f"{self._describe_dropped()}; {lower}"
 
     def _describe_dropped(self) -> str:
-        """How many were dropped for each reason, and the first of them."""
-        if not self._dropped:
-            return "none was dropped"
-        by_reason: dict[str, list[int]] = {}
+        """The number of dropped prompts for each reason, with the first of them."""
+        by_reason: dict[str, list[str]] = {}
         for i, reason in self._dropped.items():
-            by_reason.setdefault(reason, []).append(i)
-        return "; ".join(
-            f"{len(which)} dropped, {reason} ({', '.join(self._prompts[i].prompt_id for i in which[:NAMED_IN_ERRORS])}"
-            f"{', ...' if len(which) > NAMED_IN_ERRORS else ''})"
-            for reason, which in by_reason.items()
-        )
+            by_reason.setdefault(reason, []).append(self._prompts[i].prompt_id)
+        parts = []
+        for reason, names in by_reason.items():
+            more = ", ..." if len(names) > NAMED_IN_ERRORS else ""
+            parts.append(f"{len(names)} dropped, {reason} ({', '.join(names[:NAMED_IN_ERRORS])}{more})")
+        return "; ".join(parts) or "none was dropped"
 
     def next_selection(self) -> int | None:
-        """The step at which the next round is to start; None: this one lasts as long as the run."""
+        """The step before whose update prompts are selected next; None: never (again)."""
         return self._next_selection
+
+    @property
+    def _in_bounded_round(self) -> bool:
+        """Whether prompts were selected for a round that another one follows (tvdf)."""
+        return bool(self._student_iou) and self._next_selection is not None
 
     def next_prompts(self, n: int) -> list[Prompt]:
         """The next n prompts, none of them in flight. Raises RunError when fewer are left."""
-        issued: list[int] = []
-        held_back: list[int] = []
+        issued, held_back = [], []
         while len(issued) < n:
             if not self._queue:
                 self._refill(n - len(issued))
@@ -221,18 +204,17 @@ class Scheduler:
     def _refill(self, wanted: int) -> None:
         """Queues one more pass over the selected prompts, shuffled."""
         alive = np.flatnonzero(self._selected & self._is_alive())
-        available = len(alive) - sum(
-            i not in self._dropped and bool(self._selected[i]) for i in self._in_flight
-        )
+        available = len(alive) - int(np.isin(alive, list(self._in_flight)).sum())
         if available < wanted:
             raise RunError(
-                f"the curriculum has {available} prompts that are not in flight, {wanted} more are asked for "
-                f"({len(self._dropped)} of {len(self._prompts)} were dropped): add data or lower groups_per_step"
+                f"the curriculum has {available} prompts that are not in flight, {wanted} more are needed "
+                f"({len(self._dropped)} of {len(self._prompts)} were dropped): "
+                "add data or lower groups_per_step"
             )
         self._queue.extend(self._shuffle(alive).tolist())
 
     def _shuffle(self, which: np.ndarray) -> np.ndarray:
-        """A random order; with group_by_video, of the videos, each with its prompts next to each other."""
+        """A random order; with group_by_video, prompts of one video stay next to each other."""
         which = self._rng.permutation(which)
         if not self._config.curriculum.group_by_video:
             return which
@@ -240,7 +222,7 @@ class Scheduler:
         return which[np.argsort(first[video], kind="stable")]
 
     def observe(self, observations: Sequence[Observation], step: int) -> None:
-        """These groups were trained on, or suspended, at `step`; their prompts are no longer in flight."""
+        """Records groups that were trained on or suspended at `step`: their prompts leave flight."""
         work.step = step
         for prompt_id, num_rollouts, suspended in observations:
             i = self._index[prompt_id]
@@ -250,26 +232,26 @@ class Scheduler:
             self._suspended[i] = suspended
 
     def reissue(self) -> None:
-        """What is in flight is issued again, first: its rollouts ended with the process that asked for them."""
+        """Issues the prompts in flight again, first: their rollouts were lost with the process that asked."""
         self._queue.extendleft(reversed(self._in_flight))
         self._in_flight = {}
 
     def retire(self, failed: Sequence[FailedPrompt]) -> None:
-        """These prompts' clips cannot be read; they are never issued again. In a tvdf round others take their places."""
+        """Drops prompts whose clips cannot be read. In a tvdf round, others take their places."""
         lost = 0
         for failure in failed:
             i = self._index[failure.prompt_id]
             self._in_flight.pop(i, None)
             lost += bool(self._selected[i]) and i not in self._dropped
             self._dropped[i] = failure.reason
-        if self._next_selection and self._student_iou:
+        if self._in_bounded_round:
             spare = np.flatnonzero(~self._selected & self._is_alive())
             taken = self._sample(spare, min(lost, len(spare)))
             self._selected[taken] = True
             self._queue.extend(taken.tolist())
 
     def records(self) -> pa.Table:
-        """What is known of every prompt, in the order of the pool; see schemas.RECORDS."""
+        """The state of every prompt, in the order of the pool; see schemas.RECORDS."""
         size, rounds = len(self._prompts), len(self._student_iou)
         sigma = np.stack(self._student_iou, axis=1).ravel() if rounds else np.zeros(0)
         student_iou = pa.ListArray.from_arrays(
@@ -282,7 +264,7 @@ class Scheduler:
             student_iou,
             _nullable(delta),
             pa.array(self._selected),
-            pa.array(self._num_rollouts.copy()),  # Arrow keeps numpy's memory, and these go on changing
+            pa.array(self._num_rollouts.copy()),  # Arrow shares numpy's memory, and these change
             pa.array(self._last_step.copy()),
             pa.array(self._suspended),
             pa.array([self._dropped.get(i, "") for i in range(size)], pa.string()),
@@ -290,26 +272,24 @@ class Scheduler:
         return pa.Table.from_arrays(columns, schema=RECORDS)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes: `records` in Arrow, the rest plain values."""
+        """All mutable state: `records` in Arrow, the rest plain values."""
         return {
             "records": self.records(),
             "in_flight": list(self._in_flight),
             "queue": list(self._queue),
-            "round_end": self._next_selection,
+            "round_end": self._next_selection,  # the key of existing checkpoints
             "settings": settings_of(self._config),
             "random_state": self._rng.bit_generator.state,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of state_dict. Raises CheckpointError as check_state does."""
+        """Restores what state_dict returned. Raises CheckpointError as check_state does."""
         check_state(state, list(self._index), self._config)
         records: pa.Table = state["records"]
         self._teacher_iou = records["teacher_iou"].to_numpy()
         student_iou = records["student_iou"].combine_chunks()
-        by_prompt = student_iou.values.to_numpy(zero_copy_only=False).reshape(
-            len(records), len(student_iou[0])
-        )
-        self._student_iou = list(by_prompt.T.copy())
+        flat = student_iou.values.to_numpy(zero_copy_only=False)
+        self._student_iou = list(flat.reshape(len(records), len(student_iou[0])).T.copy())
         self._selected = records["selected"].to_numpy().copy()
         self._num_rollouts = records["num_rollouts"].to_numpy().copy()
         self._last_step = records["last_step"].to_numpy().copy()
@@ -337,7 +317,7 @@ def _nullable(values: np.ndarray) -> pa.Array:
 
 
 class SchedulerActor(Scheduler):
-    """The scheduler as the named Ray actor of a run."""
+    """The scheduler in its process: a named Ray actor of the run."""
 
     def __init__(self, prompts: Sequence[Prompt], config: Config):
         start_role_log(config.run_name, "curriculum")

@@ -1,4 +1,4 @@
-"""The teacher's answers to the pool (TRPV), kept as Parquet in the run and found again by other runs."""
+"""The teacher's answers to the pool (TRPV): Parquet in the run folder, reused by other runs."""
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -21,43 +21,38 @@ _SETTINGS = b"settings"
 
 
 def settings_key(config: Config) -> str:
-    """Of the teacher's folder and of all that decides how it answers, except the seed: tau is the teacher's, not the run's.
+    """Digest of the teacher's folder and of every setting that decides its answers, except the seed.
 
-    Where there are several teachers, the one that answers is part of the prompt's key instead.
+    With several teachers, the one that answers is part of the prompt's key instead.
     """
     pool = config.teacher_pool
     folder = "" if config.teachers else folder_digest(config.teacher_models[0].model)
-    parts = (folder, pool.engine, pool.dtype, TEMPERATURE)
-    parts += (config.curriculum.num_teacher_predictions, config.rollout.max_response_tokens)
-    return _digest(parts)
+    lengths = (config.curriculum.num_teacher_predictions, config.rollout.max_response_tokens)
+    return _digest((folder, pool.engine, pool.dtype, TEMPERATURE, *lengths))
 
 
 def prompt_keys(prompts: Sequence[Prompt], config: Config) -> list[str]:
-    """One a prompt, of what decides its fingerprint: the video file, which frames at which times and size, the text around them.
+    """One key per prompt: digest of the video file, the frames shown with their times and size, and the text.
 
-    The fingerprint itself needs every clip decoded; these read a few blocks of each video.
+    The prompt's fingerprint would need every clip decoded; this reads only a few blocks of each video.
     """
-    paths = list(dict.fromkeys(p.clip.video_path for p in prompts))
 
     def digest(path: str) -> str:
         return folder_digest(path) if Path(path).is_dir() else file_digest(path, BLOCKS_A_VIDEO)
 
+    paths = list(dict.fromkeys(p.clip.video_path for p in prompts))
     with ThreadPoolExecutor(NUM_READERS) as readers:
-        video = dict(zip(paths, readers.map(digest, paths), strict=True))
-    text = (config.prompt.template, config.prompt.video_first)
+        videos = dict(zip(paths, readers.map(digest, paths), strict=True))
     models = {t.name: folder_digest(t.model) for t in config.teachers}
 
-    def answered_by(prompt: Prompt) -> tuple[str, ...]:
-        return (models[config.teachers_of(prompt.prompt_id)[0].name],) if models else ()
+    def key(prompt: Prompt) -> str:
+        clip = prompt.clip
+        frames = (clip.frame_indices.tobytes(), clip.timestamps_s.tobytes(), clip.duration_s, clip.frame_size)
+        text = (prompt.query, (config.prompt.template, config.prompt.video_first))
+        teacher = (models[config.teachers_of(prompt.prompt_id)[0].name],) if models else ()
+        return _digest((videos[clip.video_path], *frames, *text, *teacher))
 
-    shown = [
-        (p.clip.frame_indices.tobytes(), p.clip.timestamps_s.tobytes(), p.clip.duration_s, p.clip.frame_size)
-        for p in prompts
-    ]
-    return [
-        _digest((video[p.clip.video_path], *frames, p.query, text, *answered_by(p)))
-        for p, frames in zip(prompts, shown, strict=True)
-    ]
+    return [key(p) for p in prompts]
 
 
 def _digest(parts: tuple) -> str:
@@ -65,7 +60,7 @@ def _digest(parts: tuple) -> str:
 
 
 def write_answers(folder: Path, settings: str, answers: Mapping[str, Sequence[Prediction]]) -> None:
-    """Writes the run's file. `answers` maps prompt keys to the teacher's answers."""
+    """Writes the run's file; `answers` maps prompt keys to the teacher's answers."""
     rows = [
         {"prompt_key": key, "prompt_id": p.prompt_id, "text": p.text, **span_columns(p.span_s)}
         for key, predictions in answers.items()
@@ -76,7 +71,7 @@ def write_answers(folder: Path, settings: str, answers: Mapping[str, Sequence[Pr
 
 
 def find_answers(runs: Iterable[Path], settings: str, wanted: Collection[str]) -> dict[str, list[Prediction]]:
-    """Prompt key -> answers, from the files of `runs` that were made with the same settings; prompts not found are left out."""
+    """Prompt key -> answers, from the runs with the same settings key; unknown prompts are left out."""
     found: dict[str, list[Prediction]] = {}
     for path in (run / FILE for run in runs):
         try:
@@ -84,7 +79,7 @@ def find_answers(runs: Iterable[Path], settings: str, wanted: Collection[str]) -
                 continue
             missing = pa.array([key for key in wanted if key not in found], pa.string())
             rows = pq.read_table(path, filters=pc.field("prompt_key").isin(missing)).to_pylist()
-        except (OSError, pa.ArrowInvalid):  # no answers in this run, or a file of something else
+        except (OSError, pa.ArrowInvalid):  # no answers in this run, or not a file of answers
             continue
         for row in rows:
             span = None if row["start_s"] is None else (row["start_s"], row["end_s"])

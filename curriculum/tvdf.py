@@ -1,8 +1,8 @@
-"""Teacher-Validated Disagreement Focusing: pure functions over arrays (Video-OPD; ALGORITHM.md section 2).
+"""Teacher-Validated Disagreement Focusing (TVDF; arXiv 2602.02994 §3.2 and App. B; docs/algorithm.md).
 
-P prompts of the pool. tau_i is the mean IoU of the teacher's answers to prompt i with the ground truth, sigma_i that of
-the student's answer. Every sampler takes delta float64[P], the number k of prompts to select and a random generator,
-and returns int64[k], distinct indices; ties fall in the order of the pool.
+The pool has P prompts. tau_i is the mean IoU of the teacher's answers to prompt i, sigma_i that of the
+student's answer. A sampler takes delta float64[P], the number k of prompts to select and a random generator.
+It returns int64[k], distinct indices; ties keep the order of the pool.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,52 +17,49 @@ Sampler = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
 
 
 def reliable(teacher_iou: np.ndarray, threshold: float) -> np.ndarray:
-    """bool[P]: TRPV keeps prompt i when tau_i >= threshold."""
+    """TRPV: keeps prompt i where tau_i >= threshold; bool[P]."""
     return teacher_iou >= threshold - ROUNDING
 
 
 def disagreement(teacher_iou: np.ndarray, student_iou: np.ndarray) -> np.ndarray:
-    """DBTP: delta_i = tau_i - sigma_i, float64[P]."""
+    """DBTP: delta_i = tau_i - sigma_i (eq. 12), float64[P]."""
     return teacher_iou.astype(np.float64) - student_iou
 
 
 def top_k(delta: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
-    """The k largest delta_i, largest first: the paper's default."""
+    """The k largest delta, largest first; the paper's default."""
     return _descending(delta)[:k]
 
 
 def dsus(delta: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
-    """Every (P / k)-th of the prompts sorted by delta, descending: positions floor(j P / k), j = 0 .. k - 1."""
+    """Evenly spaced in the prompts sorted by delta, descending: positions floor(j P / k), j = 0 .. k - 1."""
     return _descending(delta)[_uniform_positions(len(delta), k)]
 
 
 def bbds(delta: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
-    """B = 5 buckets of equal width over the range of delta, an equal share of k from each, spaced as in dsus inside.
+    """An equal share of k from each of 5 equal-width buckets over the range of delta, spaced as in dsus.
 
-    What a bucket lacks is shared by the others; what does not divide goes to the buckets of larger delta.
+    The other buckets share what one lacks. The remainder goes to the buckets of larger delta.
     """
     above, extent = delta - delta.min(), np.ptp(delta)
     bucket = np.minimum(above * BBDS_BUCKETS / (extent or 1.0), BBDS_BUCKETS - 1).astype(np.int64)
     order = _descending(delta)
     members = [order[bucket[order] == b] for b in reversed(range(BBDS_BUCKETS))]
     shares = equal_shares([len(m) for m in members], k)
-    return np.concatenate(
-        [m[_uniform_positions(len(m), share)] for m, share in zip(members, shares, strict=True)]
-    )
+    return np.concatenate([m[_uniform_positions(len(m), n)] for m, n in zip(members, shares, strict=True)])
 
 
 def gwds(delta: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
-    """k draws without replacement, p_i proportional to exp(-(delta_i - c)^2 / (2 s^2)), c = 0.9, s = 0.2; in order of draw.
+    """k draws without replacement, p_i proportional to exp(-(delta_i - c)^2 / (2 s^2)), c = 0.9, s = 0.2.
 
-    Gumbel noise on log p_i and the k largest: the same distribution as k successive draws, in one pass and without
-    underflow of small p_i.
+    The k largest of log p_i plus Gumbel noise are distributed like k successive draws, without underflow.
     """
     log_p = -((delta - GWDS_CENTRE) ** 2) / (2 * GWDS_SPREAD**2)
     return _descending(log_p + rng.gumbel(size=len(delta)))[:k]
 
 
 def uniform(delta: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
-    """k of the prompts, each as likely as any other."""
+    """k prompts, each equally likely."""
     return rng.permutation(len(delta))[:k]
 
 
@@ -70,16 +67,12 @@ SAMPLERS: dict[str, Sampler] = {"top_k": top_k, "dsus": dsus, "bbds": bbds, "gwd
 
 
 def equal_shares(sizes: Sequence[int], k: int) -> list[int]:
-    """k dealt one at a time to the groups in turn, a full group passed over; k is at most the sum of the sizes."""
-    shares = np.zeros(len(sizes), np.int64)
+    """Deals k one at a time to the groups in turn, skipping full ones; k is at most the sum of the sizes."""
+    full, shares = np.asarray(sizes), np.zeros(len(sizes), np.int64)
     while left := k - int(shares.sum()):
-        unfilled = np.flatnonzero(shares < sizes)
-        if left < len(unfilled):
-            shares[unfilled[:left]] += 1
-        else:
-            shares[unfilled] = np.minimum(
-                shares[unfilled] + left // len(unfilled), np.asarray(sizes)[unfilled]
-            )
+        open_groups = np.flatnonzero(shares < full)[:left]
+        each = left // len(open_groups)
+        shares[open_groups] = np.minimum(shares[open_groups] + each, full[open_groups])
     return shares.tolist()
 
 

@@ -1,4 +1,4 @@
-"""LoRA on the student (arXiv 2106.09685): adapters inside the model's own layers, merged wherever weights leave the learner."""
+"""LoRA on the student (arXiv 2106.09685): adapters in its layers, merged where weights leave the learner."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ VISION_PREFIX = "model.visual."
 
 
 def choose_trained(model: VideoLLM, learner: LearnerConfig) -> None:
-    """Marks what is trained: adapters alone where lora_rank asks for them, else all weights; never a frozen vision tower."""
+    """Trains adapters only with lora_rank, else all weights; never those of a frozen vision tower."""
     if learner.lora_rank:
         add_adapters(model, learner)
     if learner.freeze_vision:
@@ -26,23 +26,22 @@ def choose_trained(model: VideoLLM, learner: LearnerConfig) -> None:
 
 
 def add_adapters(model: VideoLLM, learner: LearnerConfig) -> None:
-    """Puts adapters into the layers that lora_targets names; they alone are trained. Raises ConfigError if it names none."""
+    """Puts adapters into the layers that match lora_targets. Raises ConfigError if none does."""
     config = LoraConfig(
         r=learner.lora_rank,
         lora_alpha=learner.lora_alpha,  # pyright: ignore[reportArgumentType]  # peft takes fractions
         target_modules=learner.lora_targets,
-        lora_dropout=0.0,  # what is trained must be what the actors sample from
+        lora_dropout=0.0,  # the trained policy must be the one that the actors sample from
     )
     try:
         inject_adapter_in_model(config, model)
     except ValueError as error:
-        raise ConfigError(
-            f"learner.lora_targets={learner.lora_targets!r} takes no adapters: {error}"
-        ) from error
+        targets = f"learner.lora_targets={learner.lora_targets!r}"
+        raise ConfigError(f"{targets} takes no adapters: {error}") from error
 
 
 def merged_parameters(model: VideoLLM) -> Iterator[tuple[str, list[torch.nn.Parameter], float]]:
-    """(name without adapters, [weight] or [weight, A, B], scaling): merge() makes the plain model's parameter of each."""
+    """(name in the plain model, [weight] or [weight, A, B], scaling) of each parameter, for merge()."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     for name, parameter in model.named_parameters():
         owner, _, rest = name.partition(".base_layer.")
@@ -55,7 +54,7 @@ def merged_parameters(model: VideoLLM) -> Iterator[tuple[str, list[torch.nn.Para
 
 
 def merge(parameters: Sequence[torch.Tensor], scaling: float) -> torch.Tensor:
-    """W, or W + scaling B A computed in float32 and rounded once to W's dtype."""
+    """W, or W + scaling B A, computed in float32 and rounded once to W's dtype."""
     weight, *factors = (p.detach() for p in parameters)
     if not factors:
         return weight

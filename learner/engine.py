@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from learner.adapters import choose_trained, merge, merged_parameters
 from learner.batching import Row, plan_update
-from learner.diagnostics import TimestampTokens, TokenRecords, batch_signals, policy_signals
+from learner.diagnostics import TimestampTokens, TokenRecords, batch_diagnostics, policy_diagnostics
 from learner.loss import ResponseTokens, loss_per_token
 from learner.rendezvous import node_store
 from learner.safe_load import read_weights_only
@@ -22,23 +23,15 @@ from learner.universal import TAG as universal_tag
 from learner.vision_cache import VisionCache
 from video_opd.config import Config
 from video_opd.errors import ClipError, RunError
-from video_opd.models.forward import (
-    ResponseBatch,
-    ResponseLoss,
-    VideoLLM,
-    collate,
-    load_head,
-    load_model,
-    token_entropy,
-)
+from video_opd.models.forward import ResponseLoss, VideoLLM, collate, load_head, load_model, token_entropy
 from video_opd.models.prompting import PromptEncoder, check_parity
-from video_opd.types import EncodedPrompt, ScoredGroup
+from video_opd.types import ScoredGroup
 from video_opd.video.clips import frames_key
 from video_opd.weights.buckets import Named, WeightBucket, to_buckets
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Linear warm-up over warmup_frac of the run, then linear to final_lr_frac of the peak."""
+    """Linear warm-up over warmup_frac of the run, then linear decay to final_lr_frac of the peak."""
     learner = config.learner
     warmup = learner.warmup_frac * config.num_steps
     if step < warmup:
@@ -65,19 +58,14 @@ class LearnerEngine:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            trained,
-            lr=config.learner.lr,
-            betas=config.learner.betas,
-            weight_decay=config.learner.weight_decay,
+            trained, config.learner.lr, config.learner.betas, weight_decay=config.learner.weight_decay
         )
         module = ResponseLoss(model, config.learner.logit_rows)
         self._teacher_heads: dict[str, torch.Tensor] = {}  # by teacher id
         if config.loss.needs.teacher == "hidden":
-            heads = {
-                t.name: load_head(t.model, config.teacher_pool.dtype).to(self._device)
-                for t in config.teacher_models
-            }
-            shared = min(len(head) for head in heads.values())  # beyond it are only padded embeddings
+            dtype, teachers = config.teacher_pool.dtype, config.teacher_models
+            heads = {t.name: load_head(t.model, dtype).to(self._device) for t in teachers}
+            shared = min(len(head) for head in heads.values())  # the rest are padded embeddings
             self._teacher_heads = {name: head[:shared] for name, head in heads.items()}
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=_deepspeed_config(config))
         self._engine: Any = engine
@@ -90,24 +78,20 @@ class LearnerEngine:
         return self._engine.module.model
 
     def update(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
-        """One optimizer step on the whole batch; the same metrics on every rank, prefixed `learner/`.
+        """One optimizer step on the whole batch. Returns metrics, the same on every rank.
 
-        A batch of suspended rollouts alone leaves weights, moments and weight decay untouched.
+        If every rollout is suspended, nothing changes: no weights, no moments, no weight decay.
         """
         config, engine = self._config, self._engine
         plan = plan_update(groups, config.loss, config.learner.micro_batch, self._rank, self._world_size)
         if not plan.micro_batches:
-            return {
-                "learner/loss": 0.0,
-                "learner/grad_norm": 0.0,
-                "learner/num_tokens": 0.0,
-                "learner/skipped": 1.0,
-            }
+            zeros = dict.fromkeys(("learner/loss", "learner/grad_norm", "learner/num_tokens"), 0.0)
+            return zeros | {"learner/skipped": 1.0}
         lr = learning_rate(step, config)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         self._model.train()
-        # DeepSpeed averages gradients over ranks; the loss wants their sum over one global denominator.
+        # DeepSpeed averages gradients over ranks; the loss needs their sum over one global denominator.
         denominator = plan.num_tokens if config.loss.reduction == "token_mean" else 1
         total, records = torch.zeros((), dtype=torch.float64), []
         for i, (rows, most_tokens) in enumerate(zip(plan.micro_batches, plan.most_tokens, strict=True)):
@@ -125,44 +109,36 @@ class LearnerEngine:
             "learner/grad_norm": float(engine.get_global_grad_norm() or 0.0),
             "learner/lr": lr,
             "learner/skipped": 0.0,
-            **policy_signals(TokenRecords.of_all_ranks(records, self._world_size), config.loss),
-            **batch_signals(groups, config, self._is_time),
+            **policy_diagnostics(TokenRecords.of_all_ranks(records, self._world_size), config.loss),
+            **batch_diagnostics(groups, config, self._is_time),
             **(self._vision_cache.take_metrics() if self._vision_cache else {}),
         }
 
     def _loss_sum(self, rows: list[Row], most_tokens: int) -> tuple[torch.Tensor, TokenRecords]:
-        """The summed loss of a micro-batch, and what is recorded of its tokens (none for weight 0)."""
+        """The summed loss of a micro-batch, and records of its tokens (none for weight 0)."""
         try:
             encoded = [self._encoder.encode(row.prompt) for row in rows]
-        except (
-            ClipError
-        ) as error:  # where others read it before, a file that changes under a run; not bad input
+        except ClipError as error:  # the file changed during the run: not bad input
             raise RunError(f"a clip cannot be read by the learner: {error}") from error
         for prompt, row in zip(encoded, rows, strict=True):
             check_parity(prompt, row.trajectory, "the learner")
         responses = [row.trajectory.response_token_ids for row in rows]
         batch = collate(encoded, responses, self._encoder.tokenizer.pad_token_id, self._device)
-        batch = self._with_features(batch, rows, encoded)
+        if self._vision_cache is not None:
+            keys = [frames_key(row.prompt.clip) for row in rows]
+            pixels = batch.pixel_values.split([len(p.pixel_values) for p in encoded])
+            features = self._vision_cache.features(keys, pixels, batch.video_grid_thw)
+            batch = replace(batch, video_features=features)
         tokens = self._response_tokens(rows, batch.targets)
 
         def loss(logits: torch.Tensor, which: slice) -> tuple[torch.Tensor, ...]:
             return *loss_per_token(self._config.loss, logits, tokens, which), token_entropy(logits.detach())
 
         per_token, learner, entropy = self._engine(batch, loss, most_tokens)
-        weights = self._tensor([np.full(len(row.signal), row.weight, np.float32) for row in rows])
+        weights = self._tensor([np.full(len(row.advantage), row.weight, np.float32) for row in rows])
         trained = weights > 0
         records = (values[trained].cpu().numpy() for values in (learner, tokens.actor_logprobs, entropy))
         return (per_token * weights).sum(), TokenRecords(*records)
-
-    def _with_features(
-        self, batch: ResponseBatch, rows: list[Row], encoded: list[EncodedPrompt]
-    ) -> ResponseBatch:
-        """With what the frozen vision tower sees, where it is kept."""
-        if self._vision_cache is None:
-            return batch
-        keys = [frames_key(row.prompt.clip) for row in rows]
-        pixels = batch.pixel_values.split([len(p.pixel_values) for p in encoded])
-        return replace(batch, video_features=self._vision_cache.features(keys, pixels, batch.video_grid_thw))
 
     def _response_tokens(self, rows: list[Row], targets: torch.Tensor) -> ResponseTokens:
         top_k: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -172,20 +148,15 @@ class LearnerEngine:
             top = [s.top_k for s in scores if s.top_k is not None]
             top_k = (self._tensor([t.ids for t in top]).long(), self._tensor([t.logprobs for t in top]))
         if self._teacher_heads:
-            of_teachers = groupby(scores, key=lambda s: s.teacher_id)
             runs = [
-                (name, self._tensor([s.hidden for s in run if s.hidden is not None]))
-                for name, run in of_teachers
+                (self._tensor([s.hidden for s in run if s.hidden is not None]), self._teacher_heads[name])
+                for name, run in groupby(scores, key=lambda s: s.teacher_id)
             ]
-
-            def of_rows(which: slice) -> torch.Tensor:
-                return rows_of([(states, self._teacher_heads[name]) for name, states in runs], which)
-
-            teacher_logits = of_rows
+            teacher_logits = partial(rows_of, runs)
         return ResponseTokens(
             targets=targets,
             actor_logprobs=self._tensor([row.trajectory.actor_logprobs for row in rows]),
-            signal=self._tensor([row.signal for row in rows]),
+            advantage=self._tensor([row.advantage for row in rows]),
             teacher_logprobs=self._tensor([s.teacher_logprobs for s in scores]) if scores else None,
             top_k=top_k,
             teacher_logits=teacher_logits,
@@ -214,36 +185,29 @@ class LearnerEngine:
     def save(self, folder: Path) -> None:
         """Writes the DeepSpeed state and `student/`, a transformers folder."""
         self._engine.save_checkpoint(str(folder / "deepspeed"), tag="state")
-        self._save_student(folder / "student")
-
-    def _save_student(self, folder: Path) -> None:
-        """A folder that transformers and vLLM load: weights from the learner, all else from the student's folder."""
-        state = dict(self._full_parameters())
-        if self._rank == 0:
-            shutil.copytree(
-                self._config.student, folder, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*")
-            )
-            self._model.save_pretrained(folder, state_dict={n: t.contiguous() for n, t in state.items()})
+        self.export(folder / "student")
 
     def export(self, folder: Path) -> None:
-        """Writes the student alone: a transformers folder."""
-        self._save_student(folder)
+        """Writes the student alone, for transformers and vLLM: new weights, other files as they were."""
+        state = dict(self._full_parameters())
+        if self._rank == 0:
+            weights = shutil.ignore_patterns("*.safetensors*", "*.bin*")
+            shutil.copytree(self._config.student, folder, ignore=weights)
+            self._model.save_pretrained(folder, state_dict={n: t.contiguous() for n, t in state.items()})
 
     def load(self, folder: Path, universal: bool = False) -> None:
-        """Restores weights and optimizer exactly.
+        """Restores weights and optimizer exactly, from a checkpoint of as many ranks.
 
-        folder: a checkpoint of as many ranks; with `universal`, what learner/universal.py made of any.
+        With `universal`, from the folder that learner/universal.py made of any checkpoint.
         """
-        self._engine._config.load_universal_checkpoint = (
-            universal  # DeepSpeed looks at it only while it loads
-        )
+        self._engine._config.load_universal_checkpoint = universal  # DeepSpeed reads it only while it loads
         where, tag = (folder, universal_tag) if universal else (folder / "deepspeed", "state")
         path, _ = self._engine.load_checkpoint(str(where), tag=tag)
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
 
 
 def rows_of(runs: Sequence[tuple[torch.Tensor, torch.Tensor]], which: slice) -> torch.Tensor:
-    """float32[rows, V]: logits of the rows `which` of all runs one after the other; a run is (states[R, H], its head[V, H])."""
+    """float32[rows, V]: logits of rows `which` of the concatenated runs, each (states[R, H], head[V, H])."""
     logits, first = [], 0
     for states, head in runs:
         rows = states[max(which.start - first, 0) : max(which.stop - first, 0)]
@@ -259,7 +223,7 @@ def _deepspeed_config(config: Config) -> dict[str, Any]:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     return {
         "train_micro_batch_size_per_gpu": learner.micro_batch,
-        "gradient_accumulation_steps": 1,  # the boundary is set by hand: the number of micro-batches varies
+        "gradient_accumulation_steps": 1,  # update() sets the boundary: the number of micro-batches varies
         "gradient_clipping": learner.max_grad_norm,
         "bf16": {"enabled": learner.dtype == "bfloat16"},
         "zero_optimization": zero,
@@ -280,9 +244,7 @@ def _init_deepspeed(config: Config, rank: int, world_size: int, master: tuple[st
     )
     import deepspeed
 
-    if (
-        not on_gpu
-    ):  # its shared-memory extension takes a minute to compile and a killed build hangs later runs
+    if not on_gpu:  # its shared-memory extension compiles for a minute, and a killed build hangs later runs
         communication: Any = importlib.import_module("deepspeed.comm.torch")
         communication.build_shm_op = lambda: None
     read_weights_only()

@@ -1,4 +1,4 @@
-"""Folders between processes that share no storage, in parts that fit into memory."""
+"""Copies folders between processes without shared storage, in parts that fit into memory."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ class FilePart(NamedTuple):
 
 
 def read_parts(folder: Path) -> Iterator[FilePart]:
-    """Every file below the folder, those that are empty included."""
+    """All files below the folder, empty ones included."""
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name, offset = str(path.relative_to(folder)), 0
         with path.open("rb") as file:
@@ -26,7 +26,7 @@ def read_parts(folder: Path) -> Iterator[FilePart]:
 
 
 def write_part(folder: Path, part: FilePart) -> None:
-    """Parts of a file come in order."""
+    """Writes one part; those of a file must come in order."""
     path = folder / part.path
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("r+b" if part.offset else "wb") as file:

@@ -1,7 +1,7 @@
-"""The objectives: pure functions of tensors (ALGORITHM.md sections 1 and 3).
+"""The objectives: pure functions of tensors (arXiv 2602.02994 §3.1 and App. C, D.1; docs/algorithm.md).
 
-R response tokens, V vocabulary, K teacher tokens. Each loss returns one value per response token, float32[R]; the
-caller sums them and divides by the token count of the whole batch, over all ranks and micro-batches.
+R response tokens, V vocabulary, K teacher tokens. Each loss returns one value per response token, float32[R];
+the caller sums them and divides by the token count of the whole batch, over all ranks and micro-batches.
 """
 
 import math
@@ -20,36 +20,33 @@ ADVANTAGE_EPSILON = 1e-4
 
 @dataclass(frozen=True)
 class ResponseTokens:
-    """What the losses need of R response tokens beside the student's logits. A loss reads what its objective needs."""
+    """The losses' inputs beside the student's logits, for R response tokens."""
 
     targets: torch.Tensor  # int64[R]
-    actor_logprobs: torch.Tensor  # float32[R]; of the ground truth, which nobody sampled: zeros
-    signal: torch.Tensor  # float32[R]: r_t or the advantage; see learner/batching.py
-    top_k: tuple[torch.Tensor, torch.Tensor] | None = (
-        None  # the teacher's ids int64[R, K] and log-probs float32[R, K]
-    )
+    actor_logprobs: torch.Tensor  # float32[R]; zeros for the ground truth, which nobody sampled
+    advantage: torch.Tensor  # float32[R]: r_t or the group's advantage; see learner/batching.py
+    top_k: tuple[torch.Tensor, torch.Tensor] | None = None  # teacher ids int64[R, K], log-probs float32[R, K]
     teacher_logits: Callable[[slice], torch.Tensor] | None = None  # rows -> float32[rows, V]
     teacher_logprobs: torch.Tensor | None = None  # float32[R]
 
 
-def pointwise_signal(
+def sampled_advantage(
     teacher_logprobs: np.ndarray, actor_logprobs: np.ndarray, loss: LossConfig
 ) -> np.ndarray:
-    """r_t = log pi_T(a_t|s_t) - log pi_old(a_t|s_t) for all tokens of the batch, float32[tokens].
+    """r_t = log pi_T(a_t|s_t) - log pi_old(a_t|s_t) (eq. 5) for all tokens of the batch, float32[tokens].
 
-    Options, both off in the paper: `clamp` bounds |r|; `center` then subtracts the mean over the batch, a baseline
-    that removes the common push away from every sampled token.
+    Options, off in the paper: `clamp` bounds |r|; `center` then subtracts the batch mean, a baseline.
     """
-    signal = teacher_logprobs - actor_logprobs
+    advantage = teacher_logprobs - actor_logprobs
     if loss.clamp is not None:
-        signal = np.clip(signal, -loss.clamp, loss.clamp)
+        advantage = np.clip(advantage, -loss.clamp, loss.clamp)
     if loss.center == "batch":
-        signal = signal - signal.mean()
-    return signal.astype(np.float32)
+        advantage = advantage - advantage.mean()
+    return advantage.astype(np.float32)
 
 
 def group_advantages(rewards: Sequence[float], divide_by_std: bool) -> np.ndarray:
-    """GRPO's (r - mean) / (std + 1e-4) over the G responses to one prompt, float32[G]; without the std: r - mean (Dr. GRPO)."""
+    """GRPO's (r - mean) / (std + 1e-4) over a prompt's G responses, float32[G]; Dr. GRPO's is r - mean."""
     centred = np.asarray(rewards, np.float64) - np.mean(rewards)
     return (centred / (np.std(rewards) + ADVANTAGE_EPSILON) if divide_by_std else centred).astype(np.float32)
 
@@ -57,28 +54,27 @@ def group_advantages(rewards: Sequence[float], divide_by_std: bool) -> np.ndarra
 def sampled_loss(
     learner_logprobs: torch.Tensor,
     actor_logprobs: torch.Tensor,
-    signal: torch.Tensor,
+    advantage: torch.Tensor,
     max_ratio: float | None = None,
 ) -> torch.Tensor:
-    """-min(rho_t, max_ratio) * r_t with rho_t = pi_theta(a_t|s_t) / pi_old(a_t|s_t) (Video-OPD, eq. of the update).
+    """-min(rho_t, max_ratio) r_t with rho_t = pi_theta(a_t|s_t) / pi_old(a_t|s_t) (eq. 6; max_ratio is ours).
 
-    At rho = 1 the gradient is an unbiased estimate of that of KL(pi_theta || pi_T) at the visited states.
+    At rho = 1 its gradient is an unbiased estimate of that of KL(pi_theta || pi_T) at s_t (App. A, eq. 11).
     """
     ratio = (learner_logprobs - actor_logprobs).exp()
     if max_ratio is not None:
         ratio = ratio.clamp(max=max_ratio)
-    return -ratio * signal
+    return -ratio * advantage
 
 
 def topk_loss(
     logits: torch.Tensor, top_k_ids: torch.Tensor, top_k_logprobs: torch.Tensor, clamp: float | None = None
 ) -> torch.Tensor:
-    """Reverse KL on the teacher's K tokens plus one bucket for the remaining mass on both sides.
+    """Reverse KL on the teacher's K tokens plus one bucket for all other mass of both (arXiv 2603.25562).
 
-    sum_b pi_theta(b) log(pi_theta(b)/pi_T(b)) over the K tokens and the tail. Without the tail bucket the student
-    escapes by moving mass out of the set (2603.25562). The log-ratio is held constant in the gradient, which changes
-    nothing as it stands (the buckets' probabilities sum to one), and keeps the gradient a policy gradient when `clamp`
-    bounds the log-ratio: a very sure teacher otherwise drowns the batch in a few tokens.
+    Without the bucket the student escapes by moving mass out of the set. `clamp` bounds the log-ratio: a very
+    sure teacher would otherwise dominate the batch with a few tokens. The log-ratio is constant in the
+    gradient: the same gradient without clamp (probabilities sum to one), a policy gradient with it.
     logits[R, V] of the student; top_k_ids int64[R, K] and top_k_logprobs float32[R, K] of the teacher.
     """
     normaliser = logits.logsumexp(-1, keepdim=True)
@@ -99,8 +95,8 @@ def full_loss(
 ) -> torch.Tensor:
     """A divergence over the whole vocabulary; logits[R, V] of student and teacher, both of the same V tokens.
 
-    reverse: KL(pi_theta || pi_T). forward: KL(pi_T || pi_theta). jsd: beta KL(pi_T || m) + (1 - beta) KL(pi_theta || m)
-    with m = beta pi_T + (1 - beta) pi_theta (generalised Jensen-Shannon, arXiv 2306.13649).
+    reverse: KL(pi_theta || pi_T). forward: KL(pi_T || pi_theta). jsd: beta KL(pi_T || m) + (1 - beta)
+    KL(pi_theta || m) with m = beta pi_T + (1 - beta) pi_theta (generalised Jensen-Shannon, arXiv 2306.13649).
     """
     student, teacher = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
     if divergence == "reverse":
@@ -119,13 +115,13 @@ def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def grpo_loss(
     learner_logprobs: torch.Tensor, actor_logprobs: torch.Tensor, advantage: torch.Tensor, clip: float
 ) -> torch.Tensor:
-    """-min(rho_t A, clip(rho_t, 1 - clip, 1 + clip) A): PPO's bound with the group's advantage (GRPO, arXiv 2402.03300)."""
+    """-min(rho_t A, clip(rho_t, 1 - clip, 1 + clip) A), A the group's advantage (GRPO, arXiv 2402.03300)."""
     ratio = (learner_logprobs - actor_logprobs).exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(1.0 - clip, 1.0 + clip) * advantage)
 
 
 def reference_kl(learner_logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> torch.Tensor:
-    """GRPO's k3 estimate of KL(pi_theta || pi_ref) at sampled tokens: x - 1 - log x with x = pi_ref/pi_theta, never negative."""
+    """GRPO's k3 estimate of KL(pi_theta || pi_ref): x - 1 - log x >= 0 with x = pi_ref / pi_theta."""
     log_ratio = reference_logprobs - learner_logprobs
     return log_ratio.exp() - 1.0 - log_ratio
 
@@ -133,36 +129,36 @@ def reference_kl(learner_logprobs: torch.Tensor, reference_logprobs: torch.Tenso
 def loss_per_token(
     loss: LossConfig, logits: torch.Tensor, tokens: ResponseTokens, rows: slice
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The configured loss of some rows and the learner's log-probs of their tokens, both float32[rows].
+    """The configured loss of some rows, and the learner's log-probs of their tokens; both float32[rows].
 
     logits[rows, V] of the student.
     """
     learner = token_logprobs(logits, tokens.targets[rows])
-    actor, signal = tokens.actor_logprobs[rows], tokens.signal[rows]
+    actor, advantage = tokens.actor_logprobs[rows], tokens.advantage[rows]
     match loss.kind:
         case "opd":
-            value = sampled_loss(learner, actor, signal, loss.max_ratio)
+            value = sampled_loss(learner, actor, advantage, loss.max_ratio)
         case "opd_topk":
             assert tokens.top_k is not None, "opd_topk needs the teacher's top-K"
             value = topk_loss(logits, tokens.top_k[0][rows], tokens.top_k[1][rows], loss.clamp)
         case "opd_full" | "off_policy_fkd":
             assert tokens.teacher_logits is not None, f"{loss.kind} needs the teacher's logits"
             teacher = tokens.teacher_logits(rows)
-            shared = min(logits.shape[-1], teacher.shape[-1])  # beyond it are only padded embeddings
+            shared = min(logits.shape[-1], teacher.shape[-1])  # the rest are padded embeddings
             divergence = loss.divergence if loss.kind == "opd_full" else "forward"
             value = full_loss(logits[:, :shared], teacher[:, :shared], divergence, loss.beta)
         case "grpo":
-            value = grpo_loss(learner, actor, signal, loss.clip)
+            value = grpo_loss(learner, actor, advantage, loss.clip)
             if loss.kl_coef:
                 assert tokens.teacher_logprobs is not None, "kl_coef needs a reference"
                 value = value + loss.kl_coef * reference_kl(learner, tokens.teacher_logprobs[rows])
-        case "off_policy_rkd":  # r_t against the student as it is now: nobody sampled these tokens
+        case "off_policy_rkd":  # nobody sampled these tokens: r_t is against the current student
             assert tokens.teacher_logprobs is not None, "off_policy_rkd needs the teacher's log-probs"
             now = learner.detach()
-            ratio = tokens.teacher_logprobs[rows] - now
-            value = sampled_loss(
-                learner, now, ratio if loss.clamp is None else ratio.clamp(-loss.clamp, loss.clamp)
-            )
+            advantage = tokens.teacher_logprobs[rows] - now
+            if loss.clamp is not None:
+                advantage = advantage.clamp(-loss.clamp, loss.clamp)
+            value = sampled_loss(learner, now, advantage)
         case "sft":
             value = -learner
     return value, learner.detach()

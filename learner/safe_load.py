@@ -1,7 +1,7 @@
-"""Checkpoint files are read as tensors and plain values: no code that is in them runs.
+"""Reads checkpoint files as tensors and plain values only, so that no code in them runs.
 
-DeepSpeed reads with torch.load(weights_only=False), which unpickles anything; torch lets the environment override that.
-As a script, `python safe_load.py MODULE ARGUMENTS...` runs a module that way.
+DeepSpeed calls torch.load(weights_only=False), which unpickles anything; an environment variable of torch
+overrides that. As a script, `python safe_load.py MODULE ARGUMENTS...` runs a module that way.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch.serialization import add_safe_globals, get_unsafe_globals_in_checkpoint
 
-ALLOWED = (  # of what DeepSpeed writes, all that is neither a tensor nor a plain value; none does anything when it is made
+ALLOWED = (  # what DeepSpeed writes beside tensors and plain values; constructing one has no effect
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
@@ -21,7 +21,7 @@ SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
 
 def read_weights_only() -> None:
-    """From here on every torch.load of this process, and of those that it starts by fork, reads so."""
+    """Makes every later torch.load of this process and its forks read with weights_only."""
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     for name in ALLOWED:
         module, _, leaf = name.rpartition(".")
@@ -29,12 +29,12 @@ def read_weights_only() -> None:
 
 
 def find_code(folder: Path) -> str | None:
-    """What is wrong with the first file below `folder` that is not tensors and plain values alone; None: nothing. Runs nothing."""
+    """What is wrong with the first file below `folder` that holds more than plain values; None: nothing."""
     for path in sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES):
         name = path.relative_to(folder)
         try:
             foreign = sorted(set(get_unsafe_globals_in_checkpoint(path)) - set(ALLOWED))
-        except Exception as error:  # of torch's reader, by what it finds
+        except Exception as error:  # torch's reader raises many kinds
             return f"{name} is no file of torch.save ({type(error).__name__})"
         if foreign:
             return f"{name} would run code when it is read ({', '.join(foreign[:3])})"

@@ -1,4 +1,4 @@
-"""What a frozen vision tower computes of a clip is the same in every epoch, rollout and step: kept, within bounds."""
+"""Caches a frozen vision tower's features of a clip: they are the same in every epoch, rollout and step."""
 
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
@@ -10,7 +10,7 @@ from video_opd.models.forward import VideoLLM
 
 
 class VisionCache:
-    """The last clips' features on the CPU, at most `max_bytes` of them; one clip is kept however large."""
+    """Features of the clips used last, on the CPU, at most `max_bytes`; always at least one clip."""
 
     def __init__(self, model: VideoLLM, max_bytes: int):
         self._model, self._max_bytes, self._bytes = model, max_bytes, 0
@@ -23,8 +23,8 @@ class VisionCache:
     ) -> BaseModelOutputWithDeepstackFeatures:
         """The tower's output for B videos, as the model's forward takes it in place of pixels.
 
-        keys: equal where the pixels are; pixel_values: [patches, patch_dim] of each; grids: int64[B, 3]. Unknown videos
-        go through the tower in one pass, each once.
+        keys: equal where the pixels are; pixel_values: [patches, patch_dim] of each; grids: int64[B, 3].
+        Unknown videos go through the tower in one pass, each once.
         """
         unknown = {key: i for i, key in enumerate(keys) if key not in self._features}
         self._asked += len(keys)
@@ -32,14 +32,11 @@ class VisionCache:
         known = {key: self._features[key] for key in keys if key in self._features}
         if unknown:
             chosen = list(unknown.values())
-            output = self._model.model.get_video_features(
-                torch.cat([pixel_values[i] for i in chosen]), grids[chosen]
-            )
-            for place, key in enumerate(unknown):
-                known[key] = [
-                    output.pooler_output[place],
-                    *(layer[place] for layer in getattr(output, "deepstack_features", ())),
-                ]
+            pixels = torch.cat([pixel_values[i] for i in chosen])
+            output = self._model.model.get_video_features(pixels, grids[chosen])
+            outputs = (output.pooler_output, *getattr(output, "deepstack_features", ()))
+            for i, key in enumerate(unknown):
+                known[key] = [of_layer[i] for of_layer in outputs]
                 self._keep(key, [tensor.cpu() for tensor in known[key]])
         for key in keys:
             if key in self._features:
@@ -48,7 +45,7 @@ class VisionCache:
         return BaseModelOutputWithDeepstackFeatures(pooler_output=first, deepstack_features=layers)  # pyright: ignore
 
     def take_metrics(self) -> dict[str, float]:
-        """The share of videos since the last lap that went past the tower."""
+        """The share of videos since the last time that did not go through the tower."""
         share = 1.0 - self._computed / self._asked
         self._asked = self._computed = 0
         return {"learner/vision_cache_hit_frac": share}

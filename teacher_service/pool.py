@@ -1,4 +1,4 @@
-"""The caller's side of a teacher: starts its replicas, sends them work, survives their deaths, measures what they do."""
+"""The driver's side of a teacher: starts replicas, sends them work, repeats lost calls, measures usage."""
 
 import asyncio
 import logging
@@ -13,20 +13,20 @@ from ray.exceptions import RayTaskError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ApplicationStatus
 
-from teacher_service.replica import Reply, ScoreResult, TeacherReplica
-from teacher_service.scaling import DEPLOYMENT, Bounds, app_name, autoscaling, read_pool
+from teacher_service.replica import PredictResult, Reply, ScoreResult, TeacherReplica
+from teacher_service.scaling import DEPLOYMENT, GONE_WRONG, Bounds, app_name, autoscaling, read_pool
 from video_opd.cluster.deadline import with_deadline
 from video_opd.cluster.faults import retried
 from video_opd.config import Config, TeacherConfig, TeacherModel
 from video_opd.errors import RunError
-from video_opd.types import FailedPrompt, Prediction, Prompt, TrajectoryGroup
+from video_opd.types import Prompt, TrajectoryGroup
 
 BACK_PRESSURE_PAUSE_S = 0.2
 START_POLL_S = 0.2
 
 
 class Usage:
-    """What the calls of a lap cost. Pure: times and counts are passed in."""
+    """The cost of the calls since the last take_metrics. Pure: callers pass times and numbers of replicas."""
 
     def __init__(self, now_s: float, running: float):
         self._since_s, self._running = now_s, running
@@ -35,19 +35,19 @@ class Usage:
     def _clear(self) -> None:
         self._num_calls, self._queue_s, self._engine_s, self._num_retries = 0, 0.0, 0.0, 0
 
-    def count(self, call_s: float, reply: Reply) -> None:
-        """A call that took `call_s` was answered. Each call of a merged batch counts its share of the batch's engine seconds."""
+    def add(self, call_s: float, reply: Reply) -> None:
+        """Adds a call answered after `call_s`, with its share of the engine seconds of its merged batch."""
         self._num_calls += 1
         self._queue_s += max(0.0, call_s - reply.engine_s)
         self._engine_s += reply.engine_s / reply.num_calls
 
-    def count_retry(self) -> None:
+    def add_retry(self) -> None:
         self._num_retries += 1
 
     def take_metrics(self, now_s: float, running: float, wanted: float) -> dict[str, float]:
-        """Of the calls answered since the lap before; NaN where there is nothing to say. `running` replicas, NaN: unknown.
+        """Metrics of the calls answered since the last time; NaN: unknown, also for the numbers of replicas.
 
-        Utilisation is over the mean of the replicas that ran at the lap's start and at its end.
+        Utilisation is over the mean number of replicas at the start and the end of that time.
         """
         replica_s = (self._running + running) / 2 * (now_s - self._since_s)
         metrics = {
@@ -64,36 +64,36 @@ class Usage:
 
 
 def placement(pool: TeacherConfig, environment: dict[str, str]) -> dict[str, Any]:
-    """Where a replica runs. One in several parts takes a bundle for each, all on one node.
+    """Serve's options for where a replica runs. With tensor_parallel, one bundle per part, all on one node.
 
-    On GPUs vLLM starts the parts as Ray actors, one in each bundle's GPU; the replica is beside the first and takes none itself.
+    On GPUs vLLM starts each part as a Ray actor in its bundle; the replica is in the first and takes no GPU.
     """
     actor = {"num_cpus": pool.num_cpus, "resources": {"teacher": 1}, "runtime_env": {"env_vars": environment}}
     if pool.tensor_parallel == 1:
         return {"ray_actor_options": actor | {"num_gpus": pool.num_gpus}}
-    share = {name: amount for name, amount in (("CPU", pool.num_cpus), ("GPU", pool.num_gpus)) if amount}
+    part = {name: amount for name, amount in (("CPU", pool.num_cpus), ("GPU", pool.num_gpus)) if amount}
     return {
         "ray_actor_options": actor | {"num_gpus": 0},
-        "placement_group_bundles": [share | {"teacher": 1}, *[share] * (pool.tensor_parallel - 1)],
+        "placement_group_bundles": [part | {"teacher": 1}, *[part] * (pool.tensor_parallel - 1)],
         "placement_group_strategy": "STRICT_PACK",
     }
 
 
 def deployment_options(config: Config) -> dict[str, Any]:
-    """What Serve is told of a teacher's replicas."""
+    """Serve's options for a teacher's replicas."""
     pool = config.teacher_pool
-    scaled = {"num_replicas": pool.num_replicas}
+    number: dict[str, Any] = {"num_replicas": pool.num_replicas}
     if pool.max_replicas is not None:
         bounds = Bounds(pool.min_replicas or 1, pool.max_replicas)
-        scaled = {"autoscaling_config": autoscaling(pool, bounds, pool.num_replicas)}
+        number = {"autoscaling_config": autoscaling(pool, bounds, pool.num_replicas)}
     return {
-        **scaled,
+        **number,
         "max_ongoing_requests": 2 * pool.max_batch_requests,
         "max_queued_requests": pool.max_queued_requests,
         "max_constructor_retry_count": max(1, config.max_retries),
         "health_check_period_s": pool.health_check_s,
         "health_check_timeout_s": pool.health_check_s,
-        "graceful_shutdown_timeout_s": config.request_timeout_s,  # a call that has begun may end
+        "graceful_shutdown_timeout_s": config.request_timeout_s,  # calls under way may finish
         **placement(pool, config.worker_env),
         "logging_config": {"enable_access_log": False, "log_level": "WARNING"},
     }
@@ -102,13 +102,13 @@ def deployment_options(config: Config) -> dict[str, Any]:
 class TeacherPool:
     """One teacher: a Serve deployment called by handle. Arguments and results travel as Ray objects.
 
-    A call whose replica died, or that has no answer within config.request_timeout_s, is made again, config.max_retries times.
+    Repeats a call whose replica died or that took longer than config.request_timeout_s, max_retries times.
     """
 
     def __init__(
         self, run: str, config: Config, teacher: TeacherModel, replica: type[TeacherReplica] = TeacherReplica
     ):
-        """`run` is the prefix of the run's names, video_opd/NAME; `replica` runs in the deployment's processes."""
+        """`run` is the prefix of the run's names, video_opd/NAME; `replica` is the deployment's class."""
         self.app = app_name(run, teacher.name)
         self._config, self._teacher, self._replica = config, teacher, replica
         self._handle: Any = None
@@ -116,15 +116,12 @@ class TeacherPool:
         self._outstanding = self._waiting = 0
 
     async def start(self) -> None:
-        """Returns when every replica answers. Raises RunError at config.start_timeout_s."""
-        logging.getLogger("ray.serve").setLevel(
-            logging.ERROR
-        )  # it warns of every probe of a replica that hangs
+        """Returns when every replica answers. Raises RunError after config.start_timeout_s."""
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it warns of each probe of a hanging replica
         serve.start(proxy_location="Disabled")
         deployment = serve.deployment(self._replica, name=DEPLOYMENT, **deployment_options(self._config))
-        target = serve.RunTarget(
-            deployment.bind(self._config, self._teacher), name=self.app, route_prefix=None
-        )
+        application = deployment.bind(self._config, self._teacher)
+        target = serve.RunTarget(application, name=self.app, route_prefix=None)
         serve.run_many([target], wait_for_applications_running=False)
         self._handle = serve.get_app_handle(self.app)
         await with_deadline(self._config.start_timeout_s, self._running(), "the start of the teacher service")
@@ -133,71 +130,70 @@ class TeacherPool:
     async def _running(self) -> None:
         """Waits until the application runs. Raises RunError when Serve gives up on it."""
         while (application := serve.status().applications[self.app]).status != ApplicationStatus.RUNNING:
-            if application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            if application.status in GONE_WRONG:
                 why = "\n".join(d.message for d in application.deployments.values()) or application.message
                 raise RunError(f"teacher {self._teacher.name} did not start: {why.strip()[-2000:]}")
             await asyncio.sleep(START_POLL_S)
 
     async def score(self, groups: ray.ObjectRef | Sequence[TrajectoryGroup]) -> list[ScoreResult]:
-        """See TeacherReplica.score. A reference is fetched by the replica, past the caller.
+        """See TeacherReplica.score. The replica itself fetches a reference.
 
-        Raises PartLostError when the call was lost once more than max_retries; ObjectLostError when what the reference stands
-        for is gone, since only who made it can make it again.
+        Raises PartLostError when the call was lost more than max_retries times, and ObjectLostError when the
+        referenced object is lost: only its owner can make it again.
         """
         return await self._call("score", groups)
 
     async def predict(
         self, prompts: Sequence[Prompt], num_answers: int = 1, temperature: float = 0.0
-    ) -> list[list[Prediction] | FailedPrompt]:
-        """See TeacherReplica.predict. The work is spread over the replicas."""
-        size = self._config.rollout.prompts_per_call
-        chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-        pool = self._config.teacher_pool
-        at_once = max(await self._num_running(), pool.max_replicas or 1)
-        places = asyncio.Semaphore(at_once)  # a call's deadline covers its own work alone
+    ) -> list[PredictResult]:
+        """See TeacherReplica.predict. Spreads the prompts over the replicas."""
+        size, pool = self._config.rollout.prompts_per_call, self._config.teacher_pool
+        running, _ = await self._replicas()
+        replicas = pool.num_replicas if math.isnan(running) else int(running)
+        slots = asyncio.Semaphore(
+            max(replicas, pool.max_replicas or 1)
+        )  # no deadline runs while a call queues
 
-        async def predict(chunk: Sequence[Prompt]) -> list[list[Prediction] | FailedPrompt]:
-            async with places:
+        async def predict(chunk: Sequence[Prompt]) -> list[PredictResult]:
+            async with slots:
                 return await self._call("predict", chunk, num_answers, temperature)
 
+        chunks = (prompts[i : i + size] for i in range(0, len(prompts), size))
         results = await asyncio.gather(*(predict(chunk) for chunk in chunks))
         return [answer for chunk in results for answer in chunk]
 
     async def _call(self, method: str, *arguments: Any) -> Any:
-        """The results of a call that may be lost. What a replica raises itself, a lost argument included, is not repeated."""
+        """The results of a call, repeated when lost. What the replica raises is final, even a LOST error."""
         started, attempts = time.monotonic(), 0
+        what = f"a {method} call to teacher {self._teacher.name}"
 
         async def attempt() -> Reply | RayTaskError:
             nonlocal attempts
             attempts += 1
             if attempts > 1:
-                self._usage.count_retry()
+                self._usage.add_retry()
             try:
-                return await self._attempt(method, arguments)
-            except RayTaskError as raised:
+                return await self._attempt(method, arguments, what)
+            except RayTaskError as raised:  # `retried` would repeat one that is also a LOST error
                 return raised
 
         self._outstanding += 1
         try:
-            reply = await retried(
-                attempt, self._config.max_retries, f"a {method} call to teacher {self._teacher.name}"
-            )
+            reply = await retried(attempt, self._config.max_retries, what)
         finally:
             self._outstanding -= 1
         if isinstance(reply, RayTaskError):
             raise reply
-        self._usage.count(time.monotonic() - started, reply)
+        self._usage.add(time.monotonic() - started, reply)
         return reply.results
 
-    async def _attempt(self, method: str, arguments: Sequence[Any]) -> Reply:
+    async def _attempt(self, method: str, arguments: Sequence[Any], what: str) -> Reply:
         deadline = time.monotonic() + self._config.request_timeout_s
         while True:
             response = getattr(self._handle, method).remote(*arguments)
             try:
-                return await with_deadline(
-                    deadline - time.monotonic(), response, f"a {method} call to teacher {self._teacher.name}"
-                )
-            except BackPressureError:  # every replica's queue is full: the pool's way to say wait
+                return await with_deadline(deadline - time.monotonic(), response, what)
+            except BackPressureError:  # the queues of all replicas are full: wait
                 self._waiting += 1
                 try:
                     await asyncio.sleep(BACK_PRESSURE_PAUSE_S)
@@ -205,31 +201,25 @@ class TeacherPool:
                     self._waiting -= 1
 
     async def _replicas(self) -> tuple[float, float]:
-        """(running, wanted); NaN where Serve does not answer, which is no reason to end a run."""
+        """(running, wanted); NaN where Serve does not answer, which must not end a run."""
         try:
             pool = await asyncio.to_thread(read_pool, self.app)
         except RunError:
             return math.nan, math.nan
         return float(pool.running), float(pool.wanted)
 
-    async def _num_running(self) -> int:
-        running, _ = await self._replicas()
-        return self._config.teacher_pool.num_replicas if math.isnan(running) else int(running)
-
     async def counts(self) -> dict[str, float]:
-        """As of now: calls without an answer, those of them that found every queue full and are not with Serve, and replicas."""
+        """Now: unanswered calls, those of them held back because every queue is full, and replicas."""
         running, wanted = await self._replicas()
         calls = {"teacher/calls": float(self._outstanding), "teacher/calls_held_back": float(self._waiting)}
         return calls | {"teacher/replicas": running, "teacher/replicas_wanted": wanted}
 
     async def take_metrics(self) -> dict[str, float]:
-        """Metrics since the lap before: teacher/queue_s, /utilisation, /replicas, /replicas_wanted and /retries. See Usage."""
+        """teacher/queue_s, /utilisation, /replicas, /replicas_wanted and /retries; see Usage."""
         running, wanted = await self._replicas()
-        return {
-            f"teacher/{name}": value
-            for name, value in self._usage.take_metrics(time.monotonic(), running, wanted).items()
-        }
+        metrics = self._usage.take_metrics(time.monotonic(), running, wanted)
+        return {f"teacher/{name}": value for name, value in metrics.items()}
 
     def stop(self) -> None:
-        """Deletes the deployment; other Serve applications of the cluster stay."""
+        """Deletes the deployment; the cluster's other Serve applications stay."""
         serve.delete(self.app, _blocking=False)

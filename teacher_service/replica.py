@@ -16,18 +16,19 @@ if TYPE_CHECKING:
     from teacher_service.engine import ScoringEngine
 
 ScoreResult = tuple[TeacherScores, ...] | FailedPrompt
+PredictResult = list[Prediction] | FailedPrompt
 
 
 class Reply(NamedTuple):
-    """The results of one call, and what the batch that it was part of cost."""
+    """The results of one call, and the cost of the batch it was merged into."""
 
     results: list[Any]
     engine_s: float  # seconds that the replica worked on the batch: encoding and forward passes
-    num_calls: int  # merged into that batch
+    num_calls: int  # in the batch
 
 
 class TeacherReplica:
-    """Encodes each prompt itself, checks that it sees what the actor saw, and scores."""
+    """Encodes each prompt, checks that it sees what the actor saw, and scores."""
 
     def __init__(self, config: Config, teacher: TeacherModel):
         start_role_log(config.run_name, f"teacher-{teacher.name}")
@@ -42,18 +43,16 @@ class TeacherReplica:
         log.info("started in %.1f s", time.monotonic() - started)
 
     def _load(self, config: Config, model: str) -> tuple[PromptEncoder, "ScoringEngine"]:
-        """What a replica computes with; benchmarks and tests put something else in its place."""
-        from teacher_service.engine import (  # here alone: torch takes seconds to import
-            start_engine,
-            wanted_by,
-        )
+        """The encoder and the engine; benchmarks and tests replace them."""
+        from teacher_service.engine import engine_class, wanted_by  # torch takes seconds to import
 
-        encoder = PromptEncoder(model, config.prompt, config.video, config.trust_remote_code)
-        wanted, trust = wanted_by(config.loss), config.trust_remote_code
-        return encoder, start_engine(model, config.teacher_pool, wanted, config.seed, encoder, trust)
+        pool, trust = config.teacher_pool, config.trust_remote_code
+        encoder = PromptEncoder(model, config.prompt, config.video, trust)
+        wanted = wanted_by(config.loss)
+        return encoder, engine_class(pool)(model, pool, wanted, config.seed, encoder, trust)
 
     async def score(self, groups: Sequence[TrajectoryGroup]) -> Reply:
-        """A ScoreResult for every group, in order: scores, or a FailedPrompt where the clip cannot be read."""
+        """A ScoreResult per group, in order: scores, or a FailedPrompt where the clip cannot be read."""
         return await self._score_batch(groups)
 
     @serve.batch
@@ -75,11 +74,8 @@ class TeacherReplica:
         ]
         for prompt, trajectory in pairs:
             check_parity(prompt, trajectory, "the teacher")
-        scored = (
-            self._engine.score([e for e, _ in pairs], [t.response_token_ids for _, t in pairs])
-            if pairs
-            else []
-        )
+        responses = [t.response_token_ids for _, t in pairs]
+        scored = self._engine.score([e for e, _ in pairs], responses) if pairs else []
         scores = iter(
             TeacherScores(
                 trajectory_id=t.trajectory_id,
@@ -99,7 +95,7 @@ class TeacherReplica:
     async def predict(
         self, prompts: Sequence[Prompt], num_answers: int = 1, temperature: float = 0.0
     ) -> Reply:
-        """The teacher's own answers to each prompt, for evaluation and for the curriculum: list[Prediction] or a FailedPrompt."""
+        """A PredictResult per prompt: the teacher's own answers, for evaluation and for the curriculum."""
         async with self._busy:
             started = time.perf_counter()
             answers = await asyncio.to_thread(self._predict, prompts, num_answers, temperature)
@@ -107,18 +103,14 @@ class TeacherReplica:
 
     def _predict(
         self, prompts: Sequence[Prompt], num_answers: int, temperature: float
-    ) -> list[list[Prediction] | FailedPrompt]:
+    ) -> list[PredictResult]:
         encoded = self._encoder.encode_all(prompts)
         readable = [e for e in encoded if isinstance(e, EncodedPrompt)]
-        answers = iter(
+        predicted = (
             self._engine.predict(readable, num_answers, temperature, self._max_tokens) if readable else []
         )
-        return [
-            e
-            if isinstance(e, FailedPrompt)
-            else [
-                Prediction(prompt_id=e.prompt_id, text=text, span_s=parse_span(text))
-                for text in next(answers)
-            ]
-            for e in encoded
-        ]
+        answers = iter(
+            [Prediction(prompt_id=e.prompt_id, text=text, span_s=parse_span(text)) for text in texts]
+            for e, texts in zip(readable, predicted, strict=True)
+        )
+        return [e if isinstance(e, FailedPrompt) else next(answers) for e in encoded]

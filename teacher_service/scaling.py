@@ -1,8 +1,8 @@
-"""How many replicas a teacher has, as Serve sees it, and how that number is changed while calls go on.
+"""Reads the number of a teacher's replicas from Serve, and changes it while calls run.
 
-Serve 2.60 has no call for it: `serve.run` restarts every replica of an application that it deploys again, since it gives the
-code a new version. `set_replicas` deploys what Serve itself holds of the deployment, code and version as they are, with another
-number alone: Serve starts or drains the difference, whichever process asks.
+Serve 2.60 has no call for the latter: `serve.run` gives the code a new version, which restarts every replica.
+`set_replicas` deploys Serve's own record of the deployment with another number, so that the version stays and
+Serve only starts or drains the difference. Any process of the cluster can call it.
 """
 
 from collections.abc import Collection, Sequence
@@ -22,7 +22,7 @@ from ray.serve.schema import ApplicationStatus
 from video_opd.config import Config, TeacherConfig, TeacherModel
 from video_opd.errors import RunError
 
-protobuf: Any = serve_pb2  # its classes are made while it is imported
+protobuf: Any = serve_pb2  # its classes are made on import
 
 DEPLOYMENT = "teacher"
 PREFIX, MIDDLE = "video_opd/", "/teacher/"
@@ -32,7 +32,7 @@ GONE_WRONG = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
 
 @dataclass(frozen=True)
 class Bounds:
-    """Between which numbers Serve chooses by the calls that queue."""
+    """Serve chooses the number of replicas within these by the calls that queue."""
 
     fewest: int
     most: int
@@ -48,13 +48,18 @@ class PoolStatus:
     run: str
     teacher: str
     status: ApplicationStatus
-    message: str  # why, where the status is a bad one
+    message: str  # explains a bad status
     wanted: int  # replicas
     starting: int
-    draining: int  # end the calls that they have and take no more
-    bounds: Bounds | None  # None: the number is fixed
+    draining: int  # finish their calls and take no more
+    bounds: Bounds | None  # None: a fixed number
     pids: tuple[int, ...]  # of the running replicas
-    actors: tuple[str, ...]  # their names
+    actors: tuple[str, ...]  # the names of their Ray actors
+
+    @property
+    def app(self) -> str:
+        """The name of its Serve application."""
+        return app_name(PREFIX + self.run, self.teacher)
 
     @property
     def running(self) -> int:
@@ -62,52 +67,49 @@ class PoolStatus:
 
     @property
     def reached(self) -> bool:
-        """Whether what runs is what is wanted."""
+        """Whether exactly the wanted replicas run."""
         return self.running == self.wanted and not self.draining
 
     def __str__(self) -> str:
         number = f"autoscaling {self.bounds}" if self.bounds else "fixed number"
-        states = f"{self.wanted} wanted, {self.running} running, {self.starting} starting, {self.draining} draining"
-        wrong = (
-            f"; {self.status.value}: {' '.join(self.message.split())[-500:]}"
-            if self.status in GONE_WRONG
-            else ""
+        wrong = f"; {self.status.value}: {' '.join(self.message.split())[-500:]}"
+        return (
+            f"run {self.run}, teacher {self.teacher}: replicas {self.wanted} wanted, {self.running} running, "
+            f"{self.starting} starting, {self.draining} draining; {number}"
+            f"{wrong if self.status in GONE_WRONG else ''}"
         )
-        return f"run {self.run}, teacher {self.teacher}: replicas {states}; {number}{wrong}"
 
 
 def app_name(run: str, teacher: str) -> str:
-    """Of the Serve application that is one teacher of one run. `run` as in the names of its other actors: video_opd/NAME."""
+    """The Serve application of one teacher of `run`, the prefix of the run's names: video_opd/NAME."""
     return f"{run}{MIDDLE}{teacher}"
 
 
 def read_pools() -> list[PoolStatus]:
-    """All teachers of all runs on this Ray; none where no Serve runs. Raises RunError when Serve does not answer."""
+    """All teachers of all runs on this Ray. Raises RunError if Serve runs and does not answer."""
     controller = _controller()
     if controller is None:
         return []
     applications = _answer(controller.get_serve_instance_details.remote())["applications"]
-    names = [
-        n for n in applications if n.startswith(PREFIX) and MIDDLE in n and applications[n]["deployments"]
-    ]
+    ours = {n: a for n, a in applications.items() if n.startswith(PREFIX) and MIDDLE in n}
     return [
-        _read(name, applications[name])
-        for name in names
-        if applications[name]["status"] != ApplicationStatus.DELETING
+        _read(name, application)
+        for name, application in ours.items()
+        if application["deployments"] and application["status"] != ApplicationStatus.DELETING
     ]
 
 
 def read_pool(app: str) -> PoolStatus:
-    """One teacher. Raises RunError where there is none, or Serve does not answer."""
+    """One teacher. Raises RunError if there is none or Serve does not answer."""
     for pool in read_pools():
-        if app_name(PREFIX + pool.run, pool.teacher) == app:
+        if pool.app == app:
             return pool
     raise RunError(f"Serve has no application {app}")
 
 
 def delete_orphans(running: Collection[str]) -> list[str]:
-    """Deletes the teachers of runs that are not among `running`: Serve outlives a driver that was killed. Returns their names."""
-    orphans = [app_name(PREFIX + pool.run, pool.teacher) for pool in read_pools() if pool.run not in running]
+    """Deletes the teachers of runs not in `running`, whose driver was killed; returns their names."""
+    orphans = [pool.app for pool in read_pools() if pool.run not in running]
     for app in orphans:
         serve.delete(app, _blocking=False)
     return orphans
@@ -116,10 +118,11 @@ def delete_orphans(running: Collection[str]) -> list[str]:
 def _read(name: str, application: dict[str, Any]) -> PoolStatus:
     run, _, teacher = name.removeprefix(PREFIX).rpartition(MIDDLE)
     deployment = application["deployments"][DEPLOYMENT]
-    replicas = {
-        state: [r for r in deployment["replicas"] if r["state"] in states]
-        for state, states in _STATES.items()
-    }
+
+    def in_state(*states: str) -> list[dict[str, Any]]:
+        return [r for r in deployment["replicas"] if r["state"] in states]
+
+    running = in_state("RUNNING", "UPDATING", "PENDING_MIGRATION")
     scaling = deployment["deployment_config"].get("autoscaling_config")
     return PoolStatus(
         run=run,
@@ -127,19 +130,12 @@ def _read(name: str, application: dict[str, Any]) -> PoolStatus:
         status=ApplicationStatus(application["status"]),
         message=deployment["message"] or application["message"],
         wanted=deployment["target_num_replicas"],
-        starting=len(replicas["starting"]),
-        draining=len(replicas["draining"]),
+        starting=len(in_state("STARTING", "RECOVERING")),
+        draining=len(in_state("STOPPING")),
         bounds=Bounds(scaling["min_replicas"], scaling["max_replicas"]) if scaling else None,
-        pids=tuple(r["pid"] for r in replicas["running"]),
-        actors=tuple(r["actor_name"] for r in replicas["running"]),
+        pids=tuple(r["pid"] for r in running),
+        actors=tuple(r["actor_name"] for r in running),
     )
-
-
-_STATES = {
-    "running": ("RUNNING", "UPDATING", "PENDING_MIGRATION"),
-    "starting": ("STARTING", "RECOVERING"),
-    "draining": ("STOPPING",),
-}
 
 
 def _controller() -> Any:
@@ -149,7 +145,7 @@ def _controller() -> Any:
 
 
 def _answer(reference: Any) -> Any:
-    """The controller's. Raises RunError without one."""
+    """The answer of Serve's controller. Raises RunError without one."""
     try:
         return ray.get(reference, timeout=ANSWER_TIMEOUT_S)
     except (GetTimeoutError, RayError, RayServeException) as error:
@@ -157,7 +153,7 @@ def _answer(reference: Any) -> Any:
 
 
 def ongoing_calls(pool: PoolStatus) -> int | None:
-    """Calls that the running replicas have, worked on or waiting there; None where one does not answer."""
+    """Calls that run or wait in the running replicas; None where one does not answer."""
     try:
         replicas = [ray.get_actor(name, namespace="serve") for name in pool.actors]
         return sum(ray.get([r.get_num_ongoing_requests.remote() for r in replicas], timeout=ANSWER_TIMEOUT_S))
@@ -166,7 +162,7 @@ def ongoing_calls(pool: PoolStatus) -> int | None:
 
 
 def autoscaling(config: TeacherConfig, bounds: Bounds, initial: int) -> AutoscalingConfig:
-    """Serve's own policy: as many replicas as leave each with target_ongoing_requests calls."""
+    """Serve's own policy: enough replicas for each to have target_ongoing_requests calls."""
     return AutoscalingConfig(
         min_replicas=bounds.fewest,
         max_replicas=bounds.most,
@@ -178,21 +174,18 @@ def autoscaling(config: TeacherConfig, bounds: Bounds, initial: int) -> Autoscal
 
 
 def deployed_with(app: str) -> tuple[Config, TeacherModel]:
-    """What the replicas of a teacher were made from, in whichever process that was."""
-    return ReplicaConfig.from_proto(_deployed(app).replica_config, needs_pickle=True).init_args  # pyright: ignore[reportReturnType]
+    """The arguments of a teacher's replicas, from any process."""
+    config: Any = ReplicaConfig.from_proto(_deployed(app).replica_config, needs_pickle=True)
+    return config.init_args
 
 
 def set_replicas(app: str, wanted: int | Bounds) -> None:
-    """A fixed number, or autoscaling between bounds, from now on. Replicas that stay are not restarted; those that go drain."""
+    """Sets a fixed number or autoscaling. Replicas that stay do not restart; those that go drain."""
     deployed, (config, _) = _deployed(app), deployed_with(app)
     options = DeploymentConfig.from_proto(deployed.deployment_config)
-    if isinstance(wanted, Bounds):
-        running = read_pool(app).wanted
-        options.autoscaling_config = autoscaling(config.teacher_pool, wanted, running)
-        options.num_replicas = None
-    else:
-        options.autoscaling_config = None
-        options.num_replicas = wanted
+    bounds = wanted if isinstance(wanted, Bounds) else None
+    options.autoscaling_config = bounds and autoscaling(config.teacher_pool, bounds, read_pool(app).wanted)
+    options.num_replicas = None if isinstance(wanted, Bounds) else wanted
     arguments = protobuf.DeploymentArgs(
         deployment_name=DEPLOYMENT,
         deployment_config=options.to_proto_bytes(),  # holds the version of the code, which stays
@@ -207,6 +200,5 @@ def set_replicas(app: str, wanted: int | Bounds) -> None:
 
 def _deployed(app: str) -> Any:
     """Serve's record of the deployment."""
-    return protobuf.DeploymentRoute.FromString(
-        _answer(_controller().get_deployment_info.remote(DEPLOYMENT, app))
-    ).deployment_info
+    route = _answer(_controller().get_deployment_info.remote(DEPLOYMENT, app))
+    return protobuf.DeploymentRoute.FromString(route).deployment_info

@@ -1,4 +1,4 @@
-"""The driver's side of the scheduler with an actor that dies at random calls: the answers are those of one that never does."""
+"""A scheduler actor that dies at random calls: the curriculum answers as with one that never does."""
 
 import asyncio
 import random
@@ -69,7 +69,7 @@ def make_curriculum(rng: random.Random, faults: float, max_retries: int = 1000) 
 
 
 async def story(curriculum: Curriculum, seed: int) -> list[Any]:
-    """Prompts as they are issued, trained on and retired, some calls at once; all that the scheduler answered."""
+    """Issues, trains on and retires prompts, some calls at once; returns all answers of the scheduler."""
     rng, waiting, seen = random.Random(seed), [], []
     for step in range(20):
         if len(waiting) < 6:

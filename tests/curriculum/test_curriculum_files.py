@@ -1,4 +1,4 @@
-"""What the curriculum keeps on disk: the teacher's answers, found again by content, and the records that people read."""
+"""What the curriculum keeps on disk: the teacher's answers, found by content, and the records."""
 
 import shutil
 from pathlib import Path

@@ -6,7 +6,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from functools import cache
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,21 +17,22 @@ from hypothesis import strategies as st
 from curriculum.scheduler import Scheduler, observation
 from tests.fakes import make_group, make_prompt
 from video_opd.config import Config, CurriculumConfig
-from video_opd.config_file import load_config
+from video_opd.config_file import load_demo
 from video_opd.errors import CheckpointError, ConfigError, RunError
 from video_opd.grounding import ROUNDING
 from video_opd.types import FailedPrompt
 
-DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 KINDS = ("uniform", "tvdf", "scc")
+
+
+demo = cache(load_demo)
 
 
 def make_config(seed: int = 0, groups_per_step: int = 1, **options) -> Config:
     """The demo's, with the curriculum that the test names."""
-    demo = load_config(
-        DEMO, [f"seed={seed}", f"groups_per_step={groups_per_step}", "max_policy_lag=0", "num_steps=1000"]
-    )
-    return demo.model_copy(update={"curriculum": CurriculumConfig(**options)})
+    config = demo(("num_steps=1000", "max_policy_lag=0", "groups_per_step=1"))
+    update = {"seed": seed, "groups_per_step": groups_per_step, "curriculum": CurriculumConfig(**options)}
+    return config.model_copy(update=update)
 
 
 def make_scheduler(num_prompts: int, seed: int = 0, groups_per_step: int = 1, **options) -> Scheduler:
@@ -191,7 +192,7 @@ def test_seen_share_is_over_the_selected_prompts():
 
 
 def restored(state: dict, num_prompts: int, groups_per_step: int = 1, **options) -> Scheduler:
-    """A fresh scheduler with the state, which has been on disk as in a checkpoint; another seed, to be overwritten."""
+    """A fresh scheduler of another seed that loads the state from disk, as from a checkpoint."""
     rest = json.loads(json.dumps({k: v for k, v in state.items() if k != "records"}))
     file = io.BytesIO()
     pq.write_table(state["records"], file)
@@ -204,17 +205,15 @@ def restored(state: dict, num_prompts: int, groups_per_step: int = 1, **options)
 def run_rounds(
     scheduler: Scheduler, per_step: int, first: int, last: int, sigma_seed: int
 ) -> list[list[str]]:
-    """The steps `first` to `last` as the loop does them: select where a round ends, sample, train; sigma is the step's own."""
+    """Steps `first` to `last` as the loop does them: select when due, sample, train; sigma varies by step."""
     steps = []
     for step in range(first, last):
         if step == scheduler.next_selection():
-            if step == 0:
-                scheduler.validate(
-                    np.random.default_rng(sigma_seed).permutation(np.linspace(0.4, 1, 24))
-                )  # 4 below 0.5
-            scheduler.start_round(
-                np.random.default_rng([sigma_seed, step]).permutation(np.linspace(0, 1, 24)), step
-            )
+            if step == 0:  # 4 of the 24 are below 0.5
+                tau = np.random.default_rng(sigma_seed).permutation(np.linspace(0.4, 1, 24))
+                scheduler.validate(tau)
+            sigma = np.random.default_rng([sigma_seed, step]).permutation(np.linspace(0, 1, 24))
+            scheduler.start_round(sigma, step)
         steps.append(issue(scheduler, per_step))
         train(scheduler, steps[-1], step)
     return steps
@@ -230,7 +229,7 @@ def run_rounds(
 def test_a_run_stopped_anywhere_and_restored_samples_what_one_that_was_never_stopped_does(
     kind, sampler, stop, by_video, seed
 ):
-    """Across rounds and in their middle, with every sampler: same prompts, same order, same records, same random state."""
+    """Across and within rounds, with every sampler: same prompts, order, records and random state."""
     options = {
         "kind": kind,
         "sampler": sampler,
@@ -276,7 +275,7 @@ def test_prompts_in_flight_are_issued_first_after_a_restart_and_the_pass_goes_on
     seed=st.integers(0, 1000),
 )
 def test_a_saved_state_and_what_was_asked_since_give_the_lost_scheduler_again(saved, lost, kind, seed):
-    """What Curriculum does when its actor dies: in flight stays in flight, and every later draw is the same."""
+    """As Curriculum does when its actor dies: in flight stays in flight, later draws are the same."""
     rng = random.Random(seed)
     options = {} if kind == "uniform" else {"kind": kind, "num_selected": 9, "teacher_threshold": 0}
     scheduler = make_scheduler(16, seed, **options)
@@ -329,6 +328,25 @@ def test_a_prompt_in_flight_at_a_restart_keeps_its_turn_in_the_pass_that_has_beg
     train(copy, [*late, *started])
     trained.update([*late, *started, *issue_and_train(copy, 1, 3)])
     assert set(trained.values()) == {2}, trained
+
+
+def test_the_next_selection_is_at_step_0_then_where_a_round_ends_or_never():
+    selections = {}
+    for kind in KINDS:
+        scheduler = make_scheduler(
+            8, kind=kind, num_selected=4 if kind != "uniform" else None, anchor_frac=0.5
+        )
+        selections[kind] = [scheduler.next_selection()]
+        scheduler.retire(
+            [FailedPrompt(prompt_id="p7", reason="broken")]
+        )  # in no round: nothing takes its place
+        if kind != "uniform":
+            selections[kind].append(start_round(scheduler, [0.9] * 8, [0.9, 0.1] * 4, step=3))
+            in_round = [r["prompt_id"] for r in records_of(scheduler) if r["selected"]]
+            scheduler.retire([FailedPrompt(prompt_id=in_round[0], reason="broken")])
+            left = [r["prompt_id"] for r in records_of(scheduler) if r["selected"] and not r["dropped"]]
+            assert len(left) == (4 if kind == "tvdf" else 3), kind
+    assert selections == {"uniform": [None], "tvdf": [0, 7], "scc": [0, None]}
 
 
 def test_a_checkpoint_of_other_prompts_is_refused_with_their_names():
@@ -430,7 +448,8 @@ def test_rounds_are_as_long_as_their_passes_and_sample_nothing_twice_unless_aske
         )
         scheduler.validate(np.full(12, 0.9))
         for _ in range(3):
-            start = scheduler.next_selection() or 0
+            start = scheduler.next_selection()
+            assert start is not None
             sigma = np.random.default_rng(start).uniform(0, 1, 12)
             assert scheduler.start_round(sigma, start) == start + 3 * passes
             counts = Counter(issue_and_train(scheduler, 2, 3 * passes))
@@ -510,7 +529,8 @@ def test_prompts_of_one_video_are_issued_next_to_each_other_when_asked():
     [
         (
             {"teacher_threshold": 0.95},
-            r"0 of 4 prompts are left, 1 are to be selected: 4 dropped, teacher IoU is below 0.95 \(p0, p1, p2, ...\)",
+            r"0 of 4 prompts are left, 1 are to be selected: 4 dropped, teacher IoU is below 0.95 "
+            r"\(p0, p1, p2, ...\)",
         ),
         ({"teacher_threshold": 0.95, "num_selected": 2}, r"0 of 4 prompts are left, 2 are to be selected"),
         (

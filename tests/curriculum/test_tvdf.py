@@ -96,7 +96,7 @@ def test_bbds_deals_equal_shares_to_five_buckets_and_spaces_them(delta, data):
 
 
 def inclusion(weights: list[float], k: int) -> list[float]:
-    """The exact chance of each item among k successive draws without replacement, by enumerating every order of draws."""
+    """The exact chance of each item in k draws without replacement, by enumerating every order of draws."""
     chances = [0.0] * len(weights)
     for order in itertools.permutations(range(len(weights)), k):
         chance, left = 1.0, sum(weights)

@@ -62,13 +62,15 @@ def test_filler_rows_weigh_nothing_and_stand_alone(lengths, micro_batch, world_s
         assert {row.weight for row in rows(plan)} <= {0.0, 1.0}
         for micro in plan.micro_batches:
             if any(row.weight == 0.0 for row in micro):
-                assert len(micro) == 1 and len(micro[0].signal) == len(micro[0].trajectory.response_token_ids)
+                assert len(micro) == 1 and len(micro[0].advantage) == len(
+                    micro[0].trajectory.response_token_ids
+                )
 
 
 @given(lengths=groups_of_lengths, micro_batch=st.integers(1, 5), world_size=st.integers(1, 4))
 def test_every_rank_knows_how_many_tokens_the_fullest_has(lengths, micro_batch, world_size):
     of_ranks = plans(build(lengths), micro_batch, world_size)
-    counted = [[sum(len(row.signal) for row in m) for m in p.micro_batches] for p in of_ranks]
+    counted = [[sum(len(row.advantage) for row in m) for m in p.micro_batches] for p in of_ranks]
     assert all(p.most_tokens == [max(of_all) for of_all in zip(*counted, strict=True)] for p in of_ranks)
 
 
@@ -82,12 +84,14 @@ def test_a_rank_without_a_row_repeats_one_with_weight_zero():
 def test_every_rank_divides_by_the_token_count_of_all_ranks(lengths, micro_batch, world_size):
     of_ranks = plans(build(lengths), micro_batch, world_size)
     assert {p.num_tokens for p in of_ranks} == {sum(sum(of_group) for of_group in lengths)}
-    assert sum(len(row.signal) for p in of_ranks for row in rows(p) if row.weight) == of_ranks[0].num_tokens
+    assert (
+        sum(len(row.advantage) for p in of_ranks for row in rows(p) if row.weight) == of_ranks[0].num_tokens
+    )
 
 
 @pytest.mark.parametrize("loss", [LossConfig(), LossConfig(center="batch", clamp=1.5)])
 @given(lengths=groups_of_lengths, micro_batch=st.integers(1, 5), world_size=st.integers(1, 4))
-def test_rows_carry_their_own_signal_centred_on_the_whole_batch(loss, lengths, micro_batch, world_size):
+def test_rows_carry_their_own_advantage_centred_on_the_whole_batch(loss, lengths, micro_batch, world_size):
     groups = build(lengths, top_k=3)
     pairs = [(t, s) for g in groups for t, s in zip(g.group.trajectories, g.scores, strict=True)]
     raw = {t.trajectory_id: s.teacher_logprobs.astype(np.float64) - t.actor_logprobs for t, s in pairs}
@@ -98,7 +102,7 @@ def test_rows_carry_their_own_signal_centred_on_the_whole_batch(loss, lengths, m
     for plan in plans(groups, micro_batch, world_size, loss):
         for row in rows(plan):
             name = row.trajectory.trajectory_id
-            np.testing.assert_allclose(row.signal, raw[name] - mean, atol=1e-5)
+            np.testing.assert_allclose(row.advantage, raw[name] - mean, atol=1e-5)
             assert row.scores is not None and row.scores.top_k is top_k[name]
             assert row.prompt.prompt_id == row.trajectory.prompt_id
 

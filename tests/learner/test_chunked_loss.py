@@ -1,4 +1,4 @@
-"""The loss in chunks of rows against the loss at once: values, gradients, and how many logits exist at a time."""
+"""The loss in chunks of rows against the loss at once: values, gradients and logits held at a time."""
 
 import pytest
 import torch
@@ -17,11 +17,11 @@ def test_chunks_change_neither_value_nor_gradient(kind, chunk):
     torch.manual_seed(0)
     head = torch.nn.Linear(HIDDEN, V, bias=False).double()
     hidden = torch.randn(ROWS, HIDDEN, dtype=torch.float64, requires_grad=True)
-    targets, actor, signal = torch.randint(V, (ROWS,)), torch.randn(ROWS) - 3, torch.randn(ROWS)
+    targets, actor, advantage = torch.randint(V, (ROWS,)), torch.randn(ROWS) - 3, torch.randn(ROWS)
     teacher = torch.randn(ROWS, V)
     top = teacher.log_softmax(-1).topk(K)
     tokens = ResponseTokens(
-        targets, actor, signal, (top.indices, top.values), lambda rows: teacher[rows], signal - 2
+        targets, actor, advantage, (top.indices, top.values), lambda rows: teacher[rows], advantage - 2
     )
     largest = 0
 
@@ -47,7 +47,7 @@ def test_chunks_change_neither_value_nor_gradient(kind, chunk):
 
 @pytest.mark.parametrize("rows", [0, 1, 4, 5, 13])
 def test_every_rank_goes_through_the_head_equally_often(rows):
-    """Under ZeRO-3 each pass gathers the head's weights: ranks with unlike numbers of rows must make as many."""
+    """Under ZeRO-3 each pass gathers the head's weights, so all ranks must make equally many."""
     passes = 0
     linear = torch.nn.Linear(HIDDEN, V, bias=False)
 

@@ -1,4 +1,4 @@
-"""Signals of an update against numbers by hand and exact enumeration."""
+"""Diagnostics of an update against numbers by hand and exact enumeration."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from learner.diagnostics import TimestampTokens, TokenRecords, batch_signals, policy_signals, reverse_kl
+from learner.diagnostics import (
+    TimestampTokens,
+    TokenRecords,
+    batch_diagnostics,
+    policy_diagnostics,
+    reverse_kl,
+)
 from tests.fakes import make_group
 from video_opd.config import Config, LossConfig
 from video_opd.config_file import load_config
@@ -62,14 +68,14 @@ def test_both_estimates_of_the_reverse_kl_are_unbiased_and_split_without_a_rest(
     each = [reverse_kl(np.array([r]), np.array([True])) for r in log_ratio]
     for name in ("learner/reverse_kl", "learner/reverse_kl_k3"):
         assert sum(
-            p * signals[name] for p, signals in zip(probabilities, each, strict=True)
+            p * metrics[name] for p, metrics in zip(probabilities, each, strict=True)
         ) == pytest.approx(exact)
-    assert all(signals["learner/reverse_kl_k3"] >= 0 for signals in each) and min(log_ratio) < 0 < max(
+    assert all(metrics["learner/reverse_kl_k3"] >= 0 for metrics in each) and min(log_ratio) < 0 < max(
         log_ratio
     )
-    signals = reverse_kl(log_ratio, np.array([True, False, True, False, False]))
-    assert signals["learner/reverse_kl_time"] == pytest.approx(-(log_ratio[0] + log_ratio[2]) / 2)
-    assert signals["learner/reverse_kl_rest"] == pytest.approx(
+    metrics = reverse_kl(log_ratio, np.array([True, False, True, False, False]))
+    assert metrics["learner/reverse_kl_time"] == pytest.approx(-(log_ratio[0] + log_ratio[2]) / 2)
+    assert metrics["learner/reverse_kl_rest"] == pytest.approx(
         -(log_ratio[1] + log_ratio[3] + log_ratio[4]) / 3
     )
     assert "learner/reverse_kl_rest" not in reverse_kl(log_ratio, np.ones(5, bool))
@@ -87,20 +93,20 @@ def records(ratios: list[float]) -> TokenRecords:
     )
 
 
-def test_policy_signals_by_hand():
+def test_policy_diagnostics_by_hand():
     tokens = records([0.5, 1.0, 1.1, 3.0])
-    signals = policy_signals(tokens, LossConfig(kind="opd", max_ratio=2.0))
-    assert signals["learner/entropy"] == pytest.approx(0.5)
-    assert (signals["learner/ratio_min"], signals["learner/ratio_max"]) == (
+    metrics = policy_diagnostics(tokens, LossConfig(kind="opd", max_ratio=2.0))
+    assert metrics["learner/entropy"] == pytest.approx(0.5)
+    assert (metrics["learner/ratio_min"], metrics["learner/ratio_max"]) == (
         pytest.approx(0.5),
         pytest.approx(3.0),
     )
-    assert signals["learner/ratio_p50"] == pytest.approx(1.05)
-    assert signals["learner/logprob_gap_max"] == pytest.approx(np.log(3.0), rel=1e-5)
-    assert signals["learner/ratio_truncated_frac"] == 0.25
-    assert policy_signals(tokens, LossConfig(kind="grpo"))["learner/ratio_truncated_frac"] == 0.5
-    assert "learner/ratio_truncated_frac" not in policy_signals(tokens, LossConfig(kind="opd"))
-    assert policy_signals(tokens, LossConfig(kind="sft")).keys() == {"learner/entropy"}, (
+    assert metrics["learner/ratio_p50"] == pytest.approx(1.05)
+    assert metrics["learner/logprob_gap_max"] == pytest.approx(np.log(3.0), rel=1e-5)
+    assert metrics["learner/ratio_truncated_frac"] == 0.25
+    assert policy_diagnostics(tokens, LossConfig(kind="grpo"))["learner/ratio_truncated_frac"] == 0.5
+    assert "learner/ratio_truncated_frac" not in policy_diagnostics(tokens, LossConfig(kind="opd"))
+    assert policy_diagnostics(tokens, LossConfig(kind="sft")).keys() == {"learner/entropy"}, (
         "nobody sampled: there is no ratio"
     )
 
@@ -111,7 +117,7 @@ def test_parts_of_a_rank_are_put_together():
     assert len(whole.entropy) == 3
 
 
-def test_batch_signals_tell_what_the_objective_has(is_time):
+def test_batch_diagnostics_tell_what_the_objective_has(is_time):
     group = make_group("p", (3, 5))
     short = [
         replace(t, response_token_ids=t.response_token_ids % len(VOCABULARY))
@@ -121,22 +127,22 @@ def test_batch_signals_tell_what_the_objective_has(is_time):
     scores = tuple(
         replace(s, entropy=np.full(len(s.teacher_logprobs), 0.25, np.float32)) for s in group.scores
     )
-    signals = batch_signals(
+    metrics = batch_diagnostics(
         [replace(group, scores=scores)], config_of(kind="opd", clamp=0.1, center="batch"), is_time
     )
     log_ratio = np.concatenate(
         [s.teacher_logprobs - t.actor_logprobs for s, t in zip(scores, short, strict=True)]
     )
-    assert signals["learner/num_tokens"] == 8 and signals["learner/response_tokens"] == 4
-    assert signals["teacher/entropy"] == 0.25
-    assert signals["learner/reverse_kl"] == pytest.approx(-log_ratio.mean(), rel=1e-6)
-    assert signals["learner/clamped_frac"] == (np.abs(log_ratio) > 0.1).mean()
-    assert signals["learner/center"] == pytest.approx(np.clip(log_ratio, -0.1, 0.1).mean(), rel=1e-6)
-    unknown = batch_signals([group], config_of(kind="opd_topk"), is_time)
+    assert metrics["learner/num_tokens"] == 8 and metrics["learner/response_tokens"] == 4
+    assert metrics["teacher/entropy"] == 0.25
+    assert metrics["learner/reverse_kl"] == pytest.approx(-log_ratio.mean(), rel=1e-6)
+    assert metrics["learner/clamped_frac"] == (np.abs(log_ratio) > 0.1).mean()
+    assert metrics["learner/center"] == pytest.approx(np.clip(log_ratio, -0.1, 0.1).mean(), rel=1e-6)
+    unknown = batch_diagnostics([group], config_of(kind="opd_topk"), is_time)
     assert "teacher/entropy" not in unknown and "learner/clamped_frac" not in unknown
     rewarded = replace(group, scores=(), rewards=(0.5, 1.0))
-    signals = batch_signals(
+    metrics = batch_diagnostics(
         [rewarded, replace(rewarded, rewards=(1.0, 1.0))], config_of(kind="grpo"), is_time
     )
-    assert signals["learner/reward"] == 0.875 and signals["learner/flat_groups_frac"] == 0.5
-    assert "learner/reverse_kl" not in signals
+    assert metrics["learner/reward"] == 0.875 and metrics["learner/flat_groups_frac"] == 0.5
+    assert "learner/reverse_kl" not in metrics

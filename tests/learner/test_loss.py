@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from learner.loss import MIN_TAIL, ResponseTokens, loss_per_token, pointwise_signal, sampled_loss, topk_loss
+from learner.loss import MIN_TAIL, ResponseTokens, loss_per_token, sampled_advantage, sampled_loss, topk_loss
 from video_opd.config import LossConfig
 
 V = 6
@@ -38,7 +38,7 @@ def teacher_top_k(teacher: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
 
 
 def bucketed_kl(student_logits: np.ndarray, teacher_logprobs: np.ndarray, ids: np.ndarray) -> float:
-    """One row, literally: both distributions over the tokens `ids` and one bucket for all other tokens, then their KL."""
+    """One row, literally: the KL of both distributions over the tokens `ids` and one bucket for the rest."""
     p = np.exp(student_logits) / np.exp(student_logits).sum()
     q = np.exp(teacher_logprobs)
     inside = [int(i) for i in ids]
@@ -58,8 +58,10 @@ def test_expected_sampled_gradient_is_the_gradient_of_the_reverse_kl():
     for token in range(V):
         targets = torch.full((STATES,), token)
         actor = logits.detach().log_softmax(-1)[:, token]
-        signal = teacher[:, token] - actor
-        loss, _ = loss_per_token(LossConfig(kind="opd"), logits, ResponseTokens(targets, actor, signal), ALL)
+        advantage = teacher[:, token] - actor
+        loss, _ = loss_per_token(
+            LossConfig(kind="opd"), logits, ResponseTokens(targets, actor, advantage), ALL
+        )
         expected += gradient((probabilities[:, token] * loss).sum(), logits)
 
     torch.testing.assert_close(expected, exact, rtol=1e-9, atol=1e-12)
@@ -71,19 +73,19 @@ def test_expected_sampled_gradient_off_policy_is_that_of_the_student_not_of_the_
     logits, teacher = distributions(1)
     actor_logits, _ = distributions(2)
     actor = actor_logits.detach().log_softmax(-1)
-    signal = teacher - actor
-    exact = gradient(-(logits.softmax(-1) * signal).sum(), logits)
+    advantage = teacher - actor
+    exact = gradient(-(logits.softmax(-1) * advantage).sum(), logits)
 
     expected = torch.zeros_like(exact)
     for token in range(V):
-        loss = sampled_loss(logits.log_softmax(-1)[:, token], actor[:, token], signal[:, token])
+        loss = sampled_loss(logits.log_softmax(-1)[:, token], actor[:, token], advantage[:, token])
         expected += gradient((actor[:, token].exp() * loss).sum(), logits)
 
     torch.testing.assert_close(expected, exact, rtol=1e-9, atol=1e-12)
 
 
 def test_monte_carlo_gradient_converges_like_one_over_root_n():
-    """The error over 64 repetitions has the size that the enumerated variance predicts, at n and at 16 n samples."""
+    """The error over 64 repetitions is as the enumerated variance predicts, at n and at 16 n samples."""
     logits, teacher = distributions(3, rows=1)
     exact = gradient(reverse_kl(logits, teacher).sum(), logits)
     logprobs = logits.detach().log_softmax(-1)[0]
@@ -91,9 +93,11 @@ def test_monte_carlo_gradient_converges_like_one_over_root_n():
 
     def estimate(tokens: torch.Tensor) -> torch.Tensor:
         actor = torch.from_numpy(actor_all)[tokens]
-        signal = torch.from_numpy(pointwise_signal(teacher_all[tokens.numpy()], actor.numpy(), LossConfig()))
+        advantage = torch.from_numpy(
+            sampled_advantage(teacher_all[tokens.numpy()], actor.numpy(), LossConfig())
+        )
         loss, _ = loss_per_token(
-            LossConfig(), logits.expand(len(tokens), V), ResponseTokens(tokens, actor, signal), ALL
+            LossConfig(), logits.expand(len(tokens), V), ResponseTokens(tokens, actor, advantage), ALL
         )
         return gradient(loss.mean(), logits)
 
@@ -108,7 +112,7 @@ def test_monte_carlo_gradient_converges_like_one_over_root_n():
         draws = torch.multinomial(logprobs.exp(), 64 * n, replacement=True, generator=generator).split(n)
         estimates = torch.cat([estimate(tokens) for tokens in draws])
         errors[n] = float(((estimates - exact) ** 2).sum(-1).mean().sqrt())
-        # the mean of 64 squared errors of V - 1 free components: relative deviation below 1 / sqrt(32), so 4 sigma
+        # 64 squared errors of V - 1 free components: relative deviation below 1 / sqrt(32), so 4 sigma
         # of the root are 35 %
         assert errors[n] == pytest.approx(math.sqrt(variance / n), rel=0.35)
         # and no bias: the mean of all repetitions is within 5 standard errors
@@ -207,14 +211,14 @@ def test_a_student_equal_to_the_teacher_has_no_topk_loss_and_no_gradient(k):
     assert gradient(loss.sum(), logits).abs().max().item() < 1e-12
 
 
-def test_a_student_equal_to_the_teacher_has_no_signal_and_no_sampled_gradient():
+def test_a_student_equal_to_the_teacher_has_no_advantage_and_no_sampled_gradient():
     logits, _ = distributions(12)
     targets = torch.tensor([0, 3, 5])
     logprobs = logits.detach().log_softmax(-1)[torch.arange(STATES), targets]
-    signal = pointwise_signal(logprobs.numpy(), logprobs.numpy(), LossConfig(center="batch", clamp=3.0))
-    assert (signal == 0).all()
+    advantage = sampled_advantage(logprobs.numpy(), logprobs.numpy(), LossConfig(center="batch", clamp=3.0))
+    assert (advantage == 0).all()
     loss, _ = loss_per_token(
-        LossConfig(), logits, ResponseTokens(targets, logprobs, torch.from_numpy(signal)), ALL
+        LossConfig(), logits, ResponseTokens(targets, logprobs, torch.from_numpy(advantage)), ALL
     )
     assert (loss == 0).all() and (gradient(loss.sum(), logits) == 0).all()
 
@@ -233,10 +237,10 @@ ACTOR = np.array([-2.0, -1.0, -0.5, -1.0], dtype=np.float32)
         ({"clamp": 3.0, "center": "batch"}, [1.75, -2.25, 0.75, -0.25]),  # clamped first, so the mean is zero
     ],
 )
-def test_signal_is_teacher_minus_actor_with_its_options(options, expected):
-    signal = pointwise_signal(TEACHER, ACTOR, LossConfig(**options))
-    assert signal.dtype == np.float32
-    assert signal.tolist() == pytest.approx(expected)
+def test_r_t_is_teacher_minus_actor_with_its_options(options, expected):
+    advantage = sampled_advantage(TEACHER, ACTOR, LossConfig(**options))
+    assert advantage.dtype == np.float32
+    assert advantage.tolist() == pytest.approx(expected)
 
 
 def test_a_bounded_ratio_scales_by_the_bound_and_stops_the_gradient_beyond_it():
@@ -244,13 +248,13 @@ def test_a_bounded_ratio_scales_by_the_bound_and_stops_the_gradient_beyond_it():
     actor = torch.tensor(
         [-1.0 - math.log(3.0), -1.0 + math.log(2.0)], dtype=torch.float64
     )  # ratios 3 and 1/2
-    signal = torch.tensor([-0.7, 0.4], dtype=torch.float64)
+    advantage = torch.tensor([-0.7, 0.4], dtype=torch.float64)
 
-    free = sampled_loss(learner, actor, signal)
+    free = sampled_loss(learner, actor, advantage)
     assert free.tolist() == pytest.approx([2.1, -0.2])
     assert gradient(free.sum(), learner).tolist() == pytest.approx([2.1, -0.2])
 
-    bounded = sampled_loss(learner, actor, signal, max_ratio=2.0)
+    bounded = sampled_loss(learner, actor, advantage, max_ratio=2.0)
     assert bounded.tolist() == pytest.approx([1.4, -0.2])
     assert gradient(bounded.sum(), learner).tolist() == pytest.approx([0.0, -0.2])
 

@@ -1,4 +1,4 @@
-"""Every objective's value and gradient against an independent float64 reading of its formula, and what the loop brings to each."""
+"""Every objective's value and gradient against a float64 reading of its formula, and its inputs."""
 
 import math
 from dataclasses import replace
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from learner.batching import plan_update, signals_of
+from learner.batching import advantages_of, plan_update
 from learner.loss import ResponseTokens, full_loss, group_advantages, grpo_loss, loss_per_token
 from tests.fakes import make_group, make_prompt
 from video_opd.config import LossConfig
@@ -160,8 +160,8 @@ def with_rewards(prompt_id: str, rewards: list[float], lengths: list[int]) -> Sc
 
 def test_an_advantage_is_that_of_the_own_group_on_every_token():
     groups = [with_rewards("a", [1.0, 0.0], [2, 3]), with_rewards("b", [0.2, 0.2], [1, 1])]
-    signals = signals_of(groups, LossConfig(kind="grpo", advantage_std=False))
-    assert [s.tolist() for s in signals] == [[0.5] * 2, [-0.5] * 3, [0.0], [0.0]]
+    advantages = advantages_of(groups, LossConfig(kind="grpo", advantage_std=False))
+    assert [s.tolist() for s in advantages] == [[0.5] * 2, [-0.5] * 3, [0.0], [0.0]]
     plans = [plan_update(groups, LossConfig(kind="grpo"), 2, rank, 2) for rank in range(2)]
     assert {p.num_tokens for p in plans} == {7}
     rows = {r.trajectory.trajectory_id: r for p in plans for m in p.micro_batches for r in m if r.weight}

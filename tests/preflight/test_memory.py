@@ -287,7 +287,7 @@ def test_copies_of_the_logits_at_the_peak_of_every_loss(loss, chunk):
     tokens = ResponseTokens(
         targets=torch.zeros(rows, dtype=torch.int64),
         actor_logprobs=torch.zeros(rows),
-        signal=torch.ones(rows),
+        advantage=torch.ones(rows),
         top_k=(torch.arange(32).expand(rows, 32), torch.full((rows, 32), -5.0)),
         teacher_logprobs=torch.zeros(rows),
         teacher_logits=lambda which: torch.zeros(rows, hidden)[which] @ head.weight.detach().T,

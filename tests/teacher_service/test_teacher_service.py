@@ -1,4 +1,4 @@
-"""The teacher service without Ray: what is measured, what is repeated, what Serve is told, and what the command line refuses."""
+"""The teacher service without Ray: usage, repeated calls, Serve's options, and the command line."""
 
 import asyncio
 import math
@@ -47,7 +47,7 @@ def test_a_merged_batch_counts_once_and_queueing_is_what_the_engine_did_not_take
     usage = Usage(5.0, replicas)
     for engine_s, num_calls, waited_s in batches:
         for _ in range(num_calls):
-            usage.count(engine_s + waited_s, Reply([], engine_s, num_calls))
+            usage.add(engine_s + waited_s, Reply([], engine_s, num_calls))
     metrics = usage.take_metrics(5.0 + wall_s, replicas, replicas)
     total = sum(engine_s for engine_s, _, _ in batches)
     waited = sum(num_calls * waited_s for _, num_calls, waited_s in batches) / sum(n for _, n, _ in batches)
@@ -55,10 +55,10 @@ def test_a_merged_batch_counts_once_and_queueing_is_what_the_engine_did_not_take
     assert metrics["queue_s"] == pytest.approx(waited, abs=1e-9)
 
 
-def test_a_lap_starts_where_the_one_before_ended():
+def test_metrics_start_anew_each_time_they_are_taken():
     usage = Usage(0.0, 1)
-    usage.count(3.0, Reply([], 2.0, 1))
-    usage.count_retry()
+    usage.add(3.0, Reply([], 2.0, 1))
+    usage.add_retry()
     assert usage.take_metrics(4.0, 3, 4) == {
         "queue_s": 1.0,
         "utilisation": 0.25,
@@ -72,14 +72,14 @@ def test_a_lap_starts_where_the_one_before_ended():
 
 def test_what_serve_does_not_say_is_left_out():
     usage = Usage(0.0, 2)
-    usage.count(3.0, Reply([], 2.0, 1))
+    usage.add(3.0, Reply([], 2.0, 1))
     metrics = usage.take_metrics(1.0, math.nan, math.nan)
     assert [name for name, value in metrics.items() if math.isnan(value)] == [
         "utilisation",
         "replicas",
         "replicas_wanted",
     ]
-    usage.count(3.0, Reply([], 2.0, 1))
+    usage.add(3.0, Reply([], 2.0, 1))
     assert usage.take_metrics(2.0, 2, 2)["utilisation"] == 1.0
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from curriculum.teacher_answers import prompt_keys, settings_key
 from learner.engine import rows_of
-from learner.loss import pointwise_signal
+from learner.loss import sampled_advantage
 from preflight.inputs import check_routes
 from teacher_service.replica import ScoreResult
 from teacher_service.teachers import Teachers, combine, combine_results, create_teacher
@@ -136,9 +136,9 @@ def test_the_reward_is_the_weighted_sum_of_the_log_ratios(data, weights, num_tok
     loss = config_with(MATHS).loss
     shares = np.asarray(weights) / sum(weights)
     expected = sum(
-        share * pointwise_signal(t, actor, loss) for share, t in zip(shares, teachers, strict=True)
+        share * sampled_advantage(t, actor, loss) for share, t in zip(shares, teachers, strict=True)
     )
-    assert pointwise_signal(combined.teacher_logprobs, actor, loss) == pytest.approx(expected, abs=1e-4)
+    assert sampled_advantage(combined.teacher_logprobs, actor, loss) == pytest.approx(expected, abs=1e-4)
     assert combined.teacher_id == "+".join(f"t{i}" for i in range(len(weights)))
     assert combined.teacher_logprobs.dtype == np.float32 and combined.top_k is None
     assert combined.entropy == pytest.approx(-combined.teacher_logprobs, abs=1e-4)
