@@ -1,0 +1,71 @@
+"""What the benchmark commands share: arguments, temporary runs of the demo, new processes, printed results."""
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+from video_opd.config import Config
+from video_opd.config_file import load_demo
+
+T = TypeVar("T")
+
+WARM_UP_STEPS = 2  # left out of a run's figures: engines allocate and caches fill
+
+
+def make_parser(name: str, about: str | None, quick: str, overrides: bool = False) -> argparse.ArgumentParser:
+    """The parser of `python -m benchmarks.NAME`. `quick`: the help of --quick."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    if overrides:
+        parser.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="configuration values of every run"
+        )
+    return parser
+
+
+@contextmanager
+def temporary_demo(*overrides: str) -> Iterator[tuple[Config, Path]]:
+    """The demo's config, and the run folder in a temporary folder where launch will put its run."""
+    with tempfile.TemporaryDirectory() as runs:
+        yield load_demo([*overrides, f"runs_dir={runs}", "run_name=benchmark"]), Path(runs) / "benchmark"
+
+
+def in_new_process(work: Callable[..., T], *arguments: Any) -> T:
+    """Runs `work` in a fresh process: its memory is its own, and so are its Ray and its threads."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(work, *arguments).result()
+
+
+def timed(work: Callable[[], T]) -> tuple[float, T]:
+    """(seconds, what `work` returned)."""
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result
+
+
+def print_result(
+    result: Mapping[str, Any],
+    title: str,
+    columns: Mapping[str, str],
+    rows: Iterable[Mapping[str, Any]],
+    notes: Sequence[str] = (),
+    width: int | None = None,
+) -> None:
+    """Prints a table, the notes, and `result` as one line of JSON. `columns`: heading -> format of a row."""
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*(cell.format_map(row) for cell in columns.values()))
+    Console(width=width).print(table)
+    for note in notes:
+        print(note)
+    print(json.dumps(result))
