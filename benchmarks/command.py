@@ -1,4 +1,4 @@
-"""What the benchmark commands share: arguments, temporary runs of the demo, new processes, printed results."""
+"""What the benchmarks share: arguments, temporary runs of the demo, new processes, printed results."""
 
 import argparse
 import json

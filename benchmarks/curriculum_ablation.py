@@ -1,7 +1,7 @@
-"""TVDF, its halves and SCC against uniform sampling, at equal teacher-scored tokens, on spoiled training data.
+"""TVDF, its halves and SCC against uniform sampling, at equal teacher-scored tokens, on spoiled data.
 
-Some training labels are wrong, and on some training clips the teacher is bad. The evaluation split is the demo's
-own. `python -m benchmarks.curriculum_ablation [--quick]`. The last line is one JSON object.
+Some training labels are wrong, and on some training clips the teacher is bad. The evaluation split is the
+demo's own. `python -m benchmarks.curriculum_ablation [--quick]`. The last line is one JSON object.
 """
 
 import tempfile

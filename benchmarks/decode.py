@@ -1,8 +1,8 @@
-"""Clips per second of each decoder, the cost of workers, the gain of the cache, and decodes per clip on a node.
+"""Clips per second of each decoder, the cost of workers, the gain of the cache, decodes per clip on a node.
 
-`python -m benchmarks.decode [--quick]`: 64 frames, two a second, of 32 s of 360p h264 at 30 frames a second. A
-clip is decoded in a worker, decoded in this process, or mapped from the cache, where every byte is read. The last
-line is one JSON object.
+`python -m benchmarks.decode [--quick]`: 64 frames, two a second, of 32 s of 360p h264 at 30 frames a second.
+A clip is decoded in a worker, decoded in this process, or mapped from the cache, where every byte is read.
+The last line is one JSON object.
 """
 
 import tempfile

@@ -1,7 +1,7 @@
 """What the learner's options save: seconds of an update and optimizer state, with nothing else running.
 
-`python -m benchmarks.learner_options [--quick]`: sft on the demo without teacher and actors, several epochs over
-few clips; medians from the second epoch on. The last line is one JSON object.
+`python -m benchmarks.learner_options [--quick]`: sft on the demo without teacher and actors, several epochs
+over few clips; medians from the second epoch on. The last line is one JSON object.
 """
 
 from collections.abc import Sequence

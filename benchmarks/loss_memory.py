@@ -30,7 +30,7 @@ COLUMNS = {
 
 
 def measure(num_tokens: int, device: str, chunk: int) -> tuple[int, float]:
-    """(peak bytes above the inputs, seconds) of the sampled loss, forward and backward. Run it in a new process."""
+    """(peak bytes above the inputs, seconds), forward and backward. Run it in a new process."""
     on_gpu = device == "cuda"
     torch.manual_seed(0)
     torch.set_num_threads(1)

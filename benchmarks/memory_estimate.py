@@ -1,8 +1,8 @@
 """The memory that --dry-run estimates for the demo against what its processes take, by role.
 
 `python -m benchmarks.memory_estimate [--quick] [--empty]`: proportional set size of every process of the run,
-sampled; shared pages count once. `--empty` measures processes that start and do nothing, the EMPTY_PROCESS_BYTES
-of preflight/memory.py. The last line is one JSON object.
+sampled; shared pages count once. `--empty` measures processes that start and do nothing: the
+EMPTY_PROCESS_BYTES of preflight/memory.py. The last line is one JSON object.
 """
 
 import asyncio

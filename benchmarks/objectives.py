@@ -1,8 +1,8 @@
 """What each objective learns and costs, from the same student, data, frames and number of updates.
 
 `python -m benchmarks.objectives [--quick] [--out DIR]`. grpo samples 8 responses to each of as many prompts
-as the others have; grpo/8 takes an eighth of the prompts, and so as many rollouts as the others. Prints a table
-and writes objectives.png and report.html; the last line is one JSON object.
+as the others have; grpo/8 takes an eighth of the prompts, and so as many rollouts as the others. Prints a
+table and writes objectives.png and report.html; the last line is one JSON object.
 """
 
 import math

@@ -1,10 +1,10 @@
 """Scored tokens per second by number of teacher replicas, around an engine that sleeps CALL_S per call.
 
 `python -m benchmarks.teacher_scaling [--quick]`. All else is what a run has: TeacherPool, the Serve
-deployment and its replicas, trajectories that the replica fetches from the object store; the number of replicas
-changes while calls go on. So this measures what the service adds, on any number of cores. Calls are not merged
-(max_batch_requests=1: a replica works on one call while one more waits there), and callers keep LOAD calls
-per replica in flight. The last line is one JSON object.
+deployment and its replicas, trajectories that the replica fetches from the object store; the number of
+replicas changes while calls go on. So this measures what the service adds, on any number of cores. Calls are
+not merged (max_batch_requests=1: a replica works on one call while one more waits there), and callers keep
+LOAD calls per replica in flight. The last line is one JSON object.
 """
 
 import asyncio
