@@ -5,7 +5,7 @@ import json
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,15 +56,14 @@ def timed(work: Callable[[], T]) -> tuple[float, T]:
 def print_result(
     result: Mapping[str, Any],
     title: str,
-    columns: Mapping[str, str],
-    rows: Iterable[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, str]],
     notes: Sequence[str] = (),
     width: int | None = None,
 ) -> None:
-    """Prints a table, the notes, and `result` as one line of JSON. `columns`: heading -> format of a row."""
-    table = Table(*columns, title=title)
+    """Prints a table of `rows` (heading -> cell), the notes, and `result` as one line of JSON."""
+    table = Table(*rows[0], title=title)
     for row in rows:
-        table.add_row(*(cell.format_map(row) for cell in columns.values()))
+        table.add_row(*row.values())
     Console(width=width).print(table)
     for note in notes:
         print(note)

@@ -97,17 +97,19 @@ def main() -> None:
         "next_prompts_share_of_step": share,
         "rows": rows,
     }
-    columns = {
-        "kind": "{kind}",
-        "sampler": "{sampler}",
-        "select s": "{select_s:.2f}",
-        "records to Arrow s": "{records_s:.2f}",
-        "first prompts s": "{first_prompts_s:.2f}",
-        "peak MiB": "{peak_mib:.0f}",
-    }
-    shown = [row | {"peak_mib": row["peak_bytes"] / 2**20} for row in rows]
+    shown = [
+        {
+            "kind": row["kind"],
+            "sampler": row["sampler"],
+            "select s": f"{row['select_s']:.2f}",
+            "records to Arrow s": f"{row['records_s']:.2f}",
+            "first prompts s": f"{row['first_prompts_s']:.2f}",
+            "peak MiB": f"{row['peak_bytes'] / 2**20:.0f}",
+        }
+        for row in rows
+    ]
     note = f"next_prompts: {share:.2%} of a step of the demo"
-    print_result(result, f"{arguments.prompts:,} prompts", columns, shown, [note])
+    print_result(result, f"{arguments.prompts:,} prompts", shown, [note])
 
 
 if __name__ == "__main__":

@@ -110,17 +110,12 @@ def main() -> None:
         f"mIoU before {rows[0]['miou_before']:.3f}, teacher {rows[0]['teacher_miou']:.3f}. The teacher's own "
         f"{answers['teacher_answers']} answers took {answers['select_s']:.0f} s more, once, before all runs"
     )
-    print_result(
-        {"rows": rows, "answers": answers},
-        f"mean (lowest to highest) of {seeds} seed(s), equal teacher-scored tokens",
-        {"": "{kind}"} | {column: f"{{{column}}}" for column in COLUMNS},
-        [
-            {"kind": kind} | {column: spread([row[column] for row in of_kind]) for column in COLUMNS}
-            for kind, of_kind in by_kind(rows).items()
-        ],
-        [note],
-        width=180,
-    )
+    shown = [
+        {"": kind} | {column: spread([row[column] for row in of_kind]) for column in COLUMNS}
+        for kind, of_kind in by_kind(rows).items()
+    ]
+    title = f"mean (lowest to highest) of {seeds} seed(s), equal teacher-scored tokens"
+    print_result({"rows": rows, "answers": answers}, title, shown, [note], width=180)
 
 
 if __name__ == "__main__":

@@ -22,13 +22,6 @@ from preflight.memory import GIB
 from preflight.memory_fit import memory_plan
 
 SETTLE_S = 10.0
-COLUMNS = {
-    "role": "{role}",
-    "estimate MiB": "{estimate:.0f}",
-    "at the peak MiB": "{at_peak:.0f}",
-    "its own peak MiB": "{own:.0f}",
-    "estimate / own peak": "{ratio}",
-}
 
 
 def empty_processes() -> Counter[str]:
@@ -66,11 +59,17 @@ def main() -> None:
         with PeakByRole() as seen:
             launch.launch(config)
     estimate = Counter({role.role: role.processes * role.host.peak_bytes for role in roles})
-    rows = []
+    shown = []
     for role in sorted(estimate.keys() | seen.of_role.keys(), key=lambda r: -estimate[r]):
-        sizes = {"estimate": estimate[role], "at_peak": seen.at_peak[role], "own": seen.of_role[role]}
-        ratio = f"{estimate[role] / sizes['own']:.2f}" if sizes["own"] else "-"
-        rows.append({"role": role, "ratio": ratio} | {name: n / 2**20 for name, n in sizes.items()})
+        own = seen.of_role[role]
+        cells = {
+            "role": role,
+            "estimate MiB": f"{estimate[role] / 2**20:.0f}",
+            "at the peak MiB": f"{seen.at_peak[role] / 2**20:.0f}",
+            "its own peak MiB": f"{own / 2**20:.0f}",
+            "estimate / own peak": f"{estimate[role] / own:.2f}" if own else "-",
+        }
+        shown.append(cells)
     total, peak = estimate.total(), seen.at_peak.total()
     result = {
         "estimate_bytes": total,
@@ -81,7 +80,7 @@ def main() -> None:
     }
     sums = f"estimate {total / GIB:.2f} GiB, measured peak {peak / GIB:.2f} GiB"
     note = f"{sums}, estimate / measured {total / peak:.2f}"
-    print_result(result, "memory of the demo", COLUMNS, rows, [note])
+    print_result(result, "memory of the demo", shown, [note])
 
 
 if __name__ == "__main__":

@@ -61,8 +61,8 @@ PAGE = """<!doctype html>
   img { max-width: 100%; }
 </style>
 <h1>Objectives</h1><p>{{ title }}</p>
-<table><tr>{% for name in header %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for line in lines %}<tr>{% for value in line %}<td>{{ value }}</td>{% endfor %}</tr>{% endfor %}</table>
+<table><tr>{% for name in rows[0] %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for cell in row.values() %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
 <img alt="held-out mIoU and R1@0.7 against updates, seconds and tokens"
   src="data:image/png;base64,{{ picture }}">
 </html>
@@ -160,18 +160,16 @@ def report(rows: Sequence[Row], target: float, out: Path) -> None:
         f"{first[0]['curve'][-1]['step']} updates of {GROUPS} prompts, mean (lowest to highest) of "
         f"{len(first)} seed(s); mIoU before {first[0]['curve'][0]['miou']:.3f}"
     )
-    cells = [
-        {"kind": kind}
-        | {key: spread([row[key] for row in of_kind]) for key in COLUMNS}
-        | {"time": time_to([row["curve"] for row in of_kind], target)}
+    shown = [
+        {"": kind}
+        | {heading: spread([row[key] for row in of_kind]) for key, heading in COLUMNS.items()}
+        | {f"s to mIoU {target}": time_to([row["curve"] for row in of_kind], target)}
         for kind, of_kind in kinds.items()
     ]
-    columns = {"": "{kind}"} | {heading: f"{{{key}}}" for key, heading in COLUMNS.items()}
-    columns[f"s to mIoU {target}"] = "{time}"
     figure = draw(kinds)
     figure.savefig(out / "objectives.png", dpi=110)
     page = jinja2.Environment(autoescape=True).from_string(PAGE)
-    html = page.render(title=title, header=columns, lines=[c.values() for c in cells], picture=embed(figure))
+    html = page.render(title=title, rows=shown, picture=embed(figure))
     write_atomically(out / "report.html", html)
     step_s = {kind: float(np.median([row["step_s"] for row in of_kind])) for kind, of_kind in kinds.items()}
     opd = [kind for kind in kinds if kind.startswith("opd") and "grpo" in kinds]
@@ -188,7 +186,7 @@ def report(rows: Sequence[Row], target: float, out: Path) -> None:
         f"wall time per update at equal prompts, {kind} : grpo with G = {ROLLOUTS}: {ratio:.2f}"
         for kind, ratio in ratios.items()
     ]
-    print_result(result, title, columns, cells, notes, width=180)
+    print_result(result, title, shown, notes, width=180)
 
 
 def main() -> None:

@@ -20,13 +20,6 @@ from video_opd.types import TopK
 
 VOCABULARY, HIDDEN, TOKENS, REPEATS = 151_936, 2048, 512, 3
 TOP_K = (1, 8, 32, 64, 256, 1024)
-COLUMNS = {
-    "sends": "{sends}",
-    "bytes a token": "{bytes_per_token:,.0f}",
-    "score s": "{score_s:.4f}",
-    "trip s": "{trip_s:.4f}",
-    "learner s": "{learner_s:.4f}",
-}
 
 
 def median_s(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -75,8 +68,16 @@ def main() -> None:
     ray.init(address="local", num_cpus=1, include_dashboard=False, **quiet)
     rows = measure(tokens)
     ray.shutdown()
+    shown = [
+        {
+            "sends": row["sends"],
+            "bytes a token": f"{row['bytes_per_token']:,.0f}",
+            **{f"{name} s": f"{row[f'{name}_s']:.4f}" for name in ("score", "trip", "learner")},
+        }
+        for row in rows
+    ]
     title = f"{tokens} tokens, V = {VOCABULARY:,}, H = {HIDDEN}"
-    print_result({"tokens": tokens, "rows": rows}, title, COLUMNS, rows)
+    print_result({"tokens": tokens, "rows": rows}, title, shown)
 
 
 if __name__ == "__main__":

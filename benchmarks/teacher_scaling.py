@@ -33,13 +33,6 @@ OVERRIDES = [
     f"worker_env.{emulated_teacher.CALL_S}='{CALL_S}'",
     f"start_timeout_s={START_S}",
 ]
-COLUMNS = {
-    "replicas": "{replicas}",
-    "tokens/s": "{tokens_per_s:.0f}",
-    "of linear": "{of_linear:.1%}",
-    "calls": "{calls:.1f}",
-    "queue s": "{queue_s:.2f}",
-}
 
 
 async def scale_to(pool: TeacherPool, replicas: int) -> None:
@@ -102,10 +95,19 @@ async def run(window_s: float) -> list[dict[str, float]]:
 def main() -> None:
     parser = make_parser("teacher_scaling", __doc__, "windows of 6 s instead of 20")
     rows = asyncio.run(run(6.0 if parser.parse_args().quick else 20.0))
-    one = rows[0]["tokens_per_s"]
-    shown = [row | {"of_linear": row["tokens_per_s"] / (row["replicas"] * one)} for row in rows]
-    result = {"rows": rows, "efficiency_8": shown[-1]["of_linear"], "call_s": CALL_S}
-    print_result(result, f"{CALL_S} s a call, calls not merged", COLUMNS, shown)
+    linear = [row["tokens_per_s"] / (row["replicas"] * rows[0]["tokens_per_s"]) for row in rows]
+    shown = [
+        {
+            "replicas": str(row["replicas"]),
+            "tokens/s": f"{row['tokens_per_s']:.0f}",
+            "of linear": f"{share:.1%}",
+            "calls": f"{row['calls']:.1f}",
+            "queue s": f"{row['queue_s']:.2f}",
+        }
+        for row, share in zip(rows, linear, strict=True)
+    ]
+    result = {"rows": rows, "efficiency_8": linear[-1], "call_s": CALL_S}
+    print_result(result, f"{CALL_S} s a call, calls not merged", shown)
 
 
 if __name__ == "__main__":

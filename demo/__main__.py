@@ -1,4 +1,4 @@
-"""`python -m demo clips` writes the demo's clips; `python -m demo pretrain` trains its two models from seeds."""
+"""`python -m demo clips` writes the demo's clips, `python -m demo pretrain` trains its two models."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tiny Qwen3-VL models with a tokenizer, processor and chat template of their own, as transformers folders."""
+"""Tiny Qwen3-VL models with their own tokenizer, processor and chat template."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,15 +20,8 @@ from demo.clips import COLOURS, DURATION_S, SHAPES, SIZE
 
 PATCH, MERGE = 16, 2  # one video token is 32 x 32 pixels of two frames: the whole picture
 HEAD_DIM = 32  # the smallest that vLLM runs on a CPU
-SPECIAL = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+SPECIAL_NAMES = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+SPECIAL = tuple(f"<|{name}|>" for name in SPECIAL_NAMES)
 CHAT_TEMPLATE = """\
 {% for message in messages %}<|im_start|>{{ message.role }}
 {% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}\

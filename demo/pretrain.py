@@ -1,7 +1,7 @@
 """Trains the tiny teacher and student from seeds on ground-truth answers: the models that are committed.
 
-An auxiliary head, thrown away afterwards, learns what each video token shows and what is asked for. Without it tiny
-models stay on a plateau for hundreds of steps.
+An auxiliary head, thrown away afterwards, learns what each video token shows and what is asked for. Without it
+tiny models stay on a plateau for hundreds of steps.
 """
 
 import math
@@ -87,11 +87,11 @@ def _object(prompt: Prompt) -> int:
 
 
 def _labels(asked: Prompt, prompts: Sequence[Prompt]) -> np.ndarray:
-    """float32[video tokens, 5 * NUM_LABELS]: what the auxiliary head learns of a clip when `asked` is the question.
+    """float32[video tokens, 5 * NUM_LABELS]: the auxiliary head's targets on a clip when `asked` is the question.
 
-    Five kinds: visible in the token's first frame, in its second, just appeared, just disappeared (each for every
-    object, then for the asked one), and which object is asked for. Without the last kind a tiny model answers for any
-    object for a long time.
+    Five kinds: visible in the token's first frame, in its second, just appeared, just disappeared (each for
+    every object, then for the asked one), and which object is asked for. Without the last kind a tiny model
+    answers for any object for a long time.
     """
     times = asked.clip.timestamps_s
     visible = np.zeros((len(times), NUM_LABELS), np.float32)
@@ -172,7 +172,7 @@ def train(
 
 
 def pretrain(names: Sequence[str], out: Path, data: Path) -> None:
-    """Writes one model folder for each name into `out`; `data` holds the clips, made where they are missing."""
+    """Writes a model folder for each name into `out`; `data` is the folder of the clips, made if missing."""
     config = load_demo()
     torch.set_num_threads(1)
     folder = data / "pretrain"

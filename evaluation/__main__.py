@@ -1,6 +1,6 @@
 """Scores a model, a run or a file of predictions on a split: R1@0.3/0.5/0.7 and mIoU under a named protocol.
 
-  python -m evaluation --run runs/NAME                                    its config, its last checkpoint's student
+  python -m evaluation --run runs/NAME                                    its last checkpoint's student
   python -m evaluation --model FOLDER --config CONFIG.yaml [key=value ...]
   python -m evaluation --predictions FILE.parquet [--config CONFIG.yaml]  without a model
 

@@ -1,7 +1,7 @@
 """Named protocols: how a codebase reads an interval out of an answer, and when that interval counts.
 
 docs/evaluation.md has their differences in one table. Every pattern starts at the start of a run of digits and
-never backtracks into one, so reading takes time linear in the length of an answer.
+never backtracks into one, so an answer is read in time linear in its length.
 """
 
 import math
@@ -57,7 +57,7 @@ def _clock_seconds(match: re.Match[str]) -> float:
 
 
 def read_timelens(text: str) -> Span | None:
-    """The first two clock times; else the first pair with a hyphen, else with 'to'; else the first two numbers."""
+    """The first two clock times; else the first pair with '-', else with 'to'; else the first two numbers."""
     text = text.lower()
     times = [_clock_seconds(match) for match in islice(_CLOCK.finditer(text), 2)]
     if len(times) == 2:
@@ -78,11 +78,11 @@ def read_vtimellm(text: str) -> Span | None:
 
 
 def read_lmms_eval(text: str) -> Span | None:
-    """The first pair with a hyphen or 'to', even a 'to' inside a word. Without a pair: the first numbers of the first
+    """The first pair with '-' or 'to', even a 'to' inside a word. Without a pair: the first numbers of the first
     two sentences (lines, or up to '!' or '?') with a word for a start, an end or a happening.
 
-    None where the codebase's own script stops with an error: a number with several points. Its branch for HH:MM:SS
-    can give no interval and is left out.
+    None where the codebase's own script stops with an error: a number with several points. Its branch for
+    HH:MM:SS can give no interval and is left out.
     """
     text = text.lower().replace(_LMMS_EXAMPLE, "").replace("to", "-")
     pairs = _DOTTED_WITH_DASH.findall(text)

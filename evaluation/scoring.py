@@ -30,8 +30,8 @@ class Question:
         numbers = (self.duration_s, *(end for span in self.answer_spans_s for end in span))
         if not self.answer_spans_s or not all(math.isfinite(x) for x in numbers) or self.duration_s <= 0:
             raise DataError(
-                f"prompt {self.prompt_id}: duration {self.duration_s} s, true spans {list(self.answer_spans_s)}: "
-                "evaluation needs a positive duration and at least one span of finite numbers"
+                f"prompt {self.prompt_id}: duration {self.duration_s} s, true spans "
+                f"{list(self.answer_spans_s)}: give it a positive duration and at least one finite span"
             )
 
 
@@ -98,7 +98,7 @@ def score_answers(
     protocol: Protocol,
     why_missing: Mapping[str, str],
 ) -> list[ScoredAnswer]:
-    """One for each question, in order. `texts` and `why_missing` are by prompt id, and may lack a question."""
+    """One for each question, in order. `texts` and `why_missing` are by prompt id and may lack some."""
     return [
         score_answer(q, texts.get(q.prompt_id), protocol, why_missing.get(q.prompt_id, "no prediction"))
         for q in questions
@@ -120,9 +120,9 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[float, float]]:
     """95 % percentile intervals of mIoU and R1@m by resampling VIDEOS with replacement.
 
-    A resample is as many videos as there are, each with all of its prompts, since the answers about one video are
-    not independent. Its value is the mean over its prompts (Efron and Tibshirani, An Introduction to the Bootstrap,
-    1993, ch. 8, 13).
+    A resample is as many videos as there are, each with all of its prompts, since the answers about one video
+    are not independent. Its value is the mean over its prompts (Efron and Tibshirani, An Introduction to the
+    Bootstrap, 1993, ch. 8, 13).
     """
     ious = np.array([a.iou for a in scored])
     values = np.stack([ious, *(protocol.reaches(ious, m) for m in THRESHOLDS)], axis=1)  # [prompts, metrics]

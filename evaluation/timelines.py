@@ -12,7 +12,7 @@ MAX_QUERY_CHARACTERS = 90
 
 
 def draw_timelines(scored: Sequence[ScoredAnswer]) -> Figure:
-    """At most NUM_SHOWN prompts, evenly spread over `scored`, a row each: true spans above, the answer below."""
+    """At most NUM_SHOWN prompts, evenly spread over `scored`; a row each, true spans above the answer."""
     num = min(NUM_SHOWN, len(scored))
     shown = [scored[i * len(scored) // num] for i in range(num)]
     figure = Figure(figsize=(9, 0.4 + 1.1 * num), layout="constrained")
