@@ -62,7 +62,8 @@ PAGE = """<!doctype html>
 </style>
 <h1>Objectives</h1><p>{{ title }}</p>
 <table><tr>{% for name in rows[0] %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for cell in row.values() %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
+{% for row in rows %}<tr>{% for cell in row.values() %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
+</table>
 <img alt="held-out mIoU and R1@0.7 against updates, seconds and tokens"
   src="data:image/png;base64,{{ picture }}">
 </html>

@@ -135,8 +135,8 @@ def write_split(
 ) -> None:
     """Writes annotations.txt, lengths.csv and videos/ of one split, with one query for each object of a clip.
 
-    A random share of spoil_frac of the labels is wrong; spoiled.csv lists their lines and the truth. The folder
-    appears whole or not at all. The same arguments give the same clips, whatever spoil_frac is.
+    A random share of spoil_frac of the labels is wrong; spoiled.csv lists their lines and the truth. The
+    folder appears whole or not at all. The same arguments give the same clips, whatever spoil_frac is.
     """
     rng = np.random.default_rng([SPLIT_SEEDS[split], 2602_02994])
     temporary = folder.with_name(folder.name + ".tmp")
@@ -195,8 +195,8 @@ def ensure_clips(
 ) -> list[str]:
     """Writes the splits that are missing or were made with other arguments or another version of this file.
 
-    Returns their names. The arguments are those of the training split; the evaluation split is always clean and
-    of the default levels.
+    Returns their names. The arguments are those of the training split; the evaluation split is always clean
+    and of the default levels.
     """
     code = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=8).hexdigest()
     arguments: dict[str, Any] = {

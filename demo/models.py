@@ -52,7 +52,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     A tiny model learns grounding only if a timestamp is one token.
     """
     times = [f"{i / 10:.1f}" for i in range(10 * DURATION_S + 1)]
-    words = [*COLOURS, *SHAPES, *"the is visible When From to seconds user assistant system".split()]
+    others = "the is visible When From to seconds user assistant system"
+    words = [*COLOURS, *SHAPES, *others.split()]
     corpus = [f"<{t} seconds> From {t} to {t} seconds." for t in times] + [f"{w} {w}" for w in words] * 20
     tokenizer = Tokenizer(models.BPE())
     pattern = Regex(r" ?\d+\.\d| ?[A-Za-z]+|\d|[^\sA-Za-z\d]|\s+")

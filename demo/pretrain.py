@@ -1,7 +1,7 @@
 """Trains the tiny teacher and student from seeds on ground-truth answers: the models that are committed.
 
-An auxiliary head, thrown away afterwards, learns what each video token shows and what is asked for. Without it
-tiny models stay on a plateau for hundreds of steps.
+An auxiliary head, thrown away afterwards, learns what each video token shows and what is asked for. Without
+it tiny models stay on a plateau for hundreds of steps.
 """
 
 import math
@@ -87,7 +87,7 @@ def _object(prompt: Prompt) -> int:
 
 
 def _labels(asked: Prompt, prompts: Sequence[Prompt]) -> np.ndarray:
-    """float32[video tokens, 5 * NUM_LABELS]: the auxiliary head's targets on a clip when `asked` is the question.
+    """float32[video tokens, 5 * NUM_LABELS]: the auxiliary head's targets when `asked` is the question.
 
     Five kinds: visible in the token's first frame, in its second, just appeared, just disappeared (each for
     every object, then for the asked one), and which object is asked for. Without the last kind a tiny model

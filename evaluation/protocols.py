@@ -1,7 +1,7 @@
 """Named protocols: how a codebase reads an interval out of an answer, and when that interval counts.
 
-docs/evaluation.md has their differences in one table. Every pattern starts at the start of a run of digits and
-never backtracks into one, so an answer is read in time linear in its length.
+docs/evaluation.md has their differences in one table. Every pattern starts at the start of a run of digits
+and never backtracks into one, so an answer is read in time linear in its length.
 """
 
 import math
@@ -78,8 +78,8 @@ def read_vtimellm(text: str) -> Span | None:
 
 
 def read_lmms_eval(text: str) -> Span | None:
-    """The first pair with '-' or 'to', even a 'to' inside a word. Without a pair: the first numbers of the first
-    two sentences (lines, or up to '!' or '?') with a word for a start, an end or a happening.
+    """The first pair with '-' or 'to', even a 'to' inside a word. Without a pair: the first numbers of the
+    first two sentences (lines, or up to '!' or '?') with a word for a start, an end or a happening.
 
     None where the codebase's own script stops with an error: a number with several points. Its branch for
     HH:MM:SS can give no interval and is left out.
