@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from video_opd.config import Config
 from video_opd.config_file import load_demo
+from video_opd.types import Clip
 
 T = TypeVar("T")
 
@@ -38,6 +40,19 @@ def temporary_demo(*overrides: str) -> Iterator[tuple[Config, Path]]:
     """The demo's config, and the run folder in a temporary folder where launch will put its run."""
     with tempfile.TemporaryDirectory() as runs:
         yield load_demo([*overrides, f"runs_dir={runs}", "run_name=benchmark"]), Path(runs) / "benchmark"
+
+
+def make_clip(name: str) -> Clip:
+    """A clip of a video that does not exist, for what reads no frames."""
+    return Clip(
+        clip_id=name,
+        video_path=f"/nowhere/{name}.mp4",
+        num_video_frames=48,
+        video_fps=4.0,
+        duration_s=12.0,
+        frame_indices=np.arange(0, 48, 2),
+        frame_size=(32, 32),
+    )
 
 
 def in_new_process(work: Callable[..., T], *arguments: Any) -> T:

@@ -11,6 +11,7 @@ import launch
 from benchmarks.command import (
     WARM_UP_STEPS,
     in_new_process,
+    make_clip,
     make_parser,
     print_result,
     temporary_demo,
@@ -21,7 +22,7 @@ from curriculum.scheduler import Scheduler
 from curriculum.tvdf import SAMPLERS
 from driver.records.sinks import read_metrics
 from video_opd.config_file import load_demo
-from video_opd.types import Clip, Prompt
+from video_opd.types import Prompt
 
 NUM_SELECTED = 100_000
 PROMPTS_A_VIDEO = 10
@@ -29,17 +30,7 @@ PROMPTS_A_VIDEO = 10
 
 def make_prompts(num_prompts: int) -> list[Prompt]:
     """Prompts on videos that do not exist: selection opens none."""
-    frames = {"num_video_frames": 48, "video_fps": 4.0, "frame_size": (32, 32)}
-    clips = [
-        Clip(
-            clip_id=f"v{i}",
-            video_path=f"/nowhere/v{i}.mp4",
-            duration_s=12.0,
-            frame_indices=np.arange(0, 48, 2),
-            **frames,
-        )
-        for i in range(num_prompts // PROMPTS_A_VIDEO)
-    ]
+    clips = [make_clip(f"v{i}") for i in range(num_prompts // PROMPTS_A_VIDEO)]
     query, answers = "the red square is visible", ((2.0, 5.0),)
     return [
         Prompt(prompt_id=f"p{i}", clip=clips[i // PROMPTS_A_VIDEO], query=query, answer_spans_s=answers)

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.command import make_clip
 from teacher_service.replica import TeacherReplica
 from video_opd.config import Config
-from video_opd.types import Clip, EncodedPrompt, FinishReason, Prompt, Trajectory, TrajectoryGroup
+from video_opd.types import EncodedPrompt, FinishReason, Prompt, Trajectory, TrajectoryGroup
 
 CALL_S = "EMULATED_CALL_S"  # in config.worker_env: how many seconds the engine sleeps in a call
 
@@ -58,15 +59,7 @@ def make_groups(
 ) -> list[TrajectoryGroup]:
     """What a rollout actor returns for one call, with random tokens; ids start with `call`."""
     rng = np.random.default_rng(call)
-    clip = Clip(
-        clip_id="clip",
-        video_path="/nowhere.mp4",
-        num_video_frames=8,
-        video_fps=4.0,
-        duration_s=2.0,
-        frame_indices=np.arange(0, 8, 2),
-        frame_size=(32, 32),
-    )
+    clip = make_clip("clip")
 
     def respond(prompt_id: str, number: int) -> Trajectory:
         return Trajectory(

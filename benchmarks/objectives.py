@@ -39,20 +39,10 @@ KINDS: dict[str, list[str]] = {
     **{f"opd_topk K={k}": [f"loss={{kind: opd_topk, top_k: {k}, clamp: 3}}"] for k in (1, 4, 128)},
 }
 DEFAULT_KINDS = [kind for kind in KINDS if "K=" not in kind]
-COLUMNS = {  # key of a row -> heading
-    "miou": "mIoU",
-    "r1_07": "R1@0.7",
-    "step_s": "s an update",
-    "wall_s": "wall s",
-    "rollout_tokens": "rollout tokens",
-    "teacher_tokens": "teacher tokens",
-}
-AXES = {
-    "step": "updates",
-    "wall_s": "wall seconds of training",
-    "rollout_tokens": "rollout tokens",
-    "teacher_tokens": "teacher tokens",
-}
+# Key of a row -> heading:
+COST = {"wall_s": "wall s", "rollout_tokens": "rollout tokens", "teacher_tokens": "teacher tokens"}
+COLUMNS = {"miou": "mIoU", "r1_07": "R1@0.7", "step_s": "s an update", **COST}
+AXES = {"step": "updates", **COST}
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Objectives</title>
 <style>

@@ -20,18 +20,10 @@ from rich.progress import track
 from rich.table import Table
 
 import video_opd  # noqa: F401  # first: makes transformers importable
+from evaluation import scoring
 from evaluation.predictions import count_others, read_failures, read_questions, read_texts, write_answers
 from evaluation.protocols import PROTOCOLS, Protocol, protocol_named
-from evaluation.scoring import (
-    METRICS,
-    Question,
-    bootstrap_intervals,
-    constant_baseline,
-    questions_of,
-    random_baseline,
-    score_answers,
-    summarise_answers,
-)
+from evaluation.scoring import METRICS, Question, questions_of
 from evaluation.timelines import write_timelines
 from video_opd.config import Config
 from video_opd.config_file import load_config, resolve_paths
@@ -123,20 +115,20 @@ def answers_of_file(path: Path, config: Config | None, baselines: bool) -> Answe
 def evaluate(answers: Answers, protocol: Protocol, baselines: bool, folder: Path) -> dict[str, Any]:
     """Writes PROTOCOL.parquet, PROTOCOL.png and PROTOCOL.json into `folder`; returns what the last holds."""
     questions = answers.questions
-    scored = score_answers(questions, answers.texts, protocol, answers.why_missing)
+    scored = scoring.score_answers(questions, answers.texts, protocol, answers.why_missing)
     blind: dict[str, Any] = {}
     if baselines and answers.train:
-        blind["best_constant"] = constant_baseline(questions, answers.train, protocol)
+        blind["best_constant"] = scoring.constant_baseline(questions, answers.train, protocol)
     if baselines:
-        blind["random"] = random_baseline(questions, protocol, answers.seed)
+        blind["random"] = scoring.random_baseline(questions, protocol, answers.seed)
     if answers.blank is not None:
-        on_grey = score_answers(questions, answers.blank, protocol, {})
-        blind["no_video"] = summarise_answers(on_grey, protocol)
+        on_grey = scoring.score_answers(questions, answers.blank, protocol, {})
+        blind["no_video"] = scoring.summarise_answers(on_grey, protocol)
     result = {
         "protocol": protocol.name,
         "source": protocol.source,
-        "result": summarise_answers(scored, protocol),
-        "intervals_95": bootstrap_intervals(scored, protocol, answers.seed),
+        "result": scoring.summarise_answers(scored, protocol),
+        "intervals_95": scoring.bootstrap_intervals(scored, protocol, answers.seed),
         "num_videos": len({q.video for q in questions}),
         "baselines": blind,
         "other_prompts": answers.other_prompts,
