@@ -5,7 +5,6 @@ as the others have; grpo/8 takes an eighth of the prompts, and so as many rollou
 table and writes objectives.png and report.html; the last line is one JSON object.
 """
 
-import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -114,9 +113,9 @@ def measure(kind: str, seed: int, runs: Path, num_steps: int, overrides: Sequenc
 
 def time_to(curves: Sequence[Sequence[dict[str, float]]], target: float) -> str:
     """Median training seconds until the first evaluation with this mIoU, over the seeds that reach it."""
-    times = [next((p["wall_s"] for p in curve if p["miou"] >= target), math.inf) for curve in curves]
-    reached = [t for t in times if math.isfinite(t)]
-    return f"{np.median(reached):.0f} ({len(reached)} of {len(times)} seeds)" if reached else "not reached"
+    there = [[p["wall_s"] for p in curve if p["miou"] >= target] for curve in curves]
+    reached = [times[0] for times in there if times]
+    return f"{np.median(reached):.0f} ({len(reached)} of {len(curves)} seeds)" if reached else "not reached"
 
 
 def draw(rows: dict[str, list[Row]]) -> Figure:
