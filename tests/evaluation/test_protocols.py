@@ -1,12 +1,15 @@
 """How each protocol reads answers and counts them.
 
-The expected intervals are what the codebases' own functions returned for these answers, read at the revisions below:
-  timelens   TencentARC/TimeLens, timelens/utils.py (extract_time), evaluation/eval_dataloader.py (whole seconds),
-             evaluation/compute_metrics.py (the first pair counts, >=)
-  time_r1    xiaomi-research/time-r1 @ 8f9c9df, evaluate.py (extract_answer), src/vllm_inference/eval_all.py (>)
-  vtimellm   huangb23/VTimeLLM @ 673312a, vtimellm/eval/eval.py (iou: reading and two decimals), metric.py (>=)
-  lmms_eval  EvolvingLMMs-Lab/lmms-eval @ 532ca07, lmms_eval/tasks/charades_sta/eval_tvg.py (extract_time, swap, >=)
-  strict     video_opd/models/prompting.py (parse_span) and video_opd/grounding.py, which launch.py prints by
+The expected intervals are what the codebases' own functions returned for these answers, at these revisions:
+  timelens   TencentARC/TimeLens, timelens/utils.py (extract_time), evaluation/eval_dataloader.py (whole
+             seconds), evaluation/compute_metrics.py (the first pair counts, >=)
+  time_r1    xiaomi-research/time-r1 @ 8f9c9df, evaluate.py (extract_answer),
+             src/vllm_inference/eval_all.py (>)
+  vtimellm   huangb23/VTimeLLM @ 673312a, vtimellm/eval/eval.py (iou: reading and two decimals),
+             vtimellm/eval/metric.py (>=)
+  lmms_eval  EvolvingLMMs-Lab/lmms-eval @ 532ca07, lmms_eval/tasks/charades_sta/eval_tvg.py (extract_time,
+             swap, >=)
+  strict     video_opd/models/prompting.py (parse_span) and video_opd/grounding.py, which launch.py uses
 """
 
 import re
@@ -23,7 +26,8 @@ from video_opd.models.prompting import parse_span
 from video_opd.types import Span
 
 NAMES = ("strict", "timelens", "time_r1", "vtimellm", "lmms_eval")
-TABLE = [  # answer, then what is scored under each of NAMES: seconds, vtimellm shares of the clip; None: no interval
+# An answer, then what each of NAMES scores: seconds, for vtimellm shares of the clip; None: no interval.
+TABLE = [
     # the forms that the codebases ask for
     ("From 2.0 to 5.0 seconds.", (2.0, 5.0), (2.0, 5.0), (2.0, 5.0), None, (2.0, 5.0)),
     ("The event happens in 2.0 - 5.0 seconds.", (2.0, 5.0), (2.0, 5.0), None, None, (2.0, 5.0)),
