@@ -56,7 +56,10 @@ def make_clip(name: str) -> Clip:
 
 
 def in_new_process(work: Callable[..., T], *arguments: Any) -> T:
-    """Runs `work` in a fresh process: its memory is its own, and so are its Ray and its threads."""
+    """Runs `work` in a fresh process, with memory and a Ray of its own.
+
+    A process launches once: threads of Serve outlive ray.shutdown and would start another Ray.
+    """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(work, *arguments).result()
 

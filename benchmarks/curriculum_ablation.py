@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import launch
-from benchmarks.command import make_parser, print_result
+from benchmarks.command import in_new_process, make_parser, print_result
 from benchmarks.rows import append_row, by_kind, spread
 from demo.clips import ensure_clips
 from video_opd.config_file import load_demo
@@ -101,10 +101,10 @@ def main() -> None:
         out = (arguments.out or Path(temporary)).resolve()
         ensure_clips(out / "data", LEVELS, SPOIL_FRAC, NUM_CLIPS)
         only_answers = [*arguments.overrides, "run_name=answers", "max_scored_tokens=1"]
-        answers = measure("+TRPV", 0, out, 1, only_answers)
+        answers = in_new_process(measure, "+TRPV", 0, out, 1, only_answers)
         for seed in range(seeds):
             for kind in arguments.kinds:
-                rows.append(measure(kind, seed, out, rounds, arguments.overrides))
+                rows.append(in_new_process(measure, kind, seed, out, rounds, arguments.overrides))
                 append_row(out / "rows.jsonl", rows[-1])
     note = (
         f"mIoU before {rows[0]['miou_before']:.3f}, teacher {rows[0]['teacher_miou']:.3f}. The teacher's own "

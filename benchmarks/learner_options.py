@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 import launch
-from benchmarks.command import make_parser, print_result, temporary_demo
+from benchmarks.command import in_new_process, make_parser, print_result, temporary_demo
 from driver.records.sinks import read_metrics
 
 GROUPS, EPOCH_STEPS, NUM_EPOCHS = 64, 5, 4
@@ -42,7 +42,8 @@ def measure(options: Sequence[str], num_epochs: int) -> dict[str, float]:
 
 def main() -> None:
     quick = make_parser("learner_options", __doc__, "two epochs").parse_args().quick
-    rows = {name: measure(options, 2 if quick else NUM_EPOCHS) for name, options in OPTIONS.items()}
+    epochs = 2 if quick else NUM_EPOCHS
+    rows = {name: in_new_process(measure, options, epochs) for name, options in OPTIONS.items()}
     all_weights_s = rows["all weights"]["update_s"]
     shown = [
         {

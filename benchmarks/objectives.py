@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 import launch
-from benchmarks.command import make_parser, print_result
+from benchmarks.command import in_new_process, make_parser, print_result
 from benchmarks.rows import Row, append_row, by_kind, read_rows, spread
 from driver.records.report import embed
 from driver.records.sinks import read_metrics
@@ -197,7 +197,8 @@ def main() -> None:
         for kind in arguments.kinds:
             key = (kind, seed, arguments.steps, *overrides)
             if key not in done:
-                done[key] = measure(kind, seed, out / "runs", arguments.steps, overrides)
+                run = (kind, seed, out / "runs", arguments.steps, overrides)
+                done[key] = in_new_process(measure, *run)
                 append_row(out / "rows.jsonl", done[key])
             rows.append(done[key])
     report(rows, arguments.target, out)

@@ -106,7 +106,6 @@ def main() -> None:
     extra, rows = WARM_UP_STEPS + 1, []
     for handed_on, parts in (("whole", 1), ("as they finish", PARTS)):
         for lag in (0, 1):
-            # A new process for each run: threads of Serve outlive ray.shutdown.
             seconds = in_new_process(emulate, lag, parts, emulated_steps + extra)
             row = {"handed_on": handed_on, "lag": lag, "seconds_per_step": seconds}
             rows.append(row | {"over_slowest": seconds / SLOWEST_S})
