@@ -1,87 +1,65 @@
-"""What the curriculum costs: selection over a million prompts by every sampler, and its share of a step of the demo.
+"""What the curriculum costs: a selection over a million prompts, by sampler, and its share of a demo step.
 
 `python -m benchmarks.curriculum [--quick]`. The last line is one JSON object.
 """
 
-import argparse
-import json
-import multiprocessing
-import tempfile
-import time
-from pathlib import Path
+from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 import launch
+from benchmarks.command import (
+    WARM_UP_STEPS,
+    in_new_process,
+    make_clip,
+    make_parser,
+    print_result,
+    temporary_demo,
+    timed,
+)
 from benchmarks.memory import peak_bytes, reset_peak
 from curriculum.scheduler import Scheduler
 from curriculum.tvdf import SAMPLERS
 from driver.records.sinks import read_metrics
-from video_opd.config import Config
 from video_opd.config_file import load_demo
-from video_opd.types import Clip, Prompt
+from video_opd.types import Prompt
 
-WARM_UP_STEPS = 2
 NUM_SELECTED = 100_000
 PROMPTS_A_VIDEO = 10
 
 
-def demo_config(overrides: list[str]) -> Config:
-    return load_demo(overrides)
-
-
 def make_prompts(num_prompts: int) -> list[Prompt]:
-    """References to clips that do not exist: selection opens none."""
-    clips = [
-        Clip(
-            clip_id=f"v{i}",
-            video_path=f"/nowhere/v{i}.mp4",
-            num_video_frames=48,
-            video_fps=4.0,
-            duration_s=12.0,
-            frame_indices=np.arange(0, 48, 2),
-            frame_size=(32, 32),
-        )
-        for i in range(num_prompts // PROMPTS_A_VIDEO)
-    ]
+    """Prompts on videos that do not exist: selection opens none."""
+    clips = [make_clip(f"v{i}") for i in range(num_prompts // PROMPTS_A_VIDEO)]
+    query, answers = "the red square is visible", ((2.0, 5.0),)
     return [
-        Prompt(
-            prompt_id=f"p{i}",
-            clip=clips[i // PROMPTS_A_VIDEO],
-            query="the red square is visible",
-            answer_spans_s=((2.0, 5.0),),
-        )
+        Prompt(prompt_id=f"p{i}", clip=clips[i // PROMPTS_A_VIDEO], query=query, answer_spans_s=answers)
         for i in range(num_prompts)
     ]
 
 
-def select(kind: str, sampler: str, num_prompts: int) -> dict:
-    """One round over `num_prompts`, in a process of its own: seconds and bytes above what the pool itself takes."""
-    overrides = [
-        f"curriculum.kind={kind}",
-        f"curriculum.num_selected={NUM_SELECTED}",
-        f"curriculum.sampler={sampler}",
-    ]
-    scheduler = Scheduler(
-        make_prompts(num_prompts), demo_config([*overrides, "curriculum.group_by_video=true"])
-    )
+def select(kind: str, sampler: str, num_prompts: int) -> dict[str, Any]:
+    """Seconds of one round, and the peak bytes above those of the prompts. Run it in a new process."""
+    values = {"kind": kind, "num_selected": NUM_SELECTED, "sampler": sampler, "group_by_video": "true"}
+    config = load_demo([f"curriculum.{key}={value}" for key, value in values.items()])
+    scheduler = Scheduler(make_prompts(num_prompts), config)
     rng = np.random.default_rng(0)
     teacher_iou, student_iou = rng.uniform(0.5, 1, num_prompts), rng.uniform(0, 1, num_prompts)
-    before, started = reset_peak(), time.perf_counter()
-    scheduler.validate(teacher_iou)
-    scheduler.start_round(student_iou, 0)
-    selected = time.perf_counter()
-    records = scheduler.records()
-    recorded = time.perf_counter()
-    scheduler.next_prompts(64)  # shuffles the first pass
+
+    def start_round() -> None:
+        scheduler.validate(teacher_iou)
+        scheduler.start_round(student_iou, 0)
+
+    before = reset_peak()
+    select_s, _ = timed(start_round)
+    records_s, records = timed(scheduler.records)
+    first_prompts_s, _ = timed(lambda: scheduler.next_prompts(64))  # shuffles the first pass
     return {
         "kind": kind,
         "sampler": sampler,
-        "select_s": selected - started,
-        "records_s": recorded - selected,
-        "first_prompts_s": time.perf_counter() - recorded,
+        "select_s": select_s,
+        "records_s": records_s,
+        "first_prompts_s": first_prompts_s,
         "peak_bytes": peak_bytes() - before,
         "selected": int(records["selected"].to_numpy().sum()),
     }
@@ -89,39 +67,20 @@ def select(kind: str, sampler: str, num_prompts: int) -> dict:
 
 def share_of_step(num_steps: int) -> float:
     """Median share of a step of the demo in which callers wait for next_prompts."""
-    with tempfile.TemporaryDirectory() as runs:
-        rounds = ["curriculum.kind=tvdf", "curriculum.trpv=false", "curriculum.dbtp=false"]
-        launch.launch(
-            demo_config([*rounds, f"num_steps={num_steps}", f"runs_dir={runs}", "run_name=benchmark"])
-        )
-        lines = read_metrics(Path(runs) / "benchmark")[WARM_UP_STEPS:]
+    rounds = ["curriculum.kind=tvdf", "curriculum.trpv=false", "curriculum.dbtp=false"]
+    with temporary_demo(*rounds, f"num_steps={num_steps}") as (config, folder):
+        launch.launch(config)
+        lines = read_metrics(folder)[WARM_UP_STEPS:]
     return float(np.median([line["curriculum/next_prompts_s"] / line["time/step_s"] for line in lines]))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.curriculum", description=__doc__)
+    parser = make_parser("curriculum", __doc__, "8 steps of the demo instead of 30")
     parser.add_argument("--prompts", type=int, default=1_000_000, help="size of the pool")
-    parser.add_argument("--quick", action="store_true", help="8 steps of the demo instead of 30")
     arguments = parser.parse_args()
-    rows = []
-    for kind, sampler in [*(("tvdf", name) for name in SAMPLERS), ("scc", "top_k")]:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            rows.append(pool.apply(select, (kind, sampler, arguments.prompts)))
+    kinds = [*(("tvdf", name) for name in SAMPLERS), ("scc", "top_k")]
+    rows = [in_new_process(select, kind, sampler, arguments.prompts) for kind, sampler in kinds]
     share = share_of_step(8 if arguments.quick else 30)
-    table = Table(
-        "kind",
-        "sampler",
-        "select s",
-        "records to Arrow s",
-        "first prompts s",
-        "peak MiB",
-        title=f"{arguments.prompts:,} prompts",
-    )
-    for row in rows:
-        seconds = (f"{row[key]:.2f}" for key in ("select_s", "records_s", "first_prompts_s"))
-        table.add_row(row["kind"], row["sampler"], *seconds, f"{row['peak_bytes'] / 2**20:.0f}")
-    Console().print(table)
-    print(f"next_prompts: {share:.2%} of a step of the demo")
     result = {
         "prompts": arguments.prompts,
         "max_select_s": max(row["select_s"] + row["records_s"] for row in rows),
@@ -129,7 +88,19 @@ def main() -> None:
         "next_prompts_share_of_step": share,
         "rows": rows,
     }
-    print(json.dumps(result))
+    shown = [
+        {
+            "kind": row["kind"],
+            "sampler": row["sampler"],
+            "select s": f"{row['select_s']:.2f}",
+            "records to Arrow s": f"{row['records_s']:.2f}",
+            "first prompts s": f"{row['first_prompts_s']:.2f}",
+            "peak MiB": f"{row['peak_bytes'] / 2**20:.0f}",
+        }
+        for row in rows
+    ]
+    note = f"next_prompts: {share:.2%} of a step of the demo"
+    print_result(result, f"{arguments.prompts:,} prompts", shown, [note])
 
 
 if __name__ == "__main__":

@@ -1,18 +1,16 @@
-"""TVDF, its halves and SCC against uniform sampling, at equal teacher-scored tokens, on a spoiled demo.
+"""TVDF, its halves and SCC against uniform sampling, at equal teacher-scored tokens, on spoiled data.
 
-The training split has labels of which a share is wrong and clips on which the teacher is bad; the evaluation split is the
+Some training labels are wrong, and on some training clips the teacher is bad. The evaluation split is the
 demo's own. `python -m benchmarks.curriculum_ablation [--quick]`. The last line is one JSON object.
 """
 
-import argparse
-import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
+from typing import Any
 
 import launch
+from benchmarks.command import in_new_process, make_parser, print_result
 from benchmarks.rows import append_row, by_kind, spread
 from demo.clips import ensure_clips
 from video_opd.config_file import load_demo
@@ -22,113 +20,102 @@ GROUPS, ROUND_STEPS, NUM_ROUNDS, PASSES = 64, 12, 3, 2
 NUM_SELECTED = GROUPS * ROUND_STEPS // PASSES
 TOKENS_A_RESPONSE = 7.0  # of the demo's answers, on average
 FILES = {"annotations": "annotations.txt", "lengths": "lengths.csv", "videos": "videos"}
+SELECTS = ["curriculum.kind=tvdf", f"curriculum.num_selected={NUM_SELECTED}"]
 KINDS = {
     "uniform": ["curriculum.kind=uniform"],
-    "+TRPV": ["curriculum.kind=tvdf", "curriculum.dbtp=false"],
-    "+DBTP": ["curriculum.kind=tvdf", "curriculum.trpv=false"],
-    "TVDF": ["curriculum.kind=tvdf"],
+    "+TRPV": [*SELECTS, "curriculum.dbtp=false"],
+    "+DBTP": [*SELECTS, "curriculum.trpv=false"],
+    "TVDF": SELECTS,
     "SCC": ["curriculum.kind=scc"],
 }
+COLUMNS = (
+    "miou",
+    "r1_07",
+    "scored_tokens",
+    "teacher_calls",
+    "rollouts",
+    "steps",
+    "wall_s",
+    "select_s",
+    "dropped",
+)
 
 
-def measure(kind: str, seed: int, data: Path, runs: Path, num_rounds: int, more: list[str]) -> dict:
-    """One run. Every kind ends when the teacher has scored the same number of tokens; lr is constant, so that none is cut short."""
+def measure(kind: str, seed: int, out: Path, num_rounds: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """One run. Every kind ends at the same number of teacher-scored tokens; the learning rate is constant."""
     budget = int(num_rounds * ROUND_STEPS * GROUPS * TOKENS_A_RESPONSE)
     num_steps = 20 * num_rounds * ROUND_STEPS  # not reached: the budget ends the run
-    overrides = [
-        *(
-            f"data.{split}.{key}={data / split / name}"
-            for split in ("train", "eval")
-            for key, name in FILES.items()
-        ),
-        f"runs_dir={runs}",
-        f"run_name={kind.strip('+')}-{seed}",
-        f"seed={seed}",
-        f"groups_per_step={GROUPS}",
-        f"max_scored_tokens={budget}",
-        f"num_steps={num_steps}",
-        "max_policy_lag=0",  # nothing is scored that is not trained on, so that budgets are equal to a step
-        "learner.lr=5e-4",
-        "learner.final_lr_frac=1",
-        "learner.warmup_frac=0",
-        f"curriculum.passes_per_round={PASSES}",
-        *KINDS[kind],
-        *([] if kind in ("uniform", "SCC") else [f"curriculum.num_selected={NUM_SELECTED}"]),
-        *more,
+    data = [
+        f"data.{split}.{key}={out / 'data' / split / name}"
+        for split in ("train", "eval")
+        for key, name in FILES.items()
     ]
-    summary = launch.launch(load_demo(overrides))
-    assert summary["steps"] < num_steps, (
-        f"{kind}: the budget of {budget} scored tokens was not used up in {num_steps} steps"
+    config = load_demo(
+        [
+            *data,
+            f"runs_dir={out / 'runs'}",
+            f"run_name={kind.strip('+')}-{seed}",
+            f"seed={seed}",
+            f"groups_per_step={GROUPS}",
+            f"max_scored_tokens={budget}",
+            f"num_steps={num_steps}",
+            "max_policy_lag=0",  # all that is scored is trained on, so budgets are equal to within a step
+            "learner.lr=5e-4",
+            "learner.final_lr_frac=1",
+            "learner.warmup_frac=0",
+            f"curriculum.passes_per_round={PASSES}",
+            *KINDS[kind],
+            *overrides,
+        ]
     )
+    summary = launch.launch(config)
+    assert summary["steps"] < num_steps, f"{kind}: {num_steps} steps scored fewer than {budget} tokens"
     return {
         "kind": kind,
         "seed": seed,
         "miou": summary["student_after"]["miou"],
         "r1_07": summary["student_after"]["r1@0.7"],
-        "teacher_calls": summary["teacher_calls"],
         "wall_s": summary["seconds"]["train"],
         "select_s": summary["seconds"].get("select", 0.0),
         "scored_tokens": summary["tokens"]["scored"],
-        "teacher_answers": summary["teacher_answers"],
-        "steps": summary["steps"],
-        "rollouts": summary["rollouts"],
-        "suspended_rollouts": summary["suspended_rollouts"],
         "dropped": len(summary["dropped"]),
         "miou_before": summary["student_before"]["miou"],
         "teacher_miou": summary["teacher"]["miou"],
+        **{
+            key: summary[key]
+            for key in ("teacher_calls", "teacher_answers", "steps", "rollouts", "suspended_rollouts")
+        },
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.curriculum_ablation", description=__doc__)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values of every run")
+    parser = make_parser("curriculum_ablation", __doc__, "one round and one seed", overrides=True)
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument(
-        "--out", type=Path, help="keep clips, run folders and rows.jsonl here (default: a temporary folder)"
-    )
-    parser.add_argument("--quick", action="store_true", help="one round and one seed")
+    kept = "keep clips, run folders and rows.jsonl here (default: a temporary folder)"
+    parser.add_argument("--out", type=Path, help=kept)
     arguments = parser.parse_args()
-    seeds = 1 if arguments.quick else arguments.seeds
+    seeds, rounds = (1, 1) if arguments.quick else (arguments.seeds, NUM_ROUNDS)
+    rows = []
     with tempfile.TemporaryDirectory() as temporary:
         out = (arguments.out or Path(temporary)).resolve()
         ensure_clips(out / "data", LEVELS, SPOIL_FRAC, NUM_CLIPS)
-        answers = measure(
-            "+TRPV",
-            0,
-            out / "data",
-            out / "runs",
-            1,
-            [*arguments.overrides, "run_name=answers", "max_scored_tokens=1"],
-        )
-        rows = []
+        only_answers = [*arguments.overrides, "run_name=answers", "max_scored_tokens=1"]
+        answers = in_new_process(measure, "+TRPV", 0, out, 1, only_answers)
         for seed in range(seeds):
             for kind in arguments.kinds:
-                rounds = 1 if arguments.quick else NUM_ROUNDS
-                rows.append(measure(kind, seed, out / "data", out / "runs", rounds, arguments.overrides))
+                rows.append(in_new_process(measure, kind, seed, out, rounds, arguments.overrides))
                 append_row(out / "rows.jsonl", rows[-1])
-    columns = (
-        "miou",
-        "r1_07",
-        "scored_tokens",
-        "teacher_calls",
-        "rollouts",
-        "steps",
-        "wall_s",
-        "select_s",
-        "dropped",
+    note = (
+        f"mIoU before {rows[0]['miou_before']:.3f}, teacher {rows[0]['teacher_miou']:.3f}. The teacher's own "
+        f"{answers['teacher_answers']} answers took {answers['select_s']:.0f} s more, once, before all runs"
     )
-    table = Table(
-        "", *columns, title=f"mean (lowest to highest) of {seeds} seed(s), equal teacher-scored tokens"
-    )
-    for kind, of_kind in by_kind(rows).items():
-        table.add_row(kind, *(spread([row[column] for row in of_kind]) for column in columns))
-    Console(width=180).print(table)
-    print(
-        f"mIoU before {rows[0]['miou_before']:.3f}, teacher {rows[0]['teacher_miou']:.3f}. Not in these times: the teacher's "
-        f"{answers['teacher_answers']} own answers, generated once before, {answers['select_s']:.0f} s"
-    )
-    print(json.dumps({"rows": rows, "answers": answers}))
+    shown = [
+        {"": kind} | {column: spread([row[column] for row in of_kind]) for column in COLUMNS}
+        for kind, of_kind in by_kind(rows).items()
+    ]
+    title = f"mean (lowest to highest) of {seeds} seed(s), equal teacher-scored tokens"
+    print_result({"rows": rows, "answers": answers}, title, shown, [note], width=180)
 
 
 if __name__ == "__main__":

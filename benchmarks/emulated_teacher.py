@@ -1,4 +1,4 @@
-"""A teacher that computes nothing: real replicas around an engine that sleeps, and calls for it to score."""
+"""A teacher that computes nothing: real replicas around an engine that sleeps, and groups for it to score."""
 
 import os
 import time
@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.command import make_clip
 from teacher_service.replica import TeacherReplica
 from video_opd.config import Config
-from video_opd.types import Clip, EncodedPrompt, FinishReason, Prompt, Trajectory, TrajectoryGroup
+from video_opd.types import EncodedPrompt, FinishReason, Prompt, Trajectory, TrajectoryGroup
 
-CALL_S = "EMULATED_CALL_S"  # in config.worker_env: seconds that the engine takes for a call
+CALL_S = "EMULATED_CALL_S"  # in config.worker_env: how many seconds the engine sleeps in a call
 
 
 class EmulatedScores(NamedTuple):
@@ -24,26 +25,17 @@ class EmulatedScores(NamedTuple):
 
 
 class EmulatedTeacher:
-    """Encoder and engine at once: the prompt is not looked at, and the log-prob of a token is minus its id."""
+    """Encoder and engine in one: ignores the prompt; the log-prob of a token is minus its id."""
 
     def __init__(self, call_s: float):
         self._call_s = call_s
 
     def encode_all(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
-        nothing: Any = None
+        unused: Any = dict.fromkeys(("frames", "pixel_values", "token_types", "second_per_grid"))
+        unused |= {"unexpanded_token_ids": [], "video_metadata": {}, "video_grid_thw": (0, 0, 0)}
+        ids = np.zeros(0, np.int32)
         return [
-            EncodedPrompt(
-                prompt_id=p.prompt_id,
-                token_ids=np.zeros(0, np.int32),
-                unexpanded_token_ids=[],
-                frames=nothing,
-                video_metadata={},
-                pixel_values=nothing,
-                video_grid_thw=(0, 0, 0),
-                token_types=nothing,
-                second_per_grid=None,
-                fingerprint=p.prompt_id,
-            )
+            EncodedPrompt(prompt_id=p.prompt_id, token_ids=ids, fingerprint=p.prompt_id, **unused)
             for p in prompts
         ]
 
@@ -65,34 +57,28 @@ class EmulatedReplica(TeacherReplica):
 def make_groups(
     call: int, num_groups: int, rollouts: int, prompt_tokens: int, response_tokens: int
 ) -> list[TrajectoryGroup]:
-    """What a rollout actor returns, for one call; ids tell the call."""
+    """What a rollout actor returns for one call, with random tokens; ids start with `call`."""
     rng = np.random.default_rng(call)
-    clip = Clip(
-        clip_id="clip",
-        video_path="/nowhere.mp4",
-        num_video_frames=8,
-        video_fps=4.0,
-        duration_s=2.0,
-        frame_indices=np.arange(0, 8, 2),
-        frame_size=(32, 32),
-    )
-    groups = []
-    for g in range(num_groups):
-        prompt = Prompt(prompt_id=f"{call}-{g}", clip=clip, query="", answer_spans_s=None)
-        trajectories = tuple(
-            Trajectory(
-                trajectory_id=f"{call}-{g}#{r}",
-                prompt_id=prompt.prompt_id,
-                policy_version=0,
-                prompt_token_ids=rng.integers(0, 1000, prompt_tokens, dtype=np.int32),
-                prompt_fingerprint=prompt.prompt_id,
-                response_token_ids=rng.integers(0, 1000, response_tokens, dtype=np.int32),
-                actor_logprobs=np.zeros(response_tokens, np.float32),
-                finish_reason=FinishReason.STOP,
-                text="",
-                predicted_span_s=None,
-            )
-            for r in range(rollouts)
+    clip = make_clip("clip")
+
+    def respond(prompt_id: str, number: int) -> Trajectory:
+        return Trajectory(
+            trajectory_id=f"{prompt_id}#{number}",
+            prompt_id=prompt_id,
+            policy_version=0,
+            prompt_token_ids=rng.integers(0, 1000, prompt_tokens, dtype=np.int32),
+            prompt_fingerprint=prompt_id,
+            response_token_ids=rng.integers(0, 1000, response_tokens, dtype=np.int32),
+            actor_logprobs=np.zeros(response_tokens, np.float32),
+            finish_reason=FinishReason.STOP,
+            text="",
+            predicted_span_s=None,
         )
-        groups.append(TrajectoryGroup(prompt=prompt, trajectories=trajectories))
-    return groups
+
+    prompts = [
+        Prompt(prompt_id=f"{call}-{g}", clip=clip, query="", answer_spans_s=None) for g in range(num_groups)
+    ]
+    return [
+        TrajectoryGroup(prompt=p, trajectories=tuple(respond(p.prompt_id, r) for r in range(rollouts)))
+        for p in prompts
+    ]

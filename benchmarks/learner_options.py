@@ -1,82 +1,61 @@
 """What the learner's options save: seconds of an update and optimizer state, with nothing else running.
 
-`python -m benchmarks.learner_options [--quick]`. sft on the demo without teacher and actors, several epochs over few clips;
-medians from the second epoch on. The last line is one JSON object.
+`python -m benchmarks.learner_options [--quick]`: sft on the demo without teacher and actors, several epochs
+over few clips; medians from the second epoch on. The last line is one JSON object.
 """
 
-import argparse
-import json
-import tempfile
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 import launch
+from benchmarks.command import in_new_process, make_parser, print_result, temporary_demo
 from driver.records.sinks import read_metrics
-from video_opd.config_file import load_demo
 
 GROUPS, EPOCH_STEPS, NUM_EPOCHS = 64, 5, 4
+FROZEN, LORA = "learner.freeze_vision=true", "learner.lora_rank=8"
+KEPT = "learner.vision_cache_bytes=1000000000"
 OPTIONS = {
     "all weights": ["learner.freeze_vision=false"],
-    "frozen vision": ["learner.freeze_vision=true"],
-    "frozen vision, features kept": ["learner.freeze_vision=true", "learner.vision_cache_bytes=1000000000"],
-    "LoRA rank 8": ["learner.lora_rank=8", "learner.freeze_vision=true"],
-    "LoRA rank 8, features kept": [
-        "learner.lora_rank=8",
-        "learner.freeze_vision=true",
-        "learner.vision_cache_bytes=1000000000",
-    ],
+    "frozen vision": [FROZEN],
+    "frozen vision, features kept": [FROZEN, KEPT],
+    "LoRA rank 8": [LORA, FROZEN],
+    "LoRA rank 8, features kept": [LORA, FROZEN, KEPT],
 }
 
 
-def measure(options: list[str], num_epochs: int) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as runs:
-        overrides = [
-            "loss={kind: sft}",
-            "teacher=null",
-            "rollout.num_actors=0",
-            "max_policy_lag=0",
-            f"groups_per_step={GROUPS}",
-            f"num_steps={num_epochs * EPOCH_STEPS}",
-            f"data.train.max_prompts={GROUPS * EPOCH_STEPS}",
-            f"runs_dir={runs}",
-            "run_name=run",
-            *options,
-        ]
-        launch.launch(load_demo(overrides))
-        lines = read_metrics(Path(runs) / "run")[EPOCH_STEPS:]
-        checkpoint = (
-            Path(runs) / "run" / "checkpoints" / f"step-{num_epochs * EPOCH_STEPS}" / "deepspeed" / "state"
-        )
-        optimizer = sum(path.stat().st_size for path in checkpoint.glob("*optim_states*"))
+def measure(options: Sequence[str], num_epochs: int) -> dict[str, float]:
+    num_steps = num_epochs * EPOCH_STEPS
+    overrides = ["loss={kind: sft}", "teacher=null", "rollout.num_actors=0", "max_policy_lag=0"]
+    overrides += [f"groups_per_step={GROUPS}", f"data.train.max_prompts={GROUPS * EPOCH_STEPS}"]
+    with temporary_demo(*overrides, f"num_steps={num_steps}", *options) as (config, folder):
+        launch.launch(config)
+        lines = read_metrics(folder)[EPOCH_STEPS:]
+        state = folder / "checkpoints" / f"step-{num_steps}" / "deepspeed" / "state"
+        optimizer_bytes = sum(path.stat().st_size for path in state.glob("*optim_states*"))
     return {
         "update_s": float(np.median([line["time/update_s"] for line in lines])),
-        "optimizer_bytes": optimizer,
+        "optimizer_bytes": optimizer_bytes,
         "hit_frac": float(np.mean([line.get("learner/vision_cache_hit_frac", 0.0) for line in lines])),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.learner_options", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two epochs")
-    epochs = 2 if parser.parse_args().quick else NUM_EPOCHS
-    rows = {name: measure(options, epochs) for name, options in OPTIONS.items()}
-    whole = rows["all weights"]["update_s"]
-    table = Table(
-        "",
-        "s an update",
-        "of all weights",
-        "optimizer state MiB",
-        "clips kept",
-        title=f"{GROUPS} demonstrations an update",
-    )
-    for name, row in rows.items():
-        share, state = f"{row['update_s'] / whole:.2f}", f"{row['optimizer_bytes'] / 2**20:.1f}"
-        table.add_row(name, f"{row['update_s']:.2f}", share, state, f"{row['hit_frac']:.0%}")
-    Console().print(table)
-    print(json.dumps(rows))
+    quick = make_parser("learner_options", __doc__, "two epochs").parse_args().quick
+    epochs = 2 if quick else NUM_EPOCHS
+    rows = {name: in_new_process(measure, options, epochs) for name, options in OPTIONS.items()}
+    all_weights_s = rows["all weights"]["update_s"]
+    shown = [
+        {
+            "": name,
+            "s an update": f"{row['update_s']:.2f}",
+            "of all weights": f"{row['update_s'] / all_weights_s:.2f}",
+            "optimizer state MiB": f"{row['optimizer_bytes'] / 2**20:.1f}",
+            "clips kept": f"{row['hit_frac']:.0%}",
+        }
+        for name, row in rows.items()
+    ]
+    print_result(rows, f"{GROUPS} demonstrations an update", shown)
 
 
 if __name__ == "__main__":

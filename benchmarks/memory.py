@@ -1,4 +1,4 @@
-"""Memory from Linux: the peak of this process, and of a run's processes by role."""
+"""Memory as Linux reports it: the peak of this process, and of a run's processes by role."""
 
 import threading
 from collections import Counter
@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 
 SAMPLE_EVERY_S = 2.0
-ROLE_OF = {  # how a worker's title starts, idle or in a call; every other process below this one is Ray's own
+ROLE_OF = {  # how a worker's title starts, idle or in a call; every other child process is Ray's own
     "ray::LearnerRank": "learner",
     "ray::learner-": "learner",
     "ray::RolloutActor": "actors",
@@ -20,36 +20,33 @@ ROLE_OF = {  # how a worker's title starts, idle or in a call; every other proce
 
 
 def reset_peak() -> int:
-    """Forgets the peak so far; returns the bytes in use now."""
+    """Resets the peak; returns the bytes in use now."""
     Path("/proc/self/clear_refs").write_text("5")
     return psutil.Process().memory_info().rss
 
 
 def peak_bytes() -> int:
     """The most bytes in use since reset_peak."""
-    line = next(
-        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
-    )
-    return int(line.split()[1]) * 1024
-
-
-def role_of(title: str) -> str:
-    return next((role for start, role in ROLE_OF.items() if title.startswith(start)), "ray")
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024  # in kB
 
 
 def sample() -> Counter[str]:
-    """Proportional set size now, bytes by role."""
-    me, sizes = psutil.Process(), Counter({"driver": psutil.Process().memory_full_info().pss})
+    """Proportional set size of all processes now, bytes by role; shared pages count once."""
+    me = psutil.Process()
+    sizes = Counter({"driver": me.memory_full_info().pss})
     for process in me.children(recursive=True):
         try:
-            sizes[role_of(process.cmdline()[0])] += process.memory_full_info().pss
-        except (psutil.NoSuchProcess, IndexError):  # it ended while we looked
+            title = process.cmdline()[0]
+            role = next((role for start, role in ROLE_OF.items() if title.startswith(start)), "ray")
+            sizes[role] += process.memory_full_info().pss
+        except (psutil.NoSuchProcess, IndexError):  # the process has just ended
             continue
     return sizes
 
 
 class PeakByRole:
-    """The sample with the largest sum, and the largest of each role."""
+    """While entered, samples memory: the sample with the largest sum, and the largest of each role."""
 
     def __init__(self):
         self.at_peak: Counter[str] = Counter()
@@ -69,5 +66,4 @@ class PeakByRole:
         while not self._stop.wait(SAMPLE_EVERY_S):
             sizes = sample()
             self.of_role |= sizes
-            if sizes.total() > self.at_peak.total():
-                self.at_peak = sizes
+            self.at_peak = max(self.at_peak, sizes, key=Counter.total)

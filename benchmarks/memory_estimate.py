@@ -1,53 +1,42 @@
 """The memory that --dry-run estimates for the demo against what its processes take, by role.
 
-`python -m benchmarks.memory_estimate [--quick] [--empty]`. Proportional set size of every process of the run, sampled; shared
-pages count once. `--empty` starts the processes, does nothing with them, and prints what memory_plan.EMPTY_PROCESS_BYTES holds.
-The last line is one JSON object.
+`python -m benchmarks.memory_estimate [--quick] [--empty]`: proportional set size of every process of the run,
+sampled; shared pages count once. `--empty` measures processes that start and do nothing: the
+EMPTY_PROCESS_BYTES of preflight/memory.py. The last line is one JSON object.
 """
 
-import argparse
 import asyncio
 import json
-import tempfile
-import time
 from collections import Counter
-from pathlib import Path
 
 import ray
-from rich.console import Console
-from rich.table import Table
 
 import launch
+from benchmarks.command import make_parser, print_result, temporary_demo
 from benchmarks.memory import PeakByRole, sample
+from driver.command_line import prepare
+from driver.run import create_parts
+from driver.start_ray import start_ray
 from preflight.inputs import make_draft
 from preflight.memory import GIB
 from preflight.memory_fit import memory_plan
-from video_opd.config import Config
-from video_opd.config_file import load_demo
 
 SETTLE_S = 10.0
 
 
-def demo(num_steps: int, runs: str, overrides: list[str]) -> Config:
-    forced = [f"num_steps={num_steps}", f"runs_dir={runs}", "run_name=benchmark"]
-    return load_demo([*overrides, *forced])
-
-
 def empty_processes() -> Counter[str]:
     """Starts every process of the demo and samples once all are ready."""
-    with tempfile.TemporaryDirectory() as runs:
-        config = demo(1, runs, [])
-        plan = launch.prepare(config)
-        launch.start_ray(config, address="local")
+    with temporary_demo("num_steps=1") as (config, folder):
+        plan = prepare(config)
+        start_ray(config, address="local")
 
         async def start() -> Counter[str]:
-            run = launch.create_parts(Path(runs) / "benchmark", config, plan)
+            run = create_parts(folder, config, plan)
             assert run.teacher, "the demo has one"
-            await asyncio.gather(
-                run.actors.start(), run.learner.start(), run.teacher.start(), run.curriculum.next_selection()
-            )
-            await asyncio.to_thread(time.sleep, SETTLE_S)
-            sizes = sample()
+            parts = (run.actors.start(), run.learner.start(), run.teacher.start())
+            await asyncio.gather(*parts, run.curriculum.next_selection())
+            await asyncio.sleep(SETTLE_S)
+            sizes = await asyncio.to_thread(sample)
             run.teacher.stop()
             return sizes
 
@@ -57,59 +46,41 @@ def empty_processes() -> Counter[str]:
             ray.shutdown()
 
 
-def estimated(config: Config) -> Counter[str]:
-    """Bytes by role, as --dry-run says."""
-    roles = memory_plan(config, make_draft(config), None).roles
-    return Counter({role.role: role.processes * role.host.peak_bytes for role in roles})
-
-
-def measured(config: Config) -> PeakByRole:
-    with PeakByRole() as memory:
-        launch.launch(config)
-    return memory
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory_estimate", description=__doc__)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values of the demo")
-    parser.add_argument("--quick", action="store_true", help="8 steps instead of 30")
+    parser = make_parser("memory_estimate", __doc__, "8 steps instead of 30", overrides=True)
     parser.add_argument("--empty", action="store_true", help="measure processes that do nothing")
     arguments = parser.parse_args()
     if arguments.empty:
-        sizes = empty_processes()
-        print(json.dumps({role: sizes[role] for role in sorted(sizes)}))
+        print(json.dumps(empty_processes(), sort_keys=True))
         return
-    with tempfile.TemporaryDirectory() as runs:
-        config = demo(8 if arguments.quick else 30, runs, arguments.overrides)
-        expected, seen = estimated(config), measured(config)
-    table = Table(
-        "role",
-        "estimate MiB",
-        "at the peak MiB",
-        "its own peak MiB",
-        "estimate / own peak",
-        title="memory of the demo",
-    )
-    for role in sorted(expected.keys() | seen.of_role.keys(), key=lambda r: -expected[r]):
+    num_steps = f"num_steps={8 if arguments.quick else 30}"
+    with temporary_demo(*arguments.overrides, num_steps) as (config, _):
+        roles = memory_plan(config, make_draft(config), None).roles
+        with PeakByRole() as seen:
+            launch.launch(config)
+    estimate = Counter({role.role: role.processes * role.host.peak_bytes for role in roles})
+    shown = []
+    for role in sorted(estimate.keys() | seen.of_role.keys(), key=lambda r: -estimate[r]):
         own = seen.of_role[role]
-        ratio = f"{expected[role] / own:.2f}" if own else "-"
-        table.add_row(role, *(f"{n / 2**20:.0f}" for n in (expected[role], seen.at_peak[role], own)), ratio)
-    Console().print(table)
-    total, peak = expected.total(), seen.at_peak.total()
-    print(
-        f"estimate {total / GIB:.2f} GiB, measured peak {peak / GIB:.2f} GiB, estimate / measured {total / peak:.2f}"
-    )
-    print(
-        json.dumps(
-            {
-                "estimate_bytes": total,
-                "peak_bytes": peak,
-                "ratio": total / peak,
-                "estimate": expected,
-                "measured": seen.at_peak,
-            }
-        )
-    )
+        cells = {
+            "role": role,
+            "estimate MiB": f"{estimate[role] / 2**20:.0f}",
+            "at the peak MiB": f"{seen.at_peak[role] / 2**20:.0f}",
+            "its own peak MiB": f"{own / 2**20:.0f}",
+            "estimate / own peak": f"{estimate[role] / own:.2f}" if own else "-",
+        }
+        shown.append(cells)
+    total, peak = estimate.total(), seen.at_peak.total()
+    result = {
+        "estimate_bytes": total,
+        "peak_bytes": peak,
+        "ratio": total / peak,
+        "estimate": estimate,
+        "measured": seen.at_peak,
+    }
+    sums = f"estimate {total / GIB:.2f} GiB, measured peak {peak / GIB:.2f} GiB"
+    note = f"{sums}, estimate / measured {total / peak:.2f}"
+    print_result(result, "memory of the demo", shown, [note])
 
 
 if __name__ == "__main__":

@@ -1,3 +1,3 @@
-"""The embedded default: synthetic grounding clips as real mp4 files, and a tiny teacher and student that read them."""
+"""The embedded demo: synthetic grounding clips as real mp4 files, and a tiny teacher and student."""
 
 import video_opd  # noqa: F401  # first: makes transformers importable

@@ -1,4 +1,4 @@
-"""Tiny Qwen3-VL models with a tokenizer, processor and chat template of their own, as transformers folders."""
+"""Tiny Qwen3-VL models with their own tokenizer, processor and chat template."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,15 +20,8 @@ from demo.clips import COLOURS, DURATION_S, SHAPES, SIZE
 
 PATCH, MERGE = 16, 2  # one video token is 32 x 32 pixels of two frames: the whole picture
 HEAD_DIM = 32  # the smallest that vLLM runs on a CPU
-SPECIAL = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+SPECIAL_NAMES = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+SPECIAL = tuple(f"<|{name}|>" for name in SPECIAL_NAMES)
 CHAT_TEMPLATE = """\
 {% for message in messages %}<|im_start|>{{ message.role }}
 {% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}\
@@ -54,27 +47,23 @@ STUDENT = Size(hidden=96, layers=3, vision_hidden=48)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE, so that any text has ids, in which every timestamp and every word of the demo is ONE token.
+    """Byte-level BPE, so any text has ids; every timestamp and every word of the demo is ONE token.
 
-    A timestamp of one token is what makes grounding learnable for a tiny model.
+    A tiny model learns grounding only if a timestamp is one token.
     """
     times = [f"{i / 10:.1f}" for i in range(10 * DURATION_S + 1)]
-    words = f"{' '.join(COLOURS)} {' '.join(SHAPES)} the is visible When From to seconds user assistant system".split()
+    others = "the is visible When From to seconds user assistant system"
+    words = [*COLOURS, *SHAPES, *others.split()]
     corpus = [f"<{t} seconds> From {t} to {t} seconds." for t in times] + [f"{w} {w}" for w in words] * 20
     tokenizer = Tokenizer(models.BPE())
     pattern = Regex(r" ?\d+\.\d| ?[A-Za-z]+|\d|[^\sA-Za-z\d]|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(pattern, "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    splits = [pre_tokenizers.Split(pattern, "isolated"), to_bytes]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        corpus,
-        trainers.BpeTrainer(vocab_size=4096, min_frequency=1, initial_alphabet=alphabet, show_progress=False),
-    )
+    options: dict[str, Any] = {"vocab_size": 4096, "min_frequency": 1, "show_progress": False}
+    trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **options)
+    tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_special_tokens(list(SPECIAL))
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -89,30 +78,32 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> Qwen3VLProcessor:
-    tokenizer = build_tokenizer()
-    pixels = {"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE * 256}
-    shared: dict[str, Any] = {
-        "size": pixels,
+    options: dict[str, Any] = {
+        "size": {"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE * 256},
         "patch_size": PATCH,
         "merge_size": MERGE,
         "temporal_patch_size": 2,
-    }
-    normal: dict[str, Any] = {
-        "image_mean": [0.5] * 3,
+        "image_mean": [0.5] * 3,  # vLLM normalises videos with the image processor's values
         "image_std": [0.5] * 3,
-    }  # vLLM normalises videos with the image processor's
+    }
     return Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**shared, **normal),
-        video_processor=Qwen3VLVideoProcessor(**shared, **normal, cap_pixels_per_frame=False),
-        tokenizer=tokenizer,
+        image_processor=Qwen2VLImageProcessor(**options),
+        video_processor=Qwen3VLVideoProcessor(**options, cap_pixels_per_frame=False),
+        tokenizer=build_tokenizer(),
         chat_template=CHAT_TEMPLATE,
     )
 
 
 def build_model(size: Size, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3VLForConditionalGeneration:
-    """Random weights, transformers' own initialisation, from `seed`."""
+    """Random weights from `seed`, by transformers' own initialisation."""
     ids: dict[str, Any] = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL}
     heads = size.hidden // HEAD_DIM
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [8, 4, 4],
+        "mrope_interleaved": True,
+    }
     config = Qwen3VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -123,12 +114,7 @@ def build_model(size: Size, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qw
             "num_key_value_heads": heads,
             "head_dim": HEAD_DIM,
             "max_position_embeddings": 4096,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [8, 4, 4],
-                "mrope_interleaved": True,
-            },
+            "rope_parameters": rope,
             "tie_word_embeddings": True,
         },
         vision_config={

@@ -1,15 +1,16 @@
 """Trains the tiny teacher and student from seeds on ground-truth answers: the models that are committed.
 
-An auxiliary head, thrown away afterwards, learns at every video token what it shows and what is asked for; without it
-tiny models stay on a plateau for hundreds of steps.
+An auxiliary head, thrown away afterwards, learns what each video token shows and what is asked for. Without
+it tiny models stay on a plateau for hundreds of steps.
 """
 
-import argparse
 import math
 import random
 import shutil
 import time
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,21 +19,21 @@ import torch
 from demo.clips import COLOURS, DEFAULT_LEVELS, SHAPES, write_split
 from demo.models import STUDENT, TEACHER, Size, build_model, build_processor
 from video_opd.config_data import DatasetConfig
-from video_opd.config_file import load_config
+from video_opd.config_file import load_demo
 from video_opd.datasets import read_prompts
 from video_opd.grounding import evaluate
 from video_opd.models.forward import ResponseLogits, VideoLLM, collate, generate
 from video_opd.models.prompting import PromptEncoder, parse_span
 from video_opd.types import EncodedPrompt, Prediction, Prompt, Span
 
-NUM_CLIPS, NUM_VALIDATION_CLIPS = 5000, 100  # of the pretraining split; validation decides when to stop
+NUM_CLIPS, NUM_VALIDATION_CLIPS = 5000, 100  # of the pretraining split; validation decided when to stop
 NUM_LABELS = len(COLOURS) * len(SHAPES) + 1  # of one kind: every object, and the asked one
 VIDEO = 2  # transformers' token type of a video token
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model is trained: a cosine over `steps`, of which the first `stop_after` are done."""
+    """How one model is trained: the first `stop_after` steps of a cosine schedule over `steps`."""
 
     size: Size
     seed: int
@@ -53,28 +54,24 @@ RECIPES = {
 class Example:
     """An encoded prompt with its answer and its auxiliary labels."""
 
+    prompt: Prompt
     encoded: EncodedPrompt
     answer: np.ndarray  # int32[N], end token included
     labels: np.ndarray  # float32[video tokens, 5 * NUM_LABELS]
 
 
-def build_examples(prompts: list[Prompt], encoder: PromptEncoder) -> list[Example]:
-    by_clip: dict[str, list[Prompt]] = {}
+def build_examples(prompts: Sequence[Prompt], encoder: PromptEncoder) -> list[Example]:
+    """One example for each prompt, in order; all queries of a clip share one copy of its pixels."""
+    of_clip: defaultdict[str, list[Prompt]] = defaultdict(list)
     for prompt in prompts:
-        by_clip.setdefault(prompt.clip.clip_id, []).append(prompt)
+        of_clip[prompt.clip.clip_id].append(prompt)
     pixels: dict[str, np.ndarray] = {}
     examples = []
     for prompt in prompts:
-        encoded = encoder.encode(prompt)
-        shared = pixels.setdefault(prompt.clip.clip_id, encoded.pixel_values)
-        object.__setattr__(
-            encoded, "pixel_values", shared
-        )  # one copy of the pixels for all queries of a clip
-        examples.append(
-            Example(
-                encoded, encoder.answer_ids(_answer(prompt)), _labels(prompt, by_clip[prompt.clip.clip_id])
-            )
-        )
+        clip_id, encoded = prompt.clip.clip_id, encoder.encode(prompt)
+        encoded = replace(encoded, pixel_values=pixels.setdefault(clip_id, encoded.pixel_values))
+        answer = encoder.answer_ids(_answer(prompt))
+        examples.append(Example(prompt, encoded, answer, _labels(prompt, of_clip[clip_id])))
     return examples
 
 
@@ -84,16 +81,17 @@ def _answer(prompt: Prompt) -> Span:
 
 
 def _object(prompt: Prompt) -> int:
-    """Which (colour, shape) a prompt asks for; the demo's queries read 'the red square is visible'."""
+    """Index of the (colour, shape) that a prompt asks for; a query reads 'the red square is visible'."""
     _, colour, shape, *_ = prompt.query.split()
     return list(COLOURS).index(colour) * len(SHAPES) + SHAPES.index(shape)
 
 
-def _labels(asked: Prompt, prompts: list[Prompt]) -> np.ndarray:
-    """float32[video tokens, 5 * NUM_LABELS]: what the auxiliary head learns of a clip, when `asked` is the question.
+def _labels(asked: Prompt, prompts: Sequence[Prompt]) -> np.ndarray:
+    """float32[video tokens, 5 * NUM_LABELS]: the auxiliary head's targets when `asked` is the question.
 
-    Five kinds: visible in the token's first frame, in its second, just appeared, just disappeared (each for every object,
-    then for the asked one), and which object is asked for. Without the last one a tiny model long answers for any object.
+    Five kinds: visible in the token's first frame, in its second, just appeared, just disappeared (each for
+    every object, then for the asked one), and which object is asked for. Without the last kind a tiny model
+    answers for any object for a long time.
     """
     times = asked.clip.timestamps_s
     visible = np.zeros((len(times), NUM_LABELS), np.float32)
@@ -113,37 +111,31 @@ def _labels(asked: Prompt, prompts: list[Prompt]) -> np.ndarray:
 
 def _auxiliary_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Binary cross-entropy; the asked object and the question weigh as much as all objects together."""
-    losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").unflatten(
-        -1, (5, NUM_LABELS)
-    )
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    losses = losses.unflatten(-1, (5, NUM_LABELS))
     return losses[:, :4, :-1].mean() + losses[:, :4, -1].mean() + 4 * losses[:, 4].mean()
 
 
-def validate(model: VideoLLM, examples: list[Example], prompts: list[Prompt], encoder: PromptEncoder) -> dict:
+def validate(model: VideoLLM, examples: Sequence[Example], encoder: PromptEncoder) -> dict[str, float]:
+    """The greedy answers' mIoU and R1@m."""
     model.eval()
+    limits = {"max_tokens": 16, "pad_id": encoder.tokenizer.pad_token_id, "banned_ids": encoder.pad_ids}
     predictions = []
     for i in range(0, len(examples), 64):
-        answers = generate(
-            model,
-            [e.encoded for e in examples[i : i + 64]],
-            max_tokens=16,
-            pad_id=encoder.tokenizer.pad_token_id,
-            banned_ids=encoder.pad_ids,
-        )
-        for prompt, (ids,) in zip(prompts[i : i + 64], answers, strict=True):
+        part = examples[i : i + 64]
+        answers = generate(model, [e.encoded for e in part], **limits)
+        for example, (ids,) in zip(part, answers, strict=True):
             text = encoder.tokenizer.decode(ids)
-            predictions.append(Prediction(prompt_id=prompt.prompt_id, text=text, span_s=parse_span(text)))
+            prompt_id = example.prompt.prompt_id
+            predictions.append(Prediction(prompt_id=prompt_id, text=text, span_s=parse_span(text)))
     model.train()
-    return evaluate(predictions, prompts)
+    return evaluate(predictions, [e.prompt for e in examples])
 
 
 def train(
-    recipe: Recipe,
-    examples: list[Example],
-    validation: tuple[list[Example], list[Prompt]],
-    encoder: PromptEncoder,
-):
-    """Cross-entropy on answers plus the auxiliary head; cosine learning rate. Returns the model."""
+    recipe: Recipe, examples: Sequence[Example], validation: Sequence[Example], encoder: PromptEncoder
+) -> VideoLLM:
+    """Cross-entropy on answers plus the auxiliary head; cosine learning rate."""
     model = build_model(recipe.size, encoder.tokenizer, recipe.seed)
     head = torch.nn.Linear(recipe.size.hidden, examples[0].labels.shape[1])
     logits_of = ResponseLogits(model)
@@ -153,15 +145,12 @@ def train(
     model.model.language_model.register_forward_hook(lambda _, __, out: hidden.append(out.last_hidden_state))
     order, started = random.Random(recipe.seed), time.monotonic()
     for step in range(recipe.stop_after):
-        rate = min(1.0, (step + 1) / 100) * (
-            0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
-        )
+        warmup = min(1.0, (step + 1) / 100)
+        cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
         for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * rate
-        chosen = order.sample(examples, recipe.batch)
-        batch = collate(
-            [e.encoded for e in chosen], [e.answer for e in chosen], encoder.tokenizer.pad_token_id
-        )
+            group["lr"] = recipe.lr * (warmup * cosine)
+        chosen, pad_id = order.sample(examples, recipe.batch), encoder.tokenizer.pad_token_id
+        batch = collate([e.encoded for e in chosen], [e.answer for e in chosen], pad_id)
         hidden.clear()
         answer_loss = torch.nn.functional.cross_entropy(logits_of(batch), batch.targets)
         labels = torch.from_numpy(np.concatenate([e.labels for e in chosen]))
@@ -171,39 +160,37 @@ def train(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if (step + 1) % recipe.validate_every == 0:
-            metrics = validate(model, *validation, encoder)
+            metrics = validate(model, validation, encoder)
             hidden.clear()
             print(
                 f"step {step + 1} answer loss {answer_loss.item():.3f} auxiliary {auxiliary.item():.3f} "
-                f"validation mIoU {metrics['miou']:.3f} R1@0.7 {metrics['r1@0.7']:.3f} {time.monotonic() - started:.0f} s",
+                f"validation mIoU {metrics['miou']:.3f} R1@0.7 {metrics['r1@0.7']:.3f} "
+                f"{time.monotonic() - started:.0f} s",
                 flush=True,
             )
     return model
 
 
-def pretrain(names: list[str], out: Path, data: Path) -> None:
-    config = load_config(Path(__file__).parent.parent / "configs" / "demo.yaml")
+def pretrain(names: Sequence[str], out: Path, data: Path) -> None:
+    """Writes a model folder for each name into `out`; `data` is the folder of the clips, made if missing."""
+    config = load_demo()
     torch.set_num_threads(1)
-    if not (data / "pretrain").is_dir():
-        write_split(data / "pretrain", "pretrain", NUM_CLIPS, DEFAULT_LEVELS)
-    split = {"annotations": "annotations.txt", "lengths": "lengths.csv", "videos": "videos"}
-    dataset = DatasetConfig.model_validate({k: str(data / "pretrain" / v) for k, v in split.items()})
-    processor = build_processor()
-    processor_folder = out / ".processor"
+    folder = data / "pretrain"
+    if not folder.is_dir():
+        write_split(folder, "pretrain", NUM_CLIPS, DEFAULT_LEVELS)
+    files = {"annotations": "annotations.txt", "lengths": "lengths.csv", "videos": "videos"}
+    dataset = DatasetConfig.model_validate({key: str(folder / name) for key, name in files.items()})
+    processor, processor_folder = build_processor(), out / ".processor"
     processor.save_pretrained(processor_folder)
     encoder = PromptEncoder(processor_folder, config.prompt, config.video)
-    prompts = read_prompts(dataset, config.video, 32)
-    examples = build_examples(prompts, encoder)
+    examples = build_examples(read_prompts(dataset, config.video, 32), encoder)
     held_out = {f"pretrain{i:05d}" for i in range(NUM_VALIDATION_CLIPS)}
-    pairs = list(zip(examples, prompts, strict=True))
-    validation = [p for p in pairs if p[1].clip.clip_id in held_out]
-    training = [e for e, p in pairs if p.clip.clip_id not in held_out]
+    validation = [e for e in examples if e.prompt.clip.clip_id in held_out]
+    training = [e for e in examples if e.prompt.clip.clip_id not in held_out]
     print(f"{len(training)} training examples, {len(validation)} for validation", flush=True)
     for name in names:
         print(f"{name}: {RECIPES[name]}", flush=True)
-        model = train(
-            RECIPES[name], training, ([e for e, _ in validation], [p for _, p in validation]), encoder
-        )
+        model = train(RECIPES[name], training, validation, encoder)
         temporary = out / f".{name}"
         shutil.rmtree(temporary, ignore_errors=True)
         model.save_pretrained(temporary)
@@ -211,10 +198,3 @@ def pretrain(names: list[str], out: Path, data: Path) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
         temporary.rename(out / name)
     shutil.rmtree(processor_folder)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    here = Path(__file__).parent
-    parser.add_argument("names", nargs="*", default=list(RECIPES), help="models to train")
-    parser.add_argument("--out", type=Path, default=here / "models", help="folder of the model folders")
-    parser.add_argument("--data", type=Path, default=here / "data", help="folder of the clips")

@@ -1,1 +1,1 @@
-"""Reports of a run, and `python -m evaluation`: scores of any model under named protocols."""
+"""`python -m evaluation`: scores of any model, run or file of predictions under named protocols."""

@@ -1,6 +1,6 @@
 """Scores a model, a run or a file of predictions on a split: R1@0.3/0.5/0.7 and mIoU under a named protocol.
 
-  python -m evaluation --run runs/NAME                                    its config, its last checkpoint's student
+  python -m evaluation --run runs/NAME                                    its last checkpoint's student
   python -m evaluation --model FOLDER --config CONFIG.yaml [key=value ...]
   python -m evaluation --predictions FILE.parquet [--config CONFIG.yaml]  without a model
 
@@ -20,18 +20,10 @@ from rich.progress import track
 from rich.table import Table
 
 import video_opd  # noqa: F401  # first: makes transformers importable
-from evaluation.predictions import match_texts, read_failures, read_questions, read_texts, write_answers
+from evaluation import scoring
+from evaluation.predictions import count_others, read_failures, read_questions, read_texts, write_answers
 from evaluation.protocols import PROTOCOLS, Protocol, protocol_named
-from evaluation.scoring import (
-    METRICS,
-    Question,
-    bootstrap_intervals,
-    constant_baseline,
-    questions_of,
-    random_baseline,
-    score_answers,
-    summarise_answers,
-)
+from evaluation.scoring import METRICS, Question, questions_of
 from evaluation.timelines import write_timelines
 from video_opd.config import Config
 from video_opd.config_file import load_config, resolve_paths
@@ -43,8 +35,7 @@ from video_opd.models.model_files import read_model_info
 from video_opd.types import FailedPrompt, Prediction, Prompt
 
 COUNTS = ("n", "unparsed", "reversed", "out_of_range", "missing")
-NO_FRAMES = 1  # read_prompts' multiple where nobody looks at a frame: its size does not matter
-NAMES = {"best_constant": "best constant", "random": "random", "no_video": "no video"}
+NO_FRAMES = 1  # read_prompts' multiple when no frame is read: its size does not matter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +46,7 @@ class Answers:
     texts: dict[str, str | None]  # by prompt id
     why_missing: dict[str, str]
     train: list[Prompt]  # empty: no best constant interval
-    blank: dict[str, str | None] | None  # answers to grey frames; None: not asked for
+    blank: dict[str, str | None] | None  # answers on grey frames; None: not asked for
     seed: int
     other_prompts: int = 0  # answers to none of the questions
 
@@ -63,8 +54,10 @@ class Answers:
 def ask_model(
     config: Config, prompts: Sequence[Prompt], blanks: bool
 ) -> list[list[Prediction | FailedPrompt]]:
-    """The greedy answers of the model `config.student`, prompts_per_call at a time as the actors give them; with `blanks`, a
-    second list of answers on grey frames."""
+    """The greedy answers of `config.student`; with `blanks`, a second list of its answers on grey frames.
+
+    Prompts go in calls of rollout.prompts_per_call, as in the rollout actors. Starts vLLM in this process.
+    """
     from video_opd.models.prompting import PromptEncoder
     from video_opd.models.vllm_engine import SamplingEngine, predict
 
@@ -73,14 +66,14 @@ def ask_model(
     engine = SamplingEngine(config.student, config.rollout, config.seed, encoder.pad_ids, **trust)
     size, passes = config.rollout.prompts_per_call, []
     for blank_video in (False, True) if blanks else (False,):
-        chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-        said = track(chunks, "grey frames" if blank_video else "answers", console=Console(stderr=True))
-        passes.append([answer for chunk in said for answer in predict(encoder, engine, chunk, blank_video)])
+        calls = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+        shown = track(calls, "grey frames" if blank_video else "answers", console=Console(stderr=True))
+        passes.append([answer for call in shown for answer in predict(encoder, engine, call, blank_video)])
     return passes
 
 
 def answers_of_model(config: Config, baselines: bool) -> Answers:
-    """Starts vLLM in this process. Raises InputError before that."""
+    """Raises InputError before vLLM starts."""
     multiple = read_model_info(config.student, config.trust_remote_code).size_multiple
     prompts = read_prompts(config.data.eval, config.video, multiple)
     questions = questions_of(prompts)
@@ -115,28 +108,28 @@ def answers_of_file(path: Path, config: Config | None, baselines: bool) -> Answe
         train=train,
         blank=None,
         seed=config.seed if config else 0,
-        other_prompts=match_texts(questions, texts, path),
+        other_prompts=count_others(questions, texts, path),
     )
 
 
 def evaluate(answers: Answers, protocol: Protocol, baselines: bool, folder: Path) -> dict[str, Any]:
-    """Scores, and writes PROTOCOL.parquet, PROTOCOL.png and PROTOCOL.json into `folder`; returns what the last holds."""
-    scored = score_answers(answers.questions, answers.texts, protocol, answers.why_missing)
+    """Writes PROTOCOL.parquet, PROTOCOL.png and PROTOCOL.json into `folder`; returns what the last holds."""
+    questions = answers.questions
+    scored = scoring.score_answers(questions, answers.texts, protocol, answers.why_missing)
     blind: dict[str, Any] = {}
     if baselines and answers.train:
-        blind["best_constant"] = constant_baseline(answers.questions, answers.train, protocol)
+        blind["best_constant"] = scoring.constant_baseline(questions, answers.train, protocol)
     if baselines:
-        blind["random"] = random_baseline(answers.questions, protocol, answers.seed)
+        blind["random"] = scoring.random_baseline(questions, protocol, answers.seed)
     if answers.blank is not None:
-        blind["no_video"] = summarise_answers(
-            score_answers(answers.questions, answers.blank, protocol, {}), protocol
-        )
+        on_grey = scoring.score_answers(questions, answers.blank, protocol, {})
+        blind["no_video"] = scoring.summarise_answers(on_grey, protocol)
     result = {
         "protocol": protocol.name,
         "source": protocol.source,
-        "result": summarise_answers(scored, protocol),
-        "intervals_95": bootstrap_intervals(scored, protocol, answers.seed),
-        "num_videos": len({q.video for q in answers.questions}),
+        "result": scoring.summarise_answers(scored, protocol),
+        "intervals_95": scoring.bootstrap_intervals(scored, protocol, answers.seed),
+        "num_videos": len({q.video for q in questions}),
         "baselines": blind,
         "other_prompts": answers.other_prompts,
     }
@@ -149,72 +142,49 @@ def evaluate(answers: Answers, protocol: Protocol, baselines: bool, folder: Path
 
 def print_result(result: dict[str, Any], folder: Path) -> None:
     """The table and the counts on standard output."""
-    main, intervals = result["result"], result["intervals_95"]
-    table = Table(
-        title=f"protocol {result['protocol']}, {main['n']} prompts on {result['num_videos']} videos"
-    )
+    main, name = result["result"], result["protocol"]
+    table = Table(title=f"protocol {name}, {main['n']} prompts on {result['num_videos']} videos")
     table.add_column("")
-    for name in METRICS:
-        table.add_column(name.replace("miou", "mIoU").replace("r1", "R1"), justify="right")
+    for metric in METRICS:
+        table.add_column(metric.replace("miou", "mIoU").replace("r1", "R1"), justify="right")
     table.add_row("answers", *(f"{main[m]:.3f}" for m in METRICS))
-    table.add_row("95 % interval", *("{:.3f}–{:.3f}".format(*intervals[m]) for m in METRICS))
-    for name, values in result["baselines"].items():
-        table.add_row(NAMES[name], *(f"{values[m]:.3f}" for m in METRICS))
+    table.add_row("95 % interval", *("{:.3f}–{:.3f}".format(*result["intervals_95"][m]) for m in METRICS))
+    for baseline, values in result["baselines"].items():
+        table.add_row(baseline.replace("_", " "), *(f"{values[m]:.3f}" for m in METRICS))
+    lines = [", ".join(f"{count.replace('_', ' ')} {main[count]}" for count in COUNTS)]
+    if result["other_prompts"]:
+        lines.append(f"{result['other_prompts']} answers are to none of these prompts: left out")
+    lines += [f"rules: {result['source']}", f"written: {folder / name}.parquet, .png, .json"]
     console = Console()
     console.print(table)
-    console.print(
-        ", ".join(f"{name.replace('_', ' ')} {main[name]}" for name in COUNTS),
-        highlight=False,
-        soft_wrap=True,
-    )
-    if result["other_prompts"]:
-        console.print(
-            f"{result['other_prompts']} answers are to none of these prompts: left out", soft_wrap=True
-        )
-    console.print(f"rules: {result['source']}", soft_wrap=True, highlight=False)
-    console.print(
-        f"written: {folder / result['protocol']}.parquet, .png, .json", soft_wrap=True, highlight=False
-    )
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m evaluation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="configuration values, e.g. data.eval.max_prompts=100",
-    )
+    values = "configuration values, e.g. data.eval.max_prompts=100"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=values)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", type=Path, metavar="FOLDER", help="transformers folder; needs --config")
     what.add_argument("--run", type=Path, metavar="RUN", help="run folder, e.g. runs/NAME")
-    what.add_argument(
-        "--predictions", type=Path, metavar="FILE", help="Parquet with the columns prompt_id and text"
-    )
-    parser.add_argument(
-        "--config",
-        type=Path,
-        help="YAML file that names the data; for --predictions of this command not needed",
-    )
-    parser.add_argument(
-        "--protocol", default="strict", metavar="NAME", help=f"{', '.join(PROTOCOLS)} (default: strict)"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="default: RUN/evaluation, or evaluation-NAME here"
-    )
-    parser.add_argument(
-        "--no-baselines",
-        dest="baselines",
-        action="store_false",
-        help="leave out the blind baselines and the training split",
-    )
+    file = "Parquet with the columns prompt_id and text"
+    what.add_argument("--predictions", type=Path, metavar="FILE", help=file)
+    needed = "YAML file that names the data; not needed for --predictions that this command wrote"
+    parser.add_argument("--config", type=Path, help=needed)
+    names = f"{', '.join(PROTOCOLS)} (default: strict)"
+    parser.add_argument("--protocol", default="strict", metavar="NAME", help=names)
+    out = "default: RUN/evaluation, or evaluation-NAME here"
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=out)
+    without = "leave out the blind baselines and the training split"
+    parser.add_argument("--no-baselines", dest="baselines", action="store_false", help=without)
     return parser.parse_args(arguments)
 
 
 def read_config(parsed: argparse.Namespace) -> Config | None:
-    """The config to evaluate with, `student` being the model asked for. Raises InputError."""
+    """The config to evaluate with; its `student` is the model asked for. Raises InputError."""
     if parsed.run and parsed.config:
         raise ConfigError("--run evaluates with the run's own config: leave out --config")
     if parsed.model and not parsed.config:
@@ -233,10 +203,8 @@ def read_config(parsed: argparse.Namespace) -> Config | None:
 
 
 def output_folder(parsed: argparse.Namespace) -> Path:
-    if parsed.out:
-        return parsed.out
-    if parsed.run:
-        return parsed.run / "evaluation"
+    if parsed.out or parsed.run:
+        return parsed.out or parsed.run / "evaluation"
     return Path(f"evaluation-{parsed.model.resolve().name if parsed.model else parsed.predictions.stem}")
 
 
@@ -249,13 +217,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             answers = answers_of_file(parsed.predictions, config, parsed.baselines)
         else:
             assert config is not None, "read_config gives one for a model or a run"
-            os.environ.update(
-                config.worker_env
-            )  # before torch is imported: the model computes as in the run's processes
+            os.environ.update(config.worker_env)  # as in the run's processes, before torch is imported
             answers = answers_of_model(config, parsed.baselines)
-        print_result(
-            evaluate(answers, protocol, parsed.baselines, output_folder(parsed)), output_folder(parsed)
-        )
+        folder = output_folder(parsed)
+        print_result(evaluate(answers, protocol, parsed.baselines, folder), folder)
     except VideoOPDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

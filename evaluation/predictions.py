@@ -1,6 +1,8 @@
-"""Answers on disk: a Parquet file with one row a prompt, which holds all that is needed to score it again."""
+"""Answers on disk: Parquet, one row per prompt, with all that is needed to score it again."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,12 @@ from video_opd.schemas import EVALUATION, span_columns, write_parquet
 
 
 def write_answers(path: Path, scored: Sequence[ScoredAnswer]) -> None:
-    """Every prompt's question, truth, answer and score; see schemas.EVALUATION. Appears whole or not at all."""
+    """Writes every prompt's question, truth, answer and score, as schemas.EVALUATION; whole or not at all."""
     rows = [
         {
-            "prompt_id": a.question.prompt_id,
-            "video": a.question.video,
-            "query": a.question.query,
-            "duration_s": a.question.duration_s,
-            "answer_spans_s": [list(span) for span in a.question.answer_spans_s],
-            "text": a.text,
+            **asdict(a.question),
             **span_columns(a.span_s),
+            "text": a.text,
             "iou": a.iou,
             "unparsed": a.span_s is None,
             "reversed": a.is_reversed,
@@ -40,41 +38,37 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(
-            f"{path} cannot be read as Parquet ({_one_line(error)}): name a file of predictions"
-        ) from error
+        why = f"cannot be read as Parquet ({_one_line(error)}): name a file of predictions"
+        raise DataError(f"{path} {why}") from error
     if absent := [name for name in columns if name not in table.column_names]:
-        hint = (
-            "columns prompt_id and text"
-            if set(absent) & {"prompt_id", "text"}
-            else "--config, for the questions and their truth"
-        )
+        hint = "--config, for the questions and their truth"
+        if {"prompt_id", "text"} & set(absent):
+            hint = "columns prompt_id and text"
         raise DataError(f"{path} has no column {', '.join(absent)}: give it {hint}")
     try:
         table = table.select(list(columns)).cast(pa.schema([EVALUATION.field(name) for name in columns]))
         rows = table.to_pylist()
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path} does not have the columns' types ({_one_line(error)}): see docs/evaluation.md"
-        ) from error
+        why = f"does not have the columns' types ({_one_line(error)}): see docs/evaluation.md"
+        raise DataError(f"{path} {why}") from error
     if not rows:
         raise DataError(f"{path} has no rows: there is nothing to score")
     ids = [row["prompt_id"] for row in rows]
     if None in ids:
         raise DataError(f"{path}: row {ids.index(None)} has no prompt_id")
-    if len(set(ids)) < len(ids):
-        twice = next(name for i, name in enumerate(ids) if name in ids[:i])
-        raise DataError(f"{path} has two rows of prompt {twice}: keep one")
+    prompt_id, times = Counter(ids).most_common(1)[0]
+    if times > 1:
+        raise DataError(f"{path} has two rows of prompt {prompt_id}: keep one")
     return rows
 
 
 def read_texts(path: Path) -> dict[str, str | None]:
-    """Prompt id -> the answer's text, None where the file says that there is none. Raises DataError."""
+    """Prompt id -> the answer's text, None where the file has none. Raises DataError."""
     return {row["prompt_id"]: row["text"] for row in read_rows(path, ("prompt_id", "text"))}
 
 
 def read_failures(path: Path) -> dict[str, str]:
-    """Prompt id -> why it has no answer, for what `write_answers` wrote as missing. Raises DataError."""
+    """Prompt id -> why `write_answers` had no answer to write. Raises DataError."""
     if "failure" not in pq.read_schema(path).names:
         return {}
     rows = read_rows(path, ("prompt_id", "text", "failure"))
@@ -87,15 +81,14 @@ def read_questions(path: Path) -> list[Question]:
     for row in read_rows(path, ("prompt_id", "video", "query", "duration_s", "answer_spans_s")):
         spans = row.pop("answer_spans_s") or []
         if None in row.values() or any(span is None or len(span) != 2 or None in span for span in spans):
-            raise DataError(
-                f"{path}: prompt {row['prompt_id']} lacks its video, query, duration or true spans"
-            )
-        questions.append(Question(**row, answer_spans_s=tuple((span[0], span[1]) for span in spans)))
+            lacking = f"prompt {row['prompt_id']} lacks its video, query, duration or true spans"
+            raise DataError(f"{path}: {lacking}")
+        questions.append(Question(**row, answer_spans_s=tuple((start, end) for start, end in spans)))
     return questions
 
 
-def match_texts(questions: Sequence[Question], texts: Mapping[str, str | None], path: Path) -> int:
-    """How many of the texts answer none of the questions. Raises DataError if all do not."""
+def count_others(questions: Sequence[Question], texts: Mapping[str, str | None], path: Path) -> int:
+    """How many of the texts answer none of the questions. Raises DataError if that is all of them."""
     others = len(texts.keys() - {q.prompt_id for q in questions})
     if others == len(texts):
         raise DataError(

@@ -1,10 +1,11 @@
 """Named protocols: how a codebase reads an interval out of an answer, and when that interval counts.
 
-docs/evaluation.md has their differences in one table. Every pattern starts at the start of a run of digits and never goes
-back into one, so that reading is linear in the length of an answer.
+docs/evaluation.md has their differences in one table. Every pattern starts at the start of a run of digits
+and never backtracks into one, so an answer is read in time linear in its length.
 """
 
 import math
+import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,25 +33,22 @@ _LMMS_KEYWORDS = ("start", "end", "happen")
 
 
 def hull_iou(a: Span, b: Span) -> float:
-    """Intersection over the hull of both intervals, as the other codebases compute IoU: the same number wherever a and b
-    meet, up to the last bits. 0 for an empty or reversed interval."""
+    """Intersection over the hull of both intervals, as the other codebases compute IoU; 0 if either is empty.
+
+    Where a and b meet, this is the IoU up to its last bits.
+    """
     hull = max(a[1], b[1]) - min(a[0], b[0])
     return max(min(a[1], b[1]) - max(a[0], b[0]), 0.0) / hull if hull > 0 else 0.0
 
 
-def at_least(ious: np.ndarray, threshold: float) -> np.ndarray:
-    """bool[N]: IoU >= threshold, to the last bit."""
-    return ious >= threshold
-
-
-def above(ious: np.ndarray, threshold: float) -> np.ndarray:
-    """bool[N]: IoU > threshold."""
-    return ious > threshold
+def _pair(numbers: Sequence[str]) -> Span | None:
+    """The first two numbers."""
+    return (float(numbers[0]), float(numbers[1])) if len(numbers) >= 2 else None
 
 
 def _first(pattern: re.Pattern[str], text: str) -> Span | None:
     match = pattern.search(text)
-    return (float(match[1]), float(match[2])) if match else None
+    return _pair(match.groups()) if match else None
 
 
 def _clock_seconds(match: re.Match[str]) -> float:
@@ -59,54 +57,46 @@ def _clock_seconds(match: re.Match[str]) -> float:
 
 
 def read_timelens(text: str) -> Span | None:
-    """The first two clock times; else the first pair with a hyphen; else the first with 'to'; else the first two numbers."""
+    """The first two clock times; else the first pair with '-', else with 'to'; else the first two numbers."""
     text = text.lower()
     times = [_clock_seconds(match) for match in islice(_CLOCK.finditer(text), 2)]
     if len(times) == 2:
         return times[0], times[1]
-    if pair := _first(_WITH_DASH, text) or _first(_WITH_TO, text):
-        return pair
-    numbers = _LOOSE.findall(text)
-    return (float(numbers[0]), float(numbers[1])) if len(numbers) >= 2 else None
+    return _first(_WITH_DASH, text) or _first(_WITH_TO, text) or _pair(_LOOSE.findall(text))
 
 
 def read_time_r1(text: str) -> Span | None:
-    """The last pair joined by ' to ' or ' and ', lower case and one space each; inside <answer> or not."""
+    """The last pair joined by ' to ' or ' and ', lower case and one space each, inside <answer> or not."""
     pairs = _WITH_ONE_SPACE.findall(text)
-    return (float(pairs[-1][0]), float(pairs[-1][1])) if pairs else None
+    return _pair(pairs[-1]) if pairs else None
 
 
 def read_vtimellm(text: str) -> Span | None:
     """The first two-digit pair joined by ' to ' or ' and ': hundredths of the video."""
-    match = _TWO_DIGITS.search(text)
-    return (float(match[1]) / 100, float(match[2]) / 100) if match else None
+    pair = _first(_TWO_DIGITS, text)
+    return (pair[0] / 100, pair[1] / 100) if pair else None
 
 
 def read_lmms_eval(text: str) -> Span | None:
-    """The first pair with a hyphen or 'to', even a 'to' inside a word; else the first numbers of the first two sentences
-    (lines, or up to '!' or '?') that speak of a start, an end or a happening.
+    """The first pair with '-' or 'to', even a 'to' inside a word. Without a pair: the first numbers of the
+    first two sentences (lines, or up to '!' or '?') with a word for a start, an end or a happening.
 
-    None where the codebase's own script stops with an error: a number with several points. Its branch for HH:MM:SS can
-    give no interval, so it is not here.
+    None where the codebase's own script stops with an error: a number with several points. Its branch for
+    HH:MM:SS can give no interval and is left out.
     """
     text = text.lower().replace(_LMMS_EXAMPLE, "").replace("to", "-")
     pairs = _DOTTED_WITH_DASH.findall(text)
-    if any(".." in number for pair in pairs for number in pair):
-        return None
     if pairs:
-        return float(pairs[0][0]), float(pairs[0][1])
+        return None if any(".." in number for pair in pairs for number in pair) else _pair(pairs[0])
     sentences = [s for s in _LMMS_SENTENCE_END.split(text) if any(word in s for word in _LMMS_KEYWORDS)]
-    firsts = [float(match[0]) for match in map(_LOOSE.search, sentences) if match]
-    return (firsts[0], firsts[1]) if len(firsts) >= 2 else None
+    return _pair([match[0] for match in map(_LOOSE.search, sentences) if match])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
     """What a protocol reads in an answer."""
 
-    span: (
-        Span  # what is scored: seconds, or shares of the clip's duration where the protocol's `shares` is set
-    )
+    span: Span  # what is scored: seconds, or shares of the clip's duration for a protocol with `shares`
     is_reversed: bool  # as it was written
 
 
@@ -121,21 +111,20 @@ class Protocol:
     swaps: bool = False  # a reversed pair is put in order
     whole_seconds: bool = False  # both ends are rounded, halves to even
     iou: Callable[[Span, Span], float] = hull_iou
-    iou_decimals: int | None = None  # each IoU is rounded to so many
-    reaches: Callable[[np.ndarray, float], np.ndarray] = at_least  # (float64[N] IoUs, threshold) -> bool[N]
+    iou_decimals: int | None = None  # to which each IoU is rounded
+    # (float64[N] IoUs, threshold) -> bool[N]; ge compares to the last bit
+    reaches: Callable[[np.ndarray, float], np.ndarray] = operator.ge
 
     def parse(self, text: str) -> Reading | None:
         """None: the answer holds no pair that counts."""
         pair = self.read(text)
         if pair is None:
             return None
-        start, end = pair
+        (start, end), is_reversed = pair, pair[1] < pair[0]
         if self.whole_seconds and math.isfinite(start) and math.isfinite(end):
             start, end = float(round(start)), float(round(end))
-        is_reversed = pair[1] < pair[0]
-        return Reading(
-            span=(end, start) if self.swaps and is_reversed else (start, end), is_reversed=is_reversed
-        )
+        span = (end, start) if self.swaps and is_reversed else (start, end)
+        return Reading(span=span, is_reversed=is_reversed)
 
     def seconds(self, span: Span, duration_s: float) -> Span:
         """A reading's span in seconds."""
@@ -150,7 +139,7 @@ class Protocol:
         return max(ious, default=0.0)
 
     def score_seconds(self, span_s: Span, answer_spans_s: Sequence[Span], duration_s: float) -> float:
-        """IoU of an interval that no answer was read for: a baseline's."""
+        """IoU of a baseline's interval, which was not read from an answer."""
         span = (span_s[0] / duration_s, span_s[1] / duration_s) if self.shares else span_s
         return self.score(span, answer_spans_s, duration_s)
 
@@ -167,7 +156,8 @@ PROTOCOLS = {
         ),
         Protocol(
             name="timelens",
-            source="TencentARC/TimeLens: timelens/utils.py, evaluation/eval_dataloader.py, evaluation/compute_metrics.py",
+            source="TencentARC/TimeLens: timelens/utils.py, evaluation/eval_dataloader.py, "
+            "evaluation/compute_metrics.py",
             read=read_timelens,
             whole_seconds=True,
         ),
@@ -175,7 +165,7 @@ PROTOCOLS = {
             name="time_r1",
             source="xiaomi-research/time-r1: evaluate.py, src/vllm_inference/eval_all.py",
             read=read_time_r1,
-            reaches=above,
+            reaches=operator.gt,
         ),
         Protocol(
             name="vtimellm",

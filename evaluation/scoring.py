@@ -1,4 +1,4 @@
-"""Answers -> scored answers -> numbers: means over every prompt, counts of every kind of failure, bootstrap intervals."""
+"""Scores answers: means over every prompt, counts of every kind of failure, bootstrap intervals."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -30,14 +30,14 @@ class Question:
         numbers = (self.duration_s, *(end for span in self.answer_spans_s for end in span))
         if not self.answer_spans_s or not all(math.isfinite(x) for x in numbers) or self.duration_s <= 0:
             raise DataError(
-                f"prompt {self.prompt_id}: duration {self.duration_s} s, true spans {list(self.answer_spans_s)}: evaluation "
-                "needs a positive duration and at least one span of finite numbers"
+                f"prompt {self.prompt_id}: duration {self.duration_s} s, true spans "
+                f"{list(self.answer_spans_s)}: give it a positive duration and at least one finite span"
             )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredAnswer:
-    """A question, the answer to it, and what a protocol makes of both."""
+    """A question, its answer, and what a protocol makes of both."""
 
     question: Question
     text: str | None  # None: missing
@@ -73,26 +73,22 @@ def questions_of(prompts: Sequence[Prompt]) -> list[Question]:
 def score_answer(
     question: Question, text: str | None, protocol: Protocol, why_missing: str = "no prediction"
 ) -> ScoredAnswer:
-    """What `protocol` makes of the answer; `text` None: there is none, because of `why_missing`."""
+    """`text` None: there is no answer, because of `why_missing`."""
     reading = None if text is None else protocol.parse(text)
     if reading is None:
+        span_s, iou = None, 0.0
         failure = why_missing if text is None else "no interval in the answer"
-        return ScoredAnswer(
-            question=question, text=text, span_s=None, iou=0.0, is_reversed=False, failure=failure
-        )
-    start, end = span_s = protocol.seconds(reading.span, question.duration_s)
-    failure = None
-    if not (math.isfinite(start) and math.isfinite(end)):
-        failure = "not finite"
-    elif start >= end:
-        failure = "reversed" if start > end else "zero length"
+    else:
+        start, end = span_s = protocol.seconds(reading.span, question.duration_s)
+        iou = protocol.score(reading.span, question.answer_spans_s, question.duration_s)
+        failure = None
+        if not (math.isfinite(start) and math.isfinite(end)):
+            failure = "not finite"
+        elif start >= end:
+            failure = "reversed" if start > end else "zero length"
+    is_reversed = reading is not None and reading.is_reversed
     return ScoredAnswer(
-        question=question,
-        text=text,
-        span_s=span_s,
-        iou=protocol.score(reading.span, question.answer_spans_s, question.duration_s),
-        is_reversed=reading.is_reversed,
-        failure=failure,
+        question=question, text=text, span_s=span_s, iou=iou, is_reversed=is_reversed, failure=failure
     )
 
 
@@ -102,7 +98,7 @@ def score_answers(
     protocol: Protocol,
     why_missing: Mapping[str, str],
 ) -> list[ScoredAnswer]:
-    """One for each question, in order. `texts` and `why_missing` by prompt id; a question that neither has was not answered."""
+    """One for each question, in order. `texts` and `why_missing` are by prompt id and may lack some."""
     return [
         score_answer(q, texts.get(q.prompt_id), protocol, why_missing.get(q.prompt_id, "no prediction"))
         for q in questions
@@ -110,7 +106,7 @@ def score_answers(
 
 
 def summarise_answers(scored: Sequence[ScoredAnswer], protocol: Protocol) -> dict[str, float]:
-    """mIoU, R1@m, n, and how many prompts are unparsed (missing ones included), reversed, out of range, missing."""
+    """mIoU, R1@m, n, and how many are unparsed (missing ones included), reversed, out of range, missing."""
     return {
         **summarise([a.iou for a in scored], sum(a.span_s is None for a in scored), protocol.reaches),
         "reversed": sum(a.is_reversed for a in scored),
@@ -124,19 +120,18 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[float, float]]:
     """95 % percentile intervals of mIoU and R1@m by resampling VIDEOS with replacement.
 
-    A resample is as many videos as there are, each with all of its prompts: the answers about one video are not independent.
-    Its value is the mean over the prompts it holds (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 8, 13).
+    A resample is as many videos as there are, each with all of its prompts, since the answers about one video
+    are not independent. Its value is the mean over its prompts (Efron and Tibshirani, An Introduction to the
+    Bootstrap, 1993, ch. 8, 13).
     """
     ious = np.array([a.iou for a in scored])
-    values = np.stack([ious, *(protocol.reaches(ious, m) for m in THRESHOLDS)], axis=1).astype(
-        np.float64
-    )  # [N, metrics]
+    values = np.stack([ious, *(protocol.reaches(ious, m) for m in THRESHOLDS)], axis=1)  # [prompts, metrics]
     videos, of_prompt = np.unique([a.question.video for a in scored], return_inverse=True)
-    sums = np.zeros((len(videos), values.shape[1]))
+    sums = np.zeros((len(videos), len(METRICS)))
     np.add.at(sums, of_prompt, values)
-    counts = np.bincount(of_prompt, minlength=len(videos))
+    counts = np.bincount(of_prompt)
     rng = np.random.default_rng(seed)
-    means = np.empty((num_resamples, values.shape[1]))
+    means = np.empty((num_resamples, len(METRICS)))
     for row in means:
         drawn = rng.integers(0, len(videos), len(videos))
         row[:] = sums[drawn].sum(0) / counts[drawn].sum()
@@ -147,16 +142,14 @@ def bootstrap_intervals(
 def score_baseline(
     questions: Sequence[Question], spans_s: Sequence[Span], protocol: Protocol
 ) -> dict[str, float]:
-    """The numbers of one interval a question that nobody had to write as text."""
-    ious = [
-        protocol.score_seconds(span, q.answer_spans_s, q.duration_s)
-        for q, span in zip(questions, spans_s, strict=True)
-    ]
+    """The metrics of one interval for each question, not read from a text."""
+    pairs = zip(questions, spans_s, strict=True)
+    ious = [protocol.score_seconds(span, q.answer_spans_s, q.duration_s) for q, span in pairs]
     return summarise(ious, reached=protocol.reaches)
 
 
 def random_baseline(questions: Sequence[Question], protocol: Protocol, seed: int) -> dict[str, float]:
-    """An interval drawn evenly from each clip."""
+    """An interval drawn uniformly from each clip."""
     return score_baseline(questions, random_spans([q.duration_s for q in questions], seed), protocol)
 
 
@@ -164,8 +157,7 @@ def constant_baseline(
     questions: Sequence[Question], train: Sequence[Prompt], protocol: Protocol
 ) -> dict[str, object]:
     """The interval, as shares of the duration, that is best on the training split (by the strict IoU)."""
-    start, end = best_constant_interval(
-        [(p.answer_spans_s, p.clip.duration_s) for p in train if p.answer_spans_s]
-    )
+    labelled = [(p.answer_spans_s, p.clip.duration_s) for p in train if p.answer_spans_s]
+    start, end = best_constant_interval(labelled)
     spans = [(start * q.duration_s, end * q.duration_s) for q in questions]
     return {**score_baseline(questions, spans, protocol), "interval_frac": [float(start), float(end)]}

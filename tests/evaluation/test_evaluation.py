@@ -146,20 +146,20 @@ def test_an_unlabelled_prompt_is_refused():
 
 
 def literal_intervals(scored, seed: int, num_resamples: int) -> dict[str, tuple[float, float]]:
-    """With lists and loops alone: draw videos, put all their answers on one heap, take its means, sort them."""
+    """With lists and loops alone: draws videos, collects all their answers, takes means, sorts them."""
     videos = sorted({a.question.video for a in scored})
     rng = np.random.default_rng(seed)
     means: dict[str, list[float]] = {name: [] for name in METRICS}
     for _ in range(num_resamples):
-        heap = [
+        drawn = [
             a.iou
             for i in rng.integers(0, len(videos), len(videos))
             for a in scored
             if a.question.video == videos[i]
         ]
-        means["miou"].append(sum(heap) / len(heap))
+        means["miou"].append(sum(drawn) / len(drawn))
         for m in (0.3, 0.5, 0.7):
-            means[f"r1@{m}"].append(sum(iou >= m - 1e-9 for iou in heap) / len(heap))
+            means[f"r1@{m}"].append(sum(iou >= m - 1e-9 for iou in drawn) / len(drawn))
 
     def quantile(values: list[float], q: float) -> float:
         values, at = sorted(values), q * (len(values) - 1)
@@ -308,7 +308,7 @@ def test_predictions_of_another_program_are_scored_on_the_configs_split(
 
 
 def test_a_models_failures_count_and_an_engines_error_is_exit_code_1(config, tmp_path, capsys, monkeypatch):
-    """Everything but vLLM: two prompts are answered, the others' clips fail; on grey frames nothing has an interval."""
+    """All but vLLM: two prompts are answered, the others' clips fail; no answer on grey frames is parsed."""
 
     def ask(config, prompts, blanks):
         texts = [f"From {p.answer_spans_s[0][0]} to {p.answer_spans_s[0][1]} seconds." for p in prompts[:2]]

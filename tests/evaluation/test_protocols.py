@@ -1,16 +1,18 @@
 """How each protocol reads answers and counts them.
 
-The expected intervals are what the codebases' own functions returned for these answers, read at the revisions below:
-  timelens   TencentARC/TimeLens, timelens/utils.py (extract_time), evaluation/eval_dataloader.py (whole seconds),
-             evaluation/compute_metrics.py (the first pair counts, >=)
-  time_r1    xiaomi-research/time-r1 @ 8f9c9df, evaluate.py (extract_answer), src/vllm_inference/eval_all.py (>)
-  vtimellm   huangb23/VTimeLLM @ 673312a, vtimellm/eval/eval.py (iou: reading and two decimals), metric.py (>=)
-  lmms_eval  EvolvingLMMs-Lab/lmms-eval @ 532ca07, lmms_eval/tasks/charades_sta/eval_tvg.py (extract_time, swap, >=)
-  strict     video_opd/models/prompting.py (parse_span) and video_opd/grounding.py, which launch.py prints by
+The expected intervals are what the codebases' own functions returned for these answers, at these revisions:
+  timelens   TencentARC/TimeLens, timelens/utils.py (extract_time), evaluation/eval_dataloader.py (whole
+             seconds), evaluation/compute_metrics.py (the first pair counts, >=)
+  time_r1    xiaomi-research/time-r1 @ 8f9c9df, evaluate.py (extract_answer),
+             src/vllm_inference/eval_all.py (>)
+  vtimellm   huangb23/VTimeLLM @ 673312a, vtimellm/eval/eval.py (iou: reading and two decimals),
+             vtimellm/eval/metric.py (>=)
+  lmms_eval  EvolvingLMMs-Lab/lmms-eval @ 532ca07, lmms_eval/tasks/charades_sta/eval_tvg.py (extract_time,
+             swap, >=)
+  strict     video_opd/models/prompting.py (parse_span) and video_opd/grounding.py, which launch.py uses
 """
 
 import re
-import time
 
 import numpy as np
 import pytest
@@ -24,7 +26,8 @@ from video_opd.models.prompting import parse_span
 from video_opd.types import Span
 
 NAMES = ("strict", "timelens", "time_r1", "vtimellm", "lmms_eval")
-TABLE = [  # answer, then what is scored under each of NAMES: seconds, vtimellm shares of the clip; None: no interval
+# An answer, then what each of NAMES scores: seconds, for vtimellm shares of the clip; None: no interval.
+TABLE = [
     # the forms that the codebases ask for
     ("From 2.0 to 5.0 seconds.", (2.0, 5.0), (2.0, 5.0), (2.0, 5.0), None, (2.0, 5.0)),
     ("The event happens in 2.0 - 5.0 seconds.", (2.0, 5.0), (2.0, 5.0), None, None, (2.0, 5.0)),
@@ -267,32 +270,9 @@ def test_an_unknown_protocol_names_the_known_ones():
 
 NUMBER = r"(\d+(?:\.\d+)?)"
 PLAIN = re.compile(rf"{NUMBER}\s*(?:s|sec|seconds?)?\s*(?:to|and|-|–|—|,)\s*{NUMBER}")
-pieces = st.sampled_from(
-    [
-        *(
-            "1",
-            "20",
-            "3.5",
-            "7.",
-            ".",
-            " ",
-            "  ",
-            "\n",
-            "s",
-            "sec",
-            "second",
-            "seconds",
-            "to",
-            "and",
-            "-",
-            "–",
-            "—",
-            ",",
-            "x",
-            ":",
-        )
-    ]
-)
+NUMBERS, UNITS = ("1", "20", "3.5", "7.", "."), ("s", "sec", "second", "seconds")
+JOINS = ("to", "and", "-", "–", "—", ",", " ", "  ", "\n", "x", ":")
+pieces = st.sampled_from([*NUMBERS, *UNITS, *JOINS])
 
 
 @given(text=st.lists(pieces, max_size=12).map("".join))
@@ -302,36 +282,24 @@ def test_parse_span_reads_what_its_plain_pattern_reads(text):
     assert parse_span(text) == ((float(match[1]), float(match[2])) if match else None)
 
 
-LONG = 20_000
+SHORT, LONG = 500, 100_000
 HARD = [
-    "1",
-    "1.",
-    ".",
-    " ",
-    "-",
-    "1 ",
-    "1 1.",
-    "1-",
-    "1 to ",
-    "1 and ",
-    "00:",
-    "00:00.1",
-    "1..",
-    "end ",
-    "start 1s",
-    "1 s ",
-    "1seconds ",
+    *("1", "1.", ".", " ", "-", "1 ", "1 1.", "1-", "1 to ", "1 and "),
+    *("00:", "00:00.1", "1..", "end ", "start 1s", "1 s ", "1seconds "),
 ]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_very_long_answers_are_read_in_linear_time(name):
-    started = time.process_time()
+def test_very_long_answers_are_read_as_shorter_ones_are(name):
+    """In linear time: with a pattern that backtracks this test runs into its timeout."""
+
+    def read(unit: str, times: int):
+        long = "1" * times
+        answers = (unit * times, f"{long}{unit}{long}s", f"1{unit * times}s")
+        return [PROTOCOLS[name].parse(answer) for answer in answers]
+
     for unit in HARD:
-        PROTOCOLS[name].parse(unit * LONG)
-        PROTOCOLS[name].parse("1" * LONG + unit + "1" * LONG + "s")
-        PROTOCOLS[name].parse("1" + unit * LONG + "s")
-    assert time.process_time() - started < 10
+        assert read(unit, LONG) == read(unit, SHORT), unit
 
 
 @pytest.mark.parametrize("name", NAMES)
