@@ -1,4 +1,4 @@
-"""The tree is the architecture: who may import whom, and how long files and functions may be, read from the sources."""
+"""The tree is the architecture: who may import whom, and how long files and functions may be."""
 
 import ast
 import re
@@ -13,7 +13,7 @@ from video_opd import ROOT
 
 ROOMS = ("actors", "learner", "teacher_service", "curriculum", "evaluation")
 PARTS = {*ROOMS, "video_opd", "preflight", "driver", "demo", "benchmarks", "launch"}
-# Inside video_opd each part may import those before it, and the modules at the top level, which may import none of them.
+# What each part of video_opd may import beside the modules at its top level, which may import none of these.
 LAYERS = ("files", "cluster", "video", "models", "weights", "datasets")
 BELOW = {
     "": set(),
@@ -27,7 +27,7 @@ BELOW = {
 
 
 def imported_modules(source: str, package: str = "") -> set[str]:
-    """Dotted names of every module that `source` imports, at any depth, by statement or by import_module('name')."""
+    """Dotted names of all that `source` imports, at any depth, by statement or by import_module('name')."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -161,10 +161,9 @@ FOREIGN = {"evaluation/eval_dataloader.py", "evaluation/compute_metrics.py"}  # 
 
 
 def test_files_named_in_docstrings_and_docs_exist():
-    """A word such as driver/run.py or docs/data.md, in any source or document, names a file of the project."""
-    named = re.compile(
-        rf"(?<![\w/.-])((?:{'|'.join(sorted(PARTS - {'launch'}))}|docs|configs|tests|deploy)/[\w/.-]+\.(?:py|md|yaml))\b"
-    )
+    """A word such as driver/run.py or docs/data.md, in a source or document, names a file of the project."""
+    folders = "|".join(sorted(PARTS - {"launch"} | {"docs", "configs", "tests", "deploy"}))
+    named = re.compile(rf"(?<![\w/.-])((?:{folders})/[\w/.-]+\.(?:py|md|yaml))\b")
     texts = [*FILES, *(p.relative_to(ROOT) for p in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])]
     missing = {
         f"{path}: {name}"

@@ -99,7 +99,7 @@ def encoder(config) -> PromptEncoder:
 
 @torch.no_grad()
 def reference_logprobs(model, prompt: EncodedPrompt, response: np.ndarray) -> np.ndarray:
-    """float32[N, V]: the distribution at each response position, by one plain transformers forward over one sequence."""
+    """float32[N, V]: the distribution at each response position, by a plain forward over one sequence."""
     ids = torch.tensor(np.concatenate([prompt.token_ids, response])[None], dtype=torch.int64)
     types = torch.zeros_like(ids)
     types[0, : len(prompt.token_types)] = torch.tensor(prompt.token_types)
@@ -120,7 +120,7 @@ def scored_groups(
     rollouts: int = 1,
     sampled: bool = True,
 ) -> list[ScoredGroup]:
-    """Made-up responses of several lengths with made-up scores: the learner's arithmetic does not depend on their origin.
+    """Made-up responses of several lengths with made-up scores.
 
     `sampled` false: nobody sampled them, as in demonstrations.
     """

@@ -1,4 +1,4 @@
-"""Several hosts on one machine: namespaces (network, processes, mounts, name) on a bridge, each with an sshd and files of its own.
+"""Several hosts on one machine: namespaces on a bridge, each with an sshd and files of its own.
 
 Needs root and the Debian packages openssh-server, rsync and iproute2.
 """
@@ -20,14 +20,15 @@ import psutil
 NETWORK, USER, START_S = "10.77.0", "ubuntu", 20.0
 BRIDGE, GATEWAY = "opdbr", f"{NETWORK}.254"
 
-# What runs as the first process of a host. USER is a second name of root: one private home serves Ray, sshd and ssh's client.
+# The first process of a host. USER is a second name of root: one home serves Ray, sshd and ssh.
 INSIDE = f"""
 set -eu
 hostname "$1"; home=$2; kept=$3; hidden=$4; shift 4
 mount --make-rprivate /
 mount --bind "$kept/passwd" /etc/passwd
 mount --bind "$kept/hosts" /etc/hosts
-mount --bind /dev/null "$(readlink -f /etc/resolv.conf)"  # else each look-up of a name waits for a server that is not there
+# Without this each look-up of a name waits for a server that is not there.
+mount --bind /dev/null "$(readlink -f /etc/resolv.conf)"
 mount -t tmpfs tmpfs /mnt
 for path in "$@"; do mkdir -p "/mnt$path"; mount --rbind "$path" "/mnt$path"; done
 mkdir -p /mnt/own-home; mount --bind "$home" /mnt/own-home
@@ -36,7 +37,8 @@ mount -t tmpfs -o mode=1777 tmpfs /dev/shm
 mount -t tmpfs -o mode=1777 tmpfs /tmp
 for path in /root "$hidden"; do [ ! -d "$path" ] || mount -t tmpfs tmpfs "$path"; done
 for path in "$@"; do mkdir -p "$path"; mount --rbind "/mnt$path" "$path"; done
-exec /usr/sbin/sshd -D -e -h /home/{USER}/.ssh/host_key -o PidFile=none -o UsePAM=no -o StrictModes=no -o PermitRootLogin=yes
+options="-o PidFile=none -o UsePAM=no -o StrictModes=no -o PermitRootLogin=yes"
+exec /usr/sbin/sshd -D -e -h /home/{USER}/.ssh/host_key $options
 """
 
 
@@ -90,7 +92,10 @@ class Host:
 
 @contextmanager
 def hosts(count: int, folder: Path, shared: Sequence[Path], hidden: Path) -> Iterator[list[Host]]:
-    """`count` hosts with nothing in /home, /root, /tmp, /dev/shm and `hidden` but the folders `shared`. Raises HostsUnavailable."""
+    """`count` hosts that see nothing of /home, /root, /tmp, /dev/shm and `hidden` but the folders `shared`.
+
+    Raises HostsUnavailable.
+    """
     _check_possible()
     key = folder / "id_ed25519"
     _run(f"ssh-keygen -q -t ed25519 -N '' -f {key}")

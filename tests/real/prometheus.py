@@ -81,7 +81,7 @@ def board_expressions(run: str) -> list[str]:
 
 
 def alert_expressions() -> list[str]:
-    """Without the comparison: nothing is wrong with the run, and what is compared must be there all the same."""
+    """Without the comparison: nothing is wrong with the run, but what is compared must be there."""
     rules = yaml.safe_load((ROOT / "deploy/alerts.yml").read_text())["groups"][0]["rules"]
     return [re.split(r" [<>]=? ", rule["expr"])[0] for rule in rules]
 

@@ -1,7 +1,7 @@
-"""A run whose processes are killed and stopped; and one that is killed as a whole and resumed, again and again.
+"""A run whose processes are killed and stopped, and one that is killed as a whole and resumed, repeatedly.
 
-CHAOS_SEED chooses the moments and the order, CHAOS_HANG what is stopped (actor, replica, scheduler or rank), CHAOS_KILLS
-how often a whole run is killed.
+CHAOS_SEED chooses the moments and the order; CHAOS_HANG chooses what is stopped (actor, replica, scheduler or
+rank); CHAOS_KILLS says how often a whole run is killed.
 """
 
 import os

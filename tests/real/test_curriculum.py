@@ -1,4 +1,4 @@
-"""TRPV with the demo's own teacher: what it drops of labels that are wrong, and of clips on which the teacher is bad."""
+"""TRPV with the demo's own teacher: it drops wrong labels, and clips on which the teacher is bad."""
 
 import csv
 from pathlib import Path

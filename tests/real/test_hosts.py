@@ -1,4 +1,4 @@
-"""`ray up deploy/on_prem.yaml`, `ray exec ... launch.py` and `ray down` for real, on hosts that share models and clips alone."""
+"""`ray up deploy/on_prem.yaml`, `ray exec ... launch.py` and `ray down` on hosts that share data alone."""
 
 import json
 import shutil
@@ -56,7 +56,7 @@ def runs_on(host: Host, role: str) -> bool:
 
 @pytest.fixture
 def machines(overrides, models, clips, tmp_path):
-    """Hosts with the environment that deploy/setup.sh would make, which see models and clips, as on shared storage."""
+    """Hosts with the environment that deploy/setup.sh would make, and with models and clips to share."""
     shared = [Path(sys.base_prefix), Path(sys.prefix), models, clips]
     try:
         with hosts(5, tmp_path, shared, hidden=ROOT) as made:

@@ -39,7 +39,7 @@ sys.exit(launch.main(sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def broken_clips(tmp_path_factory) -> tuple[list[str], dict[str, Path]]:
-    """Overrides of a training split in which one clip in five is broken, each in another way; and those clips."""
+    """Overrides of a split in which one clip in five is broken, each in another way; and those clips."""
     folder = tmp_path_factory.mktemp("broken")
     data = write_data(folder, "train", 25, ("colour",))
     paths = {f"train{n:05d}": folder / "train" / "videos" / f"train{n:05d}.mp4" for n in (0, 5, 10, 15, 20)}
@@ -54,7 +54,7 @@ def broken_clips(tmp_path_factory) -> tuple[list[str], dict[str, Path]]:
 
 @pytest.fixture(scope="module")
 def finished(shared_ray, overrides, broken_clips) -> Path:
-    """A run at lag 1 with two actors; one more clip is broken after the start-up checks, and whole again afterwards."""
+    """A run at lag 1 with two actors. One more clip is broken between the start-up checks and the end."""
     data, paths = broken_clips
     path = paths["train00000"].with_name("train00003.mp4")
     whole = path.read_bytes()
@@ -159,7 +159,7 @@ TVDF = [
 
 @pytest.fixture(scope="module")
 def tvdf(shared_ray, overrides) -> Path:
-    """Two rounds of two steps, the second selected with the student as it is then; a vLLM teacher, two learner ranks."""
+    """Two rounds of two steps, the second selected with the student of then; a vLLM teacher, two ranks."""
     more = [
         "num_steps=4",
         "checkpoint_every=3",
@@ -204,7 +204,7 @@ def test_every_round_selects_the_largest_disagreements_and_trains_on_each_once(t
 def test_a_run_that_goes_back_into_a_round_does_what_is_left_of_it_and_ends_with_its_budget_of_tokens(
     tvdf, capsys, tmp_path
 ):
-    """From the checkpoint before its last, in the middle of the second round: what it had after that is set aside."""
+    """From the checkpoint in the middle of the second round; what the run had after that is set aside."""
     copy = tmp_path / "resumed"
     shutil.copytree(tvdf, copy)
     scored = json.loads((copy / "checkpoints" / "step-3" / "state.json").read_text())["totals"][
@@ -279,7 +279,7 @@ def longer(trajectory, prompt) -> float:
 
 
 def test_grpo_makes_the_teacher_of_the_next_run(overrides):
-    """The two-command recipe: no teacher in the first run; its student, over the whole vocabulary, in the second, by LoRA."""
+    """Two commands: the first run has no teacher; its student teaches the second, which trains by LoRA."""
     runs = Path(load_config(DEMO, overrides).runs_dir)
     made = run_launch(
         *overrides, *SHRUNK, *GRPO, "teacher=null", "num_steps=2", "run_name=grpo", "learner.world_size=2"

@@ -23,8 +23,9 @@ from video_opd.models.forward import ResponseLogits, collate, load_model
 from video_opd.types import ScoredGroup
 from video_opd.weights.buckets import unpack
 
-# Adam's first steps move a weight by about lr whatever the size of its gradient; where a gradient is almost zero,
-# another order of summation changes a part of that step. Hence one bound for the worst weight and one for them all.
+# Adam's first steps move a weight by about lr whatever the size of its gradient. Where a gradient is almost
+# zero, another order of summation changes a part of that step. Hence one bound for the worst weight and one
+# for all of them.
 LR, STEPS = 1e-3, 2
 WORST, RMS = 0.2 * LR, 0.002 * LR
 
@@ -61,7 +62,7 @@ def batches(config, prompts, encoder):
 
 
 def literal_loss(config, groups, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The summed loss of a batch in float64, read from the formulas of docs/algorithm.md. No code of learner/ is used."""
+    """The summed loss of a batch in float64, by the formulas of docs/algorithm.md."""
     loss = config.loss
     trajectories = [t for g in groups for t in g.group.trajectories]
     scores: list[Any] = [s for g in groups for s in g.scores]
@@ -119,7 +120,7 @@ def reference_parameters(config, prompts, encoder) -> dict[str, np.ndarray]:
 
 
 class KeptRank(LearnerRank):
-    """A process that goes on with the next learner: it imports torch and DeepSpeed for longer than it trains."""
+    """A process that serves the next learner too: it imports torch for longer than it trains."""
 
     def start_again(self, config: Config) -> None:
         import deepspeed
@@ -260,7 +261,7 @@ def test_a_checkpoint_restores_weights_and_optimizer_exactly_and_its_student_loa
 
 
 def optimizer_state(rank: Any) -> dict[str, tuple[np.ndarray, ...]]:
-    """float32 weight and Adam moments of every trained parameter, whole. Runs in a LearnerRank; all must run it together."""
+    """Whole float32 weight and Adam moments of every trained parameter. All ranks must run it together."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     engine = rank._engine

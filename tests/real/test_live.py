@@ -1,7 +1,7 @@
-"""One run that goes on for ever: watched by a real Prometheus, scaled and attacked from other terminals, stopped by a signal.
+"""One run: watched by a real Prometheus, scaled and attacked from other terminals, stopped by a signal.
 
-The tests follow one another: `live` is the run under way, its ranks suspended so that the processor is the tests'; `ended`
-is what is left of it.
+The tests follow one another. `live` is the run under way, its ranks suspended to leave the processor to the
+tests. `ended` is what is left of it.
 """
 
 import json
@@ -210,7 +210,7 @@ def called(port: int, token: str | None) -> grpc.StatusCode:
 
 
 def test_a_run_of_this_machine_listens_on_loopback_or_wants_the_token(live):
-    """Ray's processes, the ranks, the engines, all of them; but for one of Serve's, which has no HTTP proxy."""
+    """Ray's processes, the ranks and the engines. Serve has no HTTP proxy."""
     listening, names = [], []
     driver = psutil.Process(live.process.pid)
     for process in [driver, *driver.children(recursive=True)]:
@@ -273,7 +273,7 @@ def test_a_client_without_the_token_is_refused_in_one_line(live, wrong, override
 
 @pytest.mark.parametrize("kind", ["disabled", "wrong"])
 def test_ray_itself_refuses_them(live, wrong, kind, tmp_path):
-    """Not this project's check alone: Ray's own client, which tries again and again, gets the server's answer."""
+    """Ray's own client, which tries again and again, gets the server's refusal."""
     env = wrong if kind == "wrong" else environment(RAY_AUTH_MODE="disabled")
     env |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     said = tmp_path / "said"

@@ -93,7 +93,7 @@ def build(folder: Path, hidden: int, padded: int, seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def qwen2_5(tmp_path_factory) -> list[str]:
-    """What turns configs/demo.yaml into a run of a tiny Qwen2.5-VL pair on clips of more than one video token a frame."""
+    """Overrides for a run of a tiny Qwen2.5-VL pair on clips of more than one video token a frame."""
     folder = tmp_path_factory.mktemp("qwen2_5")
     build(folder / "student", hidden=64, padded=0, seed=0)
     build(folder / "teacher", hidden=96, padded=7, seed=1)
@@ -136,7 +136,7 @@ def encoder(config) -> PromptEncoder:
 
 
 def literal_positions(types: list[int], grid: tuple[int, int, int], seconds: float) -> list[list[int]]:
-    """[time, row, column] of every token: text counts on, the video's tokens sit on a grid, text goes on after the largest."""
+    """[time, row, column] of every token. Text counts on; video tokens sit on a grid."""
     t, h, w = grid[0], grid[1] // MERGE, grid[2] // MERGE
     positions, i = [], 0
     while i < len(types):

@@ -32,7 +32,7 @@ def model(config) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def encoded(prompts, encoder) -> list[EncodedPrompt]:
-    """Short prompts, and long ones that share a video: longer than a KV block, so that the prefix cache is used."""
+    """Short prompts, and some of one video that are longer than a KV block: they use the prefix cache."""
     long = [
         dataclasses.replace(
             prompts[0], prompt_id=f"long{i}", query=f"{prompts[0].query} {'and again ' * 12} {i}"

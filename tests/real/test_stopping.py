@@ -1,4 +1,4 @@
-"""A run that a signal stops, goes on elsewhere, and is evaluated: the real commands on the demo's own models."""
+"""A run is stopped by a signal, resumed elsewhere and evaluated, on the demo's own models."""
 
 import json
 import signal

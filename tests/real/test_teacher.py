@@ -1,4 +1,4 @@
-"""Both teacher engines against plain transformers: token log-probs, top-K, predictions; and teacher = student."""
+"""Both teacher engines against plain transformers: log-probs, top-K, predictions; and teacher = student."""
 
 import numpy as np
 import pytest

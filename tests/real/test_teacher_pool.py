@@ -1,6 +1,6 @@
-"""The teacher pool under load: scaled from another process, robbed of replicas, measured; and the command line around it.
+"""The teacher pool under load: scaled from another process, robbed of replicas, measured.
 
-The replicas are real, their engine sleeps; one test has tiny models. The pool is one, so the tests go on from each other's.
+The replicas are real and their engine sleeps; one test has tiny models. The tests share one pool in turn.
 """
 
 import asyncio
@@ -59,7 +59,7 @@ def pool(local_ray):
 
 @pytest.fixture
 def command(local_ray) -> Callable[..., Awaitable[tuple[int, str, str]]]:
-    """`python -m teacher_service` in a process of its own, as from another terminal: (exit code, stdout, stderr)."""
+    """`python -m teacher_service` as from another terminal: (exit code, stdout, stderr)."""
     address = ray.get_runtime_context().gcs_address
 
     async def run(*arguments: str, address: str = address) -> tuple[int, str, str]:
