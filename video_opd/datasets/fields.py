@@ -70,11 +70,15 @@ def pair(value: Any, key: str, where: str) -> Span:
     return number(value[0], key, where), number(value[1], key, where)
 
 
+def one_pair(value: Any, key: str, where: str) -> tuple[Span, ...]:
+    """[start, end] as a tuple of one interval."""
+    return (pair(value, key, where),)
+
+
 def pairs(value: Any, key: str, where: str) -> tuple[Span, ...]:
     """[start, end], or a list of such."""
-    if isinstance(value, list) and all(isinstance(item, list) for item in value):
-        return tuple(pair(item, key, where) for item in value)
-    return (pair(value, key, where),)
+    many = isinstance(value, list) and all(isinstance(item, list) for item in value)
+    return tuple(pair(item, key, where) for item in (value if many else [value]))
 
 
 def rounded(span: Span, unit_s: float) -> Span:

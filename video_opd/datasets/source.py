@@ -8,7 +8,7 @@ from typing import Any
 
 from video_opd.errors import DataError
 
-Record = tuple[str, int, dict[str, Any]]
+Record = tuple[str, int | str, dict[str, Any]]
 """(where, for errors; number from 1 of the line, or of the item in a JSON list; the object)."""
 
 
