@@ -2,7 +2,6 @@
 
 import csv
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
@@ -18,7 +17,6 @@ from video_opd.types import Span
 
 CHUNK_S = 5.0  # of DiDeMo
 _LINE = re.compile(r"(?P<video>\S+)\s+(?P<start>\S+)\s+(?P<end>\S+?)##(?P<sentence>.+)")
-
 Spans = tuple[Span, ...]
 
 
@@ -91,7 +89,7 @@ def _from_events(dataset: DatasetConfig, _: Format) -> Iterator[Record]:
 def _from_videos(dataset: DatasetConfig, form: Format) -> Iterator[Record]:
     """One record per query of a JSON object {video: {duration, spans, queries}}, one span per query."""
     number = 0
-    for video, record in read_source(dataset.annotations).videos():
+    for video, record in read_source(dataset.annotations).videos().items():
         place = f"{dataset.annotations}: video {video}"
         queries, spans = (fields.get(record, key, place) for key in (form.query, form.spans))
         sizes = [len(values) if isinstance(values, list) else "no list" for values in (queries, spans)]
@@ -120,16 +118,15 @@ def _chunks(value: Any, key: str, where: str) -> Spans:
     return chunks
 
 
-def _agreed(chunks: Spans, annotators: str | None) -> Spans:
+def _agreed(chunks: Spans, annotators: str) -> Spans:
     """Seconds from several annotators' (first, last) chunks. `majority`: the first of the most frequent."""
-    if annotators == "mean":
-        first, last = (sum(values) / len(chunks) for values in zip(*chunks, strict=True))
-        chunks = ((first, last),)
-    elif annotators == "all":
-        chunks = tuple(dict.fromkeys(chunks))
-    else:
-        chunks = (chunks[0] if annotators == "first" else Counter(chunks).most_common(1)[0][0],)
-    return tuple((first * CHUNK_S, (last + 1) * CHUNK_S) for first, last in chunks)
+    agreed = {
+        "mean": [[sum(values) / len(chunks) for values in zip(*chunks, strict=True)]],
+        "majority": [max(chunks, key=chunks.count)],
+        "first": chunks[:1],
+        "all": dict.fromkeys(chunks),
+    }
+    return tuple((first * CHUNK_S, (last + 1) * CHUNK_S) for first, last in agreed[annotators])
 
 
 def _cut(record: dict[str, Any], keys: tuple[str, str], video: str, where: str) -> Span | None:
@@ -203,9 +200,8 @@ def resolve(dataset: DatasetConfig) -> DatasetConfig:
     name = dataset.format
     if name == "auto":
         name = "manifest" if is_manifest(dataset.annotations) else detect(read_source(dataset.annotations))
-    form, defaults = FORMATS.get(name), {}
-    if form is not None:
-        defaults = {"cleaning": form.cleaning, "round_s": form.round_s, **form.options}
+    form = FORMATS.get(name)
+    defaults = {"cleaning": form.cleaning, "round_s": form.round_s, **form.options} if form else {}
     asked = [option for option in OPTIONS if getattr(dataset, option) is not None]
     if unused := [option for option in asked if option not in defaults]:
         what = f"{', '.join(unused)} would do nothing for format {name}"
@@ -224,34 +220,22 @@ def read_annotations(dataset: DatasetConfig) -> Iterator[Annotation]:
         yield from read_manifest(dataset.annotations)
         return
     form = FORMATS[dataset.format]
+    clean = fields.CLEANINGS[dataset.cleaning or form.cleaning]
     for where, number, record in form.records(dataset, form):
-        yield _annotation(dataset, form, where, number, record)
-
-
-def _annotation(
-    dataset: DatasetConfig, form: Format, where: str, number: int | str, record: dict[str, Any]
-) -> Annotation:
-    video_key = next((key for key in form.video.split() if key in record), form.video.split()[-1])
-    video = fields.text(fields.get(record, video_key, where), "the video", where)
-    query = fields.text(fields.get(record, form.query, where), "the query", where)
-    spans, fps, duration_s = None, None, fields.duration(record, where)
-    if form.labelled or record.get(form.spans) is not None:
-        spans = form.read_spans(fields.get(record, form.spans, where), form.spans, where)
-    if spans and "annotators" in form.options:
-        spans = _agreed(spans, dataset.annotators)
-    if spans and form.in_frames:
-        keys = ("fps", "num_frames")
-        fps, num_frames = (fields.positive(fields.get(record, key, where), key, where) for key in keys)
-        spans, duration_s = tuple((s / fps, e / fps) for s, e in spans), num_frames / fps
-    if spans is not None:
-        spans = tuple(fields.rounded(span, dataset.round_s or 0.0) for span in spans)
-    return Annotation(
-        where=where,
-        prompt_id=f"{video_id(video)}:{number}",
-        video=video,
-        query=fields.CLEANINGS[dataset.cleaning or form.cleaning](query),
-        spans_s=spans,
-        duration_s=duration_s,
-        cut_s=_cut(record, form.cut, video, where) if form.cut and dataset.cuts != "ignore" else None,
-        fps=fps,
-    )
+        video_key = next((key for key in form.video.split() if key in record), form.video.split()[-1])
+        video = fields.text(fields.get(record, video_key, where), "the video", where)
+        query = clean(fields.text(fields.get(record, form.query, where), "the query", where))
+        fps, duration_s, spans, cut_s = None, fields.duration(record, where), None, None
+        if form.in_frames:
+            keys = ("fps", "num_frames")
+            fps, frames = (fields.positive(fields.get(record, key, where), key, where) for key in keys)
+            duration_s = frames / fps
+        if form.labelled or record.get(form.spans) is not None:
+            read = form.read_spans(fields.get(record, form.spans, where), form.spans, where)
+            if dataset.annotators is not None:
+                read = _agreed(read, dataset.annotators)
+            spans = tuple(fields.seconds(span, fps or 1.0, dataset.round_s or 0.0) for span in read)
+        if form.cut and dataset.cuts != "ignore":
+            cut_s = _cut(record, form.cut, video, where)
+        same = {"where": where, "prompt_id": f"{video_id(video)}:{number}", "video": video, "query": query}
+        yield Annotation(**same, spans_s=spans, duration_s=duration_s, cut_s=cut_s, fps=fps)
