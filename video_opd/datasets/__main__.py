@@ -63,8 +63,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("annotations", help="annotation file, or a manifest")
     for name, more in options.items():
-        described = DatasetConfig.model_fields[name].description
-        shared.add_argument(f"--{name.replace('_', '-')}", help=described, **more)
+        described = DatasetConfig.model_fields[name].description or ""
+        shared.add_argument(
+            f"--{name.replace('_', '-')}", help=described.replace("None:", "default:"), **more
+        )
     tolerance = f"between annotated and true durations ({TOLERANCE_S})"
     shared.add_argument("--tolerance-s", **seconds, default=TOLERANCE_S, help=tolerance)
     parser = argparse.ArgumentParser(prog="python -m video_opd.datasets", description=__doc__)

@@ -78,7 +78,7 @@ def pairs(value: Any, key: str, where: str) -> tuple[Span, ...]:
 
 
 def seconds(span: Span, fps: float, unit_s: float) -> Span:
-    """A span counted in 1/fps s, rounded to multiples of `unit_s`, halves to even; unit 0: not rounded."""
+    """A span whose times count `fps` a second. Rounds to multiples of `unit_s`, halves to even; 0: not."""
 
     def convert(count: float) -> float:
         time = count / fps
