@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Prepares this machine as a node: an environment with this checkout's requirements, and shells that use it.
-#   VENV    the environment (default: ~/.venvs/video-opd); a complete one is left as it is, so it may be shared
+#   VENV    the environment (default: ~/.venvs/video-opd); a complete one stays as it is and may be shared
 #   EXTRA   gpu (default) or cpu
 #   PYTHON  the Python 3.11 or 3.12 that creates a missing environment (default: python3)
 set -euo pipefail

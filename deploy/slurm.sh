@@ -20,8 +20,8 @@ ROLLOUT_NODES=${ROLLOUT_NODES:-1} UNITS=${UNITS:-${SLURM_GPUS_ON_NODE:-1}} PORT=
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 if ((${#nodes[@]} < ROLLOUT_NODES + 2)); then
-  echo "error: ${#nodes[@]} nodes: 1 for the learner, ROLLOUT_NODES=$ROLLOUT_NODES and at least 1 for teachers" \
-    "are needed, ask for $((ROLLOUT_NODES + 2)) with --nodes" >&2
+  echo "error: ${#nodes[@]} nodes: 1 for the learner, ROLLOUT_NODES=$ROLLOUT_NODES and at least" \
+    "1 for teachers are needed, ask for $((ROLLOUT_NODES + 2)) with --nodes" >&2
   exit 2
 fi
 

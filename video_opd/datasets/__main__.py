@@ -2,16 +2,19 @@
 
 import argparse
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from video_opd.config_data import AnnotationFormat, DatasetConfig
+from pydantic import TypeAdapter
+
+from video_opd.cluster.command_line import exit_code_of
+from video_opd.config_data import AnnotationFormat, DatasetConfig, NonNegativeFloat
 from video_opd.config_file import parse_section
 from video_opd.datasets.check import TOLERANCE_S, check, convert
 from video_opd.datasets.fields import CLEANINGS
-from video_opd.errors import DataError, InputError
+from video_opd.errors import DataError
 
 SHOWN = 20
 
@@ -19,52 +22,53 @@ SHOWN = 20
 def show_findings(dataset: DatasetConfig, tolerance_s: float, limit: int) -> int:
     """Prints what check finds, grouped by reason. Returns the number of annotations with findings."""
     num_annotations = num_bad = 0
-    findings: dict[str, dict[str, list[str]]] = {}  # kind -> reason -> places
+    counts, places = Counter(), defaultdict(list)  # of each kind; of each fault
     for annotation, faults in check(dataset, tolerance_s):
         num_annotations += 1
         num_bad += bool(faults)
-        for kind, reason in faults:
-            findings.setdefault(kind, defaultdict(list))[reason].append(annotation.where)
+        for fault in faults:
+            counts[fault.kind] += 1
+            places[fault].append(annotation.where)
     if not num_annotations:
         raise DataError(f"{dataset.annotations} has no annotations")
-    for kind, reasons in findings.items():
-        for reason, places in list(reasons.items())[:limit]:
-            more = f" (and {len(places) - 1} more annotations)" if places[1:] else ""
-            print(f"{kind}: {places[0]}: {reason}{more}")
-        if len(reasons) > limit:
-            print(f"{kind}: {len(reasons) - limit} more; see them with --limit")
-    counts = ", ".join(f"{kind} {sum(map(len, reasons.values()))}" for kind, reasons in findings.items())
-    print(f"{num_annotations} annotations, {num_bad} with findings{f': {counts}' if counts else ''}")
+    for kind in counts:
+        of_kind = [fault for fault in places if fault.kind == kind]
+        for fault in of_kind[:limit]:
+            first, *others = places[fault]
+            more = f" (and {len(others)} more annotations)" if others else ""
+            print(f"{kind}: {first}: {fault.reason}{more}")
+        if len(of_kind) > limit:
+            print(f"{kind}: {len(of_kind) - limit} more; see them with --limit")
+    listed = f": {_list(counts)}" if counts else ""
+    print(f"{num_annotations} annotations, {num_bad} with findings{listed}")
     return num_bad
 
 
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise ValueError(text)
-    return value
+def _list(counts: Counter[str]) -> str:
+    return ", ".join(f"{kind} {count}" for kind, count in counts.items())
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    seconds: dict[str, Any] = {"type": TypeAdapter(NonNegativeFloat).validate_python, "metavar": "S"}
+    options = {  # keys of DatasetConfig, whose descriptions are the help
+        "format": {"choices": get_args(AnnotationFormat), "default": "auto"},
+        "videos": {"required": True, "metavar": "DIR"},
+        "lengths": {"metavar": "CSV"},
+        "cleaning": {"choices": tuple(CLEANINGS)},
+        "round_s": seconds,
+        "annotators": {"choices": ("mean", "majority", "first", "all")},
+        "cuts": {"choices": ("apply", "ignore")},
+        "clamp_s": seconds | {"default": 0.0},
+    }
     shared = argparse.ArgumentParser(add_help=False)
-    add = shared.add_argument
-    seconds: dict[str, Any] = {"type": _seconds, "metavar": "S"}
-    formats, annotators = get_args(AnnotationFormat), ("mean", "majority", "first", "all")
-    add("annotations", help="annotation file, or a manifest")
-    add("--format", choices=formats, default="auto", help="default: auto, by content")
-    add("--videos", required=True, metavar="DIR", help="folder of the video files")
-    add("--lengths", metavar="CSV", help="charades_sta: csv with the columns id and length (seconds)")
-    add("--cleaning", choices=tuple(CLEANINGS), help="of queries; default: the format's")
-    add("--round-s", **seconds, help="round times to multiples of it, 0: not; default: the format's")
-    add("--annotators", choices=annotators, help="didemo: whose intervals; default mean")
-    add(
-        "--cuts",
-        choices=("apply", "ignore"),
-        help="time_r1, tvgbench: ignore if files are cut; default apply",
-    )
-    add("--clamp-s", **seconds, default=0.0, help="cut ends that pass the clip's by at most S (default 0)")
+    shared.add_argument("annotations", help="annotation file, or a manifest")
+    for name, more in options.items():
+        described = DatasetConfig.model_fields[name].description or ""
+        shared.add_argument(
+            f"--{name.replace('_', '-')}", help=described.replace("None:", "default:"), **more
+        )
     tolerance = f"between annotated and true durations ({TOLERANCE_S})"
-    add("--tolerance-s", **seconds, default=TOLERANCE_S, help=tolerance)
+    shared.add_argument("--tolerance-s", **seconds, default=TOLERANCE_S, help=tolerance)
     parser = argparse.ArgumentParser(prog="python -m video_opd.datasets", description=__doc__)
     add_command = parser.add_subparsers(dest="command", required=True).add_parser
     checking = add_command("check", parents=[shared], help="report findings; exit code 1 if there are any")
@@ -76,23 +80,22 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _run(parsed: argparse.Namespace) -> int:
+    options = {key: value for key, value in vars(parsed).items() if key in DatasetConfig.model_fields}
+    dataset = parse_section(DatasetConfig, options, "command line")
+    if parsed.command == "check":
+        return 1 if show_findings(dataset, parsed.tolerance_s, parsed.limit) else 0
+    num_prompts, left_out, list_path = convert(dataset, parsed.output, parsed.tolerance_s)
+    listed = f" ({_list(left_out)})" if left_out else ""
+    print(f"{parsed.output}: {num_prompts} prompts; left out {left_out.total()}{listed}")
+    print(f"{list_path}: what was left out, and why")
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0; 1 if check has findings; 2 for bad input."""
     parsed = _parse(arguments)
-    options = {key: value for key, value in vars(parsed).items() if key in DatasetConfig.model_fields}
-    try:
-        dataset = parse_section(DatasetConfig, options, "command line")
-        if parsed.command == "check":
-            return 1 if show_findings(dataset, parsed.tolerance_s, parsed.limit) else 0
-        num_prompts, left_out, list_path = convert(dataset, parsed.output, parsed.tolerance_s)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    counts = ", ".join(f"{kind} {count}" for kind, count in left_out.items())
-    total = f"{left_out.total()}{f' ({counts})' if counts else ''}"
-    print(f"{parsed.output}: {num_prompts} prompts; left out {total}")
-    print(f"{list_path}: what was left out, and why")
-    return 0
+    return exit_code_of(lambda: _run(parsed))
 
 
 if __name__ == "__main__":

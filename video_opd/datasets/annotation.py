@@ -1,6 +1,7 @@
 """One annotation, whatever file it comes from, and the faults of its query and intervals."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,8 +23,6 @@ class Annotation:
 
 
 class Fault(NamedTuple):
-    """Something wrong with an annotation."""
-
     kind: str  # one of the kinds in docs/data.md
     reason: str  # one line: what, and what to do
 
@@ -46,32 +45,24 @@ def fit(
         return None, faults
     if not annotation.spans_s:
         faults.append(Fault("no_span", "there is no interval: write one or remove the line"))
-    spans: list[Span] = []
-    for start, end in annotation.spans_s:
-        spans.append((start, length if start < length < end <= length + allowed else end))
-        faults += _span_faults(*spans[-1], length)
-    return tuple(spans), faults
+    ends = (length if s < length < e <= length + allowed else e for s, e in annotation.spans_s)
+    spans = tuple((start, end) for (start, _), end in zip(annotation.spans_s, ends, strict=True))
+    return spans, faults + [fault for span in spans for fault in _span_faults(*span, length)]
 
 
-def _span_faults(start: float, end: float, length: float) -> list[Fault]:
-    """None or one."""
-    kind = None
+def _span_faults(start: float, end: float, length: float) -> Iterator[Fault]:
+    """Yields at most one."""
+    reason = f"{start} to {end} is not an interval in seconds: correct it or remove the line"
     if not (math.isfinite(start) and math.isfinite(end)):
-        kind = "not_a_number"
+        yield Fault("not_a_number", reason)
     elif end <= start:
-        kind = "zero_length" if end == start else "reversed"
+        yield Fault("zero_length" if end == start else "reversed", reason)
     elif start < 0:
-        kind = "before_start"
-    if kind:
-        reason = f"{start} to {end} is not an interval in seconds: correct it or remove the line"
+        yield Fault("before_start", reason)
     elif start >= length:
-        kind = "beyond_duration"
         reason = f"the annotation starts at {start} s, its clip ends at {length} s: correct or remove it"
+        yield Fault("beyond_duration", reason)
     elif end > length:
-        kind = "beyond_duration"
         allowance = math.ceil(round((end - length) * 10, 6)) / 10
         advice = f"correct it, or allow data.*.clamp_s={allowance} or more"
-        reason = f"the annotation ends at {end} s, its clip at {length} s: {advice}"
-    else:
-        return []
-    return [Fault(kind, reason)]
+        yield Fault("beyond_duration", f"the annotation ends at {end} s, its clip at {length} s: {advice}")

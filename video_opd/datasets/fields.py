@@ -1,6 +1,8 @@
 """Single values of an annotation: numbers, texts, intervals; cleaning of queries, rounding of times."""
 
+import math
 import re
+from contextlib import suppress
 from typing import Any
 
 from video_opd.errors import DataError
@@ -32,30 +34,24 @@ def text(value: Any, key: str, where: str) -> str:
     """A string that can be written as UTF-8."""
     if not isinstance(value, str):
         raise wrong(f"{key} must be text", value, where)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        place = f"character {error.start}"
-        raise DataError(f"{where}: {key} has half of a surrogate pair at {place}: correct it") from error
+    if re.search("[\ud800-\udfff]", value):
+        raise wrong(f"{key} must be text without half of a surrogate pair", value, where)
     return value
 
 
 def number(value: Any, key: str, where: str) -> float:
     """A JSON number. NaN and infinity pass: intervals are judged later."""
-    try:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError
-        return float(value)
-    except (TypeError, OverflowError):
-        raise wrong(f"{key} must be a number", value, where) from None
+    with suppress(OverflowError):
+        if type(value) in (int, float):
+            return float(value)
+    raise wrong(f"{key} must be a number", value, where)
 
 
 def positive(value: Any, key: str, where: str) -> float:
     """A finite number above 0."""
-    result = number(value, key, where)
-    if not 0 < result < float("inf"):
-        raise DataError(f"{where}: {key} must be a number above 0, found {result}: correct it")
-    return result
+    if 0 < (result := number(value, key, where)) < math.inf:
+        return result
+    raise wrong(f"{key} must be a number above 0", value, where)
 
 
 def duration(record: dict[str, Any], where: str, key: str = "duration") -> float | None:
@@ -70,16 +66,22 @@ def pair(value: Any, key: str, where: str) -> Span:
     return number(value[0], key, where), number(value[1], key, where)
 
 
-def pairs(value: Any, key: str, where: str) -> tuple[Span, ...]:
-    """[start, end], or a list of such."""
-    if isinstance(value, list) and all(isinstance(item, list) for item in value):
-        return tuple(pair(item, key, where) for item in value)
+def one_pair(value: Any, key: str, where: str) -> tuple[Span, ...]:
+    """[start, end] as a tuple of one interval."""
     return (pair(value, key, where),)
 
 
-def rounded(span: Span, unit_s: float) -> Span:
-    """To multiples of `unit_s`, halves to even; 0, or a time that is not finite: unchanged."""
-    start, end = (
-        round(round(t / unit_s) * unit_s, 9) if unit_s and abs(t) < float("inf") else t for t in span
-    )
-    return start, end
+def pairs(value: Any, key: str, where: str) -> tuple[Span, ...]:
+    """[start, end], or a list of such."""
+    many = isinstance(value, list) and all(isinstance(item, list) for item in value)
+    return tuple(pair(item, key, where) for item in (value if many else [value]))
+
+
+def seconds(span: Span, fps: float, unit_s: float) -> Span:
+    """A span whose times count `fps` a second. Rounds to multiples of `unit_s`, halves to even; 0: not."""
+
+    def convert(count: float) -> float:
+        time = count / fps
+        return round(round(time / unit_s) * unit_s, 9) if unit_s and math.isfinite(time) else time
+
+    return convert(span[0]), convert(span[1])

@@ -1,215 +1,163 @@
 """Every annotation format: how it is read, and what its codebase does to queries and times."""
 
 import csv
-import io
-import math
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from video_opd.config_data import AnnotationFormat, DatasetConfig
 from video_opd.datasets import fields
 from video_opd.datasets.annotation import Annotation
 from video_opd.datasets.manifest import is_manifest, read_manifest
-from video_opd.datasets.source import Source, read_source
+from video_opd.datasets.source import Record, Source, read_source
 from video_opd.datasets.videos import holds_cut, video_id
 from video_opd.errors import ConfigError, DataError
 from video_opd.types import Span
 
 CHUNK_S = 5.0  # of DiDeMo
 _LINE = re.compile(r"(?P<video>\S+)\s+(?P<start>\S+)\s+(?P<end>\S+?)##(?P<sentence>.+)")
-
 Spans = tuple[Span, ...]
-Reader = Callable[[DatasetConfig], Iterator[Annotation]]
-SpanReader = Callable[[dict[str, Any], str, DatasetConfig], Spans | None]
 
 
-def _annotation(
-    where: str, number: int | str, video: Any, query: Any, spans: Spans | None, **more: Any
-) -> Annotation:
-    name, query = fields.text(video, "the video", where), fields.text(query, "the query", where)
-    prompt_id = f"{video_id(name)}:{number}"
-    return Annotation(where=where, prompt_id=prompt_id, video=name, query=query, spans_s=spans, **more)
+@dataclass(frozen=True)
+class Format:
+    """A layout: records with one query each, and their keys. Its codebase sets the defaults of options."""
+
+    records: "Callable[[DatasetConfig, Format], Iterator[Record]]"
+    video: str  # keys
+    query: str
+    spans: str
+    read_spans: Callable[[Any, str, str], Spans] = fields.pairs  # (value, key, where)
+    cut: tuple[str, str] | None = None  # keys of the start and end in the file
+    marks: str = ""  # keys by which the format is detected; empty: the keys of query and spans
+    cleaning: str = "parse_query"
+    round_s: float = 0.0  # spans are rounded to multiples of it; 0: as they are
+    clamp_s: float = 0.0  # a span may pass the clip's end by so much, by the format's own definition
+    options: Mapping[str, str | None] = field(default_factory=dict)  # that few formats take; their defaults
+    labelled: bool = True  # whether every record has spans
+    in_frames: bool = False  # times count frames; fps and num_frames stand for the duration
 
 
-def _charades_sta(dataset: DatasetConfig) -> Iterator[Annotation]:
+def _from_lines(dataset: DatasetConfig, _: Format) -> Iterator[Record]:
+    """Charades-STA's lines, with durations from `lengths`."""
+    path = dataset.annotations
     if dataset.lengths is None:
-        needs = "charades_sta needs the csv of the videos' lengths"
-        raise DataError(f"{dataset.annotations}: {needs}: name it in lengths")
+        raise DataError(f"{path}: charades_sta needs the csv of the videos' lengths: name it in lengths")
     lengths = _read_lengths(read_source(dataset.lengths))
-    for number, line in read_source(dataset.annotations).lines():
-        where = f"{dataset.annotations}:{number}"
-        video, span, sentence = _parse_line(line, where)
+    for number, line in read_source(path).lines():
+        where, match = f"{path}:{number}", _LINE.fullmatch(line.strip())
+        try:
+            if match is None:
+                raise ValueError
+            span = [float(match["start"]), float(match["end"])]
+        except ValueError:
+            expected = "expected 'VIDEO_ID start end##sentence'"
+            raise DataError(f"{where}: {expected}, found {line[:80]!r}") from None
+        video = match["video"]
         if video not in lengths:
             raise DataError(f"{where}: video {video} has no length in {dataset.lengths}: add it there")
-        yield _annotation(where, number, video, sentence, (span,), duration_s=lengths[video])
+        sentence, duration_s = match["sentence"], lengths[video]
+        yield where, number, {"video": video, "sentence": sentence, "span": span, "duration": duration_s}
 
 
 def _read_lengths(source: Source) -> dict[str, float]:
     try:
-        rows = csv.DictReader(io.StringIO(source.text, newline=""))
-        lengths = {row["id"]: float(row["length"]) for row in rows}
+        lengths = {row["id"]: float(row["length"]) for row in csv.DictReader(source.text.split("\n"))}
     except (KeyError, ValueError, TypeError, csv.Error) as error:
         expected = "needs the columns id and length, length a number of seconds"
         raise DataError(f"{source.path}: {expected} ({error!r})") from error
-    bad = [f"{video}: {length}" for video, length in lengths.items() if not 0 < length < math.inf]
-    if bad:
-        found = f"{len(bad)} lengths are not positive numbers of seconds ({', '.join(bad[:3])})"
-        raise DataError(f"{source.path}: {found}: correct them")
+    for video, length in lengths.items():
+        fields.positive(length, f"the length of video {video}", source.path)
     return lengths
 
 
-def _parse_line(line: str, where: str) -> tuple[str, Span, str]:
-    match = _LINE.fullmatch(line.strip())
+def _from_records(dataset: DatasetConfig, _: Format) -> Iterator[Record]:
+    yield from read_source(dataset.annotations).records()
+
+
+def _from_events(dataset: DatasetConfig, _: Format) -> Iterator[Record]:
+    """One record per event of a video's record."""
+    for where, number, record in read_source(dataset.annotations).records():
+        events = fields.get(record, "events", where)
+        if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
+            raise fields.wrong("events must be a list of objects with query and span", events, where)
+        for place, event in enumerate(events, 1):
+            yield f"{where}, event {place}", f"{number}.{place}", record | event
+
+
+def _from_videos(dataset: DatasetConfig, form: Format) -> Iterator[Record]:
+    """One record per query of a JSON object {video: {duration, spans, queries}}, one span per query."""
+    number = 0
+    for video, record in read_source(dataset.annotations).videos().items():
+        place = f"{dataset.annotations}: video {video}"
+        queries, spans = (fields.get(record, key, place) for key in (form.query, form.spans))
+        sizes = [len(values) if isinstance(values, list) else "no list" for values in (queries, spans)]
+        if sizes[0] != sizes[1] or "no list" in sizes:
+            expected = f"{form.query} and {form.spans} must be lists of one length"
+            raise DataError(f"{place}: {expected}, found {sizes[0]} and {sizes[1]}: correct them")
+        for query, span in zip(queries, spans, strict=True):
+            number += 1
+            of_query = {form.video: video, form.query: query, form.spans: span}
+            yield f"{place}, query {number}", number, record | of_query
+
+
+def _answer(value: Any, key: str, where: str) -> Spans:
+    answer = fields.text(value, key, where)
     try:
-        if match is None:
-            raise ValueError
-        return match["video"], (float(match["start"]), float(match["end"])), match["sentence"]
+        start, end = answer.rsplit("-", 1)
+        return ((float(start), float(end)),)
     except ValueError:
-        raise DataError(f"{where}: expected 'VIDEO_ID start end##sentence', found {line[:80]!r}") from None
+        raise fields.wrong(f"{key} must be like '13.4-28.1', in seconds", answer, where) from None
 
 
-def _by_video(spans_key: str, queries_key: str, in_frames: bool = False) -> Reader:
-    """{video: {duration, spans, queries}}, one span a query. `in_frames`: fps and num_frames for duration."""
-
-    def read(dataset: DatasetConfig) -> Iterator[Annotation]:
-        number = 0
-        for video, record in read_source(dataset.annotations).videos():
-            place = f"{dataset.annotations}: video {video}"
-            fps, duration = None, fields.duration(record, place)
-            if in_frames:
-                fps = fields.positive(fields.get(record, "fps", place), "fps", place)
-                duration = fields.positive(fields.get(record, "num_frames", place), "num_frames", place) / fps
-            queries, spans = fields.get(record, queries_key, place), fields.get(record, spans_key, place)
-            sizes = [len(v) if isinstance(v, list) else repr(str(v)[:40]) for v in (queries, spans)]
-            if not isinstance(sizes[0], int) or sizes[0] != sizes[1]:
-                expected = f"{queries_key} and {spans_key} must be lists of one length"
-                raise DataError(f"{place}: {expected}, found {sizes[0]} and {sizes[1]}: correct them")
-            for query, span in zip(queries, spans, strict=True):
-                number += 1
-                where = f"{place}, query {number}"
-                start, end = (t / (fps or 1.0) for t in fields.pair(span, spans_key, where))
-                yield _annotation(where, number, video, query, ((start, end),), duration_s=duration, fps=fps)
-
-    return read
+def _chunks(value: Any, key: str, where: str) -> Spans:
+    chunks = fields.pairs(value, key, where)
+    if not chunks or not all(float(chunk).is_integer() for of_one in chunks for chunk in of_one):
+        raise fields.wrong(f"{key} must be pairs of chunk numbers, one pair an annotator", value, where)
+    return chunks
 
 
-def _by_record(
-    videos: tuple[str, ...], query_key: str, read_spans: SpanReader, cut_keys: tuple[str, str] | None = None
-) -> Reader:
-    """Objects with a query each. The first of the keys `videos` that is there names the video."""
-
-    def read(dataset: DatasetConfig) -> Iterator[Annotation]:
-        for where, number, record in read_source(dataset.annotations).records():
-            video_key = next((key for key in videos if key in record), videos[-1])
-            video, query = fields.get(record, video_key, where), fields.get(record, query_key, where)
-            spans, duration_s = read_spans(record, where, dataset), fields.duration(record, where)
-            cut_s = _cut(record, cut_keys, video, where) if cut_keys and dataset.cuts != "ignore" else None
-            yield _annotation(where, number, video, query, spans, duration_s=duration_s, cut_s=cut_s)
-
-    return read
+def _agreed(chunks: Spans, annotators: str) -> Spans:
+    """Seconds from several annotators' (first, last) chunks. `majority`: the first of the most frequent."""
+    agreed = {
+        "mean": [[sum(values) / len(chunks) for values in zip(*chunks, strict=True)]],
+        "majority": [max(chunks, key=chunks.count)],
+        "first": chunks[:1],
+        "all": dict.fromkeys(chunks),
+    }
+    return tuple((first * CHUNK_S, (last + 1) * CHUNK_S) for first, last in agreed[annotators])
 
 
-def _cut(record: dict[str, Any], keys: tuple[str, str], video: Any, where: str) -> Span | None:
+def _cut(record: dict[str, Any], keys: tuple[str, str], video: str, where: str) -> Span | None:
     """The part of the file that is the clip. A file whose name ends with the cut's times is cut already."""
-    if all(record.get(key) is None for key in keys) or holds_cut(str(video)):
+    if all(record.get(key) is None for key in keys) or holds_cut(video):
         return None
     start, end = (fields.number(record.get(key), key, where) for key in keys)
     return start, end
 
 
-def _windows(record: dict[str, Any], where: str, _: DatasetConfig) -> Spans | None:
-    windows = record.get("relevant_windows")  # the test split has none
-    return None if windows is None else fields.pairs(windows, "relevant_windows", where)
-
-
-def _span(record: dict[str, Any], where: str, _: DatasetConfig) -> Spans:
-    return fields.pairs(fields.get(record, "span", where), "span", where)
-
-
-def _timestamp(record: dict[str, Any], where: str, _: DatasetConfig) -> Spans:
-    return (fields.pair(fields.get(record, "timestamp", where), "timestamp", where),)
-
-
-def _answer(record: dict[str, Any], where: str, _: DatasetConfig) -> Spans:
-    answer = fields.text(fields.get(record, "answer", where), "answer", where)
-    try:
-        start, end = answer.rsplit("-", 1)
-        return ((float(start), float(end)),)
-    except ValueError:
-        raise fields.wrong("answer must be like '13.4-28.1', in seconds", answer, where) from None
-
-
-def _chunks(record: dict[str, Any], where: str, dataset: DatasetConfig) -> Spans:
-    times = fields.get(record, "times", where)
-    chunks = fields.pairs(times, "times", where)
-    if not chunks or not all(float(chunk).is_integer() for of_one in chunks for chunk in of_one):
-        raise fields.wrong("times must be pairs of chunk numbers, one pair an annotator", times, where)
-    return tuple((a * CHUNK_S, (b + 1) * CHUNK_S) for a, b in _agreed(chunks, dataset.annotators))
-
-
-def _agreed(chunks: Spans, annotators: str | None) -> Spans:
-    """Several annotators' (first, last) chunks as one. `majority`: the most frequent, the first of equals."""
-    if annotators == "mean":
-        first, last = (sum(values) / len(chunks) for values in zip(*chunks, strict=True))
-        return ((first, last),)
-    if annotators == "all":
-        return tuple(dict.fromkeys(chunks))
-    return (chunks[0] if annotators == "first" else Counter(chunks).most_common(1)[0][0],)
-
-
-def _timelens_100k(dataset: DatasetConfig) -> Iterator[Annotation]:
-    for where, number, record in read_source(dataset.annotations).records():
-        video, events = fields.get(record, "video_path", where), fields.get(record, "events", where)
-        duration_s = fields.duration(record, where)
-        if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
-            raise fields.wrong("events must be a list of objects with query and span", events, where)
-        for place, event in enumerate(events, 1):
-            at = f"{where}, event {place}"
-            spans, query = _span(event, at, dataset), fields.get(event, "query", at)
-            yield _annotation(at, f"{number}.{place}", video, query, spans, duration_s=duration_s)
-
-
-def _manifest(dataset: DatasetConfig) -> Iterator[Annotation]:
-    yield from read_manifest(dataset.annotations)
-
-
-@dataclass(frozen=True)
-class Format:
-    """How a layout is read. The defaults are those of the codebase it comes from."""
-
-    read: Reader
-    keys: str = ""  # of the first annotation's JSON object, by which the format is detected
-    cleaning: str = "parse_query"
-    round_s: float = 0.0  # spans are rounded to multiples of it; 0: as they are
-    clamp_s: float = 0.0  # a span may pass the clip's end by so much, by the format's own definition
-    option: str | None = None  # of DatasetConfig, beside those that all annotations take
-
-
-_BY_SENTENCE = _by_video("timestamps", "sentences")
-_TACOS = _by_video("timestamps", "sentences", in_frames=True)
-_TIME_R1 = _by_record(("video",), "sentence", _timestamp, ("video_start", "video_end"))
-_TVGBENCH = _by_record(("path",), "question", _answer, ("start", "end"))
-_DIDEMO = _by_record(("video",), "description", _chunks)
-_VIDEOMIND = _by_record(("video_path", "vid"), "query", _span)
-_QVHIGHLIGHTS = _by_record(("vid",), "query", _windows)
-FORMATS = {  # the first whose keys are all there is detected
-    "timelens_100k": Format(_timelens_100k, "video_path events"),
-    "time_r1": Format(_TIME_R1, "video timestamp sentence", cleaning="time_r1", option="cuts"),
-    "tvgbench": Format(_TVGBENCH, "path question answer", cleaning="as_written", option="cuts"),
-    "didemo": Format(_DIDEMO, "video description times", round_s=1.0, clamp_s=CHUNK_S, option="annotators"),
-    "videomind": Format(_VIDEOMIND, "query span"),
-    "qvhighlights": Format(_QVHIGHLIGHTS, "vid query", cleaning="as_written"),
-    "tacos": Format(_TACOS, "timestamps sentences fps num_frames", cleaning="strip"),
-    "charades_json": Format(_BY_SENTENCE, "timestamps sentences", cleaning="strip"),
-    "activitynet": Format(_BY_SENTENCE, cleaning="strip"),  # known by its videos' ids
-    "timelens_bench": Format(_by_video("spans", "queries"), "spans queries"),
-    "charades_sta": Format(_charades_sta, cleaning="strip", option="lengths"),  # known by "##"
-    "manifest": Format(_manifest),
+CUTS, ANNOTATORS = {"cuts": "apply"}, {"annotators": "mean"}
+_SENTENCES = Format(_from_videos, "video", "sentences", "timestamps", fields.one_pair, cleaning="strip")
+_LINES = Format(_from_lines, "video", "sentence", "span", fields.one_pair, cleaning="strip")
+_TIME_R1 = Format(_from_records, "video", "sentence", "timestamp", fields.one_pair, cleaning="time_r1")
+_TVGBENCH = Format(_from_records, "path", "question", "answer", _answer, cleaning="as_written")
+_DIDEMO = Format(_from_records, "video", "description", "times", _chunks, round_s=1.0, clamp_s=CHUNK_S)
+_QVHIGHLIGHTS = Format(_from_records, "vid", "query", "relevant_windows", cleaning="as_written")
+FORMATS = {  # the first whose marks are all there is detected
+    "timelens_100k": Format(_from_events, "video_path", "query", "span", marks="video_path events"),
+    "time_r1": replace(_TIME_R1, cut=("video_start", "video_end"), options=CUTS),
+    "tvgbench": replace(_TVGBENCH, cut=("start", "end"), options=CUTS),
+    "didemo": replace(_DIDEMO, options=ANNOTATORS),
+    "videomind": Format(_from_records, "video_path vid", "query", "span"),
+    "qvhighlights": replace(_QVHIGHLIGHTS, marks="vid query", labelled=False),
+    "tacos": replace(_SENTENCES, marks="timestamps sentences fps num_frames", in_frames=True),
+    "charades_json": _SENTENCES,
+    "activitynet": _SENTENCES,  # known by its videos' ids
+    "timelens_bench": Format(_from_videos, "video", "queries", "spans", fields.one_pair),
+    "charades_sta": replace(_LINES, marks="##", options={"lengths": None}),
 }
-"""The keys are config.AnnotationFormat's values, `auto` aside."""
+"""The names are those of config_data.AnnotationFormat, except `auto` and `manifest`."""
 
 
 def detect(source: Source) -> str:
@@ -217,21 +165,18 @@ def detect(source: Source) -> str:
     if not source.text.strip():
         raise DataError(f"{source.path} has no annotations")
     video, record = _first_annotation(source)
-    of_keys = (name for name, form in FORMATS.items() if form.keys and {*form.keys.split()} <= record.keys())
-    name = next(of_keys, None)
-    if name == "charades_json" and video.startswith("v_"):
-        return "activitynet"
-    if name is None and source.text.lstrip()[0] not in "{[" and "##" in source.text:
-        return "charades_sta"
-    if name is None:
-        known = f"none of the known formats ({', '.join(get_args(AnnotationFormat)[1:])})"
-        raise DataError(f"{source.path}: {known}: see docs/data.md, or name its format")
-    return name
+    for name, form in FORMATS.items():
+        if {*(form.marks or f"{form.query} {form.spans}").split()} <= record.keys():
+            return "activitynet" if name == "charades_json" and video.startswith("v_") else name
+    known = f"none of the known formats ({', '.join(get_args(AnnotationFormat)[1:])})"
+    raise DataError(f"{source.path}: {known}: see docs/data.md, or name its format")
 
 
 def _first_annotation(source: Source) -> tuple[str, dict[str, Any]]:
-    """(its video, its object) in one JSON object of objects; ("", its object) in a list or jsonl."""
+    """(its video, its object) in one JSON object of objects; ("", its object) in other files."""
     start = source.text.lstrip()[0]
+    if start not in "{[":
+        return "", {"##": None} if "##" in source.text else {}
     if start == "{":
         try:
             tree = source.json()
@@ -241,11 +186,10 @@ def _first_annotation(source: Source) -> tuple[str, dict[str, Any]]:
             _, first_line = next(source.lines())
             if not first_line.rstrip().endswith("}"):
                 raise
-    records = source.records() if start in "{[" else iter(())
-    return "", next((record for _, _, record in records), {})
+    return "", next((record for _, _, record in source.records()), {})
 
 
-DEFAULTS = {"annotators": "mean", "cuts": "apply"}
+OPTIONS = ("lengths", "annotators", "cuts", "cleaning", "round_s")  # which not every format takes
 
 
 def resolve(dataset: DatasetConfig) -> DatasetConfig:
@@ -256,15 +200,14 @@ def resolve(dataset: DatasetConfig) -> DatasetConfig:
     name = dataset.format
     if name == "auto":
         name = "manifest" if is_manifest(dataset.annotations) else detect(read_source(dataset.annotations))
-    form = FORMATS[name]
-    options = () if name == "manifest" else ("cleaning", "round_s", form.option)
-    defaults = {**DEFAULTS, "cleaning": form.cleaning, "round_s": form.round_s}
-    asked = [option for option in ("lengths", *defaults) if getattr(dataset, option) is not None]
-    if unused := [option for option in asked if option not in options]:
+    form = FORMATS.get(name)
+    defaults = {"cleaning": form.cleaning, "round_s": form.round_s, **form.options} if form else {}
+    asked = [option for option in OPTIONS if getattr(dataset, option) is not None]
+    if unused := [option for option in asked if option not in defaults]:
         what = f"{', '.join(unused)} would do nothing for format {name}"
         raise ConfigError(f"{dataset.annotations}: {what}: leave it out")
-    chosen = {key: value for key, value in defaults.items() if key in options and key not in asked}
-    clamp_s = max(dataset.clamp_s, form.clamp_s)
+    chosen = {option: value for option, value in defaults.items() if option not in asked}
+    clamp_s = max(dataset.clamp_s, form.clamp_s if form else 0.0)
     return dataset.model_copy(update={"format": name, "clamp_s": clamp_s, **chosen})
 
 
@@ -273,8 +216,26 @@ def read_annotations(dataset: DatasetConfig) -> Iterator[Annotation]:
 
     Raises DataError at the first annotation that cannot be read.
     """
-    clean, unit_s = fields.CLEANINGS[dataset.cleaning or "as_written"], dataset.round_s or 0.0
-    for annotation in FORMATS[dataset.format].read(dataset):
-        spans = annotation.spans_s
-        rounded = None if spans is None else tuple(fields.rounded(span, unit_s) for span in spans)
-        yield replace(annotation, query=clean(annotation.query), spans_s=rounded)
+    if dataset.format == "manifest":
+        yield from read_manifest(dataset.annotations)
+        return
+    form = FORMATS[dataset.format]
+    clean = fields.CLEANINGS[dataset.cleaning or form.cleaning]
+    for where, number, record in form.records(dataset, form):
+        video_key = next((key for key in form.video.split() if key in record), form.video.split()[-1])
+        video = fields.text(fields.get(record, video_key, where), "the video", where)
+        query = clean(fields.text(fields.get(record, form.query, where), "the query", where))
+        fps, duration_s, spans, cut_s = None, fields.duration(record, where), None, None
+        if form.in_frames:
+            keys = ("fps", "num_frames")
+            fps, frames = (fields.positive(fields.get(record, key, where), key, where) for key in keys)
+            duration_s = frames / fps
+        if form.labelled or record.get(form.spans) is not None:
+            read = form.read_spans(fields.get(record, form.spans, where), form.spans, where)
+            if dataset.annotators is not None:
+                read = _agreed(read, dataset.annotators)
+            spans = tuple(fields.seconds(span, fps or 1.0, dataset.round_s or 0.0) for span in read)
+        if form.cut and dataset.cuts != "ignore":
+            cut_s = _cut(record, form.cut, video, where)
+        same = {"where": where, "prompt_id": f"{video_id(video)}:{number}", "video": video, "query": query}
+        yield Annotation(**same, spans_s=spans, duration_s=duration_s, cut_s=cut_s, fps=fps)

@@ -12,6 +12,7 @@ from video_opd.errors import DataError
 from video_opd.schemas import MANIFEST, write_parquet
 
 _MAGIC = b"PAR1"  # of every Parquet file
+_SAME = ("prompt_id", "video", "query", "fps")  # columns that are fields of Annotation
 _REMEDY = "write it with `convert`"
 
 
@@ -28,8 +29,8 @@ def manifest_row(annotation: Annotation, source: str) -> dict:
     """A row of schemas.MANIFEST. `source`: annotation file and place in it."""
     start, end = annotation.cut_s or (None, None)
     spans = None if annotation.spans_s is None else [list(span) for span in annotation.spans_s]
-    same = {name: getattr(annotation, name) for name in ("prompt_id", "video", "query", "duration_s", "fps")}
-    return {**same, "spans_s": spans, "clip_start_s": start, "clip_end_s": end, "source": source}
+    times = {"spans_s": spans, "duration_s": annotation.duration_s, "clip_start_s": start, "clip_end_s": end}
+    return {**{column: getattr(annotation, column) for column in _SAME}, **times, "source": source}
 
 
 def write_manifest(rows: Sequence[dict], path: Path, about: Mapping[str, str]) -> None:
@@ -62,26 +63,19 @@ def read_manifest(path: str) -> Iterator[Annotation]:
         if row["prompt_id"] in seen:
             raise DataError(f"{where}: prompt_id {row['prompt_id']} appears twice: rename or remove one")
         seen.add(row["prompt_id"])
-        yield _annotation(row, where)
+        start, end, spans = row["clip_start_s"], row["clip_end_s"], row["spans_s"]
+        if (start is None) != (end is None):
+            raise DataError(f"{where}: clip_start_s and clip_end_s are {start} and {end}: give both or none")
+        if any(span is None or len(span) != 2 or None in span for span in spans or ()):
+            raise DataError(f"{where}: spans_s must be pairs [start, end], found {spans}: correct them")
+        yield Annotation(
+            where=where,
+            spans_s=None if spans is None else tuple(tuple(span) for span in spans),
+            cut_s=None if start is None else (start, end),
+            duration_s=fields.duration(row, where, "duration_s"),
+            **{column: row[column] for column in _SAME},
+        )
 
 
 def _line(error: Exception) -> str:
     return str(error).splitlines()[0]
-
-
-def _annotation(row: dict, where: str) -> Annotation:
-    start, end, spans = row["clip_start_s"], row["clip_end_s"], row["spans_s"]
-    if (start is None) != (end is None):
-        raise DataError(f"{where}: clip_start_s and clip_end_s are {start} and {end}: give both or none")
-    if any(span is None or len(span) != 2 or None in span for span in spans or ()):
-        raise DataError(f"{where}: spans_s must be pairs [start, end], found {spans}: correct them")
-    return Annotation(
-        where=where,
-        prompt_id=row["prompt_id"],
-        video=row["video"],
-        query=row["query"],
-        spans_s=None if spans is None else tuple(tuple(span) for span in spans),
-        duration_s=fields.duration(row, where, "duration_s"),
-        cut_s=None if start is None else (start, end),
-        fps=row["fps"],
-    )

@@ -11,8 +11,6 @@ from video_opd.errors import ClipError, DataError
 from video_opd.types import Clip, Prompt, Span
 from video_opd.video.clips import plan_clip
 
-NAMED_IN_ERRORS = 3
-
 
 @dataclass(frozen=True)
 class Split:
@@ -28,11 +26,10 @@ def read_prompts(dataset: DatasetConfig, video: VideoConfig, multiple: int) -> l
 
 
 def read_split(dataset: DatasetConfig, video: VideoConfig, multiple: int) -> Split:
-    """Reads an annotated split of any format, in the order of its file.
+    """Reads a split of any format in file order; opens each clip once. `multiple`: see clips.plan_clip.
 
-    `multiple`: see clips.plan_clip. Each clip is opened once. Raises DataError for the first unreadable line,
-    ClipError for the first unreadable video (with unreadable=drop its prompts are left out), and at the end
-    DataError for all bad intervals and queries, with their number and the first few.
+    Raises DataError for the first unreadable line and, at the end, for all bad intervals and queries;
+    ClipError for the first unreadable video, whose prompts are left out instead with unreadable=drop.
     """
     dataset = resolve(dataset)
     clips: dict[tuple[str, Span | None], Clip | ClipError] = {}
@@ -41,9 +38,8 @@ def read_split(dataset: DatasetConfig, video: VideoConfig, multiple: int) -> Spl
         path = find_video(dataset.videos, annotation.video, annotation.where)
         key = (str(path), annotation.cut_s)
         if key not in clips:
-            clip_id = _clip_id(annotation)
             try:
-                clips[key] = plan_clip(clip_id, path, video, multiple, annotation.cut_s)
+                clips[key] = plan_clip(_clip_id(annotation), path, video, multiple, annotation.cut_s)
             except ClipError as error:
                 if dataset.unreadable == "error":
                     raise ClipError(f"{annotation.where}: {error}", error.kind) from error
@@ -54,15 +50,15 @@ def read_split(dataset: DatasetConfig, video: VideoConfig, multiple: int) -> Spl
             continue
         spans, faults = fit(annotation, clip.duration_s, 1.0 / clip.video_fps, dataset.clamp_s)
         bad += [f"{annotation.where}: {fault.reason}" for fault in faults]
-        prompt_id, query = annotation.prompt_id, annotation.query
-        prompts.append(Prompt(prompt_id=prompt_id, clip=clip, query=query, answer_spans_s=spans))
+        about = {"prompt_id": annotation.prompt_id, "query": annotation.query}
+        prompts.append(Prompt(**about, clip=clip, answer_spans_s=spans))
         if len(prompts) == dataset.max_prompts:
             break
     if not prompts:
         why = f": the videos of all {len(unreadable)} cannot be read" if unreadable else ""
         raise DataError(f"{dataset.annotations} has no annotations{why}")
     if bad:
-        more = f" ({len(bad)} such lines in all, also {'; '.join(bad[1:NAMED_IN_ERRORS])})" if bad[1:] else ""
+        more = f" ({len(bad)} such lines in all, also {'; '.join(bad[1:3])})" if bad[1:] else ""
         raise DataError(f"{bad[0]}{more}")
     return Split(prompts, unreadable)
 

@@ -1,6 +1,7 @@
 """Text, lines and JSON of an annotation file, each error with the place it comes from."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from video_opd.errors import DataError
 
-Record = tuple[str, int, dict[str, Any]]
+Record = tuple[str, int | str, dict[str, Any]]
 """(where, for errors; number from 1 of the line, or of the item in a JSON list; the object)."""
 
 
@@ -27,13 +28,12 @@ class Source:
         """The whole file as one JSON value. Raises DataError."""
         return _parse(self.text, self.path)
 
-    def videos(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(video, its object) of a JSON object with an object for each video. Raises DataError."""
+    def videos(self) -> dict[str, dict[str, Any]]:
+        """A JSON object with an object for each video. Raises DataError."""
         tree = self.json()
         if not isinstance(tree, dict) or not all(isinstance(value, dict) for value in tree.values()):
-            expected = "expected one JSON object with an object for each video"
-            raise DataError(f"{self.path}: {expected}: use format auto")
-        yield from tree.items()
+            raise DataError(f"{self.path}: not a JSON object with an object for each video: use format auto")
+        return tree
 
     def records(self) -> Iterator[Record]:
         """The objects of a JSON list, or of lines with one object each. Raises DataError at anything else."""
@@ -43,8 +43,7 @@ class Source:
             items = ((f"{self.path}:{n}", n, _parse(line, self.path, n)) for n, line in self.lines())
         for where, number, item in items:
             if not isinstance(item, dict):
-                found = str(item)[:60]
-                raise DataError(f"{where}: expected a JSON object with an annotation, found {found!r}")
+                raise DataError(f"{where}: expected a JSON object of an annotation, found {str(item)[:60]!r}")
             yield where, number, item
 
 
@@ -64,18 +63,16 @@ def _parse(text: str, path: str, line_number: int = 1) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        place, why = f"{path}:{line_number + error.lineno - 1}", f"{error.msg} at column {error.colno}"
-        raise DataError(f"{place}: not JSON ({why}): correct the file, or name its format") from error
+        line, why = line_number + error.lineno - 1, f"{error.msg} at column {error.colno}"
+        raise DataError(f"{path}:{line}: not JSON ({why}): correct it, or name the file's format") from error
     except (ValueError, RecursionError) as error:
-        place = f"{path}:{line_number}"
-        raise DataError(f"{place}: cannot be read as JSON ({error}): correct the file") from error
+        raise DataError(f"{path}:{line_number}: cannot be read as JSON ({error}): correct it") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. Raises ValueError for a repeated key, which would lose its first value."""
-    tree: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in tree:
-            raise ValueError(f"the key {key!r} appears twice")
-        tree[key] = value
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {key!r} appears twice")
     return tree
