@@ -2,13 +2,23 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import accumulate
 
 import psutil
 
 from preflight.inputs import Draft, Plan, asked_teachers, largest_teacher
-from preflight.memory import GIB, RoleMemory, Workload, estimate, workload_of, workload_of_budget
+from preflight.memory import (
+    GIB,
+    RoleMemory,
+    Workload,
+    actors_memory,
+    learner_memory,
+    support_memory,
+    teacher_memory,
+    workload_of,
+    workload_of_budget,
+)
 from preflight.model_shapes import ModelShapes, count, parameters, read_shapes
 from video_opd.config import Config
 from video_opd.errors import ConfigError
@@ -45,8 +55,14 @@ class MemoryPlan:
         return any(r.device for r in self.roles)
 
     def of(self, config: Config) -> list[RoleMemory]:
-        """The roles of a variant of the configuration."""
-        return estimate(config, self.student, self.teacher, self.train, self.evaluation, self.gpu_bytes)
+        """Every role of a variant of the configuration."""
+        both = Workload(*map(max, astuple(self.train), astuple(self.evaluation)))
+        roles = [learner_memory(config, self.student, self.teacher, self.train)]
+        if config.rollout.num_actors:
+            roles.append(actors_memory(config, self.student, both, self.gpu_bytes))
+        if config.needs_teacher and self.teacher:
+            roles.append(teacher_memory(config, self.teacher, both, self.gpu_bytes))
+        return [*roles, *support_memory(config, self.student)]
 
 
 def memory_plan(config: Config, draft: Plan | Draft, gpu_memory_gib: float | None) -> MemoryPlan:
@@ -204,10 +220,9 @@ def describe_memory(plan: MemoryPlan) -> str:
     models = [("student", plan.student)] + ([("teacher", plan.teacher)] if plan.teacher else [])
     lines = [f"{role:9} {count(parameters(shapes)) / 1e9:.3f} billion parameters" for role, shapes in models]
     work, roles = plan.train, plan.roles
-    if work.mean_video_tokens is None:
+    video = f"{work.mean_video_tokens:.0f} tokens a prompt expected, at most {work.max_video_tokens}"
+    if not work.mean_video_tokens:
         video = f"at most {work.max_video_tokens} tokens a clip, from the config's own budget"
-    else:
-        video = f"{work.mean_video_tokens:.0f} tokens a prompt expected, at most {work.max_video_tokens}"
     lines += [
         f"video     {video}; longest prompt about {work.max_prompt_tokens} tokens",
         "memory, estimated, GiB a process:",
