@@ -77,12 +77,9 @@ def vision_block_passing(shapes: ModelShapes, e: int) -> int:
 
 def video_bytes(shapes: ModelShapes, e: int, video_tokens: int) -> dict[str, int]:
     """Pixels, float32 and also in the role's dtype if that differs; features e o (1 + D) a video token."""
-    v = shapes.vision
-    pixels = video_tokens * v.patches_a_token * v.patch_values
-    return {
-        "pixels": pixels * (4 + (e if e == 2 else 0)),
-        "video features": video_tokens * v.output * (1 + v.deepstack) * e,
-    }
+    v, bytes_a_value = shapes.vision, 4 if e == 4 else 4 + e
+    features = video_tokens * v.output * (1 + v.deepstack) * e
+    return {"pixels": video_tokens * v.values_a_token * bytes_a_value, "video features": features}
 
 
 def forward_bytes(shapes: ModelShapes, e: int, tokens: int, video_tokens: int) -> dict[str, int]:

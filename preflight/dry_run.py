@@ -55,9 +55,8 @@ def _describe_split(prompts: list[Prompt] | None, name: str) -> str:
 def _describe_clips(config: Config, draft: Draft) -> str:
     """Frames, rate and tokens of the clips that models see, and what the config asked for."""
     video = config.video
-    asked = (
-        f"asked {video.fps:g} frames a second, at most {video.max_video_tokens} tokens, by {video.decoder}"
-    )
+    limit = f"at most {video.max_video_tokens} tokens"
+    asked = f"asked {video.fps:g} frames a second, {limit}, by {video.decoder}"
     if draft.train is None:
         return asked
     clips = list({p.clip.clip_id: p.clip for p in draft.train}.values())
@@ -80,5 +79,4 @@ def _describe_curriculum(config: Config) -> str:
         return f"scc: {selected}, a share of {curriculum.anchor_frac} Anchors"
     validated = f"teacher IoU at least {curriculum.teacher_threshold}" if curriculum.trpv else "not validated"
     chosen = f"by disagreement ({curriculum.sampler})" if curriculum.dbtp else "at random"
-    passes = f"{curriculum.passes_per_round} pass(es) each"
-    return f"tvdf: {validated}, {selected} a round {chosen}, {passes}"
+    return f"tvdf: {validated}, {selected} a round {chosen}, {curriculum.passes_per_round} pass(es) each"

@@ -6,7 +6,6 @@ from pathlib import Path
 from preflight.model_shapes import ModelShapes, count, find_shapes, parameters, read_shapes
 from video_opd import ROOT
 from video_opd.config import Config, TeacherModel
-from video_opd.config_data import DatasetConfig
 from video_opd.datasets import read_prompts, read_split
 from video_opd.errors import ConfigError
 from video_opd.models.model_files import ModelInfo, check_same_tokenizer, read_model_info
@@ -63,13 +62,11 @@ def make_draft(config: Config) -> Draft:
     """
     student = find_shapes(config.student, SHAPES)
     teachers = {t.model: find_shapes(t.model, SHAPES) for t in asked_teachers(config)}
-    for shapes in teachers.values():
+    unchecked = _unchecked_model("student", Path(config.student), student)
+    for folder, shapes in teachers.items():
         check_teacher(config, student, shapes)
-    models = [("student", config.student, student), *(("teacher", *teacher) for teacher in teachers.items())]
-    unchecked = [
-        note for role, folder, shapes in models for note in _unchecked_model(role, Path(folder), shapes)
-    ]
-    if all((Path(folder) / "tokenizer.json").is_file() for _, folder, _ in models):
+        unchecked += _unchecked_model("teacher", Path(folder), shapes)
+    if all((Path(folder) / "tokenizer.json").is_file() for folder in (config.student, *teachers)):
         for folder in teachers:
             check_same_tokenizer(config.student, folder)
     elif teachers:
@@ -77,11 +74,12 @@ def make_draft(config: Config) -> Draft:
     if config.loss.needs.rewards:
         load_rewards(config.loss.rewards)
     splits: list[list[Prompt] | None] = []
-    for name, dataset in (("train", config.data.train), ("eval", config.data.eval)):
-        here = _is_here(dataset)
-        splits.append(read_prompts(dataset, config.video, student.size_multiple) if here else None)
+    for name, d in (("train", config.data.train), ("eval", config.data.eval)):
+        # If only some of its files exist, reading reports the missing one.
+        here = any(Path(path).exists() for path in (d.annotations, d.lengths, d.videos) if path)
+        splits.append(read_prompts(d, config.video, student.size_multiple) if here else None)
         if not here:
-            unchecked.append(f"annotations and videos of data.{name}: {dataset.annotations} does not exist")
+            unchecked.append(f"annotations and videos of data.{name}: {d.annotations} does not exist")
     if splits[0] is not None:
         check_pool(config, splits[0])
     check_routes(config, *(split or [] for split in splits))
@@ -105,18 +103,11 @@ def _unchecked_model(role: str, folder: Path, shapes: ModelShapes) -> list[str]:
     return [] if list(folder.glob("*.safetensors")) else [f"{role}'s weights: {folder} has no safetensors"]
 
 
-def _is_here(dataset: DatasetConfig) -> bool:
-    """False if none of its files exist. If only some do, reading reports the missing one."""
-    return any(Path(path).exists() for path in (dataset.annotations, dataset.lengths, dataset.videos) if path)
-
-
 def check_teacher(config: Config, student: ModelShapes, teacher: ModelShapes) -> None:
     """Frames must be of one size and top_k within the vocabulary (docs/algorithm.md). Raises ConfigError."""
-    if student.size_multiple != teacher.size_multiple:
-        raise ConfigError(
-            f"student frames come in multiples of {student.size_multiple} pixels, the teacher's of "
-            f"{teacher.size_multiple}: use a teacher of the same family"
-        )
+    if (own := student.size_multiple) != (others := teacher.size_multiple):
+        sizes = f"student frames come in multiples of {own} pixels, the teacher's of {others}"
+        raise ConfigError(f"{sizes}: use a teacher of the same family")
     top_k, vocabulary = config.loss.top_k, teacher.text.vocab_size
     if config.loss.needs.teacher == "top_k" and top_k > vocabulary:
         raise ConfigError(f"loss.top_k={top_k}, but the teacher has {vocabulary} tokens: lower it")
@@ -130,19 +121,16 @@ def check_pool(config: Config, train: list[Prompt]) -> None:
     users += [f"loss.kind={config.loss.kind}"] if needs.rewards or not needs.rollouts else []
     if users and unlabelled:
         named = ", ".join(unlabelled[:3]) + (", ..." if len(unlabelled) > 3 else "")
-        raise ConfigError(
-            f"{' and '.join(users)} need ground truth, but {len(unlabelled)} of {len(train)} prompts have "
-            f"none ({named}): label or remove them"
-        )
+        missing = f"{len(unlabelled)} of {len(train)} prompts have none ({named})"
+        raise ConfigError(f"{' and '.join(users)} need ground truth, but {missing}: label or remove them")
     selected = curriculum.num_selected if curriculum.kind != "uniform" else None
     if selected and selected > len(train):
         raise ConfigError(f"curriculum.num_selected={selected} of {len(train)} training prompts: lower it")
     pool, in_flight = selected or len(train), (config.max_policy_lag + 1) * config.groups_per_step
     if pool < in_flight:
-        raise ConfigError(
-            f"{pool} training prompts cannot fill (max_policy_lag + 1) * groups_per_step = {in_flight} "
-            f"slots: {'raise curriculum.num_selected' if selected else 'add data'} or lower groups_per_step"
-        )
+        remedy = "raise curriculum.num_selected" if selected else "add data"
+        slots = f"(max_policy_lag + 1) * groups_per_step = {in_flight} slots"
+        raise ConfigError(f"{pool} training prompts cannot fill {slots}: {remedy} or lower groups_per_step")
 
 
 def check_routes(config: Config, train: list[Prompt], evaluation: list[Prompt]) -> None:
@@ -153,12 +141,8 @@ def check_routes(config: Config, train: list[Prompt], evaluation: list[Prompt]) 
         if not config.teachers_of(prompt.prompt_id):
             patterns = ", ".join(f"{t.name}: {t.prompts}" for t in config.teacher_models)
             raise ConfigError(f"prompt {prompt.prompt_id} has no teacher ({patterns}): widen a pattern")
-    if config.loss.needs.teacher not in ("top_k", "hidden"):
-        return
-    for prompt in train:
+    for prompt in train if config.loss.needs.teacher in ("top_k", "hidden") else ():
         if len(own := config.teachers_of(prompt.prompt_id)) > 1:
-            names = ", ".join(t.name for t in own)
-            raise ConfigError(
-                f"prompt {prompt.prompt_id} has the teachers {names}, but loss.kind={config.loss.kind} needs "
-                "more than log-probs, which alone can be combined: give each prompt one, by teachers' prompts"
-            )
+            has = f"prompt {prompt.prompt_id} has the teachers {', '.join(t.name for t in own)}"
+            why = f"loss.kind={config.loss.kind} needs more than log-probs, which alone can be combined"
+            raise ConfigError(f"{has}, but {why}: give each prompt one, by teachers' prompts")

@@ -1,8 +1,6 @@
 """The memory that a run needs, computed before it starts: bytes of every process, by role.
 
 Pure functions of shapes and configuration; preflight/activations.py explains the letters in the formulas.
-A process always holds some things, and others in phases that do not overlap: its peak is the first and the
-largest phase.
 Not counted: fragmentation of the allocator and NCCL's buffers. No GPU has run these configurations.
 """
 
@@ -25,6 +23,8 @@ from video_opd.config import Config, LearnerConfig, RolloutConfig, TeacherConfig
 from video_opd.config_data import VideoConfig
 from video_opd.types import Prompt
 from video_opd.video.clips import TEMPORAL_PATCH, frames_key, num_video_tokens
+
+Engine = RolloutConfig | TeacherConfig
 
 GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -54,11 +54,11 @@ _OTHERS = {"driver": 285 << 20, "ray": 645 << 20, "serve": 90 << 20, "curriculum
 EMPTY_PROCESS_BYTES = _MODELS | _OTHERS
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Workload:
     """What the clips of a split need."""
 
-    mean_video_tokens: float | None  # of a prompt; None: unknown
+    mean_video_tokens: float  # of a prompt; 0: unknown
     max_video_tokens: int  # of a prompt
     max_prompt_tokens: int  # video, timestamps and text
     clip_bytes: int  # decoded frames of the largest clip
@@ -66,7 +66,9 @@ class Workload:
 
 @dataclass(frozen=True)
 class ProcessMemory:
-    """Bytes that a process always holds, and what each of its phases adds; phases do not overlap."""
+    """Bytes that a process always holds, and what each phase adds; phases do not overlap.
+
+    The peak is what is held and the largest phase."""
 
     held: dict[str, int]
     phases: dict[str, dict[str, int]]
@@ -102,33 +104,17 @@ def workload_of(prompts: Sequence[Prompt], shapes: ModelShapes) -> Workload:
     clips = {frames_key(p.clip): p.clip for p in prompts}.values()
     tokens = [num_video_tokens(p.clip, shapes.size_multiple) for p in prompts]
     marks = [len(p.clip.frame_indices) // TEMPORAL_PATCH * PAIR_TOKENS[shapes.model_type] for p in prompts]
-    return Workload(
-        mean_video_tokens=sum(tokens) / len(tokens),
-        max_video_tokens=max(tokens),
-        max_prompt_tokens=max(t + m for t, m in zip(tokens, marks, strict=True)) + TEXT_TOKENS,
-        clip_bytes=max(len(c.frame_indices) * c.frame_size[0] * c.frame_size[1] * 3 for c in clips),
-    )
+    longest = max(t + m for t, m in zip(tokens, marks, strict=True)) + TEXT_TOKENS
+    clip_bytes = max(len(c.frame_indices) * c.frame_size[0] * c.frame_size[1] * 3 for c in clips)
+    return Workload(sum(tokens) / len(tokens), max(tokens), longest, clip_bytes)
 
 
 def workload_of_budget(video: VideoConfig, shapes: ModelShapes) -> Workload:
     """The most that the config's video budget allows, for when the clips are not here."""
-    pairs = min(video.max_frames // TEMPORAL_PATCH, video.max_video_tokens)
-    return Workload(
-        mean_video_tokens=None,
-        max_video_tokens=video.max_video_tokens,
-        max_prompt_tokens=video.max_video_tokens + pairs * PAIR_TOKENS[shapes.model_type] + TEXT_TOKENS,
-        clip_bytes=video.max_video_tokens * TEMPORAL_PATCH * shapes.size_multiple**2 * 3,
-    )
-
-
-def larger_of(train: Workload, evaluation: Workload) -> Workload:
-    """The workload of a process that sees both splits."""
-    return Workload(
-        mean_video_tokens=train.mean_video_tokens,
-        max_video_tokens=max(train.max_video_tokens, evaluation.max_video_tokens),
-        max_prompt_tokens=max(train.max_prompt_tokens, evaluation.max_prompt_tokens),
-        clip_bytes=max(train.clip_bytes, evaluation.clip_bytes),
-    )
+    tokens = video.max_video_tokens
+    marks = min(video.max_frames // TEMPORAL_PATCH, tokens) * PAIR_TOKENS[shapes.model_type]
+    clip_bytes = tokens * TEMPORAL_PATCH * shapes.size_multiple**2 * 3
+    return Workload(0, tokens, tokens + marks + TEXT_TOKENS, clip_bytes)
 
 
 # --- parameters, optimizer, KV cache: exact ---
@@ -156,11 +142,8 @@ def optimizer_bytes(num_trained: int, learner: LearnerConfig) -> dict[str, int]:
 
     Float32 needs masters with ZeRO only, whose partition is a copy."""
     ranks = learner.world_size if learner.zero_stage else 1
-    copied = learner.dtype == "bfloat16" or learner.zero_stage > 0
-    return {
-        "optimizer moments": 8 * num_trained // ranks,
-        "float32 masters": 4 * num_trained // ranks if copied else 0,
-    }
+    masters = 4 * num_trained // ranks if learner.dtype == "bfloat16" or learner.zero_stage else 0
+    return {"optimizer moments": 8 * num_trained // ranks, "float32 masters": masters}
 
 
 def gradient_bytes(num_trained: int, learner: LearnerConfig) -> dict[str, int]:
@@ -181,10 +164,8 @@ def weight_bytes(shapes: ModelShapes, learner: LearnerConfig) -> dict[str, int]:
     if learner.zero_stage < 3:
         return {"weights": e * total}
     largest = max(count({n: s}) for n, s in of.items())
-    return {
-        "weights": e * total // learner.world_size,
-        "gathered weights": e * min(total, max(LIVE_PARAMETERS, largest)),
-    }
+    gathered = min(total, max(LIVE_PARAMETERS, largest))
+    return {"weights": e * total // learner.world_size, "gathered weights": e * gathered}
 
 
 def step_bytes(num_trained: int, learner: LearnerConfig) -> int:
@@ -205,24 +186,6 @@ def longest_sequence(config: Config, work: Workload, max_model_len: int) -> int:
 # --- the roles ---
 
 
-def estimate(
-    config: Config,
-    student: ModelShapes,
-    teacher: ModelShapes | None,
-    train: Workload,
-    evaluation: Workload,
-    gpu_bytes: int,
-) -> list[RoleMemory]:
-    """Every role of the run. `gpu_bytes`: memory of one GPU; `teacher`: the largest of several."""
-    both = larger_of(train, evaluation)
-    roles = [learner_memory(config, student, teacher, train)]
-    if config.rollout.num_actors:
-        roles.append(actors_memory(config, student, both, gpu_bytes))
-    if config.needs_teacher and teacher:
-        roles.append(teacher_memory(config, teacher, both, gpu_bytes))
-    return [*roles, *support_memory(config, student)]
-
-
 def learner_memory(
     config: Config, student: ModelShapes, teacher: ModelShapes | None, train: Workload
 ) -> RoleMemory:
@@ -233,18 +196,24 @@ def learner_memory(
     backward: what all layers keep, a recomputed layer with gradient_checkpointing, and text_layer_gradients.
     optimizer step: step_bytes.
 
+    All layers keep L B S text_layer_saved, with gradient_checkpointing L B S eH; so does a trained tower.
     With micro_batch over 1 the attention mask takes B S^2 (1 + e).
     """
     learner, e, batch = config.learner, DTYPE_BYTES[config.learner.dtype], config.learner.micro_batch
-    num_trained = count(trained(student, learner))
+    text, vision, num_trained = student.text, student.vision, count(trained(student, learner))
     length = longest_sequence(config, train, config.rollout.max_model_len)
-    tokens, patches = batch * length, batch * train.max_video_tokens * student.vision.patches_a_token
-    kept, recomputed = _kept(student, learner, tokens, patches)
+    tokens, patches = batch * length, batch * train.max_video_tokens * vision.patches_a_token
+    depth = 0 if learner.freeze_vision or learner.lora_rank else vision.depth
+    layer, block = tokens * text_layer_saved(student, e), patches * vision_block_saved(student, e)
+    kept, recomputed = text.layers * layer + depth * block, 0
+    if learner.gradient_checkpointing:
+        recomputed = max(layer, block if depth else 0)
+        kept = text.layers * tokens * text.hidden * e + depth * patches * vision.hidden * e
     video = video_bytes(student, e, batch * train.max_video_tokens)
     mask = {"attention mask": batch * length**2 * (1 + e) if batch > 1 else 0}
     of_pass = {"activations kept": kept} | mask | video
     rows = min(learner.logit_rows, batch * config.rollout.max_response_tokens)
-    logits = rows * student.text.vocab_size * 4 * logit_copies(config.loss)
+    logits = rows * text.vocab_size * 4 * logit_copies(config.loss)
     gradients = tokens * text_layer_gradients(student, e)
     held = weight_bytes(student, learner) | gradient_bytes(num_trained, learner)
     held |= optimizer_bytes(num_trained, learner)
@@ -261,20 +230,6 @@ def learner_memory(
     if learner.vision_cache_bytes:
         host["vision cache"] = learner.vision_cache_bytes
     return _place("learner", learner.world_size, learner.num_gpus, ProcessMemory(held, phases), host)
-
-
-def _kept(student: ModelShapes, learner: LearnerConfig, tokens: int, patches: int) -> tuple[int, int]:
-    """(bytes that all layers keep until the backward pass, bytes of the recomputed one).
-
-    All layers keep L B S text_layer_saved; with gradient_checkpointing L B S eH. So does a trained tower."""
-    e, text, vision = DTYPE_BYTES[learner.dtype], student.text, student.vision
-    of_text, of_vision = tokens * text_layer_saved(student, e), patches * vision_block_saved(student, e)
-    in_text, in_vision = tokens * text.hidden * e, patches * vision.hidden * e
-    if learner.freeze_vision or learner.lora_rank:
-        of_vision = in_vision = 0
-    if learner.gradient_checkpointing:
-        return text.layers * in_text + vision.depth * in_vision, max(of_text, of_vision)
-    return text.layers * of_text + vision.depth * of_vision, 0
 
 
 def actors_memory(config: Config, student: ModelShapes, work: Workload, gpu_bytes: int) -> RoleMemory:
@@ -296,16 +251,15 @@ def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_byt
     if pool.engine == "vllm":
         computing = vllm_memory(config, pool, teacher, work, gpu_bytes)
     else:
-        batch, curriculum, video = pool.micro_batch, config.curriculum, work.max_video_tokens
+        batch, video, curriculum = pool.micro_batch, work.max_video_tokens, config.curriculum
         length = longest_sequence(config, work, pool.max_model_len)
-        rows = batch * config.rollout.max_response_tokens
+        logits = batch * config.rollout.max_response_tokens * teacher.text.vocab_size * 4
         answers = batch * (curriculum.num_teacher_predictions if curriculum.asks_teacher else 1)
-        kv_cache = answers * length * kv_bytes_per_token(teacher, pool.dtype)
+        kv_cache = {"KV cache": answers * length * kv_bytes_per_token(teacher, pool.dtype)}
         phases = {
             "scoring": forward_bytes(teacher, e, batch * length, batch * video),
-            "response rows": {"logits": rows * teacher.text.vocab_size * 4 * TEACHER_LOGIT_COPIES},
-            "answering": forward_bytes(teacher, e, answers * length, answers * video)
-            | {"KV cache": kv_cache},
+            "response rows": {"logits": logits * TEACHER_LOGIT_COPIES},
+            "answering": forward_bytes(teacher, e, answers * length, answers * video) | kv_cache,
         }
         computing = ProcessMemory({"weights": e * count(parameters(teacher))}, phases)
     host = _prompts_bytes(teacher, work, pool.max_batch_requests * config.rollout.prompts_per_call)
@@ -314,11 +268,7 @@ def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_byt
 
 
 def vllm_memory(
-    config: Config,
-    engine: RolloutConfig | TeacherConfig,
-    shapes: ModelShapes,
-    work: Workload,
-    gpu_bytes: int,
+    config: Config, engine: Engine, shapes: ModelShapes, work: Workload, gpu_bytes: int
 ) -> ProcessMemory:
     """A vLLM engine: weights eP, KV cache, and phases of N tokens a pass.
 
@@ -330,16 +280,15 @@ def vllm_memory(
 
     With tensor_parallel, one part of the teacher: weights and KV cache are divided, layers are counted whole.
     """
-    if isinstance(engine, TeacherConfig):
-        num_sequences, parts, eager = engine.micro_batch, engine.tensor_parallel, False
-    else:
-        num_sequences, parts, eager = engine.max_num_seqs, 1, engine.enforce_eager
+    scores = isinstance(engine, TeacherConfig)
+    num_sequences = engine.micro_batch if scores else engine.max_num_seqs
+    parts, eager = (engine.tensor_parallel, False) if scores else (1, engine.enforce_eager)
     e, longest = DTYPE_BYTES[engine.dtype], longest_sequence(config, work, engine.max_model_len)
     per_pass = GPU_BATCHED_TOKENS if engine.num_gpus else CPU_BATCHED_TOKENS
     num_tokens = max(longest, min(per_pass, num_sequences * longest))
     video_tokens = max(work.max_video_tokens, min(num_tokens, num_sequences * work.max_video_tokens))
-    scored, sampled = num_tokens * (4 + e), num_sequences * 4 * VLLM_LOGIT_COPIES
-    logits = shapes.text.vocab_size * (scored if isinstance(engine, TeacherConfig) else sampled)
+    values = num_tokens * (4 + e) if scores else num_sequences * 4 * VLLM_LOGIT_COPIES
+    logits = shapes.text.vocab_size * values
     weights = e * count(parameters(shapes)) // parts
     graphs = CUDA_GRAPH_BYTES if engine.num_gpus and not eager else 0
     kv_cache = engine.kv_cache_bytes or CPU_KV_CACHE_BYTES
@@ -365,8 +314,8 @@ def support_memory(config: Config, student: ModelShapes) -> list[RoleMemory]:
 
 def _prompts_bytes(shapes: ModelShapes, work: Workload, at_once: int) -> dict[str, int]:
     """On the host, for `at_once` prompts: frames (mapped files of the node's cache) and float32 pixels."""
-    pixels = work.max_video_tokens * shapes.vision.patches_a_token * shapes.vision.patch_values * 4
-    return {"decoded frames": at_once * work.clip_bytes, "encoded prompts": at_once * pixels}
+    pixels = work.max_video_tokens * shapes.vision.values_a_token
+    return {"decoded frames": at_once * work.clip_bytes, "encoded prompts": at_once * pixels * 4}
 
 
 def _bucket_bytes(config: Config, student: ModelShapes) -> dict[str, int]:

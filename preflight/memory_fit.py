@@ -1,23 +1,24 @@
 """Whether a run's memory fits, the smallest change that would make it fit, and the estimate in words."""
 
+import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from itertools import accumulate
 
 import psutil
 
+from preflight import memory
 from preflight.inputs import Draft, Plan, asked_teachers, largest_teacher
-from preflight.memory import GIB, RoleMemory, Workload, estimate, workload_of, workload_of_budget
+from preflight.memory import GIB, RoleMemory, Workload, workload_of, workload_of_budget
 from preflight.model_shapes import ModelShapes, count, parameters, read_shapes
 from video_opd.config import Config
 from video_opd.errors import ConfigError
-from video_opd.types import Prompt
 
-DEFAULT_GPU_GIB = 80.0
+DEFAULT_GPU_BYTES = 80 * GIB
 MAX_WORLD_SIZE = 64
 LORA_RANK = 16
-NUM_GPUS = {"learner": "learner.num_gpus", "actors": "rollout.num_gpus", "teacher": "teacher_pool.num_gpus"}
+SECTIONS = {"learner": ("learner",), "actors": ("rollout",), "teacher": ("teacher_pool", "curriculum")}
 
 Change = Mapping[str, object]
 """Dotted key -> value."""
@@ -45,38 +46,41 @@ class MemoryPlan:
         return any(r.device for r in self.roles)
 
     def of(self, config: Config) -> list[RoleMemory]:
-        """The roles of a variant of the configuration."""
-        return estimate(config, self.student, self.teacher, self.train, self.evaluation, self.gpu_bytes)
+        """Every role of a variant of the configuration."""
+        both = Workload(*map(max, astuple(self.train), astuple(self.evaluation)))
+        roles = [memory.learner_memory(config, self.student, self.teacher, self.train)]
+        if config.rollout.num_actors:
+            roles.append(memory.actors_memory(config, self.student, both, self.gpu_bytes))
+        if config.needs_teacher and self.teacher:
+            roles.append(memory.teacher_memory(config, self.teacher, both, self.gpu_bytes))
+        return [*roles, *memory.support_memory(config, self.student)]
 
 
 def memory_plan(config: Config, draft: Plan | Draft, gpu_memory_gib: float | None) -> MemoryPlan:
     """What the run needs, and the memory of this machine and of one GPU.
 
-    A GPU has `gpu_memory_gib`; if None what this machine's has, else DEFAULT_GPU_GIB. Raises InputError."""
+    A GPU has `gpu_memory_gib`; if None what this machine's has, else DEFAULT_GPU_BYTES. Raises InputError."""
     if isinstance(draft, Draft):
         student, teacher = draft.student, draft.teacher
     else:
         student = read_shapes(config.student)
         teacher = largest_teacher([read_shapes(t.model) for t in asked_teachers(config)])
-
-    def workload(prompts: list[Prompt] | None) -> Workload:
-        return workload_of_budget(config.video, student) if prompts is None else workload_of(prompts, student)
-
     if gpu_memory_gib is not None and not (math.isfinite(gpu_memory_gib) and gpu_memory_gib > 0):
         raise ConfigError(f"--gpu-memory-gib {gpu_memory_gib}: give the memory of one GPU, more than 0")
     gpu_bytes = _gpu_bytes() if gpu_memory_gib is None else int(gpu_memory_gib * GIB)
-    machine_bytes = psutil.virtual_memory().total
-    return MemoryPlan(
-        config, student, teacher, workload(draft.train), workload(draft.eval), gpu_bytes, machine_bytes
+    train, evaluation = (
+        workload_of_budget(config.video, student) if prompts is None else workload_of(prompts, student)
+        for prompts in (draft.train, draft.eval)
     )
+    host_bytes = psutil.virtual_memory().total
+    return MemoryPlan(config, student, teacher, train, evaluation, gpu_bytes, host_bytes)
 
 
 def _gpu_bytes() -> int:
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory
-    return int(DEFAULT_GPU_GIB * GIB)
+    available = torch.cuda.is_available()
+    return torch.cuda.get_device_properties(0).total_memory if available else DEFAULT_GPU_BYTES
 
 
 def check_fits(plan: MemoryPlan, one_machine: bool) -> None:
@@ -87,23 +91,19 @@ def check_fits(plan: MemoryPlan, one_machine: bool) -> None:
     for role in roles:
         share = role.gpu_share * plan.gpu_bytes
         if role.device and role.device.peak_bytes > share:
-            of = f"{share / GIB:.0f} GiB a GPU"
-            if role.gpu_share < 1:
-                num_gpus = f"{NUM_GPUS[role.role]}={role.gpu_share:g}"
-                of = f"{share / GIB:.0f} GiB, {num_gpus} of {plan.gpu_bytes / GIB:.0f}"
-            needed = f"{role.role}: {role.device.peak_bytes / GIB:.0f} GiB"
-            raise ConfigError(f"{needed} of {of}: {_advice(plan, role)}")
+            num_gpus = f"{SECTIONS[role.role][0]}.num_gpus={role.gpu_share:g}"
+            of = " a GPU" if role.gpu_share == 1 else f", {num_gpus} of {plan.gpu_bytes / GIB:.0f}"
+            needed = f"{role.role}: {role.device.peak_bytes / GIB:.0f} GiB of {share / GIB:.0f} GiB"
+            raise ConfigError(f"{needed}{of}: {_advice(plan, role)}")
     if plan.on_gpu:
         return
     largest = max(roles, key=lambda r: r.host.peak_bytes)
     asked = host_total(roles) if one_machine else largest.host.peak_bytes
     if asked > plan.host_bytes:
         what = "all processes together" if one_machine else largest.role
-        available = plan.host_bytes / GIB
-        raise ConfigError(
-            f"{what}: {asked / GIB:.1f} GiB of the {available:.1f} GiB of this machine; the largest is "
-            f"{largest.role}, {largest.host.peak_bytes / GIB:.1f} GiB a process: {_advice(plan, largest)}"
-        )
+        needed = f"{asked / GIB:.1f} GiB of the {plan.host_bytes / GIB:.1f} GiB of this machine"
+        process = f"the largest is {largest.role}, {largest.host.peak_bytes / GIB:.1f} GiB a process"
+        raise ConfigError(f"{what}: {needed}; {process}: {_advice(plan, largest)}")
 
 
 def host_total(roles: Sequence[RoleMemory]) -> int:
@@ -113,19 +113,13 @@ def host_total(roles: Sequence[RoleMemory]) -> int:
 
 def _advice(plan: MemoryPlan, role: RoleMemory) -> str:
     """The first of _changes after which the role fits, else as many of them together as it takes."""
-    changes = list(_changes(plan.config, role.role))
+    changes = _changes(plan.config, role.role)
     for change in [*changes, *accumulate(changes, lambda before, further: {**before, **further})]:
         if (after := _needed(plan, change, role.role)) is not None:
-            words = " ".join(f"{key}={_yaml(value)}" for key, value in change.items())
+            words = " ".join(f"{key}={json.dumps(value)}" for key, value in change.items())
             return f"{words} would need {after / GIB:.0f}"
     remedy = "use a smaller model, shorter videos (video.max_video_tokens) or larger GPUs"
     return f"none of its options makes it fit: {remedy}"
-
-
-def _yaml(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _needed(plan: MemoryPlan, change: Change, role: str) -> int | None:
@@ -133,65 +127,47 @@ def _needed(plan: MemoryPlan, change: Change, role: str) -> int | None:
     config = plan.config
     for key, value in change.items():
         section, _, name = key.partition(".")
-        changed = getattr(config, section).model_copy(update={name: value})
-        config = config.model_copy(update={section: changed})
+        update = {section: getattr(config, section).model_copy(update={name: value})}
+        config = config.model_copy(update=update)
     roles = plan.of(config)
-    (memory,) = [r for r in roles if r.role == role]
-    if memory.device:
-        needed = memory.device.peak_bytes
-        return needed if needed <= memory.gpu_share * plan.gpu_bytes else None
-    return memory.host.peak_bytes if host_total(roles) <= plan.host_bytes else None
+    (changed,) = [r for r in roles if r.role == role]
+    if changed.device:
+        needed = changed.device.peak_bytes
+        return needed if needed <= changed.gpu_share * plan.gpu_bytes else None
+    return changed.host.peak_bytes if host_total(roles) <= plan.host_bytes else None
 
 
-def _changes(config: Config, role: str) -> Iterator[Change]:
+def _changes(config: Config, role: str) -> list[Change]:
     """Single changes that could make a role fit, the least costly first."""
-    learner, rollout, pool, curriculum = (
-        config.learner,
-        config.rollout,
-        config.teacher_pool,
-        config.curriculum,
-    )
+    learner, rollout, pool = config.learner, config.rollout, config.teacher_pool
     many_ranks = learner.num_gpus > 0  # on a CPU all ranks share one memory
     kv_cache_fills_gpu = rollout.num_gpus and rollout.kv_cache_bytes is None
     twentieths = range(int(rollout.gpu_memory_utilization * 20), 1, -1) if kv_cache_fills_gpu else []
     in_parts = pool.engine == "vllm" and pool.num_gpus
-    options: dict[str, dict[str, Iterable[object]]] = {
-        "learner": {
-            "learner.gradient_checkpointing": [] if learner.gradient_checkpointing else [True],
-            "learner.zero_stage": range(learner.zero_stage + 1, 4),
-            "learner.micro_batch": _halves(learner.micro_batch),
-            "learner.world_size": _doubles(learner.world_size) if many_ranks else [],
-            "learner.lora_rank": [] if learner.lora_rank else [LORA_RANK],
-            "learner.num_gpus": _larger_shares(learner.num_gpus),
-        },
-        "actors": {
-            "rollout.gpu_memory_utilization": (n / 20 for n in twentieths),
-            "rollout.kv_cache_bytes": _halves(rollout.kv_cache_bytes or 0, lowest=1 << 20),
-            "rollout.max_num_seqs": _halves(rollout.max_num_seqs),
-            "rollout.num_gpus": _larger_shares(rollout.num_gpus),
-        },
-        "teacher": {
-            "teacher_pool.micro_batch": _halves(pool.micro_batch),
-            "curriculum.num_teacher_predictions": (
-                _halves(curriculum.num_teacher_predictions) if curriculum.asks_teacher else []
-            ),
-            "teacher_pool.num_gpus": _larger_shares(pool.num_gpus),
-            "teacher_pool.tensor_parallel": [n for n in (2, 4, 8) if in_parts and n > pool.tensor_parallel],
-        },
+    predictions = config.curriculum.num_teacher_predictions if config.curriculum.asks_teacher else 0
+    doubled = [learner.world_size << n for n in range(1, 7)] if many_ranks else []
+    options: dict[str, Iterable[object]] = {
+        "learner.gradient_checkpointing": [] if learner.gradient_checkpointing else [True],
+        "learner.zero_stage": range(learner.zero_stage + 1, 4),
+        "learner.micro_batch": _halves(learner.micro_batch),
+        "learner.world_size": [n for n in doubled if n <= MAX_WORLD_SIZE],
+        "learner.lora_rank": [] if learner.lora_rank else [LORA_RANK],
+        "learner.num_gpus": _larger_shares(learner.num_gpus),
+        "rollout.gpu_memory_utilization": [n / 20 for n in twentieths],
+        "rollout.kv_cache_bytes": [n for n in _halves(rollout.kv_cache_bytes or 0) if n >= 1 << 20],
+        "rollout.max_num_seqs": _halves(rollout.max_num_seqs),
+        "rollout.num_gpus": _larger_shares(rollout.num_gpus),
+        "teacher_pool.micro_batch": _halves(pool.micro_batch),
+        "curriculum.num_teacher_predictions": _halves(predictions),
+        "teacher_pool.num_gpus": _larger_shares(pool.num_gpus),
+        "teacher_pool.tensor_parallel": [n for n in (2, 4, 8) if in_parts and n > pool.tensor_parallel],
     }
-    for key, values in options.get(role, {}).items():
-        yield from ({key: value} for value in values)
+    sections = SECTIONS.get(role, ())
+    return [{key: v} for key, values in options.items() if key.startswith(sections) for v in values]
 
 
-def _halves(value: int, lowest: int = 1) -> Iterator[int]:
-    while value // 2 >= lowest:
-        value //= 2
-        yield value
-
-
-def _doubles(value: int) -> Iterator[int]:
-    while (value := 2 * value) <= MAX_WORLD_SIZE:
-        yield value
+def _halves(value: int) -> list[int]:
+    return [value >> n for n in range(1, value.bit_length())]
 
 
 def _larger_shares(share: float) -> list[float]:
@@ -204,10 +180,9 @@ def describe_memory(plan: MemoryPlan) -> str:
     models = [("student", plan.student)] + ([("teacher", plan.teacher)] if plan.teacher else [])
     lines = [f"{role:9} {count(parameters(shapes)) / 1e9:.3f} billion parameters" for role, shapes in models]
     work, roles = plan.train, plan.roles
-    if work.mean_video_tokens is None:
+    video = f"{work.mean_video_tokens:.0f} tokens a prompt expected, at most {work.max_video_tokens}"
+    if not work.mean_video_tokens:
         video = f"at most {work.max_video_tokens} tokens a clip, from the config's own budget"
-    else:
-        video = f"{work.mean_video_tokens:.0f} tokens a prompt expected, at most {work.max_video_tokens}"
     lines += [
         f"video     {video}; longest prompt about {work.max_prompt_tokens} tokens",
         "memory, estimated, GiB a process:",
@@ -225,10 +200,10 @@ def describe_memory(plan: MemoryPlan) -> str:
 
 
 def _describe_role(role: RoleMemory, gpu_bytes: int) -> str:
-    memory = role.device or role.host
-    smallest = 0.005 * max(memory.peak_bytes, 1)
-    terms = sorted(((size, name) for name, size in memory.terms.items() if size >= smallest), reverse=True)
+    process = role.device or role.host
+    smallest = 0.005 * max(process.peak_bytes, 1)
+    terms = sorted(((size, name) for name, size in process.terms.items() if size >= smallest), reverse=True)
     parts = ", ".join(f"{name} {size / GIB:.{2 if size < GIB else 1}f}" for size, name in terms)
-    phase = f"; peak while {memory.largest_phase}" if memory.largest_phase else ""
+    phase = f"; peak while {process.largest_phase}" if process.largest_phase else ""
     place = f"of {role.gpu_share * gpu_bytes / GIB:5.1f} a GPU" if role.device else "on the host"
-    return f"  {role.role:12} {role.processes} x {memory.peak_bytes / GIB:6.2f} {place}: {parts}{phase}"
+    return f"  {role.role:12} {role.processes} x {process.peak_bytes / GIB:6.2f} {place}: {parts}{phase}"

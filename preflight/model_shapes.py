@@ -46,16 +46,16 @@ class VisionShapes:
     deepstack: int  # further outputs, each with a merger of its own
 
     @property
-    def patch_values(self) -> int:
-        """Pixel values of one patch."""
-        return prod(self.patch)
-
-    @property
     def patches_a_token(self) -> int:
         return self.merge**2
 
+    @property
+    def values_a_token(self) -> int:
+        """Pixel values of one video token."""
+        return self.patches_a_token * prod(self.patch)
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True)
 class ModelShapes:
     """What the memory of a model depends on."""
 
@@ -83,10 +83,8 @@ def find_shapes(folder: str | Path, committed: Path) -> ModelShapes:
     path = committed / f"{folder.name}.json"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in committed.glob("*.json")))
-        raise ModelError(
-            f"{folder} does not exist, and it is none of the models with committed shapes ({known}): "
-            "name a model folder or one of these"
-        )
+        why = f"does not exist, and it is none of the models with committed shapes ({known})"
+        raise ModelError(f"{folder} {why}: name a model folder or one of these")
     return parse_shapes(read_json(path), folder.name, str(path), committed=True)
 
 
@@ -97,10 +95,9 @@ def read_shapes(folder: str | Path) -> ModelShapes:
 
 
 def parse_shapes(config: Mapping[str, Any], name: str, source: str, committed: bool = False) -> ModelShapes:
-    """Shapes in a config.json, the language model's keys at its top (older Qwen2.5-VL) or in text_config.
+    """Shapes in a config.json; `source` names it in errors. Raises ModelError.
 
-    `source` names the file in errors. Raises ModelError.
-    """
+    The language model's keys are at its top (older Qwen2.5-VL) or in text_config."""
     try:
         if (model_type := config["model_type"]) not in SUPPORTED:
             raise ModelError(f"{source}: model_type {model_type!r} is not supported; use one of {SUPPORTED}")
@@ -108,38 +105,34 @@ def parse_shapes(config: Mapping[str, Any], name: str, source: str, committed: b
         heads, side = text["num_attention_heads"], vision["patch_size"]
         head_dim = text.get("head_dim") or text["hidden_size"] // heads
         channels = vision.get("in_channels", vision.get("in_chans", 3))
-        return ModelShapes(
-            name=name,
-            model_type=model_type,
-            committed=committed,
-            text=TextShapes(
-                vocab_size=text["vocab_size"],
-                hidden=text["hidden_size"],
-                intermediate=text["intermediate_size"],
-                layers=text["num_hidden_layers"],
-                head_dim=head_dim,
-                query=heads * head_dim,
-                key=text["num_key_value_heads"] * head_dim,
-                tied_head=config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
-            ),
-            vision=VisionShapes(
-                depth=vision["depth"],
-                hidden=vision["hidden_size"],
-                intermediate=vision["intermediate_size"],
-                output=vision["out_hidden_size"],
-                patch=(channels, vision.get("temporal_patch_size", 2), side, side),
-                merge=vision["spatial_merge_size"],
-                positions=vision.get("num_position_embeddings", 0),
-                deepstack=len(vision.get("deepstack_visual_indexes", ())),
-            ),
+        text_shapes = TextShapes(
+            vocab_size=text["vocab_size"],
+            hidden=text["hidden_size"],
+            intermediate=text["intermediate_size"],
+            layers=text["num_hidden_layers"],
+            head_dim=head_dim,
+            query=heads * head_dim,
+            key=text["num_key_value_heads"] * head_dim,
+            tied_head=config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
         )
+        vision_shapes = VisionShapes(
+            depth=vision["depth"],
+            hidden=vision["hidden_size"],
+            intermediate=vision["intermediate_size"],
+            output=vision["out_hidden_size"],
+            patch=(channels, vision.get("temporal_patch_size", 2), side, side),
+            merge=vision["spatial_merge_size"],
+            positions=vision.get("num_position_embeddings", 0),
+            deepstack=len(vision.get("deepstack_visual_indexes", ())),
+        )
+        return ModelShapes(name, model_type, committed, text_shapes, vision_shapes)
     except (KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{source} lacks {error}: the model folder is damaged") from error
 
 
 @cache
 def parameters(shapes: ModelShapes) -> Parameters:
-    """Every parameter of the model, vision tower first."""
+    """Every parameter of the model."""
     tower = _vision(shapes.vision, shapes.is_qwen3)
     return _under("model.visual", tower) | _text(shapes.text, shapes.is_qwen3)
 
@@ -157,47 +150,47 @@ def _repeated(prefix: str, times: int, of: Parameters) -> Parameters:
     return {f"{prefix}.{i}.{name}": shape for i in range(times) for name, shape in of.items()}
 
 
-def _linear(name: str, inputs: int, outputs: int, bias: bool = True) -> Parameters:
-    return {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if bias else {})
+def _modules(weights: Parameters, bias: bool) -> Parameters:
+    """The weight, and with `bias` also the bias, of modules whose weights have these shapes."""
+    biases = {f"{name}.bias": shape[:1] for name, shape in weights.items()} if bias else {}
+    return {f"{name}.weight": shape for name, shape in weights.items()} | biases
 
 
-def _norm(name: str, width: int, bias: bool = False) -> Parameters:
-    return {f"{name}.weight": (width,)} | ({f"{name}.bias": (width,)} if bias else {})
-
-
-def _gated_mlp(hidden: int, intermediate: int, bias: bool) -> Parameters:
-    mlp = _linear("gate_proj", hidden, intermediate, bias) | _linear("up_proj", hidden, intermediate, bias)
-    return _under("mlp", mlp | _linear("down_proj", intermediate, hidden, bias))
+def _gated_mlp(hidden: int, intermediate: int) -> Parameters:
+    up, down = (intermediate, hidden), (hidden, intermediate)
+    return {"mlp.gate_proj": up, "mlp.up_proj": up, "mlp.down_proj": down}
 
 
 def _text(t: TextShapes, qwen3: bool) -> Parameters:
     """Qwen3 normalises queries and keys of each head; Qwen2.5 has biases on them instead."""
-    layer = _gated_mlp(t.hidden, t.intermediate, bias=False)
-    for part, width in (("q", t.query), ("k", t.key), ("v", t.key)):
-        layer |= _linear(f"self_attn.{part}_proj", t.hidden, width, bias=not qwen3)
-    layer |= _linear("self_attn.o_proj", t.query, t.hidden, bias=False)
+    norms = {"input_layernorm": (t.hidden,), "post_attention_layernorm": (t.hidden,)}
     if qwen3:
-        layer |= _norm("self_attn.q_norm", t.head_dim) | _norm("self_attn.k_norm", t.head_dim)
-    layer |= _norm("input_layernorm", t.hidden) | _norm("post_attention_layernorm", t.hidden)
-    model = {"embed_tokens.weight": (t.vocab_size, t.hidden)} | _norm("norm", t.hidden)
+        norms |= {"self_attn.q_norm": (t.head_dim,), "self_attn.k_norm": (t.head_dim,)}
+    widths = {"q": t.query, "k": t.key, "v": t.key}
+    inputs: Parameters = {f"self_attn.{name}_proj": (width, t.hidden) for name, width in widths.items()}
+    output: Parameters = {"self_attn.o_proj": (t.hidden, t.query)}
+    layer = _modules(_gated_mlp(t.hidden, t.intermediate) | output | norms, bias=False)
+    layers = _repeated("layers", t.layers, layer | _modules(inputs, bias=not qwen3))
+    model = {"embed_tokens.weight": (t.vocab_size, t.hidden), "norm.weight": (t.hidden,)}
     head = {} if t.tied_head else {"lm_head.weight": (t.vocab_size, t.hidden)}
-    return _under("model.language_model", model | _repeated("layers", t.layers, layer)) | head
+    return _under("model.language_model", model | layers) | head
 
 
 def _vision(v: VisionShapes, qwen3: bool) -> Parameters:
     """Qwen2.5's tower has a gated MLP, norms without biases, one merger and no learnt positions."""
-    block = _linear("attn.qkv", v.hidden, 3 * v.hidden) | _linear("attn.proj", v.hidden, v.hidden)
-    block |= _norm("norm1", v.hidden, bias=qwen3) | _norm("norm2", v.hidden, bias=qwen3)
-    merged = v.hidden * v.patches_a_token
-    tower: Parameters = {"patch_embed.proj.weight": (v.hidden, *v.patch)}
-    if not qwen3:
-        tower |= _norm("merger.ln_q", v.hidden) | _linear("merger.mlp.0", merged, merged)
-        tower |= _linear("merger.mlp.2", merged, v.output)
-        return tower | _repeated("blocks", v.depth, block | _gated_mlp(v.hidden, v.intermediate, bias=True))
-    block |= _linear("mlp.linear_fc1", v.hidden, v.intermediate)
-    block |= _linear("mlp.linear_fc2", v.intermediate, v.hidden)
-    merger = _linear("linear_fc1", merged, merged) | _linear("linear_fc2", merged, v.output)
-    tower |= {"patch_embed.proj.bias": (v.hidden,), "pos_embed.weight": (v.positions, v.hidden)}
-    tower |= _under("merger", merger | _norm("norm", v.hidden, bias=True))
-    tower |= _repeated("deepstack_merger_list", v.deepstack, merger | _norm("norm", merged, bias=True))
-    return tower | _repeated("blocks", v.depth, block)
+    h, i, merged = v.hidden, v.intermediate, v.hidden * v.patches_a_token
+    block: Parameters = {"attn.qkv": (3 * h, h), "attn.proj": (h, h)}
+    norms: Parameters = {"norm1": (h,), "norm2": (h,)}
+    tower: Parameters = {"patch_embed.proj.weight": (h, *v.patch)}
+    if qwen3:
+        block |= {"mlp.linear_fc1": (i, h), "mlp.linear_fc2": (h, i)}
+        merger: Parameters = {"linear_fc1": (merged, merged), "linear_fc2": (v.output, merged)}
+        deepstack = _modules(merger | {"norm": (merged,)}, bias=True)
+        tower |= {"patch_embed.proj.bias": (h,), "pos_embed.weight": (v.positions, h)}
+        tower |= _under("merger", _modules(merger | {"norm": (h,)}, bias=True))
+        tower |= _repeated("deepstack_merger_list", v.deepstack, deepstack)
+    else:
+        block |= _gated_mlp(h, i)
+        tower |= {"merger.ln_q.weight": (h,)}
+        tower |= _modules({"merger.mlp.0": (merged, merged), "merger.mlp.2": (v.output, merged)}, bias=True)
+    return tower | _repeated("blocks", v.depth, _modules(block, bias=True) | _modules(norms, bias=qwen3))
