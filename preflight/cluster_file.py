@@ -22,6 +22,17 @@ from video_opd.errors import ConfigError
 
 ROLES = ("learner", "rollout", "teacher")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# Fields of `provider` that Ray reads; it ignores others silently. A test compares them with Ray's code.
+ANY_PROVIDER = {
+    *("type", "use_internal_ips", "use_external_head_ip", "disable_node_updaters", "worker_liveness_check"),
+    *("disable_launch_config_check", "foreground_node_launch"),
+}
+CLOUD = {"region", "availability_zone", "cache_stopped_nodes"}
+PROVIDER_FIELDS = {
+    "aws": CLOUD | {"aws_credentials", "key_pair", "security_group", "cloudwatch"},
+    "gcp": CLOUD | {"project_id", "gcp_credentials"},
+    "local": {"head_ip", "worker_ips", "external_head_ip", "coordinator_address"},
+}
 NEEDED_FIELDS = {"aws": ["region"], "gcp": ["region", "availability_zone", "project_id"], "local": []}
 OLD_KEYS = {"min_workers", "head_node", "worker_nodes"}  # Ray removes them before it validates
 ADDRESS = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w.])")
@@ -129,6 +140,9 @@ def schema_violations(config: dict[str, Any]) -> list[str]:
 
 def access_problems(config: dict[str, Any]) -> Iterator[str]:
     provider, auth = config["provider"], config["auth"]
+    known = PROVIDER_FIELDS.get(provider["type"], provider.keys()) | ANY_PROVIDER
+    for name in sorted(provider.keys() - known):
+        yield f"provider.{name} is unknown: remove it, or use one of {', '.join(sorted(known))}"
     for name in NEEDED_FIELDS.get(provider["type"], []):
         if not provider.get(name):
             yield f"provider.{name} is missing: add it"

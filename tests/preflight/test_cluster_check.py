@@ -1,12 +1,16 @@
 """What --check-cluster finds."""
 
 import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 import launch
+from preflight.cluster_file import ANY_PROVIDER, PROVIDER_FIELDS
 from tests.preflight.cluster_files import AWS, GCP, KUBERAY, LOCAL, load
 
 
@@ -228,12 +232,13 @@ def test_each_thing_that_cannot_work_is_one_line(name: str, change: Callable[[An
 
 def test_everything_that_is_wrong_is_said_in_one_go(check):
     config = json.loads(json.dumps(load(AWS)))
-    config |= {"auth": {}, "provider": {"type": "aws"}}
+    config |= {"auth": {}, "provider": {"type": "aws", "zone": "a"}}
     config["available_node_types"]["learner"]["min_workers"] = 5
     code, _, err = check(config)
     errors = [e for e in err if e.startswith("error: ")]
-    assert code == 2 and len(errors) == 3
-    assert all(any(word in e for e in errors) for word in ("provider.region", "minimum of 5", "ssh_user"))
+    assert code == 2 and len(errors) == 4
+    words = ("provider.zone is unknown", "provider.region", "minimum of 5", "ssh_user")
+    assert all(any(word in e for e in errors) for word in words)
     code, _, err = check(config | {"surplus": 1, "max_workers": "many"})  # Ray's schema comes first
     errors = [e for e in err if e.startswith("error: ")]
     assert code == 2 and len(errors) == 2 and "surplus" in errors[0] and "max_workers" in errors[1]
@@ -267,3 +272,15 @@ def test_a_file_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]
         capsys.readouterr().err
         == "error: nowhere.yaml: cannot be read (No such file or directory): name a cluster file\n"
     )
+
+
+@pytest.mark.parametrize("kind", PROVIDER_FIELDS)
+def test_provider_fields_are_those_that_ray_reads(kind: str):
+    folder = Path(ray.__file__).parent / "autoscaler"
+    sources = [*(folder / "_private" / kind).rglob("*.py"), folder / "_private" / "updater.py"]
+    reads = re.compile(r"(?:provider_config|config\[\"provider\"\])(?:\.get\(|\[)\"([a-z_]+)\"")
+    read = {name for source in sources for name in reads.findall(source.read_text())}
+    allowed = PROVIDER_FIELDS[kind] | ANY_PROVIDER
+    assert read - allowed <= {"list_of_node_ips"}, "of the coordinator's own server"
+    documented = json.loads((folder / "ray-schema.json").read_text())["properties"]["provider"]["properties"]
+    assert PROVIDER_FIELDS[kind] <= read | documented.keys()
