@@ -2,12 +2,16 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from video_opd.content import is_inside
-from video_opd.prompt_styles import STYLES
+
+STYLES: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("prompt_styles.yaml").read_text())
+"""Keys of PromptConfig by prompt.style."""
 
 
 def _file_name(name: str) -> str:

@@ -11,9 +11,7 @@ class Objective:
     """The inputs of one loss.kind."""
 
     rollouts: bool  # the student's responses; False: the ground truth, written as an answer
-    teacher: Literal[
-        "none", "logprobs", "top_k", "hidden"
-    ]  # of the response tokens; each includes the former
+    teacher: Literal["none", "logprobs", "top_k", "hidden"]  # of response tokens; each includes the former
     rewards: bool = False  # one per response
 
 

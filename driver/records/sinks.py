@@ -9,10 +9,7 @@ from video_opd.types import StepReport
 
 
 class MetricSinks:
-    """Writes metrics.jsonl, one line per step, and TensorBoard. A resumed run appends, each step once.
-
-    Values that are not finite (the mIoU of unlabelled prompts, say) are left out.
-    """
+    """Writes metrics.jsonl, one line per step, and TensorBoard, finite values only. A resumed run appends."""
 
     def __init__(self, run_dir: Path, start_step: int):
         from tensorboard.summary import Writer

@@ -15,8 +15,7 @@ from video_opd.types import ScoredGroup
 class TrajectoryLog:
     """Arrow IPC streams, schema TRAJECTORIES: everything written before a crash stays readable.
 
-    Each start of the run writes its own file, named for its first step, and removes the steps that it will
-    repeat from older files.
+    Each start of the run writes its own file and removes the steps that it will repeat from older ones.
     """
 
     def __init__(self, folder: Path, start_step: int):
@@ -27,7 +26,7 @@ class TrajectoryLog:
         self._writer = pa.ipc.new_stream(self._sink, TRAJECTORIES)
 
     def write(self, groups: Sequence[ScoredGroup], step: int) -> None:
-        """Appends one batch; suspended trajectories are not part of it."""
+        """Appends one batch, without suspended trajectories."""
         rows = [
             {
                 "step": step,
@@ -54,18 +53,12 @@ class TrajectoryLog:
         self._sink.close()
 
 
-def _read_batches(path: Path) -> pa.Table:
-    """The whole batches of one file; a last batch cut off by a crash is left out."""
-    batches = []
+def _keep_steps_before(path: Path, step: int) -> None:
+    """Removes later steps from a file, and a last batch cut off by a crash."""
+    kept, temporary = [], path.with_suffix(".tmp")
     with pa.OSFile(str(path)) as source, suppress(pa.ArrowInvalid):
         for batch in pa.ipc.open_stream(source):
-            batches.append(batch)
-    return pa.Table.from_batches(batches, schema=TRAJECTORIES)
-
-
-def _keep_steps_before(path: Path, step: int) -> None:
-    kept = _read_batches(path).filter(pc.field("step") < step)
-    temporary = path.with_suffix(".tmp")
+            kept.append(batch.filter(pc.field("step") < step))
     with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, TRAJECTORIES) as writer:
-        writer.write_table(kept)
+        writer.write_table(pa.Table.from_batches(kept, schema=TRAJECTORIES))
     temporary.rename(path)

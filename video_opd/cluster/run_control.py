@@ -19,7 +19,6 @@ class RunControl:
         return "control"
 
     def ask_for_actors(self, num_actors: int) -> None:
-        """Requests this many rollout actors."""
         self._num_actors = num_actors
 
     def exchange(self, status: dict[str, float]) -> int | None:
