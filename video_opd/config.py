@@ -81,7 +81,7 @@ class TeacherConfig(ConfigSection):
         if shards > 1 and self.engine != "vllm":
             yield f"tensor_parallel={shards} is vLLM's: use engine=vllm"
         if shards > 1 and not fits:
-            yield f"tensor_parallel={shards} gives each shard at most one GPU or a CPU share: set num_gpus <= 1"
+            yield f"tensor_parallel={shards} gives each shard at most one GPU, or a share of num_cpus"
         lowest, highest = self.min_replicas or 1, self.max_replicas
         if highest is None and self.min_replicas is not None:
             yield f"min_replicas={lowest} without max_replicas: set both, or neither for a fixed number"
