@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,10 +24,30 @@ from video_opd.config_data import (
     VideoConfig,
     key,
 )
-from video_opd.objectives import OBJECTIVES, LossKind, Objective
 
+LossKind = Literal["opd", "opd_topk", "opd_full", "grpo", "off_policy_rkd", "off_policy_fkd", "sft"]
 ImportPaths = Annotated[tuple[str, ...], Field(min_length=1)]
 TEXT_LAYERS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The inputs that an objective of learner/loss.py needs."""
+
+    rollouts: bool  # the student's responses; False: the ground truth, written as an answer
+    teacher: Literal["none", "logprobs", "top_k", "hidden"]  # of response tokens; each includes the former
+    rewards: bool = False  # one per response
+
+
+OBJECTIVES: dict[LossKind, Objective] = {
+    "opd": Objective(rollouts=True, teacher="logprobs"),
+    "opd_topk": Objective(rollouts=True, teacher="top_k"),
+    "opd_full": Objective(rollouts=True, teacher="hidden"),
+    "grpo": Objective(rollouts=True, teacher="none", rewards=True),
+    "off_policy_rkd": Objective(rollouts=False, teacher="logprobs"),
+    "off_policy_fkd": Objective(rollouts=False, teacher="hidden"),
+    "sft": Objective(rollouts=False, teacher="none"),
+}
 
 
 class RolloutConfig(ConfigSection):
@@ -104,7 +124,7 @@ class TeacherModel(ConfigSection):
 
 
 class LossConfig(ConfigSection):
-    """The objective: docs/algorithm.md, video_opd/objectives.py and learner/loss.py."""
+    """The objective: docs/algorithm.md and learner/loss.py."""
 
     kind: LossKind = key("opd", "on-policy distillation, or one of its baselines; see docs/algorithm.md")
     top_k: PositiveInt = key(64, "opd_topk: teacher tokens kept at each position")

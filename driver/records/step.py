@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from driver.records.report import ShowStep
-from driver.records.sinks import MetricSinks
-from driver.records.trajectory_log import TrajectoryLog
+from driver.records.sinks import MetricSinks, TrajectoryLog
 from driver.run import Run
 from video_opd.grounding import best_iou
 from video_opd.types import ScoredGroup, StepReport, Trajectory
