@@ -70,12 +70,12 @@ def resolve_paths(config: Config, base: Path) -> Config:
     return Config.model_validate(tree)
 
 
-def describe_keys() -> list[str]:
+def describe_keys() -> Iterator[str]:
     """One line per key: name, default, meaning."""
-    fields = [(name, field) for name, field in _keys(Config) if not _is_section(field)]
-    defaults = ["required" if field.is_required() else field.default for _, field in fields]
-    lines = zip(fields, defaults, strict=True)
-    return [f"  {name}={default}  {field.description or ''}".rstrip() for (name, field), default in lines]
+    for name, field in _keys(Config):
+        if not _is_section(field):
+            default = "required" if field.is_required() else field.default
+            yield f"  {name}={default}  {field.description or ''}".rstrip()
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -72,8 +72,7 @@ def progress_bar(num_steps: int, done: int) -> Iterator[ShowStep]:
 def print_summary(folder: Path, summary: dict[str, Any]) -> None:
     """Prints the final table."""
     n = summary["baselines"]["random"]["n"]
-    title = f"held-out split, {n} prompts, loss {summary['loss']}, seed {summary['seed']}"
-    table = Table("", title=title)
+    table = Table("", title=f"held-out split, {n} prompts, loss {summary['loss']}, seed {summary['seed']}")
     for name in (*COLUMNS.values(), "unparsed"):
         table.add_column(name, justify="right")
     for name, values, unparsed in _rows(summary):
@@ -84,9 +83,8 @@ def print_summary(folder: Path, summary: dict[str, Any]) -> None:
     if summary["student_after"]:
         before, after = summary["student_before"]["miou"], summary["student_after"]["miou"]
         teacher = summary["teacher"]["miou"] if summary["teacher"] else 0.0
-        student = f"mIoU {after - before:+.3f}" + (
-            f", {after / teacher:.0%} of the teacher's" if teacher else ""
-        )
+        share = f", {after / teacher:.0%} of the teacher's" if teacher else ""
+        student = f"mIoU {after - before:+.3f}{share}"
     steps = f"after {summary['steps']} steps in {summary['seconds']['total'] / 60:.1f} min"
     console.print(f"{student}, {steps}; {len(summary['dropped'])} prompts dropped")
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
@@ -99,22 +97,18 @@ def write_report(folder: Path, config: Config, prompts: Sequence[Prompt], summar
     learning.savefig(folder / "learning.png", dpi=110)
     cache = FrameCache(config.video)
     shown = [p for p in prompts if p.prompt_id not in summary["failed_eval"]][:NUM_EXAMPLES]
-    template = Path(__file__).with_name("report.html.jinja").read_text()
-    html = (
-        jinja2.Environment(autoescape=True)
-        .from_string(template)
-        .render(
-            name=folder.name,
-            summary=summary,
-            rows=_rows(summary),
-            columns=COLUMNS.values(),
-            learning=embed(learning),
-            policy=embed(_policy(metrics)),
-            phases=embed(_phases(metrics)),
-            curriculum=[(what, embed(figure)) for what, figure in _curriculum(folder, config, metrics)],
-            examples=[embed(_example(p, cache.read(p.clip), summary["examples"])) for p in shown],
-            config=config.model_dump_json(indent=2),
-        )
+    source = Path(__file__).with_name("report.html.jinja").read_text()
+    html = jinja2.Template(source, autoescape=True).render(
+        name=folder.name,
+        summary=summary,
+        rows=_rows(summary),
+        columns=COLUMNS.values(),
+        learning=embed(learning),
+        policy=embed(_policy(metrics)),
+        phases=embed(_phases(metrics)),
+        curriculum=[(what, embed(figure)) for what, figure in _curriculum(folder, config, metrics)],
+        examples=[embed(_example(p, cache.read(p.clip), summary["examples"])) for p in shown],
+        config=config.model_dump_json(indent=2),
     )
     write_atomically(folder / "report.html", html)
 
@@ -134,7 +128,6 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, list[str], int]]:
 
 
 def _panels(height: float, columns: int = 1, sharey: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure with panels side by side."""
     figure = Figure(figsize=(9, height), layout="constrained")
     return figure, list(figure.subplots(1, columns, squeeze=False, sharey=sharey)[0])
 
@@ -161,11 +154,9 @@ def _histogram(axes: Axes, shares: Mapping[str, np.ndarray], colours: list[str],
 
 
 def _learning(metrics: Metrics, summary: dict[str, Any]) -> Figure:
-    """mIoU and reverse KL by step."""
     figure, (left, right) = _panels(3.2, 2)
-    left.plot(
-        _series(metrics, "step"), _series(metrics, "actors/miou"), alpha=0.35, label="rollouts of the step"
-    )
+    steps, rollouts = _series(metrics, "step"), _series(metrics, "actors/miou")
+    left.plot(steps, rollouts, color="C0", alpha=0.35, label="rollouts of the step")
     evaluated = {m["step"] + 1: m["eval/miou"] for m in metrics if "eval/miou" in m}
     if evaluated:
         left.plot(list(evaluated), list(evaluated.values()), color="C0", marker="o", label="held-out split")
@@ -216,7 +207,6 @@ def _curriculum(folder: Path, config: Config, metrics: Metrics) -> list[tuple[st
 
 
 def _validation(records: pa.Table, threshold: float) -> Figure:
-    """The teacher's IoU on each prompt: kept and dropped by TRPV."""
     figure, (axes,) = _panels(2.4)
     tau, dropped = records["teacher_iou"].to_numpy(), records["dropped"].to_numpy() != ""
     _histogram(axes, {"kept": tau[~dropped], "dropped": tau[dropped]}, ["C2", "C3"], 0)

@@ -15,9 +15,6 @@ class RunControl:
         self._num_actors: int | None = None
         self._status: dict[str, float] = {}
 
-    def __repr__(self) -> str:
-        return "control"
-
     def ask_for_actors(self, num_actors: int) -> None:
         self._num_actors = num_actors
 
