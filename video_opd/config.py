@@ -106,8 +106,8 @@ class TeacherConfig(ConfigSection):
         if highest is None and self.min_replicas is not None:
             yield f"min_replicas={lowest} without max_replicas: set both, or neither for a fixed number"
         if highest is not None and not lowest <= self.num_replicas <= highest:
-            now = f"num_replicas={self.num_replicas}"
-            yield f"{now} is not within min_replicas={lowest}, max_replicas={highest}"
+            bounds = f"min_replicas={lowest}, max_replicas={highest}"
+            yield f"num_replicas={self.num_replicas} is not within {bounds}"
 
 
 class TeacherModel(ConfigSection):
@@ -177,8 +177,7 @@ class LearnerConfig(ConfigSection):
     bucket_bytes: PositiveInt = key(256 << 20, "weights travel in buckets of about this size")
     weight_transfer: Literal["object_store", "collective", "ipc"] = key(
         "object_store",
-        "how weights reach the actors: Ray's object store; vLLM's NCCL broadcast between GPUs (collective); "
-        "memory of a GPU that learner and actors share (ipc). The last two never ran so far",
+        "Ray's object store, NCCL between GPUs, or one GPU's memory; the last two never ran yet",
     )
     num_gpus: NonNegativeFloat = key(1, "of one rank; 0 on a CPU machine")
     num_cpus: NonNegativeFloat = 1

@@ -39,7 +39,7 @@ def create_control(name: str):
 
 
 def running_runs() -> list[str]:
-    """NAME of every run on this Ray."""
+    """The name of every run on this Ray."""
     controls = [str(n) for n in ray.util.list_named_actors() if str(n).endswith(_SUFFIX)]
     return sorted(name.removeprefix(f"{NAMESPACE}/").removesuffix(_SUFFIX) for name in controls)
 
