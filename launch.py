@@ -27,10 +27,9 @@ from driver.invariants import check_finite, check_lag, check_logprob_gap
 from driver.progress import SavedRun
 from driver.records.gauges import export_gauges
 from driver.records.report import print_summary, progress_bar, write_report
-from driver.records.sinks import MetricSinks
+from driver.records.sinks import MetricSinks, TrajectoryLog
 from driver.records.step import Outputs, num_tokens, record
 from driver.records.summary import summarise
-from driver.records.trajectory_log import TrajectoryLog
 from driver.recovery import first_error, learner_lost, poll_control, recover, watch
 from driver.rounds import start_round
 from driver.run import Run, create_parts, publish_weights

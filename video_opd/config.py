@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,7 +24,30 @@ from video_opd.config_data import (
     VideoConfig,
     key,
 )
-from video_opd.objectives import OBJECTIVES, LossKind, Objective
+
+LossKind = Literal["opd", "opd_topk", "opd_full", "grpo", "off_policy_rkd", "off_policy_fkd", "sft"]
+ImportPaths = Annotated[tuple[str, ...], Field(min_length=1)]
+TEXT_LAYERS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The inputs that an objective of learner/loss.py needs."""
+
+    rollouts: bool  # the student's responses; False: the ground truth, written as an answer
+    teacher: Literal["none", "logprobs", "top_k", "hidden"]  # of response tokens; each includes the former
+    rewards: bool = False  # one per response
+
+
+OBJECTIVES: dict[LossKind, Objective] = {
+    "opd": Objective(rollouts=True, teacher="logprobs"),
+    "opd_topk": Objective(rollouts=True, teacher="top_k"),
+    "opd_full": Objective(rollouts=True, teacher="hidden"),
+    "grpo": Objective(rollouts=True, teacher="none", rewards=True),
+    "off_policy_rkd": Objective(rollouts=False, teacher="logprobs"),
+    "off_policy_fkd": Objective(rollouts=False, teacher="hidden"),
+    "sft": Objective(rollouts=False, teacher="none"),
+}
 
 
 class RolloutConfig(ConfigSection):
@@ -47,10 +70,7 @@ class RolloutConfig(ConfigSection):
 
     def problems(self) -> Iterator[str]:
         if self.temperature != 1.0:
-            yield (
-                f"temperature={self.temperature}: vLLM reports log-probs before the temperature is applied, "
-                "not those of the distribution sampled from; set 1.0"
-            )
+            yield f"temperature={self.temperature}: vLLM reports log-probs at temperature 1.0 alone; set 1.0"
 
 
 class TeacherConfig(ConfigSection):
@@ -63,9 +83,7 @@ class TeacherConfig(ConfigSection):
     target_ongoing_requests: PositiveFloat = key(2.0, "autoscaling: calls per replica, queued ones too")
     upscale_delay_s: NonNegativeFloat = key(10.0, "autoscaling: add replicas after calls queue for this long")
     downscale_delay_s: NonNegativeFloat = key(120.0, "autoscaling: remove replicas idle for this long")
-    health_check_s: PositiveFloat = key(
-        10.0, "period and timeout of health checks; three failures replace a replica"
-    )
+    health_check_s: PositiveFloat = key(10.0, "period and timeout of health checks; 3 failures: replaced")
     max_queued_requests: PositiveInt = key(256, "beyond this callers are told to wait")
     max_batch_requests: PositiveInt = key(4, "concurrent calls merged into one forward pass")
     batch_wait_s: NonNegativeFloat = 0.01
@@ -83,15 +101,12 @@ class TeacherConfig(ConfigSection):
         if shards > 1 and self.engine != "vllm":
             yield f"tensor_parallel={shards} is vLLM's: use engine=vllm"
         if shards > 1 and not fits:
-            yield (
-                f"tensor_parallel={shards} gives each part at most one GPU, or on a CPU machine a share of "
-                f"num_cpus: num_gpus={self.num_gpus:g}, num_cpus={self.num_cpus:g}"
-            )
+            yield f"tensor_parallel={shards} gives each shard at most one GPU, or a share of num_cpus"
         lowest, highest = self.min_replicas or 1, self.max_replicas
         if highest is None and self.min_replicas is not None:
             yield f"min_replicas={lowest} without max_replicas: set both, or neither for a fixed number"
         if highest is not None and not lowest <= self.num_replicas <= highest:
-            bounds = f"min_replicas={lowest} and max_replicas={highest}"
+            bounds = f"min_replicas={lowest}, max_replicas={highest}"
             yield f"num_replicas={self.num_replicas} is not within {bounds}"
 
 
@@ -109,7 +124,7 @@ class TeacherModel(ConfigSection):
 
 
 class LossConfig(ConfigSection):
-    """The objective: docs/algorithm.md, video_opd/objectives.py and learner/loss.py."""
+    """The objective: docs/algorithm.md and learner/loss.py."""
 
     kind: LossKind = key("opd", "on-policy distillation, or one of its baselines; see docs/algorithm.md")
     top_k: PositiveInt = key(64, "opd_topk: teacher tokens kept at each position")
@@ -121,9 +136,7 @@ class LossConfig(ConfigSection):
     clip: OpenFraction = key(0.2, "grpo: importance ratios count within 1 +- clip")
     kl_coef: NonNegativeFloat = key(0.0, "grpo: weight of the KL to a reference, the model `teacher`")
     advantage_std: bool = key(True, "grpo: divide a group's advantages by their standard deviation")
-    rewards: Annotated[tuple[str, ...], Field(min_length=1)] = key(
-        ("video_opd.rewards:iou",), "grpo: functions (trajectory, prompt) -> float, by import path; summed"
-    )
+    rewards: ImportPaths = key(("video_opd.rewards:iou",), "grpo: import paths of reward functions; summed")
     reduction: Literal["token_mean", "sum"] = "token_mean"
 
     @property
@@ -133,13 +146,12 @@ class LossConfig(ConfigSection):
         return replace(needs, teacher="logprobs") if self.kl_coef else needs
 
     def problems(self) -> Iterator[str]:
-        nothing = f"nothing for kind={self.kind}"
         if self.kind != "grpo" and self.kl_coef:
-            yield f"kl_coef is an option of kind=grpo: it does {nothing}"
+            yield f"kl_coef does nothing for kind={self.kind}: it is an option of grpo"
         if self.kind != "opd" and (self.center != "none" or self.max_ratio is not None):
-            yield f"center and max_ratio are options of kind=opd: they do {nothing}"
+            yield f"center and max_ratio do nothing for kind={self.kind}: they are options of opd"
         if self.kind not in ("opd", "opd_topk", "off_policy_rkd") and self.clamp is not None:
-            yield f"clamp bounds the log-ratio of teacher and student: it does {nothing}"
+            yield f"clamp does nothing for kind={self.kind}: it is an option of opd, opd_topk, off_policy_rkd"
 
 
 class LearnerConfig(ConfigSection):
@@ -160,37 +172,27 @@ class LearnerConfig(ConfigSection):
     vision_cache_bytes: NonNegativeInt = key(0, "cache of vision features in each rank's memory; 0: none")
     lora_rank: NonNegativeInt = key(0, "train only low-rank adapters of this rank; 0: train the weights")
     lora_alpha: PositiveFloat = key(32.0, "adapters are scaled by lora_alpha / lora_rank")
-    lora_targets: RegularExpression = key(
-        r".*language_model.*\.(q|k|v|o|gate|up|down)_proj", "regular expression: linear layers with adapters"
-    )
+    lora_targets: RegularExpression = key(TEXT_LAYERS, "regular expression: linear layers with adapters")
     gradient_checkpointing: bool = True
-    bucket_bytes: PositiveInt = Field(
-        default=256 << 20, description="weights travel in buckets of about this size"
+    bucket_bytes: PositiveInt = key(256 << 20, "weights travel in buckets of about this size")
+    weight_transfer: Literal["object_store", "collective", "ipc"] = key(
+        "object_store",
+        "Ray's object store, NCCL between GPUs, or one GPU's memory; the last two never ran yet",
     )
-    weight_transfer: Literal["object_store", "collective", "ipc"] = Field(
-        default="object_store",
-        description="weights reach the actors through Ray's object store; by vLLM's NCCL broadcast between GPUs "
-        "(collective); or in the memory of a GPU that learner and actors share (ipc). The last two never ran so far",
-    )
-    num_gpus: Annotated[float, Field(ge=0)] = Field(default=1, description="of one rank; 0 on a CPU machine")
-    num_cpus: Annotated[float, Field(ge=0)] = 1
+    num_gpus: NonNegativeFloat = key(1, "of one rank; 0 on a CPU machine")
+    num_cpus: NonNegativeFloat = 1
 
     def problems(self) -> Iterator[str]:
         if self.vision_cache_bytes and not self.freeze_vision:
             yield "vision_cache_bytes keeps outputs of the vision tower: set freeze_vision, or leave it 0"
         if self.vision_cache_bytes and self.zero_stage == 3 and self.world_size > 1:
-            yield (
-                "vision_cache_bytes lets one rank skip the vision tower, which blocks the others under "
-                "zero_stage=3: use zero_stage=2"
-            )
+            yield "vision_cache_bytes would block ranks that wait for each other's tower: use zero_stage=2"
 
 
 class CurriculumConfig(ConfigSection):
     """Which prompts are sampled: docs/algorithm.md, curriculum/tvdf.py and curriculum/coupling.py."""
 
-    kind: Literal["uniform", "tvdf", "scc"] = key(
-        "uniform", "shuffled passes; teacher-validated disagreement; student-curriculum coupling"
-    )
+    kind: Literal["uniform", "tvdf", "scc"] = key("uniform", "shuffled passes, or as in docs/algorithm.md")
     trpv: bool = key(True, "tvdf, scc: drop prompts that the teacher gets wrong")
     dbtp: bool = key(True, "tvdf: ask the student, select by disagreement; false: select at random")
     sampler: Literal["top_k", "dsus", "bbds", "gwds", "uniform"] = key("top_k", "tvdf: how dbtp selects")
@@ -207,8 +209,7 @@ class CurriculumConfig(ConfigSection):
 
     def problems(self) -> Iterator[str]:
         if self.frontier_iou > self.anchor_iou:
-            above = f"frontier_iou={self.frontier_iou} is above anchor_iou={self.anchor_iou}"
-            yield f"{above}: a prompt could be both"
+            yield f"frontier_iou={self.frontier_iou} is above anchor_iou={self.anchor_iou}: lower it"
 
     @property
     def asks_teacher(self) -> bool:
@@ -225,9 +226,7 @@ class CurriculumConfig(ConfigSection):
 class ChecksConfig(ConfigSection):
     """Self-checks of a running run."""
 
-    max_logprob_gap: PositiveFloat | None = key(
-        0.5, "stop if the 99th percentile of |actor - learner log-prob| on the first batch is larger"
-    )
+    max_logprob_gap: PositiveFloat | None = key(0.5, "bound on p99 of |actor - learner log-prob| at first")
 
 
 class Config(ConfigSection):
@@ -241,10 +240,7 @@ class Config(ConfigSection):
     teachers: tuple[TeacherModel, ...] = key((), "instead of `teacher`: {name, model, weight, prompts} each")
     trust_remote_code: bool = key(False, "run the Python code that a model folder brings (its auto_map)")
     num_steps: PositiveInt
-    max_scored_tokens: PositiveInt | None = key(
-        None,
-        "stop after the step at which the teacher has scored this many response tokens, unused ones included",
-    )
+    max_scored_tokens: PositiveInt | None = key(None, "stop after so many tokens scored by the teacher")
     groups_per_step: PositiveInt = key(32, "prompts of one update")
     max_policy_lag: NonNegativeInt = key(0, "0: strictly on-policy")
     checkpoint_every: NonNegativeInt = key(0, "steps between checkpoints; 0: only at the end")
@@ -293,21 +289,14 @@ class Config(ConfigSection):
         if len(set(names)) < len(names):
             yield f"teachers {', '.join(names)}: give each a name of its own"
         if self.video.decode_timeout_s >= self.request_timeout_s:
-            yield (
-                f"video.decode_timeout_s={self.video.decode_timeout_s:g} is above "
-                f"request_timeout_s={self.request_timeout_s:g}: a clip that hangs would end the run"
-            )
+            clip_s, call_s = self.video.decode_timeout_s, self.request_timeout_s
+            yield f"video.decode_timeout_s={clip_s:g} must be below request_timeout_s={call_s:g}"
         way, num_gpus = self.learner.weight_transfer, (self.learner.num_gpus, self.rollout.num_gpus)
+        transfer = f"learner.weight_transfer={way}"
         if way == "collective" and min(num_gpus) < 1:
-            raise ValueError(
-                "learner.weight_transfer=collective needs NCCL, a whole GPU for each learner rank and actor: "
-                "set learner.num_gpus and rollout.num_gpus to 1 or more, or use object_store"
-            )
+            yield f"{transfer} needs whole GPUs: set both num_gpus to 1 or more, or use object_store"
         if way == "ipc" and not all(0 < n < 1 for n in num_gpus):
-            raise ValueError(
-                "learner.weight_transfer=ipc needs learner and actors on one GPU: "
-                "set learner.num_gpus and rollout.num_gpus between 0 and 1, or use object_store"
-            )
+            yield f"{transfer} needs a shared GPU: set both num_gpus between 0 and 1, or use object_store"
         if self.loss.kind == "grpo" and self.rollout.rollouts_per_prompt < 2:
             yield "loss.kind=grpo compares responses to one prompt: set rollout.rollouts_per_prompt >= 2"
         needs, loss = self.loss.needs, f"loss.kind={self.loss.kind}"

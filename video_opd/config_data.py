@@ -2,12 +2,16 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from video_opd.content import is_inside
-from video_opd.prompt_styles import STYLES
+
+STYLES: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("prompt_styles.yaml").read_text())
+"""Keys of PromptConfig by prompt.style."""
 
 
 def _file_name(name: str) -> str:
@@ -33,21 +37,12 @@ OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 FileName = Annotated[str, AfterValidator(_file_name)]
 RegularExpression = Annotated[str, AfterValidator(_regular_expression)]
 Dtype = Literal["float32", "bfloat16"]
+Cleaning = Literal["as_written", "strip", "parse_query", "time_r1"]
+Annotators = Literal["mean", "majority", "first", "all"]
 PromptStyle = Literal["timelens", "time_r1", "time_r1_think", "timelens2"]
+JsonFormat = Literal["charades_json", "activitynet", "qvhighlights", "timelens_bench", "timelens_100k"]
 AnnotationFormat = Literal[
-    "auto",
-    "charades_sta",
-    "charades_json",
-    "activitynet",
-    "qvhighlights",
-    "timelens_bench",
-    "timelens_100k",
-    "time_r1",
-    "tvgbench",
-    "didemo",
-    "tacos",
-    "videomind",
-    "manifest",
+    "auto", "charades_sta", JsonFormat, "time_r1", "tvgbench", "didemo", "tacos", "videomind", "manifest"
 ]
 
 
@@ -79,23 +74,13 @@ class DatasetConfig(ConfigSection):
     annotations: str = Field(description="annotation file, or a manifest")
     lengths: str | None = key(None, "charades_sta: csv with the columns id and length (seconds)")
     videos: str = Field(description="folder of the video files")
-    cleaning: Literal["as_written", "strip", "parse_query", "time_r1"] | None = key(
-        None, "how queries are cleaned; None: as the format's codebase does"
-    )
-    round_s: NonNegativeFloat | None = key(
-        None, "round annotated times to multiples of it; 0: do not; None: as the format's codebase does"
-    )
-    annotators: Literal["mean", "majority", "first", "all"] | None = key(
-        None, "didemo: which of several annotators' intervals count; None: mean"
-    )
-    cuts: Literal["apply", "ignore"] | None = key(
-        None, "time_r1, tvgbench: ignore where the files are cut already; None: apply"
-    )
+    cleaning: Cleaning | None = key(None, "how queries are cleaned; None: as the format's codebase does")
+    round_s: NonNegativeFloat | None = key(None, "times become multiples of it; 0: no; None: as the codebase")
+    annotators: Annotators | None = key(None, "didemo: which annotators' intervals count; None: mean")
+    cuts: Literal["apply", "ignore"] | None = key(None, "time_r1, tvgbench: ignore in cut files; None: apply")
     clamp_s: NonNegativeFloat = key(0.0, "cut annotations that end up to this far beyond the clip's end")
     max_prompts: PositiveInt | None = key(None, "use only this many prompts, the first ones")
-    unreadable: Literal["error", "drop"] = key(
-        "error", "data.train: a video that cannot be opened ends the launch, or its prompts are left out"
-    )
+    unreadable: Literal["error", "drop"] = key("error", "train: a bad video ends the launch, or is left out")
 
 
 class DataConfig(ConfigSection):
@@ -116,14 +101,12 @@ class VideoConfig(ConfigSection):
     min_frames: PositiveInt = 4
     max_frames: PositiveInt = 768
     max_video_tokens: PositiveInt = key(8192, "frames are scaled down to at most this many tokens")
-    frame_folder_fps: PositiveFloat | None = key(
-        None, "frames per second of videos that are folders of images"
-    )
+    frame_folder_fps: PositiveFloat | None = key(None, "frames per second of videos that are image folders")
     decoder: Literal["decord", "pyav", "torchcodec"] = "decord"
     decode_workers: PositiveInt = key(4, "decoding processes of each process, started when first needed")
     decode_timeout_s: PositiveFloat = key(60.0, "a clip that takes longer has failed; its worker is killed")
     quarantine: str | None = key(
-        None, "JSON lines file of undecodable videos, skipped by every run; None: each process keeps its own"
+        None, "JSON lines file of broken videos, for all runs; None: one per process"
     )
     cache_dir: str | None = key(None, "folder of the node's cache of frames; None: in the temporary folder")
     cache_bytes: PositiveInt = key(8 << 30, "size of that cache, which outlives the run")
@@ -153,12 +136,9 @@ class PromptConfig(ConfigSection):
     def problems(self) -> Iterator[str]:
         if "{query}" not in self.template:
             yield "template must contain {query}"
-        try:
-            self.template.format(query="")
-        except (KeyError, IndexError, ValueError) as error:
-            yield f"template may hold {{query}} and no other braces ({error!r})"
-        try:
-            self.answer_template.format(start=0.0, end=0.0)
-        except (KeyError, IndexError, ValueError) as error:
-            allowed = "{start} and {end} with number formats alone"
-            yield f"answer_template may hold {allowed} ({error!r})"
+        values = {"template": {"query": ""}, "answer_template": {"start": 0.0, "end": 0.0}}
+        for name, known in values.items():
+            try:
+                getattr(self, name).format(**known)
+            except (KeyError, IndexError, ValueError) as error:
+                yield f"{name} may hold {', '.join(known)} in braces and no other braces ({error!r})"

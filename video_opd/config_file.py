@@ -14,9 +14,7 @@ from video_opd.config import Config
 from video_opd.config_data import ConfigSection
 from video_opd.errors import ConfigError
 
-ENVIRONMENT = "environment"
-"""The key of a run's config.yaml that is not configuration."""
-
+ENVIRONMENT = "environment"  # the key of a run's config.yaml that is not configuration
 Section = TypeVar("Section", bound=ConfigSection)
 
 
@@ -72,14 +70,12 @@ def resolve_paths(config: Config, base: Path) -> Config:
     return Config.model_validate(tree)
 
 
-def describe_keys() -> list[str]:
+def describe_keys() -> Iterator[str]:
     """One line per key: name, default, meaning."""
-    lines = []
     for name, field in _keys(Config):
         if not _is_section(field):
             default = "required" if field.is_required() else field.default
-            lines.append(f"  {name}={default}" + (f"  {field.description}" if field.description else ""))
-    return lines
+            yield f"  {name}={default}  {field.description or ''}".rstrip()
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -101,9 +97,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     *parents, leaf = key.split(".")
     node = tree
     for parent in parents:
-        if not isinstance(node.get(parent, {}), dict):
+        section = node.get(parent, {})
+        if not isinstance(section, dict):
             raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
-        node[parent] = dict(node.get(parent, {}))  # a YAML anchor may share it with another section
+        node[parent] = dict(section)  # a YAML anchor may share it with another section
         node = node[parent]
     try:
         node[leaf] = yaml.safe_load(text)
@@ -113,13 +110,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 def _explain(error: Any) -> str:
     """One line for one of pydantic's errors."""
-    key = ".".join(str(part) for part in error["loc"])
+    key, message = ".".join(str(part) for part in error["loc"]), error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, [name for name, _ in _keys(Config)], n=1, cutoff=0.0)[0]
         return f"unknown key {key}; did you mean {near}?"
     if error["type"] == "missing":
         return f"missing key {key}"
-    message = error["msg"].removeprefix("Value error, ")
     if isinstance(error["input"], dict):
         return f"{key}: {message}" if key else message
     return f"{key}={error['input']!r}: {message}"

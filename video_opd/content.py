@@ -21,10 +21,9 @@ def is_inside(name: str) -> bool:
 
 def file_digest(path: str | Path, num_blocks: int = 64) -> str:
     """Digest of the size and of `num_blocks` evenly spaced blocks of 64 KiB; small files are read whole."""
-    path = Path(path)
-    size = path.stat().st_size
+    size = Path(path).stat().st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-    with path.open("rb") as file:
+    with open(path, "rb") as file:
         if size <= _BLOCK_BYTES * num_blocks:
             digest.update(file.read())
         else:
@@ -36,9 +35,8 @@ def file_digest(path: str | Path, num_blocks: int = 64) -> str:
 
 def file_stamp(path: str | Path) -> str:
     """Size and modification time, which change when a file is replaced; of a folder, those of its files."""
-    path = Path(path)
-    if not path.is_dir():
-        status = path.stat()
+    if not os.path.isdir(path):
+        status = os.stat(path)
         return f"{status.st_size}:{status.st_mtime_ns}"
     files = sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in os.scandir(path))
     return hashlib.blake2b(repr(files).encode(), digest_size=16).hexdigest()

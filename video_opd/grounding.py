@@ -7,8 +7,7 @@ import numpy as np
 from video_opd.types import Prediction, Prompt, Span
 
 THRESHOLDS = (0.3, 0.5, 0.7)
-ROUNDING = 1e-9
-"""An IoU that misses a threshold by less has reached it."""
+ROUNDING = 1e-9  # an IoU that misses a threshold by less has reached it
 
 
 def temporal_iou(a: Span, b: Span) -> float:
@@ -51,9 +50,9 @@ def summarise(
     ious: Sequence[float], num_unparsed: int = 0, reached: Callable[[np.ndarray, float], np.ndarray] = reaches
 ) -> dict[str, float]:
     """mIoU and R1@m, the share of IoUs that `reached` m. Failures count with an IoU of 0."""
-    values = np.asarray(ious, dtype=np.float64)
-    if len(values) == 0:
+    if not len(ious):
         raise ValueError("no prompts to summarise")
+    values = np.asarray(ious, dtype=np.float64)
     recalls = {f"r1@{m}": float(reached(values, m).mean()) for m in THRESHOLDS}
     return {"miou": float(values.mean()), **recalls, "n": len(values), "unparsed": num_unparsed}
 
@@ -76,8 +75,7 @@ def best_constant_interval(answers: Sequence[tuple[Sequence[Span], float]], grid
 def random_spans(durations_s: Sequence[float], seed: int) -> list[Span]:
     """One interval per clip, both ends uniform over it."""
     rng = np.random.default_rng(seed)
-    ends = (np.sort(rng.uniform(0.0, d, size=2)) for d in durations_s)
-    return [(float(low), float(high)) for low, high in ends]
+    return [tuple(np.sort(rng.uniform(0.0, d, size=2)).tolist()) for d in durations_s]
 
 
 def blind_baselines(train: Sequence[Prompt], evaluation: Sequence[Prompt], seed: int = 0) -> dict[str, dict]:

@@ -1,7 +1,6 @@
 """Events of a run: JSON lines with time, level, run, step, role and message.
 
-The driver's go to RUN/log.jsonl and, as plain text, to the terminal. Those of other roles go to the logs of
-their Ray workers, which the Ray dashboard shows.
+The driver's go to RUN/log.jsonl and, as text, to the terminal; other roles' to the logs of their Ray workers.
 """
 
 import logging
@@ -14,8 +13,7 @@ from pythonjsonlogger.json import JsonFormatter
 
 from video_opd.errors import VideoOPDError
 
-log = logging.getLogger("video_opd")
-"""The log of every part. ERROR is for the end of the run, which main() prints itself."""
+log = logging.getLogger("video_opd")  # ERROR is for the end of the run, which main() prints itself
 
 FILE = "log.jsonl"
 _FIELDS = {"levelname": "level", "run": "run", "step": "step", "role": "role", "message": "message"}

@@ -1,7 +1,6 @@
 """Metrics for Prometheus: `learner/loss` becomes ray_video_opd_learner_loss{run="NAME"}.
 
-Every process counts for itself through ray.util.metrics; Prometheus scrapes each node's Ray agent. Counting
-takes microseconds, since Ray exports from its own thread. Without Ray nothing is counted.
+Every process counts for itself; Prometheus scrapes each node's Ray agent. Without Ray nothing is counted.
 """
 
 import math
@@ -13,8 +12,7 @@ from typing import Any
 
 from video_opd.logs import work
 
-BY_ROUND = ("actors/miou", "eval/miou")
-"""Metrics that are also exported by round of the curriculum."""
+BY_ROUND = ("actors/miou", "eval/miou")  # also exported by round of the curriculum
 
 
 def metric_name(name: str) -> str:
@@ -30,17 +28,13 @@ def count(name: str, amount: float = 1.0, **tags: str) -> None:
 
 
 class Gauges:
-    """The last value of every gauge, in the driver.
-
-    Ray 2.60 exports only gauges set since its last report, every 10 s, so `export` must set all of them every
-    few seconds.
-    """
+    """The last value of every gauge. Call `export` often: Ray reports, every 10 s, gauges set since."""
 
     def __init__(self):
         self._values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
 
     def set(self, values: Mapping[str, float], **tags: str) -> None:
-        """Sets gauges. A value that is not finite is ignored."""
+        """Sets gauges; ignores values that are not finite."""
         known = tuple({"run": work.run, **tags}.items())
         self._values |= {(n, known): float(v) for n, v in values.items() if math.isfinite(v)}
 

@@ -1,7 +1,7 @@
 """Rewards for loss.kind=grpo: functions (trajectory, prompt) -> float, named by import path."""
 
-import importlib
 import math
+import pkgutil
 from collections.abc import Callable, Sequence
 
 from video_opd.errors import ConfigError
@@ -36,12 +36,10 @@ def load_rewards(paths: Sequence[str]) -> list[Reward]:
     """Imports `module:function` paths. Raises ConfigError."""
     rewards = []
     for path in paths:
-        module, _, name = path.partition(":")
         try:
-            reward = getattr(importlib.import_module(module), name)
+            reward = pkgutil.resolve_name(path)
         except (ImportError, AttributeError, ValueError) as error:
-            problem = f"loss.rewards: {path} cannot be imported ({error})"
-            raise ConfigError(f"{problem}: write module:function") from error
+            raise ConfigError(f"loss.rewards: no {path} ({error}): write module:function") from error
         if not callable(reward):
             raise ConfigError(f"loss.rewards: {path} is not a function")
         rewards.append(reward)
@@ -50,10 +48,13 @@ def load_rewards(paths: Sequence[str]) -> list[Reward]:
 
 def total_reward(rewards: Sequence[Reward], trajectory: Trajectory, prompt: Prompt) -> float:
     """The sum of all rewards. Raises ConfigError if one is not a finite number."""
-    values = [reward(trajectory, prompt) for reward in rewards]
-    for reward, value in zip(rewards, values, strict=True):
+    total = 0.0
+    for reward in rewards:
+        value = reward(trajectory, prompt)
         if not isinstance(value, int | float) or not math.isfinite(value):
-            name = f"{reward.__module__}:{getattr(reward, '__name__', reward)}"
-            given = f"{name} gives {value!r} for trajectory {trajectory.trajectory_id}"
-            raise ConfigError(f"loss.rewards: {given}, not a finite number")
-    return float(sum(values))
+            given = f"{getattr(reward, '__name__', reward)} gives {value!r}"
+            raise ConfigError(
+                f"loss.rewards: {given} for trajectory {trajectory.trajectory_id}, not a finite number"
+            )
+        total += value
+    return total

@@ -1,8 +1,7 @@
-"""Every type that crosses a process.
+"""Every type that crosses a process. Log-probs in nats, times in seconds, sizes in pixels.
 
 Shapes: M prompt tokens (video expanded), N response tokens, K teacher top-K, F frames, H height, W width.
-Log-probs in nats, times in seconds, sizes in pixels. Arrays from Ray's object store are read-only: copy them
-before torch.from_numpy.
+Arrays from Ray's object store are read-only: copy them before torch.from_numpy.
 """
 
 from dataclasses import dataclass
@@ -98,8 +97,8 @@ class Trajectory:
     def __post_init__(self):
         num_tokens, num_logprobs = len(self.response_token_ids), len(self.actor_logprobs)
         if num_tokens != num_logprobs:
-            counts = f"{num_tokens} response tokens, {num_logprobs} actor log-probs"
-            raise ValueError(f"trajectory {self.trajectory_id}: {counts}")
+            what = f"trajectory {self.trajectory_id}"
+            raise ValueError(f"{what}: {num_tokens} response tokens, {num_logprobs} actor log-probs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,20 +144,19 @@ class ScoredGroup:
     rewards: tuple[float, ...] | None = None  # one per trajectory
 
     def __post_init__(self):
-        prompt_id = self.group.prompt.prompt_id
-        ids = [t.trajectory_id for t in self.group.trajectories]
-        scored = [s.trajectory_id for s in self.scores]
+        prompt_id, trajectories = self.group.prompt.prompt_id, self.group.trajectories
+        ids, scored = [t.trajectory_id for t in trajectories], [s.trajectory_id for s in self.scores]
         if scored and ids != scored:
             raise ValueError(f"prompt {prompt_id}: trajectories {ids} were scored as {scored}")
         if self.rewards is not None and len(self.rewards) != len(ids):
             raise ValueError(f"prompt {prompt_id}: {len(ids)} trajectories, {len(self.rewards)} rewards")
-        for trajectory, score in zip(self.group.trajectories, self.scores, strict=False):
+        for trajectory, score in zip(trajectories, self.scores, strict=False):
             num_tokens, num_logprobs = len(trajectory.response_token_ids), len(score.teacher_logprobs)
             per_token = [score.hidden, score.entropy]
             per_token += [score.top_k.ids, score.top_k.logprobs] if score.top_k else []
             if {num_logprobs, *(len(v) for v in per_token if v is not None)} != {num_tokens}:
-                counts = f"{num_tokens} response tokens, {num_logprobs} teacher log-probs"
-                raise ValueError(f"trajectory {trajectory.trajectory_id}: {counts}")
+                what = f"trajectory {trajectory.trajectory_id}"
+                raise ValueError(f"{what}: {num_tokens} response tokens, {num_logprobs} teacher log-probs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,8 +6,7 @@ import time
 from driver.held_out import BEFORE, TEACHER
 from driver.run import Run
 
-EXPORT_S = 5.0
-"""Ray 2.60 reports every 10 s and forgets a gauge that was not set for 20 s."""
+EXPORT_S = 5.0  # Ray 2.60 reports every 10 s and forgets a gauge that was not set for 20 s
 
 
 async def export_gauges(run: Run) -> None:

@@ -29,16 +29,22 @@ from video_opd.types import Prompt
 from video_opd.video.frame_cache import FrameCache
 
 COLUMNS = {"miou": "mIoU", **{f"r1@{m}": f"R1@{m}" for m in THRESHOLDS}}
-NUM_EXAMPLES = 4
-NUM_EXAMPLE_FRAMES = 12
-MAX_ROUNDS_SHOWN = 4
+NUM_EXAMPLES, NUM_EXAMPLE_FRAMES, MAX_ROUNDS_SHOWN = 4, 12, 4
+ROWS = {
+    "teacher": "teacher",
+    "student_before": "student before",
+    "student_after": "student after",
+    "no_video": "student after, grey frames",
+    "best_constant": "best constant interval",
+    "random": "random interval",
+}
+EVALUATIONS = {"teacher": "C2", "student_after": "C0", "student_before": "C7", "best_constant": "C3"}
 REVERSE_KL = {
     "learner/reverse_kl": ("all", "C1"),
     "learner/reverse_kl_time": ("tokens of a time", "C4"),
     "learner/reverse_kl_rest": ("the rest", "C7"),
 }
 ENTROPY = {"learner/entropy": ("student", "C0"), "teacher/entropy": ("teacher", "C1")}
-EVALUATIONS = {"teacher": "C2", "student_after": "C0", "student_before": "C7"}
 
 Metrics = Sequence[Mapping[str, float]]
 """The lines of metrics.jsonl."""
@@ -66,15 +72,19 @@ def progress_bar(num_steps: int, done: int) -> Iterator[ShowStep]:
 def print_summary(folder: Path, summary: dict[str, Any]) -> None:
     """Prints the final table."""
     n = summary["baselines"]["random"]["n"]
-    table = Table(title=f"held-out split, {n} prompts, loss {summary['loss']}, seed {summary['seed']}")
-    table.add_column("")
+    table = Table("", title=f"held-out split, {n} prompts, loss {summary['loss']}, seed {summary['seed']}")
     for name in (*COLUMNS.values(), "unparsed"):
         table.add_column(name, justify="right")
     for name, values, unparsed in _rows(summary):
         table.add_row(name, *values, str(unparsed))
     console = Console()
     console.print(table)
-    student = _improvement(summary) if summary["student_after"] else "not evaluated"
+    student = "not evaluated"
+    if summary["student_after"]:
+        before, after = summary["student_before"]["miou"], summary["student_after"]["miou"]
+        teacher = summary["teacher"]["miou"] if summary["teacher"] else 0.0
+        share = f", {after / teacher:.0%} of the teacher's" if teacher else ""
+        student = f"mIoU {after - before:+.3f}{share}"
     steps = f"after {summary['steps']} steps in {summary['seconds']['total'] / 60:.1f} min"
     console.print(f"{student}, {steps}; {len(summary['dropped'])} prompts dropped")
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
@@ -86,11 +96,9 @@ def write_report(folder: Path, config: Config, prompts: Sequence[Prompt], summar
     learning = _learning(metrics, summary)
     learning.savefig(folder / "learning.png", dpi=110)
     cache = FrameCache(config.video)
-    readable = [p for p in prompts if p.prompt_id not in summary["failed_eval"]]
-    template = jinja2.Environment(autoescape=True).from_string(
-        Path(__file__).with_name("report.html.jinja").read_text()
-    )
-    html = template.render(
+    shown = [p for p in prompts if p.prompt_id not in summary["failed_eval"]][:NUM_EXAMPLES]
+    source = Path(__file__).with_name("report.html.jinja").read_text()
+    html = jinja2.Template(source, autoescape=True).render(
         name=folder.name,
         summary=summary,
         rows=_rows(summary),
@@ -99,9 +107,7 @@ def write_report(folder: Path, config: Config, prompts: Sequence[Prompt], summar
         policy=embed(_policy(metrics)),
         phases=embed(_phases(metrics)),
         curriculum=[(what, embed(figure)) for what, figure in _curriculum(folder, config, metrics)],
-        examples=[
-            embed(_example(p, cache.read(p.clip), summary["examples"])) for p in readable[:NUM_EXAMPLES]
-        ],
+        examples=[embed(_example(p, cache.read(p.clip), summary["examples"])) for p in shown],
         config=config.model_dump_json(indent=2),
     )
     write_atomically(folder / "report.html", html)
@@ -115,27 +121,13 @@ def embed(figure: Figure) -> str:
 
 
 def _rows(summary: dict[str, Any]) -> list[tuple[str, list[str], int]]:
-    """Name, values and number of unparsed answers: the models that were evaluated, then baselines."""
-    baselines = summary["baselines"]
-    lines = {
-        "teacher": summary["teacher"],
-        "student before": summary["student_before"],
-        "student after": summary["student_after"],
-        "student after, grey frames": baselines["no_video"],
-        "best constant interval": baselines["best_constant"],
-        "random interval": baselines["random"],
-    }
-    return [(k, [f"{v[c]:.3f}" for c in COLUMNS], v["unparsed"]) for k, v in lines.items() if v]
-
-
-def _improvement(summary: dict[str, Any]) -> str:
-    before, after = summary["student_before"]["miou"], summary["student_after"]["miou"]
-    teacher = summary["teacher"]["miou"] if summary["teacher"] else 0.0
-    return f"mIoU {after - before:+.3f}" + (f", {after / teacher:.0%} of the teacher's" if teacher else "")
+    """Name, values and number of unparsed answers of every model and baseline that was evaluated."""
+    scores = summary | summary["baselines"]
+    lines = {label: scores[name] for name, label in ROWS.items() if scores[name]}
+    return [(label, [f"{v[c]:.3f}" for c in COLUMNS], v["unparsed"]) for label, v in lines.items()]
 
 
 def _panels(height: float, columns: int = 1, sharey: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure with panels side by side."""
     figure = Figure(figsize=(9, height), layout="constrained")
     return figure, list(figure.subplots(1, columns, squeeze=False, sharey=sharey)[0])
 
@@ -155,26 +147,23 @@ def _plot(axes: Axes, metrics: Metrics, lines: Mapping[str, tuple[str, str]], yl
 
 def _histogram(axes: Axes, shares: Mapping[str, np.ndarray], colours: list[str], low: float) -> None:
     """Stacked histogram over [low, 1], 40 bins; the legend counts each share's finite values."""
-    finite = {name: values[np.isfinite(values)] for name, values in shares.items()}
-    labels = [f"{name}: {len(values)}" for name, values in finite.items()]
-    bins = np.linspace(low, 1, 41).tolist()
-    axes.hist(list(finite.values()), bins=bins, stacked=True, color=colours, label=labels)
+    finite = [values[np.isfinite(values)] for values in shares.values()]
+    labels = [f"{name}: {len(values)}" for name, values in zip(shares, finite, strict=True)]
+    axes.hist(finite, bins=40, range=(low, 1), stacked=True, color=colours, label=labels)
     axes.legend(fontsize="x-small")
 
 
 def _learning(metrics: Metrics, summary: dict[str, Any]) -> Figure:
-    """mIoU and reverse KL by step."""
     figure, (left, right) = _panels(3.2, 2)
     steps, rollouts = _series(metrics, "step"), _series(metrics, "actors/miou")
     left.plot(steps, rollouts, color="C0", alpha=0.35, label="rollouts of the step")
     evaluated = {m["step"] + 1: m["eval/miou"] for m in metrics if "eval/miou" in m}
     if evaluated:
         left.plot(list(evaluated), list(evaluated.values()), color="C0", marker="o", label="held-out split")
+    scores = summary | summary["baselines"]
     for name, colour in EVALUATIONS.items():
-        if summary[name]:
-            left.axhline(summary[name]["miou"], color=colour, linestyle="--", label=name.replace("_", " "))
-    constant = summary["baselines"]["best_constant"]["miou"]
-    left.axhline(constant, color="C3", linestyle=":", label="best constant interval")
+        if scores[name]:
+            left.axhline(scores[name]["miou"], color=colour, linestyle="--", label=ROWS[name])
     left.set(xlabel="step", ylabel="mIoU", ylim=(0, 1))
     left.legend(fontsize="x-small", loc="lower right")
     _plot(right, metrics, REVERSE_KL, "reverse KL, nats a token")
@@ -185,12 +174,9 @@ def _policy(metrics: Metrics) -> Figure:
     """Entropy of student and teacher; importance ratios of the learner's policy to the sampling policy."""
     figure, (left, right) = _panels(2.6, 2)
     _plot(left, metrics, ENTROPY, "entropy, nats a token")
-    steps = _series(metrics, "step")
-    p01, p50, p99 = (_series(metrics, f"learner/ratio_{p}") for p in ("p01", "p50", "p99"))
-    right.plot(steps, p50, color="C0", label="median")
-    right.fill_between(steps, p01, p99, alpha=0.3, label="1 to 99 %")
-    right.set(xlabel="step", ylabel="importance ratio")
-    right.legend(fontsize="x-small")
+    steps, low, high = (_series(metrics, name) for name in ("step", "learner/ratio_p01", "learner/ratio_p99"))
+    right.fill_between(steps, low, high, alpha=0.3, label="1 to 99 %")
+    _plot(right, metrics, {"learner/ratio_p50": ("median", "C0")}, "importance ratio")
     return figure
 
 
@@ -214,12 +200,13 @@ def _curriculum(folder: Path, config: Config, metrics: Metrics) -> list[tuple[st
     if asked:
         figures.append(("disagreement by round", _disagreements(asked)))
     if config.curriculum.kind == "scc":
-        figures.append(("share of rollouts suspended", _suspended(metrics)))
+        figure, (axes,) = _panels(2.2)
+        _plot(axes, metrics, {"curriculum/suspended_frac": ("suspended", "C4")}, "share of rollouts")
+        figures.append(("share of rollouts suspended", figure))
     return figures
 
 
 def _validation(records: pa.Table, threshold: float) -> Figure:
-    """The teacher's IoU on each prompt: kept and dropped by TRPV."""
     figure, (axes,) = _panels(2.4)
     tau, dropped = records["teacher_iou"].to_numpy(), records["dropped"].to_numpy() != ""
     _histogram(axes, {"kept": tau[~dropped], "dropped": tau[dropped]}, ["C2", "C3"], 0)
@@ -240,13 +227,6 @@ def _disagreements(rounds: dict[int, pa.Table]) -> Figure:
     return figure
 
 
-def _suspended(metrics: Metrics) -> Figure:
-    figure, (axes,) = _panels(2.2)
-    axes.plot(_series(metrics, "step"), _series(metrics, "curriculum/suspended_frac"), color="C4")
-    axes.set(xlabel="step", ylabel="share of rollouts suspended", ylim=(0, 1))
-    return figure
-
-
 def _example(prompt: Prompt, frames: np.ndarray, examples: dict[str, dict[str, str]]) -> Figure:
     """Frames of the clip above the answers and the truth. `examples`: texts by evaluation and prompt id."""
     figure = Figure(figsize=(9, 2.4), layout="constrained")
@@ -255,14 +235,12 @@ def _example(prompt: Prompt, frames: np.ndarray, examples: dict[str, dict[str, s
     duration = prompt.clip.duration_s
     strip.imshow(np.concatenate(list(frames[shown]), axis=1), aspect="auto", extent=(0, duration, 0, 1))
     strip.set(yticks=[], title=f'"{prompt.query}"')
-    answers = {"before": "student_before", "after": "student_after", "teacher": "teacher"}
-    for height, evaluation in enumerate(answers.values()):
-        text = examples.get(evaluation, {}).get(prompt.prompt_id)
-        span = parse_span(text) if text else None
-        if span and span[1] > span[0]:
-            axes.barh(height, span[1] - span[0], left=span[0], color="C0", height=0.6)
-    for start, end in prompt.answer_spans_s or ():
-        axes.barh(len(answers), end - start, left=start, color="C2", height=0.6)
-    axes.set(yticks=range(len(answers) + 1), yticklabels=[*answers, "truth"])
+    labels = "student_before", "student_after", "teacher", "truth"
+    answers = [parse_span(examples.get(name, {}).get(prompt.prompt_id, "")) for name in labels[:-1]]
+    bars_s = [(row, span, "C0") for row, span in enumerate(answers) if span and span[1] > span[0]]
+    bars_s += [(len(answers), span, "C2") for span in prompt.answer_spans_s or ()]
+    for row, (start, end), colour in bars_s:
+        axes.barh(row, end - start, left=start, color=colour, height=0.6)
+    axes.set(yticks=range(4), yticklabels=["before", "after", "teacher", "truth"])
     axes.set(xlim=(0, duration), xlabel="seconds")
     return figure

@@ -3,13 +3,12 @@
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from driver.records.report import ShowStep
-from driver.records.sinks import MetricSinks
-from driver.records.trajectory_log import TrajectoryLog
+from driver.records.sinks import MetricSinks, TrajectoryLog
 from driver.run import Run
 from video_opd.grounding import best_iou
 from video_opd.types import ScoredGroup, StepReport, Trajectory
@@ -38,21 +37,16 @@ async def record(
     run: Run, outputs: Outputs, report: StepReport, groups: list[ScoredGroup], lags: list[int]
 ) -> None:
     """Writes the step's metrics. Ground truth that stands in for rollouts does not count as sampled."""
-    sampled = [
-        (g.group.prompt, t) for g in groups for t in g.group.sampled if t.prompt_fingerprint is not None
-    ]
+    every = [(g.group.prompt, t) for g in groups for t in g.group.sampled]
+    sampled = [(p, t) for p, t in every if t.prompt_fingerprint is not None]
+    ious = [best_iou(t.predicted_span_s, p.answer_spans_s) for p, t in sampled if p.answer_spans_s]
     num_suspended = sum(len(g.group.suspended) for g in groups)
     seconds, tokens_per_s, wall_s = run.clock.take_times()
-    run.totals.update(
-        rollout_tokens=num_tokens(t for _, t in sampled),
-        rollouts=len(sampled),
-        suspended_rollouts=num_suspended,
-    )
+    run.totals.update({"rollouts": len(sampled), "suspended_rollouts": num_suspended})
+    run.totals.update(rollout_tokens=num_tokens(t for _, t in sampled))
     run.totals.update({f"{phase}_s": s for phase, s in seconds.items()})
     metrics = report.metrics | {
-        "actors/miou": mean(
-            [best_iou(t.predicted_span_s, p.answer_spans_s) for p, t in sampled if p.answer_spans_s]
-        ),
+        "actors/miou": mean(ious),
         "actors/unparsed_frac": mean([t.predicted_span_s is None for _, t in sampled]),
         "actors/truncated_frac": mean([t.finish_reason == "length" for _, t in sampled]),
         "actors/policy_lag_mean": mean(lags),
@@ -69,7 +63,5 @@ async def record(
     }
     run.gauges.set_step(metrics)
     outputs.log.write(groups, report.step)
-    outputs.sinks.write(
-        StepReport(step=report.step, policy_version=report.policy_version, metrics=metrics), time.time()
-    )
+    outputs.sinks.write(replace(report, metrics=metrics), time.time())
     outputs.progress(metrics)

@@ -12,7 +12,8 @@ from video_opd.grounding import blind_baselines
 
 def summarise(run: Run, records: pa.Table, seconds: Mapping[str, float]) -> dict[str, Any]:
     """`records`: the curriculum's, see schemas.RECORDS; `seconds`: durations besides those of the phases."""
-    config, plan, totals = run.config, run.plan, run.totals
+    config, plan, totals, examples = run.config, run.plan, run.totals, run.progress.examples
+    dropped = records.filter(pc.field("dropped") != "").to_pylist()
     return {
         **{k: run.evaluations.get(k) for k in ("teacher", "student_before", "student_after")},
         "baselines": blind_baselines(plan.train, plan.eval, config.seed)
@@ -27,12 +28,7 @@ def summarise(run: Run, records: pa.Table, seconds: Mapping[str, float]) -> dict
         "teacher_calls": totals["scored_rollouts"],
         "teacher_answers": totals["teacher_answers"],
         "published_bytes": totals["published_bytes"],
-        "dropped": plan.unreadable
-        | {r["prompt_id"]: r["dropped"] for r in records.filter(pc.field("dropped") != "").to_pylist()},
+        "dropped": plan.unreadable | {r["prompt_id"]: r["dropped"] for r in dropped},
         "failed_eval": run.progress.failed_eval,
-        "examples": {
-            k: {p.prompt_id: p.text for p in run.progress.examples[k]}
-            for k in run.progress.examples
-            if k != "no_video"
-        },
+        "examples": {k: {p.prompt_id: p.text for p in of} for k, of in examples.items() if k != "no_video"},
     }

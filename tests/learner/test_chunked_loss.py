@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from learner.loss import ResponseTokens, loss_per_token
-from video_opd.config import LossConfig
+from video_opd.config import OBJECTIVES, LossConfig
 from video_opd.models.forward import by_chunks
-from video_opd.objectives import OBJECTIVES
 
 ROWS, HIDDEN, V, K = 13, 8, 40, 5
 

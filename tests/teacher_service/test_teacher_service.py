@@ -241,7 +241,7 @@ def test_vllm_cuts_a_model_where_the_bundles_are(monkeypatch, num_gpus, backend)
         ({"min_replicas": 1}, "min_replicas=1 without max_replicas"),
         (
             {"num_replicas": 5, "max_replicas": 4},
-            "num_replicas=5 is not within min_replicas=1 and max_replicas=4",
+            "num_replicas=5 is not within min_replicas=1, max_replicas=4",
         ),
         ({"num_replicas": 1, "min_replicas": 2, "max_replicas": 4}, "num_replicas=1 is not within"),
         ({"health_check_s": 0}, "health_check_s"),

@@ -9,8 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from driver.records.sinks import MetricSinks, read_metrics
-from driver.records.trajectory_log import TrajectoryLog
+from driver.records.sinks import MetricSinks, TrajectoryLog, read_metrics
 from tests.fakes import make_group
 from video_opd.errors import InputError, ModelError
 from video_opd.models.model_files import check_same_tokenizer, read_model_info

@@ -18,20 +18,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --address and --run."""
-    parser.add_argument(
-        "--address",
-        default="auto",
-        help="of a node of the run's Ray, e.g. 10.0.0.1:6379 (default: this machine's)",
-    )
+    where = "of a node of the run's Ray, e.g. 10.0.0.1:6379 (default: this machine's)"
+    parser.add_argument("--address", default="auto", help=where)
     parser.add_argument("--run", metavar="NAME", help="of the run folder; needed if several runs share a Ray")
 
 
 def exit_code_of(command: Callable[[], int | None]) -> int:
-    """Runs `command`. Prints an error of this project in one line and returns 2 for bad input, 1 for others.
-
-    Without an error it returns what `command` returned, 0 for None.
-    """
+    """What `command` returns, 0 for None; after an error of this project 2 for bad input, 1 for others."""
     try:
         return command() or 0
     except VideoOPDError as error:
@@ -57,9 +50,7 @@ def connected(address: str) -> Iterator[None]:
 def choose_run(runs: Sequence[str], asked: str | None) -> str:
     """The run `asked`, or the only one. Raises ConfigError if neither exists."""
     if not runs:
-        raise ConfigError(
-            "no run is on this Ray: start one with launch.py, or name another Ray with --address"
-        )
+        raise ConfigError("no run is on this Ray: start one, or name another Ray with --address")
     if asked is None and len(runs) > 1:
         raise ConfigError(f"several runs are on this Ray, {', '.join(runs)}: name one with --run")
     if asked is not None and asked not in runs:
@@ -68,10 +59,7 @@ def choose_run(runs: Sequence[str], asked: str | None) -> str:
 
 
 def check_capacity(wanted: int, resource: str) -> str | None:
-    """Checks that `wanted` processes fit, each of which takes one `resource`.
-
-    Returns a note if the autoscaler must add nodes first. Raises ConfigError if there is no autoscaler.
-    """
+    """A note if the autoscaler must add nodes for `wanted` of the resource. ConfigError if it cannot."""
     import ray
 
     return describe_shortage(wanted, resource, ray.cluster_resources().get(resource, 0.0), _may_grow())
@@ -93,9 +81,9 @@ def _may_grow() -> bool:
     import ray
 
     of_gcs = f"--gcs-address={ray.get_runtime_context().gcs_address}"
+    option = "--autoscaling-config="
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or []
         if of_gcs in command and any(part.endswith("/monitor.py") for part in command):
-            option = "--autoscaling-config="
             return any(part.startswith(option) and part != option for part in command)
     return True

@@ -12,8 +12,6 @@ T = TypeVar("T")
 
 
 class Wait(NamedTuple):
-    """One wait in progress."""
-
     what: str
     since_s: float  # monotonic clock
 
@@ -42,9 +40,8 @@ async def with_deadline(timeout_s: float, call: Awaitable[T], what: str) -> T:
         except TimeoutError:
             if not deadline.expired():  # raised by the call itself
                 raise
-            late = f"{what} did not end within {timeout_s:.0f} s"
             hint = "see the Ray dashboard, or raise request_timeout_s or start_timeout_s"
-            raise DeadlineError(f"{late}: {hint}") from None
+            raise DeadlineError(f"{what} did not end within {timeout_s:.0f} s: {hint}") from None
 
 
 def waits() -> list[Wait]:

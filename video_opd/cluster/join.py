@@ -32,25 +32,19 @@ def find_address(address: str) -> str:
     if address == "auto":
         found = sorted(services.find_gcs_addresses())
         if not found:
-            raise ConfigError(
-                "no Ray runs on this machine: start a run, or name another machine's with --address"
-            )
+            raise ConfigError("no Ray runs on this machine: start a run, or name another with --address")
         if len(found) > 1:
-            raise ConfigError(
-                f"several Rays run on this machine, {', '.join(found)}: name one with --address"
-            )
+            raise ConfigError(f"several Rays run here, {', '.join(found)}: name one with --address")
         address = found[0]
-    problem = _connect(address)
-    if problem is not None:
+    if problem := _connect(address):
         raise ConfigError(f"no Ray answers at {address} ({problem}): give --address HOST:PORT")
     return address
 
 
 def cluster_to_join(asked: str | None) -> str | None:
-    """host:port of the Ray that a run joins; None: it starts its own.
+    """host:port of the Ray that a run joins; None: it starts its own. Raises ConfigError if it is silent.
 
-    asked: HOST:PORT, auto or local. None: as ray.init does, RAY_ADDRESS, else what `ray up` or `ray start`
-    left on this machine, else its own. Raises ConfigError if the Ray asked for does not answer.
+    asked: HOST:PORT, auto or local. None: RAY_ADDRESS, else what `ray start` left on this machine, if any.
     """
     asked = asked or os.environ.get("RAY_ADDRESS")
     if asked == "local":
@@ -58,16 +52,15 @@ def cluster_to_join(asked: str | None) -> str | None:
     if asked not in (None, "", "auto"):
         return find_address(asked)
     started = utils.read_ray_address()
-    if started and _connect(started) is None:
+    if started and not _connect(started):
         return started
     return find_address("auto") if asked else None
 
 
 def join(address: str, **options: Any) -> Any:
-    """ray.init as a driver of the Ray at `address` with this process's token. Returns the context.
+    """ray.init as a driver of the Ray at `address` with this process's token. Warns if it asks for none.
 
-    RAY_AUTH_MODE decides whether a token is sent; unset, it is sent if there is one. Raises ConfigError
-    within seconds if nothing answers or the token is missing or wrong. Warns if the Ray asks for no token.
+    Raises ConfigError within seconds if nothing answers or the token is missing or wrong.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
     token = _token()
@@ -76,9 +69,8 @@ def join(address: str, **options: Any) -> Any:
         if not _is_loopback(address):
             print(f"warning: the Ray at {address} lets in all who reach it: see docs/security.md", flush=True)
     elif not token:
-        disabled = os.environ.get(AUTH_MODE) == "disabled"
-        off = f"{AUTH_MODE}=disabled, so that none is sent: unset it"
-        why = off if disabled else f"there is none here: {GET_TOKEN}"
+        off = f"{AUTH_MODE}=disabled sends none: unset it"
+        why = off if _auth_mode() == "disabled" else f"there is none here: {GET_TOKEN}"
         raise ConfigError(f"the Ray at {address} wants its token, and {why}")
     elif not _lets_in(address, token):
         raise ConfigError(f"the Ray at {address} wants another token than the one here: {GET_TOKEN}")
@@ -90,15 +82,14 @@ def join(address: str, **options: Any) -> Any:
 
 
 def start_local(**options: Any) -> Any:
-    """ray.init of a new Ray of this machine, on loopback but for Serve's replicas. Returns the context.
+    """ray.init of a new Ray of this machine, on loopback but for Serve's replicas. Raises ConfigError.
 
-    It asks for a token unless RAY_AUTH_MODE says otherwise; a missing token is created, readable by this user
-    alone. Raises ConfigError.
+    It asks for a token unless RAY_AUTH_MODE=disabled; a missing one is created, readable by this user alone.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
     if _auth_mode() == "disabled":
-        warning = f"{AUTH_MODE}=disabled: the run lets in all who reach this machine"
-        print(f"warning: {warning}: see docs/security.md", flush=True)
+        off = f"{AUTH_MODE}=disabled lets in all who reach this machine"
+        print(f"warning: {off}: see docs/security.md", flush=True)
     token_setup.enable_token_auth_by_default()
     umask = os.umask(0o077)
     try:
@@ -112,12 +103,12 @@ def start_local(**options: Any) -> Any:
 
 
 def _connect(address: str) -> str | None:
-    """Opens and closes a connection to host:port. Returns what went wrong, None if nothing did."""
+    """What prevents a connection to host:port; None: nothing."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
     except (OSError, ValueError, OverflowError) as error:  # the last two: no port number
-        return str(error)
+        return str(error) or type(error).__name__
     return None
 
 
@@ -163,8 +154,7 @@ def _lets_in(address: str, headers: Mapping[str, str]) -> bool:
 
 
 def _is_loopback(address: str) -> bool:
-    host = address.rpartition(":")[0].strip("[]")
-    return host in ("localhost", "::1") or host.startswith("127.")
+    return address.startswith(("localhost:", "[::1]:", "::1:", "127."))
 
 
 def _only_on_loopback(address: str) -> bool:
@@ -172,7 +162,7 @@ def _only_on_loopback(address: str) -> bool:
     if not _is_loopback(address):
         return False
     _use_loopback(False)
-    return _connect(f"{get_node_ip_address()}:{address.rpartition(':')[2]}") is not None
+    return bool(_connect(f"{get_node_ip_address()}:{address.rpartition(':')[2]}"))
 
 
 def _use_loopback(alone: bool) -> None:

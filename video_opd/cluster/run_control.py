@@ -15,11 +15,7 @@ class RunControl:
         self._num_actors: int | None = None
         self._status: dict[str, float] = {}
 
-    def __repr__(self) -> str:
-        return "control"
-
     def ask_for_actors(self, num_actors: int) -> None:
-        """Requests this many rollout actors."""
         self._num_actors = num_actors
 
     def exchange(self, status: dict[str, float]) -> int | None:
@@ -43,7 +39,7 @@ def create_control(name: str):
 
 
 def running_runs() -> list[str]:
-    """NAME of every run on this Ray."""
+    """The name of every run on this Ray."""
     controls = [str(n) for n in ray.util.list_named_actors() if str(n).endswith(_SUFFIX)]
     return sorted(name.removeprefix(f"{NAMESPACE}/").removesuffix(_SUFFIX) for name in controls)
 

@@ -492,6 +492,6 @@ def test_lines_that_others_add_or_take_out_are_seen(tmp_path):
 
 
 def test_a_deadline_beyond_the_requests_own_is_refused():
-    with pytest.raises(ConfigError, match="decode_timeout_s=700 is above request_timeout_s=600"):
+    with pytest.raises(ConfigError, match="decode_timeout_s=700 must be below request_timeout_s=600"):
         load_config(DEMO, ["video.decode_timeout_s=700"])
     assert isinstance(load_config(DEMO), Config)
