@@ -9,12 +9,11 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
 
-from benchmarks.command import in_new_process, make_parser, print_result, timed
+from benchmarks.command import Row, in_new_process, make_parser, print_result, timed
 from video_opd.config_data import VideoConfig
 from video_opd.errors import ConfigError
 from video_opd.types import Clip
@@ -50,12 +49,11 @@ def plan_clips(videos: Path, decoder: str, cache_dir: Path) -> tuple[VideoConfig
     return video, [plan_clip(path.stem, path, video, MULTIPLE) for path in sorted(videos.iterdir())]
 
 
-def measure(decoder: str, videos: Path, cache_dir: Path, repeats: int) -> dict[str, Any]:
+def measure(decoder: str, videos: Path, cache_dir: Path, repeats: int) -> Row:
     """One row: medians over the clips, each the least of `repeats`. The three ways take turns."""
     video, clips = plan_clips(videos, decoder, cache_dir)
     assert len({frames_key(c) for c in clips}) == len(clips) and clips[0].frame_size == (HEIGHT, WIDTH)
-    here, cache = load_decoder(decoder), FrameCache(video)
-    frames = (NUM_FRAMES, HEIGHT, WIDTH, 3)
+    here, cache, frames = load_decoder(decoder), FrameCache(video), (NUM_FRAMES, HEIGHT, WIDTH, 3)
     ways: dict[str, Callable[[Clip], object]] = {
         "in_process": lambda clip: here(clip.video_path).read(clip.frame_indices, np.empty(frames, np.uint8)),
         "worker": lambda clip: read_frames(clip, video),
@@ -91,7 +89,7 @@ def read_as_a_run_does(videos: Path, cache_dir: Path) -> int:
     return cache.num_decodes
 
 
-def run(num_clips: int, repeats: int) -> dict[str, Any]:
+def run(num_clips: int, repeats: int) -> Row:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         videos = folder / "videos"
@@ -120,21 +118,9 @@ def run(num_clips: int, repeats: int) -> dict[str, Any]:
 def main() -> None:
     quick = make_parser("decode", __doc__, "2 clips instead of 6").parse_args().quick
     result = run(num_clips=2, repeats=3) if quick else run(num_clips=6, repeats=5)
-    shown = [
-        {
-            "decoder": row["backend"],
-            "clips/s": f"{row['clips_per_s']:.1f}",
-            "frames/s": f"{row['frames_per_s']:.1f}",
-            "in-process clips/s": f"{row['in_process_clips_per_s']:.1f}",
-            "cached clips/s": f"{row['cached_clips_per_s']:.1f}",
-            "cached / decoded": f"{row['cached_speedup']:.0f}x",
-            "worker's overhead": f"{row['subprocess_overhead']:.1%}",
-        }
-        for row in result["rows"]
-    ]
     decodes = f"{result['decodes_per_clip']:.2f} decodes a clip"
     note = f"{PROCESSES} processes, {QUERIES} queries and {ROLLOUTS} rollouts a clip: {decodes}"
-    print_result(result, f"{NUM_FRAMES} frames of {HEIGHT}p h264, one thread", shown, [note])
+    print_result(result, f"{NUM_FRAMES} frames of {HEIGHT}p h264, one thread", result["rows"], note)
 
 
 if __name__ == "__main__":

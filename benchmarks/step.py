@@ -4,18 +4,17 @@
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 import launch
-from benchmarks.command import WARM_UP_STEPS, make_parser, print_result, temporary_demo
+from benchmarks.command import WARM_UP_STEPS, Row, make_parser, print_result, temporary_demo
 from benchmarks.memory import PeakByRole
 from driver.clock import PHASES
 from driver.records.sinks import read_metrics
 
 
-def measure(overrides: Sequence[str], num_steps: int) -> dict[str, Any]:
+def measure(overrides: Sequence[str], num_steps: int) -> Row:
     """Runs the demo. Seconds are medians over the steps after the warm-up."""
     with temporary_demo(*overrides, f"num_steps={num_steps}") as (config, folder), PeakByRole() as memory:
         summary = launch.launch(config)
@@ -42,8 +41,8 @@ def main() -> None:
         f"peak memory of all processes {result['peak_bytes'] / 2**30:.2f} GiB"
     )
     title = "one step of the demo (phases overlap, so they add up to more than the step)"
-    shown = [{"phase": phase, "median s a step": f"{s:.2f}"} for phase, s in seconds.items()]
-    print_result(result, title, shown, [note])
+    shown = [{"phase": phase, "median_s": s} for phase, s in seconds.items()]
+    print_result(result, title, shown, note)
 
 
 if __name__ == "__main__":

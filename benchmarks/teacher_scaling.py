@@ -96,16 +96,7 @@ def main() -> None:
     parser = make_parser("teacher_scaling", __doc__, "windows of 6 s instead of 20")
     rows = asyncio.run(run(6.0 if parser.parse_args().quick else 20.0))
     linear = [row["tokens_per_s"] / (row["replicas"] * rows[0]["tokens_per_s"]) for row in rows]
-    shown = [
-        {
-            "replicas": str(row["replicas"]),
-            "tokens/s": f"{row['tokens_per_s']:.0f}",
-            "of linear": f"{share:.1%}",
-            "calls": f"{row['calls']:.1f}",
-            "queue s": f"{row['queue_s']:.2f}",
-        }
-        for row, share in zip(rows, linear, strict=True)
-    ]
+    shown = [row | {"of_linear": f"{share:.1%}"} for row, share in zip(rows, linear, strict=True)]
     result = {"rows": rows, "efficiency_8": linear[-1], "call_s": CALL_S}
     print_result(result, f"{CALL_S} s a call, calls not merged", shown)
 
