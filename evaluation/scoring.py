@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -27,12 +28,10 @@ class Question:
     answer_spans_s: tuple[Span, ...]
 
     def __post_init__(self):
-        numbers = (self.duration_s, *(end for span in self.answer_spans_s for end in span))
-        if not self.answer_spans_s or not all(math.isfinite(x) for x in numbers) or self.duration_s <= 0:
-            raise DataError(
-                f"prompt {self.prompt_id}: duration {self.duration_s} s, true spans "
-                f"{list(self.answer_spans_s)}: give it a positive duration and at least one finite span"
-            )
+        duration_s, spans = self.duration_s, self.answer_spans_s
+        if not spans or not np.isfinite([duration_s, *sum(spans, ())]).all() or duration_s <= 0:
+            found = f"prompt {self.prompt_id}: duration {duration_s} s, true spans {list(spans)}"
+            raise DataError(f"{found}: give it a positive duration and at least one finite span")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,25 +69,27 @@ def questions_of(prompts: Sequence[Prompt]) -> list[Question]:
     ]
 
 
-def score_answer(
-    question: Question, text: str | None, protocol: Protocol, why_missing: str = "no prediction"
-) -> ScoredAnswer:
+def score_answer(question: Question, text: str | None, protocol: Protocol, why_missing: str) -> ScoredAnswer:
     """`text` None: there is no answer, because of `why_missing`."""
     reading = None if text is None else protocol.parse(text)
     if reading is None:
-        span_s, iou = None, 0.0
         failure = why_missing if text is None else "no interval in the answer"
-    else:
-        start, end = span_s = protocol.seconds(reading.span, question.duration_s)
-        iou = protocol.score(reading.span, question.answer_spans_s, question.duration_s)
-        failure = None
-        if not (math.isfinite(start) and math.isfinite(end)):
-            failure = "not finite"
-        elif start >= end:
-            failure = "reversed" if start > end else "zero length"
-    is_reversed = reading is not None and reading.is_reversed
+        return ScoredAnswer(
+            question=question, text=text, span_s=None, iou=0.0, is_reversed=False, failure=failure
+        )
+    start, end = span_s = protocol.seconds(reading.span, question.duration_s)
+    failure = None
+    if not (math.isfinite(start) and math.isfinite(end)):
+        failure = "not finite"
+    elif start >= end:
+        failure = "reversed" if start > end else "zero length"
     return ScoredAnswer(
-        question=question, text=text, span_s=span_s, iou=iou, is_reversed=is_reversed, failure=failure
+        question=question,
+        text=text,
+        span_s=span_s,
+        iou=protocol.score(reading.span, question.answer_spans_s, question.duration_s),
+        is_reversed=reading.is_reversed,
+        failure=failure,
     )
 
 
@@ -139,25 +140,24 @@ def bootstrap_intervals(
     return {name: (float(low[i]), float(high[i])) for i, name in enumerate(METRICS)}
 
 
-def score_baseline(
-    questions: Sequence[Question], spans_s: Sequence[Span], protocol: Protocol
-) -> dict[str, float]:
-    """The metrics of one interval for each question, not read from a text."""
-    pairs = zip(questions, spans_s, strict=True)
-    ious = [protocol.score_seconds(span, q.answer_spans_s, q.duration_s) for q, span in pairs]
-    return summarise(ious, reached=protocol.reaches)
+def blind_baselines(
+    questions: Sequence[Question], train: Sequence[Prompt], protocol: Protocol, seed: int
+) -> dict[str, Any]:
+    """An interval drawn uniformly from each clip, and the one that is best on `train`, if there is any.
 
+    The best constant interval is chosen by the strict IoU; interval_frac is in shares of the duration.
+    """
 
-def random_baseline(questions: Sequence[Question], protocol: Protocol, seed: int) -> dict[str, float]:
-    """An interval drawn uniformly from each clip."""
-    return score_baseline(questions, random_spans([q.duration_s for q in questions], seed), protocol)
+    def score(spans_s: Sequence[Span]) -> dict[str, Any]:
+        pairs = zip(questions, spans_s, strict=True)
+        ious = [protocol.score_seconds(span, q.answer_spans_s, q.duration_s) for q, span in pairs]
+        return summarise(ious, reached=protocol.reaches)
 
-
-def constant_baseline(
-    questions: Sequence[Question], train: Sequence[Prompt], protocol: Protocol
-) -> dict[str, object]:
-    """The interval, as shares of the duration, that is best on the training split (by the strict IoU)."""
-    labelled = [(p.answer_spans_s, p.clip.duration_s) for p in train if p.answer_spans_s]
-    start, end = best_constant_interval(labelled)
-    spans = [(start * q.duration_s, end * q.duration_s) for q in questions]
-    return {**score_baseline(questions, spans, protocol), "interval_frac": [float(start), float(end)]}
+    durations = [q.duration_s for q in questions]
+    baselines = {"random": score(random_spans(durations, seed))}
+    if train:
+        labelled = [(p.answer_spans_s, p.clip.duration_s) for p in train if p.answer_spans_s]
+        start, end = (float(x) for x in best_constant_interval(labelled))
+        constant = score([(start * d, end * d) for d in durations])
+        baselines["best_constant"] = constant | {"interval_frac": [start, end]}
+    return baselines
