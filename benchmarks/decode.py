@@ -69,15 +69,11 @@ def measure(decoder: str, videos: Path, cache_dir: Path, repeats: int) -> Row:
             seconds[name] = np.minimum(seconds[name], taken)
     shared_pool(video).close()
     in_process, worker, cached = (float(np.median(seconds[name])) for name in ways)
-    return {
-        "backend": decoder,
-        "clips_per_s": 1 / worker,
-        "frames_per_s": NUM_FRAMES / worker,
-        "in_process_clips_per_s": 1 / in_process,
-        "cached_clips_per_s": 1 / cached,
-        "cached_speedup": worker / cached,
-        "subprocess_overhead": float(np.median(seconds["worker"] / seconds["in_process"])) - 1.0,
-    }
+    rates = {"clips_per_s": 1 / worker, "frames_per_s": NUM_FRAMES / worker}
+    others = {"in_process_clips_per_s": 1 / in_process, "cached_clips_per_s": 1 / cached}
+    overhead = float(np.median(seconds["worker"] / seconds["in_process"])) - 1.0
+    gains = {"cached_speedup": worker / cached, "subprocess_overhead": overhead}
+    return {"backend": decoder} | rates | others | gains
 
 
 def read_as_a_run_does(videos: Path, cache_dir: Path) -> int:
@@ -92,8 +88,7 @@ def read_as_a_run_does(videos: Path, cache_dir: Path) -> int:
 def run(num_clips: int, repeats: int) -> Row:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        videos = folder / "videos"
-        videos.mkdir()
+        (videos := folder / "videos").mkdir()
         for i in range(num_clips):
             write_clip(videos / f"{i}.mp4", i)
         rows = []
@@ -105,14 +100,9 @@ def run(num_clips: int, repeats: int) -> Row:
         with ThreadPoolExecutor(PROCESSES) as threads:  # the processes read at once
             reader = (in_new_process, read_as_a_run_does, videos, folder / "shared")
             decodes = [future.result() for future in [threads.submit(*reader) for _ in range(PROCESSES)]]
-    return {
-        "rows": rows,
-        "decodes_per_clip": sum(decodes) / num_clips,
-        "cached_speedup": rows[0]["cached_speedup"],
-        "subprocess_overhead": rows[0]["subprocess_overhead"],
-        "clips": num_clips,
-        "frames_per_clip": NUM_FRAMES,
-    }
+    first = {key: rows[0][key] for key in ("cached_speedup", "subprocess_overhead")}
+    sizes = {"clips": num_clips, "frames_per_clip": NUM_FRAMES}
+    return {"rows": rows, "decodes_per_clip": sum(decodes) / num_clips} | first | sizes
 
 
 def main() -> None:

@@ -36,13 +36,10 @@ def main() -> None:
     arguments = make_parser("step", __doc__, "8 steps instead of 30", overrides=True).parse_args()
     result = measure(arguments.overrides, 8 if arguments.quick else 30)
     seconds = result["phases"] | {"step": result["seconds_per_step"]}
-    note = (
-        f"slowest phase / step {result['limit_share']:.2f}, start-up {result['start_up_s']:.0f} s, "
-        f"peak memory of all processes {result['peak_bytes'] / 2**30:.2f} GiB"
-    )
+    limit = f"slowest phase / step {result['limit_share']:.2f}, start-up {result['start_up_s']:.0f} s"
+    note = f"{limit}, peak memory of all processes {result['peak_bytes'] / 2**30:.2f} GiB"
     title = "one step of the demo (phases overlap, so they add up to more than the step)"
-    shown = [{"phase": phase, "median_s": s} for phase, s in seconds.items()]
-    print_result(result, title, shown, note)
+    print_result(result, title, [{"phase": phase, "median_s": s} for phase, s in seconds.items()], note)
 
 
 if __name__ == "__main__":

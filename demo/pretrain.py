@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from demo.clips import COLOURS, DEFAULT_LEVELS, SHAPES, write_split
+from demo.clips import COLOURS, DEFAULT_LEVELS, SHAPES, SPLIT_FILES, write_split
 from demo.models import STUDENT, TEACHER, Size, build_model, build_processor
 from video_opd.config_data import DatasetConfig
 from video_opd.config_file import load_demo
@@ -125,8 +125,7 @@ def validate(model: VideoLLM, examples: Sequence[Example], encoder: PromptEncode
         part = examples[i : i + 64]
         answers = generate(model, [e.encoded for e in part], **limits)
         for example, (ids,) in zip(part, answers, strict=True):
-            text = encoder.tokenizer.decode(ids)
-            prompt_id = example.prompt.prompt_id
+            text, prompt_id = encoder.tokenizer.decode(ids), example.prompt.prompt_id
             predictions.append(Prediction(prompt_id=prompt_id, text=text, span_s=parse_span(text)))
     model.train()
     return evaluate(predictions, [e.prompt for e in examples])
@@ -162,12 +161,9 @@ def train(
         if (step + 1) % recipe.validate_every == 0:
             metrics = validate(model, validation, encoder)
             hidden.clear()
-            print(
-                f"step {step + 1} answer loss {answer_loss.item():.3f} auxiliary {auxiliary.item():.3f} "
-                f"validation mIoU {metrics['miou']:.3f} R1@0.7 {metrics['r1@0.7']:.3f} "
-                f"{time.monotonic() - started:.0f} s",
-                flush=True,
-            )
+            losses = f"answer loss {answer_loss.item():.3f} auxiliary {auxiliary.item():.3f}"
+            scores = f"validation mIoU {metrics['miou']:.3f} R1@0.7 {metrics['r1@0.7']:.3f}"
+            print(f"step {step + 1} {losses} {scores} {time.monotonic() - started:.0f} s", flush=True)
     return model
 
 
@@ -178,8 +174,7 @@ def pretrain(names: Sequence[str], out: Path, data: Path) -> None:
     folder = data / "pretrain"
     if not folder.is_dir():
         write_split(folder, "pretrain", NUM_CLIPS, DEFAULT_LEVELS)
-    files = {"annotations": "annotations.txt", "lengths": "lengths.csv", "videos": "videos"}
-    dataset = DatasetConfig.model_validate({key: str(folder / name) for key, name in files.items()})
+    dataset = DatasetConfig.model_validate({key: str(folder / name) for key, name in SPLIT_FILES.items()})
     processor, processor_folder = build_processor(), out / ".processor"
     processor.save_pretrained(processor_folder)
     encoder = PromptEncoder(processor_folder, config.prompt, config.video)
