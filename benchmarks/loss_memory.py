@@ -1,7 +1,7 @@
 """Peak memory and time of the loss over a large vocabulary: in chunks of rows, or all rows at once ("plain").
 
-`python -m benchmarks.loss_memory [--quick]`. The last line is one JSON object. plain_peak_bytes and time_ratio
-are null where plain would not fit in memory.
+`python -m benchmarks.loss_memory [--quick]`. The last line is one JSON object. Its plain_peak_bytes and
+time_ratio are null where plain would not fit in memory.
 """
 
 import time

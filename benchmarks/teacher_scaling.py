@@ -1,8 +1,8 @@
 """Scored tokens per second by number of teacher replicas, around an engine that sleeps CALL_S per call.
 
-`python -m benchmarks.teacher_scaling [--quick]`. All else is what a run has, so this measures what the service
-adds, on any number of cores. Calls are not merged (max_batch_requests=1: a replica works on one call while one
-more waits there), and callers keep LOAD calls per replica in flight. The last line is one JSON object.
+`python -m benchmarks.teacher_scaling [--quick]`. All else is what a run has: this measures what the service
+adds, on any number of cores. Calls are not merged (max_batch_requests=1: a replica works on one call while
+one more waits there); callers keep LOAD calls per replica in flight. The last line is one JSON object.
 """
 
 import asyncio

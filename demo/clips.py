@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -30,24 +29,24 @@ COLOURS = {
 SHAPES = ("square", "bar", "pole")
 
 
+MIN_S, MAX_S = 2.0, 4.0  # of an event: short ones keep the best constant interval low
+
+
 @dataclass(frozen=True)
 class Level:
-    """How hard a clip is. Events last min_s to max_s seconds, on a grid of grid_s seconds."""
+    """How hard a clip is."""
 
     num_objects: tuple[int, int]  # at least, at most
     shapes: tuple[str, ...]  # if several: distractors share the colour or the shape of the first object
-    grid_s: float
-    min_s: float = 2.0
-    max_s: float = 4.0  # short events keep the best constant interval low
+    grid_s: float = 1.0  # events start and end on this grid
     opacity: float = 1.0  # of the objects over the background
 
 
 LEVELS = {
-    "colour": Level(num_objects=(1, 2), shapes=("square",), grid_s=1.0),
-    "shape": Level(num_objects=(2, 2), shapes=SHAPES, grid_s=1.0),
-    "half_second": Level(num_objects=(1, 2), shapes=("square",), grid_s=0.5),
-    # The demo's teacher answers badly here:
-    "faint": Level(num_objects=(2, 2), shapes=SHAPES, grid_s=1.0, opacity=0.15),
+    "colour": Level((1, 2), ("square",)),
+    "shape": Level((2, 2), SHAPES),
+    "half_second": Level((1, 2), ("square",), grid_s=0.5),
+    "faint": Level((2, 2), SHAPES, opacity=0.15),  # the demo's teacher answers badly here
 }
 DEFAULT_LEVELS = ("colour", "shape")
 MAX_SPOILED_IOU = 0.3  # of a wrong label with the truth
@@ -96,9 +95,7 @@ def draw_events(level: Level, rng: np.random.Generator) -> list[Event]:
             chosen.append(pair)
     events = []
     for colour, shape in chosen:
-        shortest, longest, all_steps = (
-            round(s / level.grid_s) for s in (level.min_s, level.max_s, DURATION_S)
-        )
+        shortest, longest, all_steps = (round(s / level.grid_s) for s in (MIN_S, MAX_S, DURATION_S))
         steps = rng.integers(shortest, longest, endpoint=True)
         first = rng.integers(0, all_steps - steps, endpoint=True)
         x, y = rng.integers(8, SIZE - 8, size=2)
@@ -200,15 +197,12 @@ def ensure_clips(
     The arguments are the training split's; the evaluation split is always clean and of the default levels.
     """
     code = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=8).hexdigest()
-    arguments: dict[str, Any] = {
-        "train": {"num_clips": num_train, "levels": levels, "spoil_frac": spoil_frac},
-        "eval": {"num_clips": SPLIT_CLIPS["eval"], "levels": DEFAULT_LEVELS},
-    }
+    arguments = {"train": (num_train, levels, spoil_frac), "eval": (SPLIT_CLIPS["eval"], DEFAULT_LEVELS, 0.0)}
     written = []
     for split, of_split in arguments.items():
         version, stamp = f"{code} {of_split}", folder / split / "VERSION"
         if not stamp.is_file() or stamp.read_text() != version:
-            write_split(folder / split, split, **of_split)
+            write_split(folder / split, split, *of_split)
             stamp.write_text(version)
             written.append(split)
     return written
