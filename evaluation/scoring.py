@@ -34,7 +34,7 @@ class Question:
             raise DataError(f"{found}: give it a positive duration and at least one finite span")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ScoredAnswer:
     """A question, its answer, and what a protocol makes of both."""
 
@@ -57,16 +57,12 @@ class ScoredAnswer:
 
 def questions_of(prompts: Sequence[Prompt]) -> list[Question]:
     """Raises DataError for a prompt without ground truth."""
-    return [
-        Question(
-            prompt_id=p.prompt_id,
-            video=p.clip.clip_id,
-            query=p.query,
-            duration_s=p.clip.duration_s,
-            answer_spans_s=tuple(p.answer_spans_s or ()),
-        )
-        for p in prompts
-    ]
+    questions = []
+    for prompt in prompts:
+        names = {"prompt_id": prompt.prompt_id, "video": prompt.clip.clip_id, "query": prompt.query}
+        truth = tuple(prompt.answer_spans_s or ())
+        questions.append(Question(**names, duration_s=prompt.clip.duration_s, answer_spans_s=truth))
+    return questions
 
 
 def score_answer(question: Question, text: str | None, protocol: Protocol, why_missing: str) -> ScoredAnswer:
@@ -74,23 +70,15 @@ def score_answer(question: Question, text: str | None, protocol: Protocol, why_m
     reading = None if text is None else protocol.parse(text)
     if reading is None:
         failure = why_missing if text is None else "no interval in the answer"
-        return ScoredAnswer(
-            question=question, text=text, span_s=None, iou=0.0, is_reversed=False, failure=failure
-        )
+        return ScoredAnswer(question, text, span_s=None, iou=0.0, is_reversed=False, failure=failure)
     start, end = span_s = protocol.seconds(reading.span, question.duration_s)
+    iou = protocol.score(reading.span, question.answer_spans_s, question.duration_s)
     failure = None
     if not (math.isfinite(start) and math.isfinite(end)):
         failure = "not finite"
     elif start >= end:
         failure = "reversed" if start > end else "zero length"
-    return ScoredAnswer(
-        question=question,
-        text=text,
-        span_s=span_s,
-        iou=protocol.score(reading.span, question.answer_spans_s, question.duration_s),
-        is_reversed=reading.is_reversed,
-        failure=failure,
-    )
+    return ScoredAnswer(question, text, span_s, iou, reading.is_reversed, failure)
 
 
 def score_answers(
@@ -119,11 +107,10 @@ def summarise_answers(scored: Sequence[ScoredAnswer], protocol: Protocol) -> dic
 def bootstrap_intervals(
     scored: Sequence[ScoredAnswer], protocol: Protocol, seed: int = 0, num_resamples: int = NUM_RESAMPLES
 ) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of mIoU and R1@m by resampling VIDEOS with replacement.
+    """95 % percentile intervals of mIoU and R1@m by resampling VIDEOS, each with all its prompts.
 
-    A resample is as many videos as there are, each with all of its prompts, since the answers about one video
-    are not independent. Its value is the mean over its prompts (Efron and Tibshirani, An Introduction to the
-    Bootstrap, 1993, ch. 8, 13).
+    Answers about one video are not independent. A resample's value is the mean over its prompts (Efron and
+    Tibshirani, An Introduction to the Bootstrap, 1993, ch. 8, 13).
     """
     ious = np.array([a.iou for a in scored])
     values = np.stack([ious, *(protocol.reaches(ious, m) for m in THRESHOLDS)], axis=1)  # [prompts, metrics]
