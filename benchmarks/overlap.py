@@ -1,10 +1,9 @@
 """Steps per second at lag 0 and lag 1: of the demo, and of the loop around engines that sleep.
 
-`python -m benchmarks.overlap [--quick]`. The emulated run is launch.train with all that is its own; for one
-step the engines sleep ROLLOUT_S, SCORE_S and UPDATE_S.
-An actor returns a step's rollouts "whole", when the last is finished, or "as they finish", in four parts. At
-lag 1 two steps are in flight, so a step takes at least its slowest phase, and at least half of the time that
-one step's prompts need from end to end. The last line is one JSON object.
+`python -m benchmarks.overlap [--quick]`. The emulated run is launch.train; for one step the engines sleep
+ROLLOUT_S, SCORE_S and UPDATE_S. An actor returns a step's rollouts "whole", when the last is finished, or "as
+they finish", in four parts. At lag 1 two steps are in flight, so a step takes at least its slowest phase, and
+half of the time that one step's prompts need from end to end. The last line is one JSON object.
 """
 
 import asyncio
