@@ -63,10 +63,9 @@ def ask_model(config: Config, prompts: Sequence[Prompt], blanks: bool) -> list[l
 
     trust = config.trust_remote_code
     encoder = PromptEncoder(config.student, config.prompt, config.video, trust)
-    engine = SamplingEngine(
-        config.student, config.rollout, config.seed, encoder.pad_ids, trust_remote_code=trust
-    )
-    size, passes = config.rollout.prompts_per_call, []
+    student, rollout = config.student, config.rollout
+    engine = SamplingEngine(student, rollout, config.seed, encoder.pad_ids, trust_remote_code=trust)
+    size, passes = rollout.prompts_per_call, []
     for blank_video in (False, True) if blanks else (False,):
         calls = [prompts[i : i + size] for i in range(0, len(prompts), size)]
         shown = track(calls, "grey frames" if blank_video else "answers", console=Console(stderr=True))

@@ -25,7 +25,7 @@ def write_answers(path: Path, scored: Sequence[ScoredAnswer]) -> None:
             "unparsed": a.span_s is None,
             "reversed": a.is_reversed,
             "out_of_range": a.is_out_of_range,
-            "missing": a.is_missing,
+            "missing": a.text is None,
             "failure": a.failure,
         }
         for a in scored

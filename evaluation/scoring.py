@@ -46,10 +46,6 @@ class ScoredAnswer:
     failure: str | None  # why the answer could not be right, whatever the truth; None: it could
 
     @property
-    def is_missing(self) -> bool:
-        return self.text is None
-
-    @property
     def is_out_of_range(self) -> bool:
         """Whether the interval reaches beyond the clip's end. No protocol clamps or forbids it."""
         return self.span_s is not None and not max(self.span_s) <= self.question.duration_s
@@ -100,7 +96,7 @@ def summarise_answers(scored: Sequence[ScoredAnswer], protocol: Protocol) -> dic
         **summarise([a.iou for a in scored], sum(a.span_s is None for a in scored), protocol.reaches),
         "reversed": sum(a.is_reversed for a in scored),
         "out_of_range": sum(a.is_out_of_range for a in scored),
-        "missing": sum(a.is_missing for a in scored),
+        "missing": sum(a.text is None for a in scored),
     }
 
 
@@ -141,10 +137,10 @@ def blind_baselines(
         return summarise(ious, reached=protocol.reaches)
 
     durations = [q.duration_s for q in questions]
-    baselines = {"random": score(random_spans(durations, seed))}
+    baselines = {}
     if train:
         labelled = [(p.answer_spans_s, p.clip.duration_s) for p in train if p.answer_spans_s]
         start, end = (float(x) for x in best_constant_interval(labelled))
         constant = score([(start * d, end * d) for d in durations])
         baselines["best_constant"] = constant | {"interval_frac": [start, end]}
-    return baselines
+    return baselines | {"random": score(random_spans(durations, seed))}
