@@ -3,20 +3,11 @@
 `python -m benchmarks.curriculum [--quick]`. The last line is one JSON object.
 """
 
-from typing import Any
-
 import numpy as np
 
 import launch
-from benchmarks.command import (
-    WARM_UP_STEPS,
-    in_new_process,
-    make_clip,
-    make_parser,
-    print_result,
-    temporary_demo,
-    timed,
-)
+from benchmarks import command
+from benchmarks.command import WARM_UP_STEPS, Row, in_new_process, timed
 from benchmarks.memory import peak_bytes, reset_peak
 from curriculum.scheduler import Scheduler
 from curriculum.tvdf import SAMPLERS
@@ -30,7 +21,7 @@ PROMPTS_A_VIDEO = 10
 
 def make_prompts(num_prompts: int) -> list[Prompt]:
     """Prompts on videos that do not exist: selection opens none."""
-    clips = [make_clip(f"v{i}") for i in range(num_prompts // PROMPTS_A_VIDEO)]
+    clips = [command.make_clip(f"v{i}") for i in range(num_prompts // PROMPTS_A_VIDEO)]
     query, answers = "the red square is visible", ((2.0, 5.0),)
     return [
         Prompt(prompt_id=f"p{i}", clip=clips[i // PROMPTS_A_VIDEO], query=query, answer_spans_s=answers)
@@ -38,7 +29,7 @@ def make_prompts(num_prompts: int) -> list[Prompt]:
     ]
 
 
-def select(kind: str, sampler: str, num_prompts: int) -> dict[str, Any]:
+def select(kind: str, sampler: str, num_prompts: int) -> Row:
     """Seconds of one round, and the peak bytes above those of the prompts. Run it in a new process."""
     values = {"kind": kind, "num_selected": NUM_SELECTED, "sampler": sampler, "group_by_video": "true"}
     config = load_demo([f"curriculum.{key}={value}" for key, value in values.items()])
@@ -54,28 +45,22 @@ def select(kind: str, sampler: str, num_prompts: int) -> dict[str, Any]:
     select_s, _ = timed(start_round)
     records_s, records = timed(scheduler.records)
     first_prompts_s, _ = timed(lambda: scheduler.next_prompts(64))  # shuffles the first pass
-    return {
-        "kind": kind,
-        "sampler": sampler,
-        "select_s": select_s,
-        "records_s": records_s,
-        "first_prompts_s": first_prompts_s,
-        "peak_bytes": peak_bytes() - before,
-        "selected": int(records["selected"].to_numpy().sum()),
-    }
+    seconds = {"select_s": select_s, "records_s": records_s, "first_prompts_s": first_prompts_s}
+    sizes = {"peak_bytes": peak_bytes() - before, "selected": int(records["selected"].to_numpy().sum())}
+    return {"kind": kind, "sampler": sampler} | seconds | sizes
 
 
 def share_of_step(num_steps: int) -> float:
     """Median share of a step of the demo in which callers wait for next_prompts."""
     rounds = ["curriculum.kind=tvdf", "curriculum.trpv=false", "curriculum.dbtp=false"]
-    with temporary_demo(*rounds, f"num_steps={num_steps}") as (config, folder):
+    with command.temporary_demo(*rounds, f"num_steps={num_steps}") as (config, folder):
         launch.launch(config)
         lines = read_metrics(folder)[WARM_UP_STEPS:]
     return float(np.median([line["curriculum/next_prompts_s"] / line["time/step_s"] for line in lines]))
 
 
 def main() -> None:
-    parser = make_parser("curriculum", __doc__, "8 steps of the demo instead of 30")
+    parser = command.make_parser("curriculum", __doc__, "8 steps of the demo instead of 30")
     parser.add_argument("--prompts", type=int, default=1_000_000, help="size of the pool")
     arguments = parser.parse_args()
     kinds = [*(("tvdf", name) for name in SAMPLERS), ("scc", "top_k")]
@@ -88,19 +73,8 @@ def main() -> None:
         "next_prompts_share_of_step": share,
         "rows": rows,
     }
-    shown = [
-        {
-            "kind": row["kind"],
-            "sampler": row["sampler"],
-            "select s": f"{row['select_s']:.2f}",
-            "records to Arrow s": f"{row['records_s']:.2f}",
-            "first prompts s": f"{row['first_prompts_s']:.2f}",
-            "peak MiB": f"{row['peak_bytes'] / 2**20:.0f}",
-        }
-        for row in rows
-    ]
     note = f"next_prompts: {share:.2%} of a step of the demo"
-    print_result(result, f"{arguments.prompts:,} prompts", shown, [note])
+    command.print_result(result, f"{arguments.prompts:,} prompts", rows, note)
 
 
 if __name__ == "__main__":

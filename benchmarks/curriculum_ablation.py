@@ -7,20 +7,16 @@ demo's own. `python -m benchmarks.curriculum_ablation [--quick]`. The last line 
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import launch
-from benchmarks.command import in_new_process, make_parser, print_result
-from benchmarks.rows import append_row, by_kind, spread
-from demo.clips import ensure_clips
+from benchmarks.command import Row, append_row, by_kind, in_new_process, make_parser, print_result, spread
+from demo.clips import SPLIT_FILES, ensure_clips
 from video_opd.config_file import load_demo
 
 LEVELS, SPOIL_FRAC, NUM_CLIPS = ("colour", "shape", "faint"), 0.3, 1200
 GROUPS, ROUND_STEPS, NUM_ROUNDS, PASSES = 64, 12, 3, 2
-NUM_SELECTED = GROUPS * ROUND_STEPS // PASSES
 TOKENS_A_RESPONSE = 7.0  # of the demo's answers, on average
-FILES = {"annotations": "annotations.txt", "lengths": "lengths.csv", "videos": "videos"}
-SELECTS = ["curriculum.kind=tvdf", f"curriculum.num_selected={NUM_SELECTED}"]
+SELECTS = ["curriculum.kind=tvdf", f"curriculum.num_selected={GROUPS * ROUND_STEPS // PASSES}"]
 KINDS = {
     "uniform": ["curriculum.kind=uniform"],
     "+TRPV": [*SELECTS, "curriculum.dbtp=false"],
@@ -28,47 +24,23 @@ KINDS = {
     "TVDF": SELECTS,
     "SCC": ["curriculum.kind=scc"],
 }
-COLUMNS = (
-    "miou",
-    "r1_07",
-    "scored_tokens",
-    "teacher_calls",
-    "rollouts",
-    "steps",
-    "wall_s",
-    "select_s",
-    "dropped",
-)
+COUNTS = ("teacher_calls", "teacher_answers", "steps", "rollouts", "suspended_rollouts")  # of summary.json
+SCORES = ("miou", "r1_07")
+COLUMNS = (*SCORES, "scored_tokens", "teacher_calls", "rollouts", "steps", "wall_s", "select_s", "dropped")
 
 
-def measure(kind: str, seed: int, out: Path, num_rounds: int, overrides: Sequence[str]) -> dict[str, Any]:
+def measure(kind: str, seed: int, out: Path, num_rounds: int, overrides: Sequence[str]) -> Row:
     """One run. Every kind ends at the same number of teacher-scored tokens; the learning rate is constant."""
     budget = int(num_rounds * ROUND_STEPS * GROUPS * TOKENS_A_RESPONSE)
     num_steps = 20 * num_rounds * ROUND_STEPS  # not reached: the budget ends the run
-    data = [
-        f"data.{split}.{key}={out / 'data' / split / name}"
-        for split in ("train", "eval")
-        for key, name in FILES.items()
-    ]
-    config = load_demo(
-        [
-            *data,
-            f"runs_dir={out / 'runs'}",
-            f"run_name={kind.strip('+')}-{seed}",
-            f"seed={seed}",
-            f"groups_per_step={GROUPS}",
-            f"max_scored_tokens={budget}",
-            f"num_steps={num_steps}",
-            "max_policy_lag=0",  # all that is scored is trained on, so budgets are equal to within a step
-            "learner.lr=5e-4",
-            "learner.final_lr_frac=1",
-            "learner.warmup_frac=0",
-            f"curriculum.passes_per_round={PASSES}",
-            *KINDS[kind],
-            *overrides,
-        ]
-    )
-    summary = launch.launch(config)
+    data = out / "data"
+    values = {f"data.{s}.{k}": data / s / name for s in ("train", "eval") for k, name in SPLIT_FILES.items()}
+    values |= {"runs_dir": out / "runs", "run_name": f"{kind.strip('+')}-{seed}", "seed": seed}
+    values |= {"groups_per_step": GROUPS, "max_scored_tokens": budget, "num_steps": num_steps}
+    values |= {"learner.lr": "5e-4", "learner.final_lr_frac": 1, "learner.warmup_frac": 0}
+    values |= {"curriculum.passes_per_round": PASSES}
+    values |= {"max_policy_lag": 0}  # all that is scored is trained on: budgets are equal to within a step
+    summary = launch.launch(load_demo([*(f"{k}={v}" for k, v in values.items()), *KINDS[kind], *overrides]))
     assert summary["steps"] < num_steps, f"{kind}: {num_steps} steps scored fewer than {budget} tokens"
     return {
         "kind": kind,
@@ -81,10 +53,7 @@ def measure(kind: str, seed: int, out: Path, num_rounds: int, overrides: Sequenc
         "dropped": len(summary["dropped"]),
         "miou_before": summary["student_before"]["miou"],
         "teacher_miou": summary["teacher"]["miou"],
-        **{
-            key: summary[key]
-            for key in ("teacher_calls", "teacher_answers", "steps", "rollouts", "suspended_rollouts")
-        },
+        **{key: summary[key] for key in COUNTS},
     }
 
 
@@ -111,11 +80,11 @@ def main() -> None:
         f"{answers['teacher_answers']} answers took {answers['select_s']:.0f} s more, once, before all runs"
     )
     shown = [
-        {"": kind} | {column: spread([row[column] for row in of_kind]) for column in COLUMNS}
+        {"kind": kind} | {column: spread([row[column] for row in of_kind]) for column in COLUMNS}
         for kind, of_kind in by_kind(rows).items()
     ]
     title = f"mean (lowest to highest) of {seeds} seed(s), equal teacher-scored tokens"
-    print_result({"rows": rows, "answers": answers}, title, shown, [note], width=180)
+    print_result({"rows": rows, "answers": answers}, title, shown, note)
 
 
 if __name__ == "__main__":

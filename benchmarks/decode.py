@@ -9,12 +9,11 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
 
-from benchmarks.command import in_new_process, make_parser, print_result, timed
+from benchmarks.command import Row, in_new_process, make_parser, print_result, timed
 from video_opd.config_data import VideoConfig
 from video_opd.errors import ConfigError
 from video_opd.types import Clip
@@ -50,12 +49,11 @@ def plan_clips(videos: Path, decoder: str, cache_dir: Path) -> tuple[VideoConfig
     return video, [plan_clip(path.stem, path, video, MULTIPLE) for path in sorted(videos.iterdir())]
 
 
-def measure(decoder: str, videos: Path, cache_dir: Path, repeats: int) -> dict[str, Any]:
+def measure(decoder: str, videos: Path, cache_dir: Path, repeats: int) -> Row:
     """One row: medians over the clips, each the least of `repeats`. The three ways take turns."""
     video, clips = plan_clips(videos, decoder, cache_dir)
     assert len({frames_key(c) for c in clips}) == len(clips) and clips[0].frame_size == (HEIGHT, WIDTH)
-    here, cache = load_decoder(decoder), FrameCache(video)
-    frames = (NUM_FRAMES, HEIGHT, WIDTH, 3)
+    here, cache, frames = load_decoder(decoder), FrameCache(video), (NUM_FRAMES, HEIGHT, WIDTH, 3)
     ways: dict[str, Callable[[Clip], object]] = {
         "in_process": lambda clip: here(clip.video_path).read(clip.frame_indices, np.empty(frames, np.uint8)),
         "worker": lambda clip: read_frames(clip, video),
@@ -71,15 +69,11 @@ def measure(decoder: str, videos: Path, cache_dir: Path, repeats: int) -> dict[s
             seconds[name] = np.minimum(seconds[name], taken)
     shared_pool(video).close()
     in_process, worker, cached = (float(np.median(seconds[name])) for name in ways)
-    return {
-        "backend": decoder,
-        "clips_per_s": 1 / worker,
-        "frames_per_s": NUM_FRAMES / worker,
-        "in_process_clips_per_s": 1 / in_process,
-        "cached_clips_per_s": 1 / cached,
-        "cached_speedup": worker / cached,
-        "subprocess_overhead": float(np.median(seconds["worker"] / seconds["in_process"])) - 1.0,
-    }
+    rates = {"clips_per_s": 1 / worker, "frames_per_s": NUM_FRAMES / worker}
+    others = {"in_process_clips_per_s": 1 / in_process, "cached_clips_per_s": 1 / cached}
+    overhead = float(np.median(seconds["worker"] / seconds["in_process"])) - 1.0
+    gains = {"cached_speedup": worker / cached, "subprocess_overhead": overhead}
+    return {"backend": decoder} | rates | others | gains
 
 
 def read_as_a_run_does(videos: Path, cache_dir: Path) -> int:
@@ -91,11 +85,10 @@ def read_as_a_run_does(videos: Path, cache_dir: Path) -> int:
     return cache.num_decodes
 
 
-def run(num_clips: int, repeats: int) -> dict[str, Any]:
+def run(num_clips: int, repeats: int) -> Row:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        videos = folder / "videos"
-        videos.mkdir()
+        (videos := folder / "videos").mkdir()
         for i in range(num_clips):
             write_clip(videos / f"{i}.mp4", i)
         rows = []
@@ -107,34 +100,17 @@ def run(num_clips: int, repeats: int) -> dict[str, Any]:
         with ThreadPoolExecutor(PROCESSES) as threads:  # the processes read at once
             reader = (in_new_process, read_as_a_run_does, videos, folder / "shared")
             decodes = [future.result() for future in [threads.submit(*reader) for _ in range(PROCESSES)]]
-    return {
-        "rows": rows,
-        "decodes_per_clip": sum(decodes) / num_clips,
-        "cached_speedup": rows[0]["cached_speedup"],
-        "subprocess_overhead": rows[0]["subprocess_overhead"],
-        "clips": num_clips,
-        "frames_per_clip": NUM_FRAMES,
-    }
+    first = {key: rows[0][key] for key in ("cached_speedup", "subprocess_overhead")}
+    sizes = {"clips": num_clips, "frames_per_clip": NUM_FRAMES}
+    return {"rows": rows, "decodes_per_clip": sum(decodes) / num_clips} | first | sizes
 
 
 def main() -> None:
     quick = make_parser("decode", __doc__, "2 clips instead of 6").parse_args().quick
     result = run(num_clips=2, repeats=3) if quick else run(num_clips=6, repeats=5)
-    shown = [
-        {
-            "decoder": row["backend"],
-            "clips/s": f"{row['clips_per_s']:.1f}",
-            "frames/s": f"{row['frames_per_s']:.1f}",
-            "in-process clips/s": f"{row['in_process_clips_per_s']:.1f}",
-            "cached clips/s": f"{row['cached_clips_per_s']:.1f}",
-            "cached / decoded": f"{row['cached_speedup']:.0f}x",
-            "worker's overhead": f"{row['subprocess_overhead']:.1%}",
-        }
-        for row in result["rows"]
-    ]
     decodes = f"{result['decodes_per_clip']:.2f} decodes a clip"
     note = f"{PROCESSES} processes, {QUERIES} queries and {ROLLOUTS} rollouts a clip: {decodes}"
-    print_result(result, f"{NUM_FRAMES} frames of {HEIGHT}p h264, one thread", shown, [note])
+    print_result(result, f"{NUM_FRAMES} frames of {HEIGHT}p h264, one thread", result["rows"], note)
 
 
 if __name__ == "__main__":

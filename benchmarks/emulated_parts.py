@@ -8,12 +8,13 @@ import numpy as np
 import ray
 import torch
 
+from benchmarks.emulated_teacher import make_trajectory
 from video_opd.config import Config
-from video_opd.types import FinishReason, Prompt, ScoredGroup, Trajectory, TrajectoryGroup
+from video_opd.types import Prompt, ScoredGroup, TrajectoryGroup
 from video_opd.weights.buckets import to_buckets
 
 ROLLOUT_S, UPDATE_S = "EMULATED_ROLLOUT_S", "EMULATED_UPDATE_S"  # of one step's prompts, in worker_env
-PROMPT_TOKENS, RESPONSE_TOKENS = 1024, 64
+TOKENS = np.zeros(1024, np.int32), np.zeros(64, np.int32)  # of a prompt and its response
 WEIGHT_BYTES = 1 << 20
 
 
@@ -36,25 +37,12 @@ class EmulatedActor:
         for first in range(0, len(prompts), size):
             part = prompts[first : first + size]
             time.sleep(max(0.0, began + (first + len(part)) * self._prompt_s - time.monotonic()))
-            yield [TrajectoryGroup(prompt=p, trajectories=(self._trajectory(p),)) for p in part]
+            answers = [make_trajectory(p.prompt_id, self._policy_version, 0, TOKENS) for p in part]
+            yield [TrajectoryGroup(prompt=p, trajectories=(a,)) for p, a in zip(part, answers, strict=True)]
 
     def load_weights(self, policy_version: int, buckets: Sequence[ray.ObjectRef]) -> None:
         ray.get(list(buckets), timeout=self._config.request_timeout_s)
         self._policy_version = policy_version
-
-    def _trajectory(self, prompt: Prompt) -> Trajectory:
-        return Trajectory(
-            trajectory_id=f"{prompt.prompt_id}@{self._policy_version}#0",
-            prompt_id=prompt.prompt_id,
-            policy_version=self._policy_version,
-            prompt_token_ids=np.zeros(PROMPT_TOKENS, np.int32),
-            prompt_fingerprint=prompt.prompt_id,  # as the emulated teacher knows it
-            response_token_ids=np.zeros(RESPONSE_TOKENS, np.int32),
-            actor_logprobs=np.zeros(RESPONSE_TOKENS, np.float32),
-            finish_reason=FinishReason.STOP,
-            text="",
-            predicted_span_s=None,
-        )
 
 
 class EmulatedRank:

@@ -3,7 +3,8 @@
 import os
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -13,15 +14,6 @@ from video_opd.config import Config
 from video_opd.types import EncodedPrompt, FinishReason, Prompt, Trajectory, TrajectoryGroup
 
 CALL_S = "EMULATED_CALL_S"  # in config.worker_env: how many seconds the engine sleeps in a call
-
-
-class EmulatedScores(NamedTuple):
-    """engine.TokenScores, whose module imports torch."""
-
-    logprobs: np.ndarray
-    top_k: None = None
-    hidden: None = None
-    entropy: None = None
 
 
 class EmulatedTeacher:
@@ -39,11 +31,11 @@ class EmulatedTeacher:
             for p in prompts
         ]
 
-    def score(
-        self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray]
-    ) -> list[EmulatedScores]:
+    def score(self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray]) -> list[Any]:
+        """Has the fields of engine.TokenScores, whose module imports torch."""
         time.sleep(self._call_s)
-        return [EmulatedScores(-r.astype(np.float32)) for r in responses]
+        unasked = dict.fromkeys(("top_k", "hidden", "entropy"))
+        return [SimpleNamespace(logprobs=-r.astype(np.float32), **unasked) for r in responses]
 
 
 class EmulatedReplica(TeacherReplica):
@@ -54,31 +46,33 @@ class EmulatedReplica(TeacherReplica):
         return emulated, emulated
 
 
+def make_trajectory(prompt_id: str, version: int, number: int, tokens: Sequence[np.ndarray]) -> Trajectory:
+    """What a rollout actor would return; `tokens`: the prompt's and the response's ids."""
+    prompt_ids, response_ids = tokens
+    return Trajectory(
+        trajectory_id=f"{prompt_id}@{version}#{number}",
+        prompt_id=prompt_id,
+        policy_version=version,
+        prompt_token_ids=prompt_ids,
+        prompt_fingerprint=prompt_id,  # as EmulatedTeacher encodes the prompt
+        response_token_ids=response_ids,
+        actor_logprobs=np.zeros(len(response_ids), np.float32),
+        finish_reason=FinishReason.STOP,
+        text="",
+        predicted_span_s=None,
+    )
+
+
 def make_groups(
     call: int, num_groups: int, rollouts: int, prompt_tokens: int, response_tokens: int
 ) -> list[TrajectoryGroup]:
-    """What a rollout actor returns for one call, with random tokens; ids start with `call`."""
-    rng = np.random.default_rng(call)
-    clip = make_clip("clip")
-
-    def respond(prompt_id: str, number: int) -> Trajectory:
-        return Trajectory(
-            trajectory_id=f"{prompt_id}#{number}",
-            prompt_id=prompt_id,
-            policy_version=0,
-            prompt_token_ids=rng.integers(0, 1000, prompt_tokens, dtype=np.int32),
-            prompt_fingerprint=prompt_id,
-            response_token_ids=rng.integers(0, 1000, response_tokens, dtype=np.int32),
-            actor_logprobs=np.zeros(response_tokens, np.float32),
-            finish_reason=FinishReason.STOP,
-            text="",
-            predicted_span_s=None,
-        )
-
-    prompts = [
-        Prompt(prompt_id=f"{call}-{g}", clip=clip, query="", answer_spans_s=None) for g in range(num_groups)
-    ]
-    return [
-        TrajectoryGroup(prompt=p, trajectories=tuple(respond(p.prompt_id, r) for r in range(rollouts)))
-        for p in prompts
-    ]
+    """What a rollout actor returns for one call, with random tokens; prompt ids start with `call`."""
+    rng, clip, groups = np.random.default_rng(call), make_clip("clip"), []
+    for number in range(num_groups):
+        prompt = Prompt(prompt_id=f"{call}-{number}", clip=clip, query="", answer_spans_s=None)
+        trajectories = []
+        for rollout in range(rollouts):
+            tokens = [rng.integers(0, 1000, n, dtype=np.int32) for n in (prompt_tokens, response_tokens)]
+            trajectories.append(make_trajectory(prompt.prompt_id, 0, rollout, tokens))
+        groups.append(TrajectoryGroup(prompt=prompt, trajectories=tuple(trajectories)))
+    return groups

@@ -1,16 +1,15 @@
 """Peak memory and time of the loss over a large vocabulary: in chunks of rows, or all rows at once ("plain").
 
 `python -m benchmarks.loss_memory [--quick]`. The last line is one JSON object. Its plain_peak_bytes and
-time_ratio are null where the plain version would not fit in memory and was left out.
+time_ratio are null where plain would not fit in memory.
 """
 
 import time
-from typing import Any
 
 import psutil
 import torch
 
-from benchmarks.command import in_new_process, make_parser, print_result
+from benchmarks.command import Row, in_new_process, make_parser, print_result
 from benchmarks.memory import peak_bytes, reset_peak
 from learner.loss import ResponseTokens, loss_per_token
 from video_opd.config import LearnerConfig, LossConfig
@@ -47,40 +46,27 @@ def measure(num_tokens: int, device: str, chunk: int) -> tuple[int, float]:
     return peak - before, time.perf_counter() - started
 
 
-def compare(num_tokens: int, device: str) -> dict[str, Any]:
+def compare(num_tokens: int, device: str) -> Row:
     """One row: in chunks, and plain where that fits."""
     available = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
     fits = PLAIN_COPIES * num_tokens * VOCABULARY * 4 < 0.9 * available
     peak, seconds = in_new_process(measure, num_tokens, device, CHUNK)
     plain_peak, plain_s = in_new_process(measure, num_tokens, device, num_tokens) if fits else (None, None)
-    return {
+    row = {
         "response_tokens": num_tokens,
         "device": device,
         "peak_bytes": peak,
         "plain_peak_bytes": plain_peak,
-        "seconds": seconds,
-        "time_ratio": seconds / plain_s if plain_s else None,
     }
+    return row | {"seconds": seconds, "time_ratio": seconds / plain_s if plain_s else None}
 
 
 def main() -> None:
     quick = make_parser("loss_memory", __doc__, "512 response tokens only").parse_args().quick
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     rows = [compare(n, device) for device in devices for n in ((512,) if quick else (512, 4096, 16384))]
-    shown = []
-    for row in rows:
-        plain, ratio = row["plain_peak_bytes"], row["time_ratio"]
-        cells = {
-            "device": row["device"],
-            "response tokens": f"{row['response_tokens']:,}",
-            "peak MiB": f"{row['peak_bytes'] / 2**20:.0f}",
-            "plain peak MiB": f"{plain / 2**20:.0f}" if plain else "does not fit",
-            "s": f"{row['seconds']:.1f}",
-            "time / plain": f"{ratio:.2f}" if ratio else "-",
-        }
-        shown.append(cells)
     title = f"vocabulary {VOCABULARY:,}, hidden size {HIDDEN}, chunks of {CHUNK} rows"
-    print_result({"rows": rows}, title, shown)
+    print_result({"rows": rows}, title, rows)
 
 
 if __name__ == "__main__":

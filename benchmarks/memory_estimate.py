@@ -61,26 +61,14 @@ def main() -> None:
     estimate = Counter({role.role: role.processes * role.host.peak_bytes for role in roles})
     shown = []
     for role in sorted(estimate.keys() | seen.of_role.keys(), key=lambda r: -estimate[r]):
-        own = seen.of_role[role]
-        cells = {
-            "role": role,
-            "estimate MiB": f"{estimate[role] / 2**20:.0f}",
-            "at the peak MiB": f"{seen.at_peak[role] / 2**20:.0f}",
-            "its own peak MiB": f"{own / 2**20:.0f}",
-            "estimate / own peak": f"{estimate[role] / own:.2f}" if own else "-",
-        }
-        shown.append(cells)
+        mib = {"estimate": estimate[role], "at_the_peak": seen.at_peak[role], "own_peak": seen.of_role[role]}
+        shown.append({"role": role} | {f"{name}_MiB": size // 2**20 for name, size in mib.items()})
     total, peak = estimate.total(), seen.at_peak.total()
-    result = {
-        "estimate_bytes": total,
-        "peak_bytes": peak,
-        "ratio": total / peak,
-        "estimate": estimate,
-        "measured": seen.at_peak,
-    }
+    totals = {"estimate_bytes": total, "peak_bytes": peak, "ratio": total / peak}
+    result = totals | {"estimate": estimate, "measured": seen.at_peak}
     sums = f"estimate {total / GIB:.2f} GiB, measured peak {peak / GIB:.2f} GiB"
     note = f"{sums}, estimate / measured {total / peak:.2f}"
-    print_result(result, "memory of the demo", shown, [note])
+    print_result(result, "memory of the demo", shown, note)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ as the others have; grpo/8 takes an eighth of the prompts, and so as many rollou
 table and writes objectives.png and report.html; the last line is one JSON object.
 """
 
+import itertools
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 import launch
-from benchmarks.command import in_new_process, make_parser, print_result
-from benchmarks.rows import Row, append_row, by_kind, read_rows, spread
+from benchmarks import command
+from benchmarks.command import Row, by_kind, spread
 from driver.records.report import embed
 from driver.records.sinks import read_metrics
 from video_opd.config_file import load_demo
@@ -62,52 +63,38 @@ PAGE = """<!doctype html>
 def measure(kind: str, seed: int, runs: Path, num_steps: int, overrides: Sequence[str]) -> Row:
     """One run: its cost and its held-out curve. `step_s`: median of an update, without evaluation."""
     name = re.sub(r"\W", "-", f"{kind} {seed}")
-    values = {
-        "runs_dir": runs,
-        "run_name": name,
-        "seed": seed,
-        "groups_per_step": GROUPS,
-        "num_steps": num_steps,
-        "eval_every": EVAL_EVERY,
-        "learner.lr": LR,
-        "max_policy_lag": 0,  # phases do not overlap: the seconds of an update are its own
-    }
+    values = {"runs_dir": runs, "run_name": name, "seed": seed, "num_steps": num_steps, "learner.lr": LR}
+    values |= {"groups_per_step": GROUPS, "eval_every": EVAL_EVERY}
+    values |= {"max_policy_lag": 0}  # phases do not overlap: the seconds of an update are its own
     config = load_demo([*(f"{k}={v}" for k, v in values.items()), *KINDS[kind], *overrides])
     shutil.rmtree(runs / name, ignore_errors=True)  # left by an interrupted run
     summary = launch.launch(config)
     lines = read_metrics(runs / name)
     step_s = float(np.median([line["time/step_s"] for line in lines]))
 
-    def point(step: int, line: Mapping[str, float], scores: Mapping[str, float]) -> dict[str, float]:
-        return {
-            "step": step,
-            "wall_s": step * step_s,
-            "rollout_tokens": line.get("actors/rollout_tokens", 0.0),
-            "teacher_tokens": line.get("teacher/scored_tokens", 0.0),
-            "miou": scores["miou"],
-            "r1_07": scores["r1@0.7"],
-        }
+    def point(step: int, line: Mapping[str, float], miou: float, r1_07: float) -> dict[str, float]:
+        rollout, scored = (line.get(k, 0.0) for k in ("actors/rollout_tokens", "teacher/scored_tokens"))
+        spent = {"wall_s": step * step_s, "rollout_tokens": rollout, "teacher_tokens": scored}
+        return {"step": step, **spent, "miou": miou, "r1_07": r1_07}
 
-    evaluated = [line for line in lines if "eval/miou" in line]
+    before, after, teacher = (summary[k] for k in ("student_before", "student_after", "teacher"))
+    curve = [point(0, {}, before["miou"], before["r1@0.7"])]
+    for line in lines:
+        if "eval/miou" in line:
+            curve.append(point(int(line["step"]) + 1, line, line["eval/miou"], line["eval/r1@0.7"]))
     return {
         "kind": kind,
         "seed": seed,
         "steps": num_steps,
         "overrides": list(overrides),
-        "miou": summary["student_after"]["miou"],
-        "r1_07": summary["student_after"]["r1@0.7"],
+        "miou": after["miou"],
+        "r1_07": after["r1@0.7"],
         "step_s": step_s,
         "wall_s": step_s * summary["steps"],
         "rollout_tokens": summary["tokens"]["rollout"],
         "teacher_tokens": summary["tokens"]["scored"],
-        "teacher_miou": summary["teacher"]["miou"] if summary["teacher"] else None,
-        "curve": [
-            point(0, {}, summary["student_before"]),
-            *(
-                point(int(line["step"]) + 1, line, {k.removeprefix("eval/"): v for k, v in line.items()})
-                for line in evaluated
-            ),
-        ],
+        "teacher_miou": teacher["miou"] if teacher else None,
+        "curve": curve,
     }
 
 
@@ -159,28 +146,21 @@ def report(rows: Sequence[Row], target: float, out: Path) -> None:
     figure = draw(kinds)
     figure.savefig(out / "objectives.png", dpi=110)
     page = jinja2.Environment(autoescape=True).from_string(PAGE)
-    html = page.render(title=title, rows=shown, picture=embed(figure))
-    write_atomically(out / "report.html", html)
+    write_atomically(out / "report.html", page.render(title=title, rows=shown, picture=embed(figure)))
     step_s = {kind: float(np.median([row["step_s"] for row in of_kind])) for kind, of_kind in kinds.items()}
     opd = [kind for kind in kinds if kind.startswith("opd") and "grpo" in kinds]
     ratios = {kind: step_s[kind] / step_s["grpo"] for kind in opd}
-    result = {
-        "rows": [
-            {"objective": row["kind"], "updates": row["steps"]}
-            | {k: v for k, v in row.items() if k != "curve"}
-            for row in rows
-        ],
-        "wall_ratio_opd_grpo": ratios.get("opd", ratios.get("opd_topk")),
-    }
-    notes = [
-        f"wall time per update at equal prompts, {kind} : grpo with G = {ROLLOUTS}: {ratio:.2f}"
-        for kind, ratio in ratios.items()
-    ]
-    print_result(result, title, shown, notes, width=180)
+    runs = [{key: value for key, value in row.items() if key != "curve"} for row in rows]
+    result: Row = {"rows": [{"objective": run["kind"], "updates": run["steps"]} | run for run in runs]}
+    result["wall_ratio_opd_grpo"] = ratios.get("opd", ratios.get("opd_topk"))
+    at_equal = f"grpo with G = {ROLLOUTS}"
+    notes = [f"wall time per update at equal prompts, {k} : {at_equal}: {r:.2f}" for k, r in ratios.items()]
+    command.print_result(result, title, shown, *notes)
 
 
 def main() -> None:
-    parser = make_parser("objectives", __doc__, "opd_topk and grpo, one seed, 10 updates", overrides=True)
+    quick = "opd_topk and grpo, one seed, 10 updates"
+    parser = command.make_parser("objectives", __doc__, quick, overrides=True)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=DEFAULT_KINDS)
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--steps", type=int, default=NUM_STEPS, help="updates of every run")
@@ -191,17 +171,16 @@ def main() -> None:
     if arguments.quick:
         arguments.kinds, arguments.seeds, arguments.steps = ["opd_topk", "grpo"], 1, EVAL_EVERY
     out, overrides = arguments.out.resolve(), arguments.overrides
-    done = {(r["kind"], r["seed"], r["steps"], *r["overrides"]): r for r in read_rows(out / "rows.jsonl")}
-    rows = []
-    for seed in range(arguments.seeds):
-        for kind in arguments.kinds:
-            key = (kind, seed, arguments.steps, *overrides)
-            if key not in done:
-                run = (kind, seed, out / "runs", arguments.steps, overrides)
-                done[key] = in_new_process(measure, *run)
-                append_row(out / "rows.jsonl", done[key])
-            rows.append(done[key])
-    report(rows, arguments.target, out)
+    log = out / "rows.jsonl"
+    done = {(r["kind"], r["seed"], r["steps"], *r["overrides"]): r for r in command.read_rows(log)}
+    pairs = itertools.product(range(arguments.seeds), arguments.kinds)
+    keys = [(kind, seed, arguments.steps, *overrides) for seed, kind in pairs]
+    for key in keys:
+        if key not in done:
+            kind, seed, steps = key[:3]
+            done[key] = command.in_new_process(measure, kind, seed, out / "runs", steps, overrides)
+            command.append_row(log, done[key])
+    report([done[key] for key in keys], arguments.target, out)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """Steps per second at lag 0 and lag 1: of the demo, and of the loop around engines that sleep.
 
-`python -m benchmarks.overlap [--quick]`. The emulated run is launch.train with its real buffer, pools, Ray
-actors, Serve deployment and object store; for one step the engines sleep ROLLOUT_S, SCORE_S and UPDATE_S.
-An actor returns a step's rollouts "whole", when the last is finished, or "as they finish", in four parts. At
-lag 1 two steps are in flight, so a step takes at least its slowest phase, and at least half of the time that
-one step's prompts need from end to end. The last line is one JSON object.
+`python -m benchmarks.overlap [--quick]`. The emulated run is launch.train; for one step the engines sleep
+ROLLOUT_S, SCORE_S and UPDATE_S. An actor returns a step's rollouts "whole", when the last is finished, or "as
+they finish", in four parts. At lag 1 two steps are in flight, so a step takes at least its slowest phase, and
+half of the time that one step's prompts need from end to end. The last line is one JSON object.
 """
 
 import asyncio
@@ -44,18 +43,9 @@ def step_seconds(run_dir: Path) -> list[float]:
 async def train_emulated(config: Config, plan: Plan, folder: Path) -> None:
     name = f"video_opd/{folder.name}"
     teacher = TeacherPool(name, config, config.teacher_models[0], EmulatedReplica)
-    run = Run(
-        folder=folder,
-        config=config,
-        given=config,
-        plan=plan,
-        control=None,
-        actors=ActorPool(name, config, EmulatedActor),
-        teacher=teacher,
-        learner=Learner(name, config, EmulatedRank),
-        curriculum=Curriculum(name, plan.train, config),
-        rewards=[],
-    )
+    actors, learner = ActorPool(name, config, EmulatedActor), Learner(name, config, EmulatedRank)
+    curriculum = Curriculum(name, plan.train, config)
+    run = Run(folder, config, config, plan, None, actors, teacher, learner, curriculum, rewards=[])
     await asyncio.gather(run.actors.start(), run.learner.start(), teacher.start())
     await publish_weights(run, policy_version=0)
     await launch.train(run)
@@ -70,17 +60,10 @@ def emulate(lag: int, parts: int, num_steps: int) -> float:
         emulated_parts.UPDATE_S: UPDATE_S,
         emulated_teacher.CALL_S: SCORE_S / parts,
     }
-    overrides = [
-        *(f"worker_env.{name}='{seconds}'" for name, seconds in sleeps.items()),
-        f"max_policy_lag={lag}",
-        f"groups_per_step={GROUPS}",
-        f"num_steps={num_steps}",
-        f"rollout.prompts_per_call={GROUPS}",
-        f"rollout.prompts_per_result={GROUPS // parts}",
-        "loss.kind=opd",
-        "teacher_pool.max_batch_requests=1",
-        "checks.max_logprob_gap=null",
-    ]
+    overrides = [f"worker_env.{name}='{seconds}'" for name, seconds in sleeps.items()]
+    overrides += [f"max_policy_lag={lag}", f"groups_per_step={GROUPS}", f"num_steps={num_steps}"]
+    overrides += [f"rollout.prompts_per_call={GROUPS}", f"rollout.prompts_per_result={GROUPS // parts}"]
+    overrides += ["loss.kind=opd", "teacher_pool.max_batch_requests=1", "checks.max_logprob_gap=null"]
     with temporary_demo(*overrides) as (config, folder):
         plan = prepare(config)
         start_ray(config, address="local")
@@ -116,17 +99,8 @@ def main() -> None:
         "emulated_lag1_over_slowest": max(row["over_slowest"] for row in rows if row["lag"] == 1),
         "rows": rows,
     }
-    shown = [
-        {
-            "rollouts handed on": row["handed_on"],
-            "lag": str(row["lag"]),
-            "s a step": f"{row['seconds_per_step']:.2f}",
-            "over the slowest phase": f"{row['over_slowest']:.3f}",
-        }
-        for row in rows
-    ]
     title = f"emulated: rollout {ROLLOUT_S:.0f} s, score {SCORE_S:.0f} s, update {UPDATE_S:.0f} s"
-    print_result(result, title, shown, [f"demo: {lag0:.2f} steps/s at lag 0, {lag1:.2f} at lag 1"])
+    print_result(result, title, rows, f"demo: {lag0:.2f} steps/s at lag 0, {lag1:.2f} at lag 1")
 
 
 if __name__ == "__main__":

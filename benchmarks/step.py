@@ -4,18 +4,17 @@
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 import launch
-from benchmarks.command import WARM_UP_STEPS, make_parser, print_result, temporary_demo
+from benchmarks.command import WARM_UP_STEPS, Row, make_parser, print_result, temporary_demo
 from benchmarks.memory import PeakByRole
 from driver.clock import PHASES
 from driver.records.sinks import read_metrics
 
 
-def measure(overrides: Sequence[str], num_steps: int) -> dict[str, Any]:
+def measure(overrides: Sequence[str], num_steps: int) -> Row:
     """Runs the demo. Seconds are medians over the steps after the warm-up."""
     with temporary_demo(*overrides, f"num_steps={num_steps}") as (config, folder), PeakByRole() as memory:
         summary = launch.launch(config)
@@ -37,13 +36,10 @@ def main() -> None:
     arguments = make_parser("step", __doc__, "8 steps instead of 30", overrides=True).parse_args()
     result = measure(arguments.overrides, 8 if arguments.quick else 30)
     seconds = result["phases"] | {"step": result["seconds_per_step"]}
-    note = (
-        f"slowest phase / step {result['limit_share']:.2f}, start-up {result['start_up_s']:.0f} s, "
-        f"peak memory of all processes {result['peak_bytes'] / 2**30:.2f} GiB"
-    )
+    limit = f"slowest phase / step {result['limit_share']:.2f}, start-up {result['start_up_s']:.0f} s"
+    note = f"{limit}, peak memory of all processes {result['peak_bytes'] / 2**30:.2f} GiB"
     title = "one step of the demo (phases overlap, so they add up to more than the step)"
-    shown = [{"phase": phase, "median s a step": f"{s:.2f}"} for phase, s in seconds.items()]
-    print_result(result, title, shown, [note])
+    print_result(result, title, [{"phase": phase, "median_s": s} for phase, s in seconds.items()], note)
 
 
 if __name__ == "__main__":

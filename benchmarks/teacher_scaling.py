@@ -1,10 +1,8 @@
 """Scored tokens per second by number of teacher replicas, around an engine that sleeps CALL_S per call.
 
-`python -m benchmarks.teacher_scaling [--quick]`. All else is what a run has: TeacherPool, the Serve
-deployment and its replicas, trajectories that the replica fetches from the object store; the number of
-replicas changes while calls go on. So this measures what the service adds, on any number of cores. Calls are
-not merged (max_batch_requests=1: a replica works on one call while one more waits there), and callers keep
-LOAD calls per replica in flight. The last line is one JSON object.
+`python -m benchmarks.teacher_scaling [--quick]`. All else is what a run has: this measures what the service
+adds, on any number of cores. Calls are not merged (max_batch_requests=1: a replica works on one call while
+one more waits there); callers keep LOAD calls per replica in flight. The last line is one JSON object.
 """
 
 import asyncio
@@ -15,16 +13,16 @@ import numpy as np
 import ray
 
 from benchmarks import emulated_teacher
-from benchmarks.command import make_parser, print_result
+from benchmarks.command import Row, make_parser, print_result
 from benchmarks.emulated_teacher import EmulatedReplica, make_groups
 from driver.start_ray import start_ray
 from teacher_service.pool import TeacherPool
 from teacher_service.scaling import read_pool, set_replicas
-from video_opd.cluster.deadline import with_deadline
 from video_opd.config_file import load_demo
 
 CALL_S, LOAD, SIZES = 0.5, 3, (1, 2, 4, 8)
-GROUPS, ROLLOUTS, PROMPT_TOKENS, RESPONSE_TOKENS = 4, 4, 4096, 32  # of a call: 256 KiB of prompt tokens
+# Of a call; 256 KiB of prompt tokens:
+CALL = GROUPS, ROLLOUTS, PROMPT_TOKENS, RESPONSE_TOKENS = 4, 4, 4096, 32
 START_S, POLL_S = 120.0, 0.2
 OVERRIDES = [
     "teacher_pool.max_batch_requests=1",
@@ -36,17 +34,13 @@ OVERRIDES = [
 
 
 async def scale_to(pool: TeacherPool, replicas: int) -> None:
-    """Returns when that many replicas run."""
+    """Returns when that many replicas run. Raises TimeoutError."""
     await asyncio.to_thread(set_replicas, pool.app, replicas)
-
-    async def reached() -> None:
-        while True:
-            status = await asyncio.to_thread(read_pool, pool.app)
-            if status.running == replicas and status.reached:
-                return
+    async with asyncio.timeout(START_S):
+        status = await asyncio.to_thread(read_pool, pool.app)
+        while status.running != replicas or not status.reached:
             await asyncio.sleep(POLL_S)
-
-    await with_deadline(START_S, reached(), f"{replicas} replicas")
+            status = await asyncio.to_thread(read_pool, pool.app)
 
 
 def calls_within(answers_s: np.ndarray, start_s: float, end_s: float) -> float:
@@ -55,9 +49,7 @@ def calls_within(answers_s: np.ndarray, start_s: float, end_s: float) -> float:
     return float(np.clip(inside, 0, None).sum() / CALL_S)
 
 
-async def measure(
-    pool: TeacherPool, replicas: int, references: list[Any], window_s: float
-) -> dict[str, float]:
+async def measure(pool: TeacherPool, replicas: int, references: list[Any], window_s: float) -> Row:
     """Tokens per second in the window, with LOAD callers per replica that each wait for their answer."""
     await scale_to(pool, replicas)
     began, answers = time.monotonic() + 4 * CALL_S, []  # by then all replicas are busy
@@ -74,17 +66,14 @@ async def measure(
     return {"replicas": replicas, "tokens_per_s": rate, "calls": calls, "queue_s": metrics["teacher/queue_s"]}
 
 
-async def run(window_s: float) -> list[dict[str, float]]:
+async def run(window_s: float) -> list[Row]:
     """One row for each of SIZES."""
     config = load_demo(OVERRIDES)
     start_ray(config, address="local")
     try:
         pool = TeacherPool("video_opd/benchmark", config, config.teacher_models[0], EmulatedReplica)
         await pool.start()
-        calls = (
-            make_groups(i, GROUPS, ROLLOUTS, PROMPT_TOKENS, RESPONSE_TOKENS) for i in range(LOAD * max(SIZES))
-        )
-        references = [ray.put(groups) for groups in calls]
+        references = [ray.put(make_groups(i, *CALL)) for i in range(LOAD * max(SIZES))]
         rows = [await measure(pool, size, references, window_s) for size in SIZES]
         pool.stop()
     finally:
@@ -96,16 +85,7 @@ def main() -> None:
     parser = make_parser("teacher_scaling", __doc__, "windows of 6 s instead of 20")
     rows = asyncio.run(run(6.0 if parser.parse_args().quick else 20.0))
     linear = [row["tokens_per_s"] / (row["replicas"] * rows[0]["tokens_per_s"]) for row in rows]
-    shown = [
-        {
-            "replicas": str(row["replicas"]),
-            "tokens/s": f"{row['tokens_per_s']:.0f}",
-            "of linear": f"{share:.1%}",
-            "calls": f"{row['calls']:.1f}",
-            "queue s": f"{row['queue_s']:.2f}",
-        }
-        for row, share in zip(rows, linear, strict=True)
-    ]
+    shown = [row | {"of_linear": f"{share:.1%}"} for row, share in zip(rows, linear, strict=True)]
     result = {"rows": rows, "efficiency_8": linear[-1], "call_s": CALL_S}
     print_result(result, f"{CALL_S} s a call, calls not merged", shown)
 

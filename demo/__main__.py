@@ -22,8 +22,7 @@ def main() -> None:
     add = clips.add_argument
     add("--out", type=Path, default=HERE / "data", help="folder of the splits")
     add("--levels", nargs="+", choices=LEVELS, default=DEFAULT_LEVELS, help="of the training clips, in turn")
-    spoil = "share of wrong labels among the training clips"
-    add("--spoil", type=_share, default=0.0, metavar="SHARE", help=spoil)
+    add("--spoil", type=_share, default=0.0, metavar="SHARE", help="share of wrong labels in training clips")
     add("--num-train", type=int, default=SPLIT_CLIPS["train"], help="number of training clips")
     models = commands.add_parser("pretrain", help="train teacher and student from seeds")
     models.add_argument("names", nargs="*", default=list(pretrain.RECIPES), help="models to train")

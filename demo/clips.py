@@ -2,11 +2,11 @@
 
 import csv
 import hashlib
+import itertools
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -17,6 +17,7 @@ from video_opd.types import Span
 DURATION_S = 12
 VIDEO_FPS = 4  # twice the rate at which models sample, so that frame selection has work to do
 SIZE = 32  # pixels; one video token of the tiny models covers 32 x 32 pixels of two frames
+SPLIT_FILES = {"annotations": "annotations.txt", "lengths": "lengths.csv", "videos": "videos"}  # config keys
 COLOURS = {
     "red": (220, 30, 30),
     "green": (30, 200, 30),
@@ -28,24 +29,24 @@ COLOURS = {
 SHAPES = ("square", "bar", "pole")
 
 
+MIN_S, MAX_S = 2.0, 4.0  # of an event: short ones keep the best constant interval low
+
+
 @dataclass(frozen=True)
 class Level:
-    """How hard a clip is. Events last min_s to max_s seconds, on a grid of grid_s seconds."""
+    """How hard a clip is."""
 
     num_objects: tuple[int, int]  # at least, at most
     shapes: tuple[str, ...]  # if several: distractors share the colour or the shape of the first object
-    grid_s: float
-    min_s: float = 2.0
-    max_s: float = 4.0  # short events keep the best constant interval low
+    grid_s: float = 1.0  # events start and end on this grid
     opacity: float = 1.0  # of the objects over the background
 
 
 LEVELS = {
-    "colour": Level(num_objects=(1, 2), shapes=("square",), grid_s=1.0),
-    "shape": Level(num_objects=(2, 2), shapes=SHAPES, grid_s=1.0),
-    "half_second": Level(num_objects=(1, 2), shapes=("square",), grid_s=0.5),
-    # The demo's teacher answers badly here:
-    "faint": Level(num_objects=(2, 2), shapes=SHAPES, grid_s=1.0, opacity=0.15),
+    "colour": Level((1, 2), ("square",)),
+    "shape": Level((2, 2), SHAPES),
+    "half_second": Level((1, 2), ("square",), grid_s=0.5),
+    "faint": Level((2, 2), SHAPES, opacity=0.15),  # the demo's teacher answers badly here
 }
 DEFAULT_LEVELS = ("colour", "shape")
 MAX_SPOILED_IOU = 0.3  # of a wrong label with the truth
@@ -87,20 +88,20 @@ def draw_events(level: Level, rng: np.random.Generator) -> list[Event]:
     if len(level.shapes) > 1:
         near = [p for p in pairs if (p[0] == chosen[0][0]) != (p[1] == chosen[0][1])]
         chosen.append(near[rng.integers(len(near))])
-    fewest, most = level.num_objects
-    num_objects = rng.integers(fewest, most + 1)
+    num_objects = rng.integers(*level.num_objects, endpoint=True)
     while len(chosen) < num_objects:
         pair = pairs[rng.integers(len(pairs))]
         if pair not in chosen:
             chosen.append(pair)
     events = []
     for colour, shape in chosen:
-        steps = rng.integers(round(level.min_s / level.grid_s), round(level.max_s / level.grid_s) + 1)
-        first = rng.integers(0, round(DURATION_S / level.grid_s) - steps + 1)
+        shortest, longest, all_steps = (round(s / level.grid_s) for s in (MIN_S, MAX_S, DURATION_S))
+        steps = rng.integers(shortest, longest, endpoint=True)
+        first = rng.integers(0, all_steps - steps, endpoint=True)
         x, y = rng.integers(8, SIZE - 8, size=2)
-        radius = rng.integers(5, 8)
         start, end = float(first * level.grid_s), float((first + steps) * level.grid_s)
-        events.append(Event(colour, shape, start, end, int(x), int(y), int(radius), level.opacity))
+        place = int(x), int(y), int(rng.integers(5, 8))
+        events.append(Event(colour, shape, start, end, *place, level.opacity))
     return events
 
 
@@ -131,7 +132,7 @@ def write_mp4(path: Path, frames: np.ndarray) -> None:
 
 
 def write_split(
-    folder: Path, split: str, num_clips: int, levels: tuple[str, ...], spoil_frac: float = 0.0
+    folder: Path, split: str, num_clips: int, levels: Sequence[str], spoil_frac: float = 0
 ) -> None:
     """Writes annotations.txt, lengths.csv and videos/ of one split, with one query for each object of a clip.
 
@@ -144,16 +145,14 @@ def write_split(
     (temporary / "videos").mkdir(parents=True)
     video_ids = [f"{split}{number:05d}" for number in range(num_clips)]
     asked: list[tuple[str, Event]] = []
-    for number, video_id in enumerate(video_ids):
-        events = draw_events(LEVELS[levels[number % len(levels)]], rng)
+    for video_id, level in zip(video_ids, itertools.cycle(levels), strict=False):
+        events = draw_events(LEVELS[level], rng)
         write_mp4(temporary / "videos" / f"{video_id}.mp4", render(events, rng))
         asked += [(video_id, e) for i, e in enumerate(events) if _visible_share(e, events[i + 1 :]) >= 0.35]
     truth = [(event.start_s, event.end_s) for _, event in asked]
     labels = _spoil(truth, spoil_frac, np.random.default_rng([SPLIT_SEEDS[split], 1]))
-    lines = [
-        f"{video_id} {start} {end}##{event.query}\n"
-        for (video_id, event), (start, end) in zip(asked, labels, strict=True)
-    ]
+    pairs = zip(asked, labels, strict=True)
+    lines = [f"{video_id} {start} {end}##{event.query}\n" for (video_id, event), (start, end) in pairs]
     (temporary / "annotations.txt").write_text("".join(lines))
     _write_csv(temporary / "lengths.csv", ("id", "length"), ((v, float(DURATION_S)) for v in video_ids))
     wrong = ((i + 1, *truth[i]) for i in range(len(truth)) if labels[i] != truth[i])
@@ -193,21 +192,17 @@ def ensure_clips(
     spoil_frac: float = 0.0,
     num_train: int = SPLIT_CLIPS["train"],
 ) -> list[str]:
-    """Writes the splits that are missing or were made with other arguments or another version of this file.
+    """Writes the splits that are missing, or made with other arguments or code; returns their names.
 
-    Returns their names. The arguments are those of the training split; the evaluation split is always clean
-    and of the default levels.
+    The arguments are the training split's; the evaluation split is always clean and of the default levels.
     """
     code = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=8).hexdigest()
-    arguments: dict[str, Any] = {
-        "train": {"num_clips": num_train, "levels": levels, "spoil_frac": spoil_frac},
-        "eval": {"num_clips": SPLIT_CLIPS["eval"], "levels": DEFAULT_LEVELS},
-    }
+    arguments = {"train": (num_train, levels, spoil_frac), "eval": (SPLIT_CLIPS["eval"], DEFAULT_LEVELS, 0.0)}
     written = []
     for split, of_split in arguments.items():
         version, stamp = f"{code} {of_split}", folder / split / "VERSION"
         if not stamp.is_file() or stamp.read_text() != version:
-            write_split(folder / split, split, **of_split)
+            write_split(folder / split, split, *of_split)
             stamp.write_text(version)
             written.append(split)
     return written

@@ -52,14 +52,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     A tiny model learns grounding only if a timestamp is one token.
     """
     times = [f"{i / 10:.1f}" for i in range(10 * DURATION_S + 1)]
-    others = "the is visible When From to seconds user assistant system"
-    words = [*COLOURS, *SHAPES, *others.split()]
+    others = ("the", "is", "visible", "When", "From", "to", "seconds", "user", "assistant", "system")
+    words = [*COLOURS, *SHAPES, *others]
     corpus = [f"<{t} seconds> From {t} to {t} seconds." for t in times] + [f"{w} {w}" for w in words] * 20
     tokenizer = Tokenizer(models.BPE())
     pattern = Regex(r" ?\d+\.\d| ?[A-Za-z]+|\d|[^\sA-Za-z\d]|\s+")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    splits = [pre_tokenizers.Split(pattern, "isolated"), to_bytes]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pattern, "isolated"), to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     options: dict[str, Any] = {"vocab_size": 4096, "min_frequency": 1, "show_progress": False}
     trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **options)
@@ -78,57 +77,35 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> Qwen3VLProcessor:
-    options: dict[str, Any] = {
-        "size": {"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE * 256},
-        "patch_size": PATCH,
-        "merge_size": MERGE,
-        "temporal_patch_size": 2,
-        "image_mean": [0.5] * 3,  # vLLM normalises videos with the image processor's values
+    options: dict[str, Any] = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2}
+    options |= {"size": {"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE * 256}}
+    options |= {
+        "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
-    }
-    return Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**options),
-        video_processor=Qwen3VLVideoProcessor(**options, cap_pixels_per_frame=False),
-        tokenizer=build_tokenizer(),
-        chat_template=CHAT_TEMPLATE,
-    )
+    }  # vLLM normalises videos with the image's too
+    image = Qwen2VLImageProcessor(**options)
+    video = Qwen3VLVideoProcessor(**options, cap_pixels_per_frame=False)
+    return Qwen3VLProcessor(image, build_tokenizer(), video, chat_template=CHAT_TEMPLATE)
 
 
 def build_model(size: Size, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3VLForConditionalGeneration:
     """Random weights from `seed`, by transformers' own initialisation."""
     ids: dict[str, Any] = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL}
     heads = size.hidden // HEAD_DIM
-    rope = {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "mrope_section": [8, 4, 4],
-        "mrope_interleaved": True,
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4]}
+    text = {
+        "hidden_size": size.hidden,
+        "intermediate_size": 4 * size.hidden,
+        "num_hidden_layers": size.layers,
     }
+    text |= {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": HEAD_DIM}
+    text |= {"vocab_size": len(tokenizer), "max_position_embeddings": 4096, "tie_word_embeddings": True}
+    vision = {"hidden_size": size.vision_hidden, "intermediate_size": 2 * size.vision_hidden, "num_heads": 2}
+    vision |= {"depth": size.vision_layers, "out_hidden_size": size.hidden, "num_position_embeddings": 64}
+    vision |= {"patch_size": PATCH, "spatial_merge_size": MERGE, "temporal_patch_size": 2}
     config = Qwen3VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": size.hidden,
-            "intermediate_size": 4 * size.hidden,
-            "num_hidden_layers": size.layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
-            "head_dim": HEAD_DIM,
-            "max_position_embeddings": 4096,
-            "rope_parameters": rope,
-            "tie_word_embeddings": True,
-        },
-        vision_config={
-            "depth": size.vision_layers,
-            "hidden_size": size.vision_hidden,
-            "intermediate_size": 2 * size.vision_hidden,
-            "num_heads": 2,
-            "patch_size": PATCH,
-            "spatial_merge_size": MERGE,
-            "temporal_patch_size": 2,
-            "out_hidden_size": size.hidden,
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0],
-        },
+        text_config=text | {"rope_parameters": rope | {"mrope_interleaved": True}},
+        vision_config=vision | {"deepstack_visual_indexes": [0]},
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],

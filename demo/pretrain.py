@@ -10,13 +10,14 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from demo.clips import COLOURS, DEFAULT_LEVELS, SHAPES, write_split
+from demo.clips import COLOURS, DEFAULT_LEVELS, SHAPES, SPLIT_FILES, write_split
 from demo.models import STUDENT, TEACHER, Size, build_model, build_processor
 from video_opd.config_data import DatasetConfig
 from video_opd.config_file import load_demo
@@ -31,27 +32,21 @@ NUM_LABELS = len(COLOURS) * len(SHAPES) + 1  # of one kind: every object, and th
 VIDEO = 2  # transformers' token type of a video token
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How one model is trained: the first `stop_after` steps of a cosine schedule over `steps`."""
+STEPS, LR, BATCH, VALIDATE_EVERY = 1800, 2e-3, 32, 25
+
+
+class Recipe(NamedTuple):
+    """How one model is trained: the first `stop_after` steps of a cosine schedule over STEPS."""
 
     size: Size
     seed: int
-    steps: int
-    lr: float
     stop_after: int
-    batch: int = 32
-    validate_every: int = 25
 
 
-RECIPES = {
-    "teacher": Recipe(size=TEACHER, seed=0, steps=1800, lr=2e-3, stop_after=1800),
-    "student": Recipe(size=STUDENT, seed=1, steps=1800, lr=2e-3, stop_after=300),
-}
+RECIPES = {"teacher": Recipe(TEACHER, 0, stop_after=STEPS), "student": Recipe(STUDENT, 1, stop_after=300)}
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """An encoded prompt with its answer and its auxiliary labels."""
 
     prompt: Prompt
@@ -125,8 +120,7 @@ def validate(model: VideoLLM, examples: Sequence[Example], encoder: PromptEncode
         part = examples[i : i + 64]
         answers = generate(model, [e.encoded for e in part], **limits)
         for example, (ids,) in zip(part, answers, strict=True):
-            text = encoder.tokenizer.decode(ids)
-            prompt_id = example.prompt.prompt_id
+            text, prompt_id = encoder.tokenizer.decode(ids), example.prompt.prompt_id
             predictions.append(Prediction(prompt_id=prompt_id, text=text, span_s=parse_span(text)))
     model.train()
     return evaluate(predictions, [e.prompt for e in examples])
@@ -140,16 +134,16 @@ def train(
     head = torch.nn.Linear(recipe.size.hidden, examples[0].labels.shape[1])
     logits_of = ResponseLogits(model)
     parameters = [*model.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.95), weight_decay=0.01)
     hidden: list[torch.Tensor] = []
     model.model.language_model.register_forward_hook(lambda _, __, out: hidden.append(out.last_hidden_state))
     order, started = random.Random(recipe.seed), time.monotonic()
     for step in range(recipe.stop_after):
         warmup = min(1.0, (step + 1) / 100)
-        cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+        cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / STEPS))
         for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * (warmup * cosine)
-        chosen, pad_id = order.sample(examples, recipe.batch), encoder.tokenizer.pad_token_id
+            group["lr"] = LR * (warmup * cosine)
+        chosen, pad_id = order.sample(examples, BATCH), encoder.tokenizer.pad_token_id
         batch = collate([e.encoded for e in chosen], [e.answer for e in chosen], pad_id)
         hidden.clear()
         answer_loss = torch.nn.functional.cross_entropy(logits_of(batch), batch.targets)
@@ -159,15 +153,12 @@ def train(
         (answer_loss + auxiliary).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        if (step + 1) % recipe.validate_every == 0:
+        if (step + 1) % VALIDATE_EVERY == 0:
             metrics = validate(model, validation, encoder)
             hidden.clear()
-            print(
-                f"step {step + 1} answer loss {answer_loss.item():.3f} auxiliary {auxiliary.item():.3f} "
-                f"validation mIoU {metrics['miou']:.3f} R1@0.7 {metrics['r1@0.7']:.3f} "
-                f"{time.monotonic() - started:.0f} s",
-                flush=True,
-            )
+            losses = f"answer loss {answer_loss.item():.3f} auxiliary {auxiliary.item():.3f}"
+            scores = f"validation mIoU {metrics['miou']:.3f} R1@0.7 {metrics['r1@0.7']:.3f}"
+            print(f"step {step + 1} {losses} {scores} {time.monotonic() - started:.0f} s", flush=True)
     return model
 
 
@@ -178,8 +169,7 @@ def pretrain(names: Sequence[str], out: Path, data: Path) -> None:
     folder = data / "pretrain"
     if not folder.is_dir():
         write_split(folder, "pretrain", NUM_CLIPS, DEFAULT_LEVELS)
-    files = {"annotations": "annotations.txt", "lengths": "lengths.csv", "videos": "videos"}
-    dataset = DatasetConfig.model_validate({key: str(folder / name) for key, name in files.items()})
+    dataset = DatasetConfig.model_validate({key: str(folder / name) for key, name in SPLIT_FILES.items()})
     processor, processor_folder = build_processor(), out / ".processor"
     processor.save_pretrained(processor_folder)
     encoder = PromptEncoder(processor_folder, config.prompt, config.video)

@@ -21,24 +21,26 @@ from rich.table import Table
 
 import video_opd  # noqa: F401  # first: makes transformers importable
 from evaluation import scoring
-from evaluation.predictions import count_others, read_failures, read_questions, read_texts, write_answers
+from evaluation.predictions import count_others, read_answers, read_questions, write_answers
 from evaluation.protocols import PROTOCOLS, Protocol, protocol_named
 from evaluation.scoring import METRICS, Question, questions_of
 from evaluation.timelines import write_timelines
+from video_opd.cluster.command_line import exit_code_of
 from video_opd.config import Config
 from video_opd.config_file import load_config, resolve_paths
 from video_opd.datasets import read_prompts
-from video_opd.errors import ConfigError, InputError, VideoOPDError
+from video_opd.errors import ConfigError
 from video_opd.files.checkpoint import find_checkpoint
 from video_opd.files.run_folder import write_json
 from video_opd.models.model_files import read_model_info
 from video_opd.types import FailedPrompt, Prediction, Prompt
 
 COUNTS = ("n", "unparsed", "reversed", "out_of_range", "missing")
+Answer = Prediction | FailedPrompt
 NO_FRAMES = 1  # read_prompts' multiple when no frame is read: its size does not matter
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Answers:
     """What is to be scored."""
 
@@ -46,14 +48,12 @@ class Answers:
     texts: dict[str, str | None]  # by prompt id
     why_missing: dict[str, str]
     train: list[Prompt]  # empty: no best constant interval
-    blank: dict[str, str | None] | None  # answers on grey frames; None: not asked for
     seed: int
+    blank: dict[str, str | None] | None = None  # answers on grey frames; None: not asked for
     other_prompts: int = 0  # answers to none of the questions
 
 
-def ask_model(
-    config: Config, prompts: Sequence[Prompt], blanks: bool
-) -> list[list[Prediction | FailedPrompt]]:
+def ask_model(config: Config, prompts: Sequence[Prompt], blanks: bool) -> list[list[Answer]]:
     """The greedy answers of `config.student`; with `blanks`, a second list of its answers on grey frames.
 
     Prompts go in calls of rollout.prompts_per_call, as in the rollout actors. Starts vLLM in this process.
@@ -61,10 +61,11 @@ def ask_model(
     from video_opd.models.prompting import PromptEncoder
     from video_opd.models.vllm_engine import SamplingEngine, predict
 
-    encoder = PromptEncoder(config.student, config.prompt, config.video, config.trust_remote_code)
-    trust = {"trust_remote_code": config.trust_remote_code}
-    engine = SamplingEngine(config.student, config.rollout, config.seed, encoder.pad_ids, **trust)
-    size, passes = config.rollout.prompts_per_call, []
+    trust = config.trust_remote_code
+    encoder = PromptEncoder(config.student, config.prompt, config.video, trust)
+    student, rollout = config.student, config.rollout
+    engine = SamplingEngine(student, rollout, config.seed, encoder.pad_ids, trust_remote_code=trust)
+    size, passes = rollout.prompts_per_call, []
     for blank_video in (False, True) if blanks else (False,):
         calls = [prompts[i : i + size] for i in range(0, len(prompts), size)]
         shown = track(calls, "grey frames" if blank_video else "answers", console=Console(stderr=True))
@@ -78,49 +79,28 @@ def answers_of_model(config: Config, baselines: bool) -> Answers:
     prompts = read_prompts(config.data.eval, config.video, multiple)
     questions = questions_of(prompts)
     train = read_prompts(config.data.train, config.video, multiple) if baselines else []
-    answers, *blank = ask_model(config, prompts, blanks=baselines)
-    return Answers(
-        questions=questions,
-        texts=_texts(answers),
-        why_missing={a.prompt_id: a.reason for a in answers if isinstance(a, FailedPrompt)},
-        train=train,
-        blank=_texts(blank[0]) if blank else None,
-        seed=config.seed,
-    )
-
-
-def _texts(answers: Sequence[Prediction | FailedPrompt]) -> dict[str, str | None]:
-    return {a.prompt_id: a.text for a in answers if isinstance(a, Prediction)}
+    passes = ask_model(config, prompts, blanks=baselines)
+    texts, *blank = ({a.prompt_id: a.text for a in got if isinstance(a, Prediction)} for got in passes)
+    why_missing = {a.prompt_id: a.reason for a in passes[0] if isinstance(a, FailedPrompt)}
+    return Answers(questions, texts, why_missing, train, config.seed, blank[0] if blank else None)
 
 
 def answers_of_file(path: Path, config: Config | None, baselines: bool) -> Answers:
     """The file's answers to the config's questions, or without a config to its own. Raises InputError."""
-    texts, train = read_texts(path), []
+    texts, why_missing = read_answers(path)
     if config is None:
-        questions = read_questions(path)
-    else:
-        questions = questions_of(read_prompts(config.data.eval, config.video, NO_FRAMES))
-        train = read_prompts(config.data.train, config.video, NO_FRAMES) if baselines else []
-    return Answers(
-        questions=questions,
-        texts=texts,
-        why_missing=read_failures(path),
-        train=train,
-        blank=None,
-        seed=config.seed if config else 0,
-        other_prompts=count_others(questions, texts, path),
-    )
+        return Answers(read_questions(path), texts, why_missing, train=[], seed=0)
+    questions = questions_of(read_prompts(config.data.eval, config.video, NO_FRAMES))
+    train = read_prompts(config.data.train, config.video, NO_FRAMES) if baselines else []
+    others = count_others(questions, texts, path)
+    return Answers(questions, texts, why_missing, train, config.seed, other_prompts=others)
 
 
 def evaluate(answers: Answers, protocol: Protocol, baselines: bool, folder: Path) -> dict[str, Any]:
     """Writes PROTOCOL.parquet, PROTOCOL.png and PROTOCOL.json into `folder`; returns what the last holds."""
     questions = answers.questions
     scored = scoring.score_answers(questions, answers.texts, protocol, answers.why_missing)
-    blind: dict[str, Any] = {}
-    if baselines and answers.train:
-        blind["best_constant"] = scoring.constant_baseline(questions, answers.train, protocol)
-    if baselines:
-        blind["random"] = scoring.random_baseline(questions, protocol, answers.seed)
+    blind = scoring.blind_baselines(questions, answers.train, protocol, answers.seed) if baselines else {}
     if answers.blank is not None:
         on_grey = scoring.score_answers(questions, answers.blank, protocol, {})
         blind["no_video"] = scoring.summarise_answers(on_grey, protocol)
@@ -141,12 +121,10 @@ def evaluate(answers: Answers, protocol: Protocol, baselines: bool, folder: Path
 
 
 def print_result(result: dict[str, Any], folder: Path) -> None:
-    """The table and the counts on standard output."""
     main, name = result["result"], result["protocol"]
-    table = Table(title=f"protocol {name}, {main['n']} prompts on {result['num_videos']} videos")
-    table.add_column("")
-    for metric in METRICS:
-        table.add_column(metric.replace("miou", "mIoU").replace("r1", "R1"), justify="right")
+    headings = (metric.replace("miou", "mIoU").replace("r1", "R1") for metric in METRICS)
+    title = f"protocol {name}, {main['n']} prompts on {result['num_videos']} videos"
+    table = Table("", *headings, title=title)
     table.add_row("answers", *(f"{main[m]:.3f}" for m in METRICS))
     table.add_row("95 % interval", *("{:.3f}–{:.3f}".format(*result["intervals_95"][m]) for m in METRICS))
     for baseline, values in result["baselines"].items():
@@ -155,16 +133,13 @@ def print_result(result: dict[str, Any], folder: Path) -> None:
     if result["other_prompts"]:
         lines.append(f"{result['other_prompts']} answers are to none of these prompts: left out")
     lines += [f"rules: {result['source']}", f"written: {folder / name}.parquet, .png, .json"]
-    console = Console()
-    console.print(table)
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    Console().print(table)
+    print(*lines, sep="\n")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m evaluation", description=__doc__, formatter_class=layout)
     values = "configuration values, e.g. data.eval.max_prompts=100"
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=values)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -185,46 +160,43 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def read_config(parsed: argparse.Namespace) -> Config | None:
     """The config to evaluate with; its `student` is the model asked for. Raises InputError."""
-    if parsed.run and parsed.config:
-        raise ConfigError("--run evaluates with the run's own config: leave out --config")
-    if parsed.model and not parsed.config:
-        raise ConfigError("--model needs --config CONFIG.yaml: it names the data, the frames and the prompt")
-    if parsed.run and not (parsed.run / "config.yaml").is_file():
-        raise ConfigError(f"{parsed.run} is not a run folder: it has no config.yaml")
-    path = parsed.run / "config.yaml" if parsed.run else parsed.config
-    if path is None:
-        if parsed.overrides:
-            raise ConfigError(f"{parsed.overrides[0]} changes a config, and there is none: give --config")
+    path, overrides = parsed.config, list(parsed.overrides)
+    if parsed.run:
+        if path:
+            raise ConfigError("--run evaluates with the run's own config: leave out --config")
+        path = parsed.run / "config.yaml"
+        if not path.is_file():
+            raise ConfigError(f"{parsed.run} is not a run folder: it has no config.yaml")
+        overrides.append(f"student={find_checkpoint(parsed.run).folder / 'student'}")
+    elif parsed.model:
+        if not path:
+            raise ConfigError("--model needs --config CONFIG.yaml: it names data, frames and prompt")
+        overrides.append(f"student={parsed.model}")
+    elif not path:
+        if overrides:
+            raise ConfigError(f"{overrides[0]} changes a config, and there is none: give --config")
         return None
-    overrides = list(parsed.overrides)
-    if not parsed.predictions:
-        overrides.append(f"student={parsed.model or find_checkpoint(parsed.run).folder / 'student'}")
     return resolve_paths(load_config(path, overrides), Path.cwd())
 
 
-def output_folder(parsed: argparse.Namespace) -> Path:
-    if parsed.out or parsed.run:
-        return parsed.out or parsed.run / "evaluation"
-    return Path(f"evaluation-{parsed.model.resolve().name if parsed.model else parsed.predictions.stem}")
+def run(parsed: argparse.Namespace) -> None:
+    """Raises VideoOPDError."""
+    protocol, config = protocol_named(parsed.protocol), read_config(parsed)
+    if parsed.predictions:
+        answers, name = answers_of_file(parsed.predictions, config, parsed.baselines), parsed.predictions.stem
+    else:
+        assert config is not None, "read_config gives one for a model or a run"
+        os.environ.update(config.worker_env)  # as in the run's processes, before torch is imported
+        answers, name = answers_of_model(config, parsed.baselines), Path(config.student).name
+    default = parsed.run / "evaluation" if parsed.run else Path(f"evaluation-{name}")
+    folder = parsed.out or default
+    print_result(evaluate(answers, protocol, parsed.baselines, folder), folder)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 the run failed, 2 bad input."""
     parsed = parse_arguments(arguments)
-    try:
-        protocol, config = protocol_named(parsed.protocol), read_config(parsed)
-        if parsed.predictions:
-            answers = answers_of_file(parsed.predictions, config, parsed.baselines)
-        else:
-            assert config is not None, "read_config gives one for a model or a run"
-            os.environ.update(config.worker_env)  # as in the run's processes, before torch is imported
-            answers = answers_of_model(config, parsed.baselines)
-        folder = output_folder(parsed)
-        print_result(evaluate(answers, protocol, parsed.baselines, folder), folder)
-    except VideoOPDError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    return 0
+    return exit_code_of(lambda: run(parsed))
 
 
 if __name__ == "__main__":

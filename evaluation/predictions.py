@@ -25,7 +25,7 @@ def write_answers(path: Path, scored: Sequence[ScoredAnswer]) -> None:
             "unparsed": a.span_s is None,
             "reversed": a.is_reversed,
             "out_of_range": a.is_out_of_range,
-            "missing": a.is_missing,
+            "missing": a.text is None,
             "failure": a.failure,
         }
         for a in scored
@@ -33,21 +33,20 @@ def write_answers(path: Path, scored: Sequence[ScoredAnswer]) -> None:
     write_parquet(pa.Table.from_pylist(rows, schema=EVALUATION), path)
 
 
-def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of a Parquet file with at least `columns`, of EVALUATION's types. Raises DataError."""
+def read_rows(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The rows of a Parquet file with these columns, in EVALUATION's types. Raises DataError."""
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         why = f"cannot be read as Parquet ({_one_line(error)}): name a file of predictions"
         raise DataError(f"{path} {why}") from error
     if absent := [name for name in columns if name not in table.column_names]:
-        hint = "--config, for the questions and their truth"
-        if {"prompt_id", "text"} & set(absent):
-            hint = "columns prompt_id and text"
+        theirs = {"prompt_id", "text"} & set(absent)
+        hint = "columns prompt_id and text" if theirs else "--config, for the questions and their truth"
         raise DataError(f"{path} has no column {', '.join(absent)}: give it {hint}")
+    names = [*columns, *(name for name in optional if name in table.column_names)]
     try:
-        table = table.select(list(columns)).cast(pa.schema([EVALUATION.field(name) for name in columns]))
-        rows = table.to_pylist()
+        rows = table.select(names).cast(pa.schema([EVALUATION.field(name) for name in names])).to_pylist()
     except (pa.ArrowException, UnicodeDecodeError) as error:
         why = f"does not have the columns' types ({_one_line(error)}): see docs/evaluation.md"
         raise DataError(f"{path} {why}") from error
@@ -62,17 +61,11 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def read_texts(path: Path) -> dict[str, str | None]:
-    """Prompt id -> the answer's text, None where the file has none. Raises DataError."""
-    return {row["prompt_id"]: row["text"] for row in read_rows(path, ("prompt_id", "text"))}
-
-
-def read_failures(path: Path) -> dict[str, str]:
-    """Prompt id -> why `write_answers` had no answer to write. Raises DataError."""
-    if "failure" not in pq.read_schema(path).names:
-        return {}
-    rows = read_rows(path, ("prompt_id", "text", "failure"))
-    return {row["prompt_id"]: row["failure"] for row in rows if row["text"] is None and row["failure"]}
+def read_answers(path: Path) -> tuple[dict[str, str | None], dict[str, str]]:
+    """(prompt id -> text, None: no answer; prompt id -> why there is none). Raises DataError."""
+    rows = read_rows(path, ("prompt_id", "text"), optional=("failure",))
+    absent = [row for row in rows if row["text"] is None and row.get("failure")]
+    return {row["prompt_id"]: row["text"] for row in rows}, {r["prompt_id"]: r["failure"] for r in absent}
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -81,8 +74,8 @@ def read_questions(path: Path) -> list[Question]:
     for row in read_rows(path, ("prompt_id", "video", "query", "duration_s", "answer_spans_s")):
         spans = row.pop("answer_spans_s") or []
         if None in row.values() or any(span is None or len(span) != 2 or None in span for span in spans):
-            lacking = f"prompt {row['prompt_id']} lacks its video, query, duration or true spans"
-            raise DataError(f"{path}: {lacking}")
+            prompt = f"{path}: prompt {row['prompt_id']}"
+            raise DataError(f"{prompt} lacks its video, query, duration or true spans")
         questions.append(Question(**row, answer_spans_s=tuple((start, end) for start, end in spans)))
     return questions
 
@@ -91,10 +84,9 @@ def count_others(questions: Sequence[Question], texts: Mapping[str, str | None],
     """How many of the texts answer none of the questions. Raises DataError if that is all of them."""
     others = len(texts.keys() - {q.prompt_id for q in questions})
     if others == len(texts):
-        raise DataError(
-            f"{path} answers none of the {len(questions)} prompts (it has {next(iter(texts))}, they are like "
-            f"{questions[0].prompt_id}): give the config of the split it was made from"
-        )
+        theirs, ours = next(iter(texts)), questions[0].prompt_id
+        why = f"answers none of the {len(questions)} prompts (it has {theirs}, they are like {ours})"
+        raise DataError(f"{path} {why}: give the config of the split it was made from")
     return others
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 
@@ -92,15 +93,14 @@ def read_lmms_eval(text: str) -> Span | None:
     return _pair([match[0] for match in map(_LOOSE.search, sentences) if match])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
+class Reading(NamedTuple):
     """What a protocol reads in an answer."""
 
     span: Span  # what is scored: seconds, or shares of the clip's duration for a protocol with `shares`
     is_reversed: bool  # as it was written
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Protocol:
     """One codebase's rules. None of them clamps an interval to the clip."""
 
@@ -123,8 +123,7 @@ class Protocol:
         (start, end), is_reversed = pair, pair[1] < pair[0]
         if self.whole_seconds and math.isfinite(start) and math.isfinite(end):
             start, end = float(round(start)), float(round(end))
-        span = (end, start) if self.swaps and is_reversed else (start, end)
-        return Reading(span=span, is_reversed=is_reversed)
+        return Reading((end, start) if self.swaps and is_reversed else (start, end), is_reversed)
 
     def seconds(self, span: Span, duration_s: float) -> Span:
         """A reading's span in seconds."""
@@ -144,44 +143,19 @@ class Protocol:
         return self.score(span, answer_spans_s, duration_s)
 
 
-PROTOCOLS = {
-    protocol.name: protocol
-    for protocol in (
-        Protocol(
-            name="strict",
-            source="this project: video_opd/models/prompting.py parse_span, video_opd/grounding.py",
-            read=parse_span,
-            iou=temporal_iou,
-            reaches=reaches,
-        ),
-        Protocol(
-            name="timelens",
-            source="TencentARC/TimeLens: timelens/utils.py, evaluation/eval_dataloader.py, "
-            "evaluation/compute_metrics.py",
-            read=read_timelens,
-            whole_seconds=True,
-        ),
-        Protocol(
-            name="time_r1",
-            source="xiaomi-research/time-r1: evaluate.py, src/vllm_inference/eval_all.py",
-            read=read_time_r1,
-            reaches=operator.gt,
-        ),
-        Protocol(
-            name="vtimellm",
-            source="huangb23/VTimeLLM: vtimellm/eval/eval.py, vtimellm/eval/metric.py",
-            read=read_vtimellm,
-            shares=True,
-            iou_decimals=2,
-        ),
-        Protocol(
-            name="lmms_eval",
-            source="EvolvingLMMs-Lab/lmms-eval: lmms_eval/tasks/charades_sta/eval_tvg.py",
-            read=read_lmms_eval,
-            swaps=True,
-        ),
-    )
-}
+_STRICT = "this project: video_opd/models/prompting.py parse_span, video_opd/grounding.py"
+_TIMELENS = "timelens/utils.py, evaluation/eval_dataloader.py, evaluation/compute_metrics.py"
+_TIME_R1 = "xiaomi-research/time-r1: evaluate.py, src/vllm_inference/eval_all.py"
+_VTIMELLM = "huangb23/VTimeLLM: vtimellm/eval/eval.py, vtimellm/eval/metric.py"
+_LMMS_EVAL = "EvolvingLMMs-Lab/lmms-eval: lmms_eval/tasks/charades_sta/eval_tvg.py"
+_ALL = (
+    Protocol("strict", _STRICT, parse_span, iou=temporal_iou, reaches=reaches),
+    Protocol("timelens", f"TencentARC/TimeLens: {_TIMELENS}", read_timelens, whole_seconds=True),
+    Protocol("time_r1", _TIME_R1, read_time_r1, reaches=operator.gt),
+    Protocol("vtimellm", _VTIMELLM, read_vtimellm, shares=True, iou_decimals=2),
+    Protocol("lmms_eval", _LMMS_EVAL, read_lmms_eval, swaps=True),
+)
+PROTOCOLS = {protocol.name: protocol for protocol in _ALL}
 
 
 def protocol_named(name: str) -> Protocol:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -27,15 +28,13 @@ class Question:
     answer_spans_s: tuple[Span, ...]
 
     def __post_init__(self):
-        numbers = (self.duration_s, *(end for span in self.answer_spans_s for end in span))
-        if not self.answer_spans_s or not all(math.isfinite(x) for x in numbers) or self.duration_s <= 0:
-            raise DataError(
-                f"prompt {self.prompt_id}: duration {self.duration_s} s, true spans "
-                f"{list(self.answer_spans_s)}: give it a positive duration and at least one finite span"
-            )
+        duration_s, spans = self.duration_s, self.answer_spans_s
+        if not spans or not np.isfinite([duration_s, *sum(spans, ())]).all() or duration_s <= 0:
+            found = f"prompt {self.prompt_id}: duration {duration_s} s, true spans {list(spans)}"
+            raise DataError(f"{found}: give it a positive duration and at least one finite span")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ScoredAnswer:
     """A question, its answer, and what a protocol makes of both."""
 
@@ -47,10 +46,6 @@ class ScoredAnswer:
     failure: str | None  # why the answer could not be right, whatever the truth; None: it could
 
     @property
-    def is_missing(self) -> bool:
-        return self.text is None
-
-    @property
     def is_out_of_range(self) -> bool:
         """Whether the interval reaches beyond the clip's end. No protocol clamps or forbids it."""
         return self.span_s is not None and not max(self.span_s) <= self.question.duration_s
@@ -58,38 +53,28 @@ class ScoredAnswer:
 
 def questions_of(prompts: Sequence[Prompt]) -> list[Question]:
     """Raises DataError for a prompt without ground truth."""
-    return [
-        Question(
-            prompt_id=p.prompt_id,
-            video=p.clip.clip_id,
-            query=p.query,
-            duration_s=p.clip.duration_s,
-            answer_spans_s=tuple(p.answer_spans_s or ()),
-        )
-        for p in prompts
-    ]
+    questions = []
+    for prompt in prompts:
+        names = {"prompt_id": prompt.prompt_id, "video": prompt.clip.clip_id, "query": prompt.query}
+        truth = tuple(prompt.answer_spans_s or ())
+        questions.append(Question(**names, duration_s=prompt.clip.duration_s, answer_spans_s=truth))
+    return questions
 
 
-def score_answer(
-    question: Question, text: str | None, protocol: Protocol, why_missing: str = "no prediction"
-) -> ScoredAnswer:
+def score_answer(question: Question, text: str | None, protocol: Protocol, why_missing: str) -> ScoredAnswer:
     """`text` None: there is no answer, because of `why_missing`."""
     reading = None if text is None else protocol.parse(text)
     if reading is None:
-        span_s, iou = None, 0.0
         failure = why_missing if text is None else "no interval in the answer"
-    else:
-        start, end = span_s = protocol.seconds(reading.span, question.duration_s)
-        iou = protocol.score(reading.span, question.answer_spans_s, question.duration_s)
-        failure = None
-        if not (math.isfinite(start) and math.isfinite(end)):
-            failure = "not finite"
-        elif start >= end:
-            failure = "reversed" if start > end else "zero length"
-    is_reversed = reading is not None and reading.is_reversed
-    return ScoredAnswer(
-        question=question, text=text, span_s=span_s, iou=iou, is_reversed=is_reversed, failure=failure
-    )
+        return ScoredAnswer(question, text, span_s=None, iou=0.0, is_reversed=False, failure=failure)
+    start, end = span_s = protocol.seconds(reading.span, question.duration_s)
+    iou = protocol.score(reading.span, question.answer_spans_s, question.duration_s)
+    failure = None
+    if not (math.isfinite(start) and math.isfinite(end)):
+        failure = "not finite"
+    elif start >= end:
+        failure = "reversed" if start > end else "zero length"
+    return ScoredAnswer(question, text, span_s, iou, reading.is_reversed, failure)
 
 
 def score_answers(
@@ -111,18 +96,17 @@ def summarise_answers(scored: Sequence[ScoredAnswer], protocol: Protocol) -> dic
         **summarise([a.iou for a in scored], sum(a.span_s is None for a in scored), protocol.reaches),
         "reversed": sum(a.is_reversed for a in scored),
         "out_of_range": sum(a.is_out_of_range for a in scored),
-        "missing": sum(a.is_missing for a in scored),
+        "missing": sum(a.text is None for a in scored),
     }
 
 
 def bootstrap_intervals(
     scored: Sequence[ScoredAnswer], protocol: Protocol, seed: int = 0, num_resamples: int = NUM_RESAMPLES
 ) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of mIoU and R1@m by resampling VIDEOS with replacement.
+    """95 % percentile intervals of mIoU and R1@m by resampling VIDEOS, each with all its prompts.
 
-    A resample is as many videos as there are, each with all of its prompts, since the answers about one video
-    are not independent. Its value is the mean over its prompts (Efron and Tibshirani, An Introduction to the
-    Bootstrap, 1993, ch. 8, 13).
+    Answers about one video are not independent. A resample's value is the mean over its prompts (Efron and
+    Tibshirani, An Introduction to the Bootstrap, 1993, ch. 8, 13).
     """
     ious = np.array([a.iou for a in scored])
     values = np.stack([ious, *(protocol.reaches(ious, m) for m in THRESHOLDS)], axis=1)  # [prompts, metrics]
@@ -139,25 +123,24 @@ def bootstrap_intervals(
     return {name: (float(low[i]), float(high[i])) for i, name in enumerate(METRICS)}
 
 
-def score_baseline(
-    questions: Sequence[Question], spans_s: Sequence[Span], protocol: Protocol
-) -> dict[str, float]:
-    """The metrics of one interval for each question, not read from a text."""
-    pairs = zip(questions, spans_s, strict=True)
-    ious = [protocol.score_seconds(span, q.answer_spans_s, q.duration_s) for q, span in pairs]
-    return summarise(ious, reached=protocol.reaches)
+def blind_baselines(
+    questions: Sequence[Question], train: Sequence[Prompt], protocol: Protocol, seed: int
+) -> dict[str, Any]:
+    """An interval drawn uniformly from each clip, and the one that is best on `train`, if there is any.
 
+    The best constant interval is chosen by the strict IoU; interval_frac is in shares of the duration.
+    """
 
-def random_baseline(questions: Sequence[Question], protocol: Protocol, seed: int) -> dict[str, float]:
-    """An interval drawn uniformly from each clip."""
-    return score_baseline(questions, random_spans([q.duration_s for q in questions], seed), protocol)
+    def score(spans_s: Sequence[Span]) -> dict[str, Any]:
+        pairs = zip(questions, spans_s, strict=True)
+        ious = [protocol.score_seconds(span, q.answer_spans_s, q.duration_s) for q, span in pairs]
+        return summarise(ious, reached=protocol.reaches)
 
-
-def constant_baseline(
-    questions: Sequence[Question], train: Sequence[Prompt], protocol: Protocol
-) -> dict[str, object]:
-    """The interval, as shares of the duration, that is best on the training split (by the strict IoU)."""
-    labelled = [(p.answer_spans_s, p.clip.duration_s) for p in train if p.answer_spans_s]
-    start, end = best_constant_interval(labelled)
-    spans = [(start * q.duration_s, end * q.duration_s) for q in questions]
-    return {**score_baseline(questions, spans, protocol), "interval_frac": [float(start), float(end)]}
+    durations = [q.duration_s for q in questions]
+    baselines = {}
+    if train:
+        labelled = [(p.answer_spans_s, p.clip.duration_s) for p in train if p.answer_spans_s]
+        start, end = (float(x) for x in best_constant_interval(labelled))
+        constant = score([(start * d, end * d) for d in durations])
+        baselines["best_constant"] = constant | {"interval_frac": [start, end]}
+    return baselines | {"random": score(random_spans(durations, seed))}

@@ -4,18 +4,36 @@ import json
 
 import pytest
 
-from benchmarks.command import in_new_process, make_parser, print_result, temporary_demo
+from benchmarks.command import (
+    append_row,
+    by_kind,
+    in_new_process,
+    make_parser,
+    print_result,
+    read_rows,
+    spread,
+    temporary_demo,
+)
 from benchmarks.objectives import report
-from benchmarks.rows import append_row, by_kind, read_rows, spread
 
 
 def test_the_last_line_is_the_result_as_json(capsys):
-    print_result({"x": 1.5}, "title", [{"name": "a", "n": "1"}, {"name": "b", "n": "2"}], ["a note"])
+    rows = [
+        {"name": "a", "the_size": 1234},
+        {"name": "b", "the_size": 2.3456},
+        {"name": "c", "the_size": None},
+    ]
+    print_result({"x": 1.5}, "title", rows, "a note")
     *shown, note, last = capsys.readouterr().out.splitlines()
     assert (note, json.loads(last)) == ("a note", {"x": 1.5})
-    assert "title" in shown[0] and all(
-        any(cell in line for line in shown) for cell in ("name", "n", "a", "2")
-    )
+    assert "title" in shown[0]
+    cells = [line.strip("│┃ ").replace("┃", "│").split("│") for line in shown if line[0] in "│┃"]
+    assert [[cell.strip() for cell in row] for row in cells] == [
+        ["name", "the size"],
+        ["a", "1,234"],
+        ["b", "2.35"],
+        ["c", "-"],
+    ]
 
 
 def test_arguments_are_quick_and_where_asked_for_overrides():

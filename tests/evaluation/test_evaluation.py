@@ -10,17 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 from matplotlib.figure import Figure
 
+from evaluation import scoring
 from evaluation.__main__ import main
-from evaluation.predictions import read_questions, read_texts, write_answers
+from evaluation.predictions import read_answers, read_questions, write_answers
 from evaluation.protocols import PROTOCOLS
 from evaluation.scoring import (
     METRICS,
     Question,
     bootstrap_intervals,
-    constant_baseline,
     questions_of,
-    random_baseline,
-    score_answer,
     score_answers,
     summarise_answers,
 )
@@ -105,9 +103,7 @@ def test_the_strict_protocol_gives_launchs_numbers_to_the_last_bit():
     ours = summarise_answers(score_answers(questions_of(prompts), texts, STRICT, {}), STRICT)
     assert {key: ours[key] for key in launchs} == launchs
     blind = blind_baselines(prompts[:50], prompts, seed=3)
-    questions = questions_of(prompts)
-    assert random_baseline(questions, STRICT, 3) == blind["random"]
-    assert constant_baseline(questions, prompts[:50], STRICT) == blind["best_constant"]
+    assert scoring.blind_baselines(questions_of(prompts), prompts[:50], STRICT, seed=3) == blind
 
 
 def test_one_answer_has_other_numbers_under_other_protocols():
@@ -170,11 +166,9 @@ def literal_intervals(scored, seed: int, num_resamples: int) -> dict[str, tuple[
 
 
 def of_ious(ious, videos):
-    texts = [f"From 0.0 to {iou * 10:.3f} seconds." for iou in ious]
-    return [
-        score_answer(question(str(i), f"v{v}", ((0.0, 10.0),)), text, STRICT)
-        for i, (text, v) in enumerate(zip(texts, videos, strict=True))
-    ]
+    texts = {str(i): f"From 0.0 to {iou * 10:.3f} seconds." for i, iou in enumerate(ious)}
+    asked = [question(i, f"v{v}", ((0.0, 10.0),)) for i, v in zip(texts, videos, strict=True)]
+    return score_answers(asked, texts, STRICT, {})
 
 
 def test_bootstrap_intervals_are_those_of_a_literal_reading():
@@ -208,10 +202,10 @@ def test_answers_written_and_read_back_score_the_same(scored, tmp_path):
     table = pq.read_table(path)
     assert table.schema.equals(EVALUATION)
     assert read_questions(path) == [a.question for a in scored]
-    texts = read_texts(path)
+    texts, why_missing = read_answers(path)
     assert texts == {a.question.prompt_id: a.text for a in scored}
-    again = score_answers(read_questions(path), texts, STRICT, {"damaged": "video v.mp4 cannot be decoded"})
-    assert again == scored
+    assert why_missing["damaged"] == "video v.mp4 cannot be decoded"
+    assert score_answers(read_questions(path), texts, STRICT, why_missing) == scored
     rows = {row["prompt_id"]: row for row in table.to_pylist()}
     assert rows["half"] | {"query": ""} == {
         "prompt_id": "half",
