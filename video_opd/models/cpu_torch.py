@@ -10,7 +10,6 @@ import importlib.metadata
 import sys
 from typing import Any
 
-_OPERATORS = ("nms", "qnms")
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _kept_alive: list[Any] = []  # a torch Library that is garbage-collected takes its declarations with it
 
@@ -24,15 +23,14 @@ class _DeclareTorchvisionOperators(importlib.abc.MetaPathFinder):
             import torch
 
             library = torch.library.Library("torchvision", "FRAGMENT")
-            for name in _OPERATORS:
+            for name in ("nms", "qnms"):
                 if not hasattr(torch.ops.torchvision, name):
                     library.define(name + _SCHEMA)
             _kept_alive.append(library)
-        return None
 
 
 def _is_build(package: str, cpu: bool) -> bool:
-    """Whether the package is installed, and as a CPU build or not."""
+    """Whether the package is installed as a CPU build, or as another."""
     try:
         return ("+cpu" in importlib.metadata.version(package)) == cpu
     except importlib.metadata.PackageNotFoundError:

@@ -12,7 +12,7 @@ import numpy as np
 
 from video_opd.config import RolloutConfig, TeacherConfig
 from video_opd.errors import ParityError
-from video_opd.models.prompting import PromptEncoder, parse_span
+from video_opd.models.prompting import PromptEncoder, first_difference, parse_span
 from video_opd.types import EncodedPrompt, FailedPrompt, FinishReason, Prediction, Prompt
 
 EngineConfig = RolloutConfig | TeacherConfig
@@ -23,15 +23,14 @@ def start_vllm(model: str, config: EngineConfig, seed: int, trust_remote_code: b
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM
 
-    if not config.num_gpus:
+    if config.kv_cache_bytes:
+        options["kv_cache_memory_bytes"] = config.kv_cache_bytes
+    if config.num_gpus:
+        options["gpu_memory_utilization"] = config.gpu_memory_utilization
+    else:  # on a CPU a seeded request with a chunked prefill fails: its generator cannot be rewound
+        options["enable_chunked_prefill"] = False
         _register_architecture(model)
     gc.freeze()  # vLLM collects garbage five times while it starts: skip imported objects
-
-    memory: dict[str, Any] = {"kv_cache_memory_bytes": config.kv_cache_bytes} if config.kv_cache_bytes else {}
-    if config.num_gpus:
-        memory["gpu_memory_utilization"] = config.gpu_memory_utilization
-    else:  # on a CPU a seeded request with a chunked prefill fails: its generator cannot be rewound
-        memory["enable_chunked_prefill"] = False
     return LLM(
         model,
         dtype=config.dtype,
@@ -43,7 +42,6 @@ def start_vllm(model: str, config: EngineConfig, seed: int, trust_remote_code: b
         skip_mm_profiling=True,
         mm_processor_cache_gb=0,
         disable_log_stats=True,
-        **memory,
         **options,
     )
 
@@ -65,11 +63,9 @@ def vllm_prompt(encoded: EncodedPrompt, response: np.ndarray | None = None) -> d
 
 def check_expansion(encoded: EncodedPrompt, seen: list[int], party: str) -> None:
     """Raises ParityError unless vLLM expanded the prompt into the same ids as transformers."""
-    expected = encoded.token_ids
-    if len(seen) != len(expected) or (np.asarray(seen) != expected).any():
-        theirs = f"{party}'s vLLM expands it to {len(seen)} tokens {list(seen)[:40]}..."
-        ours = f"the processor to {len(expected)} tokens {expected[:40].tolist()}..."
-        raise ParityError(f"prompt {encoded.prompt_id}: {theirs}, {ours}")
+    if where := first_difference(encoded.token_ids, np.asarray(seen)):
+        what = f"{party}'s vLLM does not expand it as the processor does"
+        raise ParityError(f"prompt {encoded.prompt_id}: {what}: {where}")
 
 
 @dataclass(frozen=True)
@@ -122,9 +118,8 @@ class SamplingEngine:
             )
             for _, _, seed in wanted
         ]
-        names = self._llm.enqueue(
-            [vllm_prompt(prompts[place]) for place, _, _ in wanted], parameters, use_tqdm=False
-        )
+        inputs = [vllm_prompt(prompts[place]) for place, _, _ in wanted]
+        names = self._llm.enqueue(inputs, parameters, use_tqdm=False)
         of_request = {name.partition("-")[0]: request for name, request in zip(names, wanted, strict=True)}
         finished: list[dict[int, Completion]] = [{} for _ in prompts]
         engine = self._llm.llm_engine
