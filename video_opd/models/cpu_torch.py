@@ -1,8 +1,7 @@
 """Lets transformers import beside a CPU build of torch.
 
-The package index serves torchvision, torchaudio and torchcodec as CUDA builds only. Beside a CPU torch they
-fail at import: torchvision because it decorates two unknown operators, the others with OSError. `install`
-declares the operators for torchvision and hides the others. It does nothing beside a CUDA torch.
+Beside a CPU torch, CUDA builds of torchvision, torchaudio and torchcodec fail at import. `install` declares
+the two operators that torchvision lacks and hides the others. It does nothing beside a CUDA torch.
 """
 
 import importlib.abc

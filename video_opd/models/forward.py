@@ -80,10 +80,7 @@ def _padded(
 
 
 class ResponseLogits(torch.nn.Module):
-    """A video LLM whose forward returns the logits of the response rows, float32[R, V].
-
-    The head runs on R rows only: a prompt has thousands of video tokens, an answer a few dozen.
-    """
+    """A video LLM whose forward returns the logits of the response rows alone, float32[R, V]."""
 
     def __init__(self, model: VideoLLM):
         super().__init__()
@@ -224,10 +221,7 @@ def generate(
     temperature: float = 0.0,
     num_answers: int = 1,
 ) -> list[list[np.ndarray]]:
-    """num_answers token sequences for each prompt, int32[<= max_tokens] each, without the end token.
-
-    Temperature 0 is greedy. `banned_ids` are never sampled.
-    """
+    """num_answers responses to each prompt, int32[<= max_tokens], without end token. Greedy at temperature 0."""
     weight = model.get_input_embeddings().weight
     empty = [np.zeros(0, np.int32)] * len(prompts)
     batch = _padded(prompts, empty, pad_id, weight.device, "left")  # all continue at the same column

@@ -15,6 +15,7 @@ from video_opd.logs import log
 from video_opd.types import Clip, EncodedPrompt, FailedPrompt, Prompt, Span, Trajectory
 from video_opd.video.frame_cache import FrameCache
 
+Encoded = EncodedPrompt | FailedPrompt
 _NUMBER = r"(\d++(?:\.\d++)?+)"
 _SPAN = re.compile(  # starts at a run of digits and never backtracks: linear in the answer's length
     rf"(?<!\d){_NUMBER}\s*+(?:s(?:ec(?:onds?+)?+)?+\s*+)?+(?:to|and|-|–|—|,)\s*+{_NUMBER}"
@@ -24,8 +25,7 @@ _SPAN = re.compile(  # starts at a run of digits and never backtracks: linear in
 def parse_span(text: str) -> Span | None:
     """The first pair of numbers joined by 'to', 'and', a dash or a comma, in seconds, or None.
 
-    If the text has <answer> tags, only what follows the last one counts, not the thoughts before it. A
-    reversed pair is returned as written: it is an answer, and its IoU is 0.
+    Only what follows the last <answer> tag counts, if there is one. A reversed pair is returned as written.
     """
     match = _SPAN.search(text, max(text.rfind("<answer>"), 0))
     return (float(match[1]), float(match[2])) if match else None
@@ -59,8 +59,7 @@ def fingerprint(
 ) -> str:
     """Identifies all that a model sees of a prompt: ids, video grid, frame indices, pixels and times.
 
-    timing, if ids and frame indices do not tell the times: seconds between token grids (Qwen2.5-VL), and
-    timestamps and duration in seconds of a clip that is not a whole video at a constant rate.
+    timing, in seconds: between token grids (Qwen2.5-VL); timestamps and duration of a clip that is not plain.
     """
     digest = hashlib.blake2b(digest_size=16)
     parts = ((token_ids, np.int32), (grid_thw, np.int64), (frame_indices, np.int64), (frames, np.uint8))
@@ -93,9 +92,7 @@ class PromptEncoder:
         text = self._config.answer_template.format(start=span[0], end=span[1]) + self.tokenizer.eos_token
         return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
 
-    def encode_all(
-        self, prompts: Sequence[Prompt], blank_video: bool = False
-    ) -> list[EncodedPrompt | FailedPrompt]:
+    def encode_all(self, prompts: Sequence[Prompt], blank_video: bool = False) -> list[Encoded]:
         """encode for each, in order, or a FailedPrompt. video.decode_workers clips are read at once."""
 
         def read(prompt: Prompt) -> np.ndarray | FailedPrompt:

@@ -16,6 +16,7 @@ from video_opd.models.prompting import PromptEncoder, first_difference, parse_sp
 from video_opd.types import EncodedPrompt, FailedPrompt, FinishReason, Prediction, Prompt
 
 EngineConfig = RolloutConfig | TeacherConfig
+Seeds = Sequence[Sequence[int]] | None
 
 
 def start_vllm(model: str, config: EngineConfig, seed: int, trust_remote_code: bool = False, **options: Any):
@@ -90,9 +91,7 @@ class SamplingEngine:
         options |= {"enforce_eager": config.enforce_eager, "max_num_seqs": config.max_num_seqs}
         self._llm: Any = start_vllm(model, config, seed, **options)
 
-    def generate(
-        self, prompts: Sequence[EncodedPrompt], seeds: Sequence[Sequence[int]] | None
-    ) -> list[list[Completion]]:
+    def generate(self, prompts: Sequence[EncodedPrompt], seeds: Seeds) -> list[list[Completion]]:
         """Responses to each prompt: one per seed, sampled; one, greedy, if `seeds` is None.
 
         Log-probs are those of the model itself, before the ban.
@@ -101,7 +100,7 @@ class SamplingEngine:
         return [finished[place] for place in range(len(prompts))]
 
     def stream(
-        self, prompts: Sequence[EncodedPrompt], seeds: Sequence[Sequence[int]] | None
+        self, prompts: Sequence[EncodedPrompt], seeds: Seeds
     ) -> Iterator[tuple[int, list[Completion]]]:
         """The same as (index of the prompt, its responses), when the prompt's last response is finished."""
         from vllm import SamplingParams
@@ -145,13 +144,10 @@ class SamplingEngine:
 def predict(
     encoder: PromptEncoder, engine: SamplingEngine, prompts: Sequence[Prompt], blank_video: bool = False
 ) -> list[Prediction | FailedPrompt]:
-    """The greedy answer to each prompt, in order, or a FailedPrompt if the clip cannot be read.
-
-    `blank_video`: to the same prompt with grey frames.
-    """
+    """The greedy answer to each prompt, in order, or a FailedPrompt. `blank_video`: with grey frames."""
     encoded, failed = encoder.encode_readable(prompts, blank_video)
+    texts = [completion.text for (completion,) in engine.generate(encoded, None)] if encoded else []
     answers: dict[str, Prediction | FailedPrompt] = dict(failed)
-    for prompt, (completion,) in zip(encoded, engine.generate(encoded, None) if encoded else [], strict=True):
-        text = completion.text
-        answers[prompt.prompt_id] = Prediction(prompt_id=prompt.prompt_id, text=text, span_s=parse_span(text))
+    for name, text in zip([e.prompt_id for e in encoded], texts, strict=True):
+        answers[name] = Prediction(prompt_id=name, text=text, span_s=parse_span(text))
     return [answers[p.prompt_id] for p in prompts]

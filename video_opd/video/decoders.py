@@ -211,6 +211,6 @@ def first_line(error: BaseException) -> str:
 
 
 def _from_first(times: np.ndarray) -> np.ndarray | None:
-    """Seconds from the first frame; None if they are not ascending: files without times give nonsense."""
+    """Seconds from the first frame; None if not ascending: files without times give nonsense."""
     times = times - times[:1]
     return times if np.isfinite(times).all() and (np.diff(times) > 0).all() else None
