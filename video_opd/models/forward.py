@@ -221,7 +221,7 @@ def generate(
     temperature: float = 0.0,
     num_answers: int = 1,
 ) -> list[list[np.ndarray]]:
-    """num_answers responses to each prompt, int32[<= max_tokens], without end token. Temperature 0: greedy."""
+    """num_answers responses to each prompt, int32[<= max_tokens], no end token. Temperature 0: greedy."""
     weight = model.get_input_embeddings().weight
     empty = [np.zeros(0, np.int32)] * len(prompts)
     batch = _padded(prompts, empty, pad_id, weight.device, "left")  # all continue at the same column
