@@ -96,11 +96,7 @@ class StoppedError(VideoOPDError):
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message, signal_number)
-        self.message, self.signal_number = message, signal_number
+        self.exit_code = 128 + signal_number
 
     def __str__(self) -> str:
-        return self.message
-
-    @property
-    def exit_code(self) -> int:
-        return 128 + self.signal_number
+        return self.args[0]

@@ -1,8 +1,7 @@
 """Lets transformers import beside a CPU build of torch.
 
-The package index serves torchvision, torchaudio and torchcodec as CUDA builds only. Beside a CPU torch they
-fail at import: torchvision because it decorates two unknown operators, the others with OSError. `install`
-declares the operators for torchvision and hides the others. It does nothing beside a CUDA torch.
+Beside a CPU torch, CUDA builds of torchvision, torchaudio and torchcodec fail at import. `install` declares
+the two operators that torchvision lacks and hides the others. It does nothing beside a CUDA torch.
 """
 
 import importlib.abc
@@ -10,7 +9,6 @@ import importlib.metadata
 import sys
 from typing import Any
 
-_OPERATORS = ("nms", "qnms")
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _kept_alive: list[Any] = []  # a torch Library that is garbage-collected takes its declarations with it
 
@@ -24,15 +22,14 @@ class _DeclareTorchvisionOperators(importlib.abc.MetaPathFinder):
             import torch
 
             library = torch.library.Library("torchvision", "FRAGMENT")
-            for name in _OPERATORS:
+            for name in ("nms", "qnms"):
                 if not hasattr(torch.ops.torchvision, name):
                     library.define(name + _SCHEMA)
             _kept_alive.append(library)
-        return None
 
 
 def _is_build(package: str, cpu: bool) -> bool:
-    """Whether the package is installed, and as a CPU build or not."""
+    """Whether the package is installed as a CPU build, or as another."""
     try:
         return ("+cpu" in importlib.metadata.version(package)) == cpu
     except importlib.metadata.PackageNotFoundError:

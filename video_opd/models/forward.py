@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from video_opd.errors import ModelError
@@ -18,7 +19,9 @@ VideoLLM = Any
 """A transformers Qwen-VL model; its class is known only from its folder."""
 
 Device = torch.device | str
-RowLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, ...]]
+Head = Callable[[torch.Tensor], torch.Tensor]
+RowValues = tuple[torch.Tensor, ...]
+RowLoss = Callable[[torch.Tensor, slice], RowValues]
 """Logits float32[rows, V] and their slice of the batch's rows -> tensors of one value per row."""
 
 
@@ -42,14 +45,12 @@ def collate(
     prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray], pad_id: int, device: Device = "cpu"
 ) -> ResponseBatch:
     """Builds the batch. Masks come from lengths, never from the padding id."""
-    sequences = [np.concatenate([p.token_ids, r]) for p, r in zip(prompts, responses, strict=True)]
-    longest = max(len(s) for s in sequences)
-    rows = [
-        torch.arange(len(prompt.token_ids) - 1, len(sequence) - 1) + i * longest
-        for i, (prompt, sequence) in enumerate(zip(prompts, sequences, strict=True))
-    ]
+    inputs = _padded(prompts, responses, pad_id, device, "right")
+    ends = [(len(p.token_ids) - 1, len(r)) for p, r in zip(prompts, responses, strict=True)]
+    width = inputs["input_ids"].shape[1]
+    rows = [torch.arange(last, last + length) + i * width for i, (last, length) in enumerate(ends)]
     return ResponseBatch(
-        **_padded(prompts, sequences, pad_id, device, left=False),
+        **inputs,
         rows=torch.cat(rows).to(device),
         targets=torch.from_numpy(np.concatenate(responses).astype(np.int64)).to(device),
         lengths=tuple(len(r) for r in responses),
@@ -57,22 +58,21 @@ def collate(
 
 
 def _padded(
-    prompts: Sequence[EncodedPrompt], sequences: Sequence[np.ndarray], pad_id: int, device: Device, left: bool
+    prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray], pad_id: int, device: Device, side: str
 ) -> dict[str, Any]:
-    """The fields of a ResponseBatch that a model sees. `sequences`: each prompt's tokens and response."""
-    longest = max(len(s) for s in sequences)
-    input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.int64)
-    mask, types = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-    for i, (prompt, sequence) in enumerate(zip(prompts, sequences, strict=True)):
-        first = longest - len(sequence) if left else 0
-        input_ids[i, first : first + len(sequence)] = torch.tensor(sequence)
-        mask[i, first : first + len(sequence)] = 1
-        types[i, first : first + len(prompt.token_ids)] = torch.tensor(prompt.token_types)
+    """The fields of a ResponseBatch that a model sees."""
+
+    def pad(rows: Sequence[np.ndarray], value: int) -> torch.Tensor:
+        tensors = [torch.from_numpy(row.astype(np.int64)) for row in rows]
+        return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side).to(device)
+
+    pairs = list(zip(prompts, responses, strict=True))
+    sequences = [np.concatenate([p.token_ids, r]) for p, r in pairs]
     seconds = [p.second_per_grid for p in prompts if p.second_per_grid is not None]
     return {
-        "input_ids": input_ids.to(device),
-        "attention_mask": mask.to(device),
-        "token_types": types.to(device),
+        "input_ids": pad(sequences, pad_id),
+        "attention_mask": pad([np.ones_like(s) for s in sequences], 0),
+        "token_types": pad([np.concatenate([p.token_types, np.zeros_like(r)]) for p, r in pairs], 0),
         "pixel_values": torch.from_numpy(np.concatenate([p.pixel_values for p in prompts])).to(device),
         "video_grid_thw": torch.tensor([p.video_grid_thw for p in prompts], device=device),
         "second_per_grid": torch.tensor(seconds) if seconds else None,
@@ -80,10 +80,7 @@ def _padded(
 
 
 class ResponseLogits(torch.nn.Module):
-    """A video LLM whose forward returns the logits of the response rows, float32[R, V].
-
-    The head runs on R rows only: a prompt has thousands of video tokens, an answer a few dozen.
-    """
+    """A video LLM whose forward returns the logits of the response rows alone, float32[R, V]."""
 
     def __init__(self, model: VideoLLM):
         super().__init__()
@@ -118,17 +115,11 @@ class ResponseLoss(ResponseLogits):
         super().__init__(model)
         self._chunk = chunk
 
-    def forward(self, batch: ResponseBatch, loss: RowLoss, most_rows: int) -> tuple[torch.Tensor, ...]:
+    def forward(self, batch: ResponseBatch, loss: RowLoss, most_rows: int) -> RowValues:
         return by_chunks(self.model.lm_head, self.hidden(batch), loss, self._chunk, most_rows)
 
 
-def by_chunks(
-    head: Callable[[torch.Tensor], torch.Tensor],
-    hidden: torch.Tensor,
-    loss: RowLoss,
-    chunk: int,
-    most_rows: int,
-) -> tuple[torch.Tensor, ...]:
+def by_chunks(head: Head, hidden: torch.Tensor, loss: RowLoss, chunk: int, most_rows: int) -> RowValues:
     """loss(head(hidden)), `chunk` rows at a time. The backward pass recomputes the chunks, if several.
 
     Peak memory is that of one chunk's logits and gradient. `most_rows`: the most rows of any rank. All ranks
@@ -136,7 +127,7 @@ def by_chunks(
     """
     rows = [slice(first, first + chunk) for first in range(0, max(most_rows, len(hidden)), chunk)]
 
-    def of(part: torch.Tensor, which: slice) -> tuple[torch.Tensor, ...]:
+    def of(part: torch.Tensor, which: slice) -> RowValues:
         return loss(head(part).float(), which)
 
     if len(rows) == 1:
@@ -165,10 +156,10 @@ def _qwen2_5_positions(
     model: VideoLLM,
     input_ids: torch.Tensor,
     mm_token_type_ids: torch.Tensor,
-    image_grid_thw: torch.Tensor | None = None,
-    video_grid_thw: torch.Tensor | None = None,
-    second_per_grid_ts: torch.Tensor | None = None,
+    video_grid_thw: torch.Tensor,
+    second_per_grid_ts: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
+    image_grid_thw: None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Qwen2.5-VL's 3-D positions as trained, int64[3, B, S], and how far they exceed the length, [B, 1].
@@ -176,23 +167,19 @@ def _qwen2_5_positions(
     One video a sequence. Text continues after the video's LARGEST position, as in the model's own code and
     vLLM; transformers 5.19 continues after height and width, so that text and later frames share positions.
     """
-    assert image_grid_thw is None and video_grid_thw is not None and second_per_grid_ts is not None
-    merge = model.config.vision_config.spatial_merge_size
-    per_second = model.config.vision_config.tokens_per_second
+    assert image_grid_thw is None
+    vision = model.config.vision_config
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     positions = torch.zeros((3, *input_ids.shape), dtype=torch.int64)
     ahead = []
-    for b, (types, grid, seconds) in enumerate(
-        zip(mm_token_type_ids.cpu(), video_grid_thw.tolist(), second_per_grid_ts, strict=True)
-    ):
-        valid = torch.ones_like(types) if attention_mask is None else attention_mask[b].cpu()
-        valid = valid.bool()
-        video = (types[valid] != 0).nonzero()[:, 0]
+    for b, (t, height, width) in enumerate(video_grid_thw.tolist()):
+        valid = mask[b].cpu().bool()
+        video = (mm_token_type_ids[b].cpu()[valid] != 0).nonzero()[:, 0]
         first, last, length = int(video[0]), int(video[-1]), int(valid.sum())
-        t, h, w = grid[0], grid[1] // merge, grid[2] // merge
-        grids = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
-        axes = torch.stack(grids).flatten(1)
-        axes[0] = (axes[0] * (float(seconds) * per_second)).long()
-        inside = axes + first
+        h, w = height // vision.spatial_merge_size, width // vision.spatial_merge_size
+        inside = torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).T
+        inside[0] = (inside[0] * (float(second_per_grid_ts[b]) * vision.tokens_per_second)).long()
+        inside = inside + first
         after = torch.arange(length - last - 1) + inside.max() + 1
         of_row = torch.cat([torch.arange(first).expand(3, -1), inside, after.expand(3, -1)], dim=1)
         positions[:, b, valid] = of_row
@@ -203,13 +190,12 @@ def _qwen2_5_positions(
 def load_head(folder: str, dtype: str) -> torch.Tensor:
     """The head [V, H] of a model folder, or the embeddings it is tied to. Raises ModelError."""
     names = ("lm_head.weight", "model.language_model.embed_tokens.weight", "model.embed_tokens.weight")
-    found = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(str(path), "pt") as tensors:
-            found |= {name: tensors.get_tensor(name) for name in names if name in tensors.keys()}  # noqa: SIM118
+    paths = sorted(Path(folder).glob("*.safetensors"))
     for name in names:
-        if name in found:
-            return found[name].to(getattr(torch, dtype))
+        for path in paths:
+            with safe_open(str(path), "pt") as tensors:
+                if name in tensors.keys():  # noqa: SIM118
+                    return tensors.get_tensor(name).to(getattr(torch, dtype))
     raise ModelError(f"{folder} has none of {', '.join(names)}: use a Qwen-VL model folder")
 
 
@@ -235,16 +221,12 @@ def generate(
     temperature: float = 0.0,
     num_answers: int = 1,
 ) -> list[list[np.ndarray]]:
-    """num_answers token sequences for each prompt, int32[<= max_tokens] each, without the end token.
-
-    Temperature 0 is greedy. `banned_ids` are never sampled.
-    """
+    """num_answers responses to each prompt, int32[<= max_tokens], no end token. Temperature 0: greedy."""
     weight = model.get_input_embeddings().weight
-    sequences = [p.token_ids for p in prompts]
-    batch = _padded(prompts, sequences, pad_id, weight.device, left=True)  # all continue at the same column
-    options: dict[str, Any] = {"do_sample": False}
-    if temperature:
-        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    empty = [np.zeros(0, np.int32)] * len(prompts)
+    batch = _padded(prompts, empty, pad_id, weight.device, "left")  # all continue at the same column
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    options: dict[str, Any] = sampling if temperature else {"do_sample": False}
     if batch["second_per_grid"] is not None:
         options["second_per_grid_ts"] = batch["second_per_grid"]
     output = model.generate(
@@ -258,10 +240,8 @@ def generate(
         num_return_sequences=num_answers,
         **options,
     )
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
     answers = []
     for row in output[:, batch["input_ids"].shape[1] :].cpu().numpy().astype(np.int32):
-        stops = np.flatnonzero(np.isin(row, ends))
+        stops = np.flatnonzero(np.isin(row, model.generation_config.eos_token_id))  # an id or a list of ids
         answers.append(row[: stops[0]] if len(stops) else row)
     return [answers[i : i + num_answers] for i in range(0, len(answers), num_answers)]

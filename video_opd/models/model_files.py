@@ -28,8 +28,13 @@ def read_model_info(folder: str | Path, trust_remote_code: bool = False) -> Mode
     model_type = config.get("model_type")
     if model_type not in SUPPORTED:
         raise ModelError(f"{folder}: model_type {model_type!r} is not supported; use one of {SUPPORTED}")
-    if not trust_remote_code:
-        _check_no_code(files)
+    for path in [] if trust_remote_code else sorted(files.glob("*config.json")):
+        if read_json(path).get("auto_map"):  # transformers would import Python files of the folder or a hub
+            why = f"{path} has an auto_map, which names Python code that comes with the model"
+            choice = (
+                "remove it to use transformers' own class, or trust that code with trust_remote_code=true"
+            )
+            raise ModelError(f"{why}: {choice}")
     if not list(files.glob("*.safetensors")):
         pickled = sorted(p.name for p in files.iterdir() if p.name.endswith(_PICKLES))
         why = f", only {pickled[0]}, which could run code when it is read" if pickled else ""
@@ -46,28 +51,17 @@ def read_model_info(folder: str | Path, trust_remote_code: bool = False) -> Mode
     return ModelInfo(str(folder), model_type, multiple, shapes)
 
 
-def _check_no_code(folder: Path) -> None:
-    """Raises ModelError if transformers would import Python files of the folder, or of a hub."""
-    for path in sorted(folder.glob("*config.json")):
-        if read_json(path).get("auto_map"):
-            raise ModelError(
-                f"{path} has an auto_map, which names Python code that comes with the model: remove it to "
-                "use transformers' own class, or set trust_remote_code=true if you trust that code"
-            )
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a model folder. Raises ModelError."""
-    damaged = "the model folder is damaged"
     try:
         value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise ValueError("it is no object")
     except OSError as error:
         why = f"{path} cannot be read ({error.strerror})"
         raise ModelError(f"{why}: name a transformers model folder") from error
     except ValueError as error:
-        raise ModelError(f"{path} is not JSON ({error}): {damaged}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} is not a JSON object: {damaged}")
+        raise ModelError(f"{path} is not JSON of a model ({error}): the model folder is damaged") from error
     return value
 
 
@@ -90,11 +84,10 @@ def check_same_tokenizer(student: str | Path, teacher: str | Path) -> None:
     Compares vocabulary, merges and added tokens, not vocab_size, which only tells how embeddings are padded.
     """
     (ours, our_rest), (theirs, their_rest) = _read_tokenizer(student), _read_tokenizer(teacher)
-    models, advice = f"student {student} and teacher {teacher}", "use a teacher of the same family"
     tokens = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
-    if tokens:
-        examples = ", ".join(f"{t!r}: {ours.get(t)} / {theirs.get(t)}" for t in tokens[:3])
-        differ = f"{len(tokens)} tokens differ ({examples})"
-        raise ModelError(f"{models} have different tokenizers: {differ}; {advice}")
-    if parts := [k for k in our_rest if our_rest[k] != their_rest[k]]:
-        raise ModelError(f"{models} have tokenizers with different {' and '.join(parts)}: {advice}")
+    examples = ", ".join(f"{t!r}: {ours.get(t)} / {theirs.get(t)}" for t in tokens[:3])
+    differ = [f"{len(tokens)} tokens differ ({examples})"] if tokens else []
+    differ += [f"{part} differ" for part in our_rest if our_rest[part] != their_rest[part]]
+    if differ:
+        models = f"student {student} and teacher {teacher} have different tokenizers"
+        raise ModelError(f"{models}: {', '.join(differ)}: use a teacher of the same family")

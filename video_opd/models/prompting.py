@@ -15,6 +15,7 @@ from video_opd.logs import log
 from video_opd.types import Clip, EncodedPrompt, FailedPrompt, Prompt, Span, Trajectory
 from video_opd.video.frame_cache import FrameCache
 
+Encoded = EncodedPrompt | FailedPrompt
 _NUMBER = r"(\d++(?:\.\d++)?+)"
 _SPAN = re.compile(  # starts at a run of digits and never backtracks: linear in the answer's length
     rf"(?<!\d){_NUMBER}\s*+(?:s(?:ec(?:onds?+)?+)?+\s*+)?+(?:to|and|-|–|—|,)\s*+{_NUMBER}"
@@ -24,8 +25,7 @@ _SPAN = re.compile(  # starts at a run of digits and never backtracks: linear in
 def parse_span(text: str) -> Span | None:
     """The first pair of numbers joined by 'to', 'and', a dash or a comma, in seconds, or None.
 
-    If the text has <answer> tags, only what follows the last one counts, not the thoughts before it. A
-    reversed pair is returned as written: it is an answer, and its IoU is 0.
+    Only what follows the last <answer> tag counts, if there is one. A reversed pair is returned as written.
     """
     match = _SPAN.search(text, max(text.rfind("<answer>"), 0))
     return (float(match[1]), float(match[2])) if match else None
@@ -34,10 +34,9 @@ def parse_span(text: str) -> Span | None:
 def video_metadata(clip: Clip) -> dict[str, Any]:
     """What the processors of transformers and vLLM take beside the frames. They compute times from it.
 
-    Qwen3-VL writes the mean of frames_indices / fps, to one decimal, before each pair of frames. Here that is
-    the mean of the pair's true times in the clip: for a variable rate or a cut, frames_indices are not whole
-    numbers but timestamps_s * fps. Qwen2.5-VL places pairs 2 * total_num_frames / (F * fps) seconds apart,
-    from 0 on: evenly over duration_s, exact to a frame if frames are evenly spaced.
+    Qwen3-VL writes the mean of frames_indices / fps, to one decimal, before each pair of frames. For a
+    variable rate or a cut, frames_indices are timestamps_s * fps, so that this is the pair's true time.
+    Qwen2.5-VL places pairs 2 * total_num_frames / (F * fps) seconds apart, from 0 on.
     """
     indices = clip.frame_indices if clip.is_plain else clip.timestamps_s * clip.video_fps
     return {
@@ -53,15 +52,14 @@ def video_metadata(clip: Clip) -> dict[str, Any]:
 
 def fingerprint(
     token_ids: np.ndarray,
-    grid_thw: tuple[int, ...],
+    grid_thw: Sequence[int],
     frame_indices: np.ndarray,
     frames: np.ndarray,
     timing: Sequence[float] = (),
 ) -> str:
     """Identifies all that a model sees of a prompt: ids, video grid, frame indices, pixels and times.
 
-    timing, if ids and frame indices do not tell the times: seconds between token grids (Qwen2.5-VL), and
-    timestamps and duration in seconds of a clip that is not a whole video at a constant rate.
+    timing, in seconds: between token grids (Qwen2.5-VL); timestamps and duration of a clip that is not plain.
     """
     digest = hashlib.blake2b(digest_size=16)
     parts = ((token_ids, np.int32), (grid_thw, np.int64), (frame_indices, np.int64), (frames, np.uint8))
@@ -74,15 +72,11 @@ class PromptEncoder:
     """Prompt -> EncodedPrompt, with a model folder's processor. Every process that sees prompts holds one."""
 
     def __init__(
-        self,
-        model_path: str | Path,
-        config: PromptConfig,
-        video: VideoConfig,
-        trust_remote_code: bool = False,
+        self, model: str | Path, config: PromptConfig, video: VideoConfig, trust_remote_code: bool = False
     ):
         from transformers import AutoProcessor
 
-        self._processor = AutoProcessor.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        self._processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
         self._config = config
         self.tokenizer = self._processor.tokenizer
         self.frame_cache = FrameCache(video)
@@ -90,23 +84,15 @@ class PromptEncoder:
         to_id = self.tokenizer.convert_tokens_to_ids
         self.pad_ids = to_id("<|video_pad|>"), to_id("<|image_pad|>")  # never sampled or part of a response
         if None in self.pad_ids or self.tokenizer.unk_token_id in self.pad_ids:
-            advice = "use a Qwen-VL model folder"
-            raise ModelError(f"the tokenizer of {model_path} has no <|video_pad|>: {advice}")
-
-    def _text(self, query: str) -> str:
-        text = {"type": "text", "text": self._config.template.format(query=query)}
-        content = [{"type": "video"}, text] if self._config.video_first else [text, {"type": "video"}]
-        messages = [{"role": "user", "content": content}]
-        return self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            why = f"the tokenizer of {model} has no <|video_pad|>"
+            raise ModelError(f"{why}: use a Qwen-VL model folder")
 
     def answer_ids(self, span: Span) -> np.ndarray:
         """int32[N]: an interval written by prompt.answer_template, with the end token."""
         text = self._config.answer_template.format(start=span[0], end=span[1]) + self.tokenizer.eos_token
         return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
 
-    def encode_all(
-        self, prompts: Sequence[Prompt], blank_video: bool = False
-    ) -> list[EncodedPrompt | FailedPrompt]:
+    def encode_all(self, prompts: Sequence[Prompt], blank_video: bool = False) -> list[Encoded]:
         """encode for each, in order, or a FailedPrompt. video.decode_workers clips are read at once."""
 
         def read(prompt: Prompt) -> np.ndarray | FailedPrompt:
@@ -118,20 +104,24 @@ class PromptEncoder:
 
         with ThreadPoolExecutor(self._num_readers) as readers:
             clips = zip(prompts, list(readers.map(read, prompts)), strict=True)
-        return [c if isinstance(c, FailedPrompt) else self._encode(p, c, blank_video) for p, c in clips]
+        return [c if isinstance(c, FailedPrompt) else self.encode(p, blank_video, c) for p, c in clips]
 
-    def encode(self, prompt: Prompt, blank_video: bool = False) -> EncodedPrompt:
-        """Reads the clip, expands the video into timestamps and pads, normalises pixels. Raises ClipError.
+    def encode(
+        self, prompt: Prompt, blank_video: bool = False, frames: np.ndarray | None = None
+    ) -> EncodedPrompt:
+        """Expands the video into timestamps and pads, and normalises pixels. Raises ClipError.
 
         `blank_video` replaces the frames by mid-grey ones, to test what can be answered without seeing.
+        `frames`: the clip's, if already read.
         """
-        return self._encode(prompt, self.frame_cache.read(prompt.clip), blank_video)
-
-    def _encode(self, prompt: Prompt, frames: np.ndarray, blank_video: bool) -> EncodedPrompt:
         clip = prompt.clip
+        frames = self.frame_cache.read(clip) if frames is None else frames
         if blank_video:
             frames = np.full_like(frames, 128)
-        text = self._text(prompt.query)
+        query = {"type": "text", "text": self._config.template.format(query=prompt.query)}
+        content = [{"type": "video"}, query] if self._config.video_first else [query, {"type": "video"}]
+        messages = [{"role": "user", "content": content}]
+        text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         metadata = video_metadata(clip)
         inputs = self._processor(
             text=[text],
@@ -140,13 +130,13 @@ class PromptEncoder:
             do_sample_frames=False,
             return_tensors="np",
         )
-        time, rows, columns = (int(n) for n in inputs["video_grid_thw"][0])
-        grid = (time, rows, columns)
+        time, rows, columns = grid = tuple(int(n) for n in inputs["video_grid_thw"][0])
         patch = self._processor.video_processor.patch_size
         if (rows * patch, columns * patch) != clip.frame_size:
             resized = f"the processor resizes {clip.frame_size} frames to {grid[1:]} patches of {patch}"
-            advice = "bring video.max_video_tokens within the processor's own limits"
-            raise ModelError(f"clip {clip.clip_id}: {resized}: {advice}")
+            raise ModelError(
+                f"clip {clip.clip_id}: {resized}: bring video.max_video_tokens within its limits"
+            )
         token_ids = np.asarray(inputs["input_ids"][0], dtype=np.int32)
         second_per_grid = float(inputs["second_per_grid_ts"][0]) if "second_per_grid_ts" in inputs else None
         timing = [] if second_per_grid is None else [second_per_grid]
@@ -158,7 +148,7 @@ class PromptEncoder:
             frames=frames,
             video_metadata=metadata | {"do_sample_frames": False},
             pixel_values=np.asarray(inputs["pixel_values_videos"], dtype=np.float32),
-            video_grid_thw=grid,
+            video_grid_thw=(time, rows, columns),
             token_types=np.asarray(inputs["mm_token_type_ids"][0], dtype=np.int32),
             second_per_grid=second_per_grid,
             fingerprint=fingerprint(token_ids, grid, clip.frame_indices, frames, timing),
@@ -177,14 +167,16 @@ def check_parity(encoded: EncodedPrompt, trajectory: Trajectory, party: str) -> 
     """Raises ParityError unless `party` sees the prompt as the trajectory's actor, if any, did."""
     if trajectory.prompt_fingerprint in (None, encoded.fingerprint):
         return
-    ours, theirs = encoded.token_ids, trajectory.prompt_token_ids
-    where = "the token ids agree, so frames or grid differ"
+    ours = f"{party} sees {encoded.fingerprint} (grid {encoded.video_grid_thw})"
+    theirs = f"the actor saw {trajectory.prompt_fingerprint}"
+    where = first_difference(encoded.token_ids, trajectory.prompt_token_ids)
+    where = where or "the token ids agree, so frames or grid differ"
+    raise ParityError(f"prompt {encoded.prompt_id}: {ours}, {theirs}: {where}")
+
+
+def first_difference(ours: np.ndarray, theirs: np.ndarray) -> str:
+    """Where two prompts' token ids, int32[M], differ; "" if nowhere."""
     if len(ours) != len(theirs):
-        where = f"{len(ours)} token ids here, {len(theirs)} there"
-    elif (ours != theirs).any():
-        i = int(np.argmax(ours != theirs))
-        where = f"token {i} is {ours[i]} here, {theirs[i]} there"
-    raise ParityError(
-        f"prompt {encoded.prompt_id}: {party} sees {encoded.fingerprint} (grid {encoded.video_grid_thw}), "
-        f"the actor saw {trajectory.prompt_fingerprint}: {where}"
-    )
+        return f"{len(ours)} token ids here, {len(theirs)} there"
+    pairs = enumerate(zip(ours, theirs, strict=True))
+    return next((f"token {i} is {a} here, {b} there" for i, (a, b) in pairs if a != b), "")

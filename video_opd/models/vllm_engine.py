@@ -12,10 +12,11 @@ import numpy as np
 
 from video_opd.config import RolloutConfig, TeacherConfig
 from video_opd.errors import ParityError
-from video_opd.models.prompting import PromptEncoder, parse_span
+from video_opd.models.prompting import PromptEncoder, first_difference, parse_span
 from video_opd.types import EncodedPrompt, FailedPrompt, FinishReason, Prediction, Prompt
 
 EngineConfig = RolloutConfig | TeacherConfig
+Seeds = Sequence[Sequence[int]] | None
 
 
 def start_vllm(model: str, config: EngineConfig, seed: int, trust_remote_code: bool = False, **options: Any):
@@ -23,15 +24,14 @@ def start_vllm(model: str, config: EngineConfig, seed: int, trust_remote_code: b
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM
 
-    if not config.num_gpus:
+    if config.kv_cache_bytes:
+        options["kv_cache_memory_bytes"] = config.kv_cache_bytes
+    if config.num_gpus:
+        options["gpu_memory_utilization"] = config.gpu_memory_utilization
+    else:  # on a CPU a seeded request with a chunked prefill fails: its generator cannot be rewound
+        options["enable_chunked_prefill"] = False
         _register_architecture(model)
     gc.freeze()  # vLLM collects garbage five times while it starts: skip imported objects
-
-    memory: dict[str, Any] = {"kv_cache_memory_bytes": config.kv_cache_bytes} if config.kv_cache_bytes else {}
-    if config.num_gpus:
-        memory["gpu_memory_utilization"] = config.gpu_memory_utilization
-    else:  # on a CPU a seeded request with a chunked prefill fails: its generator cannot be rewound
-        memory["enable_chunked_prefill"] = False
     return LLM(
         model,
         dtype=config.dtype,
@@ -43,7 +43,6 @@ def start_vllm(model: str, config: EngineConfig, seed: int, trust_remote_code: b
         skip_mm_profiling=True,
         mm_processor_cache_gb=0,
         disable_log_stats=True,
-        **memory,
         **options,
     )
 
@@ -65,11 +64,9 @@ def vllm_prompt(encoded: EncodedPrompt, response: np.ndarray | None = None) -> d
 
 def check_expansion(encoded: EncodedPrompt, seen: list[int], party: str) -> None:
     """Raises ParityError unless vLLM expanded the prompt into the same ids as transformers."""
-    expected = encoded.token_ids
-    if len(seen) != len(expected) or (np.asarray(seen) != expected).any():
-        theirs = f"{party}'s vLLM expands it to {len(seen)} tokens {list(seen)[:40]}..."
-        ours = f"the processor to {len(expected)} tokens {expected[:40].tolist()}..."
-        raise ParityError(f"prompt {encoded.prompt_id}: {theirs}, {ours}")
+    if where := first_difference(encoded.token_ids, np.asarray(seen)):
+        what = f"{party}'s vLLM does not expand it as the processor does"
+        raise ParityError(f"prompt {encoded.prompt_id}: {what}: {where}")
 
 
 @dataclass(frozen=True)
@@ -94,9 +91,7 @@ class SamplingEngine:
         options |= {"enforce_eager": config.enforce_eager, "max_num_seqs": config.max_num_seqs}
         self._llm: Any = start_vllm(model, config, seed, **options)
 
-    def generate(
-        self, prompts: Sequence[EncodedPrompt], seeds: Sequence[Sequence[int]] | None
-    ) -> list[list[Completion]]:
+    def generate(self, prompts: Sequence[EncodedPrompt], seeds: Seeds) -> list[list[Completion]]:
         """Responses to each prompt: one per seed, sampled; one, greedy, if `seeds` is None.
 
         Log-probs are those of the model itself, before the ban.
@@ -105,7 +100,7 @@ class SamplingEngine:
         return [finished[place] for place in range(len(prompts))]
 
     def stream(
-        self, prompts: Sequence[EncodedPrompt], seeds: Sequence[Sequence[int]] | None
+        self, prompts: Sequence[EncodedPrompt], seeds: Seeds
     ) -> Iterator[tuple[int, list[Completion]]]:
         """The same as (index of the prompt, its responses), when the prompt's last response is finished."""
         from vllm import SamplingParams
@@ -122,9 +117,8 @@ class SamplingEngine:
             )
             for _, _, seed in wanted
         ]
-        names = self._llm.enqueue(
-            [vllm_prompt(prompts[place]) for place, _, _ in wanted], parameters, use_tqdm=False
-        )
+        inputs = [vllm_prompt(prompts[place]) for place, _, _ in wanted]
+        names = self._llm.enqueue(inputs, parameters, use_tqdm=False)
         of_request = {name.partition("-")[0]: request for name, request in zip(names, wanted, strict=True)}
         finished: list[dict[int, Completion]] = [{} for _ in prompts]
         engine = self._llm.llm_engine
@@ -150,13 +144,10 @@ class SamplingEngine:
 def predict(
     encoder: PromptEncoder, engine: SamplingEngine, prompts: Sequence[Prompt], blank_video: bool = False
 ) -> list[Prediction | FailedPrompt]:
-    """The greedy answer to each prompt, in order, or a FailedPrompt if the clip cannot be read.
-
-    `blank_video`: to the same prompt with grey frames.
-    """
+    """The greedy answer to each prompt, in order, or a FailedPrompt. `blank_video`: with grey frames."""
     encoded, failed = encoder.encode_readable(prompts, blank_video)
+    texts = [completion.text for (completion,) in engine.generate(encoded, None)] if encoded else []
     answers: dict[str, Prediction | FailedPrompt] = dict(failed)
-    for prompt, (completion,) in zip(encoded, engine.generate(encoded, None) if encoded else [], strict=True):
-        text = completion.text
-        answers[prompt.prompt_id] = Prediction(prompt_id=prompt.prompt_id, text=text, span_s=parse_span(text))
+    for name, text in zip([e.prompt_id for e in encoded], texts, strict=True):
+        answers[name] = Prediction(prompt_id=name, text=text, span_s=parse_span(text))
     return [answers[p.prompt_id] for p in prompts]

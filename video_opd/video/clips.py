@@ -19,6 +19,7 @@ from video_opd.video.quarantine import quarantine
 TEMPORAL_PATCH = 2  # frames in one video token, in every Qwen-VL model
 SLACK_S = 1e-3  # times in files are rounded
 FRAMES_AT_ONCE = 8  # resized together: bounds the memory
+Size = tuple[int, int]
 
 
 def choose_frame_indices(num_video_frames: int, video_fps: float, video: VideoConfig) -> np.ndarray:
@@ -34,9 +35,7 @@ def choose_frame_indices(num_video_frames: int, video_fps: float, video: VideoCo
     return np.minimum(np.floor(np.arange(num_frames) * step), num_video_frames - 1).astype(np.int64)
 
 
-def choose_frame_size(
-    height: int, width: int, num_frames: int, video: VideoConfig, multiple: int
-) -> tuple[int, int]:
+def choose_frame_size(height: int, width: int, num_frames: int, video: VideoConfig, multiple: int) -> Size:
     """(H, W): multiples of `multiple`, aspect ratio kept, at most max_video_tokens in all, never enlarged.
 
     One video token covers multiple x multiple pixels of TEMPORAL_PATCH frames.
@@ -44,15 +43,11 @@ def choose_frame_size(
     num_pairs = num_frames // TEMPORAL_PATCH
     tokens_per_frame_pair = video.max_video_tokens // num_pairs
     if tokens_per_frame_pair < 1:
-        raise ClipError(
-            f"video.max_video_tokens={video.max_video_tokens} is less than one token for each of "
-            f"{num_pairs} frame pairs: raise it or lower video.max_frames"
-        )
+        few = f"video.max_video_tokens={video.max_video_tokens} is less than {num_pairs} frame pairs need"
+        raise ClipError(f"{few}: raise it or lower video.max_frames")
     scale = min(1.0, math.sqrt(tokens_per_frame_pair * multiple**2 / (height * width)))
-    rows = max(1, math.floor(height * scale / multiple))
-    columns = max(1, math.floor(width * scale / multiple))
-    rows = min(rows, tokens_per_frame_pair)
-    columns = min(columns, tokens_per_frame_pair // rows)
+    rows = min(max(1, math.floor(height * scale / multiple)), tokens_per_frame_pair)
+    columns = min(max(1, math.floor(width * scale / multiple)), tokens_per_frame_pair // rows)
     return rows * multiple, columns * multiple
 
 
@@ -62,7 +57,7 @@ def choose_frames_in_time(times_s: np.ndarray, video: VideoConfig) -> np.ndarray
     times_s: float64, ascending. F is smaller than asked for if a frame stays on display for longer than the
     spacing; if fewer than min_frames would remain, evenly spaced indices are chosen instead.
     """
-    num, duration_s = len(times_s), times_s[-1] - times_s[0] + _spacing_s(times_s)
+    num, duration_s = len(times_s), times_s[-1] - times_s[0] + _mean_gap(times_s)
     wanted = math.floor(duration_s * video.fps)
     num_frames = min(max(wanted, video.min_frames), video.max_frames, num)
     step_s = 1.0 / video.fps if num_frames == wanted else duration_s / num_frames
@@ -74,25 +69,24 @@ def choose_frames_in_time(times_s: np.ndarray, video: VideoConfig) -> np.ndarray
     return indices[: len(indices) - len(indices) % TEMPORAL_PATCH].astype(np.int64)
 
 
-def _spacing_s(times_s: np.ndarray) -> float:
-    """The mean time from one frame to the next."""
+def _mean_gap(times_s: np.ndarray) -> float:
     return float(times_s[-1] - times_s[0]) / (len(times_s) - 1)
 
 
-def _rate_and_times(path: str, info: VideoInfo, video: VideoConfig) -> tuple[float, np.ndarray | None]:
-    """Frames a second, and every frame's time in seconds; None: constant rate, index / fps. Raises ClipError.
+def _rate_and_times(path: str, info: VideoInfo, video: VideoConfig) -> tuple[float, np.ndarray, bool]:
+    """Frames a second, every frame's time in seconds, and whether it is index / fps. Raises ClipError.
 
     A rate is constant if no frame is further than half a frame from its place.
     """
     fps = video.frame_folder_fps if info.fps is None else info.fps
-    times = info.times_s
     if fps is None:
         raise ClipError(f"{path} is a folder of frames: set video.frame_folder_fps, their frames a second")
     if info.num_frames < TEMPORAL_PATCH or not 0 < fps < math.inf:
         raise BrokenVideo(path, f"has {info.num_frames} frames at {fps} a second")
-    if times is None or np.abs(times - np.arange(info.num_frames) / fps).max() <= 0.5 / fps:
-        return fps, None
-    return 1.0 / _spacing_s(times), times
+    even = np.arange(info.num_frames) / fps
+    if info.times_s is None or np.abs(info.times_s - even).max() <= 0.5 / fps:
+        return fps, even, True
+    return 1.0 / _mean_gap(info.times_s), info.times_s, False
 
 
 def _cut(path: str, cut_s: Span | None, times_s: np.ndarray, duration_s: float) -> tuple[slice, float, float]:
@@ -102,11 +96,11 @@ def _cut(path: str, cut_s: Span | None, times_s: np.ndarray, duration_s: float) 
     start, end = cut_s
     if not (0 <= start < end < math.inf and start < duration_s):
         raise ClipError(f"video {path} lasts {duration_s:.2f} s: {start} to {end} s is not part of it")
-    first, last = np.searchsorted(times_s, [start - SLACK_S, end - SLACK_S])
+    first, last = (int(i) for i in np.searchsorted(times_s, [start - SLACK_S, end - SLACK_S]))
     if last - first < TEMPORAL_PATCH:
         found = f"has {last - first} frames from {start} to {end} s"
         raise ClipError(f"video {path} {found}: at least {TEMPORAL_PATCH} are needed")
-    return slice(int(first), int(last)), start, min(end, duration_s) - start
+    return slice(first, last), start, min(end, duration_s) - start
 
 
 def plan_clip(
@@ -114,18 +108,16 @@ def plan_clip(
 ) -> Clip:
     """Opens the file once and decides which frames, at which size, every process will see.
 
-    `video_path`: a video file, or a folder of numbered images.
-    `multiple`: the model's patch_size * spatial_merge_size.
-    `cut_s`: the clip is this part of the video, its end excluded, and its times count from the part's start.
+    video_path: a video file, or a folder of numbered images. multiple: patch_size * spatial_merge_size.
+    cut_s: the clip is this part of the video, its end excluded, and its times count from the part's start.
     Raises ClipError, and ConfigError if the decoder does not import. Thread-safe.
     """
     path = str(Path(video_path).resolve())
     with quarantine(video.quarantine, video.decoder).watch(path):
         info = shared_pool(video).describe(path)
-        fps, times = _rate_and_times(path, info, video)
-    all_times = np.arange(info.num_frames) / fps if times is None else times
-    part, start_s, duration_s = _cut(path, cut_s, all_times, info.num_frames / fps)
-    if times is None:
+        fps, times, constant = _rate_and_times(path, info, video)
+    part, start_s, duration_s = _cut(path, cut_s, times, info.num_frames / fps)
+    if constant:
         indices = part.start + choose_frame_indices(part.stop - part.start, fps, video)
     else:
         indices = part.start + choose_frames_in_time(times[part], video)
@@ -137,13 +129,13 @@ def plan_clip(
         duration_s=duration_s,
         frame_indices=indices,
         frame_size=choose_frame_size(*info.size, len(indices), video, multiple),
-        frame_times_s=None if times is None else times[indices],
+        frame_times_s=None if constant else times[indices],
         start_s=start_s,
     )
 
 
 def num_video_tokens(clip: Clip, multiple: int) -> int:
-    """Of the clip in a prompt, without the timestamps between them. `multiple`: see plan_clip."""
+    """Of the clip in a prompt, without the timestamps between them. multiple: as plan_clip's."""
     height, width = clip.frame_size
     return len(clip.frame_indices) // TEMPORAL_PATCH * (height // multiple) * (width // multiple)
 
@@ -163,7 +155,7 @@ def read_frames(clip: Clip, video: VideoConfig) -> np.ndarray:
     return frames
 
 
-def _resize(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _resize(frames: np.ndarray, size: Size) -> np.ndarray:
     """uint8[F, *size, 3]. Bicubic with antialiasing, as the Qwen-VL processors do."""
     import torch
 

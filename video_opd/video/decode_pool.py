@@ -7,15 +7,13 @@ a fork, so Ray actors, Serve replicas and processes that use vLLM and CUDA can h
 import os
 import queue
 import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from multiprocessing.connection import Connection
-from subprocess import CalledProcessError
+from multiprocessing import Pipe
+from subprocess import DEVNULL, CalledProcessError, Popen, TimeoutExpired
 from typing import Any
 
 import numpy as np
@@ -36,19 +34,14 @@ class _Worker:
 
     def __init__(self, decoder: str):
         """Raises ConfigError if the decoder cannot be imported."""
-        ours, theirs = socket.socketpair()
-        paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
         self.buffer = Buffer(os.memfd_create("video_opd-frames"))
-        self._connection = Connection(ours.detach())
+        self._connection, theirs = Pipe()
         with theirs:
             fds = (theirs.fileno(), self.buffer.file.fileno())
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _MAIN, decoder, *map(str, fds)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-                pass_fds=fds,
-            )
+            command = [sys.executable, "-c", _MAIN, decoder, *map(str, fds)]
+            paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+            env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+            self._process = Popen(command, stdin=DEVNULL, stdout=DEVNULL, env=env, pass_fds=fds)
         self._busy = True
         try:
             failure: str = self._receive(START_TIMEOUT_S)
@@ -66,11 +59,11 @@ class _Worker:
         return not self._busy and self._process.poll() is None
 
     def ask(self, request: Request) -> Answer:
-        """Raises TimeoutError after request.seconds, CalledProcessError if the worker dies."""
+        """Raises TimeoutError after the request's seconds, CalledProcessError if the worker dies."""
         self._busy = True
         with suppress(ConnectionError):  # then _receive sees that it died
             self._connection.send(request)
-        return self._receive(request.seconds)
+        return self._receive(request[-1])
 
     def _receive(self, seconds: float) -> Any:
         if not self._connection.poll(seconds):
@@ -88,8 +81,16 @@ class _Worker:
             self._process.kill()
         self._connection.close()
         self.buffer.file.close()
-        with suppress(subprocess.TimeoutExpired):
+        with suppress(TimeoutExpired):
             self._process.wait(END_TIMEOUT_S)
+
+
+def _if_usable(worker: _Worker | None) -> _Worker | None:
+    """Ends a worker that is not usable."""
+    if worker is None or worker.usable:
+        return worker
+    worker.end()
+    return None
 
 
 class DecodePool:
@@ -104,7 +105,7 @@ class DecodePool:
     def describe(self, path: str) -> VideoInfo:
         """Opens the file and reads its first frame. Raises ClipError, and ConfigError as _Worker does."""
         with self._worker() as worker:
-            info = self._ask(worker, path, np.zeros(0, np.int64), 0, self._timeout_s)
+            info = self._ask(worker, (path, np.zeros(0, np.int64), 0, self._timeout_s))
         assert isinstance(info, VideoInfo)
         return info
 
@@ -117,7 +118,7 @@ class DecodePool:
         with self._worker() as worker:
             while len(indices):
                 asked = time.monotonic()
-                answer = self._ask(worker, path, indices, num_video_frames, left_s)
+                answer = self._ask(worker, (path, indices, num_video_frames, left_s))
                 left_s = max(0.0, left_s - (time.monotonic() - asked))
                 if isinstance(answer, VideoInfo):
                     found = f"had {num_video_frames} frames, now {answer.num_frames}"
@@ -125,11 +126,9 @@ class DecodePool:
                 yield worker.buffer.frames(answer)
                 indices = indices[answer[0] :]
 
-    def _ask(
-        self, worker: _Worker, path: str, indices: np.ndarray, num_video_frames: int, seconds: float
-    ) -> VideoInfo | Shape:
+    def _ask(self, worker: _Worker, request: Request) -> VideoInfo | Shape:
         """Raises ClipError."""
-        request = Request(path=path, indices=indices, num_video_frames=num_video_frames, seconds=seconds)
+        path = request[0]
         try:
             answer = worker.ask(request)
         except TimeoutError:
@@ -149,29 +148,20 @@ class DecodePool:
     def _worker(self) -> Iterator[_Worker]:
         worker = self._idle.get()
         try:
-            if worker and not worker.usable:  # it died while idle
-                worker.end()
-                worker = None
-            worker = worker or _Worker(self._decoder)
+            worker = _if_usable(worker) or _Worker(self._decoder)  # it may have died while idle
             yield worker
         finally:
-            if worker and not worker.usable:
-                worker.end()
-                worker = None
-            self._idle.put(worker)
+            self._idle.put(_if_usable(worker))
 
     def close(self) -> None:
         """Ends the idle workers; the pool starts others when it is used again."""
-        idle = [self._idle.get_nowait() for _ in range(self._idle.qsize())]
-        for worker in idle:
+        for worker in [self._idle.get_nowait() for _ in range(self._idle.qsize())]:
             if worker:
                 worker.end()
             self._idle.put(None)
 
 
-@lru_cache
-def _pool(decoder: str, num_workers: int, timeout_s: float) -> DecodePool:
-    return DecodePool(decoder, num_workers, timeout_s)
+_pool = lru_cache(DecodePool)
 
 
 def shared_pool(video: VideoConfig) -> DecodePool:

@@ -9,7 +9,6 @@ import math
 import os
 import signal
 import sys
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -20,17 +19,8 @@ from video_opd.video.decoders import Decoder, FrameFolder, VideoInfo, first_line
 PART_BYTES = 64 << 20  # of frames in one answer: bounds the memory of a worker and of its buffer
 ALARM_SLACK_S = 5.0  # the parent kills at the deadline; the alarm follows if there is no parent
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """Read frames of a file."""
-
-    path: str
-    indices: np.ndarray  # int64[F]
-    num_video_frames: int
-    seconds: float  # the worker dies after these
-
-
+Request = tuple[str, np.ndarray, int, float]
+"""Path, indices of frames int64[F], frames that the file should have, seconds after which the worker dies."""
 Shape = tuple[int, int, int, int]
 Answer = Shape | VideoInfo | str
 """(F, H, W, 3) of the first F requested frames, which are in the buffer as uint8; what the file holds, if no
@@ -60,29 +50,24 @@ class DecodeWorker:
         self._decoder, self._buffer = decoder, buffer
         self._open: tuple[tuple, Decoder] | None = None
 
-    def answer(self, request: Request) -> Answer:
+    def answer(self, path: str, indices: np.ndarray, num_video_frames: int) -> Answer:
         try:
-            decoder = self._file(request.path)
-            wanted = len(request.indices) and decoder.info.num_frames == request.num_video_frames
-            return self._read(decoder, request.indices) if wanted else decoder.info
+            status = os.stat(path)
+            key = (path, status.st_size, status.st_mtime_ns, status.st_ino)
+            if self._open is None or self._open[0] != key:
+                self._open = None  # closed before the next one opens
+                self._open = key, FrameFolder(path) if Path(path).is_dir() else self._decoder(path)
+            _, decoder = self._open
+            if not len(indices) or decoder.info.num_frames != num_video_frames:
+                return decoder.info
+            height, width = decoder.info.size
+            indices = indices[: max(1, PART_BYTES // (height * width * 3))]
+            shape = (len(indices), height, width, 3)
+            decoder.read(indices, self._buffer.frames(shape))
+            return shape
         except Exception as error:  # whatever a library raises for a broken file fails that file alone
             self._open = None
             return first_line(error)
-
-    def _file(self, path: str) -> Decoder:
-        status = os.stat(path)
-        key = (path, status.st_size, status.st_mtime_ns, status.st_ino)
-        if self._open is None or self._open[0] != key:
-            self._open = None  # closed before the next one opens
-            self._open = key, FrameFolder(path) if Path(path).is_dir() else self._decoder(path)
-        return self._open[1]
-
-    def _read(self, decoder: Decoder, indices: np.ndarray) -> Shape:
-        height, width = decoder.info.size
-        indices = indices[: max(1, PART_BYTES // (height * width * 3))]
-        shape = (len(indices), height, width, 3)
-        decoder.read(indices, self._buffer.frames(shape))
-        return shape
 
 
 def main() -> None:
@@ -97,9 +82,9 @@ def main() -> None:
     parent.send("")  # ready
     try:
         while True:
-            request = parent.recv()
-            signal.setitimer(signal.ITIMER_REAL, request.seconds + ALARM_SLACK_S)
-            answer = worker.answer(request)
+            *question, seconds = parent.recv()
+            signal.setitimer(signal.ITIMER_REAL, seconds + ALARM_SLACK_S)
+            answer = worker.answer(*question)
             signal.setitimer(signal.ITIMER_REAL, 0)
             parent.send(answer)
     except (EOFError, ConnectionError):  # the parent is gone, or closed its end

@@ -16,10 +16,6 @@ _NO_NEIGHBOURS = 1e-9  # share of a file's frames that decord may replace before
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp"))
 
 
-class DecodeError(Exception):
-    """Why a decoder cannot read a file, without the file's name."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoInfo:
     """What a file holds."""
@@ -31,7 +27,7 @@ class VideoInfo:
 
 
 class Decoder(Protocol):
-    """One open file."""
+    """One open file. Raises whatever its library does; its own ValueErrors do not name the file."""
 
     info: VideoInfo
 
@@ -47,11 +43,11 @@ _BOXES = b"ftyp moov mdat free skip wide pnot styp uuid".split()  # of mp4 and m
 
 
 def check_container(path: str) -> None:
-    """Raises DecodeError unless the file is a container. A playlist would make ffmpeg open other files."""
+    """Raises ValueError unless the file is a container. A playlist would make ffmpeg open other files."""
     with open(path, "rb") as file:
         start = file.read(8)
     if not (start.startswith(_STARTS) or start[4:] in _BOXES or start[4:5] == b"G"):
-        raise DecodeError("it does not begin as a video file does")
+        raise ValueError("it does not begin as a video file does")
 
 
 class DecordDecoder:
@@ -70,15 +66,14 @@ class DecordDecoder:
         num_frames, fps = len(self._reader), float(self._reader.get_avg_fps())
         starts = self._reader.get_frame_timestamp(np.arange(num_frames))[:, 0]
         times = _from_first(starts.astype(np.float64))
-        self._instead = PyAVDecoder(path) if channels != 3 or times is None else None
         own = VideoInfo(num_frames=num_frames, fps=fps, size=(height, width), times_s=times)
+        self._instead = PyAVDecoder(path) if channels != 3 or times is None else None
         self.info = self._instead.info if self._instead else own
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
         if self._instead:
-            self._instead.read(indices, frames)
-        else:
-            frames[:] = self._reader.get_batch(indices).asnumpy()
+            return self._instead.read(indices, frames)
+        frames[:] = self._reader.get_batch(indices).asnumpy()
 
 
 class PyAVDecoder:
@@ -90,12 +85,12 @@ class PyAVDecoder:
         self._container: Any = av.open(path)
         self._stream: Any = self._container.streams.best("video")
         if self._stream is None:
-            raise DecodeError("it has no video stream")
+            raise ValueError("it has no video stream")
         self._stream.codec_context.thread_count = 1
         packets = self._container.demux(self._stream)
         packets = [(p.pts, p.is_keyframe) for p in packets if p.size and not p.is_discard]
         if not packets:
-            raise DecodeError("it has no frames")
+            raise ValueError("it has no frames")
         self._has_times = all(pts is not None for pts, _ in packets)
         times = packets if self._has_times else [(i, False) for i in range(len(packets))]
         self._pts = np.array(sorted(pts for pts, _ in times), np.int64)
@@ -108,28 +103,25 @@ class PyAVDecoder:
         self.info = VideoInfo(num_frames=len(packets), fps=fps, size=size, times_s=times_s)
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
-        order = np.argsort(indices, kind="stable")
-        for place, before in zip(order, [None, *order[:-1]], strict=True):
-            repeated = before is not None and indices[place] == indices[before]
-            frames[place] = frames[before] if repeated else self._frame(int(indices[place]))
+        for index in np.unique(indices):
+            frames[indices == index] = self._frame(int(index))
 
     def _frame(self, index: int) -> np.ndarray:
-        """uint8[H, W, 3]. Decodes on from the last frame, or from the key frame before, or from the start."""
+        """uint8[H, W, 3]. Decodes on from the last frame or the key frame before, then from the start."""
         target = int(self._pts[index])
-        place = max(0, int(np.searchsorted(self._keys, target, side="right")) - 1)
-        key = int(self._keys[place]) if len(self._keys) else target
+        keys = self._keys[self._keys <= target]
+        key = int(keys[-1]) if len(keys) else target
         if self._last is None or self._last >= target or self._last < key:
             self._frames = self._decode_from(key)
-        for start in (key, int(self._pts[0]), None):
+        for _ in range(2):
             for pts, frame in self._frames:
                 self._last = pts
                 if pts == target:
                     return self._upright(frame)
                 if pts > target:
                     break
-            if start is not None:
-                self._frames = self._decode_from(int(self._pts[0]))
-        raise DecodeError(f"frame {index} of {len(self._pts)} is not in it")
+            self._frames = self._decode_from(int(self._pts[0]))
+        raise ValueError(f"frame {index} of {len(self._pts)} is not in it")
 
     def _decode_from(self, pts: int) -> Iterator[tuple[int, Any]]:
         """(pts, frame) from the key frame at or before `pts`."""
@@ -158,17 +150,28 @@ class TorchcodecDecoder:
         self._decoder = decoder if upright else None
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
-        if self._decoder:
-            frames[:] = self._decoder.get_frames_at(indices.tolist()).data.numpy()
-        else:
-            self._av.read(indices, frames)
+        if self._decoder is None:
+            return self._av.read(indices, frames)
+        frames[:] = self._decoder.get_frames_at(indices.tolist()).data.numpy()
 
 
 class FrameFolder:
     """A folder of images, one a frame, whose names end in consecutive numbers. Other files are ignored."""
 
     def __init__(self, path: str):
-        self._paths = numbered_images(path)
+        images: dict[int, Path] = {}
+        for image in sorted(Path(path).iterdir()):
+            digits = re.search(r"\d+$", image.stem)
+            if digits and image.suffix.lower() in IMAGE_SUFFIXES:
+                other = images.setdefault(int(digits[0]), image)
+                if other is not image:
+                    raise ValueError(f"{other.name} and {image.name} have the same number")
+        if not images:
+            raise ValueError("it has no numbered images")
+        missing = set(range(min(images), max(images))) - set(images)
+        if missing:
+            raise ValueError(f"it has no image {min(missing)}, {len(missing)} of its numbers are missing")
+        self._paths = [images[number] for number in sorted(images)]
         size = self._image(0).shape[:2]
         self.info = VideoInfo(num_frames=len(self._paths), fps=None, size=size, times_s=None)
 
@@ -183,24 +186,7 @@ class FrameFolder:
                 return next(container.decode(video=0)).to_ndarray(format="rgb24", height=height, width=width)
         except (av.FFmpegError, StopIteration) as error:
             name = self._paths[index].name
-            raise DecodeError(f"image {name} cannot be read ({first_line(error)})") from error
-
-
-def numbered_images(folder: str) -> list[Path]:
-    """The images of a frame folder, in order. Raises DecodeError."""
-    images: dict[int, Path] = {}
-    for path in sorted(Path(folder).iterdir()):
-        digits = re.search(r"\d+$", path.stem)
-        if digits and path.suffix.lower() in IMAGE_SUFFIXES:
-            other = images.setdefault(int(digits[0]), path)
-            if other is not path:
-                raise DecodeError(f"{other.name} and {path.name} have the same number")
-    if not images:
-        raise DecodeError("it has no numbered images")
-    missing = set(range(min(images), max(images))) - set(images)
-    if missing:
-        raise DecodeError(f"it has no image {min(missing)}, {len(missing)} of its numbers are missing")
-    return [images[number] for number in sorted(images)]
+            raise ValueError(f"image {name} cannot be read ({first_line(error)})") from error
 
 
 DECODERS: dict[str, tuple[type[Decoder], str]] = {  # and the module that must import
@@ -225,6 +211,6 @@ def first_line(error: BaseException) -> str:
 
 
 def _from_first(times: np.ndarray) -> np.ndarray | None:
-    """Seconds from the first frame; None if they are not ascending: files without times give nonsense."""
+    """Seconds from the first frame; None if not ascending: files without times give nonsense."""
     times = times - times[:1]
     return times if np.isfinite(times).all() and (np.diff(times) > 0).all() else None

@@ -41,15 +41,15 @@ class FrameCache:
 
     def __init__(self, video: VideoConfig):
         self._video = video
-        default = Path(tempfile.gettempdir()) / f"video_opd-{os.getuid()}" / "frames"
-        self._folder = Path(video.cache_dir) if video.cache_dir else default
-        where, advice = f"video.cache_dir={self._folder}", "name another folder"
+        default = f"{tempfile.gettempdir()}/video_opd-{os.getuid()}/frames"
+        self._folder = Path(video.cache_dir or default)
         try:
             (self._folder / "locks").mkdir(mode=0o700, parents=True, exist_ok=True)
+            why = "belongs to another user" if self._folder.stat().st_uid != os.getuid() else ""
         except OSError as error:
-            raise ConfigError(f"{where} cannot be made ({error.strerror}): {advice}") from error
-        if self._folder.stat().st_uid != os.getuid():
-            raise ConfigError(f"{where} belongs to another user: {advice}")
+            why = f"cannot be made ({error.strerror})"
+        if why:
+            raise ConfigError(f"video.cache_dir={self._folder} {why}: name another folder")
         self._unchecked_bytes = np.inf  # written since this process last evicted; at first, what others left
         self._lock = threading.Lock()
         self.num_decodes = 0  # by this process
@@ -57,11 +57,9 @@ class FrameCache:
     def read(self, clip: Clip) -> np.ndarray:
         """uint8[F, H, W, 3], read-only. Raises ClipError."""
         path = self._folder / f"{self._key(clip)}.arrow"
-        frames = self._load(path)
-        if frames is None:
+        if (frames := self._load(path)) is None:
             with self._locked(path.name[:2]):
-                frames = self._load(path)  # another process may have been faster
-                if frames is None:
+                if (frames := self._load(path)) is None:  # another process may have been faster
                     return self._decode(clip, path)
         count("frame_cache_reads", result="hit")
         return frames
@@ -79,9 +77,8 @@ class FrameCache:
         return frames
 
     def _key(self, clip: Clip) -> str:
-        file = (clip.video_path, video_stamp(clip.video_path), clip.num_video_frames)
-        parts = (FORMAT, self._video.decoder, *file, clip.frame_size)
-        digest = hashlib.blake2b(repr(parts).encode(), digest_size=16)
+        file = (self._video.decoder, clip.video_path, video_stamp(clip.video_path), clip.num_video_frames)
+        digest = hashlib.blake2b(repr((FORMAT, *file, clip.frame_size)).encode(), digest_size=16)
         digest.update(clip.frame_indices.astype(np.int64).tobytes())
         digest.update(clip.timestamps_s.tobytes())
         return digest.hexdigest()
@@ -94,11 +91,11 @@ class FrameCache:
             _touch(path)
             return frames
         except FileNotFoundError:
-            return None
+            pass
         except (pa.ArrowInvalid, OSError) as error:  # the machine went down before the disk had all of it
             _log.warning("%s is incomplete (%s) and is made again", path, error)
             path.unlink(missing_ok=True)
-            return None
+        return None
 
     def _store(self, path: Path, times_s: np.ndarray, frames: np.ndarray) -> None:
         temporary = path.with_name(f"{path.stem}.{os.getpid()}-{threading.get_ident()}.tmp")
@@ -114,12 +111,11 @@ class FrameCache:
             return
         with self._lock:
             self._unchecked_bytes += frames.nbytes
-            due = self._unchecked_bytes >= self._video.cache_bytes / CHECKS
-            if due:
-                self._unchecked_bytes = 0
-        if due:
-            with self._locked("evict"):
-                self._evict()
+            if self._unchecked_bytes < self._video.cache_bytes / CHECKS:
+                return
+            self._unchecked_bytes = 0
+        with self._locked("evict"):
+            self._evict()
 
     def _evict(self) -> None:
         """Down to the bound, least recently used first; killed processes' temporary files too."""

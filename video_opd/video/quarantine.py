@@ -30,7 +30,7 @@ class Quarantine:
 
     def __init__(self, path: str | None, decoder: str):
         self._path, self._decoder = Path(path) if path else None, decoder
-        self._known: dict[tuple[str, ...], tuple[str, FailureKind]] = {}  # of (video, stamp, decoder)
+        self._known: dict[tuple[str, str, str], tuple[str, FailureKind]] = {}  # of (video, stamp, decoder)
         self._num_bytes = self._num_lines = 0  # of the file, as read so far
         self._lock = threading.Lock()
 
@@ -42,52 +42,42 @@ class Quarantine:
         """
         key = (video, video_stamp(video), self._decoder)
         with self._lock:
-            self._read_file()
+            if self._path and self._path.exists():
+                self._read_new_lines(self._path)
             if key in self._known:
                 raise BrokenVideo(video, *self._known[key])
         try:
             yield
         except BrokenVideo as error:
             with self._lock:
-                self._add(key, error)
+                self._known[key] = (error.reason, error.kind)
+                if self._path:
+                    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+                    entry = dict(zip(("video", "stamp", "decoder"), key, strict=True))
+                    entry |= {"reason": error.reason, "kind": error.kind, "since": since}
+                    line = json.dumps(entry, ensure_ascii=False).encode(errors="surrogateescape") + b"\n"
+                    self._path.parent.mkdir(parents=True, exist_ok=True)
+                    with self._path.open("ab", buffering=0) as file:
+                        file.write(line)
             raise
 
-    def _add(self, key: tuple[str, str, str], error: BrokenVideo) -> None:
-        self._known[key] = (error.reason, error.kind)
-        if self._path:
-            since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            entry = dict(zip(("video", "stamp", "decoder"), key, strict=True))
-            entry |= {"reason": error.reason, "kind": error.kind, "since": since}
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("ab", buffering=0) as file:
-                file.write(json.dumps(entry, ensure_ascii=False).encode(errors="surrogateescape") + b"\n")
-
-    def _read_file(self) -> None:
+    def _read_new_lines(self, path: Path) -> None:
         """Reads the lines added since the last call, or all lines if some were deleted."""
-        size = self._path.stat().st_size if self._path and self._path.exists() else self._num_bytes
-        if size < self._num_bytes:
+        if path.stat().st_size < self._num_bytes:
             self._known, self._num_bytes, self._num_lines = {}, 0, 0
-        if self._path is None or size == self._num_bytes:
-            return
-        with self._path.open("rb") as file:
+        with path.open("rb") as file:
             file.seek(self._num_bytes)
             for line in file:
                 if not line.endswith(b"\n"):  # another process is writing it
                     return
-                self._read_line(line)
+                try:
+                    entry = json.loads(line.decode(errors="surrogateescape"))
+                    key = (entry["video"], entry["stamp"], entry["decoder"])
+                    self._known[key] = entry["reason"], FailureKind(entry.get("kind", FailureKind.BROKEN))
+                except (ValueError, KeyError, TypeError) as error:
+                    where = f"{path}:{self._num_lines + 1}"
+                    raise ConfigError(f"{where} is not a quarantine entry: remove it ({error!r})") from error
                 self._num_bytes, self._num_lines = self._num_bytes + len(line), self._num_lines + 1
 
-    def _read_line(self, line: bytes) -> None:
-        try:
-            entry = json.loads(line.decode(errors="surrogateescape"))
-            key = (entry["video"], entry["stamp"], entry["decoder"])
-            self._known[key] = entry["reason"], FailureKind(entry.get("kind", FailureKind.BROKEN))
-        except (ValueError, KeyError, TypeError) as error:
-            where = f"{self._path}:{self._num_lines + 1}"
-            raise ConfigError(f"{where} is not a quarantine entry: remove it ({error!r})") from error
 
-
-@lru_cache
-def quarantine(path: str | None, decoder: str) -> Quarantine:
-    """This process's list for these settings."""
-    return Quarantine(path, decoder)
+quarantine = lru_cache(Quarantine)  # this process's list for given settings
