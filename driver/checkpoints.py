@@ -35,9 +35,9 @@ async def checkpoint(run: Run) -> None:
         await asyncio.to_thread(finish_checkpoint, temporary, run.folder, run.step)
         run.newest_checkpoint = run.step
         log.debug("checkpoint of step %d written", run.step)
-        keep_last, keep_best = run.config.checkpoint_keep_last, run.config.checkpoint_keep_best
+        kept = run.config.checkpoint_keep_last, run.config.checkpoint_keep_best
         spare = run.uploads.needed if run.uploads else ()
-        await asyncio.to_thread(retain, run.folder, run.step, keep_last, keep_best, miou_by_step(run), spare)
+        await asyncio.to_thread(retain, run.folder, *kept, miou_by_step(run), spare)
         if run.uploads:
             run.uploads.start(run.step)
 

@@ -228,7 +228,7 @@ def read_config(parsed: argparse.Namespace) -> Config | None:
         return None
     overrides = list(parsed.overrides)
     if not parsed.predictions:
-        overrides.append(f"student={parsed.model or find_checkpoint(parsed.run).folder / 'student'}")
+        overrides.append(f"student={parsed.model or find_checkpoint(parsed.run) / 'student'}")
     return resolve_paths(load_config(path, overrides), Path.cwd())
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +23,6 @@ from driver.held_out import miou_by_step
 from driver.progress import (
     Progress,
     SavedRun,
-    Setup,
     find_saved_run,
     learner_settings,
     read_progress,
@@ -52,7 +50,7 @@ from video_opd.types import Prediction
 
 SHAPES = {"model_type": "qwen3_vl", "text.hidden_size": 8, "vision.depth": 1}
 LEARNER = learner_settings(LearnerConfig(world_size=2, zero_stage=2))
-SETUP = Setup(shapes=SHAPES, learner=LEARNER, eval_key="the split")
+SETUP = {"shapes": SHAPES, "learner": LEARNER, "eval_key": "the split"}
 RECORDS = pa.Table.from_pylist(
     [
         {
@@ -108,7 +106,7 @@ def write_checkpoint(run_dir: Path, step: int, weights: str = "weights" * 9) -> 
 
 
 def read_all(folder: Path, **changes: Any) -> SavedRun:
-    return read_progress(check_whole(folder), replace(SETUP, **changes))
+    return read_progress(check_whole(folder), SETUP | changes)
 
 
 def read(folder: Path, **changes: Any) -> Progress:
@@ -288,7 +286,7 @@ def test_what_is_later_is_set_aside_with_copies_of_what_will_be_cut_back(tmp_pat
     (tmp_path / "trajectories" / "from-step-000000.arrows").write_text("rows")
     folder = set_aside_after(tmp_path, 2)
     assert folder and checkpoint_steps(tmp_path) == [2, 6], "the partial one is nobody's"
-    assert check_whole(folder / "checkpoints" / "step-4").step == 4
+    assert read(folder / "checkpoints" / "step-4").step == 4
     assert (folder / "metrics.jsonl").read_text() == "lines" == (tmp_path / "metrics.jsonl").read_text()
     assert (folder / "trajectories" / "from-step-000000.arrows").read_text() == "rows"
     assert set_aside_after(tmp_path, 2) is None
