@@ -34,7 +34,6 @@ from driver.records.trajectory_log import TrajectoryLog
 from driver.recovery import first_error, learner_lost, poll_control, recover, watch
 from driver.rounds import start_round
 from driver.run import Run, create_parts, publish_weights
-from driver.run_state import Phase
 from driver.scoring import roll_out, score
 from driver.start_ray import start_ray
 from driver.stopping import shutdown_at_end
@@ -116,7 +115,7 @@ async def learn_step(run: Run, buffer: TrajectoryBuffer, outputs: Outputs) -> No
         groups = await buffer.take()
     wait_s = time.monotonic() - started
     lags = check_lag(groups, step, config.max_policy_lag)
-    run.state.enter(Phase.UPDATING)  # a signal now waits for the end of the step
+    run.settled.clear()  # a signal now waits for the end of the step
     with run.clock("update"):
         report = await run.learner.update(groups, step)
     run.clock.count("update", sum(num_tokens(g.group.trajectories) for g in groups))
@@ -132,14 +131,13 @@ async def learn_step(run: Run, buffer: TrajectoryBuffer, outputs: Outputs) -> No
     report.metrics.update(await evaluate_if_due(run))
     await record(run, outputs, report, groups, lags)
     await save_if_due(run)
-    run.state.enter(Phase.RUNNING)
+    run.settled.set()
 
 
 async def train_to_the_end(run: Run) -> None:
     """Evaluates, trains, evaluates, exports; again from the newest checkpoint when the learner is lost."""
     if run.resume_from is None:
         run.next_selection = await run.curriculum.next_selection()
-        run.state.enter(Phase.RUNNING)
     lost: LearnerLostError | None = None
     while True:
         try:

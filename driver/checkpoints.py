@@ -9,7 +9,6 @@ from driver.export import STUDENT, best_step, export_student, exported_step
 from driver.held_out import AFTER, NO_VIDEO, at_step, miou_by_step
 from driver.progress import Progress, find_saved_run, setup_of, write_progress
 from driver.run import Run
-from driver.run_state import Phase
 from video_opd.files.checkpoint import (
     CHECKPOINTS,
     begin_checkpoint,
@@ -27,7 +26,7 @@ SET_ASIDE = "set-aside"
 
 async def checkpoint(run: Run) -> None:
     """Writes learner, student, curriculum and progress as one whole folder; removes old ones."""
-    with run.state.saving():
+    async with run.saving:
         temporary = begin_checkpoint(run.folder, run.step)
         await run.learner.save(temporary)
         curriculum = await run.curriculum.state_dict()
@@ -55,7 +54,7 @@ async def restore(run: Run) -> None:
 
     A resume then sets later checkpoints aside and writes its own config.yaml.
     """
-    run.state.enter(Phase.RESTORING)
+    run.settled.clear()
     saved = run.resume_from or find_saved_run(run.folder, run.config, run.plan)
     await run.learner.load(saved.folder, saved.world_size)
     await run.curriculum.load_state_dict(saved.curriculum)
@@ -70,18 +69,18 @@ async def restore(run: Run) -> None:
         write_config(run.folder, run.given)
         run.resume_from = None
     _remove_rounds_after(run, len(saved.curriculum["records"]["student_iou"][0]))
-    run.state.enter(Phase.RUNNING)
+    run.settled.set()
 
 
 async def start_over(run: Run) -> None:
     """Goes back to the beginning, with a learner that has just started. Evaluations stay."""
-    run.state.enter(Phase.RESTORING)
+    run.settled.clear()
     run.progress.step = work.step = 0
     run.totals.clear()
     await run.curriculum.start_over()
     run.next_selection = await run.curriculum.next_selection()
     _remove_rounds_after(run, 0)
-    run.state.enter(Phase.RUNNING)
+    run.settled.set()
 
 
 def _rename_final_evaluation(progress: Progress) -> None:

@@ -30,7 +30,7 @@ async def export_student(run: Run) -> None:
             return
         if not (checkpoint_folder(run.folder, step) / STUDENT).is_dir():  # resumed from a copy without it
             step = run.step
-    with run.state.saving():
+    async with run.saving:
         temporary = run.folder / f".{STUDENT}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         source = checkpoint_folder(run.folder, step) / STUDENT

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import signal
 from collections import Counter
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,6 @@ from curriculum.curriculum import Curriculum
 from driver.buffer import TrajectoryBuffer
 from driver.clock import PhaseClock
 from driver.progress import Progress, SavedRun
-from driver.run_state import RunState
 from driver.start_ray import python_path
 from driver.upload import Uploads
 from learner.learner import Learner
@@ -50,7 +50,12 @@ class Run:
     uploads: Uploads | None = None  # None: checkpoints stay here
     gauges: Gauges = field(default_factory=Gauges)  # for Prometheus
     clock: PhaseClock = field(default_factory=PhaseClock)
-    state: RunState = field(default_factory=RunState)
+    settled: asyncio.Event = field(
+        default_factory=asyncio.Event
+    )  # learner, curriculum and step fit each other
+    saving: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a checkpoint or export is written
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)  # see stop()
+    stopped_by: signal.Signals | None = None
     progress: Progress = field(default_factory=Progress)
     resume_from: SavedRun | None = None  # the checkpoint of a resume, until it is restored
     newest_checkpoint: int | None = None  # its step; None: there is no whole checkpoint
@@ -60,9 +65,16 @@ class Run:
     gap_is_checked: bool = False  # see check_logprob_gap
     num_restarts: Counter[int] = field(default_factory=Counter)  # of the learner, by the step it went back to
 
+    def __post_init__(self) -> None:
+        self.settled.set()
+
+    def stop(self, which: signal.Signals) -> None:
+        """Asks the run to stop, for a signal."""
+        self.stopped_by = which
+        self.stopping.set()
+
     @property
     def step(self) -> int:
-        """The next to do."""
         return self.progress.step
 
     @property
@@ -77,17 +89,16 @@ class Run:
     def is_over(self) -> bool:
         """No further step may begin: a signal came, or the budget of tokens is spent."""
         budget = self.config.max_scored_tokens or math.inf
-        return self.state.stopped_by is not None or self.totals["scored_tokens"] >= budget
+        return self.stopping.is_set() or self.totals["scored_tokens"] >= budget
 
 
 def create_parts(folder: Path, given: Config, plan: Plan, resume_from: SavedRun | None = None) -> Run:
     """Starts the processes of a run. Raises ConfigError if a run of that name is on this Ray."""
-    name = f"video_opd/{folder.name}"
-    env = python_path() | given.worker_env
+    name, env = f"video_opd/{folder.name}", python_path() | given.worker_env
     config = given.model_copy(update={"run_name": folder.name, "worker_env": env})
-    uploads = None
-    if config.checkpoint_url:
-        uploads = Uploads(config.checkpoint_url, folder, config.max_retries, config.upload_timeout_s)
+    url, uploads = config.checkpoint_url, None
+    if url:
+        uploads = Uploads(url, folder, config.max_retries, config.upload_timeout_s)
     progress = resume_from.progress if resume_from else Progress()
     return Run(
         folder=folder,
@@ -112,9 +123,8 @@ async def publish_weights(run: Run, policy_version: int) -> None:
     try:
         update = await run.actors.publish(policy_version, run.learner)
     except ObjectLostError as error:
-        raise LearnerLostError(
-            f"weights of version {policy_version} went with the learner: {cause_of(error)}"
-        ) from error
+        lost = f"weights of version {policy_version} went with the learner"
+        raise LearnerLostError(f"{lost}: {cause_of(error)}") from error
     run.totals["published_bytes"] += update.num_bytes
     count("published_bytes", update.num_bytes)
     count("publish_seconds", update.duration_s)
@@ -125,7 +135,7 @@ async def publish_weights(run: Run, policy_version: int) -> None:
 async def unless_stopped(run: Run, call: Awaitable[T]) -> T | None:
     """The call's result; None if a signal asks the run to stop first, which cancels the call."""
     result = asyncio.ensure_future(call)
-    stop = asyncio.ensure_future(run.state.wait_until(lambda: run.state.stopped_by))
+    stop = asyncio.ensure_future(run.stopping.wait())
     try:
         await asyncio.wait({result, stop}, return_when=asyncio.FIRST_COMPLETED)
         return result.result() if result.done() else None

@@ -16,7 +16,6 @@ import pytest
 import driver.stopping
 from driver.progress import Progress
 from driver.run import Run, unless_stopped
-from driver.run_state import Phase
 from driver.start_ray import SIGNALS, stopped_by_signals
 from driver.stopping import shutdown_at_end
 from video_opd.errors import RunError, StoppedError
@@ -88,13 +87,13 @@ def test_the_update_under_way_is_done_first(written):
     run = make_run()
 
     async def body(send):
-        run.state.enter(Phase.UPDATING)
+        run.settled.clear()
         send()
         for _ in range(5):
             await asyncio.sleep(0.01)
         assert run.is_over, "no further step may begin"
         run.progress.step += 1
-        run.state.enter(Phase.RUNNING)
+        run.settled.set()
         await forever()
 
     stopped(run, body)
@@ -105,7 +104,7 @@ def test_an_update_that_does_not_end_is_given_up_and_what_there_is_stands(writte
     run = make_run(stop_grace_s=0.05)
 
     async def body(send):
-        run.state.enter(Phase.UPDATING)
+        run.settled.clear()
         send()
         await forever()
 
@@ -120,13 +119,13 @@ def test_a_checkpoint_that_is_being_written_is_waited_for(written):
     run = make_run(stop_grace_s=0.02)
 
     async def body(send):
-        run.state.enter(Phase.UPDATING)
-        with run.state.saving():
+        run.settled.clear()
+        async with run.saving:
             send()
             await asyncio.sleep(0.3)
             run.newest_checkpoint = 3
-        assert run.state.phase is Phase.UPDATING
-        run.state.enter(Phase.RUNNING)
+        assert not run.settled.is_set()
+        run.settled.set()
         await forever()
 
     assert "at step 3: continue" in str(stopped(run, body)) and written == []
@@ -146,7 +145,7 @@ def test_nothing_new_is_not_written_again(written):
 
 def test_a_run_that_is_told_to_stop_while_it_restores_can_go_on_from_there(written):
     async def body(send):
-        run.state.enter(Phase.RESTORING)
+        run.settled.clear()
         send()
         await forever()
 
@@ -224,7 +223,7 @@ def test_what_a_signal_interrupts_has_no_result():
 
     async def go():
         assert await unless_stopped(run, asyncio.sleep(0, "done")) == "done"
-        asyncio.get_running_loop().call_later(0.01, run.state.stop, signal.SIGTERM)
+        asyncio.get_running_loop().call_later(0.01, run.stop, signal.SIGTERM)
         assert await unless_stopped(run, forever()) is None
 
     asyncio.run(go())
@@ -232,13 +231,12 @@ def test_what_a_signal_interrupts_has_no_result():
 
 TWICE = """
 import asyncio, os, signal, sys
-from driver.run_state import Phase
 from tests.driver.test_stopping import forever, make_run
 from driver.stopping import shutdown_at_end
 async def go():
     run = make_run()
     async with shutdown_at_end(run):
-        run.state.enter(Phase.UPDATING)
+        run.settled.clear()
         os.kill(os.getpid(), signal.SIGTERM)
         while not run.is_over:
             await asyncio.sleep(0.01)
