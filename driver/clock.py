@@ -39,6 +39,7 @@ class PhaseClock:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        """The block is a call of the phase."""
         self.advance()
         self._active[phase] += 1
         try:

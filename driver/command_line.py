@@ -36,7 +36,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("overrides", nargs="*", metavar="key=value", help="configuration values, e.g. learner.lr=1e-6")
     add("--config", type=Path, help="YAML file (default: configs/demo.yaml, the embedded demo)")
-    add("--resume", metavar="RUN", help="continue in this run folder, or in a copy of a URL")
+    add(
+        "--resume",
+        metavar="RUN",
+        help="continue a run folder, or a copy of a URL, from its newest checkpoint",
+    )
     add("--step", type=int, metavar="N", help="with --resume: from the checkpoint of step N, not the newest")
     add("--address", help=ADDRESS)
     add("--dry-run", action="store_true", help="check what is here, print plan and memory, start nothing")
