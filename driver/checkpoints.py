@@ -33,7 +33,7 @@ async def checkpoint(run: Run) -> None:
         run.newest_checkpoint = run.step
         log.debug("checkpoint of step %d written", run.step)
         kept = run.config.checkpoint_keep_last, run.config.checkpoint_keep_best
-        spare = run.uploads.needed if run.uploads else ()
+        spare = tuple(run.uploads.needed) if run.uploads else ()
         await asyncio.to_thread(retain, run.folder, *kept, miou_by_step(run), spare)
         if run.uploads:
             run.uploads.start(run.step)

@@ -50,9 +50,7 @@ class Run:
     uploads: Uploads | None = None  # None: checkpoints stay here
     gauges: Gauges = field(default_factory=Gauges)  # for Prometheus
     clock: PhaseClock = field(default_factory=PhaseClock)
-    settled: asyncio.Event = field(
-        default_factory=asyncio.Event
-    )  # learner, curriculum and step fit each other
+    settled: asyncio.Event = field(default_factory=asyncio.Event)  # set: learner, curriculum and step agree
     saving: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a checkpoint or export is written
     stopping: asyncio.Event = field(default_factory=asyncio.Event)  # see stop()
     stopped_by: signal.Signals | None = None
@@ -96,9 +94,7 @@ def create_parts(folder: Path, given: Config, plan: Plan, resume_from: SavedRun 
     """Starts the processes of a run. Raises ConfigError if a run of that name is on this Ray."""
     name, env = f"video_opd/{folder.name}", python_path() | given.worker_env
     config = given.model_copy(update={"run_name": folder.name, "worker_env": env})
-    url, uploads = config.checkpoint_url, None
-    if url:
-        uploads = Uploads(url, folder, config.max_retries, config.upload_timeout_s)
+    url, limits = config.checkpoint_url, (config.max_retries, config.upload_timeout_s)
     progress = resume_from.progress if resume_from else Progress()
     return Run(
         folder=folder,
@@ -111,7 +107,7 @@ def create_parts(folder: Path, given: Config, plan: Plan, resume_from: SavedRun 
         learner=Learner(name, config),
         curriculum=Curriculum(name, plan.train, config),
         rewards=load_rewards(config.loss.rewards) if config.loss.needs.rewards else [],
-        uploads=uploads,
+        uploads=Uploads(url, folder, *limits) if url else None,
         progress=progress,
         resume_from=resume_from,
         newest_checkpoint=progress.step if resume_from else None,

@@ -67,7 +67,7 @@ def describe_missing(needs: Sequence[Need], nodes: Sequence[Resources]) -> str:
     nodes: what each has free. Each process goes to the first node with room: an estimate, Ray itself decides.
     """
     free, placed = [dict(node) for node in nodes], Counter[str]()
-    for need in (need for need in needs for _ in range(need.count)):
+    for need in [n for n in needs for _ in range(n.count)]:
         room = (node for node in free if all(node.get(k, 0.0) >= v for k, v in need.each.items()))
         if node := next(room, None):
             placed[need.role] += 1

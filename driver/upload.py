@@ -68,18 +68,14 @@ class Uploads:
     def __init__(self, url: str, run_dir: Path, max_retries: int, timeout_s: float):
         self._url, self._run_dir, self._max_retries, self._timeout_s = url, run_dir, max_retries, timeout_s
         self._remote = open_url(f"{url.rstrip('/')}/{run_dir.name}")
-        self._waiting: int | None = None
-        self._under_way: int | None = None
+        self.needed: list[
+            int
+        ] = []  # steps whose checkpoints must stay: the one being read, the one that waits
         self._task: asyncio.Task | None = None
 
-    @property
-    def needed(self) -> set[int]:
-        """The steps whose checkpoints must stay: the one being read, and the one that waits."""
-        return {step for step in (self._under_way, self._waiting) if step is not None}
-
     def start(self, step: int) -> None:
-        """Returns at once. A failure is a printed warning."""
-        self._waiting = step
+        """Returns at once. A failure is a warning in the log."""
+        self.needed[1:] = [step]
         if self._task is None or self._task.done():
             self._task = asyncio.ensure_future(self._run())
 
@@ -89,9 +85,8 @@ class Uploads:
             await self._task
 
     async def _run(self) -> None:
-        while self._waiting is not None:
-            step, self._waiting = self._waiting, None
-            self._under_way = step
+        while self.needed:
+            step = self.needed[0]
             deadline = asyncio.timeout(self._timeout_s)
             try:
                 async with deadline:
@@ -101,7 +96,7 @@ class Uploads:
                 why = late if deadline.expired() else cause_of(error)
                 not_copied = f"the checkpoint of step {step} was not copied to {self._url} ({why})"
                 log.warning("warning: %s; it stays in %s", not_copied, self._run_dir)
-            self._under_way = None
+            del self.needed[0]
 
     async def _upload_with_retries(self, step: int) -> None:
         for attempt in range(self._max_retries + 1):

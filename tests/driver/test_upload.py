@@ -177,10 +177,10 @@ def test_uploads_do_not_hold_up_the_loop_and_skip_what_a_newer_one_replaces(tmp_
         uploads.start(3)
         uploads.start(4)
         await asyncio.sleep(0)
-        assert uploads.needed == {2, 4} and not list(tmp_path.glob("store/name/checkpoints/*"))
+        assert uploads.needed == [2, 4] and not list(tmp_path.glob("store/name/checkpoints/*"))
         gate.set()
         await uploads.finish()
-        assert uploads.needed == set()
+        assert uploads.needed == []
 
     asyncio.run(run())
     assert remote_steps(open_url(f"{url_of(tmp_path)}/name")) == [2, 4]
