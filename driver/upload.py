@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec.implementations.dirfs import DirFileSystem
@@ -46,8 +46,8 @@ def _as_config_error(what: str) -> Iterator[None]:
         raise ConfigError(f"{what}: {cause_of(error)}") from error
 
 
-def open_url(url: str) -> DirFileSystem:
-    """What is below `url`. Raises ConfigError if the protocol is unknown or not installed."""
+def open_url(url: str) -> Any:
+    """A DirFileSystem at `url`. Raises ConfigError if the protocol is unknown or not installed."""
     with _as_config_error(f"{url} cannot be opened"):
         system, root = fsspec.core.url_to_fs(url)
         return DirFileSystem(root.rstrip("/"), system)
@@ -146,7 +146,7 @@ class Uploads:
             self._remote.rm(folder, recursive=True)
 
 
-def remote_steps(remote: DirFileSystem) -> list[int]:
+def remote_steps(remote: Any) -> list[int]:
     """The steps of all checkpoints of a run's copy, whole or not, in order."""
     remote.invalidate_cache()
     paths = remote.ls(CHECKPOINTS, detail=False) if remote.exists(CHECKPOINTS) else []
@@ -194,7 +194,7 @@ def fetch_run(url: str, runs_dir: Path, step: int | None = None) -> Path:
     return folder
 
 
-def _files_of_checkpoint(remote: DirFileSystem, url: str, step: int | None) -> list[str]:
+def _files_of_checkpoint(remote: Any, url: str, step: int | None) -> list[str]:
     """A checkpoint's files, the manifest last; see choose_checkpoint."""
 
     def files(candidate: int) -> list[str]:
