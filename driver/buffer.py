@@ -15,7 +15,7 @@ class TrajectoryBuffer:
     """
 
     def __init__(self, groups_per_step: int, max_policy_lag: int, num_steps: int):
-        """`num_steps`: slots beyond the last step's are never handed out."""
+        """num_steps: slots beyond the last step's are never handed out."""
         self._groups_per_step = groups_per_step
         self._free = (max_policy_lag + 1) * groups_per_step
         self._left = num_steps * groups_per_step
@@ -39,9 +39,8 @@ class TrajectoryBuffer:
 
     async def fill(self, slot: int, group: ScoredGroup) -> None:
         async with self._changed:
-            assert slot < self._next_slot and slot not in self._filled, (
-                f"slot {slot} was not reserved or is filled"
-            )
+            free = slot < self._next_slot and slot not in self._filled
+            assert free, f"slot {slot} was not reserved or is filled"
             self._filled[slot] = group
             self._changed.notify_all()
 
@@ -55,9 +54,8 @@ class TrajectoryBuffer:
 
     def counts(self) -> dict[str, float]:
         """Slots that are filled, reserved (sampled or scored just now) and free; the learner has the rest."""
-        filled = len(self._filled)
-        reserved = self._next_slot - self._first_slot - filled
-        return {"buffer/filled": filled, "buffer/reserved": reserved, "buffer/free": self._free}
+        filled, handed_out = len(self._filled), self._next_slot - self._first_slot
+        return {"buffer/filled": filled, "buffer/reserved": handed_out - filled, "buffer/free": self._free}
 
     async def close(self) -> None:
         """Hands out no more slots: the run ends earlier than planned."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from driver.export import STUDENT, best_step, export_student, exported_step
 from driver.held_out import AFTER, NO_VIDEO, at_step, miou_by_step
-from driver.progress import Progress, find_saved_run, setup_of, write_progress
+from driver.progress import find_saved_run, setup_of, write_progress
 from driver.run import Run
 from driver.run_state import Phase
 from video_opd.files.checkpoint import (
@@ -22,8 +22,6 @@ from video_opd.files.checkpoint import (
 from video_opd.files.run_folder import write_config
 from video_opd.logs import log, work
 
-SET_ASIDE = "set-aside"
-
 
 async def checkpoint(run: Run) -> None:
     """Writes learner, student, curriculum and progress as one whole folder; removes old ones."""
@@ -35,9 +33,9 @@ async def checkpoint(run: Run) -> None:
         await asyncio.to_thread(finish_checkpoint, temporary, run.folder, run.step)
         run.newest_checkpoint = run.step
         log.debug("checkpoint of step %d written", run.step)
-        keep_last, keep_best = run.config.checkpoint_keep_last, run.config.checkpoint_keep_best
-        spare = run.uploads.needed if run.uploads else ()
-        await asyncio.to_thread(retain, run.folder, run.step, keep_last, keep_best, miou_by_step(run), spare)
+        kept = run.config.checkpoint_keep_last, run.config.checkpoint_keep_best
+        spare = tuple(run.uploads.needed) if run.uploads else ()
+        await asyncio.to_thread(retain, run.folder, *kept, miou_by_step(run), spare)
         if run.uploads:
             run.uploads.start(run.step)
 
@@ -63,7 +61,11 @@ async def restore(run: Run) -> None:
     run.next_selection = await run.curriculum.next_selection()
     run.progress = saved.progress
     run.newest_checkpoint = work.step = run.step
-    _rename_final_evaluation(run.progress)
+    results: list[dict[str, Any]] = [run.evaluations, run.progress.examples]
+    for of in results:  # the checkpoint's final evaluation is no longer the run's final one
+        of.pop(NO_VIDEO, None)
+        if AFTER in of:
+            of.setdefault(at_step(run.step), of.pop(AFTER))
     if run.resume_from:
         if folder := set_aside_after(run.folder, run.step):
             log.info("what followed step %d is kept in %s: delete it when it is not needed", run.step, folder)
@@ -84,15 +86,6 @@ async def start_over(run: Run) -> None:
     run.state.enter(Phase.RUNNING)
 
 
-def _rename_final_evaluation(progress: Progress) -> None:
-    """The checkpoint's final evaluation is no longer the run's final one."""
-    results: list[dict[str, Any]] = [progress.evaluations, progress.examples]
-    for of in results:
-        of.pop(NO_VIDEO, None)
-        if AFTER in of:
-            of.setdefault(at_step(progress.step), of.pop(AFTER))
-
-
 def _remove_rounds_after(run: Run, num_rounds: int) -> None:
     """Removes the curriculum's snapshots of later rounds."""
     for snapshot in (run.folder / "curriculum").glob("*.parquet"):
@@ -109,8 +102,8 @@ def set_aside_after(run_dir: Path, step: int) -> Path | None:
     later = [s for s in checkpoint_steps(run_dir) if s > step and not is_partial(run_dir, s)]
     if not later:
         return None
-    parent = run_dir / SET_ASIDE
-    folder = parent / f"{len(list(parent.glob('*'))) + 1:02d}-after-step-{step}"
+    number = len(list(run_dir.glob("set-aside/*"))) + 1
+    folder = run_dir / "set-aside" / f"{number:02d}-after-step-{step}"
     (folder / CHECKPOINTS).mkdir(parents=True)
     for name in ("metrics.jsonl", "summary.json", "report.html", "trajectories", "curriculum"):
         if (run_dir / name).is_dir():

@@ -4,19 +4,10 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 from video_opd.prometheus import count
 
 PHASES: tuple[str, ...] = ("rollout", "score", "update", "publish", "evaluate")
-
-
-class PhaseTimes(NamedTuple):
-    """Where the time went since the last call of take_times."""
-
-    seconds: dict[str, float]  # by phase, and idle; phases that overlap count in full each
-    tokens_per_s: dict[str, float]  # response tokens, of the phases that counted any
-    wall_s: float
 
 
 class PhaseClock:
@@ -39,6 +30,7 @@ class PhaseClock:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        """The block is a call of the phase."""
         self.advance()
         self._active[phase] += 1
         try:
@@ -52,12 +44,15 @@ class PhaseClock:
         self._tokens[phase] += tokens
         count("tokens", tokens, phase=phase)
 
-    def take_times(self) -> PhaseTimes:
-        """Returns the times since the last call, and starts again at zero."""
+    def take_times(self) -> tuple[dict[str, float], dict[str, float], float]:
+        """Seconds by phase and idle, response tokens/s by phase, and wall seconds, since the last call.
+
+        Phases that overlap count in full each.
+        """
         self.advance()
         seconds = {phase: self._seconds[phase] for phase in (*PHASES, "idle")}
         rates = {phase: tokens / seconds[phase] for phase, tokens in self._tokens.items() if seconds[phase]}
         self._seconds.clear()
         self._tokens.clear()
         wall_s, self._taken_at = self._since - self._taken_at, self._since
-        return PhaseTimes(seconds, rates, wall_s)
+        return seconds, rates, wall_s

@@ -19,9 +19,10 @@ from video_opd.files.durable import finish_interrupted_writes
 
 ABOUT = """Video-OPD: on-policy distillation of a video LLM for temporal grounding.
 
-Actors sample, the teacher scores, the curriculum steers, the learner steps. \
-Without arguments it runs the embedded
-demo on a CPU."""
+Actors sample, the teacher scores, the curriculum steers, the learner steps.
+Without arguments it runs the embedded demo on a CPU."""
+ADDRESS = """HOST:PORT of a node of a Ray cluster, auto, or local for one of its own
+(default: RAY_ADDRESS, else the cluster that this machine is in, else its own)"""
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -38,19 +39,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--resume",
         metavar="RUN",
-        help="go on in this run folder from its newest checkpoint, or in a copy of a URL",
+        help="continue a run folder, or a copy of a URL, from its newest checkpoint",
     )
-    add(
-        "--step",
-        type=int,
-        metavar="N",
-        help="with --resume: from its checkpoint of step N, not from the newest",
-    )
-    add(
-        "--address",
-        help="HOST:PORT of a node of a Ray cluster, auto, or local for one of its own "
-        "(default: RAY_ADDRESS, else the cluster that this machine is in, else its own)",
-    )
+    add("--step", type=int, metavar="N", help="with --resume: from the checkpoint of step N, not the newest")
+    add("--address", help=ADDRESS)
     add("--dry-run", action="store_true", help="check what is here, print plan and memory, start nothing")
     add("--check-cluster", type=Path, metavar="FILE", help="check a file of machines for Ray, start nothing")
     add("--gpu-memory-gib", type=float, help="memory of one GPU (default: this machine's, or 80 without one)")
@@ -59,22 +51,21 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def read_config(arguments: argparse.Namespace) -> Config:
     """The resumed run's config, that of --config, or the demo's, with the overrides. Raises InputError."""
-    resume, overrides = arguments.resume, arguments.overrides
+    resume, path = arguments.resume, arguments.config
     if arguments.step is not None and not resume:
         raise ConfigError("--step chooses a checkpoint of the run that --resume names: give --resume RUN")
-    if resume and arguments.config:
+    if resume and path:
         raise ConfigError("--resume continues with the run's own config: leave out --config")
     if resume == "":
         raise ConfigError("--resume names no run: give a run folder, or a URL")
-    if resume and "://" in resume:
-        with TemporaryDirectory() as folder:
-            return resolve_paths(load_config(fetch_config(resume, Path(folder)), overrides), Path.cwd())
-    if not resume and not arguments.config:  # the demo runs from anywhere
-        return load_demo(overrides)
-    path = Path(resume) / "config.yaml" if resume else arguments.config
-    if resume and not path.is_file():
-        raise CheckpointError(f"{resume} is not a run folder: it has no config.yaml")
-    return resolve_paths(load_config(path, overrides), Path.cwd())
+    if not resume and not path:  # the demo runs from anywhere
+        return load_demo(arguments.overrides)
+    with TemporaryDirectory() as folder:
+        if resume and "://" in resume:
+            path = fetch_config(resume, Path(folder))
+        elif resume and not (path := Path(resume) / "config.yaml").is_file():
+            raise CheckpointError(f"{resume} is not a run folder: it has no config.yaml")
+        return resolve_paths(load_config(path, arguments.overrides), Path.cwd())
 
 
 def prepare(config: Config) -> Plan:

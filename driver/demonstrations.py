@@ -15,21 +15,21 @@ def demonstrations(config: Config, prompts: Sequence[Prompt], step: int) -> list
     `step` makes the trajectories' ids unique: a prompt returns in every pass.
     """
     encoder = PromptEncoder(config.student, config.prompt, config.video, config.trust_remote_code)
-    return [TrajectoryGroup(prompt=p, trajectories=(_demonstration(encoder, p, step),)) for p in prompts]
-
-
-def _demonstration(encoder: PromptEncoder, prompt: Prompt, step: int) -> Trajectory:
-    assert prompt.answer_spans_s, "make_plan refuses unlabelled prompts"
-    ids = encoder.answer_ids(prompt.answer_spans_s[0])
-    return Trajectory(
-        trajectory_id=f"{prompt.prompt_id}@{step}#truth",
-        prompt_id=prompt.prompt_id,
-        policy_version=step,
-        prompt_token_ids=np.zeros(0, np.int32),
-        prompt_fingerprint=None,
-        response_token_ids=ids,
-        actor_logprobs=np.zeros(len(ids), np.float32),
-        finish_reason=FinishReason.STOP,
-        text=encoder.tokenizer.decode(ids, skip_special_tokens=True),
-        predicted_span_s=prompt.answer_spans_s[0],
-    )
+    groups = []
+    for prompt in prompts:
+        assert prompt.answer_spans_s, "make_plan refuses unlabelled prompts"
+        ids = encoder.answer_ids(prompt.answer_spans_s[0])
+        truth = Trajectory(
+            trajectory_id=f"{prompt.prompt_id}@{step}#truth",
+            prompt_id=prompt.prompt_id,
+            policy_version=step,
+            prompt_token_ids=np.zeros(0, np.int32),
+            prompt_fingerprint=None,
+            response_token_ids=ids,
+            actor_logprobs=np.zeros(len(ids), np.float32),
+            finish_reason=FinishReason.STOP,
+            text=encoder.tokenizer.decode(ids, skip_special_tokens=True),
+            predicted_span_s=prompt.answer_spans_s[0],
+        )
+        groups.append(TrajectoryGroup(prompt=prompt, trajectories=(truth,)))
+    return groups

@@ -25,11 +25,10 @@ async def export_student(run: Run) -> None:
     miou = miou_by_step(run)
     best = best_step(miou) if run.config.eval_every else None
     step = run.step if best is None else best
-    if step != run.step:
-        if exported_step(run.folder) == step:
-            return
-        if not (checkpoint_folder(run.folder, step) / STUDENT).is_dir():  # resumed from a copy without it
-            step = run.step
+    if step != run.step and exported_step(run.folder) == step:
+        return
+    if not (checkpoint_folder(run.folder, step) / STUDENT).is_dir():  # resumed from a copy without it
+        step = run.step
     with run.state.saving():
         temporary = run.folder / f".{STUDENT}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -38,8 +37,9 @@ async def export_student(run: Run) -> None:
             await asyncio.to_thread(shutil.copytree, source, temporary, copy_function=_link_or_copy)
         else:
             await run.learner.export(temporary)
-        card = {"step": step, "miou": miou.get(step)}
-        await asyncio.to_thread(_publish, temporary, run.folder / STUDENT, card)
+        (temporary / CARD).write_text(json.dumps({"step": step, "miou": miou.get(step)}) + "\n")
+        await asyncio.to_thread(fsync_tree, temporary)
+        await asyncio.to_thread(replace_folder, temporary, run.folder / STUDENT)
 
 
 def exported_step(run_dir: Path) -> int | None:
@@ -51,15 +51,9 @@ def exported_step(run_dir: Path) -> int | None:
 
 
 def _link_or_copy(source: str, target: str) -> str:
-    """Hard-links weights where the file system can; copies small files, which people may edit."""
+    """Copies, but hard-links weights where possible: people may edit the other, small files."""
     if source.endswith(".safetensors"):
         with suppress(OSError):
             os.link(source, target)
             return target
     return shutil.copy2(source, target)
-
-
-def _publish(temporary: Path, folder: Path, card: dict) -> None:
-    (temporary / CARD).write_text(json.dumps(card) + "\n")
-    fsync_tree(temporary)
-    replace_folder(temporary, folder)

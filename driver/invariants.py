@@ -14,9 +14,8 @@ def check_lag(groups: Sequence[ScoredGroup], step: int, max_policy_lag: int) -> 
     sampled = (t for g in groups for t in g.group.sampled if t.prompt_fingerprint is not None)
     lags = [step - t.policy_version for t in sampled]
     if lags and (min(lags) < 0 or max(lags) > max_policy_lag):
-        raise ParityError(
-            f"step {step}: policy lags {min(lags)} to {max(lags)}, allowed 0 to {max_policy_lag}"
-        )
+        found = f"policy lags {min(lags)} to {max(lags)}"
+        raise ParityError(f"step {step}: {found}, allowed 0 to {max_policy_lag}")
     return lags
 
 
@@ -24,9 +23,8 @@ def check_finite(report: StepReport) -> None:
     """Raises RunError if the update diverged: it must not be published."""
     for name in ("learner/loss", "learner/grad_norm"):
         if not np.isfinite(value := report.metrics[name]):
-            raise RunError(
-                f"step {report.step}: {name} is {value}: lower learner.lr, or resume from a checkpoint"
-            )
+            what = f"step {report.step}: {name} is {value}"
+            raise RunError(f"{what}: lower learner.lr, or resume from a checkpoint")
 
 
 def check_logprob_gap(run: Run, report: StepReport) -> None:
@@ -36,7 +34,6 @@ def check_logprob_gap(run: Run, report: StepReport) -> None:
         return
     run.gap_is_checked = True
     if not gap <= bound:
-        raise ParityError(
-            f"on the first batch the 99th percentile of |actor - learner log-prob| is {gap:.4f}, bound "
-            f"{bound} (checks.max_logprob_gap): the two engines do not compute the same model"
-        )
+        measure = "on the first batch the 99th percentile of |actor - learner log-prob|"
+        values = f"is {gap:.4f}, bound {bound} (checks.max_logprob_gap)"
+        raise ParityError(f"{measure} {values}: the two engines do not compute the same model")

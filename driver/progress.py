@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from learner.safe_load import find_code
 from preflight.inputs import Plan
 from video_opd.config import Config, LearnerConfig
 from video_opd.errors import CheckpointError
-from video_opd.files.checkpoint import MANIFEST, WholeCheckpoint, damaged, find_checkpoint
+from video_opd.files.checkpoint import damaged, find_checkpoint
 from video_opd.schemas import PREDICTIONS, span_columns, write_parquet
-from video_opd.types import Prediction, Prompt
+from video_opd.types import Prediction
 
 _STATE, _RECORDS, _PREDICTIONS = "state.json", "curriculum.parquet", "predictions.parquet"
 _CURRICULUM_KEYS = {"queue", "in_flight", "round_end", "settings", "random_state"}
+_ZERO_FILES = {0: "0", 1: "1 or 2", 2: "1 or 2", 3: "3"}  # stages 1 and 2 write the same
 
 
 @dataclass(kw_only=True)
@@ -36,15 +37,6 @@ class Progress:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What a run must share with the checkpoint that it resumes from."""
-
-    shapes: dict[str, Any]  # of the student's architecture
-    learner: dict[str, Any]  # see learner_settings
-    eval_key: str  # of the held-out split
-
-
-@dataclass(frozen=True, kw_only=True)
 class SavedRun:
     """A checkpoint that was verified and read: all but the learner's files."""
 
@@ -54,33 +46,29 @@ class SavedRun:
     world_size: int  # of the learner that wrote it
 
 
-def setup_of(config: Config, plan: Plan) -> Setup:
-    learner = learner_settings(config.learner)
-    return Setup(shapes=plan.student.shapes, learner=learner, eval_key=eval_key(plan.eval))
-
-
-def eval_key(prompts: Sequence[Prompt]) -> str:
-    """The same for held-out splits on which results can be compared."""
-    content = repr([(p.prompt_id, p.answer_spans_s) for p in prompts])
-    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+def setup_of(config: Config, plan: Plan) -> dict[str, Any]:
+    """What a run must share with the checkpoint that it resumes from, as state.json has it."""
+    held_out = repr([(p.prompt_id, p.answer_spans_s) for p in plan.eval])
+    eval_key = hashlib.blake2b(held_out.encode(), digest_size=16).hexdigest()
+    return {
+        "shapes": plan.student.shapes,
+        "learner": learner_settings(config.learner),
+        "eval_key": eval_key,  # the same for held-out splits on which results can be compared
+    }
 
 
 def learner_settings(config: LearnerConfig) -> dict[str, Any]:
     """What the learner's files depend on. All but world_size must be the same when they are read."""
-    zero_files = {0: "0", 1: "1 or 2", 2: "1 or 2", 3: "3"}  # stages 1 and 2 write the same
-    return {
-        "world_size": config.world_size,
-        "zero_files": zero_files[config.zero_stage],
-        "dtype": config.dtype,
-        "freeze_vision": config.freeze_vision,
-        "lora_rank": config.lora_rank,
-        "lora_targets": config.lora_targets if config.lora_rank else None,
-    }
+    same = {name: getattr(config, name) for name in ("world_size", "dtype", "freeze_vision", "lora_rank")}
+    targets = config.lora_targets if config.lora_rank else None
+    return same | {"zero_files": _ZERO_FILES[config.zero_stage], "lora_targets": targets}
 
 
-def write_progress(folder: Path, progress: Progress, curriculum: Mapping[str, Any], setup: Setup) -> None:
+def write_progress(
+    folder: Path, progress: Progress, curriculum: Mapping[str, Any], setup: dict[str, Any]
+) -> None:
     """Writes into a folder of begin_checkpoint. curriculum: the scheduler's state_dict."""
-    state = vars(setup) | {k: v for k, v in vars(progress).items() if k != "examples"}
+    state = setup | {k: v for k, v in vars(progress).items() if k != "examples"}
     state["curriculum"] = {k: v for k, v in curriculum.items() if k != "records"}
     write_parquet(curriculum["records"], folder / _RECORDS)
     rows = [
@@ -102,12 +90,11 @@ def find_saved_run(run_dir: Path, config: Config, plan: Plan, step: int | None =
     return saved
 
 
-def read_progress(checkpoint: WholeCheckpoint, setup: Setup) -> SavedRun:
-    """Reads what write_progress wrote.
+def read_progress(folder: Path, setup: dict[str, Any]) -> SavedRun:
+    """Reads what write_progress wrote to a checkpoint, which is whole.
 
     Raises CheckpointError if it is unreadable, differs from `setup`, or has a file that would run code.
     """
-    folder = checkpoint.folder
     if code := find_code(folder):
         raise CheckpointError(f"checkpoint {folder} is not safe to load: {code}: choose another with --step")
     try:
@@ -116,41 +103,31 @@ def read_progress(checkpoint: WholeCheckpoint, setup: Setup) -> SavedRun:
         if missing := _CURRICULUM_KEYS - curriculum.keys():
             raise KeyError(*sorted(missing))
         curriculum["records"] = pq.read_table(folder / _RECORDS)
-        written = Setup(**{name: state[name] for name in vars(setup)})
-        world_size = written.learner["world_size"]
+        shapes, learner, eval_key = (state[name] for name in ("shapes", "learner", "eval_key"))
+        world_size = learner["world_size"]
         progress = Progress(
             **{name: state[name] for name in ("step", "evaluations", "failed_eval")},
             totals=Counter(state["totals"]),
-            examples=_read_predictions(folder / _PREDICTIONS, state["evaluations"]),
+            examples={name: [] for name in state["evaluations"]},
         )
+        for row in pq.read_table(folder / _PREDICTIONS).to_pylist():
+            span = None if row["start_s"] is None else (row["start_s"], row["end_s"])
+            prediction = Prediction(prompt_id=row["prompt_id"], text=row["text"], span_s=span)
+            progress.examples[row["evaluation"]].append(prediction)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(folder, f"its state cannot be read ({error!r})") from error
-    if progress.step != checkpoint.step:
-        raise damaged(folder, f"its state is of step {progress.step}, its {MANIFEST} of {checkpoint.step}")
-    _check_same(folder, "model", "the student", written.shapes, setup.shapes)
-    fixed = {k: v for k, v in setup.learner.items() if k != "world_size"}
-    _check_same(folder, "learner config", "the learner section", written.learner, fixed)
-    if written.eval_key != setup.eval_key:
-        raise CheckpointError(
-            f"checkpoint {folder} has evaluations on another held-out split: "
-            "resume with the data.eval that the run was started with"
-        )
+    _check_same(folder, "model", "the student", shapes, setup["shapes"])
+    _check_same(folder, "learner config", "the learner section", learner, setup["learner"])
+    if eval_key != setup["eval_key"]:
+        split = "has evaluations on another held-out split"
+        raise CheckpointError(f"checkpoint {folder} {split}: resume with the data.eval of the run's start")
     return SavedRun(folder=folder, progress=progress, curriculum=curriculum, world_size=world_size)
 
 
-def _read_predictions(path: Path, evaluations: Mapping[str, Any]) -> dict[str, list[Prediction]]:
-    examples: dict[str, list[Prediction]] = {name: [] for name in evaluations}
-    for row in pq.read_table(path).to_pylist():
-        span = None if row["start_s"] is None else (row["start_s"], row["end_s"])
-        prediction = Prediction(prompt_id=row["prompt_id"], text=row["text"], span_s=span)
-        examples[row["evaluation"]].append(prediction)
-    return examples
-
-
 def _check_same(folder: Path, kind: str, what: str, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    different = [f"{k} {saved.get(k)} / {v}" for k, v in wanted.items() if saved.get(k) != v]
+    different = [
+        f"{k} {saved.get(k)} / {v}" for k, v in wanted.items() if saved.get(k) != v and k != "world_size"
+    ]
     if different:
-        raise CheckpointError(
-            f"checkpoint {folder} is of another {kind} (checkpoint / now: {'; '.join(different)}): "
-            f"resume with {what} that the run was started with"
-        )
+        how = f"(checkpoint / now: {'; '.join(different)}): resume with {what} of the run's start"
+        raise CheckpointError(f"checkpoint {folder} is of another {kind} {how}")

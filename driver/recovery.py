@@ -36,9 +36,8 @@ async def recover(run: Run, cause: LearnerLostError) -> None:
     back_to = run.newest_checkpoint or 0
     run.num_restarts[back_to] += 1
     if run.num_restarts[back_to] > run.config.max_retries:
-        raise PartLostError(
-            f"{cause}; it was restarted {run.config.max_retries} times at step {back_to}"
-        ) from cause
+        restarted = f"it was restarted {run.config.max_retries} times at step {back_to}"
+        raise PartLostError(f"{cause}; {restarted}") from cause
     log.warning("%s; it is restarted, and the run goes back from step %d to %d", cause, run.step, back_to)
     run.published = -1
     await run.learner.restart()

@@ -62,7 +62,6 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The next to do."""
         return self.progress.step
 
     @property
@@ -82,12 +81,9 @@ class Run:
 
 def create_parts(folder: Path, given: Config, plan: Plan, resume_from: SavedRun | None = None) -> Run:
     """Starts the processes of a run. Raises ConfigError if a run of that name is on this Ray."""
-    name = f"video_opd/{folder.name}"
-    env = python_path() | given.worker_env
+    name, env = f"video_opd/{folder.name}", python_path() | given.worker_env
     config = given.model_copy(update={"run_name": folder.name, "worker_env": env})
-    uploads = None
-    if config.checkpoint_url:
-        uploads = Uploads(config.checkpoint_url, folder, config.max_retries, config.upload_timeout_s)
+    url, limits = config.checkpoint_url, (config.max_retries, config.upload_timeout_s)
     progress = resume_from.progress if resume_from else Progress()
     return Run(
         folder=folder,
@@ -100,7 +96,7 @@ def create_parts(folder: Path, given: Config, plan: Plan, resume_from: SavedRun 
         learner=Learner(name, config),
         curriculum=Curriculum(name, plan.train, config),
         rewards=load_rewards(config.loss.rewards) if config.loss.needs.rewards else [],
-        uploads=uploads,
+        uploads=Uploads(url, folder, *limits) if url else None,
         progress=progress,
         resume_from=resume_from,
         newest_checkpoint=progress.step if resume_from else None,
@@ -112,9 +108,8 @@ async def publish_weights(run: Run, policy_version: int) -> None:
     try:
         update = await run.actors.publish(policy_version, run.learner)
     except ObjectLostError as error:
-        raise LearnerLostError(
-            f"weights of version {policy_version} went with the learner: {cause_of(error)}"
-        ) from error
+        lost = f"weights of version {policy_version} went with the learner"
+        raise LearnerLostError(f"{lost}: {cause_of(error)}") from error
     run.totals["published_bytes"] += update.num_bytes
     count("published_bytes", update.num_bytes)
     count("publish_seconds", update.duration_s)

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,21 +64,15 @@ def needs_of(config: Config) -> list[Need]:
 def describe_missing(needs: Sequence[Need], nodes: Sequence[Resources]) -> str:
     """The roles that lack places, such as "teacher: 2 of 4"; empty: none.
 
-    nodes: what each has free. Each process goes to the first node that has all it takes. This is an estimate
-    for messages: Ray itself decides.
+    nodes: what each has free. Each process goes to the first node with room: an estimate, Ray itself decides.
     """
-    free = [dict(node) for node in nodes]
-    placed = {need.role: sum(_take(need.each, free) for _ in range(need.count)) for need in needs}
+    free, placed = [dict(node) for node in nodes], Counter[str]()
+    for need in [n for n in needs for _ in range(n.count)]:
+        room = (node for node in free if all(node.get(k, 0.0) >= v for k, v in need.each.items()))
+        if node := next(room, None):
+            placed[need.role] += 1
+            node.update({name: node[name] - amount for name, amount in need.each.items()})
     return ", ".join(f"{n.role}: {placed[n.role]} of {n.count}" for n in needs if placed[n.role] < n.count)
-
-
-def _take(each: Resources, free: list[dict[str, float]]) -> bool:
-    for node in free:
-        if all(node.get(name, 0.0) >= amount for name, amount in each.items()):
-            for name, amount in each.items():
-                node[name] -= amount
-            return True
-    return False
 
 
 def wait_for_places(config: Config, timeout_s: float) -> None:
@@ -88,19 +83,17 @@ def wait_for_places(config: Config, timeout_s: float) -> None:
     """
     from ray._private.state import available_resources_per_node
 
-    needs = needs_of(config)
-    deadline, printed = time.monotonic() + timeout_s, ""
+    needs, deadline, printed = needs_of(config), time.monotonic() + timeout_s, ""
     group = placement_group([dict(need.each) for need in needs for _ in range(need.count)])
     try:
         while not group.wait(min(POLL_S, max(0.1, deadline - time.monotonic()))):
             free = list(available_resources_per_node().values())
             missing = describe_missing(needs, free) or "the nodes have it, Ray has not given it yet"
             if time.monotonic() >= deadline:
-                raise ClusterError(
-                    f"the cluster could not provide what the run needs within {timeout_s:.0f} s, {missing}; "
-                    f"needed are {'; '.join(map(str, needs))}: "
-                    "add nodes (see `ray status`), ask for less, or raise start_timeout_s"
-                )
+                late = f"could not provide what the run needs within {timeout_s:.0f} s, {missing}"
+                needed = f"needed are {'; '.join(map(str, needs))}"
+                what_to_do = "add nodes (see `ray status`), ask for less, or raise start_timeout_s"
+                raise ClusterError(f"the cluster {late}; {needed}: {what_to_do}")
             if missing != printed:
                 print(f"waiting for the cluster: {missing}", flush=True)
                 printed = missing
@@ -128,8 +121,8 @@ def start_ray(config: Config, address: str | None) -> None:
         cpus = max(os.cpu_count() or 1, 8 + config.rollout.num_actors + config.learner.world_size)
         context = start_local(num_cpus=cpus, resources={k: float(v) for k, v in roles.items()}, **shared)
     dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else "not installed"
-    of = "joined" if joined else "address"
-    print(f"Ray dashboard: {dashboard}, {of} {ray.get_runtime_context().gcs_address}", flush=True)
+    at = f"{'joined' if joined else 'address'} {ray.get_runtime_context().gcs_address}"
+    print(f"Ray dashboard: {dashboard}, {at}", flush=True)
     for app in delete_orphans(running_runs()) if joined else ():
         print(f"deleted the teacher {app}: its run is gone", flush=True)
     timeout_s = config.start_timeout_s if joined else min(config.start_timeout_s, LOCAL_TIMEOUT_S)
@@ -147,10 +140,9 @@ def stopped_by_signals(when: str) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {which: signal.getsignal(which) for which in SIGNALS}
-    for which in SIGNALS:
-        if before[which] != signal.SIG_IGN:
-            signal.signal(which, stop)
+    before = {w: signal.getsignal(w) for w in SIGNALS if signal.getsignal(w) != signal.SIG_IGN}
+    for which in before:
+        signal.signal(which, stop)
     try:
         yield
     finally:
@@ -160,4 +152,4 @@ def stopped_by_signals(when: str) -> Iterator[None]:
 
 def python_path() -> dict[str, str]:
     """Puts this checkout first, also for Serve, whose controller may come from another checkout."""
-    return {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}

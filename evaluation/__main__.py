@@ -167,7 +167,7 @@ def read_config(parsed: argparse.Namespace) -> Config | None:
         path = parsed.run / "config.yaml"
         if not path.is_file():
             raise ConfigError(f"{parsed.run} is not a run folder: it has no config.yaml")
-        overrides.append(f"student={find_checkpoint(parsed.run).folder / 'student'}")
+        overrides.append(f"student={find_checkpoint(parsed.run) / 'student'}")
     elif parsed.model:
         if not path:
             raise ConfigError("--model needs --config CONFIG.yaml: it names data, frames and prompt")

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,10 +20,10 @@ import video_opd.files.durable
 from curriculum.scheduler import settings_of
 from driver.checkpoints import restore, set_aside_after
 from driver.held_out import miou_by_step
+from driver.run_state import Phase
 from driver.progress import (
     Progress,
     SavedRun,
-    Setup,
     find_saved_run,
     learner_settings,
     read_progress,
@@ -32,7 +31,6 @@ from driver.progress import (
     write_progress,
 )
 from driver.run import Run
-from driver.run_state import Phase
 from video_opd.config import LearnerConfig
 from video_opd.config_file import load_demo
 from video_opd.content import file_digest
@@ -52,7 +50,7 @@ from video_opd.types import Prediction
 
 SHAPES = {"model_type": "qwen3_vl", "text.hidden_size": 8, "vision.depth": 1}
 LEARNER = learner_settings(LearnerConfig(world_size=2, zero_stage=2))
-SETUP = Setup(shapes=SHAPES, learner=LEARNER, eval_key="the split")
+SETUP = {"shapes": SHAPES, "learner": LEARNER, "eval_key": "the split"}
 RECORDS = pa.Table.from_pylist(
     [
         {
@@ -108,7 +106,7 @@ def write_checkpoint(run_dir: Path, step: int, weights: str = "weights" * 9) -> 
 
 
 def read_all(folder: Path, **changes: Any) -> SavedRun:
-    return read_progress(check_whole(folder), replace(SETUP, **changes))
+    return read_progress(check_whole(folder), SETUP | changes)
 
 
 def read(folder: Path, **changes: Any) -> Progress:
@@ -288,7 +286,7 @@ def test_what_is_later_is_set_aside_with_copies_of_what_will_be_cut_back(tmp_pat
     (tmp_path / "trajectories" / "from-step-000000.arrows").write_text("rows")
     folder = set_aside_after(tmp_path, 2)
     assert folder and checkpoint_steps(tmp_path) == [2, 6], "the partial one is nobody's"
-    assert check_whole(folder / "checkpoints" / "step-4").step == 4
+    assert read(folder / "checkpoints" / "step-4").step == 4
     assert (folder / "metrics.jsonl").read_text() == "lines" == (tmp_path / "metrics.jsonl").read_text()
     assert (folder / "trajectories" / "from-step-000000.arrows").read_text() == "rows"
     assert set_aside_after(tmp_path, 2) is None
@@ -337,9 +335,7 @@ def test_a_checkpoint_is_verified_once_by_a_resume_and_once_when_the_learner_is_
     assert (run.step, run.newest_checkpoint, run.next_selection) == (12, 12, 12)
     assert run.totals == {"rollouts": 7} and run.progress.failed_eval == {"f": "broken"}
     assert run.evaluations.keys() == {"teacher", "student_before", "step_12"}, "it is not the last any more"
-    assert (
-        run.resume_from is None and run.state.phase is Phase.RUNNING and (tmp_path / "config.yaml").exists()
-    )
+    assert run.resume_from is None and run.state.phase is Phase.RUNNING and (tmp_path / "config.yaml").exists()
     run.progress.step = 14
     asyncio.run(restore(run))
     assert sorted(digested) == sorted(every_file * 2) and run.step == 12

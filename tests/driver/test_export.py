@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from driver.run_state import RunState
 from driver.checkpoints import save_if_due, set_aside_after
 from driver.export import best_step, export_student, exported_step
-from driver.run_state import RunState
 from tests.driver.test_checkpoint import write_checkpoint
 from video_opd.files.checkpoint import checkpoint_folder
 
@@ -36,7 +36,12 @@ def make_run(folder: Path, step: int, miou: dict[int, float], eval_every: int = 
         "student_before": {"miou": 0.99}
     }
     return SimpleNamespace(
-        folder=folder, step=step, config=config, evaluations=evaluations, learner=learner, state=RunState()
+        folder=folder,
+        step=step,
+        config=config,
+        evaluations=evaluations,
+        learner=learner,
+        state=RunState(),
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 import driver.upload
-from driver.upload import Uploads, check_writable, fetch_config, fetch_run, remote_steps
+from driver.upload import Uploads, check_writable, fetch_config, fetch_run, open_url, remote_steps
 from tests.driver.test_checkpoint import one_line, progress_at, read, write_checkpoint
 from video_opd.errors import CheckpointError, ConfigError, InputError
 from video_opd.files.checkpoint import MANIFEST, checkpoint_folder, checkpoint_steps, find_checkpoint
@@ -93,7 +93,7 @@ def test_a_run_comes_back_as_it_was(tmp_path, run_dir, protocol):
     names = sorted(str(p.relative_to(run_dir)) for p in run_dir.rglob("*") if p.is_file())
     assert sorted(str(p.relative_to(copy)) for p in copy.rglob("*") if p.is_file()) == names
     assert all((copy / n).read_bytes() == (run_dir / n).read_bytes() for n in names)
-    assert read(find_checkpoint(copy).folder) == progress_at(2)
+    assert read(find_checkpoint(copy)) == progress_at(2)
     (tmp_path / "config").mkdir()
     assert fetch_config(f"{url}/name", tmp_path / "config").read_text() == "config.yaml"
 
@@ -101,9 +101,8 @@ def test_a_run_comes_back_as_it_was(tmp_path, run_dir, protocol):
 def test_memory_is_a_url_too(run_dir, tmp_path):
     write_checkpoint(run_dir, 2)
     asyncio.run(upload(Uploads("memory://bucket", run_dir, 0, 60), 2))
-    assert read(
-        find_checkpoint(fetch_run("memory://bucket/name", tmp_path / "elsewhere")).folder
-    ) == progress_at(2)
+    copy = fetch_run("memory://bucket/name", tmp_path / "elsewhere")
+    assert read(find_checkpoint(copy)) == progress_at(2)
 
 
 def test_the_manifest_comes_last(tmp_path, run_dir):
@@ -139,7 +138,7 @@ def test_an_upload_that_ends_anywhere_leaves_an_earlier_checkpoint_or_its_own(tm
             twice()
         copy = fetch_run(f"{url_of(store)}/name", store / "elsewhere")
         (step,) = checkpoint_steps(copy)
-        assert read(find_checkpoint(copy).folder).step == step
+        assert read(find_checkpoint(copy)).step == step
         seen.append(step)
     capsys.readouterr()
     assert set(seen) == {2, 3} and seen[0] == 2
@@ -178,13 +177,13 @@ def test_uploads_do_not_hold_up_the_loop_and_skip_what_a_newer_one_replaces(tmp_
         uploads.start(3)
         uploads.start(4)
         await asyncio.sleep(0)
-        assert uploads.needed == {2, 4} and not list(tmp_path.glob("store/name/checkpoints/*"))
+        assert uploads.needed == [2, 4] and not list(tmp_path.glob("store/name/checkpoints/*"))
         gate.set()
         await uploads.finish()
-        assert uploads.needed == set()
+        assert uploads.needed == []
 
     asyncio.run(run())
-    assert remote_steps(*fsspec.core.url_to_fs(f"{url_of(tmp_path)}/name")) == [2, 4]
+    assert remote_steps(open_url(f"{url_of(tmp_path)}/name")) == [2, 4]
 
 
 def test_a_checkpoint_that_is_replaced_while_it_is_copied_is_not_taken_for_whole(
@@ -216,7 +215,7 @@ def test_what_the_run_no_longer_keeps_goes_there_too(tmp_path, run_dir):
     checkpoint_folder(run_dir, 1).rename(tmp_path / "gone")
     write_checkpoint(run_dir, 3)
     uploads.upload(3)
-    assert remote_steps(*fsspec.core.url_to_fs(f"{url_of(tmp_path)}/name")) == [2, 3]
+    assert remote_steps(open_url(f"{url_of(tmp_path)}/name")) == [2, 3]
 
 
 def test_a_partial_newest_copy_gives_way_and_it_is_said_unless_a_step_is_asked_for(tmp_path, run_dir, capsys):

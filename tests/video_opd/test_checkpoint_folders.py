@@ -28,7 +28,7 @@ def test_the_newest_is_the_highest_step_not_the_last_name(tmp_path, capsys):
         write_checkpoint(tmp_path, step)
     kept = tmp_path / "checkpoints" / "step-300-kept-by-hand"
     kept.mkdir()
-    assert find_checkpoint(tmp_path).folder == checkpoint_folder(tmp_path, 100)
+    assert find_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 100)
     assert capsys.readouterr().out == ""
 
 
@@ -37,7 +37,7 @@ def test_a_partial_newest_gives_way_to_the_whole_one_before_it_and_it_is_said(tm
         write_checkpoint(tmp_path, step)
     for step in (6, 8):
         (checkpoint_folder(tmp_path, step) / "state.json").unlink()
-    assert find_checkpoint(tmp_path).folder == checkpoint_folder(tmp_path, 4)
+    assert find_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 4)
     (line,) = capsys.readouterr().out.splitlines()
     assert str(checkpoint_folder(tmp_path, 8)) in line and "state.json is missing" in line
     assert line.endswith("the whole one before it, of step 4")
@@ -50,7 +50,7 @@ def test_a_damaged_newest_gives_way_only_when_another_is_asked_for(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         find_checkpoint(tmp_path)
     one_line(caught.value, "damaged", "model.safetensors", "--step")
-    assert find_checkpoint(tmp_path, 2).folder == checkpoint_folder(tmp_path, 2)
+    assert find_checkpoint(tmp_path, 2) == checkpoint_folder(tmp_path, 2)
 
 
 def test_a_step_that_is_not_there_is_answered_with_those_that_are(tmp_path):
@@ -129,7 +129,7 @@ def test_a_crash_at_any_moment_of_a_replacement_leaves_the_old_one_or_the_new_on
             with pytest.raises(KeyboardInterrupt):
                 write_checkpoint(run_dir, 5, "new")
         finish_interrupted_writes(run_dir / "checkpoints")
-        folder = find_checkpoint(run_dir).folder
+        folder = find_checkpoint(run_dir)
         assert read(folder) == progress_at(5)
         assert [p.name for p in folder.parent.iterdir()] == ["step-5"]
         seen.append((folder / "student" / "model.safetensors").read_text())
@@ -159,7 +159,7 @@ def test_a_checkpoint_that_fails_while_it_is_written_leaves_nothing_of_its_name(
 def test_the_last_and_the_best_are_kept(tmp_path, keep_last, keep_best, miou, kept):
     for step in range(1, 7):
         write_checkpoint(tmp_path, step)
-    retain(tmp_path, 6, keep_last, keep_best, miou)
+    retain(tmp_path, keep_last, keep_best, miou, spare=())
     assert checkpoint_steps(tmp_path) == kept
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {f"step-{s}" for s in kept}
 
@@ -168,5 +168,5 @@ def test_partial_ones_go_and_do_not_count_and_what_is_spared_stays(tmp_path):
     for step in (1, 2, 3, 4):
         write_checkpoint(tmp_path, step)
     (checkpoint_folder(tmp_path, 3) / MANIFEST).unlink()
-    retain(tmp_path, 4, 2, 0, {}, spare=[1])
+    retain(tmp_path, 2, 0, {}, spare=[1])
     assert checkpoint_steps(tmp_path) == [1, 2, 4]

@@ -4,11 +4,10 @@ A checkpoint is whole when every file is as its manifest says. The manifest is w
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
 from video_opd.content import file_digest, is_inside
 from video_opd.errors import CheckpointError, PartialCheckpointError
@@ -18,14 +17,6 @@ T = TypeVar("T")
 CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"
 FORMAT = 1
 """Of checkpoints; raised with every change that an older version cannot read."""
-_END = b"}\n"
-
-
-class WholeCheckpoint(NamedTuple):
-    """A folder whose files were compared with its manifest."""
-
-    folder: Path
-    step: int
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
@@ -58,6 +49,7 @@ def finish_checkpoint(temporary: Path, run_dir: Path, step: int) -> Path:
     folder = checkpoint_folder(run_dir, step)
     fsync_tree(temporary)
     write_manifest(temporary, step)
+    fsync_path(temporary / MANIFEST)
     fsync_path(temporary)
     replace_folder(temporary, folder)
     return folder
@@ -67,71 +59,55 @@ def write_manifest(folder: Path, step: int) -> None:
     """Lists all files below `folder`. Digests cover large files in blocks: seconds for any size."""
     files = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "digest": file_digest(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        for path in files_below(folder)
     }
-    with (folder / MANIFEST).open("w") as file:
-        file.write(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    content = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1)
+    (folder / MANIFEST).write_text(content + "\n")
 
 
-def parse_manifest(content: bytes, folder: object) -> dict[str, Any]:
-    """{step, files: {name: (bytes, digest)}}. `folder` names the checkpoint in errors.
+def parse_manifest(content: bytes, folder: object) -> dict[str, tuple[int, str]]:
+    """The size and digest of every file, by name. `folder` names the checkpoint in errors.
 
     Raises PartialCheckpointError where the manifest is cut off, CheckpointError where it cannot be used.
     """
-    if not content.endswith(_END):
+    if not content.endswith(b"}\n"):
         raise PartialCheckpointError(f"checkpoint {folder} is partial: its {MANIFEST} is cut off")
     try:
         manifest = json.loads(content)
-        if manifest["format"] > FORMAT:
-            raise CheckpointError(
-                f"checkpoint {folder} was written by a newer version: format {manifest['format']}, "
-                f"this one reads up to {FORMAT}: update video-opd"
-            )
+        if (found := manifest["format"]) > FORMAT:
+            newer = f"written by a newer version: format {found}, this one reads up to {FORMAT}"
+            raise CheckpointError(f"checkpoint {folder} was {newer}: update video-opd")
         files = {name: (int(of["bytes"]), str(of["digest"])) for name, of in manifest["files"].items()}
-        if outside := [name for name in files if not is_inside(name)]:
-            raise damaged(folder, f"its {MANIFEST} names {outside[0]!r}, which is not inside it")
-        return {"step": int(manifest["step"]), "files": files}
-    except CheckpointError:
-        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(folder, f"its {MANIFEST} cannot be read ({error!r})") from error
+    if outside := [name for name in files if not is_inside(name)]:
+        raise damaged(folder, f"its {MANIFEST} names {outside[0]!r}, which is not inside it")
+    return files
 
 
 def damaged(folder: object, why: str) -> CheckpointError:
     return CheckpointError(f"checkpoint {folder} is damaged: {why}: choose another with --step")
 
 
-def check_whole(folder: Path, digests: bool = True) -> WholeCheckpoint:
-    """Compares every file with the manifest: its size and, unless `digests` is false, its digest.
+def check_whole(folder: Path, digests: bool = True) -> Path:
+    """Compares every file with the manifest: its size and, if `digests`, its digest. Returns `folder`.
 
     Raises PartialCheckpointError when the manifest or a part of a file is missing, CheckpointError when the
     checkpoint is damaged or was written by a newer version.
     """
+    name = MANIFEST
     try:
-        content = (folder / MANIFEST).read_bytes()
-    except FileNotFoundError:
-        raise PartialCheckpointError(f"checkpoint {folder} is partial: it has no {MANIFEST}") from None
-    except OSError as error:
-        raise damaged(folder, f"its {MANIFEST} cannot be read ({error.strerror})") from error
-    manifest = parse_manifest(content, folder)
-    for name, (size, digest) in manifest["files"].items():
-        path = folder / name
-        try:
-            found = path.stat().st_size
-            if found < size:
-                raise PartialCheckpointError(
-                    f"checkpoint {folder} is partial: {name} has {found} of {size} bytes"
-                )
-            if found > size or (digests and file_digest(path) != digest):
+        for name, (size, digest) in parse_manifest((folder / MANIFEST).read_bytes(), folder).items():
+            if (found := (folder / name).stat().st_size) < size:
+                short = f"{name} has {found} of {size} bytes"
+                raise PartialCheckpointError(f"checkpoint {folder} is partial: {short}")
+            if found > size or (digests and file_digest(folder / name) != digest):
                 raise damaged(folder, f"{name} is not the file that was written")
-        except FileNotFoundError:
-            raise PartialCheckpointError(f"checkpoint {folder} is partial: {name} is missing") from None
-        except OSError as error:
-            raise damaged(folder, f"{name} cannot be read ({error.strerror})") from error
-    return WholeCheckpoint(folder, manifest["step"])
+    except FileNotFoundError:
+        raise PartialCheckpointError(f"checkpoint {folder} is partial: {name} is missing") from None
+    except OSError as error:
+        raise damaged(folder, f"{name} cannot be read ({error.strerror})") from error
+    return folder
 
 
 def is_partial(run_dir: Path, step: int) -> bool:
@@ -143,11 +119,10 @@ def is_partial(run_dir: Path, step: int) -> bool:
     return False
 
 
-def find_checkpoint(run_dir: Path, step: int | None = None) -> WholeCheckpoint:
-    """The checkpoint of `step`, or the newest one; see choose_checkpoint. Raises CheckpointError."""
-    return choose_checkpoint(
-        checkpoint_steps(run_dir), step, run_dir, lambda s: check_whole(checkpoint_folder(run_dir, s))
-    )
+def find_checkpoint(run_dir: Path, step: int | None = None) -> Path:
+    """The folder of `step`, or of the newest checkpoint; see choose_checkpoint. Raises CheckpointError."""
+    steps = checkpoint_steps(run_dir)
+    return choose_checkpoint(steps, step, run_dir, lambda s: check_whole(checkpoint_folder(run_dir, s)))
 
 
 def choose_checkpoint(steps: Sequence[int], step: int | None, where: object, check: Callable[[int], T]) -> T:
@@ -160,38 +135,34 @@ def choose_checkpoint(steps: Sequence[int], step: int | None, where: object, che
             there = f"it has those of steps {', '.join(map(str, steps))}" if steps else "it has none"
             raise CheckpointError(f"{where} has no checkpoint of step {step}: {there}")
         return check(step)
-    partial: PartialCheckpointError | None = None
+    partial = ""
     for candidate in reversed(steps):
         try:
             chosen = check(candidate)
         except PartialCheckpointError as error:
-            partial = partial or error
+            partial = partial or str(error)
             continue
         if partial:
             print(f"{partial}: using the whole one before it, of step {candidate}")
         return chosen
     because = f" ({partial})" if partial else ""
-    raise CheckpointError(
-        f"{where} has no whole checkpoint{because}: start a new run, with checkpoint_every set"
-    )
+    start = "start a new run, with checkpoint_every set"
+    raise CheckpointError(f"{where} has no whole checkpoint{because}: {start}")
 
 
-def retain(
-    run_dir: Path,
-    newest: int,
-    keep_last: int,
-    keep_best: int,
-    miou: Mapping[int, float],
-    spare: Collection[int] = (),
-) -> None:
-    """Removes partial checkpoints, and all but the last, the best (earlier of equals), `newest` and `spare`.
+def files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def retain(run_dir: Path, last: int, best: int, miou: Mapping[int, float], spare: Collection[int]) -> None:
+    """Removes partial checkpoints, and all but the `last` newest, the `best` (earlier of equals) and `spare`.
 
     miou: by step, of the steps that were evaluated.
     """
     steps = checkpoint_steps(run_dir)
     whole = [s for s in steps if not is_partial(run_dir, s)]
-    best = sorted((s for s in whole if s in miou), key=lambda s: (-miou[s], s))[:keep_best]
-    for step in set(steps) - {newest, *whole[-keep_last:], *best, *spare}:
+    best_steps = sorted((s for s in whole if s in miou), key=lambda s: (-miou[s], s))[:best]
+    for step in set(steps) - {*whole[-last:], *best_steps, *spare}:
         folder = checkpoint_folder(run_dir, step)
         leftover = folder.with_name(f".{folder.name}.tmp")  # what a crash leaves is no partial checkpoint
         folder.rename(leftover)

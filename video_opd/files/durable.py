@@ -10,10 +10,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def fsync_tree(folder: Path) -> None:
-    """Flushes everything below `folder`, then its own entries.
-
-    Other nodes flushed what they wrote to shared storage when they closed it.
-    """
+    """Flushes `folder` and all below. Other nodes flushed what they wrote to shared storage on close."""
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
             fsync_path(Path(parent, name))

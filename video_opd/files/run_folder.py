@@ -24,19 +24,14 @@ _LOCK = ".lock"
 
 def environment() -> dict[str, Any]:
     """Versions of Python and of the installed dependencies, and the git commit of the code."""
-    versions = {}
+    versions, commit = {}, "unknown"  # without git, or outside a checkout
     for package in DEPENDENCIES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    return {"python": platform.python_version(), "git_commit": _git_commit(), "versions": versions}
-
-
-def _git_commit() -> str:
-    command, here = ["git", "rev-parse", "HEAD"], Path(__file__).parent
-    try:
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"  # no git, or not a checkout
+    with suppress(OSError, subprocess.CalledProcessError):
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    return {"python": platform.python_version(), "git_commit": commit, "versions": versions}
 
 
 @contextmanager
@@ -52,8 +47,8 @@ def locked(folder: Path) -> Iterator[Path]:
         except BlockingIOError:
             raise ConfigError(f"a run is already writing to {folder}: wait for its end, or stop it") from None
         except OSError as error:
-            no_lock = f"warning: {folder} cannot be locked ({error.strerror})"
-            print(f"{no_lock}: make sure that no other run writes to it", flush=True)
+            no_lock = f"{folder} cannot be locked ({error.strerror})"
+            print(f"warning: {no_lock}: make sure that no other run writes to it", flush=True)
         yield folder
 
 
@@ -76,17 +71,17 @@ def new_run_folder(config: Config) -> Iterator[Path]:
 def _make_run_folder(runs: Path, name: str | None) -> Path:
     now = time.strftime("%Y%m%d-%H%M%S")
     names = itertools.chain([now], (f"{now}-{n}" for n in itertools.count(2)))
-    for candidate in [name] if name else names:
+    for folder in map(runs.joinpath, [name] if name else names):
         try:
-            (runs / candidate).mkdir(parents=True)
-            return runs / candidate
+            folder.mkdir(parents=True)
+            return folder
         except FileExistsError:
             continue
         except OSError as error:
-            no_folder = f"runs_dir={runs}: no folder can be made there ({error.strerror})"
-            raise ConfigError(f"{no_folder}: choose another") from None
-    folder = runs / str(name)
-    raise ConfigError(f"{folder} exists: choose another run_name, or continue it with --resume {folder}")
+            why = f"no folder can be made there ({error.strerror})"
+            raise ConfigError(f"runs_dir={runs}: {why}: choose another") from None
+    taken = f"{runs / str(name)} exists: choose another run_name"
+    raise ConfigError(f"{taken}, or continue it with --resume {runs / str(name)}")
 
 
 def write_config(folder: Path, config: Config) -> None:
