@@ -17,19 +17,13 @@ class PolicyEngine(SamplingEngine):
         config: RolloutConfig,
         seed: int,
         banned_ids: Sequence[int],
-        trust_remote_code: bool = False,
         weight_transfer: str = "object_store",
+        **options: Any,
     ):
-        from video_opd.weights.transfer import transfer_config
+        from video_opd.weights.transfer import BACKENDS  # registers the object store's with vLLM
 
-        super().__init__(
-            model,
-            config,
-            seed,
-            banned_ids,
-            trust_remote_code=trust_remote_code,
-            weight_transfer_config=transfer_config(weight_transfer),
-        )
+        options["weight_transfer_config"] = {"backend": BACKENDS[weight_transfer]}
+        super().__init__(model, config, seed, banned_ids, **options)
         self._is_updating = False
 
     def load_weights(self, policy_version: int, buckets: Sequence[WeightBucket]) -> None:
