@@ -22,6 +22,8 @@ from video_opd.logs import log
 from video_opd.types import FailedPrompt, Prediction, Prompt, TrajectoryGroup, WeightUpdate
 
 RolloutResult = TrajectoryGroup | FailedPrompt
+Streamed = tuple[ray.ObjectRef, list[RolloutResult]]
+Answers = list[Prediction | FailedPrompt]
 
 
 class WeightPublisher(Protocol):
@@ -29,15 +31,12 @@ class WeightPublisher(Protocol):
 
     def holds(self, policy_version: int) -> bool:
         """Whether its weights are still this published version."""
-        ...
 
     async def put_weights(self, policy_version: int) -> tuple[list[ray.ObjectRef], int]:
         """Puts the weights into the object store: buckets and bytes."""
-        ...
 
     async def send_weights(self, policy_version: int, actors: list[Any], timeout_s: float) -> int:
         """Sends them to actors between GPUs; returns bytes. Raises WeightsLostError when an actor fails."""
-        ...
 
 
 @dataclass
@@ -91,9 +90,7 @@ class ActorPool:
     def stop(self) -> None:
         self._members.stop()
 
-    async def rollout(
-        self, prompts: Sequence[Prompt]
-    ) -> AsyncIterator[tuple[ray.ObjectRef, list[RolloutResult]]]:
+    async def rollout(self, prompts: Sequence[Prompt]) -> AsyncIterator[Streamed]:
         """RolloutActor.rollout's results as they come, each with its reference, which the teacher can fetch.
 
         What a lost actor did not return is sampled by another. Raises PartLostError after max_retries losses
@@ -113,13 +110,10 @@ class ActorPool:
             except LOST as error:
                 failures += 1
                 if failures > self._config.max_retries:
-                    raise PartLostError(
-                        f"a rollout was lost {failures} times in a row: {cause_of(error)}"
-                    ) from error
+                    lost = f"a rollout was lost {failures} times in a row"
+                    raise PartLostError(f"{lost}: {cause_of(error)}") from error
 
-    async def _stream(
-        self, prompts: Sequence[Prompt]
-    ) -> AsyncIterator[tuple[ray.ObjectRef, list[RolloutResult]]]:
+    async def _stream(self, prompts: Sequence[Prompt]) -> AsyncIterator[Streamed]:
         member = await self._members.choose()
         with self._calling(member) as timeout_s:
             references = member.handle.rollout.options(num_returns="streaming").remote(prompts)
@@ -127,21 +121,19 @@ class ActorPool:
                 timeout_s = self._config.request_timeout_s  # earlier calls have ended
                 yield item
 
-    async def predict(
-        self, prompts: Sequence[Prompt], blank_video: bool = False
-    ) -> list[Prediction | FailedPrompt]:
+    async def predict(self, prompts: Sequence[Prompt], blank_video: bool = False) -> Answers:
         """The student's greedy answers, the work spread over the actors; see RolloutActor.predict."""
         size = self._config.rollout.prompts_per_call
         slots = asyncio.Semaphore(max(1, len(self._members.ready)))  # as many calls as actors
         what = "the student's predictions"
 
-        async def ask(chunk: Sequence[Prompt]) -> list[Prediction | FailedPrompt]:
+        async def ask(chunk: Sequence[Prompt]) -> Answers:
             member = await self._members.choose()
             with self._calling(member) as timeout_s:
                 call = member.handle.predict.remote(chunk, blank_video)
                 return await with_deadline(timeout_s, call, f"{what}, by {member.name}")
 
-        async def answers(chunk: Sequence[Prompt]) -> list[Prediction | FailedPrompt]:
+        async def answers(chunk: Sequence[Prompt]) -> Answers:
             async with slots:
                 return await retried(partial(ask, chunk), self._config.max_retries, what)
 
@@ -177,10 +169,8 @@ class ActorPool:
             if buckets is None:
                 num_bytes = await self._send_to_all(self._published)
             else:
-                alive = self._members.alive
-                await asyncio.gather(
-                    *(self._ask_or_lose(m, "load_weights", policy_version, buckets) for m in alive)
-                )
+                load = ("load_weights", policy_version, buckets)
+                await asyncio.gather(*(self._ask_or_lose(m, *load) for m in self._members.alive))
             for member in self._members.aside.copy():
                 self._members.add(member)
         duration_s = time.monotonic() - started
@@ -285,7 +275,7 @@ class ActorPool:
         }
 
 
-async def _next(references: Any) -> tuple[ray.ObjectRef, list[RolloutResult]] | None:
+async def _next(references: Any) -> Streamed | None:
     """The next result of a streaming call, after its reference; None at the end."""
     reference = await anext(references, None)
     return None if reference is None else (reference, await reference)

@@ -44,8 +44,8 @@ class RolloutActor:
     def rollout(self, prompts: Sequence[Prompt]) -> Iterator[list[TrajectoryGroup | FailedPrompt]]:
         """Samples rollouts_per_prompt trajectories a prompt; a FailedPrompt where the clip cannot be read.
 
-        Results come as prompts finish, `rollout.prompts_per_result` at a time. Sampling is seeded by the config's
-        seed and the trajectory's id. Raises WeightsLostError without a whole version of the weights.
+        Results come as prompts finish, `rollout.prompts_per_result` at a time. Sampling is seeded by
+        config.seed and the trajectory's id. Raises WeightsLostError without a whole version of the weights.
         """
         self._check_whole()
         encoded, failed = self._encoder.encode_readable(prompts)

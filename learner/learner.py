@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from learner.file_transfer import FilePart, read_parts, write_part
 from learner.rank import LearnerRank
-from learner.universal import convert, needs_conversion
+from learner.universal import convert
 from video_opd.cluster.deadline import with_deadline
 from video_opd.cluster.faults import LOST, cause_of, started_badly
 from video_opd.config import Config
@@ -124,8 +124,8 @@ class Learner:
         """
         self._published = None
         learner = self._config.learner
-        saved_world_size = saved_world_size or learner.world_size
-        if not needs_conversion(learner.zero_stage, saved_world_size, learner.world_size):
+        # at stage 0 the checkpoint holds the whole optimizer, which any number of ranks can read
+        if learner.zero_stage == 0 or saved_world_size in (None, learner.world_size):
             return await self._load(folder, False)
         converted = folder.with_name(f".{folder.name}-universal.tmp")
         shutil.rmtree(converted, ignore_errors=True)

@@ -4,7 +4,6 @@ All engines replace a model's weights by the same calls: init_weight_transfer_en
 update_weights, finish_weight_update.
 """
 
-import collections
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -112,7 +111,8 @@ class ParameterSource(base.WeightSource):
     def finish(self) -> None:
         """After a failure on this rank: completes the passes that the other ranks make."""
         self.metadata()
-        collections.deque(self._pass, maxlen=0)
+        for _ in self._pass:
+            pass
 
     @property
     def num_bytes(self) -> int:
