@@ -49,7 +49,7 @@ class PolicyEngine(SamplingEngine):
         self._is_updating = True
 
     def finish_weight_update(self) -> None:
-        """Ends vLLM's update and drops all that was computed with the old weights."""
+        """Drops all that was computed with the old weights, too."""
         self._llm.finish_weight_update()
         self._is_updating = False
         assert self._llm.reset_prefix_cache(), "blocks of the prefix cache are still in use"

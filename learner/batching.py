@@ -44,7 +44,7 @@ def plan_update(
         return UpdatePlan([], [], num_tokens)
     scores = [s for g in groups for s in g.scores] or [None] * len(trajectories)
     columns = zip(trajectories, advantages_of(groups, loss), scores, strict=True)
-    rows = [Row(prompt, trajectory, *rest, 1.0) for (prompt, trajectory), *rest in columns]
+    rows = [Row(prompt, t, advantage, score, 1.0) for (prompt, t), advantage, score in columns]
     rows.sort(key=lambda row: len(row.trajectory.prompt_token_ids) + len(row.advantage), reverse=True)
     per_round = micro_batch * world_size
     micro_batches, most_tokens = [], []

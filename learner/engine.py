@@ -46,44 +46,38 @@ class LearnerEngine:
 
     def __init__(self, config: Config, rank: int, world_size: int, master: tuple[str, int]):
         self._config, self._rank, self._world_size = config, rank, world_size
+        learner = config.learner
         self._deepspeed = _init_deepspeed(config, rank, world_size, master)
         self._encoder = PromptEncoder(config.student, config.prompt, config.video, config.trust_remote_code)
-        self._device = "cuda" if config.learner.num_gpus else "cpu"
+        self._device = "cuda" if learner.num_gpus else "cpu"
         # ZeRO keeps float32 masters of bfloat16 weights
-        model = load_model(config.student, config.learner.dtype, config.trust_remote_code)
-        if config.learner.lora_rank:
+        model = load_model(config.student, learner.dtype, config.trust_remote_code)
+        if learner.lora_rank:
             torch.manual_seed(config.seed)  # every rank draws the same adapters
-        choose_trained(model, config.learner)
-        if config.learner.gradient_checkpointing:
+        choose_trained(model, learner)
+        if learner.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained, config.learner.lr, config.learner.betas, weight_decay=config.learner.weight_decay
-        )
-        module = ResponseLoss(model, config.learner.logit_rows)
+        optimizer = torch.optim.AdamW(trained, learner.lr, learner.betas, weight_decay=learner.weight_decay)
+        module = ResponseLoss(model, learner.logit_rows)
         self._teacher_heads: dict[str, torch.Tensor] = {}  # by teacher id
         if config.loss.needs.teacher == "hidden":
             dtype, teachers = config.teacher_pool.dtype, config.teacher_models
             heads = {t.name: load_head(t.model, dtype).to(self._device) for t in teachers}
             shared = min(len(head) for head in heads.values())  # the rest are padded embeddings
             self._teacher_heads = {name: head[:shared] for name, head in heads.items()}
-        engine, *_ = self._deepspeed.initialize(
-            model=module, optimizer=optimizer, config=_deepspeed_config(config)
-        )
-        self._engine: Any = engine
+        options: dict[str, Any] = {"optimizer": optimizer, "config": _deepspeed_config(config)}
+        self._engine: Any = self._deepspeed.initialize(model=module, **options)[0]
         self._is_time = TimestampTokens(self._encoder.tokenizer)
-        cache_bytes = config.learner.vision_cache_bytes
-        self._vision_cache = VisionCache(self._model, cache_bytes) if cache_bytes else None
+        num_bytes = learner.vision_cache_bytes
+        self._vision_cache = VisionCache(self._model, num_bytes) if num_bytes else None
 
     @property
     def _model(self) -> VideoLLM:
         return self._engine.module.model
 
     def update(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
-        """One optimizer step on the whole batch. Returns metrics, the same on every rank.
-
-        If every rollout is suspended, nothing changes: no weights, no moments, no weight decay.
-        """
+        """One optimizer step; none if every rollout is suspended. Returns metrics, the same on every rank."""
         config, engine = self._config, self._engine
         plan = plan_update(groups, config.loss, config.learner.micro_batch, self._rank, self._world_size)
         if not plan.micro_batches:

@@ -13,7 +13,7 @@ from ray.exceptions import RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from learner.file_transfer import FilePart, read_parts, write_part
+from learner.file_transfer import read_parts, write_part
 from learner.rank import LearnerRank
 from learner.universal import convert
 from video_opd.cluster.deadline import with_deadline
@@ -110,18 +110,18 @@ class Learner:
         elsewhere = await self._ranks_without_folder(seen_by)
         await self._all("remove", folder, ranks=elsewhere)  # remains of an attempt that was lost
         await self._all(method, folder)
-        timeout_s = self._config.request_timeout_s
+        timeout_s, what = self._config.request_timeout_s, "a checkpoint's files"
         for rank in elsewhere:
             with self._losses("read_folder"):
                 references = rank.read_folder.options(_generator_backpressure_num_objects=2).remote(folder)
-                while part := await with_deadline(timeout_s, _next(references), "a checkpoint's files"):
+                while (
+                    reference := await with_deadline(timeout_s, anext(references, None), what)
+                ) is not None:
+                    part = await with_deadline(timeout_s, reference, what)
                     await asyncio.to_thread(write_part, folder, part)
 
     async def load(self, folder: Path, saved_world_size: int | None = None) -> None:
-        """Restores a checkpoint's weights and optimizer exactly.
-
-        `saved_world_size`: ranks that wrote it; None: as many as there are now.
-        """
+        """Restores weights and optimizer exactly. `saved_world_size`: of the ranks that wrote, if other."""
         self._published = None
         learner = self._config.learner
         # at stage 0 the checkpoint holds the whole optimizer, which any number of ranks can read
@@ -179,9 +179,3 @@ class Learner:
                 raise
             self._published = None
             raise LearnerLostError(f"the learner's {method} was lost: {cause_of(error)}") from error
-
-
-async def _next(references: Any) -> FilePart | None:
-    """The next of a streaming call's results; None at the end."""
-    reference = await anext(references, None)
-    return None if reference is None else await reference

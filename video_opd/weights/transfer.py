@@ -58,10 +58,9 @@ class ObjectStoreEngine(base.WeightTransferEngine[base.WeightTransferInitInfo, B
         model.load_weights(unpack(update_info.buckets))
 
     def finish_weight_update(self) -> None:
-        """Ends the reload and packs tied language-model heads again.
+        """Ends the reload and packs tied heads again.
 
-        On a CPU a head multiplies by a packed copy of its weight. A head tied to the embedding has no weight
-        of its own in a checkpoint, so the reload leaves that copy unchanged.
+        On a CPU a head multiplies by a packed copy of its weight. The reload leaves the copy of a tied one.
         """
         finalize_layerwise_reload(self.model, self.model_config)
         for module in self.model.modules():
