@@ -27,16 +27,11 @@ Answers = list[Prediction | FailedPrompt]
 
 
 class WeightPublisher(Protocol):
-    """The learner, as publications see it. Its calls raise LearnerLostError when a rank is lost."""
+    """What publications call of learner.learner.Learner. Raises LearnerLostError, WeightsLostError."""
 
-    def holds(self, policy_version: int) -> bool:
-        """Whether its weights are still this published version."""
-
-    async def put_weights(self, policy_version: int) -> tuple[list[ray.ObjectRef], int]:
-        """Puts the weights into the object store: buckets and bytes."""
-
-    async def send_weights(self, policy_version: int, actors: list[Any], timeout_s: float) -> int:
-        """Sends them to actors between GPUs; returns bytes. Raises WeightsLostError when an actor fails."""
+    def holds(self, policy_version: int) -> bool: ...
+    async def put_weights(self, policy_version: int) -> tuple[list[ray.ObjectRef], int]: ...
+    async def send_weights(self, policy_version: int, actors: list[Any], timeout_s: float) -> int: ...
 
 
 @dataclass
