@@ -4,8 +4,8 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,25 +22,19 @@ from video_opd.logs import log
 from video_opd.types import FailedPrompt, Prediction, Prompt, TrajectoryGroup, WeightUpdate
 
 RolloutResult = TrajectoryGroup | FailedPrompt
+Streamed = tuple[ray.ObjectRef, list[RolloutResult]]
+Answers = list[Prediction | FailedPrompt]
 
 
 class WeightPublisher(Protocol):
-    """The learner, as publications see it. Its calls raise LearnerLostError when a rank is lost."""
+    """What publications call of learner.learner.Learner. Raises LearnerLostError, WeightsLostError."""
 
-    def holds(self, policy_version: int) -> bool:
-        """Whether its weights are still this published version."""
-        ...
-
-    async def put_weights(self, policy_version: int) -> tuple[list[ray.ObjectRef], int]:
-        """Puts the weights into the object store: buckets and bytes."""
-        ...
-
-    async def send_weights(self, policy_version: int, actors: list[Any], timeout_s: float) -> int:
-        """Sends them to actors between GPUs; returns bytes. Raises WeightsLostError when an actor fails."""
-        ...
+    def holds(self, policy_version: int) -> bool: ...
+    async def put_weights(self, policy_version: int) -> tuple[list[ray.ObjectRef], int]: ...
+    async def send_weights(self, policy_version: int, actors: list[Any], timeout_s: float) -> int: ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class Published:
     """The version that the members hold, and where one that joins gets it."""
 
@@ -62,8 +56,7 @@ class ActorPool:
         self._published: Published | None = None
         self._publishing = asyncio.Lock()  # nobody joins during a publication
         self._metrics_since_s = time.monotonic()
-        # these start while the other parts of the run do
-        self._created = [self._create() for _ in range(config.rollout.num_actors)]
+        self._created = [self._create() for _ in range(config.rollout.num_actors)]  # start in the background
 
     def _create(self) -> Member:
         name, rollout = f"actor-{next(self._numbers)}", self._config.rollout
@@ -92,9 +85,7 @@ class ActorPool:
     def stop(self) -> None:
         self._members.stop()
 
-    async def rollout(
-        self, prompts: Sequence[Prompt]
-    ) -> AsyncIterator[tuple[ray.ObjectRef, list[RolloutResult]]]:
+    async def rollout(self, prompts: Sequence[Prompt]) -> AsyncIterator[Streamed]:
         """RolloutActor.rollout's results as they come, each with its reference, which the teacher can fetch.
 
         What a lost actor did not return is sampled by another. Raises PartLostError after max_retries losses
@@ -114,13 +105,10 @@ class ActorPool:
             except LOST as error:
                 failures += 1
                 if failures > self._config.max_retries:
-                    raise PartLostError(
-                        f"a rollout was lost {failures} times in a row: {cause_of(error)}"
-                    ) from error
+                    lost = f"a rollout was lost {failures} times in a row"
+                    raise PartLostError(f"{lost}: {cause_of(error)}") from error
 
-    async def _stream(
-        self, prompts: Sequence[Prompt]
-    ) -> AsyncIterator[tuple[ray.ObjectRef, list[RolloutResult]]]:
+    async def _stream(self, prompts: Sequence[Prompt]) -> AsyncIterator[Streamed]:
         member = await self._members.choose()
         with self._calling(member) as timeout_s:
             references = member.handle.rollout.options(num_returns="streaming").remote(prompts)
@@ -128,39 +116,34 @@ class ActorPool:
                 timeout_s = self._config.request_timeout_s  # earlier calls have ended
                 yield item
 
-    async def predict(
-        self, prompts: Sequence[Prompt], blank_video: bool = False
-    ) -> list[Prediction | FailedPrompt]:
+    async def predict(self, prompts: Sequence[Prompt], blank_video: bool = False) -> Answers:
         """The student's greedy answers, the work spread over the actors; see RolloutActor.predict."""
         size = self._config.rollout.prompts_per_call
-        chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-        answers: list[list[Prediction | FailedPrompt]] = [[] for _ in chunks]
-        waiting_chunks = iter(enumerate(chunks))
+        slots = asyncio.Semaphore(max(1, len(self._members.ready)))  # as many calls as actors
+        what = "the student's predictions"
 
-        async def ask(chunk: Sequence[Prompt]) -> list[Prediction | FailedPrompt]:
+        async def ask(chunk: Sequence[Prompt]) -> Answers:
             member = await self._members.choose()
             with self._calling(member) as timeout_s:
                 call = member.handle.predict.remote(chunk, blank_video)
-                return await with_deadline(timeout_s, call, f"the student's predictions, by {member.name}")
+                return await with_deadline(timeout_s, call, f"{what}, by {member.name}")
 
-        async def work() -> None:  # as many calls as actors
-            for i, chunk in waiting_chunks:
-                answers[i] = await retried(
-                    partial(ask, chunk), self._config.max_retries, "the student's predictions"
-                )
+        async def answers(chunk: Sequence[Prompt]) -> Answers:
+            async with slots:
+                return await retried(partial(ask, chunk), self._config.max_retries, what)
 
-        await asyncio.gather(*(work() for _ in range(max(1, len(self._members.ready)))))
-        return [answer for chunk in answers for answer in chunk]
+        chunks = (prompts[i : i + size] for i in range(0, len(prompts), size))
+        return list(itertools.chain(*await asyncio.gather(*map(answers, chunks))))
 
     @contextmanager
     def _calling(self, member: Member) -> Iterator[float]:
         """Yields the seconds within which an answer is due."""
-        num_loads = member.num_loads
+        num_answers = member.num_answers
         try:
             with member.called() as num_calls:
                 yield num_calls * self._config.request_timeout_s
         except WeightsLostError:
-            if member in self._members.ready and member.num_loads == num_loads:
+            if member in self._members.ready and member.num_answers == num_answers:  # no load since
                 self._members.set_aside(member)
             raise
         except LOST as error:
@@ -181,9 +164,10 @@ class ActorPool:
             if buckets is None:
                 num_bytes = await self._send_to_all(self._published)
             else:
-                loads = (self._load_or_lose(m, policy_version, buckets) for m in self._members.alive)
-                await asyncio.gather(*loads)
-        await self._members.notify()
+                load = ("load_weights", policy_version, buckets)
+                await asyncio.gather(*(self._ask_or_lose(m, *load) for m in self._members.alive))
+            for member in self._members.aside.copy():
+                self._members.add(member)
         duration_s = time.monotonic() - started
         return WeightUpdate(policy_version=policy_version, num_bytes=num_bytes, duration_s=duration_s)
 
@@ -206,39 +190,21 @@ class ActorPool:
         """Returns False where neither the object store nor the learner holds the version any more."""
         version, publisher = published.policy_version, published.publisher
         if published.buckets is not None:
-            try:
-                await self._load(member, version, published.buckets)
+            with suppress(ObjectLostError):  # with the node that held it
+                await self._ask(member, "load_weights", version, published.buckets)
                 return True
-            except ObjectLostError:  # with the node that held it
-                pass
         if not publisher.holds(version):
             return False
-        if published.buckets is None:
-            try:
-                await self._send([member], published)
-            except WeightsLostError:
-                await self._ask(member, "pid")  # raises the actor's own loss, if that is why
-                raise
+        if published.buckets is not None:
+            published.buckets, _ = await publisher.put_weights(version)
+            await self._ask(member, "load_weights", version, published.buckets)
             return True
-        buckets, _ = await publisher.put_weights(version)
-        self._published = replace(published, buckets=buckets)
-        await self._load(member, version, buckets)
-        return True
-
-    async def _load(self, member: Member, policy_version: int, buckets: list[ray.ObjectRef]) -> None:
-        await self._ask(member, "load_weights", policy_version, buckets)
-        member.num_loads += 1
-
-    async def _load_or_lose(self, member: Member, policy_version: int, buckets: list[ray.ObjectRef]) -> None:
         try:
-            await self._load(member, policy_version, buckets)
-        except ObjectLostError:  # the learner's loss, not the actor's
+            await self._send([member], published)
+        except WeightsLostError:
+            await self._ask(member, "pid")  # raises the actor's own loss, if that is why
             raise
-        except LOST as error:  # its successor loads them when it joins
-            self._members.lose(member, error)
-        else:
-            if member in self._members.aside:  # not one that drains by now
-                self._members.add(member)
+        return True
 
     async def _send_to_all(self, published: Published) -> int:
         """One transfer to all actors; if it fails, another without those that were lost. Returns bytes."""
@@ -247,16 +213,12 @@ class ActorPool:
         while True:
             members = self._members.aside.copy()
             try:
-                num_bytes = await self._send(members, published)
-                break
+                return await self._send(members, published)
             except (WeightsLostError, LearnerLostError, *LOST) as error:
-                await asyncio.gather(*(self._lose_if_silent(member) for member in members))
+                await asyncio.gather(*(self._ask_or_lose(member, "pid") for member in members))
                 if isinstance(error, LearnerLostError) or members == self._members.aside:
                     raise
                 log.warning("sending weights %d failed: %s", published.policy_version, cause_of(error))
-        for member in members:
-            self._members.add(member)
-        return num_bytes
 
     async def _send(self, members: list[Member], published: Published) -> int:
         """The learner sends to the actors as one group; each then takes the version's number."""
@@ -266,12 +228,14 @@ class ActorPool:
         num_bytes = await published.publisher.send_weights(version, handles, timeout_s)
         for member in members:
             await self._ask(member, "update_weight_version", str(version))
-            member.num_loads += 1
         return num_bytes
 
-    async def _lose_if_silent(self, member: Member) -> None:
+    async def _ask_or_lose(self, member: Member, method: str, *arguments: Any) -> None:
+        """Ends an actor that does not answer; its successor loads the weights when it joins."""
         try:
-            await self._ask(member, "pid")
+            await self._ask(member, method, *arguments)
+        except ObjectLostError:  # the learner's loss, not the actor's
+            raise
         except LOST as error:
             self._members.lose(member, error)
 
@@ -281,6 +245,7 @@ class ActorPool:
         with member.called() as num_calls:
             timeout_s = num_calls * self._config.request_timeout_s
             await with_deadline(timeout_s, call, f"{method} of {member.name}")
+        member.num_answers += 1
 
     def take_metrics(self) -> dict[str, float]:
         """Since the last call: seconds that an actor was idle and the share of busy time, both on average."""
@@ -305,7 +270,7 @@ class ActorPool:
         }
 
 
-async def _next(references: Any) -> tuple[ray.ObjectRef, list[RolloutResult]] | None:
+async def _next(references: Any) -> Streamed | None:
     """The next result of a streaming call, after its reference; None at the end."""
     reference = await anext(references, None)
     return None if reference is None else (reference, await reference)

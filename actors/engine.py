@@ -17,19 +17,13 @@ class PolicyEngine(SamplingEngine):
         config: RolloutConfig,
         seed: int,
         banned_ids: Sequence[int],
-        trust_remote_code: bool = False,
         weight_transfer: str = "object_store",
+        **options: Any,
     ):
-        from video_opd.weights.transfer import transfer_config
+        from video_opd.weights.transfer import BACKENDS  # registers the object store's with vLLM
 
-        super().__init__(
-            model,
-            config,
-            seed,
-            banned_ids,
-            trust_remote_code=trust_remote_code,
-            weight_transfer_config=transfer_config(weight_transfer),
-        )
+        options["weight_transfer_config"] = {"backend": BACKENDS[weight_transfer]}
+        super().__init__(model, config, seed, banned_ids, **options)
         self._is_updating = False
 
     def load_weights(self, policy_version: int, buckets: Sequence[WeightBucket]) -> None:
@@ -55,7 +49,7 @@ class PolicyEngine(SamplingEngine):
         self._is_updating = True
 
     def finish_weight_update(self) -> None:
-        """Ends vLLM's update and drops all that was computed with the old weights."""
+        """Drops all that was computed with the old weights, too."""
         self._llm.finish_weight_update()
         self._is_updating = False
         assert self._llm.reset_prefix_cache(), "blocks of the prefix cache are still in use"

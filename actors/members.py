@@ -26,7 +26,7 @@ class Member:
     name: str
     handle: Any
     calls: int = 0  # under way
-    num_loads: int = 0  # whole versions of the weights that it has loaded
+    num_answers: int = 0  # to ActorPool._ask
     busy_s: float = 0.0  # with at least one call under way, since the last metrics
     since_s: float = field(default_factory=time.monotonic)  # up to which busy_s counts
 
@@ -48,15 +48,13 @@ class Member:
 
 
 class Members:
-    """Keeps `num_wanted` actors in the pool.
+    """Keeps `num_wanted` actors in the pool; replaces those that are lost.
 
-    Those that are `ready` hold the current weights and get calls. Those set `aside` are alive without a whole
-    version and get no calls until the next publication. Those that are lost are replaced.
+    `ready` ones hold the current weights and get calls. Those `aside` are alive without a whole version and
+    get no calls until the next publication.
     """
 
-    def __init__(
-        self, config: Config, create: Callable[[], Member], admit: Callable[[Member], Awaitable[None]]
-    ):
+    def __init__(self, config: Config, create: Callable[[], Member], admit: Callable[[Member], Awaitable]):
         """`admit` loads the current weights into an actor that is up, then calls `add` or `set_aside`."""
         self._config, self._create, self._admit = config, create, admit
         self.ready: list[Member] = []
@@ -66,7 +64,7 @@ class Members:
         self.learner_lost: LearnerLostError | None = None  # seen by an actor that asked for weights
         self._start_failure: PartLostError | None = None
         self._num_starting = 0
-        self._changed = asyncio.Condition()
+        self._changed = asyncio.Event()  # wakes those who wait in `choose`
         self._tasks: set[asyncio.Task] = set()
 
     @property
@@ -97,16 +95,12 @@ class Members:
 
         Raises PartLostError when none will, LearnerLostError when the learner must publish again first.
         """
-        async with self._changed:
-            while not self.ready:
-                if self.learner_lost or not (self._num_starting or self.aside):
-                    raise (
-                        self.learner_lost or self._start_failure or PartLostError("no rollout actor is left")
-                    )
-                await with_deadline(
-                    self._config.start_timeout_s, self._changed.wait(), "a rollout actor to join"
-                )
-            return min(self.ready, key=lambda m: m.calls)
+        while not self.ready:
+            if self.learner_lost or not (self._num_starting or self.aside):
+                raise self.learner_lost or self._start_failure or PartLostError("no rollout actor is left")
+            self._changed.clear()
+            await with_deadline(self._config.start_timeout_s, self._changed.wait(), "a rollout actor to join")
+        return min(self.ready, key=lambda m: m.calls)
 
     def add(self, member: Member) -> None:
         """Makes an actor with the current weights ready; ends it if enough are."""
@@ -117,8 +111,8 @@ class Members:
         if len(self.ready) >= self.num_wanted:
             ray.kill(member.handle)
             return
-        member.since_s = time.monotonic()
         self.ready.append(member)
+        self._changed.set()
 
     def set_aside(self, member: Member) -> None:
         """No calls until a whole version of the weights is loaded."""
@@ -126,22 +120,17 @@ class Members:
             self.ready.remove(member)
         if member not in self.aside:
             self.aside.append(member)
+        self._changed.set()
 
     def lose(self, member: Member, error: Exception) -> None:
         """Ends a dead or hanging actor and starts another in its place."""
-        group = next((group for group in (self.ready, self.aside) if member in group), None)
-        if group is None:  # several calls to it failed at once, or it was draining
+        if member not in self.alive:  # several calls to it failed at once, or it was draining
             return
-        group.remove(member)
+        (self.ready if member in self.ready else self.aside).remove(member)
         self.num_lost += 1
         ray.kill(member.handle)
         log.warning("%s was lost and is replaced: %s", member.name, cause_of(error))
         self.fill_up()
-
-    async def notify(self) -> None:
-        """Wakes those who wait in `choose`."""
-        async with self._changed:
-            self._changed.notify_all()
 
     def stop(self) -> None:
         for task in self._tasks:
@@ -150,37 +139,33 @@ class Members:
             ray.kill(member.handle)
 
     async def _join(self, member: Member) -> None:
+        timeout_s, what = self._config.start_timeout_s, f"the start of {member.name}"
         try:
-            await with_deadline(
-                self._config.start_timeout_s, member.handle.pid.remote(), f"the start of {member.name}"
-            )
+            await with_deadline(timeout_s, member.handle.pid.remote(), what)
             await self._admit(member)
         except BaseException:
             ray.kill(member.handle)
             raise
-        await self.notify()
 
     async def _replace(self) -> None:
         """Adds one actor. While that fails, the others carry on and it is tried again."""
+        what = "the start of a rollout actor"
         try:
-            while not await self._try_to_join() and self.ready:
+            while True:
+                try:
+                    return await retried(lambda: self._join(self._create()), self._config.max_retries, what)
+                except Exception as error:  # also what vLLM raises when its memory is gone
+                    failed = PartLostError(f"{what} failed: {cause_of(error)}")
+                    self._start_failure = error if isinstance(error, PartLostError) else failed
+                    log.warning("%s; continuing with %d rollout actors", self._start_failure, len(self.ready))
+                if not self.ready:
+                    return
                 await asyncio.sleep(RETRY_START_S)
                 if len(self.alive) >= self.num_wanted:
                     return
         finally:
             self._num_starting -= 1
-            await self.notify()
-
-    async def _try_to_join(self) -> bool:
-        what = "the start of a rollout actor"
-        try:
-            await retried(lambda: self._join(self._create()), self._config.max_retries, what)
-        except Exception as error:  # also what vLLM raises when its memory is gone
-            failed = PartLostError(f"{what} failed: {cause_of(error)}")
-            self._start_failure = error if isinstance(error, PartLostError) else failed
-            log.warning("%s; continuing with %d rollout actors", self._start_failure, len(self.ready))
-            return False
-        return True
+            self._changed.set()
 
     async def _drain(self, member: Member) -> None:
         try:

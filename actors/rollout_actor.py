@@ -19,10 +19,7 @@ from video_opd.types import EncodedPrompt, FailedPrompt, Prediction, Prompt, Tra
 
 
 class RolloutActor:
-    """Runs one call at a time, in order of arrival.
-
-    So load_weights waits for the rollouts before it, and a trajectory comes from one policy version.
-    """
+    """Runs one call at a time, in order of arrival, so that a trajectory comes from one policy version."""
 
     def __init__(self, name: str, config: Config):
         start_role_log(config.run_name, name)
@@ -30,8 +27,10 @@ class RolloutActor:
         self._name, self._config = name, config
         student, trusted = config.student, config.trust_remote_code
         self._encoder = PromptEncoder(student, config.prompt, config.video, trusted)
-        way, banned_ids = config.learner.weight_transfer, self._encoder.pad_ids
-        self._engine = PolicyEngine(student, config.rollout, config.seed, banned_ids, trusted, way)
+        way, banned = config.learner.weight_transfer, self._encoder.pad_ids
+        self._engine = PolicyEngine(
+            student, config.rollout, config.seed, banned, way, trust_remote_code=trusted
+        )
         # -1: the folder's weights, before the first publication; None: no whole version
         self._policy_version: int | None = -1
         log.info("started in %.1f s", time.monotonic() - started)
@@ -46,8 +45,7 @@ class RolloutActor:
         """Samples rollouts_per_prompt trajectories a prompt; a FailedPrompt where the clip cannot be read.
 
         Results come as prompts finish, `rollout.prompts_per_result` at a time. Sampling is seeded by
-        (config.seed, trajectory id): same weights, same trajectories. Raises WeightsLostError without a whole
-        version of the weights.
+        config.seed and the trajectory's id. Raises WeightsLostError without a whole version of the weights.
         """
         self._check_whole()
         encoded, failed = self._encoder.encode_readable(prompts)

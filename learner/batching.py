@@ -35,21 +35,16 @@ def plan_update(
 ) -> UpdatePlan:
     """Deals the trajectories to ranks, longest first, so that micro-batches hold similar lengths.
 
-    Advantages are computed over the whole batch, so that centring does not depend on the world size. A rank
-    without a row for the last micro-batch repeats one with weight 0. Suspended rollouts count in num_tokens
-    only, so that suspension never scales up the rest; if all are suspended there are no micro-batches.
+    Advantages are computed over the whole batch. A rank without a row for the last micro-batch repeats one
+    with weight 0. Suspended rollouts count in num_tokens only, so that suspension never scales up the rest.
     """
     trajectories = [(g.group.prompt, t) for g in groups for t in g.group.trajectories]
     num_tokens = sum(len(t.response_token_ids) for g in groups for t in g.group.sampled)
     if not trajectories:
         return UpdatePlan([], [], num_tokens)
     scores = [s for g in groups for s in g.scores] or [None] * len(trajectories)
-    rows = [
-        Row(prompt, trajectory, advantage, score, 1.0)
-        for (prompt, trajectory), advantage, score in zip(
-            trajectories, advantages_of(groups, loss), scores, strict=True
-        )
-    ]
+    columns = zip(trajectories, advantages_of(groups, loss), scores, strict=True)
+    rows = [Row(prompt, t, advantage, score, 1.0) for (prompt, t), advantage, score in columns]
     rows.sort(key=lambda row: len(row.trajectory.prompt_token_ids) + len(row.advantage), reverse=True)
     per_round = micro_batch * world_size
     micro_batches, most_tokens = [], []

@@ -83,9 +83,8 @@ def batch_diagnostics(
         metrics["teacher/entropy"] = float(np.concatenate(entropies).mean())
     if not scores or not loss.needs.rollouts:
         return metrics
-    log_ratio = np.concatenate(
-        [s.teacher_logprobs - t.actor_logprobs for t, s in zip(trajectories, scores, strict=True)]
-    )
+    pairs = zip(trajectories, scores, strict=True)
+    log_ratio = np.concatenate([s.teacher_logprobs - t.actor_logprobs for t, s in pairs])
     metrics |= reverse_kl(log_ratio, np.concatenate([is_time(t.response_token_ids) for t in trajectories]))
     if loss.kind == "opd" and loss.clamp is not None:
         metrics["learner/clamped_frac"] = float((np.abs(log_ratio) > loss.clamp).mean())
@@ -98,8 +97,7 @@ def batch_diagnostics(
 def reverse_kl(log_ratio: np.ndarray, is_time: np.ndarray) -> dict[str, float]:
     """KL(pi_old || pi_T) per sampled token in nats: of all tokens, of those that write a time, of the rest.
 
-    log_ratio float32[tokens]: log pi_T - log pi_old. Two unbiased estimates: k1 = -log_ratio, and k3 =
-    exp(log_ratio) - 1 - log_ratio, which is never negative.
+    log_ratio r = log pi_T - log pi_old, float32[tokens]. Unbiased: k1 = -r, and k3 = exp(r) - 1 - r >= 0.
     """
     metrics = {}
     for suffix, which in (("", slice(None)), ("_time", is_time), ("_rest", ~is_time)):

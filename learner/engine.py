@@ -3,7 +3,8 @@
 import importlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import socket
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -12,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from learner.adapters import choose_trained, merge, merged_parameters
 from learner.batching import Row, plan_update
 from learner.diagnostics import TimestampTokens, TokenRecords, batch_diagnostics, policy_diagnostics
 from learner.loss import ResponseTokens, loss_per_token
-from learner.rendezvous import node_store
 from learner.safe_load import read_weights_only
 from learner.universal import TAG as universal_tag
 from learner.vision_cache import VisionCache
@@ -45,43 +46,38 @@ class LearnerEngine:
 
     def __init__(self, config: Config, rank: int, world_size: int, master: tuple[str, int]):
         self._config, self._rank, self._world_size = config, rank, world_size
-        deepspeed = _init_deepspeed(config, rank, world_size, master)
-        self._deepspeed = deepspeed
+        learner = config.learner
+        self._deepspeed = _init_deepspeed(config, rank, world_size, master)
         self._encoder = PromptEncoder(config.student, config.prompt, config.video, config.trust_remote_code)
-        self._device = "cuda" if config.learner.num_gpus else "cpu"
+        self._device = "cuda" if learner.num_gpus else "cpu"
         # ZeRO keeps float32 masters of bfloat16 weights
-        model = load_model(config.student, config.learner.dtype, config.trust_remote_code)
-        if config.learner.lora_rank:
+        model = load_model(config.student, learner.dtype, config.trust_remote_code)
+        if learner.lora_rank:
             torch.manual_seed(config.seed)  # every rank draws the same adapters
-        choose_trained(model, config.learner)
-        if config.learner.gradient_checkpointing:
+        choose_trained(model, learner)
+        if learner.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained, config.learner.lr, config.learner.betas, weight_decay=config.learner.weight_decay
-        )
-        module = ResponseLoss(model, config.learner.logit_rows)
+        optimizer = torch.optim.AdamW(trained, learner.lr, learner.betas, weight_decay=learner.weight_decay)
+        module = ResponseLoss(model, learner.logit_rows)
         self._teacher_heads: dict[str, torch.Tensor] = {}  # by teacher id
         if config.loss.needs.teacher == "hidden":
             dtype, teachers = config.teacher_pool.dtype, config.teacher_models
             heads = {t.name: load_head(t.model, dtype).to(self._device) for t in teachers}
             shared = min(len(head) for head in heads.values())  # the rest are padded embeddings
             self._teacher_heads = {name: head[:shared] for name, head in heads.items()}
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=_deepspeed_config(config))
-        self._engine: Any = engine
+        options: dict[str, Any] = {"optimizer": optimizer, "config": _deepspeed_config(config)}
+        self._engine: Any = self._deepspeed.initialize(model=module, **options)[0]
         self._is_time = TimestampTokens(self._encoder.tokenizer)
-        cache_bytes = config.learner.vision_cache_bytes
-        self._vision_cache = VisionCache(self._model, cache_bytes) if cache_bytes else None
+        num_bytes = learner.vision_cache_bytes
+        self._vision_cache = VisionCache(self._model, num_bytes) if num_bytes else None
 
     @property
     def _model(self) -> VideoLLM:
         return self._engine.module.model
 
     def update(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
-        """One optimizer step on the whole batch. Returns metrics, the same on every rank.
-
-        If every rollout is suspended, nothing changes: no weights, no moments, no weight decay.
-        """
+        """One optimizer step; none if every rollout is suspended. Returns metrics, the same on every rank."""
         config, engine = self._config, self._engine
         plan = plan_update(groups, config.loss, config.learner.micro_batch, self._rank, self._world_size)
         if not plan.micro_batches:
@@ -141,8 +137,7 @@ class LearnerEngine:
         return (per_token * weights).sum(), TokenRecords(*records)
 
     def _response_tokens(self, rows: list[Row], targets: torch.Tensor) -> ResponseTokens:
-        top_k: tuple[torch.Tensor, torch.Tensor] | None = None
-        teacher_logits: Callable[[slice], torch.Tensor] | None = None
+        top_k = teacher_logits = None
         scores = [row.scores for row in rows if row.scores is not None]
         if self._config.loss.needs.teacher == "top_k":
             top = [s.top_k for s in scores if s.top_k is not None]
@@ -165,22 +160,16 @@ class LearnerEngine:
     def _tensor(self, arrays: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(self._device)
 
-    def _full_parameters(self, device: str = "cpu") -> Named:
-        """Every parameter of the plain model, whole, adapters merged, on `device`. All ranks iterate together."""
+    def parameters(self, device: str | None = None) -> Named:
+        """Of the plain model: whole, adapters merged, on `device` or the rank's. All ranks must iterate."""
+        is_sharded = self._config.learner.zero_stage == 3
         for name, parts, scaling in merged_parameters(self._model):
-            if self._config.learner.zero_stage == 3:
-                with self._deepspeed.zero.GatheredParameters(parts):
-                    yield name, merge(parts, scaling).to(device=device, copy=True)
-            else:
-                yield name, merge(parts, scaling).to(device=device)
+            with self._deepspeed.zero.GatheredParameters(parts, enabled=is_sharded):
+                yield name, merge(parts, scaling).to(device=device or self._device, copy=is_sharded)
 
     def buckets(self, policy_version: int) -> Iterator[WeightBucket]:
         """The student's weights, for publication. All ranks must iterate together."""
-        return to_buckets(self._full_parameters(), policy_version, self._config.learner.bucket_bytes)
-
-    def parameters(self) -> Named:
-        """The student's weights on this rank's device. All ranks must iterate together."""
-        return self._full_parameters(self._device)
+        return to_buckets(self.parameters("cpu"), policy_version, self._config.learner.bucket_bytes)
 
     def save(self, folder: Path) -> None:
         """Writes the DeepSpeed state and `student/`, a transformers folder."""
@@ -189,17 +178,14 @@ class LearnerEngine:
 
     def export(self, folder: Path) -> None:
         """Writes the student alone, for transformers and vLLM: new weights, other files as they were."""
-        state = dict(self._full_parameters())
+        state = {name: tensor.contiguous() for name, tensor in self.parameters("cpu")}
         if self._rank == 0:
             weights = shutil.ignore_patterns("*.safetensors*", "*.bin*")
             shutil.copytree(self._config.student, folder, ignore=weights)
-            self._model.save_pretrained(folder, state_dict={n: t.contiguous() for n, t in state.items()})
+            self._model.save_pretrained(folder, state_dict=state)
 
     def load(self, folder: Path, universal: bool = False) -> None:
-        """Restores weights and optimizer exactly, from a checkpoint of as many ranks.
-
-        With `universal`, from the folder that learner/universal.py made of any checkpoint.
-        """
+        """Restores weights and optimizer exactly, from a checkpoint of as many ranks or a universal one."""
         self._engine._config.load_universal_checkpoint = universal  # DeepSpeed reads it only while it loads
         where, tag = (folder, universal_tag) if universal else (folder / "deepspeed", "state")
         path, _ = self._engine.load_checkpoint(str(where), tag=tag)
@@ -218,18 +204,24 @@ def rows_of(runs: Sequence[tuple[torch.Tensor, torch.Tensor]], which: slice) -> 
 
 def _deepspeed_config(config: Config) -> dict[str, Any]:
     learner = config.learner
-    zero: dict[str, Any] = {"stage": learner.zero_stage}
-    if learner.zero_stage == 3:
-        zero["stage3_gather_16bit_weights_on_model_save"] = True
     return {
         "train_micro_batch_size_per_gpu": learner.micro_batch,
         "gradient_accumulation_steps": 1,  # update() sets the boundary: the number of micro-batches varies
         "gradient_clipping": learner.max_grad_norm,
         "bf16": {"enabled": learner.dtype == "bfloat16"},
-        "zero_optimization": zero,
+        "zero_optimization": {"stage": learner.zero_stage},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
+
+
+def _store(host: str, port: int, world_size: int, rank: int) -> TCPStore:
+    """Where the ranks meet: torch's store in rank 0, which listens on that address alone."""
+    if rank:
+        return TCPStore(host, port, world_size, is_master=False)
+    family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.create_server((host, port), family=family)
+    return TCPStore(host, port, world_size, is_master=True, master_listen_fd=listener.detach())
 
 
 def _init_deepspeed(config: Config, rank: int, world_size: int, master: tuple[str, int]):
@@ -249,7 +241,7 @@ def _init_deepspeed(config: Config, rank: int, world_size: int, master: tuple[st
         communication.build_shm_op = lambda: None
     read_weights_only()
     backend = "nccl" if on_gpu else "gloo"
-    store = node_store(*master, world_size, is_master=rank == 0)
+    store = _store(*master, world_size, rank)
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)  # finds that one
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)  # finds that group
     return deepspeed

@@ -13,9 +13,9 @@ from ray.exceptions import RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from learner.file_transfer import FilePart, read_parts, write_part
+from learner.file_transfer import read_parts, write_part
 from learner.rank import LearnerRank
-from learner.universal import convert, needs_conversion
+from learner.universal import convert
 from video_opd.cluster.deadline import with_deadline
 from video_opd.cluster.faults import LOST, cause_of, started_badly
 from video_opd.config import Config
@@ -66,18 +66,16 @@ class Learner:
     async def restart(self) -> None:
         """Replaces the ranks by new ones, with the student's first weights."""
         self._published = None
-        self._kill()
+        for rank in self._ranks:
+            ray.kill(rank)
         self._ranks = self._create()
         await self.start()
 
     def stop(self) -> None:
         """Ends the ranks and releases their resources."""
-        self._kill()
-        remove_placement_group(self._bundles)
-
-    def _kill(self) -> None:
         for rank in self._ranks:
             ray.kill(rank)
+        remove_placement_group(self._bundles)
 
     async def update(self, groups: list[ScoredGroup], step: int) -> StepReport:
         """One optimizer step; the weights after it are version step + 1."""
@@ -86,10 +84,7 @@ class Learner:
         return StepReport(step=step, policy_version=step + 1, metrics=metrics)
 
     def holds(self, policy_version: int) -> bool:
-        """Whether the weights are still this published version.
-
-        Ranks serve calls in order, so what is asked for now comes before the next update.
-        """
+        """Whether a call that is made now will find this published version in the ranks."""
         return self._published == policy_version
 
     async def put_weights(self, policy_version: int) -> tuple[list[ray.ObjectRef], int]:
@@ -113,27 +108,25 @@ class Learner:
     async def _write(self, method: str, folder: Path, seen_by: Path) -> None:
         """Ranks write `folder`. Files of ranks that do not see the driver's `seen_by` are copied here."""
         elsewhere = await self._ranks_without_folder(seen_by)
-        for rank in elsewhere:  # remains of an attempt that was lost
-            await self._all("remove", folder, ranks=[rank])
+        await self._all("remove", folder, ranks=elsewhere)  # remains of an attempt that was lost
         await self._all(method, folder)
-        timeout_s = self._config.request_timeout_s
+        timeout_s, what = self._config.request_timeout_s, "a checkpoint's files"
         for rank in elsewhere:
             with self._losses("read_folder"):
                 references = rank.read_folder.options(_generator_backpressure_num_objects=2).remote(folder)
-                while part := await with_deadline(timeout_s, _next(references), "a checkpoint's files"):
+                while (
+                    reference := await with_deadline(timeout_s, anext(references, None), what)
+                ) is not None:
+                    part = await with_deadline(timeout_s, reference, what)
                     await asyncio.to_thread(write_part, folder, part)
 
     async def load(self, folder: Path, saved_world_size: int | None = None) -> None:
-        """Restores a checkpoint's weights and optimizer exactly.
-
-        `saved_world_size`: ranks that wrote it; None: as many as there are now.
-        """
+        """Restores weights and optimizer exactly. `saved_world_size`: of the ranks that wrote, if other."""
         self._published = None
         learner = self._config.learner
-        saved_world_size = saved_world_size or learner.world_size
-        if not needs_conversion(learner.zero_stage, saved_world_size, learner.world_size):
-            await self._load(folder, False)
-            return
+        # at stage 0 the checkpoint holds the whole optimizer, which any number of ranks can read
+        if learner.zero_stage == 0 or saved_world_size in (None, learner.world_size):
+            return await self._load(folder, False)
         converted = folder.with_name(f".{folder.name}-universal.tmp")
         shutil.rmtree(converted, ignore_errors=True)
         try:
@@ -144,15 +137,11 @@ class Learner:
 
     async def _load(self, folder: Path, universal: bool) -> None:
         elsewhere = await self._ranks_without_folder(folder)
-        copied = folder.with_name(
-            f".{folder.name}-{uuid4().hex}.tmp"
-        )  # that node may have a `folder` of its own
-        for rank in elsewhere:
-            for part in read_parts(folder):
-                await self._all("write_part", copied, part, ranks=[rank])
+        copied = folder.with_name(f".{folder.name}-{uuid4().hex}.tmp")  # a node may have its own `folder`
+        for part in read_parts(folder) if elsewhere else ():
+            await self._all("write_part", copied, ray.put(part), ranks=elsewhere)
         await self._all("load", folder, copied, universal)
-        for rank in elsewhere:
-            await self._all("remove", copied, ranks=[rank])
+        await self._all("remove", copied, ranks=elsewhere)
 
     async def _ranks_without_folder(self, folder: Path) -> list[Any]:
         """One rank of each node that does not see what this process has in `folder`."""
@@ -162,14 +151,13 @@ class Learner:
             seen = await self._all("sees", mark)
         finally:
             mark.unlink()
-        by_node = {node: rank for rank, (node, sees) in zip(self._ranks, seen, strict=True) if not sees}
-        return list(by_node.values())
+        return list({node: r for r, (node, sees) in zip(self._ranks, seen, strict=True) if not sees}.values())
 
     async def _all(
         self, method: str, *arguments: Any, timeout_s: float | None = None, ranks: Sequence[Any] | None = None
     ) -> list[Any]:
         """Each rank's answer. `ranks`: those to ask; None: all."""
-        asked = ranks or self._ranks
+        asked = self._ranks if ranks is None else ranks
         calls = [asyncio.ensure_future(getattr(rank, method).remote(*arguments)) for rank in asked]
         timeout_s = timeout_s or self._config.request_timeout_s
         with self._losses(method):
@@ -191,9 +179,3 @@ class Learner:
                 raise
             self._published = None
             raise LearnerLostError(f"the learner's {method} was lost: {cause_of(error)}") from error
-
-
-async def _next(references: Any) -> FilePart | None:
-    """The next of a streaming call's results; None at the end."""
-    reference = await anext(references, None)
-    return None if reference is None else await reference

@@ -30,14 +30,12 @@ class ResponseTokens:
     teacher_logprobs: torch.Tensor | None = None  # float32[R]
 
 
-def sampled_advantage(
-    teacher_logprobs: np.ndarray, actor_logprobs: np.ndarray, loss: LossConfig
-) -> np.ndarray:
+def sampled_advantage(teacher: np.ndarray, actor: np.ndarray, loss: LossConfig) -> np.ndarray:
     """r_t = log pi_T(a_t|s_t) - log pi_old(a_t|s_t) (eq. 5) for all tokens of the batch, float32[tokens].
 
     Options, off in the paper: `clamp` bounds |r|; `center` then subtracts the batch mean, a baseline.
     """
-    advantage = teacher_logprobs - actor_logprobs
+    advantage = teacher - actor
     if loss.clamp is not None:
         advantage = np.clip(advantage, -loss.clamp, loss.clamp)
     if loss.center == "batch":
@@ -52,36 +50,30 @@ def group_advantages(rewards: Sequence[float], divide_by_std: bool) -> np.ndarra
 
 
 def sampled_loss(
-    learner_logprobs: torch.Tensor,
-    actor_logprobs: torch.Tensor,
-    advantage: torch.Tensor,
-    max_ratio: float | None = None,
+    learner: torch.Tensor, actor: torch.Tensor, advantage: torch.Tensor, max_ratio: float | None = None
 ) -> torch.Tensor:
     """-min(rho_t, max_ratio) r_t with rho_t = pi_theta(a_t|s_t) / pi_old(a_t|s_t) (eq. 6; max_ratio is ours).
 
     At rho = 1 its gradient is an unbiased estimate of that of KL(pi_theta || pi_T) at s_t (App. A, eq. 11).
     """
-    ratio = (learner_logprobs - actor_logprobs).exp()
-    if max_ratio is not None:
-        ratio = ratio.clamp(max=max_ratio)
-    return -ratio * advantage
+    ratio = (learner - actor).exp()
+    return -(ratio if max_ratio is None else ratio.clamp(max=max_ratio)) * advantage
 
 
 def topk_loss(
-    logits: torch.Tensor, top_k_ids: torch.Tensor, top_k_logprobs: torch.Tensor, clamp: float | None = None
+    logits: torch.Tensor, ids: torch.Tensor, teacher: torch.Tensor, clamp: float | None = None
 ) -> torch.Tensor:
     """Reverse KL on the teacher's K tokens plus one bucket for all other mass of both (arXiv 2603.25562).
 
     Without the bucket the student escapes by moving mass out of the set. `clamp` bounds the log-ratio: a very
     sure teacher would otherwise dominate the batch with a few tokens. The log-ratio is constant in the
     gradient: the same gradient without clamp (probabilities sum to one), a policy gradient with it.
-    logits[R, V] of the student; top_k_ids int64[R, K] and top_k_logprobs float32[R, K] of the teacher.
+    logits[R, V] of the student; the teacher's top ids int64[R, K] and their log-probs float32[R, K].
     """
     normaliser = logits.logsumexp(-1, keepdim=True)
-    student = logits.gather(-1, top_k_ids) - normaliser
-    teacher = top_k_logprobs
-    if top_k_ids.shape[-1] < logits.shape[-1]:
-        tail = logits.scatter(-1, top_k_ids, -math.inf).logsumexp(-1, keepdim=True) - normaliser
+    student = logits.gather(-1, ids) - normaliser
+    if ids.shape[-1] < logits.shape[-1]:
+        tail = logits.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True) - normaliser
         teacher_tail = (1.0 - teacher.exp().sum(-1, keepdim=True)).clamp(min=MIN_TAIL).log()
         student, teacher = torch.cat([student, tail], -1), torch.cat([teacher, teacher_tail], -1)
     log_ratio = (student - teacher).detach()
@@ -93,7 +85,7 @@ def topk_loss(
 def full_loss(
     logits: torch.Tensor, teacher_logits: torch.Tensor, divergence: str, beta: float = 0.5
 ) -> torch.Tensor:
-    """A divergence over the whole vocabulary; logits[R, V] of student and teacher, both of the same V tokens.
+    """A divergence over the whole vocabulary, of logits[R, V] of student and teacher.
 
     reverse: KL(pi_theta || pi_T). forward: KL(pi_T || pi_theta). jsd: beta KL(pi_T || m) + (1 - beta)
     KL(pi_theta || m) with m = beta pi_T + (1 - beta) pi_theta (generalised Jensen-Shannon, arXiv 2306.13649).
@@ -113,26 +105,23 @@ def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 
 def grpo_loss(
-    learner_logprobs: torch.Tensor, actor_logprobs: torch.Tensor, advantage: torch.Tensor, clip: float
+    learner: torch.Tensor, actor: torch.Tensor, advantage: torch.Tensor, clip: float
 ) -> torch.Tensor:
     """-min(rho_t A, clip(rho_t, 1 - clip, 1 + clip) A), A the group's advantage (GRPO, arXiv 2402.03300)."""
-    ratio = (learner_logprobs - actor_logprobs).exp()
+    ratio = (learner - actor).exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(1.0 - clip, 1.0 + clip) * advantage)
 
 
-def reference_kl(learner_logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> torch.Tensor:
+def reference_kl(learner: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """GRPO's k3 estimate of KL(pi_theta || pi_ref): x - 1 - log x >= 0 with x = pi_ref / pi_theta."""
-    log_ratio = reference_logprobs - learner_logprobs
+    log_ratio = reference - learner
     return log_ratio.exp() - 1.0 - log_ratio
 
 
 def loss_per_token(
     loss: LossConfig, logits: torch.Tensor, tokens: ResponseTokens, rows: slice
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The configured loss of some rows, and the learner's log-probs of their tokens; both float32[rows].
-
-    logits[rows, V] of the student.
-    """
+    """The configured loss of some rows, from the student's logits[rows, V], and their tokens' log-probs."""
     learner = token_logprobs(logits, tokens.targets[rows])
     actor, advantage = tokens.actor_logprobs[rows], tokens.advantage[rows]
     match loss.kind:

@@ -10,12 +10,6 @@ from learner import safe_load
 from video_opd.errors import RunError
 
 TAG = "universal"
-_NUM_WORKERS = 2
-
-
-def needs_conversion(zero_stage: int, saved_world_size: int, world_size: int) -> bool:
-    """At stage 0 the checkpoint holds the whole optimizer, which any number of ranks can read."""
-    return zero_stage > 0 and saved_world_size != world_size
 
 
 def convert(checkpoint: Path, output: Path, timeout_s: float) -> None:
@@ -23,14 +17,10 @@ def convert(checkpoint: Path, output: Path, timeout_s: float) -> None:
 
     A process of its own does it, without ranks or an accelerator, and is killed after `timeout_s`.
     """
-    options = {
-        "input_folder": checkpoint / "deepspeed" / "state",
-        "output_folder": output / TAG,
-        "num_extract_workers": _NUM_WORKERS,
-        "num_merge_workers": _NUM_WORKERS,
-    }
     command = [sys.executable, "-P", safe_load.__file__, "deepspeed.checkpoint.ds_to_universal"]
-    command += ["--inject_missing_state", *(f"--{name}={value}" for name, value in options.items())]
+    command += [f"--input_folder={checkpoint / 'deepspeed' / 'state'}", f"--output_folder={output / TAG}"]
+    command += ["--inject_missing_state", "--num_extract_workers=2", "--num_merge_workers=2"]
+    failed = f"{checkpoint} cannot be converted to another learner.world_size"
     output.mkdir(parents=True)
     env = os.environ | {"DS_ACCELERATOR": "cpu", "TQDM_DISABLE": "1"}
     process = subprocess.Popen(
@@ -41,10 +31,8 @@ def convert(checkpoint: Path, output: Path, timeout_s: float) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        raise RunError(
-            f"{checkpoint} was not converted to another learner.world_size within {timeout_s:.0f} s: "
-            "raise start_timeout_s, or resume with the world_size the run had"
-        ) from None
+        hint = "raise start_timeout_s, or resume with the world_size the run had"
+        raise RunError(f"{failed} within {timeout_s:.0f} s: {hint}") from None
     if process.returncode:
         last = (errors.strip().splitlines() or ["no message"])[-1]
-        raise RunError(f"{checkpoint} cannot be converted to another learner.world_size: {last}")
+        raise RunError(f"{failed}: {last}")

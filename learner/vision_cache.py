@@ -37,7 +37,10 @@ class VisionCache:
             outputs = (output.pooler_output, *getattr(output, "deepstack_features", ()))
             for i, key in enumerate(unknown):
                 known[key] = [of_layer[i] for of_layer in outputs]
-                self._keep(key, [tensor.cpu() for tensor in known[key]])
+                self._features[key] = [tensor.cpu() for tensor in known[key]]
+                self._bytes += sum(t.nbytes for t in known[key])
+            while self._bytes > self._max_bytes and len(self._features) > 1:
+                self._bytes -= sum(t.nbytes for t in self._features.popitem(last=False)[1])
         for key in keys:
             if key in self._features:
                 self._features.move_to_end(key)
@@ -49,9 +52,3 @@ class VisionCache:
         share = 1.0 - self._computed / self._asked
         self._asked = self._computed = 0
         return {"learner/vision_cache_hit_frac": share}
-
-    def _keep(self, key: Hashable, tensors: list[torch.Tensor]) -> None:
-        self._features[key] = tensors
-        self._bytes += sum(t.nbytes for t in tensors)
-        while self._bytes > self._max_bytes and len(self._features) > 1:
-            self._bytes -= sum(t.nbytes for t in self._features.popitem(last=False)[1])

@@ -67,7 +67,7 @@ def test_a_version_that_is_not_whole_is_told_from_one_that_is():
     for problem, those in broken.items():
         with pytest.raises(WeightsLostError, match=problem):
             check_whole(those, 3)
-    with pytest.raises(WeightsLostError, match="a bucket of version 3 came as one of version 4"):
+    with pytest.raises(WeightsLostError, match="version 4: a bucket of version 3 came"):
         check_whole(buckets, 4)
 
 

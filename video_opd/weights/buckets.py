@@ -9,7 +9,8 @@ import torch
 
 from video_opd.errors import WeightsLostError
 
-Named = Iterator[tuple[str, torch.Tensor]]
+Pair = tuple[str, torch.Tensor]
+Named = Iterator[Pair]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,14 +30,12 @@ class WeightBucket:
         return sum(part.nbytes for part in self.parts)
 
 
-def to_buckets(
-    named: Iterable[tuple[str, torch.Tensor]], policy_version: int, bucket_bytes: int
-) -> Iterator[WeightBucket]:
+def to_buckets(named: Iterable[Pair], policy_version: int, bucket_bytes: int) -> Iterator[WeightBucket]:
     """Groups CPU tensors, in order, into buckets of one dtype and about `bucket_bytes` each.
 
     Contiguous tensors are not copied: the object store copies from their memory.
     """
-    waiting: list[tuple[str, torch.Tensor]] = []
+    waiting: list[Pair] = []
     size = first = 0
     for name, tensor in named:
         if waiting and (size + tensor.nbytes > bucket_bytes or tensor.dtype != waiting[0][1].dtype):
@@ -49,9 +48,7 @@ def to_buckets(
         yield _bucket(waiting, policy_version, first, is_last=True)
 
 
-def _bucket(
-    named: list[tuple[str, torch.Tensor]], policy_version: int, first: int, is_last: bool
-) -> WeightBucket:
+def _bucket(named: list[Pair], policy_version: int, first: int, is_last: bool) -> WeightBucket:
     return WeightBucket(
         policy_version=policy_version,
         first=first,
@@ -65,21 +62,15 @@ def _bucket(
 
 def check_whole(buckets: Sequence[WeightBucket], policy_version: int) -> None:
     """Raises WeightsLostError unless the buckets are exactly one version, in order and complete."""
-    expected = 0
+    version, expected = f"version {policy_version}", 0
     for bucket in buckets:
         if bucket.policy_version != policy_version:
-            raise WeightsLostError(
-                f"a bucket of version {bucket.policy_version} came as one of version {policy_version}"
-            )
+            raise WeightsLostError(f"{version}: a bucket of version {bucket.policy_version} came")
         if bucket.first != expected:
-            raise WeightsLostError(
-                f"version {policy_version}: tensor {bucket.first} came where tensor {expected} was due"
-            )
+            raise WeightsLostError(f"{version}: tensor {bucket.first} came where tensor {expected} was due")
         expected += len(bucket.names)
     if not buckets or not buckets[-1].is_last:
-        raise WeightsLostError(
-            f"version {policy_version} ended after {expected} tensors, before its last bucket"
-        )
+        raise WeightsLostError(f"{version} ended after {expected} tensors, before its last bucket")
 
 
 def unpack(buckets: Iterable[WeightBucket]) -> Named:

@@ -11,22 +11,9 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import RayError
-from vllm.config import WeightTransferConfig
-from vllm.distributed.weight_transfer import (
-    ParamMeta,
-    RayVLLMWeightSyncClient,
-    TrainerWeightTransferEngine,
-    WeightSource,
-    WeightTransferEngine,
-    WeightTransferEngineFactory,
-    WeightTransferTrainerFactory,
-)
-from vllm.distributed.weight_transfer.base import (
-    TrainerInitInfo,
-    WeightTransferInitInfo,
-    WeightTransferInitRequest,
-    WeightTransferUpdateInfo,
-)
+from vllm.distributed.weight_transfer import base
+from vllm.distributed.weight_transfer.clients import RayVLLMWeightSyncClient
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -41,25 +28,20 @@ BACKENDS = {"object_store": OBJECT_STORE, "collective": "nccl", "ipc": "ipc"}
 """learner.weight_transfer: the name of vLLM's engine."""
 
 
-def transfer_config(weight_transfer: str) -> WeightTransferConfig:
-    """What `LLM(weight_transfer_config=...)` takes."""
-    return WeightTransferConfig(backend=BACKENDS[weight_transfer])
-
-
 @dataclass
-class BucketUpdateInfo(WeightTransferUpdateInfo):
+class BucketUpdateInfo(base.WeightTransferUpdateInfo):
     """One whole version, as check_whole found it."""
 
     buckets: list[WeightBucket]
 
 
-class ObjectStoreEngine(WeightTransferEngine[WeightTransferInitInfo, BucketUpdateInfo]):
+class ObjectStoreEngine(base.WeightTransferEngine[base.WeightTransferInitInfo, BucketUpdateInfo]):
     """Loads buckets of the object store into a vLLM worker's model, on CPUs and GPUs."""
 
-    init_info_cls = WeightTransferInitInfo
+    init_info_cls = base.WeightTransferInitInfo
     update_info_cls = BucketUpdateInfo
 
-    def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:
+    def init_transfer_engine(self, init_info: base.WeightTransferInitInfo) -> None:
         """The object store needs no rendezvous."""
 
     def start_weight_update(self) -> None:
@@ -76,10 +58,9 @@ class ObjectStoreEngine(WeightTransferEngine[WeightTransferInitInfo, BucketUpdat
         model.load_weights(unpack(update_info.buckets))
 
     def finish_weight_update(self) -> None:
-        """Ends the reload and packs tied language-model heads again.
+        """Ends the reload and packs tied heads again.
 
-        On a CPU a head multiplies by a packed copy of its weight. A head tied to the embedding has no weight
-        of its own in a checkpoint, so the reload leaves that copy unchanged.
+        On a CPU a head multiplies by a packed copy of its weight. The reload leaves the copy of a tied one.
         """
         finalize_layerwise_reload(self.model, self.model_config)
         for module in self.model.modules():
@@ -98,33 +79,29 @@ class ActorsClient(RayVLLMWeightSyncClient):
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Gives each actor's worker a rank of its own: vLLM counts from `rank_offset` within one engine."""
-        infos = [dict(init_info) for _ in self.handles]
-        if "rank_offset" in init_info:
-            for number, info in enumerate(infos):
-                info["rank_offset"] += number
-        calls = [
-            handle.init_weight_transfer_engine.remote(WeightTransferInitRequest(init_info=info))
-            for handle, info in zip(self.handles, infos, strict=True)
-        ]
+        calls = []
+        for number, handle in enumerate(self.handles):
+            of_actor = {k: v + number if k == "rank_offset" else v for k, v in init_info.items()}
+            calls.append(handle.init_weight_transfer_engine.remote(base.WeightTransferInitRequest(of_actor)))
         ray.get(calls)
 
 
-class ParameterSource(WeightSource):
+class ParameterSource(base.WeightSource):
     """A learner rank's parameters. Under ZeRO-3 each pass over them is a collective of all ranks."""
 
     def __init__(self, parameters: Callable[[], Named]):
         self._parameters = parameters
-        self._metadata: list[ParamMeta] = []
+        self._metadata: list[base.ParamMeta] = []
         self._pass: Named = iter(())
 
     def begin(self) -> None:
         """Prepares one pass, for one publication."""
         self._pass = self._parameters()
 
-    def metadata(self) -> list[ParamMeta]:
+    def metadata(self) -> list[base.ParamMeta]:
         """Found by a first pass: sharded parameters do not show their shapes."""
         if not self._metadata:
-            self._metadata = [ParamMeta(n, t.dtype, tuple(t.shape)) for n, t in self._parameters()]
+            self._metadata = [base.ParamMeta(n, t.dtype, tuple(t.shape)) for n, t in self._parameters()]
         return self._metadata
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -145,10 +122,10 @@ class WeightSender:
     """A learner rank's side of vLLM's `nccl` and `ipc`. Rank 0 sends; all ranks make the same calls."""
 
     def __init__(self, weight_transfer: str, rank: int, parameters: Callable[[], Named]):
-        self._backend, self._rank = BACKENDS[weight_transfer], rank
+        self._is_ipc, self._rank = weight_transfer == "ipc", rank
         self._source = ParameterSource(parameters)
         self._actors: list[Any] = []
-        self._engine: TrainerWeightTransferEngine | None = None
+        self._engine: base.TrainerWeightTransferEngine | None = None
 
     def send(self, address: tuple[str, int], actors: list[Any]) -> int:
         """Sends the weights to all actors, as one group; returns their bytes.
@@ -161,8 +138,11 @@ class WeightSender:
             if self._engine is None or self._actors != actors:
                 self._leave_group()
                 self._actors = actors
+                info = NCCLTrainerInitInfo(*address, world_size=1 + len(actors), rank=self._rank)
                 self._engine = WeightTransferTrainerFactory.trainer_init(
-                    self._init_info(address), client=ActorsClient(actors), source=self._source
+                    IPCTrainerInitInfo(rank=self._rank) if self._is_ipc else info,
+                    client=ActorsClient(actors),
+                    source=self._source,
                 )
             self._engine.send_weights()
         except (RayError, RuntimeError) as error:  # torch's and NCCL's errors are RuntimeErrors
@@ -170,11 +150,6 @@ class WeightSender:
             self._leave_group()
             raise WeightsLostError(f"the actors did not take the weights: {cause_of(error)}") from error
         return self._source.num_bytes
-
-    def _init_info(self, address: tuple[str, int]) -> TrainerInitInfo:
-        if self._backend == "ipc":
-            return IPCTrainerInitInfo(rank=self._rank)
-        return NCCLTrainerInitInfo(*address, world_size=1 + len(self._actors), rank=self._rank)
 
     def _leave_group(self) -> None:
         if self._engine is not None:
