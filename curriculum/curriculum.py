@@ -44,12 +44,9 @@ class Curriculum:
     def _create(self) -> Any:
         suffix = f"-{self._num_starts}" if self._num_starts else ""
         self._num_starts += 1
-        actor = ray.remote(SchedulerActor).options(
-            name=f"{self._name}/curriculum{suffix}",
-            num_cpus=0,
-            max_restarts=0,  # Ray would restart it with an empty state
-            runtime_env={"env_vars": self._config.worker_env},
-        )
+        name, environment = f"{self._name}/curriculum{suffix}", {"env_vars": self._config.worker_env}
+        options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0}  # a restart would have an empty state
+        actor = ray.remote(SchedulerActor).options(name=name, runtime_env=environment, **options)
         return actor.remote(self._prompts, self._config)
 
     async def _call(self, method: str, *arguments: Any) -> Any:
@@ -92,9 +89,10 @@ class Curriculum:
         config = self._config.curriculum
         if config.kind != "scc":
             return group
-        return suspend(
-            group, lambda s: prompt_iou(s, group.prompt, config.multi_span_iou), config.suspend_iou
-        )
+        ious = [
+            prompt_iou(t.predicted_span_s, group.prompt, config.multi_span_iou) for t in group.trajectories
+        ]
+        return suspend(group, ious, config.suspend_iou)
 
     async def validate(self, teacher_iou: np.ndarray) -> None:
         await self._change("validate", teacher_iou)
@@ -131,9 +129,8 @@ class Curriculum:
         return await self._ask("records")
 
     async def state_dict(self) -> dict[str, Any]:
-        state = await self._ask("state_dict")
-        self._saved, self._changes = state, []
-        return state
+        self._saved, self._changes = await self._ask("state_dict"), []
+        return self._saved
 
     async def load_state_dict(self, state: Mapping[str, Any]) -> None:
         await self._ask("load_state_dict", state)

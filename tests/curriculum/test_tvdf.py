@@ -168,11 +168,8 @@ def test_anchors_and_frontier_come_in_their_share(sigma, share, k):
 
 def test_suspension_takes_the_solved_rollouts_alone():
     group = make_group("p", [3, 4, 5]).group
-    ious = {id(t): iou for t, iou in zip(group.trajectories, (0.69, 0.7, 0.9), strict=True)}
-    spans = iter(ious.values())
-    routed = suspend(group, lambda span: next(spans), 0.7)
+    routed = suspend(group, (0.69, 0.7, 0.9), 0.7)
     assert [len(t.response_token_ids) for t in routed.trajectories] == [3]
     assert [len(t.response_token_ids) for t in routed.suspended] == [4, 5]
     assert routed.sampled == group.trajectories
-    unparsed = suspend(group, lambda span: best_iou(None, ((2.0, 5.0),)), 0.7)
-    assert unparsed == group
+    assert suspend(group, [best_iou(None, ((2.0, 5.0),))] * 3, 0.7) == group
