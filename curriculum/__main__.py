@@ -53,7 +53,7 @@ def overview(records: pa.Table) -> Table:
     """Prompts by state."""
     states = [state_of(record) for record in records.drop_columns("student_iou").to_pylist()]
     records = records.append_column("state", pa.array(states))
-    records = records.append_column("sampled", pc.greater(records["num_rollouts"], 0))
+    records = records.append_column("sampled", pa.array(records["num_rollouts"].to_numpy() > 0))
     sums = [("state", "count"), ("sampled", "sum"), ("num_rollouts", "sum")]
     groups = records.group_by("state", use_threads=False).aggregate(
         [*sums, ("teacher_iou", "mean"), ("disagreement", "mean")]

@@ -129,8 +129,9 @@ class Curriculum:
         return await self._ask("records")
 
     async def state_dict(self) -> dict[str, Any]:
-        self._saved, self._changes = await self._ask("state_dict"), []
-        return self._saved
+        state = await self._ask("state_dict")
+        self._saved, self._changes = state, []
+        return state
 
     async def load_state_dict(self, state: Mapping[str, Any]) -> None:
         await self._ask("load_state_dict", state)

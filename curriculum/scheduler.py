@@ -156,8 +156,9 @@ class Scheduler:
     def _describe_dropped(self) -> str:
         """The number of dropped prompts for each reason, with the first of them."""
         by_reason: dict[str, list[str]] = {}
-        for i in np.flatnonzero(self._dropped):
-            by_reason.setdefault(self._dropped[i], []).append(self._prompts[i].prompt_id)
+        for prompt, reason in zip(self._prompts, self._dropped.tolist(), strict=True):
+            if reason:
+                by_reason.setdefault(reason, []).append(prompt.prompt_id)
         parts = []
         for reason, names in by_reason.items():
             more = ", ..." if len(names) > NAMED_IN_ERRORS else ""
@@ -281,7 +282,7 @@ class Scheduler:
             "curriculum/round": self._student_iou.shape[1],
             "curriculum/in_flight": len(self._in_flight),
             "curriculum/selected": int(selected.sum()),
-            "curriculum/dropped": np.count_nonzero(self._dropped),
+            "curriculum/dropped": int(np.count_nonzero(self._dropped)),
             "curriculum/suspended": int(self._suspended.sum()),
             "curriculum/seen_frac": float((self._num_rollouts[selected] > 0).mean()),
         }
