@@ -54,7 +54,7 @@ class Scheduler:
     """
 
     def __init__(self, prompts: Sequence[Prompt], config: Config):
-        self._prompts, self._config = list(prompts), config
+        self._prompts, self._config, self._curriculum = list(prompts), config, config.curriculum
         self._index = {p.prompt_id: i for i, p in enumerate(self._prompts)}
         paths = pa.array([p.clip.video_path for p in self._prompts])
         self._video = paths.dictionary_encode().indices.to_numpy()
@@ -62,10 +62,8 @@ class Scheduler:
         size = len(self._prompts)
         self._teacher_iou = np.full(size, np.nan)
         self._student_iou = np.zeros((size, 0))  # a column for each round
-        self._selected = np.ones(size, bool)
-        self._num_rollouts = np.zeros(size, np.int64)
-        self._last_step = np.full(size, -1)
-        self._suspended = np.zeros(size, bool)
+        self._selected, self._suspended = np.ones(size, bool), np.zeros(size, bool)
+        self._num_rollouts, self._last_step = np.zeros(size, np.int64), np.full(size, -1)
         self._dropped = np.full(size, "", object)  # reasons; empty: alive
         self._queue: deque[int] = deque()
         self._in_flight: dict[int, None] = {}
@@ -78,8 +76,8 @@ class Scheduler:
         """
         self._teacher_iou = np.asarray(teacher_iou, np.float64)
         self._drop(np.isnan(self._teacher_iou), UNREADABLE)
-        if self._config.curriculum.trpv:
-            threshold = self._config.curriculum.teacher_threshold
+        if self._curriculum.trpv:
+            threshold = self._curriculum.teacher_threshold
             self._drop(~reliable(self._teacher_iou, threshold), f"teacher IoU is below {threshold}")
 
     def start_round(self, student_iou: np.ndarray | None, step: int) -> int | None:
@@ -88,7 +86,7 @@ class Scheduler:
         student_iou: sigma, float64[P], NaN for an unreadable clip or a dropped prompt; None where the config
         does not ask the student. Raises ConfigError when too few prompts can be selected.
         """
-        size, curriculum = len(self._prompts), self._config.curriculum
+        size = len(self._prompts)
         sigma = np.full(size, np.nan) if student_iou is None else np.asarray(student_iou, np.float64)
         self._student_iou = np.column_stack([self._student_iou, sigma])
         if student_iou is not None:
@@ -97,11 +95,11 @@ class Scheduler:
         self._selected = np.zeros(size, bool)
         self._selected[chosen] = True
         self._queue.clear()
-        num_steps = len(chosen) * curriculum.passes_per_round // self._config.groups_per_step
-        self._next_selection = step + num_steps if curriculum.kind == "tvdf" else None
+        num_steps = len(chosen) * self._curriculum.passes_per_round // self._config.groups_per_step
+        self._next_selection = step + num_steps if self._curriculum.kind == "tvdf" else None
         work.step = step
-        what = f"{len(chosen)} of {size} prompts; {self._describe_dropped()}"
-        log.info("round %d: %s", self._student_iou.shape[1], what)
+        counts = (self._student_iou.shape[1], len(chosen), size, self._describe_dropped())
+        log.info("round %d: %d of %d prompts; %s", *counts)
         return self._next_selection
 
     def alive(self) -> np.ndarray:
@@ -113,11 +111,7 @@ class Scheduler:
 
     def _select_round(self, alive: np.ndarray) -> np.ndarray:
         """Selects the round's prompts from `alive`. Raises ConfigError when there are too few."""
-        curriculum, size, k = (
-            self._config.curriculum,
-            len(self._prompts),
-            self._config.curriculum.num_selected,
-        )
+        curriculum, size, k = self._curriculum, len(self._prompts), self._curriculum.num_selected
         if k and self._student_iou.shape[1] > 1:  # prompts that failed since round 1 must not end the run
             k = min(k, len(alive))
         if len(alive) < (k or 1):
@@ -138,8 +132,7 @@ class Scheduler:
 
     def _sample(self, candidates: np.ndarray, k: int) -> np.ndarray:
         """k of the candidates, by the configured sampler."""
-        curriculum = self._config.curriculum
-        sampler = curriculum.sampler if curriculum.dbtp else "uniform"
+        sampler = self._curriculum.sampler if self._curriculum.dbtp else "uniform"
         delta = self._disagreement()[candidates]
         assert sampler == "uniform" or np.isfinite(delta).all(), "disagreement needs both answers of a prompt"
         return candidates[SAMPLERS[sampler](delta, k, self._rng)]
@@ -197,7 +190,7 @@ class Scheduler:
     def _shuffle(self, which: np.ndarray) -> np.ndarray:
         """A random order; with group_by_video, prompts of one video stay next to each other."""
         which = self._rng.permutation(which)
-        if not self._config.curriculum.group_by_video:
+        if not self._curriculum.group_by_video:
             return which
         _, first, video = np.unique(self._video[which], return_index=True, return_inverse=True)
         return which[np.argsort(first[video], kind="stable")]

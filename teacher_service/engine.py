@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from video_opd.config import LossConfig, TeacherConfig
+from video_opd.config import TeacherConfig
 from video_opd.models import forward
 from video_opd.models.prompting import PromptEncoder
 from video_opd.models.vllm_engine import check_expansion, start_vllm, vllm_prompt
@@ -34,11 +34,6 @@ class Wanted:
 
     top_k: int = 0
     hidden: bool = False
-
-
-def wanted_by(loss: LossConfig) -> Wanted:
-    needs = loss.needs.teacher
-    return Wanted(top_k=loss.top_k if needs == "top_k" else 0, hidden=needs == "hidden")
 
 
 @dataclass

@@ -45,11 +45,12 @@ class TeacherReplica:
 
     def _load(self, config: Config, model: str) -> tuple[PromptEncoder, "ScoringEngine"]:
         """The encoder and the engine; benchmarks and tests replace them."""
-        from teacher_service.engine import ENGINES, wanted_by  # torch takes seconds to import
+        from teacher_service.engine import ENGINES, Wanted  # torch takes seconds to import
 
-        pool, trust = config.teacher_pool, config.trust_remote_code
+        pool, needs, trust = config.teacher_pool, config.loss.needs.teacher, config.trust_remote_code
         encoder = PromptEncoder(model, config.prompt, config.video, trust)
-        return encoder, ENGINES[pool.engine](model, pool, wanted_by(config.loss), config.seed, encoder, trust)
+        wanted = Wanted(top_k=config.loss.top_k if needs == "top_k" else 0, hidden=needs == "hidden")
+        return encoder, ENGINES[pool.engine](model, pool, wanted, config.seed, encoder, trust)
 
     async def score(self, groups: Sequence[TrajectoryGroup]) -> Reply:
         """A ScoreResult per group, in order: scores, or a FailedPrompt where the clip cannot be read."""

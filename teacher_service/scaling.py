@@ -107,9 +107,8 @@ def read_pools() -> list[PoolStatus]:
 
 def read_pool(app: str) -> PoolStatus:
     """One teacher. Raises RunError if there is none or Serve does not answer."""
-    for pool in read_pools():
-        if pool.app == app:
-            return pool
+    if found := [pool for pool in read_pools() if pool.app == app]:
+        return found[0]
     raise RunError(f"Serve has no application {app}")
 
 
