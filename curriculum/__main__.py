@@ -52,18 +52,17 @@ def state_of(record: dict) -> str:
 def overview(records: pa.Table) -> Table:
     """Prompts by state."""
     states = [state_of(record) for record in records.drop_columns("student_iou").to_pylist()]
-    records = records.append_column("state", pa.array(states))
-    records = records.append_column("sampled", pa.array(records["num_rollouts"].to_numpy() > 0))
+    sampled = pa.array(records["num_rollouts"].to_numpy() > 0)
+    records = records.append_column("state", pa.array(states)).append_column("sampled", sampled)
     sums = [("state", "count"), ("sampled", "sum"), ("num_rollouts", "sum")]
-    groups = records.group_by("state", use_threads=False).aggregate(
-        [*sums, ("teacher_iou", "mean"), ("disagreement", "mean")]
-    )
+    means = [("teacher_iou", "mean"), ("disagreement", "mean")]
+    groups = records.group_by("state", use_threads=False).aggregate(sums + means)
     columns = ("state", "prompts", "sampled", "rollouts", "teacher IoU", "disagreement")
     table = Table(*columns, title=f"{len(records)} prompts")
     for row in groups.sort_by([("state_count", "descending")]).to_pylist():
         counts = (str(row[f"{name}_{what}"]) for name, what in sums)
-        means = (_number(row["teacher_iou_mean"]), _number(row["disagreement_mean"]))
-        table.add_row(escape(row["state"]), *counts, *means)
+        ious = (_number(row[f"{name}_{what}"]) for name, what in means)
+        table.add_row(escape(row["state"]), *counts, *ious)
     return table
 
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import compress
+from operator import not_
 
 import numpy as np
 from numpy.random import Generator
 
-from video_opd.grounding import ROUNDING
+from video_opd.grounding import reaches
 from video_opd.types import TrajectoryGroup
 
 
@@ -18,8 +20,8 @@ def anchors_and_frontier(
     A `share` are Anchors (paper: 1 of 10). k None: as many as both kinds allow at that share.
     Raises ValueError when there are too few of a kind.
     """
-    anchors = np.flatnonzero(sigma >= anchor_iou - ROUNDING)
-    frontier = np.flatnonzero(sigma < frontier_iou - ROUNDING)
+    anchors = np.flatnonzero(reaches(sigma, anchor_iou))
+    frontier = np.flatnonzero(~reaches(sigma, frontier_iou))
     if k is None:
         k = int(min(_at_share(len(anchors), share), _at_share(len(frontier), 1.0 - share), len(sigma)))
     num_anchors = round(k * share)
@@ -41,7 +43,6 @@ def suspend(group: TrajectoryGroup, ious: Sequence[float], threshold: float) -> 
 
     Each rollout decides for itself, so a prompt is active again as soon as the student falls below.
     """
-    split: dict[bool, list] = {False: [], True: []}
-    for trajectory, iou in zip(group.trajectories, ious, strict=True):
-        split[iou >= threshold - ROUNDING].append(trajectory)
-    return replace(group, trajectories=tuple(split[False]), suspended=tuple(split[True]))
+    solved = reaches(np.asarray(ious), threshold).tolist()
+    left = tuple(compress(group.trajectories, map(not_, solved)))
+    return replace(group, trajectories=left, suspended=tuple(compress(group.trajectories, solved)))

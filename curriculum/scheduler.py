@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow as pa
 
 from curriculum.coupling import anchors_and_frontier
-from curriculum.tvdf import SAMPLERS, disagreement, reliable
+from curriculum.tvdf import SAMPLERS, disagreement
 from video_opd.config import Config
 from video_opd.errors import CheckpointError, ConfigError, RunError
+from video_opd.grounding import reaches
 from video_opd.logs import log, start_role_log, work
 from video_opd.schemas import RECORDS
 from video_opd.types import FailedPrompt, Prompt, ScoredGroup
@@ -70,7 +71,7 @@ class Scheduler:
         self._next_selection = None if config.curriculum.kind == "uniform" else 0  # see next_selection()
 
     def validate(self, teacher_iou: np.ndarray) -> None:
-        """TRPV, once a run: drops the prompts that the teacher gets wrong.
+        """TRPV, once a run: drops the prompts that the teacher gets wrong, tau_i < teacher_threshold.
 
         teacher_iou: tau, float64[P], NaN where the clip could not be read.
         """
@@ -78,7 +79,7 @@ class Scheduler:
         self._drop(np.isnan(self._teacher_iou), UNREADABLE)
         if self._curriculum.trpv:
             threshold = self._curriculum.teacher_threshold
-            self._drop(~reliable(self._teacher_iou, threshold), f"teacher IoU is below {threshold}")
+            self._drop(~reaches(self._teacher_iou, threshold), f"teacher IoU is below {threshold}")
 
     def start_round(self, student_iou: np.ndarray | None, step: int) -> int | None:
         """DBTP: selects the round's prompts and clears the queue. Returns `next_selection`.

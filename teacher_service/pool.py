@@ -142,9 +142,7 @@ class TeacherPool:
         size, pool = self._config.rollout.prompts_per_call, self._config.teacher_pool
         running, _ = await self._replicas()
         replicas = pool.num_replicas if math.isnan(running) else int(running)
-        slots = asyncio.Semaphore(
-            max(replicas, pool.max_replicas or 1)
-        )  # one that waits here has no deadline
+        slots = asyncio.Semaphore(max(replicas, pool.max_replicas or 1))  # waits here have no deadline
 
         async def predict(chunk: Prompts) -> Answers:
             async with slots:
