@@ -89,9 +89,8 @@ class Curriculum:
         config = self._config.curriculum
         if config.kind != "scc":
             return group
-        ious = [
-            prompt_iou(t.predicted_span_s, group.prompt, config.multi_span_iou) for t in group.trajectories
-        ]
+        prompt, reading = group.prompt, config.multi_span_iou
+        ious = [prompt_iou(t.predicted_span_s, prompt, reading) for t in group.trajectories]
         return suspend(group, ious, config.suspend_iou)
 
     async def validate(self, teacher_iou: np.ndarray) -> None:
