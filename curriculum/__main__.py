@@ -4,7 +4,6 @@ import argparse
 import difflib
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,9 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from video_opd.cluster.command_line import exit_code_of
 from video_opd.config import Config
 from video_opd.config_file import load_config
-from video_opd.errors import ConfigError, InputError
+from video_opd.errors import ConfigError
 
 SHOWN = 20
 
@@ -28,13 +28,11 @@ def newest_records(run: Path) -> tuple[pa.Table, Path]:
     final = run / "curriculum" / "records.parquet"
     if final.is_file():
         return pq.read_table(final), final
-    found = [
-        list(run.glob(p)) for p in ("curriculum/round-*.parquet", "checkpoints/step-*/curriculum.parquet")
-    ]
-    newest = [max(paths, key=_number_in) for paths in found if paths]
-    tables = [(pq.read_table(path), path) for path in newest]
-    if not tables:
+    patterns = ("curriculum/round-*.parquet", "checkpoints/step-*/curriculum.parquet")
+    newest = [max(paths, key=_number_in) for pattern in patterns if (paths := list(run.glob(pattern)))]
+    if not newest:
         raise ConfigError(f"{run} holds no curriculum records: name a run folder, e.g. runs/NAME")
+    tables = [(pq.read_table(path), path) for path in newest]
     return max(tables, key=lambda t: (len(t[0]["student_iou"][0]), t[0]["last_step"].to_numpy().max()))
 
 
@@ -45,40 +43,34 @@ def _number_in(path: Path) -> int:
 
 def state_of(record: dict) -> str:
     if record["dropped"]:
-        return "dropped"
+        return f"dropped: {record['dropped']}"
     if not record["selected"]:
         return "left out"
     return "suspended" if record["suspended"] else "selected"
 
 
 def overview(records: pa.Table) -> Table:
-    """Prompts by state; dropped ones by reason."""
-    groups: dict[str, list[dict]] = defaultdict(list)
-    for row in records.drop_columns(["prompt_id", "student_iou"]).to_pylist():
-        groups[f"dropped: {row['dropped']}" if row["dropped"] else state_of(row)].append(row)
+    """Prompts by state."""
+    states = [state_of(record) for record in records.drop_columns("student_iou").to_pylist()]
+    sampled = pa.array(records["num_rollouts"].to_numpy() > 0)
+    records = records.append_column("state", pa.array(states)).append_column("sampled", sampled)
+    sums = [("state", "count"), ("sampled", "sum"), ("num_rollouts", "sum")]
+    means = [("teacher_iou", "mean"), ("disagreement", "mean")]
+    groups = records.group_by("state", use_threads=False).aggregate(sums + means)
     columns = ("state", "prompts", "sampled", "rollouts", "teacher IoU", "disagreement")
     table = Table(*columns, title=f"{len(records)} prompts")
-    for state, rows in sorted(groups.items(), key=lambda item: -len(item[1])):
-        rollouts = [row["num_rollouts"] for row in rows]
-        means = [_mean([row[name] for row in rows]) for name in ("teacher_iou", "disagreement")]
-        counts = (len(rows), np.count_nonzero(rollouts), sum(rollouts))
-        table.add_row(escape(state), *map(str, counts), *means)
+    for row in groups.sort_by([("state_count", "descending")]).to_pylist():
+        counts = (str(row[f"{name}_{what}"]) for name, what in sums)
+        ious = (_number(row[f"{name}_{what}"]) for name, what in means)
+        table.add_row(escape(row["state"]), *counts, *ious)
     return table
 
 
 def largest(records: pa.Table, limit: int) -> Table:
     """The prompts of largest disagreement, without those dropped."""
     alive = records.filter(pc.field("dropped") == "").sort_by([("disagreement", "descending")])
-    columns = (
-        "prompt",
-        "state",
-        "disagreement",
-        "teacher IoU",
-        "student IoU by round",
-        "rollouts",
-        "last step",
-    )
-    table = Table(*columns, title="largest disagreement")
+    ious = ("disagreement", "teacher IoU", "student IoU by round")
+    table = Table("prompt", "state", *ious, "rollouts", "last step", title="largest disagreement")
     for record in alive.slice(0, limit).to_pylist():
         ious = (_number(record["disagreement"]), _number(record["teacher_iou"]), _rounds(record))
         counts = (str(record["num_rollouts"]), str(record["last_step"]))
@@ -95,13 +87,11 @@ def explain(records: pa.Table, prompt_id: str, config: Config) -> list[str]:
     record, curriculum = found[0], config.curriculum
     lines = [f"{prompt_id}: {state_of(record)}"]
     if record["teacher_iou"] is not None:
-        answers = (
-            f"over {curriculum.num_teacher_predictions} answers, threshold {curriculum.teacher_threshold}"
-        )
-        lines.append(f"teacher: mean IoU {record['teacher_iou']:.3f} {answers}")
+        asked = f"{curriculum.num_teacher_predictions} answers, threshold {curriculum.teacher_threshold}"
+        lines.append(f"teacher: mean IoU {record['teacher_iou']:.3f} over {asked}")
     if any(iou is not None for iou in record["student_iou"]):
         lines.append(f"student: IoU by round {_rounds(record)}")
-    lines += [f"dropped: {record['dropped']}"] if record["dropped"] else _why(record, records, config)
+    lines += [] if record["dropped"] else _why(record, records, config)
     sampled = "never"
     if record["num_rollouts"]:
         suspended = ", suspended that time" if record["suspended"] else ""
@@ -126,49 +116,44 @@ def _why(record: dict, records: pa.Table, config: Config) -> list[str]:
     if record["disagreement"] is None:
         return []
     alive = records.filter(pc.field("dropped") == "")["disagreement"].to_numpy()
-    rank = int((alive > record["disagreement"]).sum()) + 1
+    rank = int(np.count_nonzero(alive > record["disagreement"])) + 1
     place = f"disagreement {record['disagreement']:.3f}, rank {rank} of {len(alive)}"
     return [f"{place}; {selected} ({curriculum.sampler})"]
 
 
 def _rounds(record: dict) -> str:
-    return " ".join(_number(iou) for iou in record["student_iou"])
+    return " ".join(map(_number, record["student_iou"]))
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _mean(values: Sequence[float | None]) -> str:
-    known = [v for v in values if v is not None]
-    return f"{np.mean(known):.3f}" if known else "-"
+def show(run: Path, prompt_id: str | None, limit: int) -> None:
+    """Prints the tables, or explains one prompt. Raises ConfigError."""
+    console = Console()
+    records, path = newest_records(run)
+    if prompt_id:
+        for line in explain(records, prompt_id, load_config(run / "config.yaml")):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        return
+    console.print(overview(records))
+    if records["disagreement"].null_count < len(records):
+        console.print(largest(records, limit))
+    console.print(f"from {path}", soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m curriculum", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("show", help="print a run's prompts by state")
-    show.add_argument("run", type=Path, help="run folder, e.g. runs/NAME")
-    show.add_argument("--prompt", metavar="ID", help="explain one prompt")
+    command = commands.add_parser("show", help="print a run's prompts by state")
+    command.add_argument("run", type=Path, help="run folder, e.g. runs/NAME")
+    command.add_argument("--prompt", metavar="ID", help="explain one prompt")
     limit_help = f"prompts of the largest disagreement to list (default {SHOWN})"
-    show.add_argument("--limit", type=int, default=SHOWN, help=limit_help)
+    command.add_argument("--limit", type=int, default=SHOWN, help=limit_help)
     parsed = parser.parse_args(arguments)
-    console = Console()
-    try:
-        records, path = newest_records(parsed.run)
-        if parsed.prompt:
-            for line in explain(records, parsed.prompt, load_config(parsed.run / "config.yaml")):
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
-        else:
-            console.print(overview(records))
-            if records["disagreement"].null_count < len(records):
-                console.print(largest(records, parsed.limit))
-            console.print(f"from {path}", soft_wrap=True)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code_of(lambda: show(parsed.run, parsed.prompt, parsed.limit))
 
 
 if __name__ == "__main__":

@@ -1,38 +1,34 @@
 """Student-curriculum coupling (SCC, arXiv 2609.40055): selects the prompts of a run and suspends rollouts."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import compress
+from operator import not_
 
 import numpy as np
+from numpy.random import Generator
 
-from video_opd.grounding import ROUNDING
-from video_opd.types import Span, TrajectoryGroup
+from video_opd.grounding import reaches
+from video_opd.types import TrajectoryGroup
 
 
 def anchors_and_frontier(
-    student_iou: np.ndarray,
-    k: int | None,
-    anchor_iou: float,
-    frontier_iou: float,
-    anchor_frac: float,
-    rng: np.random.Generator,
+    sigma: np.ndarray, k: int | None, anchor_iou: float, frontier_iou: float, share: float, rng: Generator
 ) -> np.ndarray:
     """Draws Anchors (sigma_i >= anchor_iou) and Frontier (sigma_i < frontier_iou); int64[k], ascending.
 
-    A share of anchor_frac are Anchors (paper: 1 of 10). k None: as many as both kinds allow at that share.
+    A `share` are Anchors (paper: 1 of 10). k None: as many as both kinds allow at that share.
     Raises ValueError when there are too few of a kind.
     """
-    anchors = np.flatnonzero(student_iou >= anchor_iou - ROUNDING)
-    frontier = np.flatnonzero(student_iou < frontier_iou - ROUNDING)
+    anchors = np.flatnonzero(reaches(sigma, anchor_iou))
+    frontier = np.flatnonzero(~reaches(sigma, frontier_iou))
     if k is None:
-        limits = (_at_share(len(anchors), anchor_frac), _at_share(len(frontier), 1.0 - anchor_frac))
-        k = int(min(*limits, len(student_iou)))
-    num_anchors = round(k * anchor_frac)
+        k = int(min(_at_share(len(anchors), share), _at_share(len(frontier), 1.0 - share), len(sigma)))
+    num_anchors = round(k * share)
     if k < 1 or num_anchors > len(anchors) or k - num_anchors > len(frontier):
-        raise ValueError(
-            f"{len(anchors)} Anchors (student IoU >= {anchor_iou}) and {len(frontier)} Frontier prompts "
-            f"(below {frontier_iou}) cannot give {max(k, 1)} prompts with a share of {anchor_frac} Anchors"
-        )
+        found = f"{len(anchors)} Anchors (student IoU >= {anchor_iou}) and {len(frontier)} Frontier prompts"
+        wanted = f"{max(k, 1)} prompts with a share of {share} Anchors"
+        raise ValueError(f"{found} (below {frontier_iou}) cannot give {wanted}")
     chosen = [rng.permutation(anchors)[:num_anchors], rng.permutation(frontier)[: k - num_anchors]]
     return np.sort(np.concatenate(chosen))
 
@@ -42,13 +38,11 @@ def _at_share(available: int, share: float) -> float:
     return np.floor(available / share + 1e-9) if share else np.inf
 
 
-def suspend(group: TrajectoryGroup, iou: Callable[[Span | None], float], threshold: float) -> TrajectoryGroup:
+def suspend(group: TrajectoryGroup, ious: Sequence[float], threshold: float) -> TrajectoryGroup:
     """Suspends the rollouts of IoU >= threshold: not scored, and only in the denominator of the loss.
 
     Each rollout decides for itself, so a prompt is active again as soon as the student falls below.
     """
-    solved = [iou(t.predicted_span_s) >= threshold - ROUNDING for t in group.trajectories]
-    split = list(zip(group.trajectories, solved, strict=True))
-    return replace(
-        group, trajectories=tuple(t for t, s in split if not s), suspended=tuple(t for t, s in split if s)
-    )
+    solved = reaches(np.asarray(ious), threshold).tolist()
+    left = tuple(compress(group.trajectories, map(not_, solved)))
+    return replace(group, trajectories=left, suspended=tuple(compress(group.trajectories, solved)))

@@ -39,17 +39,14 @@ class Curriculum:
         self._turn = asyncio.Lock()
         self._saved: Mapping[str, Any] | None = None  # None: as created
         self._changes: list[tuple[str, tuple[Any, ...]]] = []  # since then
-        self._actor = self._create()
+        self._actor, self._is_lost = self._create(), False
 
     def _create(self) -> Any:
         suffix = f"-{self._num_starts}" if self._num_starts else ""
         self._num_starts += 1
-        actor = ray.remote(SchedulerActor).options(
-            name=f"{self._name}/curriculum{suffix}",
-            num_cpus=0,
-            max_restarts=0,  # Ray would restart it with an empty state
-            runtime_env={"env_vars": self._config.worker_env},
-        )
+        name, environment = f"{self._name}/curriculum{suffix}", {"env_vars": self._config.worker_env}
+        options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0}  # a restart would have an empty state
+        actor = ray.remote(SchedulerActor).options(name=name, runtime_env=environment, **options)
         return actor.remote(self._prompts, self._config)
 
     async def _call(self, method: str, *arguments: Any) -> Any:
@@ -63,20 +60,18 @@ class Curriculum:
             await self._call("load_state_dict", self._saved)
         for method, arguments in self._changes:
             await self._call(method, *arguments)
+        self._is_lost = False
 
     async def _ask(self, method: str, *arguments: Any) -> Any:
-        lost = False
-
         async def ask() -> Any:
-            nonlocal lost
             try:
-                if lost:
+                if self._is_lost:
                     await self._rebuild()
                 return await self._call(method, *arguments)
             except LOST as error:
-                if not lost:
+                if not self._is_lost:
                     log.warning("the curriculum was lost and is rebuilt: %s", cause_of(error))
-                lost = True
+                self._is_lost = True
                 raise
 
         async with self._turn:
@@ -91,11 +86,12 @@ class Curriculum:
 
     def route(self, group: TrajectoryGroup) -> TrajectoryGroup:
         """The part of the group that the teacher scores: with scc, without the rollouts it suspends."""
-        curriculum = self._config.curriculum
-        if curriculum.kind != "scc":
+        config = self._config.curriculum
+        if config.kind != "scc":
             return group
-        mode = curriculum.multi_span_iou
-        return suspend(group, lambda span: prompt_iou(span, group.prompt, mode), curriculum.suspend_iou)
+        prompt, reading = group.prompt, config.multi_span_iou
+        ious = [prompt_iou(t.predicted_span_s, prompt, reading) for t in group.trajectories]
+        return suspend(group, ious, config.suspend_iou)
 
     async def validate(self, teacher_iou: np.ndarray) -> None:
         await self._change("validate", teacher_iou)
@@ -143,8 +139,7 @@ class Curriculum:
     async def start_over(self) -> None:
         """Restores the state at the start of the run."""
         async with self._turn:
-            self._saved, self._changes = None, []
-            await retried(self._rebuild, self._config.max_retries, "the start of the curriculum")
+            self._saved, self._changes, self._is_lost = None, [], True
 
     def num_failed(self) -> dict[str, int]:
         """Prompts retired by this process so far, by FailureKind."""

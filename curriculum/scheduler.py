@@ -2,15 +2,16 @@
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from curriculum.coupling import anchors_and_frontier
-from curriculum.tvdf import SAMPLERS, disagreement, reliable
+from curriculum.tvdf import SAMPLERS, disagreement
 from video_opd.config import Config
 from video_opd.errors import CheckpointError, ConfigError, RunError
+from video_opd.grounding import reaches
 from video_opd.logs import log, start_role_log, work
 from video_opd.schemas import RECORDS
 from video_opd.types import FailedPrompt, Prompt, ScoredGroup
@@ -19,16 +20,12 @@ NAMED_IN_ERRORS = 3
 UNREADABLE = "no answer: its clip cannot be read"
 
 
-class Observation(NamedTuple):
-    """The outcome of one group."""
-
-    prompt_id: str
-    num_rollouts: int
-    suspended: bool  # all of them
+Observation = tuple[str, int, bool]
+"""The outcome of a group: its prompt id, the number of its rollouts, whether all of them are suspended."""
 
 
 def observation(group: ScoredGroup) -> Observation:
-    return Observation(group.group.prompt.prompt_id, len(group.group.sampled), not group.group.trajectories)
+    return group.group.prompt.prompt_id, len(group.group.sampled), not group.group.trajectories
 
 
 def settings_of(config: Config) -> dict[str, Any]:
@@ -39,20 +36,15 @@ def settings_of(config: Config) -> dict[str, Any]:
 def check_state(state: Mapping[str, Any], prompt_ids: Sequence[str], config: Config) -> None:
     """Raises CheckpointError if a Scheduler's state_dict is of another pool or kind of curriculum."""
     if state["settings"] != settings_of(config):
-        raise CheckpointError(
-            f"the checkpoint's curriculum is {state['settings']}, the config's {settings_of(config)}: "
-            "resume with the curriculum the run was started with"
-        )
+        differ = f"the checkpoint's curriculum is {state['settings']}, the config's {settings_of(config)}"
+        raise CheckpointError(f"{differ}: resume with the curriculum the run was started with")
     saved = state["records"]["prompt_id"].to_pylist()
-    if saved == list(prompt_ids):
-        return
-    named, other = "their order differs", sorted(set(saved) ^ set(prompt_ids))
-    if other:
+    if saved != list(prompt_ids):
+        other = sorted(set(saved) ^ set(prompt_ids))
         named = f"{len(other)} are in one of them only ({', '.join(other[:NAMED_IN_ERRORS])})"
-    raise CheckpointError(
-        f"the checkpoint's curriculum has {len(saved)} prompts, the data {len(prompt_ids)}; {named}: "
-        "resume with the data the run was started with"
-    )
+        differ = f"the checkpoint's curriculum has {len(saved)} prompts, the data {len(prompt_ids)}"
+        named = named if other else "their order differs"
+        raise CheckpointError(f"{differ}; {named}: resume with the data the run was started with")
 
 
 class Scheduler:
@@ -63,33 +55,31 @@ class Scheduler:
     """
 
     def __init__(self, prompts: Sequence[Prompt], config: Config):
-        self._prompts, self._config = list(prompts), config
+        self._prompts, self._config, self._curriculum = list(prompts), config, config.curriculum
         self._index = {p.prompt_id: i for i, p in enumerate(self._prompts)}
-        videos = {path: i for i, path in enumerate(dict.fromkeys(p.clip.video_path for p in self._prompts))}
-        self._video = np.array([videos[p.clip.video_path] for p in self._prompts])
+        paths = pa.array([p.clip.video_path for p in self._prompts])
+        self._video = paths.dictionary_encode().indices.to_numpy()
         self._rng = np.random.default_rng(config.seed)
         size = len(self._prompts)
         self._teacher_iou = np.full(size, np.nan)
-        self._student_iou: list[np.ndarray] = []  # one float64[P] a round
-        self._selected = np.ones(size, bool)
-        self._num_rollouts = np.zeros(size, np.int64)
-        self._last_step = np.full(size, -1)
-        self._suspended = np.zeros(size, bool)
-        self._dropped: dict[int, str] = {}
+        self._student_iou = np.zeros((size, 0))  # a column for each round
+        self._selected, self._suspended = np.ones(size, bool), np.zeros(size, bool)
+        self._num_rollouts, self._last_step = np.zeros(size, np.int64), np.full(size, -1)
+        self._dropped = np.full(size, "", object)  # reasons; empty: alive
         self._queue: deque[int] = deque()
         self._in_flight: dict[int, None] = {}
         self._next_selection = None if config.curriculum.kind == "uniform" else 0  # see next_selection()
 
     def validate(self, teacher_iou: np.ndarray) -> None:
-        """TRPV, once a run: drops the prompts that the teacher gets wrong.
+        """TRPV, once a run: drops the prompts that the teacher gets wrong, tau_i < teacher_threshold.
 
         teacher_iou: tau, float64[P], NaN where the clip could not be read.
         """
         self._teacher_iou = np.asarray(teacher_iou, np.float64)
         self._drop(np.isnan(self._teacher_iou), UNREADABLE)
-        if self._config.curriculum.trpv:
-            threshold = self._config.curriculum.teacher_threshold
-            self._drop(~reliable(self._teacher_iou, threshold), f"teacher IoU is below {threshold}")
+        if self._curriculum.trpv:
+            threshold = self._curriculum.teacher_threshold
+            self._drop(~reaches(self._teacher_iou, threshold), f"teacher IoU is below {threshold}")
 
     def start_round(self, student_iou: np.ndarray | None, step: int) -> int | None:
         """DBTP: selects the round's prompts and clears the queue. Returns `next_selection`.
@@ -99,78 +89,70 @@ class Scheduler:
         """
         size = len(self._prompts)
         sigma = np.full(size, np.nan) if student_iou is None else np.asarray(student_iou, np.float64)
-        self._student_iou.append(sigma)
+        self._student_iou = np.column_stack([self._student_iou, sigma])
         if student_iou is not None:
             self._drop(np.isnan(sigma), UNREADABLE)
         chosen = self._select_round(self.alive())
         self._selected = np.zeros(size, bool)
         self._selected[chosen] = True
         self._queue.clear()
-        self._next_selection = None
-        if self._config.curriculum.kind == "tvdf":
-            presentations = len(chosen) * self._config.curriculum.passes_per_round
-            self._next_selection = step + presentations // self._config.groups_per_step
+        num_steps = len(chosen) * self._curriculum.passes_per_round // self._config.groups_per_step
+        self._next_selection = step + num_steps if self._curriculum.kind == "tvdf" else None
         work.step = step
-        what = f"{len(chosen)} of {size} prompts; {self._describe_dropped()}"
-        log.info("round %d: %s", len(self._student_iou), what)
+        counts = (self._student_iou.shape[1], len(chosen), size, self._describe_dropped())
+        log.info("round %d: %d of %d prompts; %s", *counts)
         return self._next_selection
 
     def alive(self) -> np.ndarray:
         """int64: indices into the pool of the prompts that are not dropped."""
-        return np.flatnonzero(self._is_alive())
+        return np.flatnonzero(self._dropped == "")
 
     def _drop(self, which: np.ndarray, reason: str) -> None:
-        for i in np.flatnonzero(which & self._is_alive()).tolist():
-            self._dropped[i] = reason
-
-    def _is_alive(self) -> np.ndarray:
-        alive = np.ones(len(self._prompts), bool)
-        alive[list(self._dropped)] = False
-        return alive
+        self._dropped[which & (self._dropped == "")] = reason
 
     def _select_round(self, alive: np.ndarray) -> np.ndarray:
         """Selects the round's prompts from `alive`. Raises ConfigError when there are too few."""
-        curriculum, size = self._config.curriculum, len(self._prompts)
-        k = curriculum.num_selected
-        if k and len(self._student_iou) > 1:  # prompts that failed since the first round must not end the run
+        curriculum, size, k = self._curriculum, len(self._prompts), self._curriculum.num_selected
+        if k and self._student_iou.shape[1] > 1:  # prompts that failed since round 1 must not end the run
             k = min(k, len(alive))
         if len(alive) < (k or 1):
-            left = f"{len(alive)} of {size} prompts are left, {k or 1} are to be selected"
-            raise ConfigError(f"curriculum: {left}: {self._advice()}")
+            raise self._too_few(f"{len(alive)} of {size} prompts are left, {k or 1} are to be selected")
         if curriculum.kind == "scc":
             bounds = (curriculum.anchor_iou, curriculum.frontier_iou, curriculum.anchor_frac)
             try:
-                chosen = alive[anchors_and_frontier(self._student_iou[-1][alive], k, *bounds, self._rng)]
+                chosen = alive[anchors_and_frontier(self._student_iou[alive, -1], k, *bounds, self._rng)]
             except ValueError as error:
-                advice = f"change anchor_frac or the bounds; {self._advice()}"
-                raise ConfigError(f"curriculum: {error}; {advice}") from None
+                raise self._too_few(f"{error}: change anchor_frac or the bounds") from None
         else:
             chosen = self._sample(alive, k or len(alive))
         in_flight = (self._config.max_policy_lag + 1) * self._config.groups_per_step
         if len(chosen) < in_flight:
-            raise ConfigError(
-                f"curriculum: {len(chosen)} of {size} prompts are selected, fewer than the "
-                f"(max_policy_lag + 1) * groups_per_step = {in_flight} in flight: {self._advice()}"
-            )
+            needed = f"(max_policy_lag + 1) * groups_per_step = {in_flight} in flight"
+            raise self._too_few(f"{len(chosen)} of {size} prompts are selected, fewer than the {needed}")
         return chosen
 
     def _sample(self, candidates: np.ndarray, k: int) -> np.ndarray:
         """k of the candidates, by the configured sampler."""
-        curriculum = self._config.curriculum
-        sampler = curriculum.sampler if curriculum.dbtp else "uniform"
-        delta = disagreement(self._teacher_iou, self._student_iou[-1])[candidates]
+        sampler = self._curriculum.sampler if self._curriculum.dbtp else "uniform"
+        delta = self._disagreement()[candidates]
         assert sampler == "uniform" or np.isfinite(delta).all(), "disagreement needs both answers of a prompt"
         return candidates[SAMPLERS[sampler](delta, k, self._rng)]
 
-    def _advice(self) -> str:
-        lower = "lower teacher_threshold, num_selected or groups_per_step, or add data"
-        return f"{self._describe_dropped()}; {lower}"
+    def _disagreement(self) -> np.ndarray:
+        """In the current round, float64[P]; NaN before the first."""
+        sigma = self._student_iou[:, -1] if self._student_iou.size else np.full(len(self._prompts), np.nan)
+        return disagreement(self._teacher_iou, sigma)
+
+    def _too_few(self, problem: str) -> ConfigError:
+        advice = "lower teacher_threshold, num_selected or groups_per_step, or add data"
+        return ConfigError(f"curriculum: {problem}: {self._describe_dropped()}; {advice}")
 
     def _describe_dropped(self) -> str:
         """The number of dropped prompts for each reason, with the first of them."""
         by_reason: dict[str, list[str]] = {}
-        for i, reason in self._dropped.items():
-            by_reason.setdefault(reason, []).append(self._prompts[i].prompt_id)
+        for prompt, reason in zip(self._prompts, self._dropped.tolist(), strict=True):
+            if reason:
+                by_reason.setdefault(reason, []).append(prompt.prompt_id)
         parts = []
         for reason, names in by_reason.items():
             more = ", ..." if len(names) > NAMED_IN_ERRORS else ""
@@ -181,11 +163,6 @@ class Scheduler:
         """The step before whose update prompts are selected next; None: never (again)."""
         return self._next_selection
 
-    @property
-    def _in_bounded_round(self) -> bool:
-        """Whether prompts were selected for a round that another one follows (tvdf)."""
-        return bool(self._student_iou) and self._next_selection is not None
-
     def next_prompts(self, n: int) -> list[Prompt]:
         """The next n prompts, none of them in flight. Raises RunError when fewer are left."""
         issued, held_back = [], []
@@ -195,7 +172,7 @@ class Scheduler:
             i = self._queue.popleft()
             if i in self._in_flight:
                 held_back.append(i)
-            elif i not in self._dropped:
+            elif not self._dropped[i]:
                 self._in_flight[i] = None
                 issued.append(i)
         self._queue.extendleft(reversed(held_back))
@@ -203,20 +180,18 @@ class Scheduler:
 
     def _refill(self, wanted: int) -> None:
         """Queues one more pass over the selected prompts, shuffled."""
-        alive = np.flatnonzero(self._selected & self._is_alive())
+        alive = np.flatnonzero(self._selected & (self._dropped == ""))
         available = len(alive) - int(np.isin(alive, list(self._in_flight)).sum())
         if available < wanted:
-            raise RunError(
-                f"the curriculum has {available} prompts that are not in flight, {wanted} more are needed "
-                f"({len(self._dropped)} of {len(self._prompts)} were dropped): "
-                "add data or lower groups_per_step"
-            )
+            lack = f"{available} prompts that are not in flight, {wanted} more are needed"
+            dropped = f"{np.count_nonzero(self._dropped)} of {len(self._prompts)} were dropped"
+            raise RunError(f"the curriculum has {lack} ({dropped}): add data or lower groups_per_step")
         self._queue.extend(self._shuffle(alive).tolist())
 
     def _shuffle(self, which: np.ndarray) -> np.ndarray:
         """A random order; with group_by_video, prompts of one video stay next to each other."""
         which = self._rng.permutation(which)
-        if not self._config.curriculum.group_by_video:
+        if not self._curriculum.group_by_video:
             return which
         _, first, video = np.unique(self._video[which], return_index=True, return_inverse=True)
         return which[np.argsort(first[video], kind="stable")]
@@ -242,32 +217,28 @@ class Scheduler:
         for failure in failed:
             i = self._index[failure.prompt_id]
             self._in_flight.pop(i, None)
-            lost += bool(self._selected[i]) and i not in self._dropped
+            lost += bool(self._selected[i] and not self._dropped[i])
             self._dropped[i] = failure.reason
-        if self._in_bounded_round:
-            spare = np.flatnonzero(~self._selected & self._is_alive())
+        if self._student_iou.size and self._next_selection is not None:
+            spare = np.flatnonzero(~self._selected & (self._dropped == ""))
             taken = self._sample(spare, min(lost, len(spare)))
             self._selected[taken] = True
             self._queue.extend(taken.tolist())
 
     def records(self) -> pa.Table:
         """The state of every prompt, in the order of the pool; see schemas.RECORDS."""
-        size, rounds = len(self._prompts), len(self._student_iou)
-        sigma = np.stack(self._student_iou, axis=1).ravel() if rounds else np.zeros(0)
-        student_iou = pa.ListArray.from_arrays(
-            pa.array(np.arange(size + 1) * rounds, pa.int32()), _nullable(sigma)
-        )
-        delta = disagreement(self._teacher_iou, self._student_iou[-1]) if rounds else np.full(size, np.nan)
+        size, rounds = self._student_iou.shape
+        offsets = pa.array(np.arange(size + 1) * rounds, pa.int32())
         columns = [
             pa.array(list(self._index)),
             _nullable(self._teacher_iou),
-            student_iou,
-            _nullable(delta),
+            pa.ListArray.from_arrays(offsets, _nullable(self._student_iou.ravel())),
+            _nullable(self._disagreement()),
             pa.array(self._selected),
             pa.array(self._num_rollouts.copy()),  # Arrow shares numpy's memory, and these change
             pa.array(self._last_step.copy()),
             pa.array(self._suspended),
-            pa.array([self._dropped.get(i, "") for i in range(size)], pa.string()),
+            pa.array(self._dropped, pa.string()),
         ]
         return pa.Table.from_arrays(columns, schema=RECORDS)
 
@@ -287,26 +258,25 @@ class Scheduler:
         check_state(state, list(self._index), self._config)
         records: pa.Table = state["records"]
         self._teacher_iou = records["teacher_iou"].to_numpy()
-        student_iou = records["student_iou"].combine_chunks()
-        flat = student_iou.values.to_numpy(zero_copy_only=False)
-        self._student_iou = list(flat.reshape(len(records), len(student_iou[0])).T.copy())
+        student_iou = records["student_iou"].combine_chunks().values.to_numpy(zero_copy_only=False)
+        self._student_iou = student_iou.reshape(len(records), -1)
         self._selected = records["selected"].to_numpy().copy()
         self._num_rollouts = records["num_rollouts"].to_numpy().copy()
         self._last_step = records["last_step"].to_numpy().copy()
         self._suspended = records["suspended"].to_numpy().copy()
-        self._dropped = {i: reason for i, reason in enumerate(records["dropped"].to_pylist()) if reason}
+        self._dropped = records["dropped"].to_numpy().copy()
         self._queue = deque(state["queue"])
         self._in_flight = dict.fromkeys(state["in_flight"])
         self._next_selection = state["round_end"]
         self._rng.bit_generator.state = state["random_state"]
 
     def metrics(self) -> dict[str, float]:
-        selected = self._selected & self._is_alive()
+        selected = self._selected & (self._dropped == "")
         return {
-            "curriculum/round": len(self._student_iou),
+            "curriculum/round": self._student_iou.shape[1],
             "curriculum/in_flight": len(self._in_flight),
             "curriculum/selected": int(selected.sum()),
-            "curriculum/dropped": len(self._dropped),
+            "curriculum/dropped": int(np.count_nonzero(self._dropped)),
             "curriculum/suspended": int(self._suspended.sum()),
             "curriculum/seen_frac": float((self._num_rollouts[selected] > 0).mean()),
         }

@@ -44,13 +44,13 @@ def prompt_keys(prompts: Sequence[Prompt], config: Config) -> list[str]:
     with ThreadPoolExecutor(NUM_READERS) as readers:
         videos = dict(zip(paths, readers.map(digest, paths), strict=True))
     models = {t.name: folder_digest(t.model) for t in config.teachers}
+    asked = (config.prompt.template, config.prompt.video_first)
 
     def key(prompt: Prompt) -> str:
         clip = prompt.clip
         frames = (clip.frame_indices.tobytes(), clip.timestamps_s.tobytes(), clip.duration_s, clip.frame_size)
-        text = (prompt.query, (config.prompt.template, config.prompt.video_first))
         teacher = (models[config.teachers_of(prompt.prompt_id)[0].name],) if models else ()
-        return _digest((videos[clip.video_path], *frames, *text, *teacher))
+        return _digest((videos[clip.video_path], *frames, prompt.query, asked, *teacher))
 
     return [key(p) for p in prompts]
 
@@ -83,7 +83,6 @@ def find_answers(runs: Iterable[Path], settings: str, wanted: Collection[str]) -
             continue
         for row in rows:
             span = None if row["start_s"] is None else (row["start_s"], row["end_s"])
-            found.setdefault(row["prompt_key"], []).append(
-                Prediction(prompt_id=row["prompt_id"], text=row["text"], span_s=span)
-            )
+            answer = Prediction(prompt_id=row["prompt_id"], text=row["text"], span_s=span)
+            found.setdefault(row["prompt_key"], []).append(answer)
     return found

@@ -9,16 +9,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from video_opd.grounding import ROUNDING
-
 BBDS_BUCKETS = 5
 GWDS_CENTRE, GWDS_SPREAD = 0.9, 0.2
 Sampler = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
-
-
-def reliable(teacher_iou: np.ndarray, threshold: float) -> np.ndarray:
-    """TRPV: keeps prompt i where tau_i >= threshold; bool[P]."""
-    return teacher_iou >= threshold - ROUNDING
 
 
 def disagreement(teacher_iou: np.ndarray, student_iou: np.ndarray) -> np.ndarray:

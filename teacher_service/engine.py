@@ -2,20 +2,21 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from video_opd.config import LossConfig, TeacherConfig
+from video_opd.config import TeacherConfig
 from video_opd.models import forward
 from video_opd.models.prompting import PromptEncoder
 from video_opd.models.vllm_engine import check_expansion, start_vllm, vllm_prompt
 from video_opd.types import EncodedPrompt, TopK
 
-T = TypeVar("T")
+Encoded = Sequence[EncodedPrompt]
+Texts = list[list[str]]  # the answers to each prompt
 
 
 class TokenScores(NamedTuple):
@@ -35,42 +36,28 @@ class Wanted:
     hidden: bool = False
 
 
-def wanted_by(loss: LossConfig) -> Wanted:
-    needs = loss.needs.teacher
-    return Wanted(top_k=loss.top_k if needs == "top_k" else 0, hidden=needs == "hidden")
-
-
+@dataclass
 class ScoringEngine(ABC):
     """Scores responses and predicts answers with one teacher model."""
 
-    def __init__(
-        self,
-        model: str,
-        config: TeacherConfig,
-        wanted: Wanted,
-        seed: int,
-        encoder: PromptEncoder,
-        trust_remote_code: bool = False,
-    ):
-        self._config, self._wanted, self._seed, self._encoder = config, wanted, seed, encoder
-        self._load(model, trust_remote_code)
+    model: str
+    config: TeacherConfig
+    wanted: Wanted
+    seed: int
+    encoder: PromptEncoder
+    trust_remote_code: bool = False
 
     @abstractmethod
-    def _load(self, model: str, trust_remote_code: bool) -> None: ...
+    def __post_init__(self) -> None:
+        """Loads the model."""
 
     @abstractmethod
-    def score(self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray]) -> list[TokenScores]:
+    def score(self, prompts: Encoded, responses: Sequence[np.ndarray]) -> list[TokenScores]:
         """The scores of each response int32[N], with all that is wanted."""
 
     @abstractmethod
-    def predict(
-        self, prompts: Sequence[EncodedPrompt], num_answers: int, temperature: float, max_tokens: int
-    ) -> list[list[str]]:
+    def predict(self, prompts: Encoded, num_answers: int, temperature: float, max_tokens: int) -> Texts:
         """`num_answers` texts for each prompt; temperature 0 is greedy."""
-
-
-def engine_class(config: TeacherConfig) -> type[ScoringEngine]:
-    return {"transformers": TransformersEngine, "vllm": VllmEngine}[config.engine]
 
 
 def top_k_of(logits: torch.Tensor, k: int) -> TopK:
@@ -82,53 +69,46 @@ def top_k_of(logits: torch.Tensor, k: int) -> TopK:
 class TransformersEngine(ScoringEngine):
     """Prefill with transformers: the language-model head runs on response rows only."""
 
-    def _load(self, model: str, trust_remote_code: bool) -> None:
-        torch.manual_seed(self._seed)
-        self._device = "cuda" if self._config.num_gpus else "cpu"
-        self._model = forward.load_model(model, self._config.dtype, trust_remote_code).eval().to(self._device)
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.seed)
+        self._device = "cuda" if self.config.num_gpus else "cpu"
+        self._model = forward.load_model(self.model, self.config.dtype, self.trust_remote_code)
+        self._model.eval().to(self._device)
         self._logits = forward.ResponseLogits(self._model)
 
     @torch.inference_mode()
-    def score(self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray]) -> list[TokenScores]:
+    def score(self, prompts: Encoded, responses: Sequence[np.ndarray]) -> list[TokenScores]:
         lengths = [len(p.token_ids) + len(r) for p, r in zip(prompts, responses, strict=True)]
         order = np.argsort(lengths, kind="stable").tolist()  # a pass takes similar lengths
         scores: dict[int, TokenScores] = {}
-        for chosen in _chunks(order, self._config.micro_batch):
+        for first in range(0, len(order), self.config.micro_batch):
+            chosen = order[first : first + self.config.micro_batch]
             of_chosen = self._score_batch([prompts[i] for i in chosen], [responses[i] for i in chosen])
             scores.update(zip(chosen, of_chosen, strict=True))
         return [scores[i] for i in range(len(prompts))]
 
     def _score_batch(self, prompts: list[EncodedPrompt], responses: list[np.ndarray]) -> list[TokenScores]:
-        batch = forward.collate(prompts, responses, self._encoder.tokenizer.pad_token_id, self._device)
+        batch = forward.collate(prompts, responses, self.encoder.tokenizer.pad_token_id, self._device)
         hidden = self._logits.hidden(batch)
         logits = self._model.lm_head(hidden).float()
         logprobs = forward.token_logprobs(logits, batch.targets).cpu().numpy()
         entropy = forward.token_entropy(logits).cpu().numpy()
-        top_k = top_k_of(logits, self._wanted.top_k) if self._wanted.top_k else None
-        kept = hidden.float().cpu().numpy() if self._wanted.hidden else None
+        top_k = top_k_of(logits, self.wanted.top_k) if self.wanted.top_k else None
+        kept = hidden.float().cpu().numpy() if self.wanted.hidden else None
         scores = []
         for stop, length in zip(np.cumsum(batch.lengths), batch.lengths, strict=True):
             rows = slice(stop - length, stop)
             of_rows = top_k and TopK(ids=top_k.ids[rows], logprobs=top_k.logprobs[rows])
-            scores.append(
-                TokenScores(logprobs[rows], of_rows, None if kept is None else kept[rows], entropy[rows])
-            )
+            states = None if kept is None else kept[rows]
+            scores.append(TokenScores(logprobs[rows], of_rows, states, entropy[rows]))
         return scores
 
-    def predict(
-        self, prompts: Sequence[EncodedPrompt], num_answers: int, temperature: float, max_tokens: int
-    ) -> list[list[str]]:
-        tokenizer, texts = self._encoder.tokenizer, []
-        for chosen in _chunks(list(prompts), self._config.micro_batch):
-            answers = forward.generate(
-                self._model,
-                chosen,
-                max_tokens=max_tokens,
-                pad_id=tokenizer.pad_token_id,
-                banned_ids=self._encoder.pad_ids,
-                temperature=temperature,
-                num_answers=num_answers,
-            )
+    def predict(self, prompts: Encoded, num_answers: int, temperature: float, max_tokens: int) -> Texts:
+        tokenizer, size, texts = self.encoder.tokenizer, self.config.micro_batch, []
+        how: dict[str, Any] = {"pad_id": tokenizer.pad_token_id, "banned_ids": self.encoder.pad_ids}
+        how |= {"max_tokens": max_tokens, "temperature": temperature, "num_answers": num_answers}
+        for first in range(0, len(prompts), size):
+            answers = forward.generate(self._model, prompts[first : first + size], **how)
             texts += [[tokenizer.decode(ids, skip_special_tokens=True) for ids in row] for row in answers]
         return texts
 
@@ -155,22 +135,22 @@ class VllmEngine(ScoringEngine):
     prefer `transformers` for long videos.
     """
 
-    def _load(self, model: str, trust_remote_code: bool) -> None:
+    def __post_init__(self) -> None:
         self._llm: Any = start_vllm(
-            model,
-            self._config,
-            self._seed,
-            trust_remote_code,
-            enforce_eager=not self._config.num_gpus,
-            max_num_seqs=self._config.micro_batch,
-            max_logprobs=max(self._wanted.top_k, 1),
-            **parallel_options(self._config),
+            self.model,
+            self.config,
+            self.seed,
+            self.trust_remote_code,
+            enforce_eager=not self.config.num_gpus,
+            max_num_seqs=self.config.micro_batch,
+            max_logprobs=max(self.wanted.top_k, 1),
+            **parallel_options(self.config),
         )
 
-    def score(self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray]) -> list[TokenScores]:
+    def score(self, prompts: Encoded, responses: Sequence[np.ndarray]) -> list[TokenScores]:
         from vllm import SamplingParams
 
-        parameters = SamplingParams(max_tokens=1, prompt_logprobs=self._wanted.top_k, detokenize=False)
+        parameters = SamplingParams(max_tokens=1, prompt_logprobs=self.wanted.top_k, detokenize=False)
         inputs = [vllm_prompt(p, r) for p, r in zip(prompts, responses, strict=True)]
         outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
         scores = []
@@ -183,30 +163,23 @@ class VllmEngine(ScoringEngine):
 
     def _top_k_of(self, positions: list[dict]) -> TopK | None:
         """Each position maps the K most likely tokens and the response's own to a log-prob with its rank."""
-        k = self._wanted.top_k
+        k = self.wanted.top_k
         if not k:
             return None
         best = [sorted(p.items(), key=lambda item: item[1].rank)[:k] for p in positions]
-        return TopK(
-            ids=np.asarray([[token for token, _ in row] for row in best], np.int32),
-            logprobs=np.asarray([[entry.logprob for _, entry in row] for row in best], np.float32),
-        )
+        ids = np.asarray([[token for token, _ in row] for row in best], np.int32)
+        logprobs = np.asarray([[entry.logprob for _, entry in row] for row in best], np.float32)
+        return TopK(ids=ids, logprobs=logprobs)
 
-    def predict(
-        self, prompts: Sequence[EncodedPrompt], num_answers: int, temperature: float, max_tokens: int
-    ) -> list[list[str]]:
+    def predict(self, prompts: Encoded, num_answers: int, temperature: float, max_tokens: int) -> Texts:
         from vllm import SamplingParams
 
+        never = dict.fromkeys(self.encoder.pad_ids, -100.0)
         parameters = SamplingParams(
-            n=num_answers,
-            temperature=temperature,
-            max_tokens=max_tokens,
-            logit_bias=dict.fromkeys(self._encoder.pad_ids, -100.0),
-            seed=self._seed,
+            n=num_answers, temperature=temperature, max_tokens=max_tokens, logit_bias=never, seed=self.seed
         )
         outputs = self._llm.generate([vllm_prompt(p) for p in prompts], parameters, use_tqdm=False)
         return [[answer.text for answer in output.outputs] for output in outputs]
 
 
-def _chunks(items: list[T], size: int) -> Iterator[list[T]]:
-    return (items[i : i + size] for i in range(0, len(items), size))
+ENGINES: dict[str, type[ScoringEngine]] = {"transformers": TransformersEngine, "vllm": VllmEngine}

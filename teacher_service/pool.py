@@ -4,7 +4,9 @@ import asyncio
 import logging
 import math
 import time
+from collections import defaultdict
 from collections.abc import Sequence
+from itertools import chain, count
 from typing import Any
 
 import ray
@@ -13,14 +15,15 @@ from ray.exceptions import RayTaskError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ApplicationStatus
 
-from teacher_service.replica import PredictResult, Reply, ScoreResult, TeacherReplica
+from teacher_service.replica import Answers, Prompts, Reply, ScoreResult, TeacherReplica
 from teacher_service.scaling import DEPLOYMENT, GONE_WRONG, Bounds, app_name, autoscaling, read_pool
 from video_opd.cluster.deadline import with_deadline
 from video_opd.cluster.faults import retried
 from video_opd.config import Config, TeacherConfig, TeacherModel
 from video_opd.errors import RunError
-from video_opd.types import Prompt, TrajectoryGroup
+from video_opd.types import TrajectoryGroup
 
+Replica = type[TeacherReplica]
 BACK_PRESSURE_PAUSE_S = 0.2
 START_POLL_S = 0.2
 
@@ -30,37 +33,32 @@ class Usage:
 
     def __init__(self, now_s: float, running: float):
         self._since_s, self._running = now_s, running
-        self._clear()
-
-    def _clear(self) -> None:
-        self._num_calls, self._queue_s, self._engine_s, self._num_retries = 0, 0.0, 0.0, 0
+        self._sums: defaultdict[str, float] = defaultdict(float)  # since then
 
     def add(self, call_s: float, reply: Reply) -> None:
         """Adds a call answered after `call_s`, with its share of the engine seconds of its merged batch."""
-        self._num_calls += 1
-        self._queue_s += max(0.0, call_s - reply.engine_s)
-        self._engine_s += reply.engine_s / reply.num_calls
+        self._sums["calls"] += 1
+        self._sums["queue_s"] += max(0.0, call_s - reply.engine_s)
+        self._sums["engine_s"] += reply.engine_s / reply.num_calls
 
     def add_retry(self) -> None:
-        self._num_retries += 1
+        self._sums["retries"] += 1
 
     def take_metrics(self, now_s: float, running: float, wanted: float) -> dict[str, float]:
         """Metrics of the calls answered since the last time; NaN: unknown, also for the numbers of replicas.
 
         Utilisation is over the mean number of replicas at the start and the end of that time.
         """
-        replica_s = (self._running + running) / 2 * (now_s - self._since_s)
-        metrics = {
-            "queue_s": self._queue_s / self._num_calls if self._num_calls else math.nan,
-            "utilisation": self._engine_s / replica_s if replica_s else math.nan,
+        sums, replica_s = self._sums, (self._running + running) / 2 * (now_s - self._since_s)
+        self._since_s, self._sums = now_s, defaultdict(float)
+        self._running = self._running if math.isnan(running) else running
+        return {
+            "queue_s": sums["queue_s"] / sums["calls"] if sums["calls"] else math.nan,
+            "utilisation": sums["engine_s"] / replica_s if replica_s else math.nan,
             "replicas": running,
             "replicas_wanted": wanted,
-            "retries": float(self._num_retries),
+            "retries": sums["retries"],
         }
-        self._since_s = now_s
-        self._running = self._running if math.isnan(running) else running
-        self._clear()
-        return metrics
 
 
 def placement(pool: TeacherConfig, environment: dict[str, str]) -> dict[str, Any]:
@@ -72,11 +70,9 @@ def placement(pool: TeacherConfig, environment: dict[str, str]) -> dict[str, Any
     if pool.tensor_parallel == 1:
         return {"ray_actor_options": actor | {"num_gpus": pool.num_gpus}}
     part = {name: amount for name, amount in (("CPU", pool.num_cpus), ("GPU", pool.num_gpus)) if amount}
-    return {
-        "ray_actor_options": actor | {"num_gpus": 0},
-        "placement_group_bundles": [part | {"teacher": 1}, *[part] * (pool.tensor_parallel - 1)],
-        "placement_group_strategy": "STRICT_PACK",
-    }
+    bundles = [part | {"teacher": 1}, *[part] * (pool.tensor_parallel - 1)]
+    group = {"placement_group_bundles": bundles, "placement_group_strategy": "STRICT_PACK"}
+    return group | {"ray_actor_options": actor | {"num_gpus": 0}}
 
 
 def deployment_options(config: Config) -> dict[str, Any]:
@@ -87,15 +83,15 @@ def deployment_options(config: Config) -> dict[str, Any]:
         bounds = Bounds(pool.min_replicas or 1, pool.max_replicas)
         number = {"autoscaling_config": autoscaling(pool, bounds, pool.num_replicas)}
     return {
-        **number,
         "max_ongoing_requests": 2 * pool.max_batch_requests,
         "max_queued_requests": pool.max_queued_requests,
         "max_constructor_retry_count": max(1, config.max_retries),
         "health_check_period_s": pool.health_check_s,
         "health_check_timeout_s": pool.health_check_s,
         "graceful_shutdown_timeout_s": config.request_timeout_s,  # calls under way may finish
-        **placement(pool, config.worker_env),
         "logging_config": {"enable_access_log": False, "log_level": "WARNING"},
+        **number,
+        **placement(pool, config.worker_env),
     }
 
 
@@ -105,9 +101,7 @@ class TeacherPool:
     Repeats a call whose replica died or that took longer than config.request_timeout_s, max_retries times.
     """
 
-    def __init__(
-        self, run: str, config: Config, teacher: TeacherModel, replica: type[TeacherReplica] = TeacherReplica
-    ):
+    def __init__(self, run: str, config: Config, teacher: TeacherModel, replica: Replica = TeacherReplica):
         """`run` is the prefix of the run's names, video_opd/NAME; `replica` is the deployment's class."""
         self.app = app_name(run, teacher.name)
         self._config, self._teacher, self._replica = config, teacher, replica
@@ -143,34 +137,27 @@ class TeacherPool:
         """
         return await self._call("score", groups)
 
-    async def predict(
-        self, prompts: Sequence[Prompt], num_answers: int = 1, temperature: float = 0.0
-    ) -> list[PredictResult]:
+    async def predict(self, prompts: Prompts, num_answers: int = 1, temperature: float = 0.0) -> Answers:
         """See TeacherReplica.predict. Spreads the prompts over the replicas."""
         size, pool = self._config.rollout.prompts_per_call, self._config.teacher_pool
         running, _ = await self._replicas()
         replicas = pool.num_replicas if math.isnan(running) else int(running)
-        slots = asyncio.Semaphore(
-            max(replicas, pool.max_replicas or 1)
-        )  # no deadline runs while a call queues
+        slots = asyncio.Semaphore(max(replicas, pool.max_replicas or 1))  # waits here have no deadline
 
-        async def predict(chunk: Sequence[Prompt]) -> list[PredictResult]:
+        async def predict(chunk: Prompts) -> Answers:
             async with slots:
                 return await self._call("predict", chunk, num_answers, temperature)
 
         chunks = (prompts[i : i + size] for i in range(0, len(prompts), size))
-        results = await asyncio.gather(*(predict(chunk) for chunk in chunks))
-        return [answer for chunk in results for answer in chunk]
+        return list(chain.from_iterable(await asyncio.gather(*map(predict, chunks))))
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         """The results of a call, repeated when lost. What the replica raises is final, even a LOST error."""
-        started, attempts = time.monotonic(), 0
+        started, attempts = time.monotonic(), count()
         what = f"a {method} call to teacher {self._teacher.name}"
 
         async def attempt() -> Reply | RayTaskError:
-            nonlocal attempts
-            attempts += 1
-            if attempts > 1:
+            if next(attempts):
                 self._usage.add_retry()
             try:
                 return await self._attempt(method, arguments, what)

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray import serve
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from teacher_service.engine import ScoringEngine
 
 ScoreResult = tuple[TeacherScores, ...] | FailedPrompt
-PredictResult = list[Prediction] | FailedPrompt
+Prompts = Sequence[Prompt]
+Answers = list[list[Prediction] | FailedPrompt]  # one per prompt
 
 
 class Reply(NamedTuple):
@@ -44,12 +45,12 @@ class TeacherReplica:
 
     def _load(self, config: Config, model: str) -> tuple[PromptEncoder, "ScoringEngine"]:
         """The encoder and the engine; benchmarks and tests replace them."""
-        from teacher_service.engine import engine_class, wanted_by  # torch takes seconds to import
+        from teacher_service.engine import ENGINES, Wanted  # torch takes seconds to import
 
-        pool, trust = config.teacher_pool, config.trust_remote_code
+        pool, needs, trust = config.teacher_pool, config.loss.needs.teacher, config.trust_remote_code
         encoder = PromptEncoder(model, config.prompt, config.video, trust)
-        wanted = wanted_by(config.loss)
-        return encoder, engine_class(pool)(model, pool, wanted, config.seed, encoder, trust)
+        wanted = Wanted(top_k=config.loss.top_k if needs == "top_k" else 0, hidden=needs == "hidden")
+        return encoder, ENGINES[pool.engine](model, pool, wanted, config.seed, encoder, trust)
 
     async def score(self, groups: Sequence[TrajectoryGroup]) -> Reply:
         """A ScoreResult per group, in order: scores, or a FailedPrompt where the clip cannot be read."""
@@ -57,21 +58,24 @@ class TeacherReplica:
 
     @serve.batch
     async def _score_batch(self, requests: list[Sequence[TrajectoryGroup]]) -> list[Reply]:
-        async with self._busy:
-            started = time.perf_counter()
-            flat = await asyncio.to_thread(self._score, [g for groups in requests for g in groups])
-            engine_s = time.perf_counter() - started
+        flat, engine_s = await self._in_turn(self._score, [g for groups in requests for g in groups])
         results = iter(flat)
         return [Reply([next(results) for _ in groups], engine_s, len(requests)) for groups in requests]
 
+    async def predict(self, prompts: Prompts, num_answers: int, temperature: float) -> Reply:
+        """The teacher's own answers to each prompt, for evaluation and for the curriculum."""
+        return Reply(*await self._in_turn(self._predict, prompts, num_answers, temperature), num_calls=1)
+
+    async def _in_turn(self, work: Callable[..., list], *arguments: Any) -> tuple[list, float]:
+        """Runs the work in a thread when the engine is free; its result, and the seconds it took."""
+        async with self._busy:
+            started = time.perf_counter()
+            return await asyncio.to_thread(work, *arguments), time.perf_counter() - started
+
     def _score(self, groups: list[TrajectoryGroup]) -> list[ScoreResult]:
         encoded = self._encoder.encode_all([g.prompt for g in groups])
-        pairs = [
-            (e, t)
-            for e, g in zip(encoded, groups, strict=True)
-            if isinstance(e, EncodedPrompt)
-            for t in g.trajectories
-        ]
+        readable = [(e, g) for e, g in zip(encoded, groups, strict=True) if isinstance(e, EncodedPrompt)]
+        pairs = [(e, t) for e, g in readable for t in g.trajectories]
         for prompt, trajectory in pairs:
             check_parity(prompt, trajectory, "the teacher")
         responses = [t.response_token_ids for _, t in pairs]
@@ -92,25 +96,13 @@ class TeacherReplica:
             for e, g in zip(encoded, groups, strict=True)
         ]
 
-    async def predict(
-        self, prompts: Sequence[Prompt], num_answers: int = 1, temperature: float = 0.0
-    ) -> Reply:
-        """A PredictResult per prompt: the teacher's own answers, for evaluation and for the curriculum."""
-        async with self._busy:
-            started = time.perf_counter()
-            answers = await asyncio.to_thread(self._predict, prompts, num_answers, temperature)
-            return Reply(answers, time.perf_counter() - started, 1)
-
-    def _predict(
-        self, prompts: Sequence[Prompt], num_answers: int, temperature: float
-    ) -> list[PredictResult]:
+    def _predict(self, prompts: Prompts, num_answers: int, temperature: float) -> Answers:
         encoded = self._encoder.encode_all(prompts)
         readable = [e for e in encoded if isinstance(e, EncodedPrompt)]
-        predicted = (
-            self._engine.predict(readable, num_answers, temperature, self._max_tokens) if readable else []
-        )
-        answers = iter(
-            [Prediction(prompt_id=e.prompt_id, text=text, span_s=parse_span(text)) for text in texts]
-            for e, texts in zip(readable, predicted, strict=True)
-        )
-        return [e if isinstance(e, FailedPrompt) else next(answers) for e in encoded]
+        sampling = (num_answers, temperature, self._max_tokens)
+        texts = iter(self._engine.predict(readable, *sampling) if readable else [])
+
+        def answers(prompt_id: str) -> list[Prediction]:
+            return [Prediction(prompt_id=prompt_id, text=t, span_s=parse_span(t)) for t in next(texts)]
+
+        return [e if isinstance(e, FailedPrompt) else answers(e.prompt_id) for e in encoded]

@@ -5,6 +5,7 @@ Serve 2.60 has no call for the latter: `serve.run` gives the code a new version,
 Serve only starts or drains the difference. Any process of the cluster can call it.
 """
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,6 @@ from video_opd.config import Config, TeacherConfig, TeacherModel
 from video_opd.errors import RunError
 
 protobuf: Any = serve_pb2  # its classes are made on import
-
 DEPLOYMENT = "teacher"
 PREFIX, MIDDLE = "video_opd/", "/teacher/"
 ANSWER_TIMEOUT_S = 10.0  # of Serve's controller, which computes nothing
@@ -70,14 +70,20 @@ class PoolStatus:
         """Whether exactly the wanted replicas run."""
         return self.running == self.wanted and not self.draining
 
+    def has(self, wanted: int | Bounds) -> bool:
+        """Whether the pool is as wanted."""
+        if isinstance(wanted, Bounds):
+            return self.bounds == wanted and wanted.fewest <= self.running <= wanted.most
+        return self.bounds is None and self.wanted == wanted and self.reached
+
     def __str__(self) -> str:
+        counts = f"{self.wanted} wanted, {self.running} running, {self.starting} starting"
         number = f"autoscaling {self.bounds}" if self.bounds else "fixed number"
         wrong = f"; {self.status.value}: {' '.join(self.message.split())[-500:]}"
-        return (
-            f"run {self.run}, teacher {self.teacher}: replicas {self.wanted} wanted, {self.running} running, "
-            f"{self.starting} starting, {self.draining} draining; {number}"
-            f"{wrong if self.status in GONE_WRONG else ''}"
+        text = (
+            f"run {self.run}, teacher {self.teacher}: replicas {counts}, {self.draining} draining; {number}"
         )
+        return text + (wrong if self.status in GONE_WRONG else "")
 
 
 def app_name(run: str, teacher: str) -> str:
@@ -91,19 +97,18 @@ def read_pools() -> list[PoolStatus]:
     if controller is None:
         return []
     applications = _answer(controller.get_serve_instance_details.remote())["applications"]
-    ours = {n: a for n, a in applications.items() if n.startswith(PREFIX) and MIDDLE in n}
     return [
         _read(name, application)
-        for name, application in ours.items()
-        if application["deployments"] and application["status"] != ApplicationStatus.DELETING
+        for name, application in applications.items()
+        if name.startswith(PREFIX) and MIDDLE in name and application["deployments"]
+        if application["status"] != ApplicationStatus.DELETING
     ]
 
 
 def read_pool(app: str) -> PoolStatus:
     """One teacher. Raises RunError if there is none or Serve does not answer."""
-    for pool in read_pools():
-        if pool.app == app:
-            return pool
+    if found := [pool for pool in read_pools() if pool.app == app]:
+        return found[0]
     raise RunError(f"Serve has no application {app}")
 
 
@@ -118,20 +123,17 @@ def delete_orphans(running: Collection[str]) -> list[str]:
 def _read(name: str, application: dict[str, Any]) -> PoolStatus:
     run, _, teacher = name.removeprefix(PREFIX).rpartition(MIDDLE)
     deployment = application["deployments"][DEPLOYMENT]
-
-    def in_state(*states: str) -> list[dict[str, Any]]:
-        return [r for r in deployment["replicas"] if r["state"] in states]
-
-    running = in_state("RUNNING", "UPDATING", "PENDING_MIGRATION")
-    scaling = deployment["deployment_config"].get("autoscaling_config")
+    replicas, scaling = deployment["replicas"], deployment["deployment_config"].get("autoscaling_config")
+    states = Counter(r["state"] for r in replicas)
+    running = [r for r in replicas if r["state"] in ("RUNNING", "UPDATING", "PENDING_MIGRATION")]
     return PoolStatus(
         run=run,
         teacher=teacher,
         status=ApplicationStatus(application["status"]),
         message=deployment["message"] or application["message"],
         wanted=deployment["target_num_replicas"],
-        starting=len(in_state("STARTING", "RECOVERING")),
-        draining=len(in_state("STOPPING")),
+        starting=states["STARTING"] + states["RECOVERING"],
+        draining=states["STOPPING"],
         bounds=Bounds(scaling["min_replicas"], scaling["max_replicas"]) if scaling else None,
         pids=tuple(r["pid"] for r in running),
         actors=tuple(r["actor_name"] for r in running),
@@ -173,6 +175,12 @@ def autoscaling(config: TeacherConfig, bounds: Bounds, initial: int) -> Autoscal
     )
 
 
+def _deployed(app: str) -> Any:
+    """Serve's record of the deployment."""
+    route = _answer(_controller().get_deployment_info.remote(DEPLOYMENT, app))
+    return protobuf.DeploymentRoute.FromString(route).deployment_info
+
+
 def deployed_with(app: str) -> tuple[Config, TeacherModel]:
     """The arguments of a teacher's replicas, from any process."""
     config: Any = ReplicaConfig.from_proto(_deployed(app).replica_config, needs_pickle=True)
@@ -193,12 +201,6 @@ def set_replicas(app: str, wanted: int | Bounds) -> None:
         deployer_job_id=ray.get_runtime_context().get_job_id(),
         ingress=True,
     )
-    by_app: dict[str, Sequence[bytes]] = {app: [arguments.SerializeToString()]}
     of_app = {app: protobuf.ApplicationArgs(external_scaler_enabled=False).SerializeToString()}
-    _answer(_controller().deploy_applications.remote(by_app, of_app))
-
-
-def _deployed(app: str) -> Any:
-    """Serve's record of the deployment."""
-    route = _answer(_controller().get_deployment_info.remote(DEPLOYMENT, app))
-    return protobuf.DeploymentRoute.FromString(route).deployment_info
+    deployments: dict[str, Sequence[bytes]] = {app: [arguments.SerializeToString()]}
+    _answer(_controller().deploy_applications.remote(deployments, of_app))

@@ -8,10 +8,10 @@ import numpy as np
 import ray
 
 from teacher_service.pool import TeacherPool
-from teacher_service.replica import PredictResult, ScoreResult, TeacherReplica
+from teacher_service.replica import Answers, Prompts, ScoreResult, TeacherReplica
 from video_opd.cluster.deadline import with_deadline
 from video_opd.config import Config, TeacherModel
-from video_opd.types import FailedPrompt, Prompt, TeacherScores, TrajectoryGroup
+from video_opd.types import FailedPrompt, TeacherScores, TrajectoryGroup
 
 
 def combine(weights: Sequence[float], scores: Sequence[TeacherScores]) -> TeacherScores:
@@ -39,13 +39,10 @@ def combine(weights: Sequence[float], scores: Sequence[TeacherScores]) -> Teache
 
 def combine_results(teachers: Sequence[TeacherModel], results: Sequence[ScoreResult]) -> ScoreResult:
     """Combines the results for one group; a FailedPrompt where a teacher cannot read the clip."""
-    scored: list[tuple[TeacherScores, ...]] = []
-    for result in results:
-        if isinstance(result, FailedPrompt):
-            return result
-        scored.append(result)
+    if failed := [r for r in results if isinstance(r, FailedPrompt)]:
+        return failed[0]
     weights = [t.weight for t in teachers]
-    return tuple(combine(weights, of_trajectory) for of_trajectory in zip(*scored, strict=True))
+    return tuple(combine(weights, of_trajectory) for of_trajectory in zip(*results, strict=True))
 
 
 class Teachers:
@@ -75,13 +72,11 @@ class Teachers:
         by_name = dict(zip(self.pools, results, strict=True))
         return [combine_results(own, [by_name[t.name][i] for t in own]) for i, own in enumerate(teachers)]
 
-    async def predict(
-        self, prompts: Sequence[Prompt], num_answers: int = 1, temperature: float = 0.0
-    ) -> list[PredictResult]:
+    async def predict(self, prompts: Prompts, num_answers: int = 1, temperature: float = 0.0) -> Answers:
         """The first of its teachers answers each prompt."""
         teachers = [self._config.teachers_of(p.prompt_id)[0].name for p in prompts]
 
-        async def predict(name: str) -> list[PredictResult]:
+        async def predict(name: str) -> Answers:
             part = [p for p, own in zip(prompts, teachers, strict=True) if own == name]
             return await self.pools[name].predict(part, num_answers, temperature) if part else []
 
@@ -98,11 +93,8 @@ class Teachers:
         return self._named(await asyncio.gather(*(pool.counts() for pool in self.pools.values())))
 
     def _named(self, by_pool: Sequence[dict[str, float]]) -> dict[str, float]:
-        return {
-            f"teacher/{name}/{metric.removeprefix('teacher/')}": value
-            for name, metrics in zip(self.pools, by_pool, strict=True)
-            for metric, value in metrics.items()
-        }
+        named = [(name, *m) for name, ms in zip(self.pools, by_pool, strict=True) for m in ms.items()]
+        return {f"teacher/{name}/{k.removeprefix('teacher/')}": value for name, k, value in named}
 
     def stop(self) -> None:
         for pool in self.pools.values():

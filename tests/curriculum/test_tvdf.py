@@ -19,12 +19,11 @@ from curriculum.tvdf import (
     disagreement,
     dsus,
     gwds,
-    reliable,
     top_k,
     uniform,
 )
 from tests.fakes import make_group
-from video_opd.grounding import best_iou
+from video_opd.grounding import best_iou, reaches
 
 coarse = st.integers(-10, 10).map(lambda n: n / 10)  # many ties
 fine = st.floats(-1, 1)
@@ -136,8 +135,8 @@ def test_uniform_draws_every_prompt_alike():
 
 def test_reliability_and_disagreement_by_hand():
     tau, sigma = np.array([0.7, 0.69, 1.0], np.float32), np.array([0.5, 0.0, 1.0], np.float32)
-    assert reliable(np.array([0.7, 0.69, 1.0]), 0.7).tolist() == [True, False, True]
-    assert reliable(np.array([np.mean([0.7] * 3)]), 0.7).tolist() == [True], (
+    assert reaches(np.array([0.7, 0.69, 1.0]), 0.7).tolist() == [True, False, True]
+    assert reaches(np.array([np.mean([0.7] * 3)]), 0.7).tolist() == [True], (
         "rounding keeps this mean below 0.7"
     )
     np.testing.assert_allclose(disagreement(tau, sigma), [0.2, 0.69, 0.0], atol=1e-7)
@@ -168,11 +167,8 @@ def test_anchors_and_frontier_come_in_their_share(sigma, share, k):
 
 def test_suspension_takes_the_solved_rollouts_alone():
     group = make_group("p", [3, 4, 5]).group
-    ious = {id(t): iou for t, iou in zip(group.trajectories, (0.69, 0.7, 0.9), strict=True)}
-    spans = iter(ious.values())
-    routed = suspend(group, lambda span: next(spans), 0.7)
+    routed = suspend(group, (0.69, 0.7, 0.9), 0.7)
     assert [len(t.response_token_ids) for t in routed.trajectories] == [3]
     assert [len(t.response_token_ids) for t in routed.suspended] == [4, 5]
     assert routed.sampled == group.trajectories
-    unparsed = suspend(group, lambda span: best_iou(None, ((2.0, 5.0),)), 0.7)
-    assert unparsed == group
+    assert suspend(group, [best_iou(None, ((2.0, 5.0),))] * 3, 0.7) == group

@@ -340,7 +340,7 @@ def test_more_than_the_cluster_can_hold_is_refused_unless_it_grows():
     ],
 )
 def test_when_a_pool_is_what_was_asked_for(pool, wanted, there):
-    assert command_line.has(pool, wanted) is there
+    assert pool.has(wanted) is there
 
 
 def test_status_is_one_line_a_teacher():
