@@ -10,7 +10,7 @@ The questions are those of the config's data.eval. docs/evaluation.md says what 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,11 @@ class Answers:
     """What is to be scored."""
 
     questions: list[Question]
-    texts: dict[str, str | None]  # by prompt id
+    texts: Mapping[str, str | None]  # by prompt id
     why_missing: dict[str, str]
     train: list[Prompt]  # empty: no best constant interval
     seed: int
-    blank: dict[str, str | None] | None = None  # answers on grey frames; None: not asked for
+    blank: Mapping[str, str | None] | None = None  # answers on grey frames; None: not asked for
     other_prompts: int = 0  # answers to none of the questions
 
 

@@ -140,7 +140,7 @@ def schema_violations(config: dict[str, Any]) -> list[str]:
 
 def access_problems(config: dict[str, Any]) -> Iterator[str]:
     provider, auth = config["provider"], config["auth"]
-    known = PROVIDER_FIELDS.get(provider["type"], provider.keys()) | ANY_PROVIDER
+    known = ANY_PROVIDER | PROVIDER_FIELDS.get(provider["type"], set(provider))
     for name in sorted(provider.keys() - known):
         yield f"provider.{name} is unknown: remove it, or use one of {', '.join(sorted(known))}"
     for name in NEEDED_FIELDS.get(provider["type"], []):

@@ -81,9 +81,10 @@ def print_status(pools: Sequence[PoolStatus]) -> None:
 
 def scale(pool: PoolStatus, wanted: int | Bounds, timeout_s: float | None, wait: bool) -> None:
     """Changes one pool and waits for it. Raises RunError if the replicas do not run within the timeout."""
-    most, goal = wanted, f"{wanted} replica{'s' * (wanted != 1)}"
     if isinstance(wanted, Bounds):
         most, goal = wanted.most, f"autoscaling {wanted}"
+    else:
+        most, goal = wanted, f"{wanted} replica{'s' * (wanted != 1)}"
     if note := check_capacity(most, "teacher"):
         print(note)
     if timeout_s is None:

@@ -20,7 +20,6 @@ import video_opd.files.durable
 from curriculum.scheduler import settings_of
 from driver.checkpoints import restore, set_aside_after
 from driver.held_out import miou_by_step
-from driver.run_state import Phase
 from driver.progress import (
     Progress,
     SavedRun,
@@ -31,6 +30,7 @@ from driver.progress import (
     write_progress,
 )
 from driver.run import Run
+from driver.run_state import Phase
 from video_opd.config import LearnerConfig
 from video_opd.config_file import load_demo
 from video_opd.content import file_digest
@@ -335,7 +335,9 @@ def test_a_checkpoint_is_verified_once_by_a_resume_and_once_when_the_learner_is_
     assert (run.step, run.newest_checkpoint, run.next_selection) == (12, 12, 12)
     assert run.totals == {"rollouts": 7} and run.progress.failed_eval == {"f": "broken"}
     assert run.evaluations.keys() == {"teacher", "student_before", "step_12"}, "it is not the last any more"
-    assert run.resume_from is None and run.state.phase is Phase.RUNNING and (tmp_path / "config.yaml").exists()
+    assert (
+        run.resume_from is None and run.state.phase is Phase.RUNNING and (tmp_path / "config.yaml").exists()
+    )
     run.progress.step = 14
     asyncio.run(restore(run))
     assert sorted(digested) == sorted(every_file * 2) and run.step == 12

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from driver.run_state import RunState
 from driver.checkpoints import save_if_due, set_aside_after
 from driver.export import best_step, export_student, exported_step
+from driver.run_state import RunState
 from tests.driver.test_checkpoint import write_checkpoint
 from video_opd.files.checkpoint import checkpoint_folder
 

@@ -35,6 +35,7 @@ from tests.real.runs import (
 from video_opd.config_file import load_config
 from video_opd.models.forward import load_model
 
+pytestmark = pytest.mark.timeout(1500)  # a slow machine is no failure
 PARAMETER_TOLERANCE = 1e-3  # engines merge calls as they come, and float sums depend on the batch
 STEPS, PROMPTS = 30, 30  # a whole number of passes over the prompts
 

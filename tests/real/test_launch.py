@@ -106,7 +106,7 @@ def test_clips_that_cannot_be_read_are_named_and_the_pool_is_that_of_the_good_on
     data, paths = broken_clips
     summary = json.loads((finished / "summary.json").read_text())
     dropped = {i: r for i, r in summary["dropped"].items() if i.split(":")[0] in paths}
-    config = load_config(DEMO, [*overrides, *data])
+    config = load_config(DEMO, [*overrides, *SHRUNK, *data])
     lines = Path(config.data.train.annotations).read_text().splitlines()
     good = [line if line.split()[0] not in paths else "" for line in lines]
     assert len(dropped) == good.count("") and {i.split(":")[0] for i in dropped} == set(paths)
@@ -114,7 +114,8 @@ def test_clips_that_cannot_be_read_are_named_and_the_pool_is_that_of_the_good_on
     kinds = {reason.replace(prompt_id[:10], "") for prompt_id, reason in dropped.items()}
     assert len(kinds) >= 3, "missing, no video, undecodable"
     (tmp_path / "good.txt").write_text("\n".join(good))
-    of_good = make_plan(load_config(DEMO, [*overrides, *data, f"data.train.annotations={tmp_path}/good.txt"]))
+    options = [*overrides, *SHRUNK, *data, f"data.train.annotations={tmp_path}/good.txt"]
+    of_good = make_plan(load_config(DEMO, options))
     of_all = make_plan(config)
     assert of_good.unreadable == {} and of_all.unreadable == dropped
     assert [str(p) for p in of_good.train] == [str(p) for p in of_all.train]
@@ -376,7 +377,7 @@ def test_dry_run_prints_the_plan_and_starts_nothing(overrides, capsys):
         ("video.max_video_tokens=3", "max_video_tokens=3"),
         ("curriculum={kind: tvdf, num_selected: 100000}", "num_selected=100000"),
         ("curriculum.frontier_iou=0.8", "frontier_iou=0.8"),
-        ("loss={kind: grpo}", "rollouts_per_prompt to 2 or more"),
+        ("loss={kind: grpo}", "rollouts_per_prompt >= 2"),
         ("loss={kind: grpo, clamp: 3}", "clamp bounds the log-ratio"),
         ("loss={kind: opd_full, divergence: jsd, beta: 1.5}", "loss.beta=1.5"),
         ("loss={kind: opd_topk, top_k: 100000}", "loss.top_k=100000, but the teacher has"),
