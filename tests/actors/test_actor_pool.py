@@ -66,7 +66,7 @@ class FakeActor:
             raise ActorDiedError()
         if can_fail and self._rng.random() < self._faults:
             if self._rng.random() < 0.05:
-                await asyncio.sleep(100 * DEADLINE_S)
+                await asyncio.sleep(20 * DEADLINE_S)
             self.killed = True
             raise ActorDiedError()
 
