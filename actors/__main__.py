@@ -9,15 +9,9 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from video_opd.cluster.command_line import (
-    Parser,
-    add_cluster_arguments,
-    check_capacity,
-    choose_run,
-    connected,
-)
+from video_opd.cluster import command_line
 from video_opd.cluster.run_control import control_of, running_runs
-from video_opd.errors import ConfigError, InputError, RunError, VideoOPDError
+from video_opd.errors import ConfigError, RunError
 
 ANSWER_TIMEOUT_S = 10.0
 POLL_S = 0.5
@@ -41,7 +35,7 @@ def describe(run: str, status: dict[str, float]) -> str:
 
 def scale(run: str, num_actors: int, timeout_s: float) -> None:
     """Asks the run for so many actors and waits for them. Raises ConfigError, or RunError at the deadline."""
-    if note := check_capacity(num_actors, "rollout"):
+    if note := command_line.check_capacity(num_actors, "rollout"):
         print(note)
     ask(run, "ask_for_actors", num_actors)
     deadline = time.monotonic() + timeout_s
@@ -56,14 +50,14 @@ def scale(run: str, num_actors: int, timeout_s: float) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Raises ConfigError."""
-    parser = Parser(prog="python -m actors", description=__doc__)
+    parser = command_line.Parser(prog="python -m actors", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     status = commands.add_parser("status", help="how many run and are wanted")
     more = commands.add_parser("scale", help="run N of them")
     more.add_argument("num_actors", type=int, metavar="N")
     more.add_argument("--timeout-s", type=float, default=600.0, help="wait so long for them (default 600)")
     for command in (status, more):
-        add_cluster_arguments(command)
+        command_line.add_cluster_arguments(command)
     parsed = parser.parse_args(arguments)
     if parsed.command == "scale" and parsed.num_actors < 1:
         raise ConfigError(f"scale {parsed.num_actors}: a run that samples needs at least 1 rollout actor")
@@ -72,17 +66,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0; 1 when the run does not answer or scale in time; 2 for bad input."""
-    try:
+
+    def command() -> None:
         parsed = parse_arguments(arguments)
-        with connected(parsed.address):
-            run = choose_run(running_runs(), parsed.run)
+        with command_line.connected(parsed.address):
+            run = command_line.choose_run(running_runs(), parsed.run)
             if parsed.command == "scale":
                 scale(run, parsed.num_actors, parsed.timeout_s)
             print(describe(run, ask(run, "status")))
-    except VideoOPDError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    return 0
+
+    return command_line.exit_code_of(command)
 
 
 if __name__ == "__main__":

@@ -13,17 +13,15 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from actors.members import Member, Members
-from actors.rollout_actor import RolloutActor
+from actors.rollout_actor import Answers, RolloutActor, RolloutResult
 from video_opd.cluster.deadline import with_deadline
 from video_opd.cluster.faults import LOST, cause_of, retried
 from video_opd.config import Config
 from video_opd.errors import LearnerLostError, PartLostError, WeightsLostError
 from video_opd.logs import log
-from video_opd.types import FailedPrompt, Prediction, Prompt, TrajectoryGroup, WeightUpdate
+from video_opd.types import FailedPrompt, Prompt, WeightUpdate
 
-RolloutResult = TrajectoryGroup | FailedPrompt
 Streamed = tuple[ray.ObjectRef, list[RolloutResult]]
-Answers = list[Prediction | FailedPrompt]
 
 
 class WeightPublisher(Protocol):
@@ -44,10 +42,7 @@ class Published:
 
 
 class ActorPool:
-    """Calls go to the actor with the fewest. One that dies or misses a deadline is replaced.
-
-    An actor loads the current weights before its first prompt and refuses to sample without a whole version.
-    """
+    """Sends each call to the actor with the fewest; replaces one that dies or misses a deadline."""
 
     def __init__(self, name: str, config: Config, actor_class: type = RolloutActor):
         self._name, self._config, self._actor_class = name, config, actor_class
@@ -88,8 +83,7 @@ class ActorPool:
     async def rollout(self, prompts: Sequence[Prompt]) -> AsyncIterator[Streamed]:
         """RolloutActor.rollout's results as they come, each with its reference, which the teacher can fetch.
 
-        What a lost actor did not return is sampled by another. Raises PartLostError after max_retries losses
-        in a row.
+        Another actor samples what a lost one did not return. Raises PartLostError: max_retries exceeded.
         """
         left = {p.prompt_id: p for p in prompts}
         failures = 0
@@ -172,10 +166,7 @@ class ActorPool:
         return WeightUpdate(policy_version=policy_version, num_bytes=num_bytes, duration_s=duration_s)
 
     async def _load_current(self, member: Member) -> None:
-        """Admits an actor with the weights that the others hold; sets it aside if they are gone.
-
-        Then the learner was lost or is about to change them: either way it will publish again.
-        """
+        """Admits an actor with the weights that the others hold; sets it aside if they are gone."""
         async with self._publishing:
             try:
                 is_current = self._published is None or await self._load_published(member, self._published)
@@ -183,7 +174,7 @@ class ActorPool:
                 is_current, self._members.learner_lost = False, error
             if is_current:
                 self._members.add(member)
-            else:
+            else:  # the learner was lost or is about to change them: it will publish again
                 self._members.set_aside(member)
 
     async def _load_published(self, member: Member, published: Published) -> bool:

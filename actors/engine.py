@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from video_opd.config import RolloutConfig
+from video_opd.config import Config
 from video_opd.models.vllm_engine import SamplingEngine
 from video_opd.weights.buckets import WeightBucket, check_whole
 
@@ -11,19 +11,12 @@ from video_opd.weights.buckets import WeightBucket, check_whole
 class PolicyEngine(SamplingEngine):
     """Samples from the student with vLLM; its weights can be replaced between generations."""
 
-    def __init__(
-        self,
-        model: str,
-        config: RolloutConfig,
-        seed: int,
-        banned_ids: Sequence[int],
-        weight_transfer: str = "object_store",
-        **options: Any,
-    ):
+    def __init__(self, config: Config, banned_ids: Sequence[int]):
         from video_opd.weights.transfer import BACKENDS  # registers the object store's with vLLM
 
-        options["weight_transfer_config"] = {"backend": BACKENDS[weight_transfer]}
-        super().__init__(model, config, seed, banned_ids, **options)
+        options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+        options["weight_transfer_config"] = {"backend": BACKENDS[config.learner.weight_transfer]}
+        super().__init__(config.student, config.rollout, config.seed, banned_ids, **options)
         self._is_updating = False
 
     def load_weights(self, policy_version: int, buckets: Sequence[WeightBucket]) -> None:

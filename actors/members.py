@@ -48,17 +48,13 @@ class Member:
 
 
 class Members:
-    """Keeps `num_wanted` actors in the pool; replaces those that are lost.
-
-    `ready` ones hold the current weights and get calls. Those `aside` are alive without a whole version and
-    get no calls until the next publication.
-    """
+    """Keeps `num_wanted` actors in the pool; replaces those that are lost."""
 
     def __init__(self, config: Config, create: Callable[[], Member], admit: Callable[[Member], Awaitable]):
         """`admit` loads the current weights into an actor that is up, then calls `add` or `set_aside`."""
         self._config, self._create, self._admit = config, create, admit
-        self.ready: list[Member] = []
-        self.aside: list[Member] = []
+        self.ready: list[Member] = []  # hold the current weights and get calls
+        self.aside: list[Member] = []  # no whole version, so no calls until the next publication
         self.num_wanted = 0
         self.num_lost = 0
         self.learner_lost: LearnerLostError | None = None  # seen by an actor that asked for weights
@@ -91,10 +87,7 @@ class Members:
             self._spawn(self._replace())
 
     async def choose(self) -> Member:
-        """The actor with the fewest calls; waits for one to join.
-
-        Raises PartLostError when none will, LearnerLostError when the learner must publish again first.
-        """
+        """The actor with the fewest calls, once one joins. PartLostError, LearnerLostError: none will."""
         while not self.ready:
             if self.learner_lost or not (self._num_starting or self.aside):
                 raise self.learner_lost or self._start_failure or PartLostError("no rollout actor is left")

@@ -17,6 +17,9 @@ from video_opd.models.prompting import PromptEncoder, parse_span
 from video_opd.models.vllm_engine import Completion, predict
 from video_opd.types import EncodedPrompt, FailedPrompt, Prediction, Prompt, Trajectory, TrajectoryGroup
 
+RolloutResult = TrajectoryGroup | FailedPrompt
+Answers = list[Prediction | FailedPrompt]
+
 
 class RolloutActor:
     """Runs one call at a time, in order of arrival, so that a trajectory comes from one policy version."""
@@ -25,12 +28,8 @@ class RolloutActor:
         start_role_log(config.run_name, name)
         started = time.monotonic()
         self._name, self._config = name, config
-        student, trusted = config.student, config.trust_remote_code
-        self._encoder = PromptEncoder(student, config.prompt, config.video, trusted)
-        way, banned = config.learner.weight_transfer, self._encoder.pad_ids
-        self._engine = PolicyEngine(
-            student, config.rollout, config.seed, banned, way, trust_remote_code=trusted
-        )
+        self._encoder = PromptEncoder(config.student, config.prompt, config.video, config.trust_remote_code)
+        self._engine = PolicyEngine(config, self._encoder.pad_ids)
         # -1: the folder's weights, before the first publication; None: no whole version
         self._policy_version: int | None = -1
         log.info("started in %.1f s", time.monotonic() - started)
@@ -41,7 +40,7 @@ class RolloutActor:
     def pid(self) -> int:
         return os.getpid()
 
-    def rollout(self, prompts: Sequence[Prompt]) -> Iterator[list[TrajectoryGroup | FailedPrompt]]:
+    def rollout(self, prompts: Sequence[Prompt]) -> Iterator[list[RolloutResult]]:
         """Samples rollouts_per_prompt trajectories a prompt; a FailedPrompt where the clip cannot be read.
 
         Results come as prompts finish, `rollout.prompts_per_result` at a time. Sampling is seeded by
@@ -49,7 +48,7 @@ class RolloutActor:
         """
         self._check_whole()
         encoded, failed = self._encoder.encode_readable(prompts)
-        ready: list[TrajectoryGroup | FailedPrompt] = list(failed.values())
+        ready: list[RolloutResult] = list(failed.values())
         by_id = {p.prompt_id: p for p in prompts}
         numbers = range(self._config.rollout.rollouts_per_prompt)
         ids = [[f"{e.prompt_id}@{self._policy_version}#{i}" for i in numbers] for e in encoded]
@@ -65,9 +64,7 @@ class RolloutActor:
         if ready:
             yield ready
 
-    def predict(
-        self, prompts: Sequence[Prompt], blank_video: bool = False
-    ) -> list[Prediction | FailedPrompt]:
+    def predict(self, prompts: Sequence[Prompt], blank_video: bool = False) -> Answers:
         """The greedy answer to each prompt, on grey frames with `blank_video`. Raises WeightsLostError."""
         self._check_whole()
         return predict(self._encoder, self._engine, prompts, blank_video)

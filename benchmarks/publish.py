@@ -123,7 +123,7 @@ def engine_reload(config: Config) -> Row:
     """vLLM's own part: median seconds that it takes to load the demo's student from this process."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     pad_ids = PromptEncoder(config.student, config.prompt, config.video).pad_ids
-    engine = PolicyEngine(config.student, config.rollout, config.seed, pad_ids)
+    engine = PolicyEngine(config, pad_ids)
     named = list(load_model(config.student, config.rollout.dtype).named_parameters())
     taken = []
     for version in range(1 + RELOADS):

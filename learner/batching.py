@@ -35,8 +35,7 @@ def plan_update(
 ) -> UpdatePlan:
     """Deals the trajectories to ranks, longest first, so that micro-batches hold similar lengths.
 
-    Advantages are computed over the whole batch. A rank without a row for the last micro-batch repeats one
-    with weight 0. Suspended rollouts count in num_tokens only, so that suspension never scales up the rest.
+    Suspended rollouts count in num_tokens only, so that suspension never scales up the rest.
     """
     trajectories = [(g.group.prompt, t) for g in groups for t in g.group.trajectories]
     num_tokens = sum(len(t.response_token_ids) for g in groups for t in g.group.sampled)

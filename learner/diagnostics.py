@@ -39,9 +39,8 @@ class TokenRecords(NamedTuple):
     def of_all_ranks(parts: Sequence["TokenRecords"], world_size: int) -> "TokenRecords":
         """The parts of all ranks together: the same on every rank."""
         mine = np.concatenate(parts, axis=1)  # float32[3, tokens]
-        gathered: list[Any] = [mine]
+        gathered: list[Any] = [mine] * world_size
         if world_size > 1:
-            gathered = [None] * world_size
             torch.distributed.all_gather_object(gathered, mine)
         return TokenRecords(*np.concatenate(gathered, axis=1))
 
@@ -75,9 +74,8 @@ def batch_diagnostics(
     lengths = [len(t.response_token_ids) for t in trajectories]
     metrics = {"learner/num_tokens": float(sum(lengths)), "learner/response_tokens": float(np.mean(lengths))}
     if rewards := [r for g in groups for r in g.rewards or ()]:
-        flat = [len(set(g.rewards or ())) <= 1 for g in groups]
         metrics["learner/reward"] = float(np.mean(rewards))
-        metrics["learner/flat_groups_frac"] = float(np.mean(flat))
+        metrics["learner/flat_groups_frac"] = float(np.mean([len(set(g.rewards or ())) <= 1 for g in groups]))
     scores = [s for g in groups for s in g.scores]
     if entropies := [s.entropy for s in scores if s.entropy is not None]:
         metrics["teacher/entropy"] = float(np.concatenate(entropies).mean())

@@ -215,15 +215,6 @@ def _deepspeed_config(config: Config) -> dict[str, Any]:
     }
 
 
-def _store(host: str, port: int, world_size: int, rank: int) -> TCPStore:
-    """Where the ranks meet: torch's store in rank 0, which listens on that address alone."""
-    if rank:
-        return TCPStore(host, port, world_size, is_master=False)
-    family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.create_server((host, port), family=family)
-    return TCPStore(host, port, world_size, is_master=True, master_listen_fd=listener.detach())
-
-
 def _init_deepspeed(config: Config, rank: int, world_size: int, master: tuple[str, int]):
     on_gpu = bool(config.learner.num_gpus)
     os.environ.update(
@@ -241,7 +232,11 @@ def _init_deepspeed(config: Config, rank: int, world_size: int, master: tuple[st
         communication.build_shm_op = lambda: None
     read_weights_only()
     backend = "nccl" if on_gpu else "gloo"
-    store = _store(*master, world_size, rank)
+    listening = None
+    if rank == 0:  # torch's store listens on that address alone
+        family, *_ = socket.getaddrinfo(*master, type=socket.SOCK_STREAM)[0]
+        listening = socket.create_server(master, family=family).detach()
+    store = TCPStore(*master, world_size, is_master=rank == 0, master_listen_fd=listening)
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)  # finds that group
     return deepspeed

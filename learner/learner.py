@@ -114,9 +114,7 @@ class Learner:
         for rank in elsewhere:
             with self._losses("read_folder"):
                 references = rank.read_folder.options(_generator_backpressure_num_objects=2).remote(folder)
-                while (
-                    reference := await with_deadline(timeout_s, anext(references, None), what)
-                ) is not None:
+                while reference := await with_deadline(timeout_s, anext(references, None), what):
                     part = await with_deadline(timeout_s, reference, what)
                     await asyncio.to_thread(write_part, folder, part)
 

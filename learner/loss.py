@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from video_opd.config import LossConfig
 from video_opd.models.forward import token_logprobs
@@ -22,12 +23,12 @@ ADVANTAGE_EPSILON = 1e-4
 class ResponseTokens:
     """The losses' inputs beside the student's logits, for R response tokens."""
 
-    targets: torch.Tensor  # int64[R]
-    actor_logprobs: torch.Tensor  # float32[R]; zeros for the ground truth, which nobody sampled
-    advantage: torch.Tensor  # float32[R]: r_t or the group's advantage; see learner/batching.py
-    top_k: tuple[torch.Tensor, torch.Tensor] | None = None  # teacher ids int64[R, K], log-probs float32[R, K]
-    teacher_logits: Callable[[slice], torch.Tensor] | None = None  # rows -> float32[rows, V]
-    teacher_logprobs: torch.Tensor | None = None  # float32[R]
+    targets: Tensor  # int64[R]
+    actor_logprobs: Tensor  # float32[R]; zeros for the ground truth, which nobody sampled
+    advantage: Tensor  # float32[R]: r_t or the group's advantage; see learner/batching.py
+    top_k: tuple[Tensor, Tensor] | None = None  # teacher ids int64[R, K], log-probs float32[R, K]
+    teacher_logits: Callable[[slice], Tensor] | None = None  # rows -> float32[rows, V]
+    teacher_logprobs: Tensor | None = None  # float32[R]
 
 
 def sampled_advantage(teacher: np.ndarray, actor: np.ndarray, loss: LossConfig) -> np.ndarray:
@@ -49,9 +50,7 @@ def group_advantages(rewards: Sequence[float], divide_by_std: bool) -> np.ndarra
     return (centred / (np.std(rewards) + ADVANTAGE_EPSILON) if divide_by_std else centred).astype(np.float32)
 
 
-def sampled_loss(
-    learner: torch.Tensor, actor: torch.Tensor, advantage: torch.Tensor, max_ratio: float | None = None
-) -> torch.Tensor:
+def sampled_loss(learner: Tensor, actor: Tensor, advantage: Tensor, max_ratio: float | None = None) -> Tensor:
     """-min(rho_t, max_ratio) r_t with rho_t = pi_theta(a_t|s_t) / pi_old(a_t|s_t) (eq. 6; max_ratio is ours).
 
     At rho = 1 its gradient is an unbiased estimate of that of KL(pi_theta || pi_T) at s_t (App. A, eq. 11).
@@ -60,9 +59,7 @@ def sampled_loss(
     return -(ratio if max_ratio is None else ratio.clamp(max=max_ratio)) * advantage
 
 
-def topk_loss(
-    logits: torch.Tensor, ids: torch.Tensor, teacher: torch.Tensor, clamp: float | None = None
-) -> torch.Tensor:
+def topk_loss(logits: Tensor, ids: Tensor, teacher: Tensor, clamp: float | None = None) -> Tensor:
     """Reverse KL on the teacher's K tokens plus one bucket for all other mass of both (arXiv 2603.25562).
 
     Without the bucket the student escapes by moving mass out of the set. `clamp` bounds the log-ratio: a very
@@ -82,9 +79,7 @@ def topk_loss(
     return (student.exp() * log_ratio).sum(-1)
 
 
-def full_loss(
-    logits: torch.Tensor, teacher_logits: torch.Tensor, divergence: str, beta: float = 0.5
-) -> torch.Tensor:
+def full_loss(logits: Tensor, teacher_logits: Tensor, divergence: str, beta: float = 0.5) -> Tensor:
     """A divergence over the whole vocabulary, of logits[R, V] of student and teacher.
 
     reverse: KL(pi_theta || pi_T). forward: KL(pi_T || pi_theta). jsd: beta KL(pi_T || m) + (1 - beta)
@@ -99,28 +94,26 @@ def full_loss(
     return beta * _kl(teacher, mixture) + (1.0 - beta) * _kl(student, mixture)
 
 
-def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+def _kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) of log-probs[R, V], float32[R]."""
     return (p.exp() * (p - q)).sum(-1)
 
 
-def grpo_loss(
-    learner: torch.Tensor, actor: torch.Tensor, advantage: torch.Tensor, clip: float
-) -> torch.Tensor:
+def grpo_loss(learner: Tensor, actor: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """-min(rho_t A, clip(rho_t, 1 - clip, 1 + clip) A), A the group's advantage (GRPO, arXiv 2402.03300)."""
     ratio = (learner - actor).exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(1.0 - clip, 1.0 + clip) * advantage)
 
 
-def reference_kl(learner: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+def reference_kl(learner: Tensor, reference: Tensor) -> Tensor:
     """GRPO's k3 estimate of KL(pi_theta || pi_ref): x - 1 - log x >= 0 with x = pi_ref / pi_theta."""
     log_ratio = reference - learner
     return log_ratio.exp() - 1.0 - log_ratio
 
 
 def loss_per_token(
-    loss: LossConfig, logits: torch.Tensor, tokens: ResponseTokens, rows: slice
-) -> tuple[torch.Tensor, torch.Tensor]:
+    loss: LossConfig, logits: Tensor, tokens: ResponseTokens, rows: slice
+) -> tuple[Tensor, Tensor]:
     """The configured loss of some rows, from the student's logits[rows, V], and their tokens' log-probs."""
     learner = token_logprobs(logits, tokens.targets[rows])
     actor, advantage = tokens.actor_logprobs[rows], tokens.advantage[rows]

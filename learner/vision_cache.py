@@ -24,7 +24,6 @@ class VisionCache:
         """The tower's output for B videos, as the model's forward takes it in place of pixels.
 
         keys: equal where the pixels are; pixel_values: [patches, patch_dim] of each; grids: int64[B, 3].
-        Unknown videos go through the tower in one pass, each once.
         """
         unknown = {key: i for i, key in enumerate(keys) if key not in self._features}
         self._asked += len(keys)

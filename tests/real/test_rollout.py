@@ -22,7 +22,7 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def engine(config, encoder) -> PolicyEngine:
-    return PolicyEngine(config.student, config.rollout, config.seed, encoder.pad_ids)
+    return PolicyEngine(config, encoder.pad_ids)
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ def test_a_teacher_that_is_the_student_gives_no_signal(config, prompts, encoder)
     from actors.engine import PolicyEngine
 
     encoded = [encoder.encode(p) for p in prompts[:8]]
-    policy = PolicyEngine(config.student, config.rollout, 0, encoder.pad_ids)
+    policy = PolicyEngine(config, encoder.pad_ids)
     answers = [row[0] for row in policy.generate(encoded, [[s] for s in range(8)])]
     for kind in (TransformersEngine, VllmEngine):
         teacher = kind(config.student, config.teacher_pool, Wanted(), 0, encoder)

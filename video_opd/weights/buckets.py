@@ -31,10 +31,7 @@ class WeightBucket:
 
 
 def to_buckets(named: Iterable[Pair], policy_version: int, bucket_bytes: int) -> Iterator[WeightBucket]:
-    """Groups CPU tensors, in order, into buckets of one dtype and about `bucket_bytes` each.
-
-    Contiguous tensors are not copied: the object store copies from their memory.
-    """
+    """Groups CPU tensors, in order, into buckets of one dtype and about `bucket_bytes` each."""
     waiting: list[Pair] = []
     size = first = 0
     for name, tensor in named:

@@ -1,8 +1,4 @@
-"""vLLM's weight-transfer interface: an engine for Ray's object store, and vLLM's `nccl` and `ipc` for GPUs.
-
-All engines replace a model's weights by the same calls: init_weight_transfer_engine, start_weight_update,
-update_weights, finish_weight_update.
-"""
+"""vLLM's weight transfer: an engine for Ray's object store, and vLLM's own `nccl` and `ipc` for GPUs."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -58,11 +54,8 @@ class ObjectStoreEngine(base.WeightTransferEngine[base.WeightTransferInitInfo, B
         model.load_weights(unpack(update_info.buckets))
 
     def finish_weight_update(self) -> None:
-        """Ends the reload and packs tied heads again.
-
-        On a CPU a head multiplies by a packed copy of its weight. The reload leaves the copy of a tied one.
-        """
         finalize_layerwise_reload(self.model, self.model_config)
+        # on a CPU a head multiplies by a packed copy of its weight: the reload leaves the copy of a tied one
         for module in self.model.modules():
             if isinstance(module, ParallelLMHead):
                 module.quant_method.process_weights_after_loading(module)
