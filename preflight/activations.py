@@ -18,9 +18,7 @@ from video_opd.config import LossConfig
 
 
 def logit_copies(loss: LossConfig) -> int:
-    """Float32 copies of a chunk's logits [rows, V] at the peak of learner/loss.py and token_entropy.
-
-    5; 8 for a loss over the whole vocabulary, 12 for its jsd."""
+    """Float32 copies of a chunk's logits [rows, V] at the peak of learner/loss.py and token_entropy."""
     if loss.needs.teacher != "hidden":
         return 5
     return 12 if loss.kind == "opd_full" and loss.divergence == "jsd" else 8
@@ -30,8 +28,7 @@ def text_layer_saved(shapes: ModelShapes, e: int) -> int:
     """Bytes a token that one decoder layer keeps for its backward pass.
 
     Norms 2H (4 + 2e): float32 input, normalised, output. Qwen3's norms of queries and keys (Q + K)(4 + e).
-    Attention 4eQ: queries, keys and values for all heads, output. MLP 4eI: gate, its activation, up, product.
-    """
+    Attention 4eQ: queries, keys and values for all heads, output. MLP 4eI: gate, activation, up, product."""
     t = shapes.text
     head_norms = (t.query + t.key) * (4 + e) if shapes.is_qwen3 else 0
     return 2 * t.hidden * (4 + 2 * e) + head_norms + 4 * e * t.query + 4 * e * t.intermediate
@@ -54,8 +51,7 @@ def vision_block_saved(shapes: ModelShapes, e: int) -> int:
     """Bytes a patch that one vision block keeps for its backward pass.
 
     Qwen3-VL 11eh + 2ei: layer norms 4eh, qkv 3eh, rotated queries and keys 2eh, attention 2eh, MLP 2ei.
-    Qwen2.5-VL: norms 2h (4 + 2e), qkv, rotation and attention 7eh, gated MLP 4ei.
-    """
+    Qwen2.5-VL: norms 2h (4 + 2e), qkv, rotation and attention 7eh, gated MLP 4ei."""
     v = shapes.vision
     if shapes.is_qwen3:
         return e * (11 * v.hidden + 2 * v.intermediate)
@@ -66,8 +62,7 @@ def vision_block_passing(shapes: ModelShapes, e: int) -> int:
     """Bytes a patch at the peak of one vision block without gradients.
 
     Input and norm 2eh, Qwen3-VL's float32 position embeddings 4h, and the largest of: rotation in float32
-    (qkv 3eh, 16h, and copies 8h in bfloat16), the end of attention 8eh, MLP 2ei (3ei if gated).
-    """
+    (qkv 3eh, 16h, and copies 8h in bfloat16), the end of attention 8eh, MLP 2ei (3ei if gated)."""
     v = shapes.vision
     rotation = 3 * e * v.hidden + 16 * v.hidden + (8 * v.hidden if e == 2 else 0)
     mlp = (2 if shapes.is_qwen3 else 3) * e * v.intermediate

@@ -36,22 +36,18 @@ PROVIDER_FIELDS = {
 NEEDED_FIELDS = {"aws": ["region"], "gcp": ["region", "availability_zone", "project_id"], "local": []}
 OLD_KEYS = {"min_workers", "head_node", "worker_nodes"}  # Ray removes them before it validates
 ADDRESS = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w.])")
-PLACEHOLDER = re.compile(  # or an address that is reserved for documentation
-    r"YOUR_[A-Z_]+|(?<![\w.])(?:192\.0\.2|198\.51\.100|203\.0\.113)\.\d{1,3}(?![\w.])"
-)
+DOCUMENTATION_ADDRESS = r"(?<![\w.])(?:192\.0\.2|198\.51\.100|203\.0\.113)\.\d{1,3}(?![\w.])"
+PLACEHOLDER = re.compile(rf"YOUR_[A-Z_]+|{DOCUMENTATION_ADDRESS}")
 # What Ray's functions raise for a file that they cannot use.
-REFUSALS = (
-    *(ValueError, RuntimeError, AssertionError, KeyError, TypeError, AttributeError, ImportError),
-    *(click.ClickException, jsonschema.ValidationError),
-)
+OF_PYTHON = (ValueError, RuntimeError, AssertionError, KeyError, TypeError, AttributeError, ImportError)
+REFUSALS = (*OF_PYTHON, click.ClickException, jsonschema.ValidationError)
 
 
 def check_cluster(path: Path) -> int:
     """Prints what the file offers, or every problem with it. Returns 0, or 2 where it cannot work.
 
     Starts nothing and needs no credentials. Sources of file mounts are looked for where `ray up` would.
-    Raises ConfigError if the file cannot be read.
-    """
+    Raises ConfigError if the file cannot be read."""
     text, documents = read_documents(path)
     kuberay = any("kind" in d for d in documents)
     problems, offers = check_kuberay(documents) if kuberay else check_ray_up(documents)
@@ -104,9 +100,6 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-# --- files for `ray up` ---
 
 
 def check_ray_up(documents: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
@@ -215,9 +208,6 @@ def _worker_ips(config: dict[str, Any]) -> list[str]:
     return [str(ip) for ip in config["provider"].get("worker_ips") or []]
 
 
-# --- node types, of `ray up` and KubeRay ---
-
-
 def node_type_problems(config: dict[str, Any]) -> Iterator[str]:
     types = config["available_node_types"]
     for name, t in types.items():
@@ -239,9 +229,6 @@ def describe_node_types(config: dict[str, Any]) -> list[str]:
         which = f"{name} (head):" if is_head else f"{name}: {t['min_workers']}-{t['max_workers']} nodes of"
         lines.append(f"{which} {resources or 'no resources'}")
     return lines
-
-
-# --- files for KubeRay ---
 
 
 def check_kuberay(documents: list[dict[str, Any]]) -> tuple[list[str], list[str]]:

@@ -4,7 +4,6 @@ import video_opd  # noqa: F401  # first: makes transformers importable
 from preflight.inputs import Draft, asked_teachers, make_draft
 from preflight.memory_fit import check_fits, describe_memory, memory_plan
 from video_opd.config import Config, TeacherModel
-from video_opd.types import Prompt
 from video_opd.video.clips import num_video_tokens
 
 
@@ -23,13 +22,15 @@ def describe(config: Config, draft: Draft) -> str:
     rollouts = config.num_steps * config.groups_per_step * rollout.rollouts_per_prompt
     student = f"{config.student} ({draft.student.model_type}), {learner.dtype}, ZeRO-{learner.zero_stage}"
     steps = f"{config.num_steps} steps of {config.groups_per_step} prompts, {rollouts} rollouts"
+    splits = {"train": draft.train, "eval": draft.eval}
+    data = [f"{n} NOT checked" if p is None else f"{len(p)} {n} prompts" for n, p in splits.items()]
     teachers = [_describe_teacher(config, teacher) for teacher in asked_teachers(config)]
     lines = [
         *(f"NOT CHECKED  {note}" for note in draft.unchecked),
         f"student   {student}, {learner.world_size} rank(s)",
         *(teachers or ["teacher   none"]),
         f"actors    {rollout.num_actors} on vLLM, {rollout.prompts_per_call} prompts a call",
-        f"data      {_describe_split(draft.train, 'train')}; {_describe_split(draft.eval, 'eval')}",
+        f"data      {'; '.join(data)}",
         f"video     {_describe_clips(config, draft)}",
         f"loss      {config.loss.kind}, lr {learner.lr:g}",
         f"prompts   curriculum {_describe_curriculum(config)}",
@@ -46,10 +47,6 @@ def _describe_teacher(config: Config, teacher: TeacherModel) -> str:
     if config.teachers:
         line += f"; {teacher.name}, weight {teacher.weight:g}, prompts {teacher.prompts or 'all'}"
     return line
-
-
-def _describe_split(prompts: list[Prompt] | None, name: str) -> str:
-    return f"{name} NOT checked" if prompts is None else f"{len(prompts)} {name} prompts"
 
 
 def _describe_clips(config: Config, draft: Draft) -> str:

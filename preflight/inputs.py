@@ -46,9 +46,8 @@ def make_plan(config: Config) -> Plan:
         check_teacher(config, read_shapes(config.student), read_shapes(teacher.model))
     if config.loss.needs.rewards:
         load_rewards(config.loss.rewards)
-    train, evaluation = (
-        read_split(d, config.video, student.size_multiple) for d in (config.data.train, config.data.eval)
-    )
+    train = read_split(config.data.train, config.video, student.size_multiple)
+    evaluation = read_split(config.data.eval, config.video, student.size_multiple)
     shared_pool(config.video).close()  # the driver decodes no more
     check_pool(config, train.prompts)
     check_routes(config, train.prompts, evaluation.prompts)
@@ -58,8 +57,7 @@ def make_plan(config: Config) -> Plan:
 def make_draft(config: Config) -> Draft:
     """Makes the checks of make_plan for models and data that are here; other models get the committed shapes.
 
-    Raises InputError for what is here and wrong, and for a model without committed shapes that is not here.
-    """
+    Raises InputError for what is here and wrong, and for an absent model without committed shapes."""
     student = find_shapes(config.student, SHAPES)
     teachers = {t.model: find_shapes(t.model, SHAPES) for t in asked_teachers(config)}
     unchecked = _unchecked_model("student", Path(config.student), student)

@@ -1,6 +1,6 @@
 """The memory that a run needs, computed before it starts: bytes of every process, by role.
 
-Pure functions of shapes and configuration; preflight/activations.py explains the letters in the formulas.
+Parameters, optimizer and KV cache are exact; preflight/activations.py explains the letters in the formulas.
 Not counted: fragmentation of the allocator and NCCL's buffers. No GPU has run these configurations.
 """
 
@@ -8,23 +8,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from preflight.activations import (
-    forward_bytes,
-    logit_copies,
-    text_layer_gradients,
-    text_layer_passing,
-    text_layer_saved,
-    video_bytes,
-    vision_block_passing,
-    vision_block_saved,
-)
+from preflight import activations
 from preflight.model_shapes import ModelShapes, Parameters, count, parameters
 from video_opd.config import Config, LearnerConfig, RolloutConfig, TeacherConfig
 from video_opd.config_data import VideoConfig
 from video_opd.types import Prompt
 from video_opd.video.clips import TEMPORAL_PATCH, frames_key, num_video_tokens
-
-Engine = RolloutConfig | TeacherConfig
 
 GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -66,9 +55,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class ProcessMemory:
-    """Bytes that a process always holds, and what each phase adds; phases do not overlap.
-
-    The peak is what is held and the largest phase."""
+    """Bytes that a process always holds, and those that each phase adds; the largest phase sets the peak."""
 
     held: dict[str, int]
     phases: dict[str, dict[str, int]]
@@ -117,13 +104,8 @@ def workload_of_budget(video: VideoConfig, shapes: ModelShapes) -> Workload:
     return Workload(0, tokens, tokens + marks + TEXT_TOKENS, clip_bytes)
 
 
-# --- parameters, optimizer, KV cache: exact ---
-
-
 def trained(shapes: ModelShapes, learner: LearnerConfig) -> Parameters:
-    """The trained parameters, without the vision tower if it is frozen.
-
-    With lora_rank r only adapters: r (inputs + outputs) for each linear layer that lora_targets matches."""
+    """All but a frozen vision tower; with lora_rank r only r (inputs + outputs) for each of lora_targets."""
     of = parameters(shapes)
     if learner.lora_rank:
         linear = {n.removesuffix(".weight"): s for n, s in of.items() if len(s) == 2 and "embed" not in n}
@@ -138,21 +120,17 @@ def kv_bytes_per_token(shapes: ModelShapes, dtype: str) -> int:
 
 
 def optimizer_bytes(num_trained: int, learner: LearnerConfig) -> dict[str, int]:
-    """One rank's Adam moments 8T and masters 4T; ZeRO 1 to 3 divide both by n.
-
-    Float32 needs masters with ZeRO only, whose partition is a copy."""
+    """One rank's Adam moments 8T, masters 4T (in float32 with ZeRO only); ZeRO 1 to 3 divide both by n."""
     ranks = learner.world_size if learner.zero_stage else 1
     masters = 4 * num_trained // ranks if learner.dtype == "bfloat16" or learner.zero_stage else 0
     return {"optimizer moments": 8 * num_trained // ranks, "float32 masters": masters}
 
 
 def gradient_bytes(num_trained: int, learner: LearnerConfig) -> dict[str, int]:
-    """One rank's gradients eT, with ZeRO-2 and 3 eT / n; with ZeRO also a bucket, e REDUCE_BUCKET.
-
-    A CPU touches the bucket only as far as there are gradients."""
+    """One rank's gradients eT, with ZeRO-2 and 3 eT / n; with ZeRO also a bucket, e REDUCE_BUCKET."""
     e = DTYPE_BYTES[learner.dtype]
     ranks = learner.world_size if learner.zero_stage >= 2 else 1
-    bucket = REDUCE_BUCKET if learner.num_gpus else min(REDUCE_BUCKET, num_trained)
+    bucket = REDUCE_BUCKET if learner.num_gpus else min(REDUCE_BUCKET, num_trained)  # a CPU: as it fills
     of_bucket = {"gradient bucket": e * bucket} if learner.zero_stage else {}
     return {"gradients": e * num_trained // ranks} | of_bucket
 
@@ -169,21 +147,17 @@ def weight_bytes(shapes: ModelShapes, learner: LearnerConfig) -> dict[str, int]:
 
 
 def step_bytes(num_trained: int, learner: LearnerConfig) -> int:
-    """The optimizer step's float32 gradients 4T / n and AdamW's square roots 4T / n.
-
-    With ZeRO-3 of SUB_GROUP numbers at a time. Float32 gradients without ZeRO exist already."""
+    """The optimizer step's float32 gradients 4T / n and AdamW's roots 4T / n; ZeRO-3: SUB_GROUP at a time."""
     part = num_trained // (learner.world_size if learner.zero_stage else 1)
     if learner.zero_stage == 3:
         part = min(part, SUB_GROUP)
-    return part * (4 if learner.dtype == "float32" and learner.zero_stage == 0 else 8)
+    gradients_exist = learner.dtype == "float32" and learner.zero_stage == 0
+    return part * (4 if gradients_exist else 8)
 
 
 def longest_sequence(config: Config, work: Workload, max_model_len: int) -> int:
     """S: the longest prompt and a whole response, at most max_model_len."""
     return min(work.max_prompt_tokens + config.rollout.max_response_tokens, max_model_len)
-
-
-# --- the roles ---
 
 
 def learner_memory(
@@ -197,31 +171,31 @@ def learner_memory(
     optimizer step: step_bytes.
 
     All layers keep L B S text_layer_saved, with gradient_checkpointing L B S eH; so does a trained tower.
-    With micro_batch over 1 the attention mask takes B S^2 (1 + e).
-    """
+    With micro_batch over 1 the attention mask takes B S^2 (1 + e)."""
     learner, e, batch = config.learner, DTYPE_BYTES[config.learner.dtype], config.learner.micro_batch
     text, vision, num_trained = student.text, student.vision, count(trained(student, learner))
     length = longest_sequence(config, train, config.rollout.max_model_len)
     tokens, patches = batch * length, batch * train.max_video_tokens * vision.patches_a_token
     depth = 0 if learner.freeze_vision or learner.lora_rank else vision.depth
-    layer, block = tokens * text_layer_saved(student, e), patches * vision_block_saved(student, e)
+    layer = tokens * activations.text_layer_saved(student, e)
+    block = patches * activations.vision_block_saved(student, e)
     kept, recomputed = text.layers * layer + depth * block, 0
     if learner.gradient_checkpointing:
         recomputed = max(layer, block if depth else 0)
         kept = text.layers * tokens * text.hidden * e + depth * patches * vision.hidden * e
-    video = video_bytes(student, e, batch * train.max_video_tokens)
+    video = activations.video_bytes(student, e, batch * train.max_video_tokens)
     mask = {"attention mask": batch * length**2 * (1 + e) if batch > 1 else 0}
     of_pass = {"activations kept": kept} | mask | video
     rows = min(learner.logit_rows, batch * config.rollout.max_response_tokens)
-    logits = rows * text.vocab_size * 4 * logit_copies(config.loss)
-    gradients = tokens * text_layer_gradients(student, e)
+    logits = rows * text.vocab_size * 4 * activations.logit_copies(config.loss)
+    gradients = tokens * activations.text_layer_gradients(student, e)
     held = weight_bytes(student, learner) | gradient_bytes(num_trained, learner)
     held |= optimizer_bytes(num_trained, learner)
     if config.loss.needs.teacher == "hidden" and teacher:
         values = teacher.text.vocab_size * teacher.text.hidden * len(config.teacher_models)
         held["teacher's head"] = values * DTYPE_BYTES[config.teacher_pool.dtype]
     phases = {
-        "vision": {"vision pass": patches * vision_block_passing(student, e)} | video,
+        "vision": {"vision pass": patches * activations.vision_block_passing(student, e)} | video,
         "loss": of_pass | {"logits": logits},
         "backward": of_pass | {"activations again": recomputed, "their gradients": gradients},
         "optimizer step": {"float32 gradients and roots": step_bytes(num_trained, learner)},
@@ -245,8 +219,7 @@ def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_byt
 
     scoring: forward_bytes.
     response rows: 4V TEACHER_LOGIT_COPIES for each of micro_batch x max_response_tokens.
-    answering: A answers to each prompt are A sequences; as scoring, and 2 L K e A B S of KV cache.
-    """
+    answering: A answers to each prompt are A sequences; as scoring, and 2 L K e A B S of KV cache."""
     pool, e = config.teacher_pool, DTYPE_BYTES[config.teacher_pool.dtype]
     if pool.engine == "vllm":
         computing = vllm_memory(config, pool, teacher, work, gpu_bytes)
@@ -257,9 +230,9 @@ def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_byt
         answers = batch * (curriculum.num_teacher_predictions if curriculum.asks_teacher else 1)
         kv_cache = {"KV cache": answers * length * kv_bytes_per_token(teacher, pool.dtype)}
         phases = {
-            "scoring": forward_bytes(teacher, e, batch * length, batch * video),
+            "scoring": activations.forward_bytes(teacher, e, batch * length, batch * video),
             "response rows": {"logits": logits * TEACHER_LOGIT_COPIES},
-            "answering": forward_bytes(teacher, e, answers * length, answers * video) | kv_cache,
+            "answering": activations.forward_bytes(teacher, e, answers * length, answers * video) | kv_cache,
         }
         computing = ProcessMemory({"weights": e * count(parameters(teacher))}, phases)
     host = _prompts_bytes(teacher, work, pool.max_batch_requests * config.rollout.prompts_per_call)
@@ -268,7 +241,7 @@ def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_byt
 
 
 def vllm_memory(
-    config: Config, engine: Engine, shapes: ModelShapes, work: Workload, gpu_bytes: int
+    config: Config, engine: RolloutConfig | TeacherConfig, shapes: ModelShapes, work: Workload, gpu_bytes: int
 ) -> ProcessMemory:
     """A vLLM engine: weights eP, KV cache, and phases of N tokens a pass.
 
@@ -277,9 +250,7 @@ def vllm_memory(
     comes on top of gpu_memory_utilization.
     logits: an actor's 4V VLLM_LOGIT_COPIES for each of max_num_seqs; a teacher's (4 + e) V for each of N.
     KV cache: kv_cache_bytes, or what gpu_memory_utilization leaves of a GPU, at least a max_model_len.
-
-    With tensor_parallel, one part of the teacher: weights and KV cache are divided, layers are counted whole.
-    """
+    With tensor_parallel, one part of the teacher: weights and KV cache are divided, layers count whole."""
     scores = isinstance(engine, TeacherConfig)
     num_sequences = engine.micro_batch if scores else engine.max_num_seqs
     parts, eager = (engine.tensor_parallel, False) if scores else (1, engine.enforce_eager)
@@ -293,14 +264,13 @@ def vllm_memory(
     graphs = CUDA_GRAPH_BYTES if engine.num_gpus and not eager else 0
     kv_cache = engine.kv_cache_bytes or CPU_KV_CACHE_BYTES
     if engine.num_gpus and engine.kv_cache_bytes is None:
-        passing = max(num_tokens * text_layer_passing(shapes, e), logits)
+        passing = max(num_tokens * activations.text_layer_passing(shapes, e), logits)
         planned = passing + weights + graphs + GPU_CONTEXT_BYTES
         one_sequence = engine.max_model_len * kv_bytes_per_token(shapes, engine.dtype) // parts
         kv_cache = max(int(engine.gpu_memory_utilization * gpu_bytes) - planned, one_sequence)
-    return ProcessMemory(
-        held={"weights": weights, "KV cache": kv_cache} | ({"CUDA graphs": graphs} if graphs else {}),
-        phases={"prefill": forward_bytes(shapes, e, num_tokens, video_tokens), "logits": {"logits": logits}},
-    )
+    held = {"weights": weights, "KV cache": kv_cache} | ({"CUDA graphs": graphs} if graphs else {})
+    prefill = activations.forward_bytes(shapes, e, num_tokens, video_tokens)
+    return ProcessMemory(held, {"prefill": prefill, "logits": {"logits": logits}})
 
 
 def support_memory(config: Config, student: ModelShapes) -> list[RoleMemory]:

@@ -42,7 +42,6 @@ class MemoryPlan:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether any role computes on GPUs."""
         return any(r.device for r in self.roles)
 
     def of(self, config: Config) -> list[RoleMemory]:
@@ -57,9 +56,7 @@ class MemoryPlan:
 
 
 def memory_plan(config: Config, draft: Plan | Draft, gpu_memory_gib: float | None) -> MemoryPlan:
-    """What the run needs, and the memory of this machine and of one GPU.
-
-    A GPU has `gpu_memory_gib`; if None what this machine's has, else DEFAULT_GPU_BYTES. Raises InputError."""
+    """The plan for GPUs of `gpu_memory_gib`; None: as here, else DEFAULT_GPU_BYTES. Raises InputError."""
     if isinstance(draft, Draft):
         student, teacher = draft.student, draft.teacher
     else:
@@ -72,8 +69,7 @@ def memory_plan(config: Config, draft: Plan | Draft, gpu_memory_gib: float | Non
         workload_of_budget(config.video, student) if prompts is None else workload_of(prompts, student)
         for prompts in (draft.train, draft.eval)
     )
-    host_bytes = psutil.virtual_memory().total
-    return MemoryPlan(config, student, teacher, train, evaluation, gpu_bytes, host_bytes)
+    return MemoryPlan(config, student, teacher, train, evaluation, gpu_bytes, psutil.virtual_memory().total)
 
 
 def _gpu_bytes() -> int:

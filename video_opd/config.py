@@ -28,6 +28,7 @@ from video_opd.config_data import (
 LossKind = Literal["opd", "opd_topk", "opd_full", "grpo", "off_policy_rkd", "off_policy_fkd", "sft"]
 ImportPaths = Annotated[tuple[str, ...], Field(min_length=1)]
 TEXT_LAYERS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+TRANSFERS = "Ray's object store, NCCL between GPUs, or one GPU's memory; the last two never ran yet"
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,11 @@ class TeacherConfig(ConfigSection):
             yield f"tensor_parallel={shards} is vLLM's: use engine=vllm"
         if shards > 1 and not fits:
             yield f"tensor_parallel={shards} gives each shard at most one GPU, or a share of num_cpus"
-        lowest, highest = self.min_replicas or 1, self.max_replicas
-        if highest is None and self.min_replicas is not None:
-            yield f"min_replicas={lowest} without max_replicas: set both, or neither for a fixed number"
-        if highest is not None and not lowest <= self.num_replicas <= highest:
-            bounds = f"min_replicas={lowest}, max_replicas={highest}"
-            yield f"num_replicas={self.num_replicas} is not within {bounds}"
+        low, high = self.min_replicas or 1, self.max_replicas
+        if high is None and self.min_replicas is not None:
+            yield f"min_replicas={low} without max_replicas: set both, or neither for a fixed number"
+        if high is not None and not low <= self.num_replicas <= high:
+            yield f"num_replicas={self.num_replicas} is not within min_replicas={low}, max_replicas={high}"
 
 
 class TeacherModel(ConfigSection):
@@ -119,7 +119,6 @@ class TeacherModel(ConfigSection):
     prompts: RegularExpression | None = key(None, "regular expression of the prompt ids it scores; None: all")
 
     def scores(self, prompt_id: str) -> bool:
-        """Whether this teacher scores the prompt."""
         return self.prompts is None or re.search(self.prompts, prompt_id) is not None
 
 
@@ -141,7 +140,6 @@ class LossConfig(ConfigSection):
 
     @property
     def needs(self) -> Objective:
-        """The inputs of the objective."""
         needs = OBJECTIVES[self.kind]
         return replace(needs, teacher="logprobs") if self.kl_coef else needs
 
@@ -175,10 +173,7 @@ class LearnerConfig(ConfigSection):
     lora_targets: RegularExpression = key(TEXT_LAYERS, "regular expression: linear layers with adapters")
     gradient_checkpointing: bool = True
     bucket_bytes: PositiveInt = key(256 << 20, "weights travel in buckets of about this size")
-    weight_transfer: Literal["object_store", "collective", "ipc"] = key(
-        "object_store",
-        "Ray's object store, NCCL between GPUs, or one GPU's memory; the last two never ran yet",
-    )
+    weight_transfer: Literal["object_store", "collective", "ipc"] = key("object_store", TRANSFERS)
     num_gpus: NonNegativeFloat = key(1, "of one rank; 0 on a CPU machine")
     num_cpus: NonNegativeFloat = 1
 

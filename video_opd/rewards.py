@@ -53,8 +53,7 @@ def total_reward(rewards: Sequence[Reward], trajectory: Trajectory, prompt: Prom
         value = reward(trajectory, prompt)
         if not isinstance(value, int | float) or not math.isfinite(value):
             given = f"{getattr(reward, '__name__', reward)} gives {value!r}"
-            raise ConfigError(
-                f"loss.rewards: {given} for trajectory {trajectory.trajectory_id}, not a finite number"
-            )
+            where = f"trajectory {trajectory.trajectory_id}"
+            raise ConfigError(f"loss.rewards: {given} for {where}, not a finite number")
         total += value
     return total

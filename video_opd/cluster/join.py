@@ -44,8 +44,7 @@ def find_address(address: str) -> str:
 def cluster_to_join(asked: str | None) -> str | None:
     """host:port of the Ray that a run joins; None: it starts its own. Raises ConfigError if it is silent.
 
-    asked: HOST:PORT, auto or local. None: RAY_ADDRESS, else what `ray start` left on this machine, if any.
-    """
+    asked: HOST:PORT, auto or local. None: RAY_ADDRESS, else what `ray start` left on this machine, if any."""
     asked = asked or os.environ.get("RAY_ADDRESS")
     if asked == "local":
         return None
@@ -60,8 +59,7 @@ def cluster_to_join(asked: str | None) -> str | None:
 def join(address: str, **options: Any) -> Any:
     """ray.init as a driver of the Ray at `address` with this process's token. Warns if it asks for none.
 
-    Raises ConfigError within seconds if nothing answers or the token is missing or wrong.
-    """
+    Raises ConfigError within seconds if nothing answers or the token is missing or wrong."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     token = _token()
     _use_loopback(_only_on_loopback(address))
@@ -84,8 +82,7 @@ def join(address: str, **options: Any) -> Any:
 def start_local(**options: Any) -> Any:
     """ray.init of a new Ray of this machine, on loopback but for Serve's replicas. Raises ConfigError.
 
-    It asks for a token unless RAY_AUTH_MODE=disabled; a missing one is created, readable by this user alone.
-    """
+    It asks for a token unless RAY_AUTH_MODE=disabled; a missing one is made, readable by this user alone."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     if _auth_mode() == "disabled":
         off = f"{AUTH_MODE}=disabled lets in all who reach this machine"
