@@ -29,16 +29,12 @@ def newest_records(run: Path) -> tuple[pa.Table, Path]:
     if final.is_file():
         return pq.read_table(final), final
     patterns = ("curriculum/round-*.parquet", "checkpoints/step-*/curriculum.parquet")
-    newest = [max(paths, key=_number_in) for pattern in patterns if (paths := list(run.glob(pattern)))]
+    found = [list(run.glob(pattern)) for pattern in patterns]
+    newest = [max(paths, key=lambda p: int(re.findall(r"-(\d+)", str(p))[-1])) for paths in found if paths]
     if not newest:
         raise ConfigError(f"{run} holds no curriculum records: name a run folder, e.g. runs/NAME")
     tables = [(pq.read_table(path), path) for path in newest]
     return max(tables, key=lambda t: (len(t[0]["student_iou"][0]), t[0]["last_step"].to_numpy().max()))
-
-
-def _number_in(path: Path) -> int:
-    """N of curriculum/round-N.parquet and step-N/curriculum.parquet."""
-    return int(re.findall(r"-(\d+)", f"{path.parent.name}/{path.stem}")[-1])
 
 
 def state_of(record: dict) -> str:

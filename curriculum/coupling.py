@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import compress
-from operator import not_
 
 import numpy as np
 from numpy.random import Generator
@@ -39,10 +38,7 @@ def _at_share(available: int, share: float) -> float:
 
 
 def suspend(group: TrajectoryGroup, ious: Sequence[float], threshold: float) -> TrajectoryGroup:
-    """Suspends the rollouts of IoU >= threshold: not scored, and only in the denominator of the loss.
-
-    Each rollout decides for itself, so a prompt is active again as soon as the student falls below.
-    """
-    solved = reaches(np.asarray(ious), threshold).tolist()
-    left = tuple(compress(group.trajectories, map(not_, solved)))
-    return replace(group, trajectories=left, suspended=tuple(compress(group.trajectories, solved)))
+    """Suspends each rollout of IoU >= threshold: not scored, and only in the denominator of the loss."""
+    solved = reaches(np.asarray(ious), threshold)
+    left, suspended = (tuple(compress(group.trajectories, which)) for which in (~solved, solved))
+    return replace(group, trajectories=left, suspended=suspended)

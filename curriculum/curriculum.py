@@ -42,12 +42,11 @@ class Curriculum:
         self._actor, self._is_lost = self._create(), False
 
     def _create(self) -> Any:
-        suffix = f"-{self._num_starts}" if self._num_starts else ""
+        name = f"{self._name}/curriculum" + (f"-{self._num_starts}" if self._num_starts else "")
         self._num_starts += 1
-        name, environment = f"{self._name}/curriculum{suffix}", {"env_vars": self._config.worker_env}
-        options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0}  # a restart would have an empty state
-        actor = ray.remote(SchedulerActor).options(name=name, runtime_env=environment, **options)
-        return actor.remote(self._prompts, self._config)
+        options: dict[str, Any] = {"name": name, "runtime_env": {"env_vars": self._config.worker_env}}
+        options |= {"num_cpus": 0, "max_restarts": 0}  # a restart would have an empty state
+        return ray.remote(SchedulerActor).options(**options).remote(self._prompts, self._config)
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         call = getattr(self._actor, method).remote(*arguments)

@@ -18,10 +18,7 @@ from video_opd.types import FailedPrompt, Prompt, ScoredGroup
 
 NAMED_IN_ERRORS = 3
 UNREADABLE = "no answer: its clip cannot be read"
-
-
-Observation = tuple[str, int, bool]
-"""The outcome of a group: its prompt id, the number of its rollouts, whether all of them are suspended."""
+Observation = tuple[str, int, bool]  # of a group: prompt id, number of rollouts, whether all are suspended
 
 
 def observation(group: ScoredGroup) -> Observation:
@@ -57,8 +54,7 @@ class Scheduler:
     def __init__(self, prompts: Sequence[Prompt], config: Config):
         self._prompts, self._config, self._curriculum = list(prompts), config, config.curriculum
         self._index = {p.prompt_id: i for i, p in enumerate(self._prompts)}
-        paths = pa.array([p.clip.video_path for p in self._prompts])
-        self._video = paths.dictionary_encode().indices.to_numpy()
+        self._video = pa.array([p.clip.video_path for p in prompts]).dictionary_encode().indices.to_numpy()
         self._rng = np.random.default_rng(config.seed)
         size = len(self._prompts)
         self._teacher_iou = np.full(size, np.nan)
@@ -71,10 +67,7 @@ class Scheduler:
         self._next_selection = None if config.curriculum.kind == "uniform" else 0  # see next_selection()
 
     def validate(self, teacher_iou: np.ndarray) -> None:
-        """TRPV, once a run: drops the prompts that the teacher gets wrong, tau_i < teacher_threshold.
-
-        teacher_iou: tau, float64[P], NaN where the clip could not be read.
-        """
+        """TRPV, once a run: drops the prompts whose tau float64[P] is NaN (unreadable) or too small."""
         self._teacher_iou = np.asarray(teacher_iou, np.float64)
         self._drop(np.isnan(self._teacher_iou), UNREADABLE)
         if self._curriculum.trpv:
@@ -149,12 +142,9 @@ class Scheduler:
 
     def _describe_dropped(self) -> str:
         """The number of dropped prompts for each reason, with the first of them."""
-        by_reason: dict[str, list[str]] = {}
-        for prompt, reason in zip(self._prompts, self._dropped.tolist(), strict=True):
-            if reason:
-                by_reason.setdefault(reason, []).append(prompt.prompt_id)
         parts = []
-        for reason, names in by_reason.items():
+        for reason in dict.fromkeys(self._dropped[self._dropped != ""]):
+            names = [self._prompts[i].prompt_id for i in np.flatnonzero(self._dropped == reason)]
             more = ", ..." if len(names) > NAMED_IN_ERRORS else ""
             parts.append(f"{len(names)} dropped, {reason} ({', '.join(names[:NAMED_IN_ERRORS])}{more})")
         return "; ".join(parts) or "none was dropped"
@@ -260,11 +250,9 @@ class Scheduler:
         self._teacher_iou = records["teacher_iou"].to_numpy()
         student_iou = records["student_iou"].combine_chunks().values.to_numpy(zero_copy_only=False)
         self._student_iou = student_iou.reshape(len(records), -1)
-        self._selected = records["selected"].to_numpy().copy()
-        self._num_rollouts = records["num_rollouts"].to_numpy().copy()
-        self._last_step = records["last_step"].to_numpy().copy()
-        self._suspended = records["suspended"].to_numpy().copy()
-        self._dropped = records["dropped"].to_numpy().copy()
+        names = ("selected", "suspended", "num_rollouts", "last_step", "dropped")
+        columns = [records[name].to_numpy().copy() for name in names]
+        self._selected, self._suspended, self._num_rollouts, self._last_step, self._dropped = columns
         self._queue = deque(state["queue"])
         self._in_flight = dict.fromkeys(state["in_flight"])
         self._next_selection = state["round_end"]

@@ -21,23 +21,18 @@ _SETTINGS = b"settings"
 
 
 def settings_key(config: Config) -> str:
-    """Digest of the teacher's folder and of every setting that decides its answers, except the seed.
-
-    With several teachers, the one that answers is part of the prompt's key instead.
-    """
+    """Digest of the teacher's folder and of every setting that decides its answers, except the seed."""
     pool = config.teacher_pool
+    # With several teachers, the one that answers is part of the prompt's key instead.
     folder = "" if config.teachers else folder_digest(config.teacher_models[0].model)
     lengths = (config.curriculum.num_teacher_predictions, config.rollout.max_response_tokens)
     return _digest((folder, pool.engine, pool.dtype, TEMPERATURE, *lengths))
 
 
 def prompt_keys(prompts: Sequence[Prompt], config: Config) -> list[str]:
-    """One key per prompt: digest of the video file, the frames shown with their times and size, and the text.
+    """One key per prompt: digest of the video file, the frames shown, their times and size, and the text."""
 
-    The prompt's fingerprint would need every clip decoded; this reads only a few blocks of each video.
-    """
-
-    def digest(path: str) -> str:
+    def digest(path: str) -> str:  # of a few blocks; the prompt's fingerprint needs every clip decoded
         return folder_digest(path) if Path(path).is_dir() else file_digest(path, BLOCKS_A_VIDEO)
 
     paths = list(dict.fromkeys(p.clip.video_path for p in prompts))

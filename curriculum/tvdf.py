@@ -43,11 +43,9 @@ def bbds(delta: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def gwds(delta: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
-    """k draws without replacement, p_i proportional to exp(-(delta_i - c)^2 / (2 s^2)), c = 0.9, s = 0.2.
-
-    The k largest of log p_i plus Gumbel noise are distributed like k successive draws, without underflow.
-    """
+    """k draws without replacement, p_i proportional to exp(-(delta_i - c)^2 / (2 s^2)), c = 0.9, s = 0.2."""
     log_p = -((delta - GWDS_CENTRE) ** 2) / (2 * GWDS_SPREAD**2)
+    # The k largest of log p_i plus Gumbel noise are distributed like k successive draws, without underflow.
     return _descending(log_p + rng.gumbel(size=len(delta)))[:k]
 
 

@@ -61,22 +61,13 @@ def pools_of(pools: Sequence[PoolStatus], run: str | None) -> list[PoolStatus]:
 
 def pool_of(pools: Sequence[PoolStatus], teacher: str | None) -> PoolStatus:
     """The pool of the chosen teacher, among those of one run. Raises ConfigError."""
-    names, found = (
-        ", ".join(sorted(p.teacher for p in pools)),
-        [p for p in pools if teacher in (None, p.teacher)],
-    )
+    names = ", ".join(sorted(p.teacher for p in pools))
+    found = [p for p in pools if teacher in (None, p.teacher)]
     if not found:
         raise ConfigError(f"the run has no teacher {teacher}; it has {names}")
     if len(found) > 1:
         raise ConfigError(f"the run has several teachers, {names}: name one with --teacher")
     return found[0]
-
-
-def print_status(pools: Sequence[PoolStatus]) -> None:
-    for pool in pools:
-        calls = scaling.ongoing_calls(pool)
-        pids = " ".join(map(str, pool.pids)) or "-"
-        print(f"{pool}; {'unknown' if calls is None else calls} calls in the replicas; pids {pids}")
 
 
 def scale(pool: PoolStatus, wanted: int | Bounds, timeout_s: float | None, wait: bool) -> None:
@@ -108,11 +99,12 @@ def run_command(arguments: Sequence[str] | None) -> None:
     wanted = wanted_by(parsed) if parsed.command == "scale" else None
     with connected(parsed.address):
         pools = scaling.read_pools()
-        if wanted is None:
-            print_status(pools_of(pools, parsed.run) if parsed.run or not pools else pools)
-        else:
+        if wanted is not None:
             pool = pool_of(pools_of(pools, parsed.run), parsed.teacher)
-            scale(pool, wanted, parsed.timeout_s, not parsed.no_wait)
+            return scale(pool, wanted, parsed.timeout_s, not parsed.no_wait)
+        for pool in pools_of(pools, parsed.run) if parsed.run or not pools else pools:
+            calls, pids = scaling.ongoing_calls(pool), " ".join(map(str, pool.pids)) or "-"
+            print(f"{pool}; {'unknown' if calls is None else calls} calls in the replicas; pids {pids}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

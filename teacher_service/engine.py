@@ -114,38 +114,27 @@ class TransformersEngine(ScoringEngine):
 
 
 def parallel_options(config: TeacherConfig) -> dict[str, Any]:
-    """vLLM's options for tensor parallelism: Ray actors in the placement group on GPUs, processes on CPUs.
-
-    vLLM spawns those processes without cpu_torch.py, so they need the torchvision built for torch.
-    """
+    """vLLM's options for tensor parallelism: Ray actors in the placement group on GPUs, processes on CPUs."""
     if config.tensor_parallel == 1:
         return {}
     if config.num_gpus:
         os.environ["VLLM_RAY_PER_WORKER_GPUS"] = f"{config.num_gpus:g}"
     else:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else it wants a NUMA node per process
-    backend = "ray" if config.num_gpus else "mp"
+    backend = "ray" if config.num_gpus else "mp"  # mp: without cpu_torch.py, needs torch's own torchvision
     return {"tensor_parallel_size": config.tensor_parallel, "distributed_executor_backend": backend}
 
 
 class VllmEngine(ScoringEngine):
-    """Prefill with vLLM's prompt_logprobs.
+    """Prefill with vLLM's prompt_logprobs; prefer `transformers` for long videos.
 
-    vLLM then computes logits for every prompt position, video tokens included, and bypasses its prefix cache:
-    prefer `transformers` for long videos.
+    vLLM then computes logits for every prompt position, video tokens included, and bypasses its prefix cache.
     """
 
     def __post_init__(self) -> None:
-        self._llm: Any = start_vllm(
-            self.model,
-            self.config,
-            self.seed,
-            self.trust_remote_code,
-            enforce_eager=not self.config.num_gpus,
-            max_num_seqs=self.config.micro_batch,
-            max_logprobs=max(self.wanted.top_k, 1),
-            **parallel_options(self.config),
-        )
+        limits = {"max_num_seqs": self.config.micro_batch, "max_logprobs": max(self.wanted.top_k, 1)}
+        options = {"enforce_eager": not self.config.num_gpus} | limits | parallel_options(self.config)
+        self._llm: Any = start_vllm(self.model, self.config, self.seed, self.trust_remote_code, **options)
 
     def score(self, prompts: Encoded, responses: Sequence[np.ndarray]) -> list[TokenScores]:
         from vllm import SamplingParams

@@ -45,11 +45,9 @@ class Usage:
         self._sums["retries"] += 1
 
     def take_metrics(self, now_s: float, running: float, wanted: float) -> dict[str, float]:
-        """Metrics of the calls answered since the last time; NaN: unknown, also for the numbers of replicas.
-
-        Utilisation is over the mean number of replicas at the start and the end of that time.
-        """
-        sums, replica_s = self._sums, (self._running + running) / 2 * (now_s - self._since_s)
+        """Metrics of the calls answered since the last time; NaN: unknown, also the numbers of replicas."""
+        mean_running = (self._running + running) / 2  # at the start and the end of that time
+        sums, replica_s = self._sums, mean_running * (now_s - self._since_s)
         self._since_s, self._sums = now_s, defaultdict(float)
         self._running = self._running if math.isnan(running) else running
         return {
@@ -62,16 +60,14 @@ class Usage:
 
 
 def placement(pool: TeacherConfig, environment: dict[str, str]) -> dict[str, Any]:
-    """Serve's options for where a replica runs. With tensor_parallel, one bundle per part, all on one node.
-
-    On GPUs vLLM starts each part as a Ray actor in its bundle; the replica is in the first and takes no GPU.
-    """
+    """Serve's options for where a replica runs. With tensor_parallel: a bundle per part, all on one node."""
     actor = {"num_cpus": pool.num_cpus, "resources": {"teacher": 1}, "runtime_env": {"env_vars": environment}}
     if pool.tensor_parallel == 1:
         return {"ray_actor_options": actor | {"num_gpus": pool.num_gpus}}
     part = {name: amount for name, amount in (("CPU", pool.num_cpus), ("GPU", pool.num_gpus)) if amount}
     bundles = [part | {"teacher": 1}, *[part] * (pool.tensor_parallel - 1)]
     group = {"placement_group_bundles": bundles, "placement_group_strategy": "STRICT_PACK"}
+    # On GPUs vLLM starts each part as a Ray actor in its bundle; the replica is in the first, without a GPU.
     return group | {"ray_actor_options": actor | {"num_gpus": 0}}
 
 
@@ -132,8 +128,7 @@ class TeacherPool:
     async def score(self, groups: ray.ObjectRef | Sequence[TrajectoryGroup]) -> list[ScoreResult]:
         """See TeacherReplica.score. The replica itself fetches a reference.
 
-        Raises PartLostError when the call was lost more than max_retries times, and ObjectLostError when the
-        referenced object is lost: only its owner can make it again.
+        Raises PartLostError after max_retries repeats, and ObjectLostError if the referenced object is lost.
         """
         return await self._call("score", groups)
 

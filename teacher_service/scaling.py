@@ -58,7 +58,6 @@ class PoolStatus:
 
     @property
     def app(self) -> str:
-        """The name of its Serve application."""
         return app_name(PREFIX + self.run, self.teacher)
 
     @property
@@ -77,13 +76,12 @@ class PoolStatus:
         return self.bounds is None and self.wanted == wanted and self.reached
 
     def __str__(self) -> str:
-        counts = f"{self.wanted} wanted, {self.running} running, {self.starting} starting"
+        counts = f"{self.wanted} wanted, {self.running} running"
+        changing = f"{self.starting} starting, {self.draining} draining"
         number = f"autoscaling {self.bounds}" if self.bounds else "fixed number"
         wrong = f"; {self.status.value}: {' '.join(self.message.split())[-500:]}"
-        text = (
-            f"run {self.run}, teacher {self.teacher}: replicas {counts}, {self.draining} draining; {number}"
-        )
-        return text + (wrong if self.status in GONE_WRONG else "")
+        text = f"run {self.run}, teacher {self.teacher}: replicas {counts}, {changing}; {number}"
+        return text + wrong if self.status in GONE_WRONG else text
 
 
 def app_name(run: str, teacher: str) -> str:
@@ -93,8 +91,7 @@ def app_name(run: str, teacher: str) -> str:
 
 def read_pools() -> list[PoolStatus]:
     """All teachers of all runs on this Ray. Raises RunError if Serve runs and does not answer."""
-    controller = _controller()
-    if controller is None:
+    if (controller := _controller()) is None:
         return []
     applications = _answer(controller.get_serve_instance_details.remote())["applications"]
     return [
@@ -176,7 +173,6 @@ def autoscaling(config: TeacherConfig, bounds: Bounds, initial: int) -> Autoscal
 
 
 def _deployed(app: str) -> Any:
-    """Serve's record of the deployment."""
     route = _answer(_controller().get_deployment_info.remote(DEPLOYMENT, app))
     return protobuf.DeploymentRoute.FromString(route).deployment_info
 

@@ -41,8 +41,7 @@ def combine_results(teachers: Sequence[TeacherModel], results: Sequence[ScoreRes
     """Combines the results for one group; a FailedPrompt where a teacher cannot read the clip."""
     if failed := [r for r in results if isinstance(r, FailedPrompt)]:
         return failed[0]
-    weights = [t.weight for t in teachers]
-    return tuple(combine(weights, of_trajectory) for of_trajectory in zip(*results, strict=True))
+    return tuple(combine([t.weight for t in teachers], scores) for scores in zip(*results, strict=True))
 
 
 class Teachers:
