@@ -64,10 +64,9 @@ async def train(run: Run) -> None:
 
 
 async def train_round(run: Run, until: int, outputs: Outputs) -> None:
-    """Trains to step `until`. Actors sample, the teacher scores, the curriculum steers, the learner steps.
+    """Trains to step `until`. Sampling tasks wait for free slots of the buffer and fill them.
 
-    Sampling tasks and the learning task meet at the buffer. A sampling task waits for free slots and fills
-    them. The learning task waits for the filled slots of one step, updates, publishes, and frees them.
+    The learning task waits for the filled slots of one step, updates, publishes, and frees them.
     """
     config, curriculum = run.config, run.curriculum
     buffer = run.buffer = TrajectoryBuffer(config.groups_per_step, config.max_policy_lag, until - run.step)
@@ -170,9 +169,8 @@ async def execute(config: Config, folder: Path, plan: Plan, resume_from: SavedRu
     async with asyncio.TaskGroup() as tasks, shutdown_at_end(run):
         beside = [tasks.create_task(watch(run))]
         try:
-            await asyncio.gather(
-                run.actors.start(), run.learner.start(), *([run.teacher.start()] if run.teacher else [])
-            )
+            parts = (part for part in (run.actors, run.learner, run.teacher) if part is not None)
+            await asyncio.gather(*(part.start() for part in parts))
             beside += [tasks.create_task(poll_control(run)), tasks.create_task(export_gauges(run))]
             start_up_s = time.monotonic() - began
             await train_to_the_end(run)
@@ -192,10 +190,7 @@ def launch(
     gpu_memory_gib: float | None = None,
     step: int | None = None,
 ) -> dict[str, Any]:
-    """Runs `config` and returns the summary.
-
-    resume: the run folder to continue in, from its newest checkpoint or that of `step`.
-    """
+    """Returns the summary. resume: a run folder to continue, from its newest checkpoint or `step`'s."""
     plan = prepare(config)
     check_fits(memory_plan(config, plan, gpu_memory_gib), one_machine=False)
     if config.checkpoint_url:

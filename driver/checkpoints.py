@@ -10,15 +10,7 @@ from driver.held_out import AFTER, NO_VIDEO, at_step, miou_by_step
 from driver.progress import find_saved_run, setup_of, write_progress
 from driver.run import Run
 from driver.run_state import Phase
-from video_opd.files.checkpoint import (
-    CHECKPOINTS,
-    begin_checkpoint,
-    checkpoint_folder,
-    checkpoint_steps,
-    finish_checkpoint,
-    is_partial,
-    retain,
-)
+from video_opd.files import checkpoint as on_disk
 from video_opd.files.run_folder import write_config
 from video_opd.logs import log, work
 
@@ -26,16 +18,16 @@ from video_opd.logs import log, work
 async def checkpoint(run: Run) -> None:
     """Writes learner, student, curriculum and progress as one whole folder; removes old ones."""
     with run.state.saving():
-        temporary = begin_checkpoint(run.folder, run.step)
+        temporary = on_disk.begin_checkpoint(run.folder, run.step)
         await run.learner.save(temporary)
         curriculum = await run.curriculum.state_dict()
         write_progress(temporary, run.progress, curriculum, setup_of(run.config, run.plan))
-        await asyncio.to_thread(finish_checkpoint, temporary, run.folder, run.step)
+        await asyncio.to_thread(on_disk.finish_checkpoint, temporary, run.folder, run.step)
         run.newest_checkpoint = run.step
         log.debug("checkpoint of step %d written", run.step)
         kept = run.config.checkpoint_keep_last, run.config.checkpoint_keep_best
         spare = tuple(run.uploads.needed) if run.uploads else ()
-        await asyncio.to_thread(retain, run.folder, *kept, miou_by_step(run), spare)
+        await asyncio.to_thread(on_disk.retain, run.folder, *kept, miou_by_step(run), spare)
         if run.uploads:
             run.uploads.start(run.step)
 
@@ -49,10 +41,7 @@ async def save_if_due(run: Run) -> None:
 
 
 async def restore(run: Run) -> None:
-    """Goes back to run.resume_from or, once that is done, to the newest whole checkpoint.
-
-    A resume then sets later checkpoints aside and writes its own config.yaml.
-    """
+    """Goes back to run.resume_from or, once that is done, to the newest whole checkpoint."""
     run.state.enter(Phase.RESTORING)
     saved = run.resume_from or find_saved_run(run.folder, run.config, run.plan)
     await run.learner.load(saved.folder, saved.world_size)
@@ -87,7 +76,6 @@ async def start_over(run: Run) -> None:
 
 
 def _remove_rounds_after(run: Run, num_rounds: int) -> None:
-    """Removes the curriculum's snapshots of later rounds."""
     for snapshot in (run.folder / "curriculum").glob("*.parquet"):
         number = snapshot.stem.removeprefix("round-")
         if snapshot.stem == "records" or (number.isdigit() and int(number) > num_rounds):
@@ -95,16 +83,14 @@ def _remove_rounds_after(run: Run, num_rounds: int) -> None:
 
 
 def set_aside_after(run_dir: Path, step: int) -> Path | None:
-    """Moves later checkpoints to a new folder, with copies of the files that the resumed run cuts back.
-
-    Returns the folder; None: there are no later checkpoints.
-    """
-    later = [s for s in checkpoint_steps(run_dir) if s > step and not is_partial(run_dir, s)]
+    """Moves later checkpoints and copies what the resumed run cuts back to a new folder, if any are later."""
+    steps = on_disk.checkpoint_steps(run_dir)
+    later = [s for s in steps if s > step and not on_disk.is_partial(run_dir, s)]
     if not later:
         return None
     number = len(list(run_dir.glob("set-aside/*"))) + 1
     folder = run_dir / "set-aside" / f"{number:02d}-after-step-{step}"
-    (folder / CHECKPOINTS).mkdir(parents=True)
+    (folder / on_disk.CHECKPOINTS).mkdir(parents=True)
     for name in ("metrics.jsonl", "summary.json", "report.html", "trajectories", "curriculum"):
         if (run_dir / name).is_dir():
             shutil.copytree(run_dir / name, folder / name)
@@ -113,6 +99,6 @@ def set_aside_after(run_dir: Path, step: int) -> Path | None:
     if (exported_step(run_dir) or 0) > step:
         (run_dir / STUDENT).rename(folder / STUDENT)
     for number in later:
-        source = checkpoint_folder(run_dir, number)
-        source.rename(folder / CHECKPOINTS / source.name)
+        source = on_disk.checkpoint_folder(run_dir, number)
+        source.rename(folder / on_disk.CHECKPOINTS / source.name)
     return folder

@@ -11,7 +11,7 @@ PHASES: tuple[str, ...] = ("rollout", "score", "update", "publish", "evaluate")
 
 
 class PhaseClock:
-    """Counts the seconds in which at least one call of a phase is under way, and in which none is."""
+    """Counts the seconds with a call of a phase under way (in full where phases overlap), and with none."""
 
     def __init__(self):
         self._active = dict.fromkeys(PHASES, 0)
@@ -45,10 +45,7 @@ class PhaseClock:
         count("tokens", tokens, phase=phase)
 
     def take_times(self) -> tuple[dict[str, float], dict[str, float], float]:
-        """Seconds by phase and idle, response tokens/s by phase, and wall seconds, since the last call.
-
-        Phases that overlap count in full each.
-        """
+        """Seconds by phase and idle, response tokens/s by phase, and wall seconds, since the last call."""
         self.advance()
         seconds = {phase: self._seconds[phase] for phase in (*PHASES, "idle")}
         rates = {phase: tokens / seconds[phase] for phase, tokens in self._tokens.items() if seconds[phase]}

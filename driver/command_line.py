@@ -27,12 +27,9 @@ ADDRESS = """HOST:PORT of a node of a Ray cluster, auto, or local for one of its
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Raises ConfigError."""
-    parser = Parser(
-        prog="python launch.py",
-        description=ABOUT,
-        epilog="configuration keys and their defaults:\n" + "\n".join(describe_keys()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    keys = "configuration keys and their defaults:\n" + "\n".join(describe_keys())
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python launch.py", description=ABOUT, epilog=keys, formatter_class=layout)
     add = parser.add_argument
     add("overrides", nargs="*", metavar="key=value", help="configuration values, e.g. learner.lr=1e-6")
     add("--config", type=Path, help="YAML file (default: configs/demo.yaml, the embedded demo)")

@@ -44,10 +44,9 @@ async def export_student(run: Run) -> None:
 
 def exported_step(run_dir: Path) -> int | None:
     """The step of RUN/student; None: there is none."""
-    try:
+    with suppress(FileNotFoundError):
         return json.loads((run_dir / STUDENT / CARD).read_text())["step"]
-    except FileNotFoundError:
-        return None
+    return None
 
 
 def _link_or_copy(source: str, target: str) -> str:

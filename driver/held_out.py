@@ -11,7 +11,6 @@ TEACHER, BEFORE, AFTER, NO_VIDEO = "teacher", "student_before", "student_after",
 
 
 def at_step(step: int) -> str:
-    """The name of an evaluation after `step` updates."""
     return f"step_{step}"
 
 

@@ -81,20 +81,14 @@ def write_progress(
 
 
 def find_saved_run(run_dir: Path, config: Config, plan: Plan, step: int | None = None) -> SavedRun:
-    """The newest whole checkpoint, or that of `step`, verified once.
-
-    Raises CheckpointError if `config` cannot resume from it.
-    """
+    """The newest whole checkpoint, or that of `step`. Raises CheckpointError if `config` cannot resume it."""
     saved = read_progress(find_checkpoint(run_dir, step), setup_of(config, plan))
     check_state(saved.curriculum, [p.prompt_id for p in plan.train], config)
     return saved
 
 
 def read_progress(folder: Path, setup: dict[str, Any]) -> SavedRun:
-    """Reads what write_progress wrote to a checkpoint, which is whole.
-
-    Raises CheckpointError if it is unreadable, differs from `setup`, or has a file that would run code.
-    """
+    """Reads a whole checkpoint. Raises CheckpointError if unreadable, not of `setup`, or with code to run."""
     if code := find_code(folder):
         raise CheckpointError(f"checkpoint {folder} is not safe to load: {code}: choose another with --step")
     try:

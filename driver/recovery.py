@@ -29,10 +29,7 @@ def learner_lost(error: BaseException) -> LearnerLostError | None:
 
 
 async def recover(run: Run, cause: LearnerLostError) -> None:
-    """Starts a new group of learner ranks, and puts the whole run back to the newest checkpoint.
-
-    Raises PartLostError after max_retries from the same checkpoint.
-    """
+    """Restarts the learner at the newest checkpoint. Raises PartLostError after max_retries from that one."""
     back_to = run.newest_checkpoint or 0
     run.num_restarts[back_to] += 1
     if run.num_restarts[back_to] > run.config.max_retries:

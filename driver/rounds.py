@@ -43,9 +43,8 @@ async def teacher_ious(run: Run) -> np.ndarray:
     missing = [key for key in prompt_of if key not in answers]
     for first in range(0, len(missing), ANSWERS_A_WRITE):
         part = missing[first : first + ANSWERS_A_WRITE]
-        results = await run.teacher.predict(
-            [prompt_of[key] for key in part], config.curriculum.num_teacher_predictions, TEMPERATURE
-        )
+        prompts = [prompt_of[key] for key in part]
+        results = await run.teacher.predict(prompts, config.curriculum.num_teacher_predictions, TEMPERATURE)
         new = {k: r for k, r in zip(part, results, strict=True) if not isinstance(r, FailedPrompt)}
         run.totals["teacher_answers"] += sum(len(r) for r in new.values())
         await run.curriculum.retire([r for r in results if isinstance(r, FailedPrompt)])
@@ -53,23 +52,19 @@ async def teacher_ious(run: Run) -> np.ndarray:
         write_answers(run.folder, settings, answers)  # all of them: an interrupted run keeps its answers
     write_answers(run.folder, settings, answers)
     reading = config.curriculum.multi_span_iou
-    ious = [
-        [prompt_iou(a.span_s, p, reading) for a in answers.get(key, ())]
-        for key, p in zip(keys, pool, strict=True)
-    ]
+    asked = zip(keys, pool, strict=True)
+    ious = [[prompt_iou(a.span_s, p, reading) for a in answers.get(key, ())] for key, p in asked]
     return np.array([np.mean(of_prompt) if of_prompt else np.nan for of_prompt in ious])
 
 
 async def student_ious(run: Run) -> np.ndarray:
     """float64[P]: sigma of the current student, NaN where a clip cannot be read or the prompt is dropped."""
     alive = await run.curriculum.alive()
-    pool = [run.plan.train[i] for i in alive]
-    results = await ask_student(run, pool)
+    results = await ask_student(run, [run.plan.train[i] for i in alive])
     await run.curriculum.retire([r for r in results if isinstance(r, FailedPrompt)])
     ious = np.full(len(run.plan.train), np.nan)
     reading = run.config.curriculum.multi_span_iou
-    ious[alive] = [
-        np.nan if isinstance(r, FailedPrompt) else prompt_iou(r.span_s, p, reading)
-        for r, p in zip(results, pool, strict=True)
-    ]
+    for i, answer in zip(alive, results, strict=True):
+        if not isinstance(answer, FailedPrompt):
+            ious[i] = prompt_iou(answer.span_s, run.plan.train[i], reading)
     return ious

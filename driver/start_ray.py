@@ -102,17 +102,10 @@ def wait_for_places(config: Config, timeout_s: float) -> None:
 
 
 def start_ray(config: Config, address: str | None) -> None:
-    """Joins the Ray of `address` (see cluster_to_join), or starts a local one; waits until it has room.
-
-    Raises ConfigError, and ClusterError if it does not get room.
-    """
+    """Joins the Ray of `address`, or starts a local one; waits for room. Raises ConfigError, ClusterError."""
     os.environ.setdefault("RAY_worker_niceness", "0")  # workers must not yield to the driver
-    shared: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": "ERROR",
-        "namespace": NAMESPACE,
-        "runtime_env": {"env_vars": python_path() | SERVE_ENV},
-    }
+    shared: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": NAMESPACE}
+    shared["runtime_env"] = {"env_vars": python_path() | SERVE_ENV}
     joined = cluster_to_join(address)
     if joined:
         context = join(joined, **shared)
@@ -130,6 +123,13 @@ def start_ray(config: Config, address: str | None) -> None:
         wait_for_places(config, timeout_s)
 
 
+def signals_to_handle() -> list[signal.Signals]:
+    """Those of SIGNALS that are not ignored (as by nohup); none outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    return [which for which in SIGNALS if signal.getsignal(which) != signal.SIG_IGN]
+
+
 @contextmanager
 def stopped_by_signals(when: str) -> Iterator[None]:
     """SIGTERM and SIGINT raise StoppedError in the block; for the time before the run begins."""
@@ -137,12 +137,7 @@ def stopped_by_signals(when: str) -> Iterator[None]:
     def stop(number: int, _: object) -> None:
         raise StoppedError(f"stopped by {signal.Signals(number).name} {when}", number)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {w: signal.getsignal(w) for w in SIGNALS if signal.getsignal(w) != signal.SIG_IGN}
-    for which in before:
-        signal.signal(which, stop)
+    before = {which: signal.signal(which, stop) for which in signals_to_handle()}
     try:
         yield
     finally:

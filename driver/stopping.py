@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 import sys
-import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
@@ -13,7 +12,7 @@ from ray.exceptions import RayError
 from driver.checkpoints import checkpoint
 from driver.run import Run
 from driver.run_state import Phase
-from driver.start_ray import SIGNALS
+from driver.start_ray import signals_to_handle
 from video_opd.cluster.faults import cause_of
 from video_opd.errors import StoppedError, VideoOPDError
 from video_opd.logs import log
@@ -28,7 +27,9 @@ async def shutdown_at_end(run: Run) -> AsyncIterator[None]:
     """
     task = asyncio.current_task()
     assert task
-    handled = _handle_signals(run)
+    loop, handled = asyncio.get_running_loop(), signals_to_handle()
+    for which in handled:
+        loop.add_signal_handler(which, _on_signal, run, which)
     stopping = asyncio.ensure_future(_cancel_after_signal(run, task))
     try:
         yield
@@ -42,22 +43,12 @@ async def shutdown_at_end(run: Run) -> AsyncIterator[None]:
         stopping.cancel()
         async with AsyncExitStack() as last:  # runs all, in reverse order, whatever one of them raises
             for which in handled:
-                last.callback(asyncio.get_running_loop().remove_signal_handler, which)
+                last.callback(loop.remove_signal_handler, which)
             if run.uploads:  # can take an hour: only after the parts gave back their places
                 last.push_async_callback(run.uploads.finish)
             last.callback(run.learner.stop)
             if run.teacher:
                 last.callback(run.teacher.stop)
-
-
-def _handle_signals(run: Run) -> list[signal.Signals]:
-    """Returns the handled ones: those that are not ignored (as by nohup), in the main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        return []
-    handled = [which for which in SIGNALS if signal.getsignal(which) != signal.SIG_IGN]
-    for which in handled:
-        asyncio.get_running_loop().add_signal_handler(which, _on_signal, run, which)
-    return handled
 
 
 def _on_signal(run: Run, which: signal.Signals) -> None:

@@ -15,17 +15,8 @@ from fsspec.implementations.dirfs import DirFileSystem
 from video_opd.cluster.faults import cause_of
 from video_opd.content import is_inside
 from video_opd.errors import CheckpointError, ConfigError, InputError, PartialCheckpointError
-from video_opd.files.checkpoint import (
-    CHECKPOINTS,
-    MANIFEST,
-    check_whole,
-    checkpoint_folder,
-    checkpoint_steps,
-    choose_checkpoint,
-    files_below,
-    parse_manifest,
-    steps_in,
-)
+from video_opd.files import checkpoint as on_disk
+from video_opd.files.checkpoint import CHECKPOINTS, MANIFEST, files_below
 from video_opd.logs import FILE as LOG_FILE
 from video_opd.logs import log
 
@@ -68,9 +59,7 @@ class Uploads:
     def __init__(self, url: str, run_dir: Path, max_retries: int, timeout_s: float):
         self._url, self._run_dir, self._max_retries, self._timeout_s = url, run_dir, max_retries, timeout_s
         self._remote = open_url(f"{url.rstrip('/')}/{run_dir.name}")
-        self.needed: list[
-            int
-        ] = []  # steps whose checkpoints must stay: the one being read, the one that waits
+        self.needed: list[int] = []  # steps whose checkpoints stay: the one being read, the one that waits
         self._task: asyncio.Task | None = None
 
     def start(self, step: int) -> None:
@@ -115,7 +104,7 @@ class Uploads:
         for path in (self._run_dir / name for name in _BESIDE):
             for file in [path] if path.is_file() else files_below(path):
                 self._put_whole(file)
-        folder = checkpoint_folder(self._run_dir, step)
+        folder = on_disk.checkpoint_folder(self._run_dir, step)
         manifest = (folder / MANIFEST).read_bytes()
         self._remove(step)
         for file in files_below(folder):
@@ -124,7 +113,7 @@ class Uploads:
         if (folder / MANIFEST).read_bytes() != manifest:  # replaced meanwhile: the new one is copied next
             return
         self._put_whole(folder / MANIFEST)
-        for other in set(remote_steps(self._remote)) - {*checkpoint_steps(self._run_dir), step}:
+        for other in set(remote_steps(self._remote)) - {*on_disk.checkpoint_steps(self._run_dir), step}:
             self._remove(other)
 
     def _put(self, source: Path, suffix: str = "") -> str:
@@ -150,7 +139,7 @@ def remote_steps(remote: Any) -> list[int]:
     """The steps of all checkpoints of a run's copy, whole or not, in order."""
     remote.invalidate_cache()
     paths = remote.ls(CHECKPOINTS, detail=False) if remote.exists(CHECKPOINTS) else []
-    return steps_in(path.rstrip("/").rpartition("/")[2] for path in paths)
+    return on_disk.steps_in(path.rstrip("/").rpartition("/")[2] for path in paths)
 
 
 def fetch_config(url: str, folder: Path) -> Path:
@@ -187,7 +176,7 @@ def fetch_run(url: str, runs_dir: Path, step: int | None = None) -> Path:
             for target in targets:
                 target.parent.mkdir(parents=True, exist_ok=True)
             remote.get([*beside, *names], [str(target) for target in targets])
-            check_whole(targets[-1].parent)
+            on_disk.check_whole(targets[-1].parent)
             temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -201,10 +190,10 @@ def _files_of_checkpoint(remote: Any, url: str, step: int | None) -> list[str]:
         folder = f"{CHECKPOINTS}/step-{candidate}"
         if not remote.exists(f"{folder}/{MANIFEST}"):
             raise PartialCheckpointError(f"checkpoint {url}/{folder} is partial: it has no {MANIFEST}")
-        names = parse_manifest(remote.cat_file(f"{folder}/{MANIFEST}"), f"{url}/{folder}")
+        names = on_disk.parse_manifest(remote.cat_file(f"{folder}/{MANIFEST}"), f"{url}/{folder}")
         return [f"{folder}/{name}" for name in (*names, MANIFEST)]
 
-    return choose_checkpoint(remote_steps(remote), step, url, files)
+    return on_disk.choose_checkpoint(remote_steps(remote), step, url, files)
 
 
 def in_daemon(work: Callable[[], T]) -> asyncio.Future[T]:

@@ -46,11 +46,8 @@ REVERSE_KL = {
 }
 ENTROPY = {"learner/entropy": ("student", "C0"), "teacher/entropy": ("teacher", "C1")}
 
-Metrics = Sequence[Mapping[str, float]]
-"""The lines of metrics.jsonl."""
-
-ShowStep = Callable[[Mapping[str, float]], None]
-"""Advances the progress bar by one step and shows the step's main metrics."""
+Metrics = Sequence[Mapping[str, float]]  # the lines of metrics.jsonl
+ShowStep = Callable[[Mapping[str, float]], None]  # advances the bar by a step, shows its main metrics
 
 
 @contextmanager
@@ -70,7 +67,6 @@ def progress_bar(num_steps: int, done: int) -> Iterator[ShowStep]:
 
 
 def print_summary(folder: Path, summary: dict[str, Any]) -> None:
-    """Prints the final table."""
     n = summary["baselines"]["random"]["n"]
     table = Table("", title=f"held-out split, {n} prompts, loss {summary['loss']}, seed {summary['seed']}")
     for name in (*COLUMNS.values(), "unparsed"):

@@ -15,8 +15,7 @@ from video_opd.files.durable import finish_interrupted_writes, fsync_path, fsync
 
 T = TypeVar("T")
 CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"
-FORMAT = 1
-"""Of checkpoints; raised with every change that an older version cannot read."""
+FORMAT = 1  # of checkpoints; raised with every change that an older version cannot read
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
@@ -92,8 +91,7 @@ def damaged(folder: object, why: str) -> CheckpointError:
 def check_whole(folder: Path, digests: bool = True) -> Path:
     """Compares every file with the manifest: its size and, if `digests`, its digest. Returns `folder`.
 
-    Raises PartialCheckpointError when the manifest or a part of a file is missing, CheckpointError when the
-    checkpoint is damaged or was written by a newer version.
+    Raises PartialCheckpointError if a part is missing, CheckpointError if damaged or of a newer version.
     """
     name = MANIFEST
     try:
@@ -146,8 +144,7 @@ def choose_checkpoint(steps: Sequence[int], step: int | None, where: object, che
             print(f"{partial}: using the whole one before it, of step {candidate}")
         return chosen
     because = f" ({partial})" if partial else ""
-    start = "start a new run, with checkpoint_every set"
-    raise CheckpointError(f"{where} has no whole checkpoint{because}: {start}")
+    raise CheckpointError(f"{where} has no whole checkpoint{because}: start a new run with checkpoint_every")
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -155,10 +152,7 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def retain(run_dir: Path, last: int, best: int, miou: Mapping[int, float], spare: Collection[int]) -> None:
-    """Removes partial checkpoints, and all but the `last` newest, the `best` (earlier of equals) and `spare`.
-
-    miou: by step, of the steps that were evaluated.
-    """
+    """Removes partial checkpoints, and all but the `last` newest, `best` by `miou` of steps, and `spare`."""
     steps = checkpoint_steps(run_dir)
     whole = [s for s in steps if not is_partial(run_dir, s)]
     best_steps = sorted((s for s in whole if s in miou), key=lambda s: (-miou[s], s))[:best]

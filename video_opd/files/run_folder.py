@@ -54,10 +54,7 @@ def locked(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_run_folder(config: Config) -> Iterator[Path]:
-    """A new locked folder, runs_dir/run_name or named by the time; removed if nothing is written to it.
-
-    Raises ConfigError if it exists or cannot be made.
-    """
+    """A new locked folder, named by run_name or the time; removed if left empty. Raises ConfigError."""
     folder = _make_run_folder(Path(config.runs_dir), config.run_name)
     try:
         with locked(folder):
