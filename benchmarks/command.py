@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -51,18 +50,15 @@ def make_clip(name: str) -> Clip:
 
 
 def in_new_process(work: Callable[..., T], *arguments: Any) -> T:
-    """Runs `work` in a fresh process, with memory and a Ray of its own.
-
-    A process launches once: threads of Serve outlive ray.shutdown and would start another Ray.
-    """
+    """Runs `work` with memory and a Ray of its own: Serve's threads outlive ray.shutdown in a process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(work, *arguments).result()
 
 
-def timed(work: Callable[[], T]) -> tuple[float, T]:
+def timed(work: Callable[..., T], *arguments: Any) -> tuple[float, T]:
     """(seconds, what `work` returned)."""
     started = time.perf_counter()
-    result = work()
+    result = work(*arguments)
     return time.perf_counter() - started, result
 
 
@@ -78,10 +74,10 @@ def append_row(path: Path, row: Row) -> None:
 
 def by_kind(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """The rows of each `kind`, kinds in the order of their first row."""
-    groups: dict[str, list[Row]] = defaultdict(list)
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups[row["kind"]].append(row)
-    return dict(groups)
+        groups.setdefault(row["kind"], []).append(row)
+    return groups
 
 
 def spread(values: Sequence[float]) -> str:

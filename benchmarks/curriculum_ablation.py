@@ -42,19 +42,12 @@ def measure(kind: str, seed: int, out: Path, num_rounds: int, overrides: Sequenc
     values |= {"max_policy_lag": 0}  # all that is scored is trained on: budgets are equal to within a step
     summary = launch.launch(load_demo([*(f"{k}={v}" for k, v in values.items()), *KINDS[kind], *overrides]))
     assert summary["steps"] < num_steps, f"{kind}: {num_steps} steps scored fewer than {budget} tokens"
-    return {
-        "kind": kind,
-        "seed": seed,
-        "miou": summary["student_after"]["miou"],
-        "r1_07": summary["student_after"]["r1@0.7"],
-        "wall_s": summary["seconds"]["train"],
-        "select_s": summary["seconds"].get("select", 0.0),
-        "scored_tokens": summary["tokens"]["scored"],
-        "dropped": len(summary["dropped"]),
-        "miou_before": summary["student_before"]["miou"],
-        "teacher_miou": summary["teacher"]["miou"],
-        **{key: summary[key] for key in COUNTS},
-    }
+    before, after, teacher = (summary[key]["miou"] for key in ("student_before", "student_after", "teacher"))
+    row = {"kind": kind, "seed": seed, "miou": after, "r1_07": summary["student_after"]["r1@0.7"]}
+    row |= {"wall_s": summary["seconds"]["train"], "select_s": summary["seconds"].get("select", 0.0)}
+    row |= {"scored_tokens": summary["tokens"]["scored"], "dropped": len(summary["dropped"])}
+    row |= {"miou_before": before, "teacher_miou": teacher}
+    return row | {key: summary[key] for key in COUNTS}
 
 
 def main() -> None:

@@ -65,7 +65,7 @@ def measure(decoder: str, videos: Path, cache_dir: Path, repeats: int) -> Row:
     seconds = {name: np.full(len(clips), np.inf) for name in ways}
     for _ in range(repeats):
         for name, read in ways.items():
-            taken = [timed(lambda read=read, clip=clip: read(clip))[0] for clip in clips]
+            taken = [timed(read, clip)[0] for clip in clips]
             seconds[name] = np.minimum(seconds[name], taken)
     shared_pool(video).close()
     in_process, worker, cached = (float(np.median(seconds[name])) for name in ways)

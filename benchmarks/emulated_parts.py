@@ -22,12 +22,9 @@ class EmulatedActor:
     """Samples a step's prompts in ROLLOUT_S seconds, evenly one after the other."""
 
     def __init__(self, name: str, config: Config):
-        self._name, self._config = name, config
+        self._config = config
         self._policy_version = -1
         self._prompt_s = float(os.environ[ROLLOUT_S]) / config.groups_per_step
-
-    def __repr__(self) -> str:
-        return self._name
 
     def pid(self) -> int:
         return os.getpid()

@@ -19,21 +19,15 @@ CALL_S = "EMULATED_CALL_S"  # in config.worker_env: how many seconds the engine 
 class EmulatedTeacher:
     """Encoder and engine in one: ignores the prompt; the log-prob of a token is minus its id."""
 
-    def __init__(self, call_s: float):
-        self._call_s = call_s
-
     def encode_all(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         unused: Any = dict.fromkeys(("frames", "pixel_values", "token_types", "second_per_grid"))
         unused |= {"unexpanded_token_ids": [], "video_metadata": {}, "video_grid_thw": (0, 0, 0)}
-        ids = np.zeros(0, np.int32)
-        return [
-            EncodedPrompt(prompt_id=p.prompt_id, token_ids=ids, fingerprint=p.prompt_id, **unused)
-            for p in prompts
-        ]
+        unused["token_ids"] = np.zeros(0, np.int32)
+        return [EncodedPrompt(prompt_id=p.prompt_id, fingerprint=p.prompt_id, **unused) for p in prompts]
 
     def score(self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray]) -> list[Any]:
         """Has the fields of engine.TokenScores, whose module imports torch."""
-        time.sleep(self._call_s)
+        time.sleep(float(os.environ[CALL_S]))
         unasked = dict.fromkeys(("top_k", "hidden", "entropy"))
         return [SimpleNamespace(logprobs=-r.astype(np.float32), **unasked) for r in responses]
 
@@ -42,7 +36,7 @@ class EmulatedReplica(TeacherReplica):
     """A real replica of an emulated teacher."""
 
     def _load(self, config: Config, model: str) -> Any:
-        emulated = EmulatedTeacher(float(os.environ[CALL_S]))
+        emulated = EmulatedTeacher()
         return emulated, emulated
 
 

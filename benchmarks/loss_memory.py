@@ -52,13 +52,9 @@ def compare(num_tokens: int, device: str) -> Row:
     fits = PLAIN_COPIES * num_tokens * VOCABULARY * 4 < 0.9 * available
     peak, seconds = in_new_process(measure, num_tokens, device, CHUNK)
     plain_peak, plain_s = in_new_process(measure, num_tokens, device, num_tokens) if fits else (None, None)
-    row = {
-        "response_tokens": num_tokens,
-        "device": device,
-        "peak_bytes": peak,
-        "plain_peak_bytes": plain_peak,
-    }
-    return row | {"seconds": seconds, "time_ratio": seconds / plain_s if plain_s else None}
+    peaks = {"peak_bytes": peak, "plain_peak_bytes": plain_peak}
+    times = {"seconds": seconds, "time_ratio": seconds / plain_s if plain_s else None}
+    return {"response_tokens": num_tokens, "device": device} | peaks | times
 
 
 def main() -> None:

@@ -82,20 +82,11 @@ def measure(kind: str, seed: int, runs: Path, num_steps: int, overrides: Sequenc
     for line in lines:
         if "eval/miou" in line:
             curve.append(point(int(line["step"]) + 1, line, line["eval/miou"], line["eval/r1@0.7"]))
-    return {
-        "kind": kind,
-        "seed": seed,
-        "steps": num_steps,
-        "overrides": list(overrides),
-        "miou": after["miou"],
-        "r1_07": after["r1@0.7"],
-        "step_s": step_s,
-        "wall_s": step_s * summary["steps"],
-        "rollout_tokens": summary["tokens"]["rollout"],
-        "teacher_tokens": summary["tokens"]["scored"],
-        "teacher_miou": teacher["miou"] if teacher else None,
-        "curve": curve,
-    }
+    row: Row = {"kind": kind, "seed": seed, "steps": num_steps, "overrides": list(overrides)}
+    row |= {"miou": after["miou"], "r1_07": after["r1@0.7"]}
+    row |= {"step_s": step_s, "wall_s": step_s * summary["steps"]}
+    row |= {"rollout_tokens": summary["tokens"]["rollout"], "teacher_tokens": summary["tokens"]["scored"]}
+    return row | {"teacher_miou": teacher["miou"] if teacher else None, "curve": curve}
 
 
 def time_to(curves: Sequence[Sequence[dict[str, float]]], target: float) -> str:

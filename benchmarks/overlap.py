@@ -55,11 +55,8 @@ async def train_emulated(config: Config, plan: Plan, folder: Path) -> None:
 
 def emulate(lag: int, parts: int, num_steps: int) -> float:
     """Mean seconds of a step around engines that sleep. At lag 1 steps alternate: a median would flatter."""
-    sleeps = {  # a score call takes its share of SCORE_S
-        emulated_parts.ROLLOUT_S: ROLLOUT_S,
-        emulated_parts.UPDATE_S: UPDATE_S,
-        emulated_teacher.CALL_S: SCORE_S / parts,
-    }
+    sleeps = {emulated_parts.ROLLOUT_S: ROLLOUT_S, emulated_parts.UPDATE_S: UPDATE_S}
+    sleeps[emulated_teacher.CALL_S] = SCORE_S / parts  # a call's share
     overrides = [f"worker_env.{name}='{seconds}'" for name, seconds in sleeps.items()]
     overrides += [f"max_policy_lag={lag}", f"groups_per_step={GROUPS}", f"num_steps={num_steps}"]
     overrides += [f"rollout.prompts_per_call={GROUPS}", f"rollout.prompts_per_result={GROUPS // parts}"]
@@ -93,12 +90,9 @@ def main() -> None:
             row = {"handed_on": handed_on, "lag": lag, "seconds_per_step": seconds}
             rows.append(row | {"over_slowest": seconds / SLOWEST_S})
     lag0, lag1 = (in_new_process(train_demo, lag, demo_steps + extra) for lag in (0, 1))
-    result = {
-        "lag0_steps_per_s": lag0,
-        "lag1_steps_per_s": lag1,
-        "emulated_lag1_over_slowest": max(row["over_slowest"] for row in rows if row["lag"] == 1),
-        "rows": rows,
-    }
+    over_slowest = max(row["over_slowest"] for row in rows if row["lag"] == 1)
+    result = {"lag0_steps_per_s": lag0, "lag1_steps_per_s": lag1}
+    result |= {"emulated_lag1_over_slowest": over_slowest, "rows": rows}
     title = f"emulated: rollout {ROLLOUT_S:.0f} s, score {SCORE_S:.0f} s, update {UPDATE_S:.0f} s"
     print_result(result, title, rows, f"demo: {lag0:.2f} steps/s at lag 0, {lag1:.2f} at lag 1")
 

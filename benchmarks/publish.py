@@ -31,7 +31,6 @@ from video_opd.models.prompting import PromptEncoder
 from video_opd.weights.buckets import to_buckets, unpack
 
 STUDENT_BYTES = "STUDENT_BYTES"  # in config.worker_env
-PATH = "object_store"
 NUM_ACTORS = (1, 2)
 HIDDEN, VOCABULARY = 1024, 32_000
 LAYER = {  # of a decoder
@@ -106,16 +105,15 @@ async def measure(config: Config, repeats: int) -> Row:
             started = time.perf_counter()
             num_bytes = (await pools[key].publish(version, learners[key])).num_bytes
             seconds.append(time.perf_counter() - started)
-            copies.append(2 * COPY_BYTES / timed(lambda: np.copyto(target, source))[0])  # read and written
+            copies.append(2 * COPY_BYTES / timed(np.copyto, target, source)[0])  # read and written
     bandwidth, rows = statistics.median(copies), []
     for count in NUM_ACTORS:
         named, loaded = (taken[what, count][1:] for what in ("named", "loaded"))
         medians = {"": statistics.median(named), "loaded_": statistics.median(loaded)}
         extremes = {"slowest_": max(named), "fastest_": min(named)}
         rates = {f"{name}bytes_per_s": num_bytes / s for name, s in (medians | extremes).items()}
-        rows.append({"path": PATH, "actors": count} | rates)
-    share = rows[0]["bytes_per_s"] / bandwidth
-    memory = {"memory_bytes_per_s": bandwidth, "bandwidth_share": share}
+        rows.append({"path": "object_store", "actors": count} | rates)
+    memory = {"memory_bytes_per_s": bandwidth, "bandwidth_share": rows[0]["bytes_per_s"] / bandwidth}
     return {"rows": rows} | memory | {"student_bytes": num_bytes, "repeats": repeats}
 
 
@@ -128,9 +126,7 @@ def engine_reload(config: Config) -> Row:
     taken = []
     for version in range(1 + RELOADS):
         buckets = list(to_buckets(named, version, config.learner.bucket_bytes))
-        started = time.perf_counter()
-        engine.load_weights(version, buckets)
-        taken.append(time.perf_counter() - started)
+        taken.append(timed(engine.load_weights, version, buckets)[0])
     return {"engine_bytes": sum(p.nbytes for _, p in named), "engine_reload_s": statistics.median(taken[1:])}
 
 

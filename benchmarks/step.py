@@ -21,15 +21,10 @@ def measure(overrides: Sequence[str], num_steps: int) -> Row:
         lines = read_metrics(folder)[WARM_UP_STEPS:]
     phases = {p: float(np.median([line[f"time/{p}_s"] for line in lines])) for p in (*PHASES, "idle")}
     step_s = float(np.median([line["time/step_s"] for line in lines]))
-    return {
-        "seconds_per_step": step_s,
-        "phases": phases,
-        "limit_share": max(phases[name] for name in PHASES) / step_s,
-        "peak_bytes": memory.at_peak.total(),
-        "peak_rss_bytes": memory.at_peak.total(),  # the same: shared pages count once
-        "start_up_s": summary["seconds"]["start_up"],
-        "steps": len(lines),
-    }
+    slowest_s, peak = max(phases[name] for name in PHASES), memory.at_peak.total()
+    seconds = {"seconds_per_step": step_s, "phases": phases, "limit_share": slowest_s / step_s}
+    sizes = {"peak_bytes": peak, "peak_rss_bytes": peak}  # the same: shared pages count once
+    return seconds | sizes | {"start_up_s": summary["seconds"]["start_up"], "steps": len(lines)}
 
 
 def main() -> None:

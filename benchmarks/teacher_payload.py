@@ -29,7 +29,6 @@ def median_s(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def measure(tokens: int) -> list[Row]:
-    """One row for each kind of payload."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     head = torch.randn(VOCABULARY, HIDDEN, device=device) / HIDDEN**0.5
@@ -40,12 +39,9 @@ def measure(tokens: int) -> list[Row]:
         arrived = torch.from_numpy(states.copy()).to(device)
         return (arrived.matmul(head.T) if project else arrived).log_softmax(-1).cpu()
 
-    def top_k(k: int) -> TopK:
-        return top_k_of(hidden.matmul(head.T), k)
-
     ways: dict[str, tuple[Callable[[], Any], Callable[[Any], Any] | None]] = {
         "log-probs": (lambda: token_logprobs(hidden.matmul(head.T), targets).cpu().numpy(), None),
-        **{f"top-{k}": (partial(top_k, k), None) for k in TOP_K},
+        **{f"top-{k}": (lambda k=k: top_k_of(hidden.matmul(head.T), k), None) for k in TOP_K},
         "hidden states": (lambda: hidden.cpu().numpy(), partial(log_softmax, project=True)),
         "logits": (lambda: hidden.matmul(head.T).cpu().numpy(), partial(log_softmax, project=False)),
     }

@@ -21,16 +21,10 @@ from teacher_service.scaling import read_pool, set_replicas
 from video_opd.config_file import load_demo
 
 CALL_S, LOAD, SIZES = 0.5, 3, (1, 2, 4, 8)
-# Of a call; 256 KiB of prompt tokens:
-CALL = GROUPS, ROLLOUTS, PROMPT_TOKENS, RESPONSE_TOKENS = 4, 4, 4096, 32
+CALL = GROUPS, ROLLOUTS, PROMPT_TOKENS, RESPONSE_TOKENS = 4, 4, 4096, 32  # 256 KiB of prompt tokens
 START_S, POLL_S = 120.0, 0.2
-OVERRIDES = [
-    "teacher_pool.max_batch_requests=1",
-    "teacher_pool.batch_wait_s=0",
-    "teacher_pool.num_cpus=0.1",
-    f"worker_env.{emulated_teacher.CALL_S}='{CALL_S}'",
-    f"start_timeout_s={START_S}",
-]
+POOL = ["teacher_pool.max_batch_requests=1", "teacher_pool.batch_wait_s=0", "teacher_pool.num_cpus=0.1"]
+OVERRIDES = [*POOL, f"worker_env.{emulated_teacher.CALL_S}='{CALL_S}'", f"start_timeout_s={START_S}"]
 
 
 async def scale_to(pool: TeacherPool, replicas: int) -> None:
@@ -67,7 +61,6 @@ async def measure(pool: TeacherPool, replicas: int, references: list[Any], windo
 
 
 async def run(window_s: float) -> list[Row]:
-    """One row for each of SIZES."""
     config = load_demo(OVERRIDES)
     start_ray(config, address="local")
     try:

@@ -79,10 +79,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_processor() -> Qwen3VLProcessor:
     options: dict[str, Any] = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2}
     options |= {"size": {"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE * 256}}
-    options |= {
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-    }  # vLLM normalises videos with the image's too
+    options |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # vLLM uses the image's for videos too
     image = Qwen2VLImageProcessor(**options)
     video = Qwen3VLVideoProcessor(**options, cap_pixels_per_frame=False)
     return Qwen3VLProcessor(image, build_tokenizer(), video, chat_template=CHAT_TEMPLATE)

@@ -30,8 +30,6 @@ from video_opd.types import EncodedPrompt, Prediction, Prompt, Span
 NUM_CLIPS, NUM_VALIDATION_CLIPS = 5000, 100  # of the pretraining split; validation decided when to stop
 NUM_LABELS = len(COLOURS) * len(SHAPES) + 1  # of one kind: every object, and the asked one
 VIDEO = 2  # transformers' token type of a video token
-
-
 STEPS, LR, BATCH, VALIDATE_EVERY = 1800, 2e-3, 32, 25
 
 

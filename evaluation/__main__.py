@@ -61,9 +61,8 @@ def ask_model(config: Config, prompts: Sequence[Prompt], blanks: bool) -> list[l
     from video_opd.models.prompting import PromptEncoder
     from video_opd.models.vllm_engine import SamplingEngine, predict
 
-    trust = config.trust_remote_code
-    encoder = PromptEncoder(config.student, config.prompt, config.video, trust)
-    student, rollout = config.student, config.rollout
+    student, rollout, trust = config.student, config.rollout, config.trust_remote_code
+    encoder = PromptEncoder(student, config.prompt, config.video, trust)
     engine = SamplingEngine(student, rollout, config.seed, encoder.pad_ids, trust_remote_code=trust)
     size, passes = rollout.prompts_per_call, []
     for blank_video in (False, True) if blanks else (False,):
@@ -140,21 +139,19 @@ def print_result(result: dict[str, Any], folder: Path) -> None:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m evaluation", description=__doc__, formatter_class=layout)
-    values = "configuration values, e.g. data.eval.max_prompts=100"
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=values)
+    add, values = parser.add_argument, "configuration values, e.g. data.eval.max_prompts=100"
+    add("overrides", nargs="*", metavar="key=value", help=values)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", type=Path, metavar="FOLDER", help="transformers folder; needs --config")
     what.add_argument("--run", type=Path, metavar="RUN", help="run folder, e.g. runs/NAME")
     file = "Parquet with the columns prompt_id and text"
     what.add_argument("--predictions", type=Path, metavar="FILE", help=file)
     needed = "YAML file that names the data; not needed for --predictions that this command wrote"
-    parser.add_argument("--config", type=Path, help=needed)
-    names = f"{', '.join(PROTOCOLS)} (default: strict)"
-    parser.add_argument("--protocol", default="strict", metavar="NAME", help=names)
-    out = "default: RUN/evaluation, or evaluation-NAME here"
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help=out)
+    add("--config", type=Path, help=needed)
+    add("--protocol", default="strict", metavar="NAME", help=f"{', '.join(PROTOCOLS)} (default: strict)")
+    add("--out", type=Path, metavar="FOLDER", help="default: RUN/evaluation, or evaluation-NAME here")
     without = "leave out the blind baselines and the training split"
-    parser.add_argument("--no-baselines", dest="baselines", action="store_false", help=without)
+    add("--no-baselines", dest="baselines", action="store_false", help=without)
     return parser.parse_args(arguments)
 
 
@@ -188,8 +185,7 @@ def run(parsed: argparse.Namespace) -> None:
         assert config is not None, "read_config gives one for a model or a run"
         os.environ.update(config.worker_env)  # as in the run's processes, before torch is imported
         answers, name = answers_of_model(config, parsed.baselines), Path(config.student).name
-    default = parsed.run / "evaluation" if parsed.run else Path(f"evaluation-{name}")
-    folder = parsed.out or default
+    folder = parsed.out or (parsed.run / "evaluation" if parsed.run else Path(f"evaluation-{name}"))
     print_result(evaluate(answers, protocol, parsed.baselines, folder), folder)
 
 

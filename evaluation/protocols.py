@@ -34,10 +34,7 @@ _LMMS_KEYWORDS = ("start", "end", "happen")
 
 
 def hull_iou(a: Span, b: Span) -> float:
-    """Intersection over the hull of both intervals, as the other codebases compute IoU; 0 if either is empty.
-
-    Where a and b meet, this is the IoU up to its last bits.
-    """
+    """The other codebases' IoU: intersection over the hull of both intervals; 0 if either is empty."""
     hull = max(a[1], b[1]) - min(a[0], b[0])
     return max(min(a[1], b[1]) - max(a[0], b[0]), 0.0) / hull if hull > 0 else 0.0
 
