@@ -50,6 +50,7 @@ def require_prometheus() -> None:
 ENGINE_MODULES = ("live", "chaos", "hosts", "launch", "learner", "stopping", "teacher_pool", "cluster")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks what starts engines, and lets one worker run all tests of a file, engines first."""
     for item in items:
