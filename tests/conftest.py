@@ -50,13 +50,11 @@ def require_prometheus() -> None:
 ENGINE_MODULES = ("live", "chaos", "hosts", "launch", "learner", "stopping", "teacher_pool", "cluster")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what starts engines, and lets one worker run all tests of a file, engines first."""
+    """Marks what starts engines and puts it first."""
     for item in items:
         if "real" in item.path.parts:
             item.add_marker("engine")
-        item.add_marker(pytest.mark.xdist_group(item.path.relative_to(item.config.rootpath).as_posix()))
 
     def place(item: pytest.Item) -> int:
         name = item.path.stem.removeprefix("test_")
