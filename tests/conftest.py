@@ -47,7 +47,8 @@ def require_prometheus() -> None:
 
 
 # The modules that start engines, in the order in which they begin: those that take longest first.
-ENGINE_MODULES = ("live", "chaos", "hosts", "launch", "learner", "stopping", "teacher_pool", "cluster")
+ENGINE_MODULES = ("chaos", "live", "hosts", "launch", "stopping", "learner", "cluster")
+LAST_MODULE = "teacher_pool"  # it leaves threads of Serve, which connect to the next Ray of this process
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,7 +60,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
         name = item.path.stem.removeprefix("test_")
         if item.get_closest_marker("engine") is None:
-            return len(ENGINE_MODULES) + 1
-        return ENGINE_MODULES.index(name) if name in ENGINE_MODULES else len(ENGINE_MODULES)
+            return len(ENGINE_MODULES) + 2
+        if name in ENGINE_MODULES:
+            return ENGINE_MODULES.index(name)
+        return len(ENGINE_MODULES) + (name == LAST_MODULE)
 
     items.sort(key=place)

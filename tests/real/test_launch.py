@@ -117,7 +117,7 @@ def test_clips_that_cannot_be_read_are_named_and_the_pool_is_that_of_the_good_on
     options = [*overrides, *SHRUNK, *data, f"data.train.annotations={tmp_path}/good.txt"]
     of_good = make_plan(load_config(DEMO, options))
     of_all = make_plan(config)
-    assert of_good.unreadable == {} and of_all.unreadable == dropped
+    assert of_good.unreadable == {} and of_all.unreadable.keys() == dropped.keys()
     assert [str(p) for p in of_good.train] == [str(p) for p in of_all.train]
 
 
@@ -378,7 +378,7 @@ def test_dry_run_prints_the_plan_and_starts_nothing(overrides, capsys):
         ("curriculum={kind: tvdf, num_selected: 100000}", "num_selected=100000"),
         ("curriculum.frontier_iou=0.8", "frontier_iou=0.8"),
         ("loss={kind: grpo}", "rollouts_per_prompt >= 2"),
-        ("loss={kind: grpo, clamp: 3}", "clamp bounds the log-ratio"),
+        ("loss={kind: grpo, clamp: 3}", "clamp does nothing for kind=grpo"),
         ("loss={kind: opd_full, divergence: jsd, beta: 1.5}", "loss.beta=1.5"),
         ("loss={kind: opd_topk, top_k: 100000}", "loss.top_k=100000, but the teacher has"),
         ("teacher=null", "needs a teacher"),

@@ -101,7 +101,9 @@ def test_it_goes_on_from_a_copy_and_reports_the_evaluations_of_its_true_start(st
 def test_the_exported_student_is_that_of_the_best_evaluation_and_loads_in_transformers(stopped, resumed):
     last = stopped.step + 1
     state = json.loads((resumed / "checkpoints" / f"step-{last}" / "state.json").read_text())
-    miou = {n: state["evaluations"][f"step_{n}"]["miou"] for n in range(1, last + 1)}
+    names = {n: f"step_{n}" for n in range(1, last + 1)}  # the signal may have cut the stopped step's short
+    miou = {n: of[name]["miou"] for of in [state["evaluations"]] for n, name in names.items() if name in of}
+    assert last in miou and len(miou) >= last - 1
     exported = json.loads((resumed / "student" / "export.json").read_text())
     assert exported["miou"] == miou[exported["step"]]
     kept = resumed / "checkpoints" / f"step-{exported['step']}" / "student"
