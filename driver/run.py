@@ -108,7 +108,9 @@ async def publish_weights(run: Run, policy_version: int) -> None:
     try:
         update = await run.actors.publish(policy_version, run.learner)
     except ObjectLostError as error:
-        raise LearnerLostError(f"weights of version {policy_version} are lost: {cause_of(error)}") from error
+        raise LearnerLostError(
+            f"weights of version {policy_version} went with the learner: {cause_of(error)}"
+        ) from error
     run.totals["published_bytes"] += update.num_bytes
     count("published_bytes", update.num_bytes)
     count("publish_seconds", update.duration_s)
