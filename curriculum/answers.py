@@ -5,12 +5,11 @@ While a model answers, each part is a file, so that an interrupted run keeps it.
 
 import hashlib
 import shutil
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from video_opd.config import Config
@@ -93,27 +92,25 @@ def write_part(folder: Path, settings: str, answers: Mapping[str, Sequence[Predi
     write_answers(folder / f"part-{len(list(folder.glob('part-*.parquet'))):06d}.parquet", settings, answers)
 
 
-def find_answers(runs: Iterable[Path], settings: str, wanted: Collection[str]) -> dict[str, list[Prediction]]:
+def find_answers(runs: Iterable[Path], settings: str, wanted: Set[str]) -> dict[str, list[Prediction]]:
     """Prompt key -> teacher's answers, from the runs with the same settings; unknown prompts are left out."""
     files = [path for run in runs for path in (run / FILE, *sorted((run / PARTS).glob("part-*.parquet")))]
     return read_answers(files, settings, wanted)
 
 
-def read_answers(
-    files: Iterable[Path], settings: str, wanted: Collection[str]
-) -> dict[str, list[Prediction]]:
+def read_answers(files: Iterable[Path], settings: str, wanted: Set[str]) -> dict[str, list[Prediction]]:
     """Prompt key -> answers, from the files with the same settings; a prompt's are those of one file."""
     found: dict[str, list[Prediction]] = {}
-    keys = pa.array(wanted, pa.string())
     for path in files:
         try:
             if (pq.read_schema(path).metadata or {}).get(_SETTINGS) != settings.encode():
                 continue
-            rows = pq.read_table(path, filters=pc.field("prompt_key").isin(keys)).to_pylist()
+            table = pq.read_table(path)
         except (OSError, pa.ArrowInvalid):  # no answers in this run, or not a file of answers
             continue
         here: dict[str, list[Prediction]] = {}
-        for row in rows:
+        asked = [key in wanted for key in table["prompt_key"].to_pylist()]
+        for row in table.filter(asked).to_pylist():
             span = None if row["start_s"] is None else (row["start_s"], row["end_s"])
             answer = Prediction(prompt_id=row["prompt_id"], text=row["text"], span_s=span)
             here.setdefault(row["prompt_key"], []).append(answer)

@@ -66,7 +66,7 @@ async def teacher_ious(run: Run) -> np.ndarray:
     alive = await run.curriculum.alive()
     pool = [run.plan.train[i] for i in alive]
     settings, keys = on_disk.settings_key(config), await asyncio.to_thread(on_disk.prompt_keys, pool, config)
-    runs = [run.folder, *sorted(runs_dir.iterdir())]
+    runs = [run.folder, *sorted(runs_dir.glob("*"))]
     answers = await asyncio.to_thread(on_disk.find_answers, runs, settings, set(keys))
     log.info("teacher answers: %d of %d found in %s", len(answers), len(set(keys)), config.runs_dir)
 

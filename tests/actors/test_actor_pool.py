@@ -192,6 +192,20 @@ def test_a_joining_actor_has_the_weights_before_it_is_called():
     asyncio.run(run())
 
 
+def test_more_actors_than_have_work_are_warned_of(caplog):
+    """64 prompts in flight, 3 in a call."""
+
+    async def run() -> None:
+        pool = await started(FakePool(make_config(1), random.Random(0), 0.0))
+        await pool.scale(22)
+        assert not caplog.messages
+        await pool.scale(23)
+        pool.stop()
+
+    asyncio.run(run())
+    assert caplog.messages == ["rollout.prompts_per_call leaves work for 22 of 23 actors alone"]
+
+
 def test_an_actor_that_goes_ends_its_calls_first(killed):
     async def run() -> None:
         pool = await started(FakePool(make_config(2), random.Random(0), 0.0))

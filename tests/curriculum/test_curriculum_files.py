@@ -167,12 +167,12 @@ def test_the_students_answers_are_those_of_one_step_and_one_setting(config, tmp_
     for step in (2, 4):
         write_part(student_parts(tmp_path, step), student_settings_key(config, step), given)
     files = sorted(student_parts(tmp_path, 4).iterdir())
-    assert read_answers(files, settings, keys) == given
+    assert read_answers(files, settings, {*keys}) == given
     shorter, other = overridden(config, rollout={"max_response_tokens": 5}), make_prompt("p0")
     asked = overridden(config, prompt={"template": "Find {query}"})
     for settings_of, keys_of in ((shorter, keys), (config, student_prompt_keys(prompts, asked))):
-        assert read_answers(files, student_settings_key(settings_of, 4), keys_of) == {}
-    assert read_answers(files, student_settings_key(config, 2), keys) == {}
+        assert read_answers(files, student_settings_key(settings_of, 4), {*keys_of}) == {}
+    assert read_answers(files, student_settings_key(config, 2), {*keys}) == {}
     assert len({*student_prompt_keys([other, make_prompt("p1")], config)}) == 2
     forget_student_answers(tmp_path, but_of=4)
     assert [f.name for f in student_parts(tmp_path, 4).parent.iterdir()] == ["step-4"]
