@@ -194,18 +194,18 @@ def test_a_joining_actor_has_the_weights_before_it_is_called():
 
 
 def test_more_actors_than_have_work_are_warned_of(caplog, monkeypatch):
-    """64 prompts in flight, 3 in a call."""
+    """128 prompts in flight, 3 in a call."""
     monkeypatch.setattr(log, "propagate", True)  # tests that start a role leave it off
 
     async def run() -> None:
         pool = await started(FakePool(make_config(1), random.Random(0), 0.0))
-        await pool.scale(22)
+        await pool.scale(43)
         assert not caplog.messages
-        await pool.scale(23)
+        await pool.scale(44)
         pool.stop()
 
     asyncio.run(run())
-    assert caplog.messages == ["rollout.prompts_per_call leaves work for 22 of 23 actors alone"]
+    assert caplog.messages == ["rollout.prompts_per_call leaves work for 43 of 44 actors alone"]
 
 
 def test_an_actor_that_goes_ends_its_calls_first(killed):
