@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -86,9 +87,7 @@ def put_together(remote: Any, url: str, listed: Listed, only: Collection[str], f
                 if _digest(content) != part:
                     raise CheckpointError(f"{url} is damaged: {PARTS}/{part} of {name} is not what was sent")
                 file.write(content)
-    for part in parts:
-        (own / part).unlink()
-    own.rmdir()
+    shutil.rmtree(own)
 
 
 def _parts(listed: Listed) -> set[str]:
