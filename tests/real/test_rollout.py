@@ -10,8 +10,8 @@ import torch
 from actors.engine import PolicyEngine
 from tests.real.conftest import reference_logprobs
 from tests.videos import noise, write_video
+from video_opd.answers import parse_span
 from video_opd.models.forward import load_model
-from video_opd.models.prompting import parse_span
 from video_opd.types import EncodedPrompt, Prompt
 from video_opd.video.clips import plan_clip
 from video_opd.weights.buckets import to_buckets
