@@ -1,6 +1,7 @@
 """Temporal grounding metrics: IoU of intervals, R1@m, mIoU, and baselines that do not see the video."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -111,9 +112,7 @@ def random_spans(durations_s: Sequence[float], seed: int) -> list[Span]:
     return [tuple(np.sort(rng.uniform(0.0, d, size=2)).tolist()) for d in durations_s]
 
 
-def blind_baselines(
-    train: Sequence[Prompt], evaluation: Sequence[Prompt], seed: int = 0
-) -> dict[str, dict | None]:
+def blind_baselines(train: Sequence[Prompt], evaluation: Sequence[Prompt], seed: int = 0) -> dict[str, Any]:
     """Scores without a model: the constant interval that is best on `train`, and a random interval.
 
     best_constant is None if `train` has no labels.
