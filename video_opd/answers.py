@@ -12,8 +12,9 @@ from video_opd.types import Span
 
 # Tags of thoughts: Qwen, DeepSeek, Time-R1 and others; Kimi-VL; Magistral; OpenThinker. Boxes: GLM-4.1V.
 _NAMES = r"(?:think|thinking|thoughts?|reason|reasoning)"
-_THOUGHT = re.compile(rf"<{_NAMES}>|◁think▷|\[THINK\]|<\|begin_of_thought\|>", re.IGNORECASE)
-_THOUGHT_END = re.compile(rf"</{_NAMES}>|◁/think▷|\[/THINK\]|<\|end_of_thought\|>", re.IGNORECASE)
+_THOUGHT = rf"<{_NAMES}>|◁think▷|\[THINK\]|<\|begin_of_thought\|>"
+_THOUGHT_END = rf"</{_NAMES}>|◁/think▷|\[/THINK\]|<\|end_of_thought\|>"
+_THOUGHT_TAG = re.compile(rf"(?P<end>{_THOUGHT_END})|{_THOUGHT}", re.IGNORECASE)
 _ANSWER = re.compile(r"<answer>|<\|begin_of_box\|>", re.IGNORECASE)
 _ANSWER_END = re.compile(r"</answer>|<\|end_of_box\|>", re.IGNORECASE)
 _TAG = re.compile(r"<[^<>]*+>")
@@ -32,6 +33,8 @@ _COMMA = r"(?<![\d.,:])(?:\d{1,3}(?:,\d{3})++(?:\.\d+)?|\d+,\d{1,2})(?![\d,:])" 
 _COMMA_NUMBER = re.compile(_COMMA)
 _COMMA_NUMBERS = re.compile(rf"{_COMMA}\s{{0,9}}(?:to|and|until|-|–|—)\s{{0,9}}{_COMMA}")
 _COMMA_CLOCK = re.compile(r"(:\d\d),(\d{3})(?![\d:])")  # 00:00:20,500
+
+_WIDE = str.maketrans("０１２３４５６７８９．：，", "0123456789.:,")
 
 _DECORATION = " \t\r\n*_`\"'“”‘’<>()[]"
 _DASHES = {"-", "--", "–", "—", "―", "−", "‑", "~", "～", "〜", "→", "…"}
@@ -54,7 +57,7 @@ _COUNTED_BEFORE = re.compile(
     re.IGNORECASE,
 )
 _COUNTED = re.compile(  # any number of these; of bare integers also a plural
-    r"[\s*_`\"']*+-?(?:%|[个個名人次只岁帧]|명|개|(?:percent|frames?|fps|k?hz|px|pixels?|[ckm]?m|met(?:er|re)s?|k?g"
+    r"[\s*_`\"']*+-?(?:[%°€£]|[个個名人次只岁帧]|명|개|(?:percent|frames?|fps|k?hz|px|pixels?|[ckm]?m|met(?:er|re)s?|k?g"
     r"|feet|ft|inch(?:es)?|miles?|mph|ms|years?|days?|weeks?|months?|degrees?|times|people|persons|x|am|pm)"
     r"(?![^\W_]))",
     re.IGNORECASE,
@@ -65,7 +68,7 @@ _PLURAL = re.compile(
     re.IGNORECASE,
 )
 _FROM = re.compile(r"\b(?:from|de|von|с|от)[\s*_`\"']*$|从$", re.IGNORECASE)
-_GLUED = re.compile(r"(?:^|[^A-Za-z_−-]|from|between)$", re.IGNORECASE)  # what may touch a time's left
+_PART = re.compile(r"[A-Za-z_](?<!from)(?<!between)$", re.IGNORECASE)  # an integer after it is part of a name
 _DATE = re.compile(r"(?:19|20)\d\d-\d\d(?!\d)|\d++-\d++-\d")
 _NEAR = 40  # characters that are looked at before a time
 
@@ -90,7 +93,7 @@ def parse_span(text: str) -> Span | None:
 
     It is the first that follows the thought, outside quotations unless all are inside one.
     """
-    answer = _without_commas(_answer_of(text).strip())
+    answer = _without_commas(_answer_of(text).translate(_WIDE).strip())
 
     def without_times(quotation: re.Match[str]) -> str:
         quoted = quotation[0]
@@ -106,21 +109,30 @@ def parse_span(text: str) -> Span | None:
 
 def opened_thought(prompt: str) -> str:
     """The tag of a thought that a prompt ends with, as its chat template wrote it, or ""."""
-    match = re.search(rf"(?:{_THOUGHT.pattern})\s*\Z", prompt, re.IGNORECASE)
+    match = re.search(rf"(?:{_THOUGHT})\s*\Z", prompt, re.IGNORECASE)
     return match[0] if match else ""
 
 
 def _answer_of(text: str) -> str:
-    """What follows the last thought, or the last <answer> after it; empty if the thought never ends.
+    """What is outside thoughts: the last part that is not empty, or the last <answer> in it.
 
-    A thought's end that nothing follows ends the answer before it, if there is one.
+    An <answer> ends a thought that has no end; and a thought's end that nothing follows ends the <answer>.
     """
-    ends = [match.end() for match in _THOUGHT_END.finditer(text)]
-    rest = text[ends[-1] :] if ends else text
-    if not _TAG.sub("", rest).strip() and _ANSWER.search(text):
-        rest = text
-    tags = [match.end() for match in _ANSWER.finditer(rest)]
-    return _ANSWER_END.split(rest[tags[-1] :], maxsplit=1)[0] if tags else _THOUGHT.split(rest, maxsplit=1)[0]
+    parts, start, is_outside = [], 0, True
+    for tag in _THOUGHT_TAG.finditer(text):
+        if tag["end"]:
+            if is_outside:  # the prompt opened the thought
+                parts.clear()
+            start, is_outside = tag.end(), True
+        elif is_outside:
+            parts.append(text[start : tag.start()])
+            start, is_outside = tag.end(), False
+    if is_outside or _ANSWER.search(text, start):
+        parts.append(text[start:])
+    answers = [part for part in parts if _TAG.sub("", part).strip()]
+    answer = answers[-1] if answers else text if _ANSWER.search(text) else ""
+    tags = [match.end() for match in _ANSWER.finditer(answer)]
+    return _ANSWER_END.split(answer[tags[-1] :], maxsplit=1)[0] if tags else answer
 
 
 def _without_commas(text: str) -> str:
@@ -141,7 +153,7 @@ def _intervals(text: str) -> Iterator[tuple[Span, bool]]:
     previous = started = ended = None
     for time in _times(text):
         gap = text[previous.end if previous else 0 : time.start]
-        if previous and _joins(text, time, gap) and _is_interval(text, previous, time):
+        if previous and _joins(text, previous, time, gap) and _is_interval(text, previous, time):
             scale = 1.0 if previous.unit_s else time.unit_s or 1.0  # 1 - 2 minutes
             yield (previous.seconds * scale, time.seconds), previous.is_bare and time.is_bare
         is_time = not math.isnan(time.seconds) and not _COUNTED.match(text, time.end)
@@ -185,7 +197,7 @@ def _value(number: str) -> float:
     return hours * 3600 + minutes * 60 + seconds
 
 
-def _joins(text: str, second: _Time, gap: str) -> bool:
+def _joins(text: str, first: _Time, second: _Time, gap: str) -> bool:
     """Whether the text between two times makes an interval of them: a dash, a comma or a word."""
     core = gap.strip(_DECORATION).lower()
     if not 0 < len(core) <= _NEAR:
@@ -196,7 +208,9 @@ def _joins(text: str, second: _Time, gap: str) -> bool:
         is_closed = re.match(r"[\"'*]*+[)\]>]", text[second.end : second.end + _NEAR])
         if core in _COMMAS or not (opens and closes and is_closed):
             return False
-    if core in _DASHES or core in _COMMAS:
+    if core in _COMMAS:
+        return second.unit_s > 0 or not first.unit_s  # it lasts 5 seconds, 12 to 17
+    if core in _DASHES:
         return True
     return _ABOUT.sub("", core.strip(",:;." + _DECORATION)).strip(_DECORATION) in _JOINS
 
@@ -204,7 +218,9 @@ def _joins(text: str, second: _Time, gap: str) -> bool:
 def _is_interval(text: str, first: _Time, second: _Time) -> bool:
     """Whether a joined pair is of times: no negative number, date, version, percentage or count."""
     before = text[max(0, first.start - _NEAR) : first.start]
-    if math.isnan(first.seconds + second.seconds) or not _GLUED.search(before):
+    if math.isnan(first.seconds + second.seconds) or before.endswith(("-", "−")):
+        return False
+    if first.is_bare and _PART.search(before):
         return False
     if _COUNTED_BEFORE.search(before) or _COUNTED.match(text, second.end) or _DATE.match(text, first.start):
         return False
