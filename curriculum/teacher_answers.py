@@ -16,6 +16,7 @@ from video_opd.types import Prediction, Prompt
 
 FILE = Path("curriculum") / "teacher_answers.parquet"
 TEMPERATURE = 1.0
+FORMAT = 2  # changes whenever the same teacher answers otherwise, or its answers are read otherwise
 BLOCKS_A_VIDEO, NUM_READERS = 4, 16
 _SETTINGS = b"settings"
 
@@ -26,7 +27,7 @@ def settings_key(config: Config) -> str:
     # With several teachers, the one that answers is part of the prompt's key instead.
     folder = "" if config.teachers else folder_digest(config.teacher_models[0].model)
     lengths = (config.curriculum.num_teacher_predictions, config.rollout.max_response_tokens)
-    return _digest((folder, pool.engine, pool.dtype, TEMPERATURE, *lengths))
+    return _digest((FORMAT, folder, pool.engine, pool.dtype, TEMPERATURE, *lengths))
 
 
 def prompt_keys(prompts: Sequence[Prompt], config: Config) -> list[str]:
