@@ -32,6 +32,7 @@ from video_opd.datasets import read_prompts
 from video_opd.errors import ConfigError
 from video_opd.files.checkpoint import find_checkpoint
 from video_opd.files.run_folder import write_json
+from video_opd.grounding import describe_odd, odd_truth
 from video_opd.models.model_files import read_model_info
 from video_opd.types import FailedPrompt, Prediction, Prompt
 
@@ -75,7 +76,7 @@ def ask_model(config: Config, prompts: Sequence[Prompt], blanks: bool) -> list[l
 def answers_of_model(config: Config, baselines: bool) -> Answers:
     """Raises InputError before vLLM starts."""
     multiple = read_model_info(config.student, config.trust_remote_code).size_multiple
-    prompts = read_prompts(config.data.eval, config.video, multiple)
+    prompts = read_prompts(config.data.eval, config.video, multiple, as_published=True)
     questions = questions_of(prompts)
     train = read_prompts(config.data.train, config.video, multiple) if baselines else []
     passes = ask_model(config, prompts, blanks=baselines)
@@ -89,7 +90,7 @@ def answers_of_file(path: Path, config: Config | None, baselines: bool) -> Answe
     texts, why_missing = read_answers(path)
     if config is None:
         return Answers(read_questions(path), texts, why_missing, train=[], seed=0)
-    questions = questions_of(read_prompts(config.data.eval, config.video, NO_FRAMES))
+    questions = questions_of(read_prompts(config.data.eval, config.video, NO_FRAMES, as_published=True))
     train = read_prompts(config.data.train, config.video, NO_FRAMES) if baselines else []
     others = count_others(questions, texts, path)
     return Answers(questions, texts, why_missing, train, config.seed, other_prompts=others)
@@ -109,6 +110,7 @@ def evaluate(answers: Answers, protocol: Protocol, baselines: bool, folder: Path
         "result": scoring.summarise_answers(scored, protocol),
         "intervals_95": scoring.bootstrap_intervals(scored, protocol, answers.seed),
         "num_videos": len({q.video for q in questions}),
+        "odd_truth": odd_truth((q.answer_spans_s, q.duration_s) for q in questions),
         "baselines": blind,
         "other_prompts": answers.other_prompts,
     }
@@ -129,6 +131,8 @@ def print_result(result: dict[str, Any], folder: Path) -> None:
     for baseline, values in result["baselines"].items():
         table.add_row(baseline.replace("_", " "), *(f"{values[m]:.3f}" for m in METRICS))
     lines = [", ".join(f"{count.replace('_', ' ')} {main[count]}" for count in COUNTS)]
+    if odd := result["odd_truth"]:
+        lines.append(describe_odd(odd))
     if result["other_prompts"]:
         lines.append(f"{result['other_prompts']} answers are to none of these prompts: left out")
     lines += [f"rules: {result['source']}", f"written: {folder / name}.parquet, .png, .json"]

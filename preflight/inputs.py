@@ -47,7 +47,7 @@ def make_plan(config: Config) -> Plan:
     if config.loss.needs.rewards:
         load_rewards(config.loss.rewards)
     train = read_split(config.data.train, config.video, student.size_multiple)
-    evaluation = read_split(config.data.eval, config.video, student.size_multiple)
+    evaluation = read_split(config.data.eval, config.video, student.size_multiple, as_published=True)
     shared_pool(config.video).close()  # the driver decodes no more
     check_pool(config, train.prompts)
     check_routes(config, train.prompts, evaluation.prompts)
@@ -75,7 +75,8 @@ def make_draft(config: Config) -> Draft:
     for name, d in (("train", config.data.train), ("eval", config.data.eval)):
         # If only some of its files exist, reading reports the missing one.
         here = any(Path(path).exists() for path in (d.annotations, d.lengths, d.videos) if path)
-        splits.append(read_prompts(d, config.video, student.size_multiple) if here else None)
+        as_published = d is config.data.eval
+        splits.append(read_prompts(d, config.video, student.size_multiple, as_published) if here else None)
         if not here:
             unchecked.append(f"annotations and videos of data.{name}: {d.annotations} does not exist")
     if splits[0] is not None:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from video_opd.config_data import DatasetConfig, VideoConfig
-from video_opd.datasets.annotation import Annotation, fit
+from video_opd.datasets.annotation import ODD, Annotation, fit
 from video_opd.datasets.formats import read_annotations, resolve
 from video_opd.datasets.videos import find_video, video_id
 from video_opd.errors import ClipError, DataError
@@ -20,18 +20,24 @@ class Split:
     unreadable: dict[str, str]  # prompt id: why its clip cannot be read; only with data.train.unreadable=drop
 
 
-def read_prompts(dataset: DatasetConfig, video: VideoConfig, multiple: int) -> list[Prompt]:
+def read_prompts(
+    dataset: DatasetConfig, video: VideoConfig, multiple: int, as_published: bool = False
+) -> list[Prompt]:
     """The prompts of read_split."""
-    return read_split(dataset, video, multiple).prompts
+    return read_split(dataset, video, multiple, as_published).prompts
 
 
-def read_split(dataset: DatasetConfig, video: VideoConfig, multiple: int) -> Split:
+def read_split(
+    dataset: DatasetConfig, video: VideoConfig, multiple: int, as_published: bool = False
+) -> Split:
     """Reads a split of any format in file order; opens each clip once. `multiple`: see clips.plan_clip.
+
+    `as_published`, for evaluation: intervals stay as they are, whatever clamp_s says, and may be ODD.
 
     Raises DataError for the first unreadable line and, at the end, for all bad intervals and queries;
     ClipError for the first unreadable video, whose prompts are left out instead with unreadable=drop.
     """
-    dataset = resolve(dataset)
+    dataset = resolve(dataset.model_copy(update={"clamp_s": 0.0}) if as_published else dataset)
     clips: dict[tuple[str, Span | None], Clip | ClipError] = {}
     prompts, unreadable, bad = [], {}, []
     for annotation in read_annotations(dataset):
@@ -48,8 +54,9 @@ def read_split(dataset: DatasetConfig, video: VideoConfig, multiple: int) -> Spl
         if isinstance(clip, ClipError):
             unreadable[annotation.prompt_id] = str(clip)
             continue
-        spans, faults = fit(annotation, clip.duration_s, 1.0 / clip.video_fps, dataset.clamp_s)
-        bad += [f"{annotation.where}: {fault.reason}" for fault in faults]
+        frame_s = 0.0 if as_published else 1.0 / clip.video_fps
+        spans, faults = fit(annotation, clip.duration_s, frame_s, dataset.clamp_s)
+        bad += [f"{annotation.where}: {f.reason}" for f in faults if not (as_published and f.kind in ODD)]
         about = {"prompt_id": annotation.prompt_id, "query": annotation.query}
         prompts.append(Prompt(**about, clip=clip, answer_spans_s=spans))
         if len(prompts) == dataset.max_prompts:
