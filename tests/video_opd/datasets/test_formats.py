@@ -9,11 +9,11 @@ import pytest
 
 from video_opd.config_data import AnnotationFormat, DatasetConfig, VideoConfig
 from video_opd.datasets import prompts, read_prompts
-from video_opd.datasets.check import TOLERANCE_S, convert
+from video_opd.datasets.check import convert
 from video_opd.datasets.formats import FORMATS, detect
 from video_opd.datasets.manifest import write_manifest
 from video_opd.datasets.source import read_source
-from video_opd.datasets.videos import find_video
+from video_opd.datasets.videos import VideoFolder
 from video_opd.errors import ClipError, ConfigError, DataError, InputError
 from video_opd.schemas import MANIFEST
 
@@ -153,7 +153,7 @@ GOLDEN: dict[str, list[tuple]] = {
             "The cat jumps",
             [[2.0, 9.0]],
             None,
-            None,
+            (0.0, 12.0),
             None,
         ),
         (
@@ -162,7 +162,7 @@ GOLDEN: dict[str, list[tuple]] = {
             "the end",
             [[10.0, 12.0]],
             None,
-            None,
+            (0.0, 12.0),
             None,
         ),  # its last chunk is shorter than 5 s
     ],
@@ -215,7 +215,7 @@ def config(path: Path | str, videos: Path | str, name: str = "auto", **options) 
 
 
 def rows_of(dataset: DatasetConfig, output: Path) -> list[dict]:
-    convert(dataset, output, TOLERANCE_S)
+    convert(dataset, output)
     return pq.read_table(output).to_pylist()
 
 
@@ -305,7 +305,12 @@ def test_prompts_are_the_same_from_the_file_and_from_its_manifest(name, videos, 
         spans = of_row["spans_s"]
         assert one.answer_spans_s == (None if spans is None else tuple(map(tuple, spans)))
     cuts = {c for c in planned.cuts.values() if c}
-    assert cuts == {"time_r1": {(2.5, 10.5)}, "tvgbench": {(0.0, 12.3), (0.0, 12.0)}}.get(name, set())
+    expected = {
+        "time_r1": {(2.5, 10.5)},
+        "tvgbench": {(0.0, 12.3), (0.0, 12.0)},
+        "didemo": {(0.0, 15.0), (0.0, 12.0)},  # three chunks, the last one ends with the file
+    }
+    assert cuts == expected.get(name, set())
 
 
 def test_a_clip_is_planned_once_for_each_part_of_a_file(videos, tmp_path, monkeypatch):
@@ -395,7 +400,7 @@ def test_an_option_without_effect_is_an_error(options, named, videos):
 
 
 def test_a_manifest_is_not_cleaned_again(videos, tmp_path):
-    convert(config(golden_file("tacos"), videos), tmp_path / "m.parquet", TOLERANCE_S)
+    convert(config(golden_file("tacos"), videos), tmp_path / "m.parquet")
     failure(
         config(tmp_path / "m.parquet", videos, cleaning="strip"),
         ConfigError,
@@ -575,13 +580,13 @@ def test_a_video_is_the_first_file_by_the_rule(name, files, found, tmp_path):
     for file in files:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
-    assert find_video(str(tmp_path), name, "here") == tmp_path / found
+    assert VideoFolder(str(tmp_path)).find(name, "here") == tmp_path / found
 
 
 @pytest.mark.parametrize("name", ["..", "../a", "x/../../a", "/a", ".", "", "a\0b"])
 def test_a_path_that_leaves_the_folder_is_an_error(name, tmp_path):
     with pytest.raises(DataError, match=r"^here: the video .* is not inside"):
-        find_video(str(tmp_path), name, "here")
+        VideoFolder(str(tmp_path)).find(name, "here")
 
 
 def test_an_absolute_path_inside_the_folder_is_found(videos, tmp_path):
