@@ -71,7 +71,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         for name, more in names.items():
             described = (section.model_fields[name].description or "").replace("None:", "default:")
             shared.add_argument(f"--{name.replace('_', '-')}", help=described, **more)
-    pictures = "decode the first, middle and last pictures of each video (some, the default), all that a run sees"
+    pictures = (
+        "decode the first, middle and last pictures of each video (some, the default), all that a run sees"
+    )
     shared.add_argument("--read", choices=get_args(Read), default="some", help=f"{pictures}, or none")
     tolerance = f"between annotated and true durations ({TOLERANCE_S})"
     shared.add_argument("--tolerance-s", **seconds, default=TOLERANCE_S, help=tolerance)

@@ -71,8 +71,10 @@ def _span_faults(start: float, end: float, length: float) -> Iterator[Fault]:
         reason = f"the annotation starts at {start} s, its clip ends at {length} s: correct or remove it"
         yield Fault("beyond_duration", reason)
     elif end > length:
-        advice = f"correct it, or allow data.*.clamp_s={round_up(end - length)} or more"
-        yield Fault("beyond_duration", f"the annotation ends at {end} s, its clip at {length} s: {advice}")
+        mostly_inside = end - length < length - start
+        also = f", or allow data.*.clamp_s={round_up(end - length)} or more" if mostly_inside else ""
+        reason = f"the annotation ends at {end} s, its clip at {length} s: correct it{also}"
+        yield Fault("beyond_duration", reason)
 
 
 def round_up(seconds: float) -> float:

@@ -47,7 +47,10 @@ class Asked(NamedTuple):
     read: Read = "some"
 
 
-def check(dataset: DatasetConfig, asked: Asked = Asked()) -> Iterator[Checked]:
+DEFAULT = Asked()
+
+
+def check(dataset: DatasetConfig, asked: Asked = DEFAULT) -> Iterator[Checked]:
     """Every annotation as a manifest holds it, in file order, and its faults.
 
     Each video is opened once and its pictures are decoded, several videos at once, with a progress bar on a
@@ -105,14 +108,14 @@ def _some_frames(clip: Clip) -> Clip:
     return replace(clip, frame_indices=clip.frame_indices[chosen], frame_times_s=times)
 
 
-def _compare(annotation: Annotation, file: File | Fault, dataset: DatasetConfig, tolerance_s: float) -> Checked:
+def _compare(annotation: Annotation, file: File | Fault, dataset: DatasetConfig, allowed_s: float) -> Checked:
     """The annotation within the file's bounds, and all its faults except duplicates."""
     if isinstance(file, Fault):
         spans, faults = fit(annotation, math.inf, 0.0, dataset.clamp_s)
         return replace(annotation, spans_s=spans), [file, *faults]
     form = FORMATS.get(dataset.format)
     start, end = annotation.cut_s or (0.0, file.duration_s)
-    last = file.duration_s + max(tolerance_s, form.clamp_s if form else 0.0) + DUST_S
+    last = file.duration_s + max(allowed_s, form.clamp_s if form else 0.0) + DUST_S
     if not (0 <= start < end <= last and start < file.duration_s):
         reason = f"{start} to {end} s is not part of the file's {file.duration_s:.2f} s: correct it"
         also = ", or use cuts=ignore if the file is that part already" if form and form.cut else ""
@@ -120,7 +123,7 @@ def _compare(annotation: Annotation, file: File | Fault, dataset: DatasetConfig,
     end = min(end, file.duration_s)
     spans, faults = fit(annotation, end - start, 1.0 / file.fps, dataset.clamp_s)
     annotation = replace(annotation, spans_s=spans, cut_s=annotation.cut_s and (start, end))
-    return annotation, _duration_faults(annotation, end - start, file.fps, tolerance_s) + faults
+    return annotation, _duration_faults(annotation, end - start, file.fps, allowed_s) + faults
 
 
 def _duration_faults(annotation: Annotation, clip_s: float, fps: float, tolerance_s: float) -> list[Fault]:
@@ -137,7 +140,7 @@ def _duration_faults(annotation: Annotation, clip_s: float, fps: float, toleranc
     return [Fault("duration_differs", f"{lengths}: {advice}")]
 
 
-def convert(dataset: DatasetConfig, output: Path, asked: Asked = Asked()) -> tuple[int, Counter[str], Path]:
+def convert(dataset: DatasetConfig, output: Path, asked: Asked = DEFAULT) -> tuple[int, Counter[str], Path]:
     """Writes `output` (Parquet) and NAME.left_out.csv beside it: the annotations with faults, and the faults.
 
     Returns the number of rows, the counts of left out annotations by their first fault's kind, and the list's

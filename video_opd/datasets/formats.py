@@ -191,7 +191,8 @@ def _first_annotation(source: Source) -> tuple[str, dict[str, Any], str]:
     if isinstance(first, list):
         return "", as_record(first[0], f"{source.path}: item 1") if first else {}, describe(first)
     if first and is_by_video(first) and next(values, None) is None:
-        return *next(iter(first.items())), describe(first)
+        video, record = next(iter(first.items()))
+        return video, record, describe(first)
     return "", first, describe(first)
 
 

@@ -62,7 +62,9 @@ class Source:
                 advice = "correct it, or name another format"
                 raise DataError(f"{self.path}:{error.lineno}: not JSON ({why}): {advice}") from error
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{self.path}:{line}: cannot be read as JSON ({error}): correct it") from error
+                raise DataError(
+                    f"{self.path}:{line}: cannot be read as JSON ({error}): correct it"
+                ) from error
             yield line, value
             line += self.text.count("\n", start, end)
 

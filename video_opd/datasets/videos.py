@@ -24,7 +24,7 @@ _CUT_NAME = re.compile(r".*_\d\d:\d\d:\d\d[:.]\d+_\d\d:\d\d:\d\d[:.]\d+")
 
 
 def split_extension(name: str) -> tuple[str, str]:
-    """(name, extension). An extension has up to four letters and digits, not digits alone, or is a last dot."""
+    """(name, extension). An extension is up to four letters and digits, not digits alone, or a last dot."""
     stem, dot, end = name.rpartition(".")
     known = dot + end.lower() in PREFERRED or _EXTENSION.fullmatch(dot + end)
     return (stem, dot + end) if known and PurePosixPath(stem).name else (name, "")
@@ -75,7 +75,7 @@ class VideoFolder:
     def _find_in(self, folder: str, name: str, where: str) -> str | None:
         files, videos, folders = self._list(folder)
         stem, extension = split_extension(name)
-        unusual = extension.lower() not in ("", *PREFERRED)  # it may be a part of the id
+        unusual = extension.lower() not in ("", ".", *PREFERRED)  # it may be a part of the id
         if extension and name in files:
             return self._claim(folder, name, name if unusual else stem, False, where)
         for wanted in dict.fromkeys([name, stem] if unusual else [stem, name]):
