@@ -22,7 +22,7 @@ from video_opd import ROOT
 from video_opd.config_data import VideoConfig
 from video_opd.errors import BrokenVideo, ClipError, ConfigError, FailureKind, RunError
 from video_opd.video.decode_worker import Answer, Buffer, Request, Shape
-from video_opd.video.decoders import VideoInfo
+from video_opd.video.video_file import VideoInfo
 
 START_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 5.0
