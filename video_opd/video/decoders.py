@@ -29,27 +29,39 @@ class Decoder(Protocol):
 
 
 class _LibraryDecoder:
-    """Describes files by PyAV. Its library reads plain files; PyAV reads the others, and where it fails."""
+    """PyAV describes the file. A library reads it if it is plain and the library sees the same index.
+
+    PyAV reads all other files, and those where the library fails.
+    """
 
     def __init__(self, path: str):
         self._av, self._path, self._reader = PyAVDecoder(path), path, None
         self.info, self._is_plain = self._av.info, self._av.is_plain
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
-        if self._is_plain:
-            try:
-                self._reader = self._reader or self._open(self._path)
+        try:
+            if self._is_plain:
+                self._reader = self._reader or self._open_same(self._path)
                 frames[:] = self._get(self._reader, indices)
                 return
-            except Exception:  # PyAV reads it, or says what is wrong
-                self._is_plain = False
+        except Exception:  # whatever the library raises: PyAV reads the file, or says what is wrong with it
+            self._is_plain = False
         self._av.read(indices, frames)
+
+    def _open_same(self, path: str) -> Any:
+        reader, num_frames = self._open(path), self.info.num_frames
+        if (len(reader), self._key_indices(reader)) != (num_frames, self._av.key_indices):
+            raise ValueError("the library sees another index")
+        return reader
 
     def _open(self, path: str) -> Any:
         raise NotImplementedError
 
+    def _key_indices(self, reader: Any) -> list[int]:
+        raise NotImplementedError
+
     def _get(self, reader: Any, indices: np.ndarray) -> np.ndarray:
-        """uint8[F, H, W, 3]. Raises whatever the library does."""
+        """uint8[F, H, W, 3]."""
         raise NotImplementedError
 
 
@@ -59,10 +71,10 @@ class DecordDecoder(_LibraryDecoder):
     def _open(self, path: str) -> Any:
         decord = import_module("decord")
         decord.logging.set_level(decord.logging.QUIET)  # errors are raised anyway
-        reader = decord.VideoReader(path, num_threads=1, fault_tol=_NO_NEIGHBOURS)
-        if len(reader) != self.info.num_frames:
-            raise ValueError(f"decord sees {len(reader)} frames in place of {self.info.num_frames}")
-        return reader
+        return decord.VideoReader(path, num_threads=1, fault_tol=_NO_NEIGHBOURS)
+
+    def _key_indices(self, reader: Any) -> list[int]:
+        return reader.get_key_indices()
 
     def _get(self, reader: Any, indices: np.ndarray) -> np.ndarray:
         return reader.get_batch(indices).asnumpy()
@@ -72,6 +84,9 @@ class TorchcodecDecoder(_LibraryDecoder):
     def _open(self, path: str) -> Any:
         decoders = import_module("torchcodec.decoders")
         return decoders.VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
+
+    def _key_indices(self, reader: Any) -> list[int]:
+        return reader._get_key_frame_indices()
 
     def _get(self, reader: Any, indices: np.ndarray) -> np.ndarray:
         return reader.get_frames_at(indices.tolist()).data.numpy()

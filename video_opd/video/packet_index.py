@@ -26,18 +26,18 @@ class PacketIndex(NamedTuple):
 def read_index(container: Any, stream: Any) -> PacketIndex:
     """Demuxes an av container to its end. Raises ValueError if the stream is empty."""
     packets: list[Picture] = []
-    hides, begins_anew = False, True
+    is_whole = begins_anew = True
     codec = stream.codec_context.codec.canonical_name
     is_new_start = _new_start_test(codec, stream.codec_context.extradata or b"")
     for packet in container.demux(stream):
         if packet.size:
             packets.append(Picture(packet.pts, packet.is_keyframe))
-            hides = hides or packet.is_discard
+            is_whole = is_whole and not (packet.is_discard or packet.is_corrupt)
             begins_anew = begins_anew and (not packet.is_keyframe or is_new_start(bytes(packet)))
     if not packets:
         raise ValueError("it has no frames")
     marks_keys = len(packets) == 1 or not all(p.is_key for p in packets)  # all: nobody looked
-    if hides or codec not in _ONE_TO_ONE or container.format.name not in INDEXED or not marks_keys:
+    if not is_whole or codec not in _ONE_TO_ONE or container.format.name not in INDEXED or not marks_keys:
         return PacketIndex(packets, False, False)
     pts = np.array([p.pts for p in packets], np.float64)
     later = np.minimum.accumulate(pts[::-1])[::-1]  # the least time from each packet on

@@ -11,7 +11,10 @@ import numpy as np
 from video_opd.video.packet_index import INDEXED, Picture, read_index
 from video_opd.video.timing import rate_and_times, shown_times
 
-_STARTS = (b"\x1aE\xdf\xa3", b"RIFF", b"FLV", b"OggS", b"\x30\x26\xb2\x75", b"\0\0\x01", b"\0\0\0\x01", b"G")
+_STARTS = (  # of mkv, avi, flv, ogg, wmv, mpg, raw h264, ts or gif, rm, mxf
+    *(b"\x1aE\xdf\xa3", b"RIFF", b"FLV", b"OggS", b"0&\xb2u", b"\0\0\x01", b"\0\0\0\x01", b"G", b".RMF"),
+    b"\x06\x0e+4",
+)
 _BOXES = b"ftyp moov mdat free skip wide pnot styp uuid".split()  # of mp4 and mov
 _UPRIGHT = (1, 0, 0, 1)
 
@@ -55,6 +58,7 @@ class PyAVDecoder:
         self._index_of = {pts: i for i, pts in enumerate(self._pts)}
         is_key = [p.is_key for p in pictures]
         self._keys = np.flatnonzero(is_key if self._pts else [])  # indices where a seek may land
+        self.key_indices: list[int] = self._keys.tolist()
         self._frames: Iterator[tuple[int, Any]] = iter(())
         self._at = self._num_frames = len(pictures)  # _at: index of the frame decoded last
         self._size: tuple[int, int] | None = None  # (H, W) as coded

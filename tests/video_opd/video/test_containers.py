@@ -9,11 +9,12 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
 import pytest
+from av.error import InvalidDataError
 
 from video_opd.config_data import VideoConfig
 from video_opd.errors import ConfigError
@@ -89,20 +90,17 @@ KINDS = [
 
 def draw(number: int, height: int, width: int) -> np.ndarray:
     """uint8[H, W, 3]: a column of 8 pixels a bit; its lower half is the inverse of its upper half."""
-    bits = np.arange(width // 8) < 8
-    bits = (number >> np.arange(width // 8)) & bits
+    bits = number >> np.arange(width // 8) & 1
     upper = np.broadcast_to(np.where(bits, 220, 40).repeat(8), (height // 2, width))
-    grey = np.concatenate([upper, 260 - upper]).astype(np.uint8)
-    return np.repeat(grey[:, :, None], 3, 2)
+    return np.repeat(np.concatenate([upper, 260 - upper]).astype(np.uint8)[:, :, None], 3, 2)
 
 
-def number_of(picture: np.ndarray) -> int | None:
-    """None if the picture is not a whole one."""
-    grey = picture.astype(float).mean(2)
-    height, width = grey.shape
-    halves = grey.reshape(2, height // 2, width // 8, 8).mean((1, 3))
+def number_of(picture: np.ndarray) -> int:
+    """-1 if the picture is not a whole one."""
+    height, width = picture.shape[:2]
+    halves = picture.astype(float).mean(2).reshape(2, height // 2, width // 8, 8).mean((1, 3))
     contrast = halves[0] - halves[1]
-    return int(((contrast > 0) << np.arange(width // 8)).sum()) if np.abs(contrast).min() > 60 else None
+    return int(((contrast > 0) << np.arange(width // 8)).sum()) if np.abs(contrast).min() > 60 else -1
 
 
 def times_ms(variable: bool) -> np.ndarray:
@@ -114,8 +112,8 @@ def times_ms(variable: bool) -> np.ndarray:
 def write(path: Path, kind: Kind, variant: str) -> None:
     options = {"g": str(GROUP), "bf": "2" if variant == "b" else "0"} | kind.codec_options
     height, width = kind.size
-    with av.open(str(path), "w", format=kind.format, options=kind.file_options) as container:
-        stream = container.add_stream(kind.codec, rate=RATE, options=options)
+    with av.open(str(path), "w", format=kind.format, options=dict(kind.file_options)) as container:
+        stream: Any = container.add_stream(kind.codec, rate=RATE, options=options)
         stream.codec_context.thread_count = 1
         stream.height, stream.width, stream.pix_fmt = height, width, kind.pixels
         if variant == "vfr":
@@ -129,15 +127,17 @@ def write(path: Path, kind: Kind, variant: str) -> None:
 
 
 def cut(source: Path, path: Path, kind: Kind, torn: bool) -> None:
-    """A copy without encoding, from CUT_S on as ffmpeg makes it: from the key frame before, whose time is
-    negative; or torn: from any packet on, as recordings begin."""
+    """A copy without encoding from CUT_S on, as by ffmpeg: from the key frame before, at a time below 0.
+
+    Or torn: from any packet on, as recordings begin.
+    """
     with (
         av.open(str(source)) as old,
-        av.open(str(path), "w", format=kind.format, options=kind.file_options) as new,
+        av.open(str(path), "w", format=kind.format, options=dict(kind.file_options)) as new,
     ):
-        stream = old.streams.video[0]
+        stream: Any = old.streams.video[0]
         copy = new.add_stream_from_template(stream, opaque=True)
-        packets = [p for p in old.demux(stream) if p.size]
+        packets: list[Any] = [p for p in old.demux(stream) if p.size]
         number = round(CUT_S * RATE)
         start = packets[number].dts
         first = max(i for i in range(number + 1) if torn or packets[i].is_keyframe)
@@ -156,17 +156,17 @@ class Truth(NamedTuple):
 def what_is_shown(path: Path, variable: bool) -> Truth:
     pictures, pts_s = [], []
     with av.open(str(path)) as container:
-        stream = container.streams.video[0]
+        stream: Any = container.streams.video[0]
         stream.codec_context.thread_count = 1
         for packet in [p for p in container.demux(stream) if p.size] + [None]:
             try:
                 frames = stream.decode(packet)
-            except av.InvalidDataError:  # before the first key frame
+            except InvalidDataError:  # before the first key frame
                 continue
             pictures += [frame.to_ndarray(format="rgb24") for frame in frames]
             pts_s += [np.nan if f.pts is None else float(f.pts * stream.time_base) for f in frames]
     numbers = [number_of(picture) for picture in pictures]
-    if None in numbers:  # before the first key frame, of a codec that shows something all the same
+    if any(number < 0 for number in numbers):  # shown before the first key frame
         times = np.array(pts_s)
     else:
         assert (np.diff(numbers) > 0).all()

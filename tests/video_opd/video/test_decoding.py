@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.video_opd.video.test_clips import decode_all
-from tests.videos import noise, turn, write_audio, write_images, write_over_reporting, write_video
+from tests.videos import noise, write_audio, write_images, write_over_reporting, write_video
 from video_opd.config import Config
 from video_opd.config_data import VideoConfig
 from video_opd.config_file import load_config
@@ -219,19 +219,6 @@ def test_a_file_without_presentation_times_has_a_constant_rate(decoder, tmp_path
     np.testing.assert_array_equal(
         read_frames(clip, video), decode_all(tmp_path / "a.avi")[clip.frame_indices]
     )
-
-
-@pytest.mark.parametrize("degrees", [90, 180, 270])
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_a_rotation_flag_is_obeyed(decoder, degrees, tmp_path):
-    frames = noise(30, 48, 64)
-    write_video(tmp_path / "a.mp4", frames)
-    upright = np.rot90(decode_all(tmp_path / "a.mp4"), -degrees // 90, axes=(1, 2))
-    turn(tmp_path / "a.mp4", degrees)
-    video = VideoConfig(fps=2, max_video_tokens=10_000, decoder=decoder)
-    clip = plan_clip("a", tmp_path / "a.mp4", video, 16)
-    assert clip.frame_size == upright.shape[1:3]
-    np.testing.assert_array_equal(read_frames(clip, video), upright[clip.frame_indices])
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
