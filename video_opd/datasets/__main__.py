@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from video_opd.cluster.command_line import exit_code_of
 from video_opd.config_data import AnnotationFormat, DatasetConfig, NonNegativeFloat, VideoConfig
 from video_opd.config_file import Section, parse_section
-from video_opd.datasets.check import TOLERANCE_S, Asked, Read, check, convert
+from video_opd.datasets.check import NOTES, TOLERANCE_S, Asked, Read, check, convert
 from video_opd.datasets.fields import CLEANINGS
 from video_opd.errors import DataError
 
@@ -20,12 +20,12 @@ SHOWN = 20
 
 
 def show_findings(dataset: DatasetConfig, asked: Asked, limit: int) -> int:
-    """Prints what check finds, grouped by reason. Returns the number of annotations with findings."""
+    """Prints what check finds, grouped by reason. Returns the number of annotations with faults."""
     num_annotations = num_bad = 0
     counts, places = Counter(), defaultdict(list)  # of each kind; of each fault
     for annotation, faults in check(dataset, asked):
         num_annotations += 1
-        num_bad += bool(faults)
+        num_bad += any(fault.kind not in NOTES for fault in faults)
         for fault in faults:
             counts[fault.kind] += 1
             places[fault].append(annotation.where)
@@ -39,8 +39,10 @@ def show_findings(dataset: DatasetConfig, asked: Asked, limit: int) -> int:
             print(f"{kind}: {first}: {fault.reason}{more}")
         if len(of_kind) > limit:
             print(f"{kind}: {len(of_kind) - limit} more; see them with --limit")
+    notes = Counter({kind: counts.pop(kind) for kind in NOTES & counts.keys()})
     listed = f": {_list(counts)}" if counts else ""
-    print(f"{num_annotations} annotations, {num_bad} with findings{listed}")
+    noted = f"; noted: {_list(notes)}" if notes else ""
+    print(f"{num_annotations} annotations, {num_bad} with findings{listed}{noted}")
     return num_bad
 
 

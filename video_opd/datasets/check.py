@@ -21,11 +21,14 @@ from video_opd.datasets.manifest import manifest_row, write_manifest
 from video_opd.datasets.videos import VideoFolder, video_id
 from video_opd.errors import ClipError, DataError, FailureKind
 from video_opd.types import Clip, Span
-from video_opd.video.clips import plan_clip, read_frames
+from video_opd.video.clips import describe_video, plan_clip, read_frames
+from video_opd.video.decoders import VideoInfo
 
 TOLERANCE_S = 1.0  # annotated durations are often whole seconds
 FPS_TOLERANCE = 0.01  # as a share: 29.97 is written as 30
 NUM_PAIRS = 3  # of frames that Read "some" decodes: the first, the middle and the last two
+LATE_S = 0.25  # as sound before the first picture is no more than the coding of sound
+NOTES = {"hidden_pictures", "late_picture"}  # kinds that tell of a video and are no faults of annotations
 Checked = tuple[Annotation, list[Fault]]
 Read = Literal["some", "all", "none"]
 LEFT_OUT = ("source", "prompt_id", "kind", "reason")  # columns of the list
@@ -37,6 +40,7 @@ class File(NamedTuple):
 
     duration_s: float
     fps: float
+    notes: list[Fault]
 
 
 class Asked(NamedTuple):
@@ -51,7 +55,7 @@ DEFAULT = Asked()
 
 
 def check(dataset: DatasetConfig, asked: Asked = DEFAULT) -> Iterator[Checked]:
-    """Every annotation as a manifest holds it, in file order, and its faults.
+    """Every annotation as a manifest holds it, in file order, its faults and what is noted of its video.
 
     Each video is opened once and its pictures are decoded, several videos at once, with a progress bar on a
     terminal. Raises DataError for an unreadable file of annotations.
@@ -72,7 +76,8 @@ def check(dataset: DatasetConfig, asked: Asked = DEFAULT) -> Iterator[Checked]:
             faults.append(Fault("duplicate", f"the same as {seen[key]}: remove one of them"))
         elif not faults:
             seen[key] = annotation.where
-        yield annotation, faults
+        file = files[path]
+        yield annotation, faults + (file.notes if isinstance(file, File) else [])
 
 
 def _to_ms(spans: Iterable[Span] | None) -> tuple[Span, ...] | None:
@@ -91,13 +96,27 @@ def _read_files(paths: Collection[Path], asked: Asked) -> dict[Path, File | Faul
 def _read_file(path: Path, asked: Asked) -> File | Fault:
     """Opens a video and decodes what is asked of the frames that a run with video's other defaults sees."""
     try:
+        info = describe_video(path, asked.video)
         clip = plan_clip(path.stem, path, asked.video, 32)  # its duration and rate do not depend on 32
         if asked.read != "none":
             read_frames(clip if asked.read == "all" else _some_frames(clip), asked.video)
     except ClipError as error:
         missing = error.kind == FailureKind.MISSING
         return Fault("missing_video" if missing else "unreadable_video", str(error))
-    return File(clip.duration_s, clip.video_fps)
+    return File(clip.duration_s, clip.video_fps, list(_notes(info, clip)))
+
+
+def _notes(info: VideoInfo, clip: Clip) -> Iterator[Fault]:
+    """Where a player may show other pictures at a time than the annotators saw."""
+    name = f"video {Path(clip.video_path).name}"
+    if info.num_hidden:
+        hidden = (
+            f"{name} has {info.num_hidden} pictures before the first that is shown, as a cut without coding"
+        )
+        yield Fault("hidden_pictures", f"{hidden}: times count from the first that is shown")
+    if info.late_s > LATE_S:
+        late = f"{name} shows its first picture {info.late_s:.2f} s after it begins, with sound perhaps"
+        yield Fault("late_picture", f"{late}: times count from the picture")
 
 
 def _some_frames(clip: Clip) -> Clip:
@@ -150,7 +169,8 @@ def convert(dataset: DatasetConfig, output: Path, asked: Asked = DEFAULT) -> tup
         raise DataError(f"{output} is the annotation file itself: name another output")
     dataset = resolve(dataset)
     rows, left_out, counts, first = [], [], Counter(), ""
-    for annotation, faults in check(dataset, asked):
+    for annotation, found in check(dataset, asked):
+        faults = [fault for fault in found if fault.kind not in NOTES]
         place = annotation.where.removeprefix(dataset.annotations)
         source = Path(dataset.annotations).name + place  # no path of a machine
         left_out += [(source, annotation.prompt_id, *fault) for fault in faults]

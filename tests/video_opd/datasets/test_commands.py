@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -174,6 +175,42 @@ def test_a_few_pictures_or_all_that_a_run_sees_are_decoded_and_each_video_once(f
         assert main(["check", *given, "--read", read]) == 0
     of_run = list(range(0, DURATION_S * VIDEO_FPS, 2))
     assert seen == [[*of_run[:2], *of_run[10:12], *of_run[-2:]], of_run]
+
+
+def shift(path: Path, seconds: float) -> None:
+    """Copies a video's pictures with other times: those below 0 are hidden, a late one is waited for."""
+    source = path.rename(path.with_suffix(".old"))
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        stream = old.streams.video[0]
+        copy = new.add_stream_from_template(stream)
+        for packet in [p for p in old.demux(stream) if p.size]:
+            packet.stream = copy
+            packet.pts += round(seconds / stream.time_base)
+            packet.dts += round(seconds / stream.time_base)
+            new.mux(packet)
+    source.unlink()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "kind", "said"),
+    [
+        (-2.0, "hidden_pictures", f"has {2 * VIDEO_FPS} pictures before the first that is shown"),
+        (1.5, "late_picture", "shows its first picture 1.50 s after it begins"),
+        (0.1, None, ""),
+    ],
+)
+def test_pictures_that_are_hidden_or_late_are_noted_and_are_no_fault(seconds, kind, said, folder, capsys):
+    shift(folder / "videos" / "train00000.mp4", seconds)
+    duration = DURATION_S + min(0.0, seconds)
+    given = jsonl(folder, {**GOOD, "duration": duration}, {**GOOD, "duration": duration, "query": "r"})
+    assert main(["check", *given]) == 0
+    output = capsys.readouterr().out
+    assert kinds(output) == [kind] * bool(kind) and said in output
+    noted = f"; noted: {kind} 2" if kind else ""
+    assert output.endswith(f"2 annotations, 0 with findings{noted}\n")
+    assert main(["convert", *given, "--output", str(folder / "m.parquet")]) == 0
+    assert len(pq.read_table(folder / "m.parquet")) == 2
+    assert (folder / "m.left_out.csv").read_text().count("\n") == 1
 
 
 def test_a_folder_of_frames_is_checked_at_the_rate_that_is_given(folder, capsys):
