@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import av
 import pyarrow as pa
@@ -181,9 +182,10 @@ def shift(path: Path, seconds: float) -> None:
     """Copies a video's pictures with other times: those below 0 are hidden, a late one is waited for."""
     source = path.rename(path.with_suffix(".old"))
     with av.open(str(source)) as old, av.open(str(path), "w") as new:
-        stream = old.streams.video[0]
+        stream: Any = old.streams.video[0]
         copy = new.add_stream_from_template(stream)
-        for packet in [p for p in old.demux(stream) if p.size]:
+        packets: list[Any] = [packet for packet in old.demux(stream) if packet.size]
+        for packet in packets:
             packet.stream = copy
             packet.pts += round(seconds / stream.time_base)
             packet.dts += round(seconds / stream.time_base)
