@@ -107,15 +107,13 @@ def _read_file(path: Path, asked: Asked) -> File | Fault:
 
 
 def _notes(info: VideoInfo, clip: Clip) -> Iterator[Fault]:
-    """Where a player may show other pictures at a time than the annotators saw."""
+    """Where annotators may have seen other pictures at a time."""
     name = f"video {Path(clip.video_path).name}"
     if info.num_hidden:
-        hidden = (
-            f"{name} has {info.num_hidden} pictures before the first that is shown, as a cut without coding"
-        )
-        yield Fault("hidden_pictures", f"{hidden}: times count from the first that is shown")
+        hidden = f"{name} has {info.num_hidden} pictures before the first that is shown"
+        yield Fault("hidden_pictures", f"{hidden}: times count from the one that is shown")
     if info.late_s > LATE_S:
-        late = f"{name} shows its first picture {info.late_s:.2f} s after it begins, with sound perhaps"
+        late = f"{name} shows its first picture {info.late_s:.2f} s after the file begins"
         yield Fault("late_picture", f"{late}: times count from the picture")
 
 

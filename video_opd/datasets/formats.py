@@ -44,7 +44,8 @@ def _from_lines(dataset: DatasetConfig, _: Format) -> Iterator[Record]:
     """Charades-STA's lines, with durations from `lengths`."""
     path = dataset.annotations
     if dataset.lengths is None:
-        raise DataError(f"{path}: charades_sta needs the csv of the videos' lengths: name it in lengths")
+        needs = "format charades_sta needs the csv of the videos' lengths"
+        raise DataError(f"{path}: {needs}: name it in lengths, or set another format, such as auto")
     lengths = _read_lengths(read_source(dataset.lengths))
     for number, line in read_source(path).lines():
         where, match = f"{path}:{number}", _LINE.fullmatch(line.strip())
@@ -54,7 +55,8 @@ def _from_lines(dataset: DatasetConfig, _: Format) -> Iterator[Record]:
             span = [float(match["start"]), float(match["end"])]
         except ValueError:
             expected = "expected 'VIDEO_ID start end##sentence'"
-            raise DataError(f"{where}: {expected}, found {line[:80]!r}") from None
+            found = f"{line[:80]!r}: correct it, or name another format"
+            raise DataError(f"{where}: {expected}, found {found}") from None
         video = match["video"]
         if video not in lengths:
             raise DataError(f"{where}: video {video} has no length in {dataset.lengths}: add it there")

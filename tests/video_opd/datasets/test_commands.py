@@ -197,7 +197,7 @@ def shift(path: Path, seconds: float) -> None:
     ("seconds", "kind", "said"),
     [
         (-2.0, "hidden_pictures", f"has {2 * VIDEO_FPS} pictures before the first that is shown"),
-        (1.5, "late_picture", "shows its first picture 1.50 s after it begins"),
+        (1.5, "late_picture", "shows its first picture 1.50 s after the file begins"),
         (0.1, None, ""),
     ],
 )
