@@ -19,9 +19,14 @@ IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp"))
 class Decoder(Protocol):
     """One open file. Raises whatever its library does; its own ValueErrors do not name the file."""
 
-    info: VideoInfo
+    size: tuple[int, int]  # (H, W) upright
 
     def __init__(self, path: str): ...
+
+    @property
+    def info(self) -> VideoInfo:
+        """May decode all of the file, or what `read` has left of it."""
+        ...
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
         """Writes the frames at int64[F], in any order, repeats allowed, to uint8[F, H, W, 3]."""
@@ -36,7 +41,11 @@ class _LibraryDecoder:
 
     def __init__(self, path: str):
         self._av, self._path, self._reader = PyAVDecoder(path), path, None
-        self.info, self._is_plain = self._av.info, self._av.is_plain
+        self.size, self._is_plain = self._av.size, self._av.is_plain
+
+    @property
+    def info(self) -> VideoInfo:
+        return self._av.info
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
         try:
@@ -109,12 +118,12 @@ class FrameFolder:
         if missing:
             raise ValueError(f"it has no image {min(missing)}, {len(missing)} of its numbers are missing")
         self._paths = [images[number] for number in sorted(images)]
-        size = self._image(0).shape[:2]
-        self.info = VideoInfo(num_frames=len(self._paths), fps=None, size=size, times_s=None)
+        self.size: tuple[int, int] = self._image(0).shape[:2]
+        self.info = VideoInfo(num_frames=len(self._paths), fps=None, size=self.size, times_s=None)
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
         for place, index in enumerate(indices):
-            frames[place] = self._image(int(index), *self.info.size)
+            frames[place] = self._image(int(index), *self.size)
 
     def _image(self, index: int, height: int | None = None, width: int | None = None) -> np.ndarray:
         av = import_module("av")

@@ -24,7 +24,7 @@ from video_opd.video.decoders import DECODERS
 
 RATE, NUM_PICTURES, GROUP = 25, 60, 12  # a group of pictures begins with a key frame
 CUT_S = 0.88  # in the second group
-VFR_GAPS_MS = (40, 40, 120, 40, 400, 40)  # 40 ms: the containers' own rate
+VFR_GAPS = (1, 1, 3, 1, 10, 1)  # in 1 / RATE s
 
 
 class Kind(NamedTuple):
@@ -67,7 +67,7 @@ KINDS = [
     Kind("vp9.webm", "libvpx-vp9", "vfr cut torn", codec_options=VPX),
     Kind("vp9_altref.mkv", "libvpx-vp9", "cut", codec_options=ALTREF),
     Kind("vp9.mp4", "libvpx-vp9", "vfr cut", codec_options=VPX),
-    Kind("mpeg4.avi", "mpeg4", "b cut torn"),
+    Kind("mpeg4.avi", "mpeg4", ALL),
     Kind("mpeg4.mp4", "mpeg4", "b vfr cut torn"),
     Kind("mpeg4.mkv", "mpeg4", "b vfr cut"),
     Kind("mpeg2.mpg", "mpeg2video", "b torn", format="mpeg"),
@@ -79,7 +79,7 @@ KINDS = [
     Kind("msmpeg4.avi", "msmpeg4", "torn"),
     Kind("flv1.flv", "flv", "vfr cut torn"),
     Kind("h263.3gp", "h263", "cut torn", size=(96, 128)),
-    Kind("mjpeg.avi", "mjpeg", "cut", "yuvj420p"),
+    Kind("mjpeg.avi", "mjpeg", "vfr cut", "yuvj420p"),
     Kind("mjpeg.mov", "mjpeg", "vfr cut", "yuvj420p"),
     Kind("mjpeg.mkv", "mjpeg", "vfr cut", "yuvj420p"),
     Kind("prores.mov", "prores_ks", "vfr cut", "yuv422p10le"),
@@ -103,25 +103,22 @@ def number_of(picture: np.ndarray) -> int:
     return int(((contrast > 0) << np.arange(width // 8)).sum()) if np.abs(contrast).min() > 60 else -1
 
 
-def times_ms(variable: bool) -> np.ndarray:
-    """int64[NUM_PICTURES]."""
-    gaps = np.resize(VFR_GAPS_MS if variable else (40,), NUM_PICTURES - 1)
+def ticks(variable: bool) -> np.ndarray:
+    """int64[NUM_PICTURES], in 1 / RATE s."""
+    gaps = np.resize(VFR_GAPS if variable else (1,), NUM_PICTURES - 1)
     return np.concatenate([[0], np.cumsum(gaps)])
 
 
 def write(path: Path, kind: Kind, variant: str) -> None:
-    options = {"g": str(GROUP), "bf": "2" if variant == "b" else "0"} | kind.codec_options
+    options = {"g": str(GROUP), "bf": "2" if variant == "b" else "0", **kind.codec_options}
     height, width = kind.size
     with av.open(str(path), "w", format=kind.format, options=dict(kind.file_options)) as container:
         stream: Any = container.add_stream(kind.codec, rate=RATE, options=options)
         stream.codec_context.thread_count = 1
         stream.height, stream.width, stream.pix_fmt = height, width, kind.pixels
-        if variant == "vfr":
-            stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
-        for number, time in enumerate(times_ms(variant == "vfr")):
+        for number, tick in enumerate(ticks(variant == "vfr")):
             frame = av.VideoFrame.from_ndarray(draw(number, height, width), format="rgb24")
-            if variant == "vfr":
-                frame.pts, frame.time_base = int(time), Fraction(1, 1000)
+            frame.pts, frame.time_base = int(tick), Fraction(1, RATE)
             container.mux(stream.encode(frame.reformat(format=kind.pixels)))
         container.mux(stream.encode())
 
@@ -170,7 +167,7 @@ def what_is_shown(path: Path, variable: bool) -> Truth:
         times = np.array(pts_s)
     else:
         assert (np.diff(numbers) > 0).all()
-        times = times_ms(variable)[numbers] / 1000
+        times = ticks(variable)[numbers] / RATE
     return Truth(np.array(pictures), times - times[0])
 
 

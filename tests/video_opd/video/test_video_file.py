@@ -13,7 +13,6 @@ from tests.videos import noise, set_matrix, write_video
 from video_opd.config_data import VideoConfig
 from video_opd.errors import ClipError
 from video_opd.video.clips import describe_video, plan_clip, read_frames
-from video_opd.video.decoders import PyAVDecoder
 
 ONE = 0x10000
 MATRICES = {  # (a, b, c, d): what is at (x, y) is shown at (a x + c y, b x + d y)
@@ -144,6 +143,24 @@ def test_equal_timestamps_do_not_void_the_others(tmp_path):
         )
 
 
+def test_an_empty_packet_leaves_the_picture_before_it_on_display(tmp_path):
+    """As in AVI and Ogg; NUT lets them be written."""
+    path = tmp_path / "a.nut"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuvj420p"
+        for number, pixels in enumerate(noise(20)):
+            for packet in [
+                *stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")),
+                av.Packet(b""),
+            ]:
+                packet.stream, packet.time_base = stream, Fraction(1, 25)
+                packet.pts = packet.dts = 2 * number + (not packet.size)
+                container.mux(packet)
+    info = describe_video(path, config("decord"))
+    assert (info.num_frames, info.times_s) == (20, None) and info.fps == pytest.approx(12.5)
+
+
 def test_key_frames_that_the_container_only_claims_are_not_begun_at(tmp_path):
     """An mp4 without its table of key frames (stss) claims that every frame is one. decord believes it."""
     path = tmp_path / "a.mp4"
@@ -155,33 +172,23 @@ def test_key_frames_that_the_container_only_claims_are_not_begun_at(tmp_path):
         np.testing.assert_array_equal(read_frames(clip, config(decoder)), shown[::-1])
 
 
-class Lies(PyAVDecoder):
-    """Believes that later frames are key frames."""
-
-    def __init__(self, path: str):
-        super().__init__(path)
-        self._keys = np.array([0, 7, 21, 40])
-
-
-def test_a_seek_that_does_not_land_where_it_was_sent_is_noticed(tmp_path):
-    write_video(tmp_path / "a.mp4", noise(60))
-    decoder, indices = Lies(str(tmp_path / "a.mp4")), np.array([45, 10, 22, 59, 0, 10])
-    frames = np.empty((6, 32, 32, 3), np.uint8)
-    for place, index in enumerate(indices):
-        decoder.read(indices[place : place + 1], frames[place : place + 1])
-        np.testing.assert_array_equal(frames[place], decode_all(tmp_path / "a.mp4")[index])
-
-
 def test_fewer_pictures_than_the_index_says_is_an_error(tmp_path):
-    """Packets of a sure index that hold no picture: VP9 frames that only show another one are counted."""
+    """h264 whose last packet holds no picture, only a parameter."""
     path = tmp_path / "a.mp4"
-    write_video(path, noise(60))
-    clip = plan_clip("a", path, config("pyav"), 32)
-    decoder = PyAVDecoder(str(path))
-    decoder._pts = [*decoder._pts, 10**9]
-    decoder._index_of[10**9] = decoder._num_frames = 60
-    with pytest.raises(ValueError, match="frame 60 of 60 is not in it"):
-        decoder.read(np.array([60]), np.empty((1, *clip.frame_size, 3), np.uint8))
+    write_video(tmp_path / "whole.mp4", noise(60))
+    with av.open(str(tmp_path / "whole.mp4")) as old, av.open(str(path), "w") as new:
+        copy = new.add_stream_from_template(old.streams.video[0], opaque=True)
+        packets: list[Any] = [p for p in old.demux(video=0) if p.size]
+        empty = av.Packet(b"\0\0\0\1\x0c")  # of filler
+        empty.time_base, empty.pts, empty.dts = packets[-1].time_base, 10**5, packets[-1].dts + 1
+        for packet in [*packets, empty]:
+            packet.stream = copy
+            new.mux(packet)
+    for decoder in DECODERS:
+        clip = plan_clip("a", path, config(decoder), 32)
+        assert clip.num_video_frames == 61
+        with pytest.raises(ClipError, match="frame 60 of 61 is not in it"):
+            read_frames(replace(clip, frame_indices=np.array([0, 60])), config(decoder))
 
 
 def test_av1_is_read_whatever_the_decoder(tmp_path):
