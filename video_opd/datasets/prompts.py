@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from video_opd.config_data import DatasetConfig, VideoConfig
 from video_opd.datasets.annotation import ODD, Annotation, fit
 from video_opd.datasets.formats import read_annotations, resolve
-from video_opd.datasets.videos import find_video, video_id
+from video_opd.datasets.videos import VideoFolder, video_id
 from video_opd.errors import ClipError, DataError
 from video_opd.types import Clip, Prompt, Span
 from video_opd.video.clips import plan_clip
@@ -39,9 +39,9 @@ def read_split(
     """
     dataset = resolve(dataset.model_copy(update={"clamp_s": 0.0}) if as_published else dataset)
     clips: dict[tuple[str, Span | None], Clip | ClipError] = {}
-    prompts, unreadable, bad = [], {}, []
+    prompts, unreadable, bad, folder = [], {}, [], VideoFolder(dataset.videos)
     for annotation in read_annotations(dataset):
-        path = find_video(dataset.videos, annotation.video, annotation.where)
+        path = folder.find(annotation.video, annotation.where)
         key = (str(path), annotation.cut_s)
         if key not in clips:
             try:
