@@ -42,7 +42,7 @@ def read_index(container: Any, stream: Any) -> PacketIndex:
     pts = np.array([p.pts for p in packets], np.float64)
     later = np.minimum.accumulate(pts[::-1])[::-1]  # the least time from each packet on
     is_key = np.array([p.is_key for p in packets])
-    is_sure = len(np.unique(pts)) == len(pts) and is_key[0] and later[0] == pts[0]  # NaN equals nothing
+    is_sure = is_key[0] and later[0] == pts[0] and len(np.unique(pts)) == len(pts)  # a NaN is later[0] too
     if not is_sure:
         return PacketIndex(packets, False, False)
     is_closed = begins_anew and (later == pts)[is_key].all()
@@ -53,13 +53,11 @@ def _new_start_test(codec: str, configuration: bytes) -> Callable[[bytes], bool]
     """Whether a key packet is a new start, not only a picture that heals: h264 and hevc say so in it."""
     if codec not in ("h264", "hevc"):
         return lambda _: True
-    if not configuration or configuration[0] != 1:  # packets are not in the form of mp4 and mkv
+    at, shift, mask, starts = (4, 0, 31, (5,)) if codec == "h264" else (21, 1, 63, (19, 20))
+    if len(configuration) <= at or configuration[0] != 1:  # packets are not in the form of mp4 and mkv
         return lambda _: False
-    if codec == "h264":
-        width = (configuration[4] & 3) + 1
-        return lambda data: any(first & 31 == 5 for first in _first_bytes(data, width))
-    width = (configuration[21] & 3) + 1
-    return lambda data: any(first >> 1 & 63 in (19, 20) for first in _first_bytes(data, width))
+    width = (configuration[at] & 3) + 1
+    return lambda data: any(first >> shift & mask in starts for first in _first_bytes(data, width))
 
 
 def _first_bytes(data: bytes, width: int) -> Iterator[int]:

@@ -167,15 +167,17 @@ def test_no_worker_outlives_its_parent(decoder, tmp_path):
     assert len(workers) == 1 and not alive
 
 
-def test_a_long_clip_comes_in_parts(tmp_path):
+@pytest.mark.parametrize("suffix", ["mp4", "ts"])
+def test_a_long_clip_comes_in_parts(suffix, tmp_path):
     """More frames than fit one answer: the same frames."""
-    write_video(tmp_path / "a.mp4", noise(8, 240, 320))
+    path = tmp_path / f"a.{suffix}"
+    write_video(path, noise(8, 240, 320))
     pool = DecodePool("decord", 1, 60.0)
     indices = np.arange(8).repeat(40)  # 70 MiB, PART_BYTES are 64 MiB
-    parts = [part.copy() for part in pool.read(str(tmp_path / "a.mp4"), indices, 8)]
+    parts = [part.copy() for part in pool.read(str(path), indices, 8)]
     pool.close()
     assert len(parts) == 2
-    np.testing.assert_array_equal(np.concatenate(parts), decode_all(tmp_path / "a.mp4")[indices])
+    np.testing.assert_array_equal(np.concatenate(parts), decode_all(path)[indices])
 
 
 # Decoders

@@ -11,7 +11,7 @@ import pytest
 
 from tests.videos import noise, set_matrix, write_video
 from video_opd.config_data import VideoConfig
-from video_opd.errors import ClipError
+from video_opd.errors import ClipError, FailureKind
 from video_opd.video.clips import describe_video, plan_clip, read_frames
 
 ONE = 0x10000
@@ -99,6 +99,17 @@ def test_a_file_that_ends_within_a_picture_shows_the_others(suffix, tmp_path):
     assert 30 < clip.num_video_frames < 45
     clip = replace(clip, frame_indices=np.arange(30))
     np.testing.assert_array_equal(read_frames(clip, config("decord")), whole[:30])
+
+
+@pytest.mark.parametrize("now", [40, 59, 90])
+def test_a_file_without_index_that_was_replaced_is_told(now, tmp_path):
+    path = tmp_path / "a.ts"
+    write_video(path, noise(60))
+    clip = plan_clip("a", path, config("decord"), 32)
+    write_video(path, noise(now))
+    with pytest.raises(ClipError, match=f"had 60 frames, now {now}: it was replaced") as caught:
+        read_frames(clip, config("decord"))
+    assert caught.value.kind == FailureKind.REPLACED
 
 
 def test_a_hole_in_a_recording_keeps_the_times_of_the_others(tmp_path):
