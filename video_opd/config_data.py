@@ -81,6 +81,7 @@ class DatasetConfig(ConfigSection):
     clamp_s: NonNegativeFloat = key(0.0, "cut annotations that end up to this far beyond the clip's end")
     max_prompts: PositiveInt | None = key(None, "use only this many prompts, the first ones")
     unreadable: Literal["error", "drop"] = key("error", "train: a bad video ends the launch, or is left out")
+    faulty: Literal["error", "drop"] = key("error", "train: a bad interval or query: the same choice")
 
 
 class DataConfig(ConfigSection):
@@ -92,6 +93,8 @@ class DataConfig(ConfigSection):
     def problems(self) -> Iterator[str]:
         if self.eval.unreadable != "error":
             yield "data.eval.unreadable=drop would leave failures out of the metrics: mend the videos"
+        if self.eval.faulty != "error":
+            yield "data.eval.faulty=drop would leave prompts out: the truth is scored as it is published"
 
 
 class VideoConfig(ConfigSection):

@@ -89,6 +89,7 @@ def test_a_missing_key_is_named_in_full(path, section, key):
         "prompt.answer_template={begin}",
         "prompt.style=own",
         "data.eval.unreadable=drop",
+        "data.eval.faulty=drop",
         "video.min_frames=1000",
         "max_policy_lag=-1",
         "worker_env=[1]",
