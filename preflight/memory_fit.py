@@ -66,8 +66,10 @@ def memory_plan(config: Config, draft: Plan | Draft, gpu_memory_gib: float | Non
         raise ConfigError(f"--gpu-memory-gib {gpu_memory_gib}: give the memory of one GPU, more than 0")
     gpu_bytes = _gpu_bytes() if gpu_memory_gib is None else int(gpu_memory_gib * GIB)
     train, evaluation = (
-        workload_of_budget(config.video, student) if prompts is None else workload_of(prompts, student)
-        for prompts in (draft.train, draft.eval)
+        workload_of(split.prompts, student, draft.longest.get(name))
+        if split
+        else workload_of_budget(config.video, student)
+        for name, split in (("train", draft.train), ("eval", draft.eval))
     )
     return MemoryPlan(config, student, teacher, train, evaluation, gpu_bytes, psutil.virtual_memory().total)
 

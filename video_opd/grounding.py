@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from video_opd.types import Prediction, Prompt, Span
+from video_opd.types import FailedPrompt, Prediction, Prompt, Span
 
 THRESHOLDS = (0.3, 0.5, 0.7)
 ROUNDING = 1e-9  # an IoU that misses a threshold by less has reached it
@@ -57,7 +57,7 @@ def summarise(
     return {"miou": float(values.mean()), **recalls, "n": len(values), "unparsed": num_unparsed}
 
 
-def evaluate(predictions: Sequence[Prediction], prompts: Sequence[Prompt]) -> dict[str, float]:
+def evaluate(predictions: Sequence[Prediction], prompts: Sequence[Prompt | FailedPrompt]) -> dict[str, float]:
     """Scores one prediction per prompt. A prompt without one counts as IoU 0 and as unparsed."""
     by_id = {p.prompt_id: p.span_s for p in predictions}
     spans = [by_id.get(p.prompt_id) for p in prompts]
@@ -78,15 +78,23 @@ def random_spans(durations_s: Sequence[float], seed: int) -> list[Span]:
     return [tuple(np.sort(rng.uniform(0.0, d, size=2)).tolist()) for d in durations_s]
 
 
-def blind_baselines(train: Sequence[Prompt], evaluation: Sequence[Prompt], seed: int = 0) -> dict[str, dict]:
-    """Scores without a model: the constant interval that is best on `train`, and a random interval."""
+def blind_baselines(
+    train: Sequence[Prompt], evaluation: Sequence[Prompt | FailedPrompt], seed: int = 0
+) -> dict[str, dict]:
+    """Scores without a model: the constant interval that is best on `train`, and a random interval.
+
+    A prompt whose clip cannot be read counts as IoU 0, as for a model.
+    """
     labelled = [(p.answer_spans_s, p.clip.duration_s) for p in train if p.answer_spans_s]
     start, end = best_constant_interval(labelled)
-    durations = [p.clip.duration_s for p in evaluation]
-    constant = summarise(_best_ious([(start * d, end * d) for d in durations], evaluation))
-    random = summarise(_best_ious(random_spans(durations, seed), evaluation))
+    readable = [p for p in evaluation if isinstance(p, Prompt)]
+    durations = [p.clip.duration_s for p in readable]
+    failed = [0.0] * (len(evaluation) - len(readable))
+    constant = summarise(_best_ious([(start * d, end * d) for d in durations], readable) + failed)
+    random = summarise(_best_ious(random_spans(durations, seed), readable) + failed)
     return {"best_constant": constant | {"interval_frac": [float(start), float(end)]}, "random": random}
 
 
-def _best_ious(spans: Sequence[Span | None], prompts: Sequence[Prompt]) -> list[float]:
-    return [best_iou(span, p.answer_spans_s or ()) for span, p in zip(spans, prompts, strict=True)]
+def _best_ious(spans: Sequence[Span | None], prompts: Sequence[Prompt | FailedPrompt]) -> list[float]:
+    truth = (p.answer_spans_s or () if isinstance(p, Prompt) else () for p in prompts)
+    return [best_iou(span, of_prompt) for span, of_prompt in zip(spans, truth, strict=True)]

@@ -4,6 +4,7 @@ Frames are resized here, so the model's processor resizes nothing: models see th
 """
 
 import math
+import os
 from collections.abc import Hashable
 from pathlib import Path
 
@@ -103,19 +104,34 @@ def _cut(path: str, cut_s: Span | None, times_s: np.ndarray, duration_s: float) 
     return slice(first, last), start, min(end, duration_s) - start
 
 
+def describe_video(path: str, video: VideoConfig) -> VideoInfo:
+    """Opens the file, or folder of images, and says what it holds.
+
+    Raises ClipError, and ConfigError if the decoder does not import. Thread-safe.
+    """
+    with quarantine(video.quarantine, video.decoder).watch(path):
+        info = shared_pool(video).describe(path)
+        _rate_and_times(path, info, video)
+    return info
+
+
 def plan_clip(
-    clip_id: str, video_path: str | Path, video: VideoConfig, multiple: int, cut_s: Span | None = None
+    clip_id: str,
+    video_path: str | Path,
+    video: VideoConfig,
+    multiple: int,
+    cut_s: Span | None = None,
+    info: VideoInfo | None = None,
 ) -> Clip:
-    """Opens the file once and decides which frames, at which size, every process will see.
+    """Decides which frames, at which size, every process will see.
 
     video_path: a video file, or a folder of numbered images. multiple: patch_size * spatial_merge_size.
     cut_s: the clip is this part of the video, its end excluded, and its times count from the part's start.
-    Raises ClipError, and ConfigError if the decoder does not import. Thread-safe.
+    info: what describe_video says; None: it is asked. Raises ClipError, and what describe_video raises.
     """
-    path = str(Path(video_path).resolve())
-    with quarantine(video.quarantine, video.decoder).watch(path):
-        info = shared_pool(video).describe(path)
-        fps, times, constant = _rate_and_times(path, info, video)
+    path = os.path.realpath(video_path)
+    info = info or describe_video(path, video)
+    fps, times, constant = _rate_and_times(path, info, video)
     part, start_s, duration_s = _cut(path, cut_s, times, info.num_frames / fps)
     if constant:
         indices = part.start + choose_frame_indices(part.stop - part.start, fps, video)
