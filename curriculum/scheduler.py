@@ -104,8 +104,9 @@ class Scheduler:
 
     def _drop_unusable(self) -> None:
         """Retires what cannot be used today, if it is not dropped already."""
-        failed = (p for p in self._prompts if isinstance(p, FailedPrompt))
-        self.retire([p for p in failed if not self._dropped[self._index[p.prompt_id]]])
+        states = zip(self._prompts, self._dropped, strict=True)
+        if failed := [p for p, dropped in states if isinstance(p, FailedPrompt) and not dropped]:
+            self.retire(failed)
 
     def _drop(self, which: np.ndarray, reason: str) -> None:
         self._dropped[which & (self._dropped == "")] = reason
