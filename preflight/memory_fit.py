@@ -181,8 +181,9 @@ def describe_memory(plan: MemoryPlan) -> str:
     video = f"{work.mean_video_tokens:.0f} tokens a prompt expected, at most {work.max_video_tokens}"
     if not work.mean_video_tokens:
         video = f"at most {work.max_video_tokens} tokens a clip, from the config's own budget"
+    about = "" if work.longest_is_counted else "about "
     lines += [
-        f"video     {video}; longest prompt about {work.max_prompt_tokens} tokens",
+        f"video     {video}; longest prompt {about}{work.max_prompt_tokens} tokens",
         "memory, estimated, GiB a process:",
         *(_describe_role(role, plan.gpu_bytes) for role in roles),
     ]
