@@ -72,7 +72,7 @@ def _read(config: Config, name: str, multiple: int, resumes: bool = False) -> Sp
     dataset = getattr(config.data, name)
     if resumes:
         dataset = dataset.model_copy(update={"unreadable": "drop"})
-    split = read_split(dataset, config.video, multiple, config.runs_dir, as_published=name == "eval")
+    split = read_split(dataset, config.video, multiple, name == "eval", config.runs_dir)
     if split.failed:
         first, reason = next(iter(split.failed.items()))
         counts = "dropped" if name == "train" else "IoU 0"

@@ -95,14 +95,13 @@ def test_a_clip_that_fails_while_running_is_retired_and_counted(finished, broken
     assert all("train00003.mp4" in reason for reason in dropped.values())
     assert not any(r["prompt_id"].startswith("train00003:") for r in trajectories_of(finished))
     records = pq.read_table(finished / "curriculum" / "records.parquet").to_pylist()
-    assert {r["prompt_id"] for r in records if r["dropped"]} == set(dropped)
+    assert {r["prompt_id"]: r["dropped"] for r in records if r["dropped"]} == summary["dropped"]
     assert sum(r["num_rollouts"] for r in records) == STEPS * GROUPS
 
 
-def test_clips_that_cannot_be_read_are_named_and_the_pool_is_that_of_the_good_ones(
+def test_clips_that_cannot_be_read_are_named_and_have_their_places_in_the_pool(
     finished, overrides, broken_clips, tmp_path
 ):
-    """The plan of the good clips' lines alone has the same prompts in the same places, so the same run."""
     data, paths = broken_clips
     summary = json.loads((finished / "summary.json").read_text())
     dropped = {i: r for i, r in summary["dropped"].items() if i.split(":")[0] in paths}
@@ -117,8 +116,10 @@ def test_clips_that_cannot_be_read_are_named_and_the_pool_is_that_of_the_good_on
     options = [*overrides, *SHRUNK, *data, f"data.train.annotations={tmp_path}/good.txt"]
     of_good = make_plan(load_config(DEMO, options))
     of_all = make_plan(config)
-    assert of_good.unreadable == {} and of_all.unreadable.keys() == dropped.keys()
-    assert [str(p) for p in of_good.train] == [str(p) for p in of_all.train]
+    assert of_good.train.failed == {} and of_all.train.failed.keys() == dropped.keys()
+    assert [str(p) for p in of_good.train.prompts] == [str(p) for p in of_all.train.prompts]
+    records = pq.read_table(finished / "curriculum" / "records.parquet")
+    assert records["prompt_id"].to_pylist() == [p.prompt_id for p in of_all.train.pool]
 
 
 def test_the_run_folder_is_complete(finished):

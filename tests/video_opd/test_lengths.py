@@ -1,6 +1,7 @@
 """Lengths of prompts before a start are those that the processors give; what does not fit is refused."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ QUERIES = (
 
 
 def qwen2_5_processor() -> Qwen2_5_VLProcessor:
-    options = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+    options: dict[str, Any] = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
     options |= {"size": {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 4096}}
     image, video = Qwen2VLImageProcessor(**options), Qwen2VLVideoProcessor(**options)
     return Qwen2_5_VLProcessor(image, build_tokenizer(), video, chat_template=CHAT_TEMPLATE)

@@ -22,6 +22,10 @@ class Annotation:
     fps: float | None = None  # of the file, if times were frames
 
 
+ODD = ("zero_length", "reversed", "before_start", "beyond_duration")
+"""Kinds of intervals that published sets contain, and that an evaluation scores as they are."""
+
+
 class Fault(NamedTuple):
     kind: str  # one of the kinds in docs/data.md
     reason: str  # one line: what, and what to do

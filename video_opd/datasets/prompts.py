@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import islice
 
 from video_opd.config_data import DatasetConfig, VideoConfig
-from video_opd.datasets.annotation import Annotation, fit
+from video_opd.datasets.annotation import ODD, Annotation, fit
 from video_opd.datasets.formats import read_annotations, resolve
 from video_opd.datasets.videos import find_video, video_id
 from video_opd.errors import ClipError, DataError
@@ -53,22 +53,28 @@ class Split:
         return Split(pool, self.key)
 
 
-def read_prompts(dataset: DatasetConfig, video: VideoConfig, multiple: int) -> list[Prompt]:
+def read_prompts(
+    dataset: DatasetConfig,
+    video: VideoConfig,
+    multiple: int,
+    as_published: bool = False,
+    runs_dir: str | None = None,
+) -> list[Prompt]:
     """The prompts of read_split that can be used."""
-    return read_split(dataset, video, multiple).prompts
+    return read_split(dataset, video, multiple, as_published, runs_dir).prompts
 
 
 def read_split(
     dataset: DatasetConfig,
     video: VideoConfig,
     multiple: int,
-    runs_dir: str | None = None,
     as_published: bool = False,
+    runs_dir: str | None = None,
 ) -> Split:
     """Reads a split of any format in file order. `multiple`: see clips.plan_clip.
 
-    runs_dir: keeps what its videos hold, so that they are opened once. as_published: true intervals are as
-    annotated, only finite; otherwise they are cut by clamp_s, and bad ones are faults.
+    as_published, for evaluation: true intervals are as annotated, whatever clamp_s says, and may be ODD.
+    runs_dir: keeps what the videos hold, so that they are opened once.
     Raises DataError for an unreadable line or a fault, ClipError for an unreadable video. With faulty=drop,
     unreadable=drop they take the place of their prompts instead.
     """
@@ -139,13 +145,10 @@ def _truth(
     annotation: Annotation, clip: Clip, dataset: DatasetConfig, as_published: bool
 ) -> tuple[tuple[Span, ...] | None, str]:
     """The true intervals, and the first fault of the annotation; empty: it has none."""
-    if not as_published or annotation.spans_s == ():
-        spans, faults = fit(annotation, clip.duration_s, 1.0 / clip.video_fps, dataset.clamp_s)
-        return spans, faults[0].reason if faults else ""
-    for span in annotation.spans_s or ():
-        if not all(map(math.isfinite, span)):
-            return None, f"{span[0]} to {span[1]} is not an interval in seconds: correct it"
-    return annotation.spans_s, ""
+    spans, faults = fit(annotation, clip.duration_s, 1.0 / clip.video_fps, dataset.clamp_s)
+    if as_published:
+        spans, faults = annotation.spans_s, [fault for fault in faults if fault.kind not in ODD]
+    return spans, faults[0].reason if faults else ""
 
 
 def _digest(annotations: list[Annotation], clamp_s: float) -> str:

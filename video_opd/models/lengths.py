@@ -133,14 +133,20 @@ class Limit(NamedTuple):
     response: int  # tokens after the prompt
 
 
+def rollout_limit(config: Config) -> Limit:
+    """Of the engine that samples."""
+    return Limit("rollout.max_model_len", config.rollout.max_model_len, config.rollout.max_response_tokens)
+
+
 def limits(config: Config, trained: bool) -> list[Limit]:
     """What bounds the prompts of a split. trained: the training split."""
-    response, found = config.rollout.max_response_tokens, []
+    found = []
     sampled = config.loss.needs.rollouts or config.curriculum.asks_student if trained else True
     if config.rollout.num_actors and sampled:
-        found.append(Limit("rollout.max_model_len", config.rollout.max_model_len, response))
+        found.append(rollout_limit(config))
     if config.needs_teacher and config.teacher_pool.engine == "vllm":  # which samples one more token
-        found.append(Limit("teacher_pool.max_model_len", config.teacher_pool.max_model_len, response + 1))
+        response = config.rollout.max_response_tokens + 1
+        found.append(Limit("teacher_pool.max_model_len", config.teacher_pool.max_model_len, response))
     return found
 
 

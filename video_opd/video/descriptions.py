@@ -151,7 +151,7 @@ def _write(folder: Path, infos: dict[str, VideoInfo], stamps: dict[str, str]) ->
         {
             "path": os.fsencode(path),
             "stamp": stamps[path],
-            "plain": json.dumps({name: getattr(info, name) for name in names}),
+            "plain": json.dumps({name: getattr(info, name) for name in names}, default=np.generic.item),
             "times_s": None if info.times_s is None else info.times_s.tobytes(),
         }
         for path, info in infos.items()

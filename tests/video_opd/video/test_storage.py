@@ -22,8 +22,9 @@ from video_opd.video.frame_cache import FrameCache
 @pytest.fixture
 def video(tmp_path) -> VideoConfig:
     """With a quarantine and a cache of its own."""
-    names = {"quarantine": str(tmp_path / "quarantine.jsonl"), "cache_dir": str(tmp_path / "frames")}
-    return VideoConfig(fps=2, max_frames=24, max_video_tokens=256, decode_workers=1, **names)
+    files = {"quarantine": str(tmp_path / "quarantine.jsonl"), "cache_dir": str(tmp_path / "frames")}
+    small = VideoConfig(fps=2, max_frames=24, max_video_tokens=256, decode_workers=1)
+    return small.model_copy(update=files)
 
 
 def listed(video: VideoConfig) -> list[dict]:
