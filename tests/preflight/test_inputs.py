@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import evaluation.__main__
 from curriculum.scheduler import Scheduler, check_state
 from driver.progress import setup_of
 from preflight.inputs import check_routes, make_draft, make_plan
@@ -103,6 +104,15 @@ def test_a_prompt_that_no_engine_can_take_is_named_before_the_start(split, check
     assert check(run.config(f"rollout.max_model_len={needed}")).longest[split] == int(needed) - 16
     with pytest.raises(DataError, match="max_model_len"):
         check(run.config(f"rollout.max_model_len={int(needed) - 1}"))
+
+
+def test_an_evaluation_refuses_it_before_vllm_starts(run, monkeypatch):
+    monkeypatch.setattr(evaluation.__main__, "ask_model", lambda *_, **__: pytest.fail("vLLM would start"))
+    name = long_query(run, "eval")
+    with pytest.raises(DataError, match=rf"prompt {name}: its \d+ tokens .* rollout.max_model_len=256"):
+        evaluation.__main__.answers_of_model(
+            run.config("rollout.num_actors=0", "loss.kind=sft", "loss.clamp=null"), False
+        )
 
 
 @pytest.mark.parametrize("check", [make_plan, make_draft])

@@ -1,5 +1,7 @@
 """Lengths of prompts before a start are those that the processors give; what does not fit is refused."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +11,7 @@ from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVide
 
 from demo.models import CHAT_TEMPLATE, build_processor, build_tokenizer
 from tests.fakes import make_clip, make_prompt
+from video_opd import ROOT
 from video_opd.config import Config
 from video_opd.config_data import PromptConfig, VideoConfig
 from video_opd.config_file import load_demo
@@ -68,6 +71,12 @@ def test_every_prompt_is_as_long_as_its_encoding(family, video_first, tmp_path):
     encoded = [encoder.encode(p, frames=blank) for p, blank in zip(prompts, blanks, strict=True)]
     assert counted == [len(e.token_ids) for e in encoded]
     assert max(counted) > 739 and len(set(counted)) > len(QUERIES)
+
+
+def test_counting_imports_no_framework():
+    code = "import sys; from video_opd.models import lengths; lengths._compile(''); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert not {"torch", "transformers"} & {*done.stdout.split()}
 
 
 def test_a_query_that_holds_the_videos_pad_is_refused(tmp_path):
