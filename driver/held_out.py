@@ -53,7 +53,5 @@ async def evaluate_teacher(run: Run) -> None:
 
 def _record(run: Run, name: str, results: Sequence[Prediction | FailedPrompt]) -> None:
     answers = [r for r in results if isinstance(r, Prediction)]
-    run.progress.evaluations[name], run.progress.examples[name] = (
-        evaluate(answers, run.plan.eval.pool),
-        answers,
-    )
+    run.progress.evaluations[name] = evaluate(answers, run.plan.eval.pool)
+    run.progress.examples[name] = answers

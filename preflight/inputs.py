@@ -177,10 +177,8 @@ def check_pool(config: Config, split: Split, resumes: bool = False) -> None:
     selected = curriculum.num_selected if curriculum.kind != "uniform" else None
     if selected and selected > len(train) and not resumes:  # later rounds select among those that are left
         raise ConfigError(f"curriculum.num_selected={selected} of {len(train)} training prompts: lower it")
-    pool, in_flight = (
-        min(selected or len(train), len(train)),
-        (config.max_policy_lag + 1) * config.groups_per_step,
-    )
+    pool = min(selected or len(train), len(train))
+    in_flight = (config.max_policy_lag + 1) * config.groups_per_step
     if pool < in_flight:
         remedy = "raise curriculum.num_selected" if selected else "add data"
         slots = f"(max_policy_lag + 1) * groups_per_step = {in_flight} slots"
