@@ -71,7 +71,6 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
     config, curriculum = run.config, run.curriculum
     buffer = run.buffer = TrajectoryBuffer(config.groups_per_step, config.max_policy_lag, until - run.step)
     per_call = config.rollout.prompts_per_call
-    capacity = (config.max_policy_lag + 1) * config.groups_per_step
 
     async def sample() -> None:
         while slots := await buffer.reserve(per_call):
@@ -103,7 +102,7 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
 
     async with asyncio.TaskGroup() as tasks:  # an error in one task stops them all
         tasks.create_task(learn())
-        for _ in range(-(-capacity // per_call)):
+        for _ in range(config.most_actors):
             tasks.create_task(sample())
 
 

@@ -75,6 +75,8 @@ class ActorPool:
 
     async def scale(self, num_actors: int) -> None:
         """Changes the number of actors; returns at once. Surplus actors finish their calls first."""
+        if self._config.loss.needs.rollouts and num_actors > (most := self._config.most_actors):
+            log.warning("rollout.prompts_per_call leaves work for %d of %d actors alone", most, num_actors)
         self._members.scale(num_actors)
 
     def stop(self) -> None:

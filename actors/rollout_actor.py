@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import ray
 
-from actors.engine import PolicyEngine
 from video_opd.config import Config
 from video_opd.errors import WeightsLostError
 from video_opd.logs import log, start_role_log, work
@@ -25,6 +24,8 @@ class RolloutActor:
     """Runs one call at a time, in order of arrival, so that a trajectory comes from one policy version."""
 
     def __init__(self, name: str, config: Config):
+        from actors.engine import PolicyEngine  # not above: the driver imports this file and needs no torch
+
         start_role_log(config.run_name, name)
         started = time.monotonic()
         self._name, self._config = name, config

@@ -46,7 +46,7 @@ def state_of(record: dict) -> str:
 
 
 def overview(records: pa.Table) -> Table:
-    """Prompts by state."""
+    """Prompts by state, the most frequent ones: there may be as many reasons as dropped prompts."""
     states = [state_of(record) for record in records.drop_columns("student_iou").to_pylist()]
     sampled = pa.array(records["num_rollouts"].to_numpy() > 0)
     records = records.append_column("state", pa.array(states)).append_column("sampled", sampled)
@@ -55,10 +55,13 @@ def overview(records: pa.Table) -> Table:
     groups = records.group_by("state", use_threads=False).aggregate(sums + means)
     columns = ("state", "prompts", "sampled", "rollouts", "teacher IoU", "disagreement")
     table = Table(*columns, title=f"{len(records)} prompts")
-    for row in groups.sort_by([("state_count", "descending")]).to_pylist():
+    rows = groups.sort_by([("state_count", "descending")]).to_pylist()
+    for row in rows[:SHOWN]:
         counts = (str(row[f"{name}_{what}"]) for name, what in sums)
         ious = (_number(row[f"{name}_{what}"]) for name, what in means)
         table.add_row(escape(row["state"]), *counts, *ious)
+    if rest := rows[SHOWN:]:
+        table.add_row(f"{len(rest)} other states", str(sum(row["state_count"] for row in rest)))
     return table
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import ray
 
 from curriculum.coupling import suspend
-from curriculum.scheduler import SchedulerActor, observation
+from curriculum.scheduler import NAMED_IN_ERRORS, SchedulerActor, observation
 from video_opd.cluster.deadline import with_deadline
 from video_opd.cluster.faults import LOST, cause_of, retried
 from video_opd.config import Config
@@ -114,9 +114,11 @@ class Curriculum:
         await self._change("observe", [observation(g) for g in groups], step)
 
     async def retire(self, failed: Sequence[FailedPrompt]) -> None:
-        for failure in failed:
-            self._num_failed[failure.kind] += 1
+        self._num_failed.update(failure.kind for failure in failed)
+        for failure in failed[:NAMED_IN_ERRORS]:
             log.warning("prompt %s is dropped: %s", failure.prompt_id, failure.reason)
+        if (rest := len(failed) - NAMED_IN_ERRORS) > 0:
+            log.warning("%d more prompts are dropped: `dropped` of summary.json will say why", rest)
         if failed:
             await self._change("retire", failed)
 

@@ -1,6 +1,6 @@
 """The scheduler: which prompts the actors sample next. A pure class, and the Ray actor that holds it."""
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -126,7 +126,7 @@ class Scheduler:
                 raise self._too_few(f"{error}: change anchor_frac or the bounds") from None
         else:
             chosen = self._sample(alive, k or len(alive))
-        in_flight = (self._config.max_policy_lag + 1) * self._config.groups_per_step
+        in_flight = self._config.num_slots
         if len(chosen) < in_flight:
             needed = f"(max_policy_lag + 1) * groups_per_step = {in_flight} in flight"
             raise self._too_few(f"{len(chosen)} of {size} prompts are selected, fewer than the {needed}")
@@ -149,12 +149,19 @@ class Scheduler:
         return ConfigError(f"curriculum: {problem}: {self._describe_dropped()}; {advice}")
 
     def _describe_dropped(self) -> str:
-        """The number of dropped prompts for each reason, with the first of them."""
+        """The number of dropped prompts for each of the most frequent reasons, with the first of them."""
+        of_reason = defaultdict(list)
+        for i in np.flatnonzero(self._dropped != ""):
+            of_reason[self._dropped[i]].append(self._prompts[i].prompt_id)
         parts = []
-        for reason in dict.fromkeys(self._dropped[self._dropped != ""]):
-            names = [self._prompts[i].prompt_id for i in np.flatnonzero(self._dropped == reason)]
+        reasons = sorted(of_reason, key=lambda reason: -len(of_reason[reason]))
+        for reason in reasons[:NAMED_IN_ERRORS]:
+            names = of_reason[reason]
             more = ", ..." if len(names) > NAMED_IN_ERRORS else ""
             parts.append(f"{len(names)} dropped, {reason} ({', '.join(names[:NAMED_IN_ERRORS])}{more})")
+        if rest := reasons[NAMED_IN_ERRORS:]:
+            number, file = sum(len(of_reason[r]) for r in rest), f"round-{self._student_iou.shape[1]}.parquet"
+            parts.append(f"{number} dropped for {len(rest)} other reasons (all are in curriculum/{file})")
         return "; ".join(parts) or "none was dropped"
 
     def next_selection(self) -> int | None:
@@ -275,7 +282,7 @@ class Scheduler:
             "curriculum/selected": int(selected.sum()),
             "curriculum/dropped": int(np.count_nonzero(self._dropped)),
             "curriculum/suspended": int(self._suspended.sum()),
-            "curriculum/seen_frac": float((self._num_rollouts[selected] > 0).mean()),
+            "curriculum/seen_frac": float((self._num_rollouts[selected] > 0).sum() / max(1, selected.sum())),
         }
 
 

@@ -2,7 +2,7 @@
 
 The pool has P prompts. tau_i is the mean IoU of the teacher's answers to prompt i, sigma_i that of the
 student's answer. A sampler takes delta float64[P], the number k of prompts to select and a random generator.
-It returns int64[k], distinct indices; ties keep the order of the pool.
+It returns int64[min(k, P)], distinct indices; ties keep the order of the pool.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ def top_k(delta: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
 
 def dsus(delta: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
     """Evenly spaced in the prompts sorted by delta, descending: positions floor(j P / k), j = 0 .. k - 1."""
-    return _descending(delta)[_uniform_positions(len(delta), k)]
+    return _descending(delta)[_uniform_positions(len(delta), min(k, len(delta)))]
 
 
 def bbds(delta: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
@@ -34,6 +34,9 @@ def bbds(delta: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
 
     The other buckets share what one lacks. The remainder goes to the buckets of larger delta.
     """
+    k = min(k, len(delta))
+    if k == 0:
+        return np.zeros(0, np.int64)
     above, extent = delta - delta.min(), np.ptp(delta)
     bucket = np.minimum(above * BBDS_BUCKETS / (extent or 1.0), BBDS_BUCKETS - 1).astype(np.int64)
     order = _descending(delta)

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from curriculum.answers import forget_student_answers
 from driver.export import STUDENT, best_step, export_student, exported_step
 from driver.held_out import AFTER, NO_VIDEO, at_step, miou_by_step
 from driver.progress import find_saved_run, setup_of, write_progress
@@ -76,6 +77,7 @@ async def start_over(run: Run) -> None:
 
 
 def _remove_rounds_after(run: Run, num_rounds: int) -> None:
+    forget_student_answers(run.folder, but_of=run.step)
     for snapshot in (run.folder / "curriculum").glob("*.parquet"):
         number = snapshot.stem.removeprefix("round-")
         if snapshot.stem == "records" or (number.isdigit() and int(number) > num_rounds):

@@ -52,6 +52,12 @@ async def evaluate_teacher(run: Run) -> None:
 
 
 def _record(run: Run, name: str, results: Sequence[Prediction | FailedPrompt]) -> None:
+    """Keeps the scores, and the answers but for those of steps that are neither the last nor the best."""
+    evaluations, examples = run.progress.evaluations, run.progress.examples
     answers = [r for r in results if isinstance(r, Prediction)]
-    run.progress.evaluations[name] = evaluate(answers, run.plan.eval.pool)
-    run.progress.examples[name] = answers
+    evaluations[name], examples[name] = evaluate(answers, run.plan.eval.pool), answers
+    steps = {int(n.removeprefix("step_")): n for n in examples if n.startswith("step_")}
+    best = min(steps, key=lambda step: (-evaluations[steps[step]]["miou"], step), default=None)
+    for step in sorted(steps)[:-1]:
+        if step != best:
+            del examples[steps[step]]

@@ -31,7 +31,7 @@ class Progress:
     step: int = 0  # the next to do
     totals: Counter[str] = field(default_factory=Counter)  # what the summary counts
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)  # by name: teacher, step_N, ...
-    examples: dict[str, list[Prediction]] = field(default_factory=dict)  # the answers, by the same names
+    examples: dict[str, list[Prediction]] = field(default_factory=dict)  # answers, by the same names, of some
     failed_eval: dict[str, str] = field(default_factory=dict)  # prompt id: why; each counts as IoU 0
 
 
@@ -99,12 +99,11 @@ def read_progress(folder: Path, setup: dict[str, Any]) -> SavedRun:
         progress = Progress(
             **{name: state[name] for name in ("step", "evaluations", "failed_eval")},
             totals=Counter(state["totals"]),
-            examples={name: [] for name in state["evaluations"]},
         )
         for row in pq.read_table(folder / _PREDICTIONS).to_pylist():
             span = None if row["start_s"] is None else (row["start_s"], row["end_s"])
             prediction = Prediction(prompt_id=row["prompt_id"], text=row["text"], span_s=span)
-            progress.examples[row["evaluation"]].append(prediction)
+            progress.examples.setdefault(row["evaluation"], []).append(prediction)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(folder, f"its state cannot be read ({error!r})") from error
     _check_same(folder, "model", "the student", shapes, setup["shapes"])

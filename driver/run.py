@@ -26,6 +26,7 @@ from video_opd.cluster.faults import cause_of
 from video_opd.cluster.run_control import create_control
 from video_opd.config import Config
 from video_opd.errors import LearnerLostError
+from video_opd.logs import log
 from video_opd.prometheus import Gauges, count
 from video_opd.rewards import Reward, load_rewards
 from video_opd.types import FailedPrompt, Prediction, Prompt
@@ -82,6 +83,8 @@ class Run:
 def create_parts(folder: Path, given: Config, plan: Plan, resume_from: SavedRun | None = None) -> Run:
     """Starts the processes of a run. Raises ConfigError if a run of that name is on this Ray."""
     name, env = f"video_opd/{folder.name}", python_path() | given.worker_env
+    for warning in given.warnings():
+        log.warning("warning: %s", warning)
     config = given.model_copy(update={"run_name": folder.name, "worker_env": env})
     url, limits = config.checkpoint_url, (config.max_retries, config.upload_timeout_s)
     progress = resume_from.progress if resume_from else Progress()

@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.implementations.dirfs import DirFileSystem
 
+from driver.copied_files import put_together, read_list, send_new
 from video_opd.cluster.faults import cause_of
 from video_opd.content import is_inside
 from video_opd.errors import CheckpointError, ConfigError, InputError, PartialCheckpointError
@@ -21,8 +23,9 @@ from video_opd.logs import FILE as LOG_FILE
 from video_opd.logs import log
 
 T = TypeVar("T")
+CONFIG = "config.yaml"
 # What a resume needs besides a checkpoint.
-_BESIDE = ("config.yaml", "metrics.jsonl", "trajectories", "curriculum", "tensorboard", LOG_FILE)
+_BESIDE = (CONFIG, "metrics.jsonl", "trajectories", "curriculum", "tensorboard", LOG_FILE)
 _FIRST_WAIT_S = 1.0
 
 
@@ -100,10 +103,10 @@ class Uploads:
         """Copies one checkpoint, then removes there what the run no longer keeps.
 
         The old manifest is removed first and the new one comes last: no reader takes a part for the whole.
+        Of what is beside checkpoints only the new bytes travel.
         """
-        for path in (self._run_dir / name for name in _BESIDE):
-            for file in [path] if path.is_file() else files_below(path):
-                self._put_whole(file)
+        send_new(self._remote, self._run_dir, _files_beside(self._run_dir))
+        self._put_whole(self._run_dir / CONFIG)  # fetch_config reads it there
         folder = on_disk.checkpoint_folder(self._run_dir, step)
         manifest = (folder / MANIFEST).read_bytes()
         self._remove(step)
@@ -135,6 +138,13 @@ class Uploads:
             self._remote.rm(folder, recursive=True)
 
 
+def _files_beside(run_dir: Path) -> Iterator[Path]:
+    """The files of _BESIDE, but for unfinished ones; folders that are removed meanwhile are left out."""
+    for path in (run_dir / name for name in _BESIDE):
+        inside = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+        yield from (file for file in (path, *inside) if file.is_file() and file.suffix != ".tmp")
+
+
 def remote_steps(remote: Any) -> list[int]:
     """The steps of all checkpoints of a run's copy, whole or not, in order."""
     remote.invalidate_cache()
@@ -147,10 +157,10 @@ def fetch_config(url: str, folder: Path) -> Path:
     remote = open_url(url)
     with _as_config_error(f"{url} cannot be read"):
         try:
-            remote.get_file("config.yaml", str(folder / "config.yaml"))
+            remote.get_file(CONFIG, str(folder / CONFIG))
         except FileNotFoundError:
             raise CheckpointError(f"{url} is not a run: it has no config.yaml") from None
-    return folder / "config.yaml"
+    return folder / CONFIG
 
 
 def fetch_run(url: str, runs_dir: Path, step: int | None = None) -> Path:
@@ -169,7 +179,11 @@ def fetch_run(url: str, runs_dir: Path, step: int | None = None) -> Path:
     try:
         with _as_config_error(f"{url} cannot be copied to {folder}"):
             names = _files_of_checkpoint(remote, url, step)
-            beside = [path for name in _BESIDE for path in remote.find(name) if not path.endswith(".part")]
+            beside = []
+            if listed := read_list(remote, url):
+                put_together(remote, url, listed, _BESIDE, temporary)
+            else:  # of an older version
+                beside = [path for n in _BESIDE for path in remote.find(n) if not path.endswith(".part")]
             if outside := [name for name in beside if not is_inside(name)]:
                 raise ConfigError(f"{url} has a file {outside[0]!r}, which is not inside it: remove it")
             targets = [temporary / name for name in (*beside, *names)]

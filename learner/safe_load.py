@@ -10,8 +10,6 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from torch.serialization import add_safe_globals, get_unsafe_globals_in_checkpoint
-
 ALLOWED = (  # what DeepSpeed writes beside tensors and plain values; constructing one has no effect
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
@@ -22,6 +20,8 @@ SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
 def read_weights_only() -> None:
     """Makes every later torch.load of this process and its forks read with weights_only."""
+    from torch.serialization import add_safe_globals
+
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     for name in ALLOWED:
         module, _, leaf = name.rpartition(".")
@@ -30,6 +30,8 @@ def read_weights_only() -> None:
 
 def find_code(folder: Path) -> str | None:
     """What is wrong with the first file below `folder` that holds more than plain values; None: nothing."""
+    from torch.serialization import get_unsafe_globals_in_checkpoint
+
     for path in sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES):
         name = path.relative_to(folder)
         try:

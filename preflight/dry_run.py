@@ -30,6 +30,7 @@ def describe(config: Config, draft: Draft) -> str:
     teachers = [_describe_teacher(config, teacher) for teacher in asked_teachers(config)]
     lines = [
         *(f"NOT CHECKED  {note}" for note in draft.unchecked),
+        *(f"WARNING   {warning}" for warning in config.warnings()),
         f"student   {student}, {learner.world_size} rank(s)",
         *(teachers or ["teacher   none"]),
         f"actors    {rollout.num_actors} on vLLM, {rollout.prompts_per_call} prompts a call",

@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import sys
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ ROOMS = ("actors", "learner", "teacher_service", "curriculum", "evaluation")
 PARTS = {*ROOMS, "video_opd", "preflight", "driver", "demo", "benchmarks", "launch"}
 # What each part of video_opd may import beside the modules at its top level, which may import none of these.
 LAYERS = ("files", "cluster", "video", "models", "weights", "datasets")
+FOR_USERS = Path("video_opd/clips.py")  # imports from a layer; nothing here imports it
 BELOW = {
     "": set(),
     "files": set(),
@@ -104,14 +106,16 @@ def test_only_launch_and_benchmarks_import_the_driver():
 
 @pytest.mark.parametrize("layer", BELOW)
 def test_inside_the_shared_package_imports_go_down(layer):
-    files = [path for path in SOURCES if path.parts[0] == "video_opd"]
-    files = [
-        p for p in files if (p.parts[1] if len(p.parts) > 2 else "") == layer and p.name != "__init__.py"
-    ]
+    files = [p for p in SOURCES if p.parts[0] == "video_opd" and p != FOR_USERS and p.name != "__init__.py"]
+    files = [p for p in files if (p.parts[1] if len(p.parts) > 2 else "") == layer]
     assert files
     for path in files:
         names = {name.split(".")[1] for name in imports_of(path) if name.startswith("video_opd.")}
         assert names & set(LAYERS) <= BELOW[layer] | {layer}, f"{path} imports {names & set(LAYERS)}"
+
+
+def test_the_module_for_users_has_no_users_here():
+    assert not [path for path in SOURCES if "video_opd.clips" in imports_of(path)]
 
 
 def test_clips_are_decoded_in_one_file():
@@ -120,6 +124,12 @@ def test_clips_are_decoded_in_one_file():
 
 def test_deepspeed_is_imported_by_the_learners_engine_only():
     assert importers_of("deepspeed") == {"learner/engine.py"}
+
+
+def test_the_driver_starts_without_the_libraries_of_the_engines():
+    code = "import sys, launch; print(*({'torch', 'transformers', 'vllm', 'deepspeed'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr[-2000:]
 
 
 def test_vllm_is_imported_by_engines_and_the_transfer_of_weights_only():

@@ -238,7 +238,7 @@ class Config(ConfigSection):
     max_scored_tokens: PositiveInt | None = key(None, "stop after so many tokens scored by the teacher")
     groups_per_step: PositiveInt = key(32, "prompts of one update")
     max_policy_lag: NonNegativeInt = key(0, "0: strictly on-policy")
-    checkpoint_every: NonNegativeInt = key(0, "steps between checkpoints; 0: only at the end")
+    checkpoint_every: NonNegativeInt = key(0, "steps between checkpoints; 0: after selections, at the end")
     checkpoint_keep_last: PositiveInt = key(3, "newest checkpoints that are kept")
     checkpoint_keep_best: NonNegativeInt = key(1, "checkpoints of best eval mIoU also kept; needs eval_every")
     checkpoint_url: str | None = key(None, "copy checkpoints to URL/run_name; any fsspec URL: s3://...")
@@ -277,6 +277,33 @@ class Config(ConfigSection):
         """The teachers that score the prompt. The first one gives the teacher's answer to it."""
         return tuple(t for t in self.teacher_models if t.scores(prompt_id))
 
+    @property
+    def num_slots(self) -> int:
+        """Prompts under way at one time: the slots of the buffer."""
+        return (self.max_policy_lag + 1) * self.groups_per_step
+
+    @property
+    def most_actors(self) -> int:
+        """Calls of actors under way at one time: as many of them have work."""
+        return -(-self.num_slots // self.rollout.prompts_per_call)
+
+    def warnings(self) -> Iterator[str]:
+        """Yields which processes would have no work: allowed, but wasted."""
+        rollout, needs, replicas = self.rollout, self.loss.needs, self.teacher_pool.num_replicas
+        slots, ranks = f"{self.num_slots} prompts in flight", self.learner.world_size
+        if needs.rollouts and rollout.num_actors > self.most_actors:
+            calls = f"rollout.prompts_per_call={rollout.prompts_per_call} give work to {self.most_actors}"
+            fits = self.num_slots // rollout.num_actors
+            remedy = f"set it to {fits}, or lower num_actors" if fits else "lower num_actors"
+            yield f"rollout.num_actors={rollout.num_actors}, but {slots} and {calls}: {remedy}"
+        size = min(rollout.prompts_per_call, rollout.prompts_per_result if needs.rollouts else self.num_slots)
+        if needs.teacher != "none" and replicas > (most := -(-self.num_slots // size)):
+            calls = f"are scored in {most} calls of {size}"
+            yield f"teacher_pool.num_replicas={replicas}, but {slots} {calls}: lower one of the two"
+        rows = self.groups_per_step * (rollout.rollouts_per_prompt if needs.rollouts else 1)
+        if ranks > rows:
+            yield f"learner.world_size={ranks}, but an update has {rows} responses: raise groups_per_step"
+
     def problems(self) -> Iterator[str]:
         if self.teacher is not None and self.teachers:
             yield "teacher and teachers are both set: list all under teachers, and set teacher=null"
@@ -302,5 +329,7 @@ class Config(ConfigSection):
             yield f"{loss} needs the teacher's hidden states: use teacher_pool.engine=transformers"
         if not needs.rollouts and self.curriculum.kind == "scc":
             yield f"curriculum.kind=scc suspends rollouts, {loss} has none: use tvdf or uniform"
+        if needs.rewards and self.curriculum.kind == "scc":
+            yield f"curriculum.kind=scc suspends the rollouts that {loss} rewards: use tvdf or uniform"
         if self.needs_teacher and not self.teacher_models:
             yield f"{kinds} needs a teacher: set teacher"

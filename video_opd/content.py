@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 from pathlib import Path
+from typing import BinaryIO
 
 _BLOCK_BYTES = 64 << 10
 _WINDOWS_PATH = re.compile(r"[A-Za-z]:|.*\\", re.DOTALL)  # a drive, or a backslash
@@ -21,15 +22,20 @@ def is_inside(name: str) -> bool:
 
 def file_digest(path: str | Path, num_blocks: int = 64) -> str:
     """Digest of the size and of `num_blocks` evenly spaced blocks of 64 KiB; small files are read whole."""
-    size = Path(path).stat().st_size
-    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     with open(path, "rb") as file:
-        if size <= _BLOCK_BYTES * num_blocks:
-            digest.update(file.read())
-        else:
-            for i in range(num_blocks):
-                file.seek(i * (size - _BLOCK_BYTES) // (num_blocks - 1))
-                digest.update(file.read(_BLOCK_BYTES))
+        return head_digest(file, os.fstat(file.fileno()).st_size, num_blocks)
+
+
+def head_digest(file: BinaryIO, size: int, num_blocks: int = 64) -> str:
+    """What file_digest would be if the file ended after `size` bytes."""
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    if size <= _BLOCK_BYTES * num_blocks:
+        file.seek(0)
+        digest.update(file.read(size))
+    else:
+        for i in range(num_blocks):
+            file.seek(i * (size - _BLOCK_BYTES) // (num_blocks - 1))
+            digest.update(file.read(_BLOCK_BYTES))
     return digest.hexdigest()
 
 

@@ -38,8 +38,8 @@ MANIFEST = pa.schema(
 )
 """Annotations of any format, one row per query (docs/data.md)."""
 
-TEACHER_ANSWERS = pa.schema([("prompt_key", pa.string()), ("prompt_id", pa.string()), *_ANSWER])
-"""The teacher's answers to the pool. prompt_key: hash of the prompt, see curriculum/teacher_answers.py."""
+ANSWERS = pa.schema([("prompt_key", pa.string()), ("prompt_id", pa.string()), *_ANSWER])
+"""Answers of teacher or student to the pool. prompt_key: hash of the prompt, see curriculum/answers.py."""
 
 PREDICTIONS = pa.schema([("evaluation", pa.string()), ("prompt_id", pa.string()), *_ANSWER])
 """Answers on the held-out split, in checkpoints. evaluation: teacher, student_before, step_N, ..."""

@@ -114,6 +114,22 @@ def test_retired_prompts_are_counted_by_kind():
     assert asyncio.run(run()) == dict.fromkeys(FailureKind, 0) | {"missing": 1, "too_slow": 1}
 
 
+def test_of_many_prompts_retired_at_once_a_few_are_named_and_all_are_counted(caplog, monkeypatch):
+    monkeypatch.setattr(module.log, "propagate", True)  # tests that start a role leave it off
+
+    async def run() -> Curriculum:
+        curriculum = make_curriculum(random.Random(0), 0.0)
+        failed = [FailedPrompt(prompt_id=p.prompt_id, reason=f"{p.prompt_id} is broken") for p in POOL[:9]]
+        await curriculum.retire(failed)
+        return curriculum
+
+    curriculum = asyncio.run(run())
+    assert curriculum.num_failed()["other"] == 9
+    said = caplog.messages
+    assert said[:3] == [f"prompt p{i} is dropped: p{i} is broken" for i in range(3)]
+    assert said[3:] == ["6 more prompts are dropped: `dropped` of summary.json will say why"]
+
+
 def test_a_curriculum_that_cannot_live_ends_with_the_cause():
     with pytest.raises(PartLostError, match=r"next_prompts was lost 4 times"):
         asyncio.run(make_curriculum(random.Random(0), 2.0, max_retries=3).next_prompts(1))

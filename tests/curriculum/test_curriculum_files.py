@@ -9,9 +9,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from curriculum import answers as on_disk
 from curriculum.__main__ import main
+from curriculum.answers import (
+    FILE,
+    PARTS,
+    find_answers,
+    forget_student_answers,
+    prompt_keys,
+    read_answers,
+    settings_key,
+    student_parts,
+    student_prompt_keys,
+    student_settings_key,
+    write_part,
+)
 from curriculum.scheduler import Scheduler, observation
-from curriculum.teacher_answers import FILE, find_answers, prompt_keys, settings_key, write_answers
 from tests.fakes import make_group, make_prompt
 from video_opd.config import Config, CurriculumConfig
 from video_opd.config_file import dump_config, load_config
@@ -109,6 +122,10 @@ def test_prompt_keys_follow_the_file_the_frames_and_the_text(config, tmp_path):
     assert not set(prompt_keys(prompts, overridden(config, prompt={"video_first": True}))) & set(keys)
 
 
+def write_answers(run: Path, settings: str, answers: dict[str, list[Prediction]]) -> None:
+    on_disk.write_answers(run / FILE, settings, answers)
+
+
 def answers_of(prompt_id: str, *spans) -> list[Prediction]:
     return [Prediction(prompt_id=prompt_id, text=str(span), span_s=span) for span in spans]
 
@@ -118,11 +135,49 @@ def test_answers_are_found_in_other_runs_by_key_and_settings(tmp_path):
     write_answers(tmp_path / "one", "settings", answers)
     write_answers(tmp_path / "two", "settings", {"k3": answers_of("c", None, None)})
     write_answers(tmp_path / "other", "other settings", {"k4": answers_of("d", (0.0, 1.0))})
+    for key in ("k5", "k6"):  # of a run that was interrupted
+        write_part(tmp_path / "half" / PARTS, "settings", {key: answers_of("e", (0.0, 1.0))})
+    (tmp_path / "half" / PARTS / "part-000002.parquet.tmp").write_bytes(b"half a file")
+    (tmp_path / "half" / PARTS / "part-000003.parquet").write_bytes(b"")  # after a power cut
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken" / FILE.parent).mkdir(parents=True)
     (tmp_path / "broken" / FILE).write_bytes(b"not parquet")
-    found = find_answers(sorted(tmp_path.iterdir()), "settings", {"k1", "k3", "k4", "k5"})
-    assert found == {"k1": answers["k1"], "k3": answers_of("c", None, None)}
+    found = find_answers(sorted(tmp_path.iterdir()), "settings", {"k1", "k3", "k4", "k6", "k7"})
+    expected = {"k1": answers["k1"], "k3": answers_of("c", None, None), "k6": answers_of("e", (0.0, 1.0))}
+    assert found == expected
+
+
+def test_a_video_that_cannot_be_read_has_a_key_too(config):
+    prompts = read_prompts(config.data.train, config.video, 32)
+    keys = prompt_keys(prompts, config)
+    gone = Path(prompts[0].clip.video_path)
+    gone.rename(gone.with_suffix(".gone"))
+    try:
+        changed = [a != b for a, b in zip(prompt_keys(prompts, config), keys, strict=True)]
+    finally:
+        gone.with_suffix(".gone").rename(gone)
+    assert changed == [p.clip.video_path == str(gone) for p in prompts] and any(changed)
+
+
+def test_the_students_answers_are_those_of_one_step_and_one_setting(config, tmp_path):
+    config = config.model_copy(update={"student": config.teacher})
+    prompts = read_prompts(config.data.train, config.video, 32)
+    settings, keys = student_settings_key(config, 4), student_prompt_keys(prompts, config)
+    given = {key: answers_of(p.prompt_id, (1.0, 2.0)) for key, p in zip(keys, prompts, strict=True)}
+    for step in (2, 4):
+        write_part(student_parts(tmp_path, step), student_settings_key(config, step), given)
+    files = sorted(student_parts(tmp_path, 4).iterdir())
+    assert read_answers(files, settings, {*keys}) == given
+    shorter, other = overridden(config, rollout={"max_response_tokens": 5}), make_prompt("p0")
+    asked = overridden(config, prompt={"template": "Find {query}"})
+    for settings_of, keys_of in ((shorter, keys), (config, student_prompt_keys(prompts, asked))):
+        assert read_answers(files, student_settings_key(settings_of, 4), {*keys_of}) == {}
+    assert read_answers(files, student_settings_key(config, 2), {*keys}) == {}
+    assert len({*student_prompt_keys([other, make_prompt("p1")], config)}) == 2
+    forget_student_answers(tmp_path, but_of=4)
+    assert [f.name for f in student_parts(tmp_path, 4).parent.iterdir()] == ["step-4"]
+    forget_student_answers(tmp_path)
+    assert not list(student_parts(tmp_path, 4).parent.iterdir())
 
 
 def test_a_prompt_answered_in_two_runs_is_taken_from_one(tmp_path):
@@ -228,6 +283,16 @@ def test_show_explains_prompts_that_disagreement_did_not_decide(config, tmp_path
     out = capsys.readouterr().out
     assert all(part in out for part in expected), out
     assert "rank" not in out
+
+
+def test_show_lists_the_most_frequent_of_thousands_of_states(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    scheduler = Scheduler([make_prompt(f"p{i}") for i in range(300)], config)
+    scheduler.retire([FailedPrompt(prompt_id=f"p{i}", reason=f"v{i} is broken") for i in range(250)])
+    write_parquet(scheduler.records(), tmp_path / "curriculum" / "records.parquet")
+    assert main(["show", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "231 other states" in out and len(out.splitlines()) < 40
 
 
 def test_show_says_what_is_wrong_in_one_line(run, capsys, tmp_path):

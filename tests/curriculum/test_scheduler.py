@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from curriculum.scheduler import Scheduler, check_state, observation
+from curriculum.tvdf import SAMPLERS
 from tests.fakes import make_group, make_prompt
 from video_opd.config import Config, CurriculumConfig
 from video_opd.config_file import load_demo
@@ -522,6 +523,40 @@ def test_a_prompt_that_fails_in_a_round_leaves_its_place_to_the_next_by_disagree
     assert sorted(issue(scheduler, 4)) == ["p3", "p4", "p5", "p7"], (
         "fewer than num_selected would be left: all of them"
     )
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_prompt_that_fails_when_all_others_are_selected_leaves_its_place_empty(sampler):
+    scheduler = make_scheduler(4, kind="tvdf", sampler=sampler)
+    start_round(scheduler, [0.9] * 4, [0.1, 0.2, 0.3, 0.4])
+    scheduler.retire([FailedPrompt(prompt_id="p1", reason="broken")])
+    assert sorted(issue_and_train(scheduler, 1, 3)) == ["p0", "p2", "p3"]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_round_is_selected_from_equal_disagreements_and_from_fewer_prompts_than_asked_for(sampler):
+    scheduler = make_scheduler(6, kind="tvdf", sampler=sampler, num_selected=5)
+    assert start_round(scheduler, [0.9] * 6, [0.4] * 6) == 5
+    scheduler.retire([FailedPrompt(prompt_id=f"p{i}", reason="broken") for i in range(4)])
+    assert scheduler.start_round(np.array([np.nan] * 4 + [0.4] * 2), 5) == 7
+    assert sorted(issue_and_train(scheduler, 1, 2)) == ["p4", "p5"]
+
+
+def test_a_later_round_without_a_prompt_left_is_an_error_that_names_a_few_of_thousands_of_reasons():
+    scheduler = make_scheduler(2000, kind="tvdf")
+    tau = [0.1] * 9 + [0.9] * 1991
+    start_round(scheduler, tau, [0.0] * 2000)
+    failed = [FailedPrompt(prompt_id=f"p{i}", reason=f"video v{i}.mp4 is cut off") for i in range(9, 2000)]
+    scheduler.retire(failed)
+    assert scheduler.metrics()["curriculum/seen_frac"] == 0.0
+    with pytest.raises(ConfigError) as caught:
+        scheduler.start_round(np.full(2000, np.nan), 4)
+    said = str(caught.value)
+    assert "0 of 2000 prompts are left" in said
+    assert "9 dropped, teacher IoU is below 0.7 (p0, p1, p2, ...)" in said
+    assert "1 dropped, video v9.mp4 is cut off (p9); 1 dropped, video v10.mp4" in said
+    assert "1989 dropped for 1989 other reasons (all are in curriculum/round-2.parquet)" in said
+    assert len(said) < 500 and "\n" not in said
 
 
 def test_every_round_keeps_what_the_student_could_do_then():

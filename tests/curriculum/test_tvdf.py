@@ -53,6 +53,15 @@ def test_every_sampler_takes_k_distinct_prompts_and_the_seed_decides(pool, name,
     assert len(chosen) == len(set(chosen)) == k and set(chosen) <= set(range(len(delta)))
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("pool", [[], [0.5], [0.3, 0.3, 0.3], [1.0, -1.0]], ids=["none", "1", "equal", "far"])
+def test_every_sampler_takes_what_there_is_when_more_is_asked_for(name, pool):
+    for k in range(len(pool) + 3):
+        chosen = SAMPLERS[name](np.array(pool), k, rng())
+        assert chosen.dtype == np.int64 and len(set(chosen.tolist())) == len(chosen) == min(k, len(pool))
+        assert set(chosen.tolist()) <= set(range(len(pool)))
+
+
 @given(pool=pool_and_k())
 def test_top_k_takes_the_largest(pool):
     delta, k = pool

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import video_opd.files.checkpoint
 import video_opd.files.durable
+from curriculum.answers import student_parts
 from curriculum.scheduler import settings_of
 from driver.checkpoints import restore, set_aside_after
 from driver.held_out import miou_by_step
@@ -329,6 +330,9 @@ def test_a_checkpoint_is_verified_once_by_a_resume_and_once_when_the_learner_is_
 
     monkeypatch.setattr(video_opd.files.checkpoint, "file_digest", digest)
     saved = find_saved_run(tmp_path, config, plan)
+    answered = [student_parts(tmp_path, step) for step in (2, 12, 14)]  # 14: by weights that are lost
+    for parts_of_step in answered:
+        parts_of_step.mkdir(parents=True)
     every_file = sorted(name for name in files_of(folder) if name != MANIFEST)
     parts: Any = {"control": None, "actors": None, "teacher": None, "rewards": []}
     parts |= {"learner": Parts(), "curriculum": Parts(), "plan": plan, "config": config, "given": config}
@@ -338,6 +342,7 @@ def test_a_checkpoint_is_verified_once_by_a_resume_and_once_when_the_learner_is_
     assert (run.step, run.newest_checkpoint, run.next_selection) == (12, 12, 12)
     assert run.totals == {"rollouts": 7} and run.progress.failed_eval == {"f": "broken"}
     assert run.evaluations.keys() == {"teacher", "student_before", "step_12"}, "it is not the last any more"
+    assert [f for f in answered if f.exists()] == [student_parts(tmp_path, 12)], "those of its weights"
     assert (
         run.resume_from is None and run.state.phase is Phase.RUNNING and (tmp_path / "config.yaml").exists()
     )

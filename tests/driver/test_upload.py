@@ -1,6 +1,9 @@
 """Copies of checkpoints at fsspec URLs: whole or not taken for whole, beside the run, and back."""
 
 import asyncio
+import json
+import os
+import shutil
 import threading
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,6 +12,7 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
+import driver.copied_files
 import driver.upload
 from driver.upload import Uploads, check_writable, fetch_config, fetch_run, open_url, remote_steps
 from tests.driver.test_checkpoint import one_line, progress_at, read, write_checkpoint
@@ -23,6 +27,7 @@ class Flaky(LocalFileSystem):
     calls: ClassVar[list[str]] = []
     fail: ClassVar[Any] = staticmethod(lambda number: False)
     gate: ClassVar[threading.Event | None] = None
+    num_bytes: ClassVar[dict[str, int]] = {}  # sent to each path
 
     def _count(self, call: str) -> None:
         if self.gate:
@@ -33,7 +38,13 @@ class Flaky(LocalFileSystem):
 
     def put_file(self, lpath, rpath, *arguments, **options):
         self._count(f"put {Path(rpath).name}")
+        self.num_bytes[str(rpath)] = self.num_bytes.get(str(rpath), 0) + Path(lpath).stat().st_size
         return super().put_file(lpath, rpath, *arguments, **options)
+
+    def pipe_file(self, path, value, *arguments, **options):
+        self._count(f"pipe {Path(path).name}")
+        self.num_bytes[str(path)] = self.num_bytes.get(str(path), 0) + len(value)
+        return super().pipe_file(path, value, *arguments, **options)
 
     def mv(self, path1, path2, *arguments, **options):
         self._count(f"mv {Path(path2).name}")
@@ -51,6 +62,7 @@ fsspec.register_implementation("flaky", Flaky, clobber=True)
 def working(monkeypatch):
     monkeypatch.setattr(driver.upload, "_FIRST_WAIT_S", 0.0)
     monkeypatch.setattr(Flaky, "calls", [])
+    monkeypatch.setattr(Flaky, "num_bytes", {})
     monkeypatch.setattr(Flaky, "fail", staticmethod(lambda number: False))
 
 
@@ -137,6 +149,7 @@ def test_an_upload_that_ends_anywhere_leaves_an_earlier_checkpoint_or_its_own(tm
         with pytest.raises(ConnectionResetError):
             twice()
         copy = fetch_run(f"{url_of(store)}/name", store / "elsewhere")
+        assert files_beside(copy) == files_beside(run_dir)
         (step,) = checkpoint_steps(copy)
         assert read(find_checkpoint(copy)).step == step
         seen.append(step)
@@ -244,6 +257,136 @@ def test_a_damaged_copy_is_not_taken(tmp_path, run_dir):
     with pytest.raises(CheckpointError):
         fetch_run(f"{url_of(tmp_path)}/name", tmp_path / "a")
     assert not list((tmp_path / "a").glob("*"))
+
+
+# --- what is beside checkpoints ---
+
+
+def files_beside(folder: Path) -> dict[str, bytes]:
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    names = {str(p.relative_to(folder)): p.read_bytes() for p in files}
+    return {name: content for name, content in names.items() if not name.startswith("checkpoints/")}
+
+
+def bytes_beside() -> int:
+    """Sent since the last time, without checkpoints and without the list itself."""
+    sent = sum(n for path, n in Flaky.num_bytes.items() if "/parts/" in path)
+    Flaky.num_bytes.clear()
+    return sent
+
+
+def append(path: Path, content: bytes) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        return file.write(content)
+
+
+def test_only_new_bytes_are_sent_and_the_same_bytes_come_back(tmp_path, run_dir, monkeypatch):
+    monkeypatch.setattr(driver.copied_files, "PART_BYTES", 1 << 20)
+    rows, board = run_dir / "trajectories" / "from-step-000000.arrows", run_dir / "tensorboard" / "events.1"
+    append(rows, os.urandom(5 << 20))  # more than a digest reads whole
+    append(board, b"events" * 1000)
+    write_checkpoint(run_dir, 1)
+    uploads_to(tmp_path, run_dir).upload(1)
+    assert bytes_beside() == sum(map(len, files_beside(run_dir).values()))
+    expected = []
+    for step in (2, 3, 4):
+        new = append(rows, os.urandom(10_000)) + append(board, os.urandom(1000))
+        new += append(run_dir / "metrics.jsonl", b'{"step": 1}\n')
+        new += append(run_dir / "curriculum" / f"round-{step}.parquet", os.urandom(100))
+        write_checkpoint(run_dir, step)
+        uploads_to(tmp_path, run_dir).upload(step)  # as a resumed run: nothing is remembered here
+        expected.append((bytes_beside(), new))
+    assert all(sent == new for sent, new in expected), expected
+    write_checkpoint(run_dir, 5)
+    uploads_to(tmp_path, run_dir).upload(5)
+    assert bytes_beside() == 0
+    copy = fetch_run(f"{url_of(tmp_path)}/name", tmp_path / "elsewhere")
+    assert files_beside(copy) == files_beside(run_dir)
+
+
+def test_a_file_that_was_cut_back_written_anew_or_removed_is_so_in_the_copy(tmp_path, run_dir):
+    rows, metrics = run_dir / "trajectories" / "from-step-000000.arrows", run_dir / "metrics.jsonl"
+    append(rows, os.urandom(6 << 20))
+    append(metrics, b"a line\n" * 9)
+    write_checkpoint(run_dir, 2)
+    uploads = uploads_to(tmp_path, run_dir)
+    uploads.upload(2)
+    old = {p.name for p in (tmp_path / "store" / "name" / "parts").iterdir()}
+    rows.write_bytes(rows.read_bytes()[:1000])  # as a run does that goes back to an earlier step
+    append(run_dir / "trajectories" / "from-step-000002.arrows", b"x" * 7)
+    metrics.write_bytes(b"another\n" * 20)
+    (run_dir / "curriculum" / "round-1.parquet").unlink()
+    (run_dir / "metrics.jsonl.tmp").write_bytes(b"unfinished")
+    (run_dir / "curriculum" / "round-2.parquet.tmp").write_bytes(b"unfinished")
+    bytes_beside()
+    uploads.upload(2)
+    assert bytes_beside() == 1000 + 7 + 160
+    copy = fetch_run(f"{url_of(tmp_path)}/name", tmp_path / "elsewhere")
+    mine = {n: c for n, c in files_beside(run_dir).items() if not n.endswith(".tmp")}
+    assert files_beside(copy) == mine
+    now = {p.name for p in (tmp_path / "store" / "name" / "parts").iterdir()}
+    listed = json.loads((tmp_path / "store" / "name" / "files.json").read_text())
+    assert old - now and now == {part for entry in listed.values() for part in entry["parts"]}
+
+
+def test_a_file_that_grows_or_goes_while_it_is_sent_is_a_whole_prefix_of_itself_or_absent(
+    tmp_path, run_dir, monkeypatch
+):
+    write_checkpoint(run_dir, 2)
+    pipe, metrics = Flaky.pipe_file, run_dir / "metrics.jsonl"
+
+    def grows(self, path, value, *arguments, **options):
+        append(metrics, b"one more line\n")
+        (run_dir / "curriculum" / "round-1.parquet").unlink(missing_ok=True)
+        return pipe(self, path, value, *arguments, **options)
+
+    monkeypatch.setattr(Flaky, "pipe_file", grows)
+    uploads = uploads_to(tmp_path, run_dir)
+    uploads.upload(2)
+    copy = fetch_run(f"{url_of(tmp_path)}/name", tmp_path / "a")
+    assert metrics.read_bytes().startswith((copy / "metrics.jsonl").read_bytes())
+    assert not (copy / "curriculum").exists()
+    monkeypatch.setattr(Flaky, "pipe_file", pipe)
+    uploads.upload(2)
+    copy = fetch_run(f"{url_of(tmp_path)}/name", tmp_path / "b")
+    assert files_beside(copy) == files_beside(run_dir)
+
+
+def test_a_copy_of_before_there_were_parts_comes_back(tmp_path, run_dir):
+    write_checkpoint(run_dir, 2)
+    shutil.copytree(run_dir, tmp_path / "store" / "name")
+    copy = fetch_run(f"{url_of(tmp_path)}/name", tmp_path / "elsewhere")
+    assert files_beside(copy) == files_beside(run_dir)
+
+
+@pytest.mark.parametrize("what", ["a part", "a list", "a name", "a digest"])
+def test_a_copy_whose_parts_are_not_what_was_sent_is_not_taken(tmp_path, run_dir, what):
+    write_checkpoint(run_dir, 2)
+    uploads_to(tmp_path, run_dir).upload(2)
+    store = tmp_path / "store" / "name"
+    listed = json.loads((store / "files.json").read_text())
+    if what == "a part":
+        (store / "parts" / listed["metrics.jsonl"]["parts"][0]).write_bytes(b"another")
+    elif what == "a list":
+        (store / "files.json").write_text("{")
+    elif what == "a name":
+        (store / "files.json").write_text(json.dumps(listed | {"curriculum/../../x": listed["config.yaml"]}))
+    else:
+        listed["metrics.jsonl"]["parts"] = ["../config.yaml"]
+        (store / "files.json").write_text(json.dumps(listed))
+    said = refused(fetch_run, f"{url_of(tmp_path)}/name", tmp_path / "a")
+    assert "is damaged" in said and not list((tmp_path / "a").glob("*")) and not (tmp_path / "x").exists()
+
+
+def test_files_that_are_none_of_a_run_are_left_out(tmp_path, run_dir):
+    write_checkpoint(run_dir, 2)
+    uploads_to(tmp_path, run_dir).upload(2)
+    path = tmp_path / "store" / "name" / "files.json"
+    listed = json.loads(path.read_text())
+    path.write_text(json.dumps(listed | {"student/model.py": listed["config.yaml"]}))
+    copy = fetch_run(f"{url_of(tmp_path)}/name", tmp_path / "a")
+    assert files_beside(copy) == files_beside(run_dir)
 
 
 def refused(call, *arguments: Any) -> str:

@@ -153,6 +153,14 @@ def test_dry_run_of_every_config_needs_no_weights_data_or_gpu(config, capsys, mo
         assert "NOT CHECKED  tokenizers" in captured.out
 
 
+def test_a_dry_run_warns_of_processes_without_work(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (config,) = (c for c in CONFIGS if c.name == "qwen3vl_8b.yaml")
+    assert launch.main([*arguments_of(config), "--dry-run", "rollout.prompts_per_call=32"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING   ")]
+    assert len(lines) == 1 and "rollout.num_actors=2, but 32 prompts in flight" in lines[0], lines
+
+
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c.name != "demo.yaml"], ids=lambda p: p.name)
 def test_a_launch_refuses_what_a_dry_run_could_not_check(config, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

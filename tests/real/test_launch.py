@@ -21,7 +21,7 @@ from tests.videos import write_audio
 from video_opd import ROOT
 from video_opd.config_file import load_config
 from video_opd.datasets import read_prompts
-from video_opd.files.checkpoint import check_whole
+from video_opd.files.checkpoint import check_whole, checkpoint_steps
 
 pytestmark = pytest.mark.usefixtures("shared_ray")
 STEPS = 4
@@ -199,6 +199,9 @@ def test_every_round_selects_the_largest_disagreements_and_trains_on_each_once(t
     summary = json.loads((tvdf / "summary.json").read_text())
     assert summary["teacher_answers"] == len(answers)
     assert (summary["teacher_calls"], summary["suspended_rollouts"]) == (4 * GROUPS, 0)
+    assert checkpoint_steps(tvdf) == [2, 3, 4], "that of step 2 follows the second selection"
+    state = json.loads((tvdf / "checkpoints" / "step-2" / "state.json").read_text())
+    assert (state["step"], state["curriculum"]["round_end"]) == (2, 4)
     report = (tvdf / "report.html").read_text()
     assert "teacher IoU, kept and dropped" in report and "disagreement by round" in report
 

@@ -231,8 +231,12 @@ class RankElsewhere(LearnerRank):
 def test_a_checkpoint_restores_weights_and_optimizer_exactly_and_its_student_loads(
     learners, overrides, prompts, encoder, tmp_path, more_options
 ):
+    """Also one that is written before the first update, as after the first selection of a curriculum."""
     stage, *options = more_options
     config = make_config(overrides, 2, stage, "loss.kind=opd_topk", *options)
+    start, end = tmp_path / "start", tmp_path / "end"
+    start.mkdir()
+    end.mkdir()
     more = scored_groups(prompts[20:26], encoder, seed=9)
 
     async def go_on(learner):
@@ -241,21 +245,25 @@ def test_a_checkpoint_restores_weights_and_optimizer_exactly_and_its_student_loa
 
     async def run():
         learner = await learners(config)
-        saved, _ = await train(learner, config, prompts, encoder, tmp_path)
+        await learner.save(start)
+        saved, _ = await train(learner, config, prompts, encoder, end)
         after = await go_on(learner)
         fresh = Learner(f"after{stage}", config, RankElsewhere)
         await fresh.start()
-        await fresh.load(tmp_path)
-        assert not list(tmp_path.parent.glob(".*.tmp")), "nothing is left of the copy"
+        await fresh.load(end)
+        assert not list(tmp_path.glob(".*.tmp")), "nothing is left of the copy"
         resumed = await go_on(fresh)
+        await fresh.load(start)
+        from_start, _ = await train(fresh, config, prompts, encoder)
         fresh.stop()
-        return saved, after, resumed
+        return saved, after, resumed, from_start
 
-    saved, uninterrupted, resumed = asyncio.run(run())
+    saved, uninterrupted, resumed, from_start = asyncio.run(run())
+    assert largest_gap(from_start, saved) == 0
     assert largest_gap(uninterrupted, saved) > 0.1 * LR
     assert largest_gap(uninterrupted, resumed) == 0
     exported = {
-        n: p.detach().numpy() for n, p in load_model(str(tmp_path / "student"), "float32").named_parameters()
+        n: p.detach().numpy() for n, p in load_model(str(end / "student"), "float32").named_parameters()
     }
     assert largest_gap(exported, saved) == 0
 

@@ -96,6 +96,7 @@ def test_it_goes_on_from_a_copy_and_reports_the_evaluations_of_its_true_start(st
         assert summary[name] == stopped.state["evaluations"][name]
         assert summary["examples"][name].keys() == summary["examples"]["student_after"].keys()
     assert summary["rollouts"] == (step + 1) * GROUPS
+    assert f"rollout.num_actors=2, but {GROUPS} prompts in flight" in (resumed / "log.jsonl").read_text()
 
 
 def test_the_exported_student_is_that_of_the_best_evaluation_and_loads_in_transformers(stopped, resumed):

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curriculum.teacher_answers import prompt_keys, settings_key
+from curriculum.answers import prompt_keys, settings_key
 from learner.engine import rows_of
 from learner.loss import sampled_advantage
 from preflight.inputs import check_routes

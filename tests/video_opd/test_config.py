@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 import launch
+from video_opd import ROOT
 from video_opd.config import Config
 from video_opd.config_data import STYLES
 from video_opd.config_file import describe_keys, dump_config, load_config, resolve_paths
@@ -128,6 +129,47 @@ def test_cached_vision_features_ask_for_a_frozen_tower(path):
         "learner.world_size=2",
         "learner.freeze_vision=true",
     )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warnings"),
+    [
+        ([], []),
+        (["rollout.num_actors=2", "max_policy_lag=1"], []),
+        (
+            ["rollout.num_actors=2"],
+            [
+                "rollout.num_actors=2, but 32 prompts in flight and rollout.prompts_per_call=32 give work "
+                "to 1: set it to 16, or lower num_actors"
+            ],
+        ),
+        (["rollout.num_actors=3", "rollout.prompts_per_call=10"], []),
+        (["rollout.num_actors=5", "rollout.prompts_per_call=10"], ["give work to 4: set it to 6"]),
+        (["rollout.num_actors=9", "groups_per_step=4"], ["give work to 1: lower num_actors"]),
+        (["rollout.num_actors=9", "loss.kind=sft"], []),
+        (["teacher_pool.num_replicas=8"], []),
+        (
+            ["teacher_pool.num_replicas=9"],
+            ["num_replicas=9, but 32 prompts in flight are scored in 8 calls of 4"],
+        ),
+        (["teacher_pool.num_replicas=9", "loss.kind=off_policy_rkd"], ["are scored in 1 calls of 32"]),
+        (["teacher_pool.num_replicas=9", "loss.kind=sft"], []),
+        (
+            ["learner.world_size=8", "groups_per_step=4"],
+            ["learner.world_size=8, but an update has 4 responses"],
+        ),
+        (["learner.world_size=8", "groups_per_step=4", "rollout.rollouts_per_prompt=2"], []),
+    ],
+)
+def test_processes_that_would_never_have_work_are_warned_of(path, overrides, warnings):
+    found = list(load_config(path, overrides).warnings())
+    assert len(found) == len(warnings) and all(w in f for w, f in zip(warnings, found, strict=True)), found
+    assert not any("\n" in line for line in found)
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_the_configs_that_come_along_give_work_to_all_processes(config):
+    assert not list(load_config(config).warnings())
 
 
 def test_every_problem_of_a_file_is_reported_at_once_in_one_line(path):

@@ -1,0 +1,131 @@
+"""Answers of the teacher (TRPV) and of the student (DBTP) to the pool: Parquet files of the run folder.
+
+While a model answers, each part is a file, so that an interrupted run keeps it. Runs share teacher's answers.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterable, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from video_opd.config import Config
+from video_opd.content import file_digest, folder_digest
+from video_opd.schemas import ANSWERS, span_columns, write_parquet
+from video_opd.types import Prediction, Prompt
+
+FILE = Path("curriculum") / "teacher_answers.parquet"
+PARTS = FILE.with_suffix("")  # until all are there
+STUDENT_PARTS = Path("curriculum") / "student_answers"
+TEMPERATURE = 1.0
+BLOCKS_A_VIDEO, NUM_READERS = 4, 16
+_SETTINGS = b"settings"
+
+
+def settings_key(config: Config) -> str:
+    """Digest of the teacher's folder and of every setting that decides its answers, except the seed."""
+    pool = config.teacher_pool
+    # With several teachers, the one that answers is part of the prompt's key instead.
+    folder = "" if config.teachers else folder_digest(config.teacher_models[0].model)
+    lengths = (config.curriculum.num_teacher_predictions, config.rollout.max_response_tokens)
+    return _digest((folder, pool.engine, pool.dtype, TEMPERATURE, *lengths))
+
+
+def student_settings_key(config: Config, step: int) -> str:
+    """Digest of what decides the student's answers. Its weights: those of `step`, for one run alone."""
+    rollout = config.rollout
+    return _digest((folder_digest(config.student), step, rollout.dtype, rollout.max_response_tokens))
+
+
+def prompt_keys(prompts: Sequence[Prompt], config: Config) -> list[str]:
+    """One key per prompt: digest of the video file, the frames shown, their times and size, and the text."""
+
+    def digest(path: str) -> str:  # of a few blocks; the prompt's fingerprint needs every clip decoded
+        try:
+            return folder_digest(path) if Path(path).is_dir() else file_digest(path, BLOCKS_A_VIDEO)
+        except OSError:  # the teacher will say what is wrong with it
+            return path
+
+    paths = list(dict.fromkeys(p.clip.video_path for p in prompts))
+    with ThreadPoolExecutor(NUM_READERS) as readers:
+        videos = dict(zip(paths, readers.map(digest, paths), strict=True))
+    models = {t.name: folder_digest(t.model) for t in config.teachers}
+
+    def teacher(prompt: Prompt) -> tuple[str, ...]:
+        return (models[config.teachers_of(prompt.prompt_id)[0].name],) if models else ()
+
+    return [_digest((videos[p.clip.video_path], *_shown(p, config), *teacher(p))) for p in prompts]
+
+
+def student_prompt_keys(prompts: Sequence[Prompt], config: Config) -> list[str]:
+    """One key per prompt, for one run alone: files are known by their path."""
+    return [_digest((p.prompt_id, p.clip.video_path, *_shown(p, config))) for p in prompts]
+
+
+def _shown(prompt: Prompt, config: Config) -> tuple:
+    """What a model is shown of a video, and asked."""
+    clip, asked = prompt.clip, (config.prompt.template, config.prompt.video_first)
+    frames = (clip.frame_indices.tobytes(), clip.timestamps_s.tobytes(), clip.duration_s, clip.frame_size)
+    return (*frames, prompt.query, asked)
+
+
+def _digest(parts: tuple) -> str:
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+def write_answers(path: Path, settings: str, answers: Mapping[str, Sequence[Prediction]]) -> None:
+    """Writes a file, whole or not at all; `answers` maps prompt keys to a model's answers."""
+    rows = [
+        {"prompt_key": key, "prompt_id": p.prompt_id, "text": p.text, **span_columns(p.span_s)}
+        for key, predictions in answers.items()
+        for p in predictions
+    ]
+    schema = ANSWERS.with_metadata({_SETTINGS: settings})
+    write_parquet(pa.Table.from_pylist(rows, schema=schema), path)
+
+
+def write_part(folder: Path, settings: str, answers: Mapping[str, Sequence[Prediction]]) -> None:
+    """Writes one more file of `folder`, with answers that no other file of it has."""
+    write_answers(folder / f"part-{len(list(folder.glob('part-*.parquet'))):06d}.parquet", settings, answers)
+
+
+def find_answers(runs: Iterable[Path], settings: str, wanted: Set[str]) -> dict[str, list[Prediction]]:
+    """Prompt key -> teacher's answers, from the runs with the same settings; unknown prompts are left out."""
+    files = [path for run in runs for path in (run / FILE, *sorted((run / PARTS).glob("part-*.parquet")))]
+    return read_answers(files, settings, wanted)
+
+
+def read_answers(files: Iterable[Path], settings: str, wanted: Set[str]) -> dict[str, list[Prediction]]:
+    """Prompt key -> answers, from the files with the same settings; a prompt's are those of one file."""
+    found: dict[str, list[Prediction]] = {}
+    for path in files:
+        try:
+            if (pq.read_schema(path).metadata or {}).get(_SETTINGS) != settings.encode():
+                continue
+            table = pq.read_table(path)
+        except (OSError, pa.ArrowInvalid):  # no answers in this run, or not a file of answers
+            continue
+        here: dict[str, list[Prediction]] = {}
+        asked = [key in wanted for key in table["prompt_key"].to_pylist()]
+        for row in table.filter(asked).to_pylist():
+            span = None if row["start_s"] is None else (row["start_s"], row["end_s"])
+            answer = Prediction(prompt_id=row["prompt_id"], text=row["text"], span_s=span)
+            here.setdefault(row["prompt_key"], []).append(answer)
+        for key, answers in here.items():
+            found.setdefault(key, answers)
+    return found
+
+
+def student_parts(run_dir: Path, step: int) -> Path:
+    """The folder of the answers that the student of `step` gave so far."""
+    return run_dir / STUDENT_PARTS / f"step-{step}"
+
+
+def forget_student_answers(run_dir: Path, but_of: int | None = None) -> None:
+    """Removes the student's answers, which belong to the weights of a step; `but_of`: of the others."""
+    for folder in (run_dir / STUDENT_PARTS).glob("step-*"):
+        if but_of is None or folder != student_parts(run_dir, but_of):
+            shutil.rmtree(folder)
