@@ -49,7 +49,7 @@ class Quarantine:
         """
         key = (video, video_stamp(video), self._decoder)
         with self._lock:
-            if self._path and self._path.exists():
+            if self._path:
                 self._read_new_lines(self._path)
             if key in self._known:
                 raise BrokenVideo(video, *self._known[key])
@@ -75,6 +75,14 @@ class Quarantine:
 
     def _read_new_lines(self, path: Path) -> None:
         """Reads the lines added since the last call, or all lines if some were deleted."""
+        try:
+            self._read_from(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:  # it saves time; no run depends on it
+            _log.warning("video.quarantine=%s cannot be read (%s)", path, error.strerror)
+
+    def _read_from(self, path: Path) -> None:
         if path.stat().st_size < self._num_bytes:
             self._known, self._num_bytes, self._num_lines = {}, 0, 0
         with path.open("rb") as file:

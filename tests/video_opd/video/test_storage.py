@@ -127,14 +127,16 @@ def test_a_video_that_was_too_slow_is_tried_again_the_next_day(kind, days, tried
     assert isinstance(found, ClipError) is not bool(tried)
 
 
-def test_a_quarantine_that_cannot_be_written_is_a_warning(tmp_path, caplog):
+@pytest.mark.parametrize(("name", "done"), [("file/quarantine.jsonl", "written"), ("folder", "read")])
+def test_a_quarantine_that_cannot_be_used_is_a_warning(name, done, tmp_path, caplog):
     path = tmp_path / "a.mp4"
     path.write_bytes(b"no video")
     (tmp_path / "file").write_text("")
-    video = VideoConfig(quarantine=str(tmp_path / "file" / "quarantine.jsonl"))
+    (tmp_path / "folder").mkdir()
+    video = VideoConfig(quarantine=str(tmp_path / name))
     with pytest.raises(ClipError, match="cannot be decoded"):
         plan_clip("a", path, video, 32)
-    assert "cannot be written" in caplog.text
+    assert f"cannot be {done}" in caplog.text
 
 
 def test_a_cache_that_cannot_be_locked_is_a_warning(video, tmp_path, monkeypatch, caplog):
