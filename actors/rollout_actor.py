@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import ray
 
+from video_opd.answers import parse_span
 from video_opd.config import Config
 from video_opd.errors import WeightsLostError
 from video_opd.logs import log, start_role_log, work
-from video_opd.models.prompting import PromptEncoder, parse_span
+from video_opd.models.prompting import PromptEncoder
 from video_opd.models.vllm_engine import Completion, predict
 from video_opd.types import EncodedPrompt, FailedPrompt, Prediction, Prompt, Trajectory, TrajectoryGroup
 
@@ -103,6 +104,7 @@ class RolloutActor:
 
     def _trajectory(self, prompt: EncodedPrompt, trajectory_id: str, completion: Completion) -> Trajectory:
         assert self._policy_version is not None
+        text = self._encoder.written(completion.text)
         return Trajectory(
             trajectory_id=trajectory_id,
             prompt_id=prompt.prompt_id,
@@ -112,6 +114,6 @@ class RolloutActor:
             response_token_ids=completion.token_ids,
             actor_logprobs=completion.logprobs,
             finish_reason=completion.finish_reason,
-            text=completion.text,
-            predicted_span_s=parse_span(completion.text),
+            text=text,
+            predicted_span_s=parse_span(text),
         )

@@ -21,6 +21,7 @@ FILE = Path("curriculum") / "teacher_answers.parquet"
 PARTS = FILE.with_suffix("")  # until all are there
 STUDENT_PARTS = Path("curriculum") / "student_answers"
 TEMPERATURE = 1.0
+FORMAT = 2  # changes whenever the same teacher answers otherwise, or its answers are read otherwise
 BLOCKS_A_VIDEO, NUM_READERS = 4, 16
 _SETTINGS = b"settings"
 
@@ -31,7 +32,7 @@ def settings_key(config: Config) -> str:
     # With several teachers, the one that answers is part of the prompt's key instead.
     folder = "" if config.teachers else folder_digest(config.teacher_models[0].model)
     lengths = (config.curriculum.num_teacher_predictions, config.rollout.max_response_tokens)
-    return _digest((folder, pool.engine, pool.dtype, TEMPERATURE, *lengths))
+    return _digest((FORMAT, folder, pool.engine, pool.dtype, TEMPERATURE, *lengths))
 
 
 def student_settings_key(config: Config, step: int) -> str:

@@ -19,12 +19,13 @@ import torch
 
 from demo.clips import COLOURS, DEFAULT_LEVELS, SHAPES, SPLIT_FILES, write_split
 from demo.models import STUDENT, TEACHER, Size, build_model, build_processor
+from video_opd.answers import parse_span
 from video_opd.config_data import DatasetConfig
 from video_opd.config_file import load_demo
 from video_opd.datasets import read_prompts
 from video_opd.grounding import evaluate
 from video_opd.models.forward import ResponseLogits, VideoLLM, collate, generate
-from video_opd.models.prompting import PromptEncoder, parse_span
+from video_opd.models.prompting import PromptEncoder
 from video_opd.types import EncodedPrompt, Prediction, Prompt, Span
 
 NUM_CLIPS, NUM_VALIDATION_CLIPS = 5000, 100  # of the pretraining split; validation decided when to stop

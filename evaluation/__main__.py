@@ -32,6 +32,7 @@ from video_opd.datasets import read_prompts
 from video_opd.errors import ConfigError, DataError
 from video_opd.files.checkpoint import find_checkpoint
 from video_opd.files.run_folder import write_json
+from video_opd.grounding import describe_odd, odd_truth
 from video_opd.models.lengths import PromptLengths, rollout_limit, too_long
 from video_opd.models.model_files import read_model_info
 from video_opd.types import FailedPrompt, Prediction, Prompt
@@ -77,7 +78,7 @@ def answers_of_model(config: Config, baselines: bool) -> Answers:
     """Raises InputError before vLLM starts."""
     info, runs_dir = read_model_info(config.student, config.trust_remote_code), config.runs_dir
     multiple = info.size_multiple
-    prompts = read_prompts(config.data.eval, config.video, multiple, runs_dir=runs_dir)
+    prompts = read_prompts(config.data.eval, config.video, multiple, as_published=True, runs_dir=runs_dir)
     lengths = PromptLengths(config.student, info.model_type, multiple, config.prompt)
     if failed := too_long(prompts, lengths.of(prompts), [rollout_limit(config)]):
         first, reason = next(iter(failed.items()))
@@ -96,7 +97,8 @@ def answers_of_file(path: Path, config: Config | None, baselines: bool) -> Answe
     if config is None:
         return Answers(read_questions(path), texts, why_missing, train=[], seed=0)
     runs_dir = config.runs_dir
-    questions = questions_of(read_prompts(config.data.eval, config.video, NO_FRAMES, runs_dir=runs_dir))
+    published = read_prompts(config.data.eval, config.video, NO_FRAMES, as_published=True, runs_dir=runs_dir)
+    questions = questions_of(published)
     train = read_prompts(config.data.train, config.video, NO_FRAMES, runs_dir=runs_dir) if baselines else []
     others = count_others(questions, texts, path)
     return Answers(questions, texts, why_missing, train, config.seed, other_prompts=others)
@@ -116,6 +118,7 @@ def evaluate(answers: Answers, protocol: Protocol, baselines: bool, folder: Path
         "result": scoring.summarise_answers(scored, protocol),
         "intervals_95": scoring.bootstrap_intervals(scored, protocol, answers.seed),
         "num_videos": len({q.video for q in questions}),
+        "odd_truth": odd_truth((q.answer_spans_s, q.duration_s) for q in questions),
         "baselines": blind,
         "other_prompts": answers.other_prompts,
     }
@@ -136,6 +139,8 @@ def print_result(result: dict[str, Any], folder: Path) -> None:
     for baseline, values in result["baselines"].items():
         table.add_row(baseline.replace("_", " "), *(f"{values[m]:.3f}" for m in METRICS))
     lines = [", ".join(f"{count.replace('_', ' ')} {main[count]}" for count in COUNTS)]
+    if odd := result["odd_truth"]:
+        lines.append(describe_odd(odd))
     if result["other_prompts"]:
         lines.append(f"{result['other_prompts']} answers are to none of these prompts: left out")
     lines += [f"rules: {result['source']}", f"written: {folder / name}.parquet, .png, .json"]

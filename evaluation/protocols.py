@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from video_opd.answers import parse_span
 from video_opd.errors import ConfigError
 from video_opd.grounding import reaches, temporal_iou
-from video_opd.models.prompting import parse_span
 from video_opd.types import Span
 
 _DECIMAL = r"(\d++\.?+\d*+)"  # 12, 12., 12.5
@@ -140,7 +140,7 @@ class Protocol:
         return self.score(span, answer_spans_s, duration_s)
 
 
-_STRICT = "this project: video_opd/models/prompting.py parse_span, video_opd/grounding.py"
+_STRICT = "this project: video_opd/answers.py, video_opd/grounding.py"
 _TIMELENS = "timelens/utils.py, evaluation/eval_dataloader.py, evaluation/compute_metrics.py"
 _TIME_R1 = "xiaomi-research/time-r1: evaluate.py, src/vllm_inference/eval_all.py"
 _VTIMELLM = "huangb23/VTimeLLM: vtimellm/eval/eval.py, vtimellm/eval/metric.py"

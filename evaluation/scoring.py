@@ -126,7 +126,7 @@ def bootstrap_intervals(
 def blind_baselines(
     questions: Sequence[Question], train: Sequence[Prompt], protocol: Protocol, seed: int
 ) -> dict[str, Any]:
-    """An interval drawn uniformly from each clip, and the one that is best on `train`, if there is any.
+    """An interval drawn uniformly from each clip, and the one that is best on `train`, if it has labels.
 
     The best constant interval is chosen by the strict IoU; interval_frac is in shares of the duration.
     """
@@ -138,8 +138,8 @@ def blind_baselines(
 
     durations = [q.duration_s for q in questions]
     baselines = {}
-    if train:
-        labelled = [(p.answer_spans_s, p.clip.duration_s) for p in train if p.answer_spans_s]
+    labelled = [(p.answer_spans_s, p.clip.duration_s) for p in train if p.answer_spans_s]
+    if labelled:
         start, end = (float(x) for x in best_constant_interval(labelled))
         constant = score([(start * d, end * d) for d in durations])
         baselines["best_constant"] = constant | {"interval_frac": [start, end]}

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray import serve
 
+from video_opd.answers import parse_span
 from video_opd.config import Config, TeacherModel
 from video_opd.logs import log, start_role_log
-from video_opd.models.prompting import PromptEncoder, check_parity, parse_span
+from video_opd.models.prompting import PromptEncoder, check_parity
 from video_opd.types import EncodedPrompt, FailedPrompt, Prediction, Prompt, TeacherScores, TrajectoryGroup
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class TeacherReplica:
         texts = iter(self._engine.predict(readable, *sampling) if readable else [])
 
         def answers(prompt_id: str) -> list[Prediction]:
-            return [Prediction(prompt_id=prompt_id, text=t, span_s=parse_span(t)) for t in next(texts)]
+            of_prompt = map(self._encoder.written, next(texts))
+            return [Prediction(prompt_id=prompt_id, text=t, span_s=parse_span(t)) for t in of_prompt]
 
         return [e if isinstance(e, FailedPrompt) else answers(e.prompt_id) for e in encoded]

@@ -78,7 +78,7 @@ class DatasetConfig(ConfigSection):
     round_s: NonNegativeFloat | None = key(None, "times become multiples of it; 0: no; None: as the codebase")
     annotators: Annotators | None = key(None, "didemo: which annotators' intervals count; None: mean")
     cuts: Literal["apply", "ignore"] | None = key(None, "time_r1, tvgbench: ignore in cut files; None: apply")
-    clamp_s: NonNegativeFloat = key(0.0, "cut annotations that end up to this far beyond the clip's end")
+    clamp_s: NonNegativeFloat = key(0.0, "train: cut intervals that end up to this far beyond the clip's end")
     max_prompts: PositiveInt | None = key(None, "use only this many prompts, the first ones")
     unreadable: Literal["error", "drop"] = key("error", "train: a bad video ends the launch, or is left out")
     faulty: Literal["error", "drop"] = key("error", "train: a bad interval or query: the same choice")

@@ -1,6 +1,7 @@
 """Temporal grounding metrics: IoU of intervals, R1@m, mIoU, and baselines that do not see the video."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -57,6 +58,27 @@ def summarise(
     return {"miou": float(values.mean()), **recalls, "n": len(values), "unparsed": num_unparsed}
 
 
+def odd_truth(truths: Iterable[tuple[Sequence[Span], float]]) -> dict[str, int]:
+    """Prompts whose true spans are odd, by kind, from pairs (true spans, duration of the clip)."""
+    kinds: dict[str, Callable[[float, float, float], bool]] = {
+        "beyond_end": lambda start, end, duration: max(start, end) > duration + ROUNDING,
+        "before_start": lambda start, end, _: min(start, end) < 0,
+        "zero_length": lambda start, end, _: start == end,
+        "reversed": lambda start, end, _: start > end,
+    }
+    pairs = list(truths)
+    counts = {
+        kind: sum(any(is_odd(*s, d) for s in spans) for spans, d in pairs) for kind, is_odd in kinds.items()
+    }
+    return {kind: count for kind, count in counts.items() if count}
+
+
+def describe_odd(counts: Mapping[str, int]) -> str:
+    """One line about what odd_truth counted."""
+    kinds = ", ".join(f"{kind.replace('_', ' ')} {count}" for kind, count in counts.items())
+    return f"odd truth, scored as published: {kinds}"
+
+
 def evaluate(predictions: Sequence[Prediction], prompts: Sequence[Prompt | FailedPrompt]) -> dict[str, float]:
     """Scores one prediction per prompt. A prompt without one counts as IoU 0 and as unparsed."""
     by_id = {p.prompt_id: p.span_s for p in predictions}
@@ -65,11 +87,23 @@ def evaluate(predictions: Sequence[Prediction], prompts: Sequence[Prompt | Faile
 
 
 def best_constant_interval(answers: Sequence[tuple[Sequence[Span], float]], grid: int = 24) -> Span:
-    """The interval, in fractions of the duration, of highest mean IoU over pairs (answers, duration)."""
+    """The interval, in fractions of the duration, of highest mean IoU over pairs (answers, duration).
+
+    Arrays are as long as there are spans, whatever the number of candidates.
+    """
     ticks = np.linspace(0.0, 1.0, grid + 1)
     candidates = [(a, b) for i, a in enumerate(ticks) for b in ticks[i + 1 :]]
-    means = [np.mean([best_iou((a * d, b * d), spans) for spans, d in answers]) for a, b in candidates]
-    return candidates[int(np.argmax(means))]
+    every = [(*span, d) for spans, d in answers for span in spans or ((0.0, 0.0),)]
+    starts, ends, durations = np.array(every, dtype=np.float64).T  # [S] spans of all P pairs
+    first_of_pair = np.cumsum([0, *(max(len(spans), 1) for spans, _ in answers[:-1])])
+    starts, ends = np.where(np.isfinite(starts + ends) & (starts < ends), (starts, ends), 0.0)
+
+    def mean_iou(a: float, b: float) -> float:
+        shared = np.maximum(np.minimum(b * durations, ends) - np.maximum(a * durations, starts), 0.0)
+        union = (b * durations - a * durations) + (ends - starts) - shared
+        return float(np.maximum.reduceat(shared / union, first_of_pair).mean())
+
+    return max(candidates, key=lambda candidate: mean_iou(*candidate))  # the first of equals
 
 
 def random_spans(durations_s: Sequence[float], seed: int) -> list[Span]:
@@ -80,19 +114,22 @@ def random_spans(durations_s: Sequence[float], seed: int) -> list[Span]:
 
 def blind_baselines(
     train: Sequence[Prompt], evaluation: Sequence[Prompt | FailedPrompt], seed: int = 0
-) -> dict[str, dict]:
+) -> dict[str, Any]:
     """Scores without a model: the constant interval that is best on `train`, and a random interval.
 
-    A prompt whose clip cannot be read counts as IoU 0, as for a model.
+    best_constant is None if `train` has no labels. A prompt whose clip cannot be read counts as IoU 0.
     """
     labelled = [(p.answer_spans_s, p.clip.duration_s) for p in train if p.answer_spans_s]
-    start, end = best_constant_interval(labelled)
     readable = [p for p in evaluation if isinstance(p, Prompt)]
     durations = [p.clip.duration_s for p in readable]
     failed = [0.0] * (len(evaluation) - len(readable))
-    constant = summarise(_best_ious([(start * d, end * d) for d in durations], readable) + failed)
+    constant = None
+    if labelled:
+        start, end = best_constant_interval(labelled)
+        constant = summarise(_best_ious([(start * d, end * d) for d in durations], readable) + failed)
+        constant |= {"interval_frac": [float(start), float(end)]}
     random = summarise(_best_ious(random_spans(durations, seed), readable) + failed)
-    return {"best_constant": constant | {"interval_frac": [float(start), float(end)]}, "random": random}
+    return {"best_constant": constant, "random": random}
 
 
 def _best_ious(spans: Sequence[Span | None], prompts: Sequence[Prompt | FailedPrompt]) -> list[float]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import jinja2
@@ -21,10 +22,11 @@ from rich.table import Table
 
 from driver.clock import PHASES
 from driver.records.sinks import read_metrics
+from video_opd.answers import parse_span
 from video_opd.config import Config
+from video_opd.errors import ClipError
 from video_opd.files.run_folder import write_atomically
-from video_opd.grounding import THRESHOLDS
-from video_opd.models.prompting import parse_span
+from video_opd.grounding import THRESHOLDS, describe_odd
 from video_opd.types import Prompt
 from video_opd.video.frame_cache import FrameCache
 
@@ -83,6 +85,8 @@ def print_summary(folder: Path, summary: dict[str, Any]) -> None:
         student = f"mIoU {after - before:+.3f}{share}"
     steps = f"after {summary['steps']} steps in {summary['seconds']['total'] / 60:.1f} min"
     console.print(f"{student}, {steps}; {len(summary['dropped'])} prompts dropped")
+    if odd := summary["odd_truth"]:
+        console.print(describe_odd(odd), soft_wrap=True)
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
 
 
@@ -103,7 +107,7 @@ def write_report(folder: Path, config: Config, prompts: Sequence[Prompt], summar
         policy=embed(_policy(metrics)),
         phases=embed(_phases(metrics)),
         curriculum=[(what, embed(figure)) for what, figure in _curriculum(folder, config, metrics)],
-        examples=[embed(_example(p, cache.read(p.clip), summary["examples"])) for p in shown],
+        examples=[embed(_example(p, _frames(cache, p), summary["examples"])) for p in shown],
         config=config.model_dump_json(indent=2),
     )
     write_atomically(folder / "report.html", html)
@@ -223,17 +227,32 @@ def _disagreements(rounds: dict[int, pa.Table]) -> Figure:
     return figure
 
 
-def _example(prompt: Prompt, frames: np.ndarray, examples: dict[str, dict[str, str]]) -> Figure:
-    """Frames of the clip above the answers and the truth. `examples`: texts by evaluation and prompt id."""
+def _frames(cache: FrameCache, prompt: Prompt) -> np.ndarray | str:
+    """uint8[F, H, W, 3], or why the clip cannot be read here; an actor may have read it elsewhere."""
+    try:
+        return cache.read(prompt.clip)
+    except ClipError as error:
+        return str(error)
+
+
+def _example(prompt: Prompt, frames: np.ndarray | str, examples: dict[str, dict[str, str]]) -> Figure:
+    """Frames of the clip, or why there are none, above the answers and the truth.
+
+    `examples`: texts by evaluation and prompt id.
+    """
     figure = Figure(figsize=(9, 2.4), layout="constrained")
     strip, axes = figure.subplots(2, 1, height_ratios=[1, 1.6], sharex=True)
-    shown = np.linspace(0, len(frames) - 1, min(NUM_EXAMPLE_FRAMES, len(frames))).round().astype(int)
     duration = prompt.clip.duration_s
-    strip.imshow(np.concatenate(list(frames[shown]), axis=1), aspect="auto", extent=(0, duration, 0, 1))
-    strip.set(yticks=[], title=f'"{prompt.query}"')
+    if isinstance(frames, str):
+        strip.text(0, 0.5, fill(frames, 110), fontsize="small", va="center", parse_math=False)
+    else:
+        shown = np.linspace(0, len(frames) - 1, min(NUM_EXAMPLE_FRAMES, len(frames))).round().astype(int)
+        strip.imshow(np.concatenate(list(frames[shown]), axis=1), aspect="auto", extent=(0, duration, 0, 1))
+    strip.set(yticks=[])
+    strip.set_title(f'"{prompt.query}"', parse_math=False)
     labels = "student_before", "student_after", "teacher", "truth"
     answers = [parse_span(examples.get(name, {}).get(prompt.prompt_id, "")) for name in labels[:-1]]
-    bars_s = [(row, span, "C0") for row, span in enumerate(answers) if span and span[1] > span[0]]
+    bars_s = [(row, span, "C0") for row, span in enumerate(answers) if span and span[0] < span[1] < math.inf]
     bars_s += [(len(answers), span, "C2") for span in prompt.answer_spans_s or ()]
     for row, (start, end), colour in bars_s:
         axes.barh(row, end - start, left=start, color=colour, height=0.6)

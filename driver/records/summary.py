@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from driver.run import Run
-from video_opd.grounding import blind_baselines
+from video_opd.grounding import blind_baselines, odd_truth
 
 
 def summarise(run: Run, records: pa.Table, seconds: Mapping[str, float]) -> dict[str, Any]:
@@ -18,6 +18,7 @@ def summarise(run: Run, records: pa.Table, seconds: Mapping[str, float]) -> dict
         **{k: run.evaluations.get(k) for k in ("teacher", "student_before", "student_after")},
         "baselines": blind_baselines(plan.train.prompts, plan.eval.pool, config.seed)
         | {"no_video": run.evaluations.get("no_video")},
+        "odd_truth": odd_truth((p.answer_spans_s or (), p.clip.duration_s) for p in plan.eval.prompts),
         "steps": run.step,
         "seed": config.seed,
         "loss": config.loss.kind,

@@ -24,9 +24,9 @@ from evaluation.scoring import (
 )
 from evaluation.timelines import NUM_SHOWN, draw_timelines
 from tests.fakes import make_prompt
+from video_opd.answers import parse_span
 from video_opd.errors import DataError, ParityError
 from video_opd.grounding import blind_baselines, evaluate
-from video_opd.models.prompting import parse_span
 from video_opd.schemas import EVALUATION
 from video_opd.types import FailedPrompt, Prediction, Span
 
@@ -111,18 +111,18 @@ def test_one_answer_has_other_numbers_under_other_protocols():
     texts = {"p": "First 00:24 - 00:30, then 40 to 50."}
     numbers = {name: score_answers([wanted], texts, p, {})[0] for name, p in PROTOCOLS.items()}
     assert {name: a.span_s for name, a in numbers.items()} == {
-        "strict": (24.0, 0.0),
+        "strict": (24.0, 30.0),
         "timelens": (24.0, 30.0),
         "time_r1": (40.0, 50.0),
         "vtimellm": (24.0, 30.0),
         "lmms_eval": (0.0, 24.0),
     }
     assert {name: a.iou for name, a in numbers.items()} == dict.fromkeys(PROTOCOLS, 0.0) | {
+        "strict": 1.0,
         "timelens": 1.0,
         "vtimellm": 1.0,
     }
-    assert [name for name, a in numbers.items() if a.is_reversed] == ["strict", "lmms_eval"]
-    assert [name for name, a in numbers.items() if a.failure] == ["strict"]
+    assert [name for name, a in numbers.items() if a.is_reversed] == ["lmms_eval"]
 
 
 @pytest.mark.parametrize(
@@ -299,6 +299,31 @@ def test_predictions_of_another_program_are_scored_on_the_configs_split(
     assert pq.read_table(tmp_path / "strict.parquet").to_pylist()[0]["failure"] == "no prediction"
     assert main(["--predictions", file, "--out", str(tmp_path), "--no-baselines", *config]) == 0
     assert json.loads((tmp_path / "strict.json").read_text())["baselines"] == {}
+
+
+def test_the_truth_is_scored_as_published_and_odd_truth_is_counted(config, split_folder, tmp_path, capsys):
+    """Beyond the clip's end, of zero length, reversed: never clamped, and in every denominator."""
+    lines = (split_folder / "annotations.txt").read_text().splitlines()
+    spans = ["2.0 13.1", "3.0 3.0", "5.0 2.0", *["1.0 4.0"] * (len(lines) - 3)]
+    videos, queries = [line.split()[0] for line in lines], [line.partition("##")[2] for line in lines]
+    rows = [f"{v} {s}##{q}\n" for v, s, q in zip(videos, spans, queries, strict=True)]
+    (tmp_path / "odd.txt").write_text("".join(rows))
+    ids = [f"{video}:{i}" for i, video in enumerate(videos, 1)]
+    file = write_table(tmp_path / "p.parquet", prompt_id=ids, text=[s.replace(" ", " - ") for s in spans])
+    odd = [*config, f"data.eval.annotations={tmp_path / 'odd.txt'}", "data.eval.clamp_s=5"]
+    for protocol in ("strict", "timelens", "lmms_eval"):
+        assert main(["--predictions", file, "--protocol", protocol, "--out", str(tmp_path), *odd]) == 0
+        result = json.loads((tmp_path / f"{protocol}.json").read_text())
+        assert result["odd_truth"] == {"beyond_end": 1, "zero_length": 1, "reversed": 1}
+        assert result["result"]["n"] == len(lines) and result["baselines"]["best_constant"]["n"] == len(lines)
+        beyond = 11 / 11.1 if protocol == "timelens" else 1.0  # its answers are whole seconds
+        assert result["result"]["miou"] == pytest.approx((len(lines) - 3 + beyond) / len(lines))
+        out = capsys.readouterr().out
+        assert "odd truth, scored as published: beyond end 1, zero length 1, reversed 1" in out
+    truths = pq.read_table(tmp_path / "strict.parquet")["answer_spans_s"].to_pylist()
+    assert truths[:3] == [[[2.0, 13.1]], [[3.0, 3.0]], [[5.0, 2.0]]]
+    (tmp_path / "odd.txt").write_text("".join([*rows[:-1], f"{videos[-1]} nan 3.0##q\n"]))
+    assert f"odd.txt:{len(lines)}: nan" in bad(capsys, "--predictions", file, *odd)
 
 
 def test_a_models_failures_count_and_an_engines_error_is_exit_code_1(config, tmp_path, capsys, monkeypatch):

@@ -9,10 +9,8 @@ The expected intervals are what the codebases' own functions returned for these 
              vtimellm/eval/metric.py (>=)
   lmms_eval  EvolvingLMMs-Lab/lmms-eval @ 532ca07, lmms_eval/tasks/charades_sta/eval_tvg.py (extract_time,
              swap, >=)
-  strict     video_opd/models/prompting.py (parse_span) and video_opd/grounding.py, which launch.py uses
+  strict     video_opd/answers.py and video_opd/grounding.py, which launch.py uses
 """
-
-import re
 
 import numpy as np
 import pytest
@@ -22,7 +20,6 @@ from hypothesis import strategies as st
 from evaluation.protocols import PROTOCOLS, hull_iou, protocol_named
 from video_opd.errors import ConfigError
 from video_opd.grounding import summarise, temporal_iou
-from video_opd.models.prompting import parse_span
 from video_opd.types import Span
 
 NAMES = ("strict", "timelens", "time_r1", "vtimellm", "lmms_eval")
@@ -71,17 +68,17 @@ TABLE = [
     ("12  to  34", (12.0, 34.0), (12.0, 34.0), None, None, (12.0, 34.0)),
     ("12\tto\t34", (12.0, 34.0), (12.0, 34.0), None, None, (12.0, 34.0)),
     ("12\nto\n34", (12.0, 34.0), (12.0, 34.0), None, None, (12.0, 34.0)),
-    ("12 TO 34", None, (12.0, 34.0), None, None, (12.0, 34.0)),
-    ("12 To 34", None, (12.0, 34.0), None, None, (12.0, 34.0)),
+    ("12 TO 34", (12.0, 34.0), (12.0, 34.0), None, None, (12.0, 34.0)),
+    ("12 To 34", (12.0, 34.0), (12.0, 34.0), None, None, (12.0, 34.0)),
     ("12to34", (12.0, 34.0), None, None, None, (12.0, 34.0)),
     ("12 and 34", (12.0, 34.0), (12.0, 34.0), (12.0, 34.0), (0.12, 0.34), None),
     ("12 & 34", None, (12.0, 34.0), None, None, None),
-    ("12 until 34", None, (12.0, 34.0), None, None, None),
-    ("12 through 34", None, (12.0, 34.0), None, None, None),
+    ("12 until 34", (12.0, 34.0), (12.0, 34.0), None, None, None),
+    ("12 through 34", (12.0, 34.0), (12.0, 34.0), None, None, None),
     ("12;34", None, (12.0, 34.0), None, None, None),
     ("12 / 34", None, (12.0, 34.0), None, None, None),
     ("12 34", None, (12.0, 34.0), None, None, None),
-    ("12 → 34", None, (12.0, 34.0), None, None, None),
+    ("12 → 34", (12.0, 34.0), (12.0, 34.0), None, None, None),
     # units
     ("2.0s to 5.0s", (2.0, 5.0), (2.0, 5.0), None, None, None),
     ("2 seconds to 5 seconds", (2.0, 5.0), (2.0, 5.0), None, None, None),
@@ -89,26 +86,26 @@ TABLE = [
     ("2s - 5s", (2.0, 5.0), None, None, None, None),
     ("12 s and 34 s", (12.0, 34.0), (12.0, 34.0), None, None, None),
     ("12 seconds and 34 seconds", (12.0, 34.0), (12.0, 34.0), None, None, None),
-    ("starts at 12.5s\nends at 30.2s", None, (12.0, 30.0), None, None, (12.0, 30.0)),
-    ("starts at 12s\nends at 30s", None, None, None, None, None),
-    ("12 minutes to 34 minutes", None, (12.0, 34.0), None, None, None),
+    ("starts at 12.5s\nends at 30.2s", (12.5, 30.2), (12.0, 30.0), None, None, (12.0, 30.0)),
+    ("starts at 12s\nends at 30s", (12.0, 30.0), None, None, None, None),
+    ("12 minutes to 34 minutes", (720.0, 2040.0), (12.0, 34.0), None, None, None),
     ("12% to 34%", None, (12.0, 34.0), None, None, None),
     ("12 ms to 34 ms", None, (12.0, 34.0), None, None, None),
     # clock times
-    ("00:18 - 00:23", (18.0, 0.0), (18.0, 23.0), None, None, (0.0, 18.0)),
-    ("00:18 to 00:23", (18.0, 0.0), (18.0, 23.0), (18.0, 0.0), (0.18, 0.0), (0.0, 18.0)),
-    ("from 00:00:18 to 00:00:23", (18.0, 0.0), (18.0, 23.0), (18.0, 0.0), (0.18, 0.0), (0.0, 18.0)),
-    ("1:05 - 1:20", (5.0, 1.0), (65.0, 80.0), None, None, (1.0, 5.0)),
-    ("01:02:03 - 01:02:09.5", (3.0, 1.0), (3723.0, 3730.0), None, None, (1.0, 3.0)),
-    ("00:09.25 to 00:12.75", (9.25, 0.0), (9.0, 13.0), (9.25, 0.0), (0.25, 0.0), (0.0, 9.25)),
-    ("00:12.5s - 00:15.5s", (12.5, 0.0), (12.0, 15.0), None, None, None),
+    ("00:18 - 00:23", (18.0, 23.0), (18.0, 23.0), None, None, (0.0, 18.0)),
+    ("00:18 to 00:23", (18.0, 23.0), (18.0, 23.0), (18.0, 0.0), (0.18, 0.0), (0.0, 18.0)),
+    ("from 00:00:18 to 00:00:23", (18.0, 23.0), (18.0, 23.0), (18.0, 0.0), (0.18, 0.0), (0.0, 18.0)),
+    ("1:05 - 1:20", (65.0, 80.0), (65.0, 80.0), None, None, (1.0, 5.0)),
+    ("01:02:03 - 01:02:09.5", (3723.0, 3729.5), (3723.0, 3730.0), None, None, (1.0, 3.0)),
+    ("00:09.25 to 00:12.75", (9.25, 12.75), (9.0, 13.0), (9.25, 0.0), (0.25, 0.0), (0.0, 9.25)),
+    ("00:12.5s - 00:15.5s", (12.5, 15.5), (12.0, 15.0), None, None, None),
     ("at 00:18", None, (0.0, 18.0), None, None, None),
     ("at 00:18, lasting 5 - 7 s", (5.0, 7.0), (5.0, 7.0), None, None, (5.0, 7.0)),
-    ("1:2:03 and 1:04", (3.0, 1.0), (123.0, 64.0), (3.0, 1.0), None, None),
-    ("starts at 00:00:18\nends at 00:00:23", None, (18.0, 23.0), None, None, (0.0, 0.0)),
-    ("starts at 00:00:18 and ends at 00:00:23.", None, (18.0, 23.0), None, None, None),
+    ("1:2:03 and 1:04", None, (123.0, 64.0), (3.0, 1.0), None, None),
+    ("starts at 00:00:18\nends at 00:00:23", (18.0, 23.0), (18.0, 23.0), None, None, (0.0, 0.0)),
+    ("starts at 00:00:18 and ends at 00:00:23.", (18.0, 23.0), (18.0, 23.0), None, None, None),
     ("12:34:56x 00:10", None, (754.0, 10.0), None, None, None),
-    ("100:20 - 100:40", (20.0, 100.0), (20.0, 100.0), None, None, (20.0, 100.0)),
+    ("100:20 - 100:40", (6020.0, 6040.0), (20.0, 100.0), None, None, (20.0, 100.0)),
     # several pairs, and other numbers
     (
         "It is seen from 1.0 to 2.0 seconds, then from 5.0 to 6.0.",
@@ -122,8 +119,8 @@ TABLE = [
     ("At 10, then 12 - 34, or 40 to 50", (12.0, 34.0), (12.0, 34.0), (40.0, 50.0), (0.4, 0.5), (12.0, 34.0)),
     ("12 to 34, or 40 - 50", (12.0, 34.0), (40.0, 50.0), (12.0, 34.0), (0.12, 0.34), (12.0, 34.0)),
     ("Object 3 is seen 1.0 - 2.0", (1.0, 2.0), (1.0, 2.0), None, None, (1.0, 2.0)),
-    ("2024-05: 12 - 34", (2024.0, 5.0), (2024.0, 5.0), None, None, (5.0, 2024.0)),
-    ("version 1.2.3 - 4", (2.3, 4.0), (2.0, 4.0), None, None, (2.3, 4.0)),
+    ("2024-05: 12 - 34", (12.0, 34.0), (2024.0, 5.0), None, None, (5.0, 2024.0)),
+    ("version 1.2.3 - 4", None, (2.0, 4.0), None, None, (2.3, 4.0)),
     ("12 and 34 and 56", (12.0, 34.0), (12.0, 34.0), (12.0, 34.0), (0.12, 0.34), None),
     ("123 to 456", (123.0, 456.0), (123.0, 456.0), (123.0, 456.0), (0.23, 0.45), (123.0, 456.0)),
     ("5 to 10", (5.0, 10.0), (5.0, 10.0), (5.0, 10.0), None, (5.0, 10.0)),
@@ -135,13 +132,20 @@ TABLE = [
     ("34 - 12", (34.0, 12.0), (34.0, 12.0), None, None, (12.0, 34.0)),
     ("34 to 12", (34.0, 12.0), (34.0, 12.0), (34.0, 12.0), (0.34, 0.12), (12.0, 34.0)),
     ("7 - 7", (7.0, 7.0), (7.0, 7.0), None, None, (7.0, 7.0)),
-    ("00:23 - 00:18", (23.0, 0.0), (23.0, 18.0), None, None, (0.0, 23.0)),
+    ("00:23 - 00:18", (23.0, 18.0), (23.0, 18.0), None, None, (0.0, 23.0)),
     # one number a sentence
-    ("Start time: 0.8 seconds. End time: 1.1 seconds", None, (1.0, 1.0), None, None, None),
-    ("Start time: 0.8 seconds\nEnd time: 1.1 seconds", None, (1.0, 1.0), None, None, (0.8, 1.1)),
-    ("The start time is 0 seconds, and the end time is 12 seconds.", None, (0.0, 12.0), None, None, None),
-    ("It starts at 3!\nIt ends at 8?", None, (3.0, 8.0), None, None, (3.0, 8.0)),
-    ("It begins at 3\nIt stops at 8", None, (3.0, 8.0), None, None, None),
+    ("Start time: 0.8 seconds. End time: 1.1 seconds", (0.8, 1.1), (1.0, 1.0), None, None, None),
+    ("Start time: 0.8 seconds\nEnd time: 1.1 seconds", (0.8, 1.1), (1.0, 1.0), None, None, (0.8, 1.1)),
+    (
+        "The start time is 0 seconds, and the end time is 12 seconds.",
+        (0.0, 12.0),
+        (0.0, 12.0),
+        None,
+        None,
+        None,
+    ),
+    ("It starts at 3!\nIt ends at 8?", (3.0, 8.0), (3.0, 8.0), None, None, (3.0, 8.0)),
+    ("It begins at 3\nIt stops at 8", (3.0, 8.0), (3.0, 8.0), None, None, None),
     ("3 at first\nthen 8", None, (3.0, 8.0), None, None, None),
     ("photo 5, photo 9", None, (5.0, 9.0), None, None, None),
     ("tomato 12 to 34", (12.0, 34.0), (12.0, 34.0), (12.0, 34.0), (0.12, 0.34), (12.0, 34.0)),
@@ -166,16 +170,16 @@ TABLE = [
     ("nan - inf", None, None, None, None, None),
     ("1..5 - 7", (5.0, 7.0), (5.0, 7.0), None, None, None),
     ("3... - 9", None, (3.0, 9.0), None, None, None),
-    ("5. to 9.", None, (5.0, 9.0), (5.0, 9.0), None, (5.0, 9.0)),
+    ("5. to 9.", (5.0, 9.0), (5.0, 9.0), (5.0, 9.0), None, (5.0, 9.0)),
     ("12. - 34.", None, (12.0, 34.0), None, None, (12.0, 34.0)),
     ("-5 to -2", None, (5.0, 2.0), None, None, None),
-    ("-5 - 3", (5.0, 3.0), (5.0, 3.0), None, None, (3.0, 5.0)),
-    ("1e3 to 2e3", (3.0, 2.0), (3.0, 2.0), (3.0, 2.0), None, (2.0, 3.0)),
-    ("1,000 to 2,000", (1.0, 0.0), (0.0, 2.0), (0.0, 2.0), None, (0.0, 2.0)),
-    ("2.5.1 to 3.5.2", (5.1, 3.5), (5.0, 4.0), (5.1, 3.5), None, (3.5, 5.1)),
+    ("-5 - 3", None, (5.0, 3.0), None, None, (3.0, 5.0)),
+    ("1e3 to 2e3", None, (3.0, 2.0), (3.0, 2.0), None, (2.0, 3.0)),
+    ("1,000 to 2,000", (1000.0, 2000.0), (0.0, 2.0), (0.0, 2.0), None, (0.0, 2.0)),
+    ("2.5.1 to 3.5.2", None, (5.0, 4.0), (5.1, 3.5), None, (3.5, 5.1)),
     ("٣ to ٩", (3.0, 9.0), (3.0, 9.0), (3.0, 9.0), None, (3.0, 9.0)),
-    (".5 to .9", None, (5.0, 9.0), None, None, None),
-    ("2,5 - 3,5", (2.0, 5.0), (5.0, 3.0), None, None, (3.0, 5.0)),
+    (".5 to .9", (0.5, 0.9), (5.0, 9.0), None, None, None),
+    ("2,5 - 3,5", (2.5, 3.5), (5.0, 3.0), None, None, (3.0, 5.0)),
 ]
 
 
@@ -268,21 +272,7 @@ def test_an_unknown_protocol_names_the_known_ones():
         protocol_named("timelens2")
 
 
-NUMBER = r"(\d+(?:\.\d+)?)"
-PLAIN = re.compile(rf"{NUMBER}\s*(?:s|sec|seconds?)?\s*(?:to|and|-|–|—|,)\s*{NUMBER}")
-NUMBERS, UNITS = ("1", "20", "3.5", "7.", "."), ("s", "sec", "second", "seconds")
-JOINS = ("to", "and", "-", "–", "—", ",", " ", "  ", "\n", "x", ":")
-pieces = st.sampled_from([*NUMBERS, *UNITS, *JOINS])
-
-
-@given(text=st.lists(pieces, max_size=12).map("".join))
-def test_parse_span_reads_what_its_plain_pattern_reads(text):
-    """The pattern without the marks that keep it linear."""
-    match = PLAIN.search(text)
-    assert parse_span(text) == ((float(match[1]), float(match[2])) if match else None)
-
-
-SHORT, LONG = 500, 100_000
+SHORT, LONG = 500, 30_000
 HARD = [
     *("1", "1.", ".", " ", "-", "1 ", "1 1.", "1-", "1 to ", "1 and "),
     *("00:", "00:00.1", "1..", "end ", "start 1s", "1 s ", "1seconds "),

@@ -1,5 +1,6 @@
 """Tiny real models and real clips for tests of the engines themselves."""
 
+import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,6 +35,13 @@ SIZES = {
     "student": Size(hidden=64, layers=2, vision_hidden=32),
     "teacher": Size(hidden=96, layers=2, vision_hidden=32),
 }
+SETTINGS = {  # of generation, in both models' folders: no answer may depend on them
+    **{"do_sample": True, "temperature": 0.01, "top_k": 1, "top_p": 0.01, "min_p": 0.9, "typical_p": 0.01},
+    **{"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "exponential_decay_length_penalty": [0, 9.0]},
+    **{"suppress_tokens": list(range(300)), "begin_suppress_tokens": list(range(300)), "min_new_tokens": 4},
+    **{"bad_words_ids": [[i] for i in range(300)], "forced_eos_token_id": 301, "sequence_bias": [[[7], 9.0]]},
+    **{"max_new_tokens": 2, "num_beams": 2, "stop_strings": ["1"], "return_dict_in_generate": True},
+}
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +56,8 @@ def models(tmp_path_factory) -> Path:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
         model.save_pretrained(folder / name)
         processor.save_pretrained(folder / name)
+        path = folder / name / "generation_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | SETTINGS))
     return folder
 
 

@@ -10,11 +10,12 @@ from curriculum.scheduler import Scheduler
 from demo.clips import DEFAULT_LEVELS, write_split
 from teacher_service.engine import TransformersEngine, Wanted
 from tests.real.conftest import DEMO
+from video_opd.answers import parse_span
 from video_opd.config import Config
 from video_opd.config_file import load_config, resolve_paths
 from video_opd.datasets import read_prompts
 from video_opd.grounding import best_iou
-from video_opd.models.prompting import PromptEncoder, parse_span
+from video_opd.models.prompting import PromptEncoder
 from video_opd.types import Prompt
 
 ROOT = Path(DEMO).parents[1]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import torch
 from actors.engine import PolicyEngine
 from tests.real.conftest import reference_logprobs
 from tests.videos import noise, write_video
+from video_opd.answers import parse_span
 from video_opd.models.forward import load_model
-from video_opd.models.prompting import parse_span
+from video_opd.models.prompting import PromptEncoder
 from video_opd.types import EncodedPrompt, Prompt
 from video_opd.video.clips import plan_clip
 from video_opd.weights.buckets import to_buckets
@@ -132,6 +134,19 @@ def test_blank_video_hides_the_clip_and_nothing_else(prompts, encoder):
     assert shown.frames.std() > 0
     assert shown.fingerprint != blank.fingerprint
     assert parse_span("no answer") is None
+
+
+def test_a_response_has_the_tag_of_the_thought_that_its_prompt_opened(config, encoder, tmp_path):
+    """As with Qwen3-VL-Thinking: the model writes the end of the thought alone, or is cut before it."""
+    assert encoder.written("5 - 6") == "5 - 6"
+    folder = shutil.copytree(
+        config.student, tmp_path / "student", ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant\n", "assistant\n<think>\n"))
+    written = PromptEncoder(folder, config.prompt, config.video).written
+    assert written("5 - 6") == "<think>\n5 - 6" and parse_span(written("5 - 6")) is None
+    assert parse_span(written("5 - 6</think>7 - 8")) == (7.0, 8.0)
 
 
 def test_cuts_and_variable_rates_are_shown_to_vllm_as_to_transformers(

@@ -5,11 +5,11 @@ import yaml
 
 import launch
 from video_opd import ROOT
+from video_opd.answers import parse_span
 from video_opd.config import Config
 from video_opd.config_data import STYLES
 from video_opd.config_file import describe_keys, dump_config, load_config, resolve_paths
 from video_opd.errors import ConfigError, InputError
-from video_opd.models.prompting import parse_span
 
 SPLIT = {"annotations": "a.txt", "lengths": "l.csv", "videos": "v"}
 MINIMAL = {"student": "s", "teacher": "t", "num_steps": 3, "data": {"train": SPLIT, "eval": dict(SPLIT)}}

@@ -1,6 +1,7 @@
 """The forward pass of teacher scoring and learning: logits of response rows only."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -210,6 +211,19 @@ def token_entropy(logits: torch.Tensor) -> torch.Tensor:
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
+@contextmanager
+def _without_settings(model: VideoLLM) -> Iterator[None]:
+    """Leaves of the model's generation settings, which generate() falls back on, its end tokens alone."""
+    from transformers import GenerationConfig
+
+    settings = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=settings.eos_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = settings
+
+
 @torch.inference_mode()
 def generate(
     model: VideoLLM,
@@ -221,7 +235,10 @@ def generate(
     temperature: float = 0.0,
     num_answers: int = 1,
 ) -> list[list[np.ndarray]]:
-    """num_answers responses to each prompt, int32[<= max_tokens], no end token. Temperature 0: greedy."""
+    """num_answers responses to each prompt, int32[<= max_tokens], no end token. Temperature 0: greedy.
+
+    Of the folder's generation_config.json only the end tokens count.
+    """
     weight = model.get_input_embeddings().weight
     empty = [np.zeros(0, np.int32)] * len(prompts)
     batch = _padded(prompts, empty, pad_id, weight.device, "left")  # all continue at the same column
@@ -229,17 +246,19 @@ def generate(
     options: dict[str, Any] = sampling if temperature else {"do_sample": False}
     if batch["second_per_grid"] is not None:
         options["second_per_grid_ts"] = batch["second_per_grid"]
-    output = model.generate(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        mm_token_type_ids=batch["token_types"],
-        pixel_values_videos=batch["pixel_values"].to(weight.dtype),
-        video_grid_thw=batch["video_grid_thw"],
-        max_new_tokens=max_tokens,
-        suppress_tokens=list(banned_ids),
-        num_return_sequences=num_answers,
-        **options,
-    )
+    with _without_settings(model):
+        output = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            mm_token_type_ids=batch["token_types"],
+            pixel_values_videos=batch["pixel_values"].to(weight.dtype),
+            video_grid_thw=batch["video_grid_thw"],
+            max_new_tokens=max_tokens,
+            suppress_tokens=list(banned_ids),
+            num_return_sequences=num_answers,
+            pad_token_id=pad_id,
+            **options,
+        )
     answers = []
     for row in output[:, batch["input_ids"].shape[1] :].cpu().numpy().astype(np.int32):
         stops = np.flatnonzero(np.isin(row, model.generation_config.eos_token_id))  # an id or a list of ids

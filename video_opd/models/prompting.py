@@ -1,7 +1,6 @@
-"""The one prompt encoding of rollout, scoring and learning (PromptEncoder), and of answers (parse_span)."""
+"""The one prompt encoding of rollout, scoring and learning."""
 
 import hashlib
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from video_opd.answers import opened_thought
 from video_opd.config_data import PromptConfig, VideoConfig
 from video_opd.errors import ClipError, ModelError, ParityError
 from video_opd.logs import log
@@ -17,19 +17,6 @@ from video_opd.video.frame_cache import FrameCache
 
 Encoded = EncodedPrompt | FailedPrompt
 VIDEO_PAD = "<|video_pad|>"  # stands for the video in a text
-_NUMBER = r"(\d++(?:\.\d++)?+)"
-_SPAN = re.compile(  # starts at a run of digits and never backtracks: linear in the answer's length
-    rf"(?<!\d){_NUMBER}\s*+(?:s(?:ec(?:onds?+)?+)?+\s*+)?+(?:to|and|-|–|—|,)\s*+{_NUMBER}"
-)
-
-
-def parse_span(text: str) -> Span | None:
-    """The first pair of numbers joined by 'to', 'and', a dash or a comma, in seconds, or None.
-
-    Only what follows the last <answer> tag counts, if there is one. A reversed pair is returned as written.
-    """
-    match = _SPAN.search(text, max(text.rfind("<answer>"), 0))
-    return (float(match[1]), float(match[2])) if match else None
 
 
 def chat_messages(config: PromptConfig, query: str) -> list[dict[str, Any]]:
@@ -89,6 +76,9 @@ class PromptEncoder:
         self.tokenizer = self._processor.tokenizer
         self.frame_cache = FrameCache(video)
         self._num_readers = video.decode_workers
+        asked = [{"role": "user", "content": [{"type": "text", "text": ""}]}]
+        asked = self._processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        self._thought = opened_thought(asked)
         to_id = self.tokenizer.convert_tokens_to_ids
         self.pad_ids = to_id(VIDEO_PAD), to_id("<|image_pad|>")  # never sampled or part of a response
         if None in self.pad_ids or self.tokenizer.unk_token_id in self.pad_ids:
@@ -99,6 +89,10 @@ class PromptEncoder:
         """int32[N]: an interval written by prompt.answer_template, with the end token."""
         text = self._config.answer_template.format(start=span[0], end=span[1]) + self.tokenizer.eos_token
         return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+
+    def written(self, response: str) -> str:
+        """The response with the tag of the thought that its prompt, and not the response, has opened."""
+        return self._thought + response
 
     def encode_all(self, prompts: Sequence[Prompt], blank_video: bool = False) -> list[Encoded]:
         """encode for each, in order, or a FailedPrompt. video.decode_workers clips are read at once."""

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from video_opd.answers import parse_span
 from video_opd.config import RolloutConfig, TeacherConfig
 from video_opd.errors import ParityError
-from video_opd.models.prompting import PromptEncoder, first_difference, parse_span
+from video_opd.models.prompting import PromptEncoder, first_difference
 from video_opd.types import EncodedPrompt, FailedPrompt, FinishReason, Prediction, Prompt
 
 EngineConfig = RolloutConfig | TeacherConfig
@@ -36,6 +37,7 @@ def start_vllm(model: str, config: EngineConfig, seed: int, trust_remote_code: b
         model,
         dtype=config.dtype,
         load_format="safetensors",
+        generation_config="vllm",  # of the folder's generation_config.json only the end tokens count
         trust_remote_code=trust_remote_code,
         seed=seed,
         max_model_len=config.max_model_len,
@@ -148,6 +150,6 @@ def predict(
     encoded, failed = encoder.encode_readable(prompts, blank_video)
     texts = [completion.text for (completion,) in engine.generate(encoded, None)] if encoded else []
     answers: dict[str, Prediction | FailedPrompt] = dict(failed)
-    for name, text in zip([e.prompt_id for e in encoded], texts, strict=True):
+    for name, text in zip([e.prompt_id for e in encoded], map(encoder.written, texts), strict=True):
         answers[name] = Prediction(prompt_id=name, text=text, span_s=parse_span(text))
     return [answers[p.prompt_id] for p in prompts]

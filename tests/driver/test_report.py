@@ -1,0 +1,59 @@
+"""The report of a run that is over is written, whatever has happened to the held-out clips since."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from driver.clock import PHASES
+from driver.records.report import _example, _frames, embed, print_summary, write_report
+from tests.fakes import make_prompt
+from tests.video_opd.test_config import MINIMAL
+from video_opd.config_data import VideoConfig
+from video_opd.config_file import parse_config
+from video_opd.grounding import blind_baselines
+from video_opd.video.frame_cache import FrameCache
+
+SCORES = {"miou": 0.5, "r1@0.3": 1.0, "r1@0.5": 0.5, "r1@0.7": 0.0, "n": 2, "unparsed": 0}
+PROMPTS = [make_prompt("a"), make_prompt("b", ((5.0, 2.0), (3.0, 3.0), (-1.0, 99.0)))]
+
+
+@pytest.fixture
+def summary():
+    return {
+        **dict.fromkeys(("teacher", "student_before", "student_after"), SCORES),
+        "baselines": blind_baselines(PROMPTS, PROMPTS) | {"no_video": None},
+        "odd_truth": {"reversed": 1},
+        **{"steps": 1, "seed": 0, "loss": "opd", "seconds": {"total": 60.0, "start_up": 1.0}, "dropped": {}},
+        "failed_eval": {},
+        **{"tokens": {"rollout": 0, "scored": 0}, "teacher_calls": 0, "rollouts": 0, "suspended_rollouts": 0},
+        "examples": {"student_before": {"a": "From 2.0 to 5.0 seconds.", "b": f"0 to {'9' * 400}"}},
+    }
+
+
+def test_a_report_is_written_though_held_out_clips_are_gone(tmp_path, summary):
+    step = {"step": 0, "actors/miou": 0.5, "time/idle_s": 0.0, **{f"time/{name}_s": 1.0 for name in PHASES}}
+    ratios = {f"learner/ratio_{quantile}": 1.0 for quantile in ("p01", "p50", "p99")}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(step | ratios) + "\n")
+    config = parse_config(MINIMAL | {"video": {"cache_dir": str(tmp_path / "frames")}}, "test")
+    write_report(tmp_path, config, PROMPTS, summary)
+    assert (tmp_path / "report.html").read_text().count("frames, truth and answers") == len(PROMPTS)
+
+
+def test_the_reason_is_in_the_place_of_the_frames(tmp_path, summary):
+    """Neither it nor a query nor odd spans, of answers or the truth, are more than the picture can show."""
+    frames = _frames(FrameCache(VideoConfig(cache_dir=str(tmp_path))), PROMPTS[1])
+    assert isinstance(frames, str) and "/nowhere/b.mp4" in frames
+    prompt = replace(PROMPTS[1], query="what costs $\\5$?")
+    figure = _example(prompt, f"$\\5$ {frames}", summary["examples"])
+    assert embed(figure)
+    strip, axes = figure.axes
+    assert "/nowhere/b.mp4" in strip.texts[0].get_text().replace("\n", "") and strip.get_title()
+    assert len(axes.patches) == 3, "the true spans; the answer has no end"
+
+
+def test_the_printed_summary_counts_odd_truth(tmp_path, summary, capsys):
+    print_summary(tmp_path, summary)
+    assert "odd truth, scored as published: reversed 1" in capsys.readouterr().out
+    print_summary(tmp_path, summary | {"odd_truth": {}})
+    assert "odd" not in capsys.readouterr().out
