@@ -78,7 +78,7 @@ def read_split(
     Raises DataError for an unreadable line or a fault, ClipError for an unreadable video. With faulty=drop,
     unreadable=drop they take the place of their prompts instead.
     """
-    dataset = resolve(dataset)
+    dataset = resolve(dataset.model_copy(update={"clamp_s": 0.0}) if as_published else dataset)
     annotations = list(islice(read_annotations(dataset), dataset.max_prompts))
     if not annotations:
         raise DataError(f"{dataset.annotations} has no annotations")
@@ -112,7 +112,7 @@ def read_split(
     if len(failed := [p for p in pool if isinstance(p, FailedPrompt)]) == len(pool):
         why = f"{failed[0].prompt_id}: {failed[0].reason}"
         raise DataError(f"{dataset.annotations}: none of its {len(pool)} prompts can be used, first {why}")
-    return Split(pool, _digest(annotations, 0.0 if as_published else dataset.clamp_s))
+    return Split(pool, _digest(annotations, dataset.clamp_s))
 
 
 def _several(lines: list[str], advice: str) -> str:
@@ -145,10 +145,10 @@ def _truth(
     annotation: Annotation, clip: Clip, dataset: DatasetConfig, as_published: bool
 ) -> tuple[tuple[Span, ...] | None, str]:
     """The true intervals, and the first fault of the annotation; empty: it has none."""
-    spans, faults = fit(annotation, clip.duration_s, 1.0 / clip.video_fps, dataset.clamp_s)
-    if as_published:
-        spans, faults = annotation.spans_s, [fault for fault in faults if fault.kind not in ODD]
-    return spans, faults[0].reason if faults else ""
+    frame_s = 0.0 if as_published else 1.0 / clip.video_fps
+    spans, faults = fit(annotation, clip.duration_s, frame_s, dataset.clamp_s)
+    bad = [fault.reason for fault in faults if not (as_published and fault.kind in ODD)]
+    return spans, bad[0] if bad else ""
 
 
 def _digest(annotations: list[Annotation], clamp_s: float) -> str:
