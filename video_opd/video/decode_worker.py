@@ -46,6 +46,21 @@ class Buffer:
         return self._bytes[:num_bytes].reshape(shape)
 
 
+def refusal(path: str) -> OSError | None:
+    """Why the bytes of a file, or of a folder's files, cannot all be read now; None: they can be.
+
+    Decoders report a failing disk as they report a broken file.
+    """
+    try:
+        for file in [e.path for e in os.scandir(path) if e.is_file()] if os.path.isdir(path) else [path]:
+            with open(file, "rb", buffering=0) as opened:
+                while opened.read(READ_BYTES):
+                    pass
+    except OSError as error:
+        return OSError(error.errno, error.strerror)  # without the file's name: the parent names the video
+    return None
+
+
 class DecodeWorker:
     """Keeps the last file open: a long clip is read in parts."""
 
@@ -73,21 +88,6 @@ class DecodeWorker:
             if isinstance(error, MemoryError) or getattr(error, "errno", None) in _NO_ROOM:
                 return OSError(errno.ENOMEM, first_line(error))
             return refusal(path) or first_line(error)
-
-
-def refusal(path: str) -> OSError | None:
-    """Why the bytes of a file, or of a folder's files, cannot all be read now; None: they can be.
-
-    Decoders report a failing disk as they report a broken file.
-    """
-    try:
-        for file in [e.path for e in os.scandir(path) if e.is_file()] if os.path.isdir(path) else [path]:
-            with open(file, "rb", buffering=0) as opened:
-                while opened.read(READ_BYTES):
-                    pass
-    except OSError as error:
-        return OSError(error.errno, error.strerror)  # without the file's name: the parent names the video
-    return None
 
 
 def main() -> None:
