@@ -120,6 +120,7 @@ async def learn_step(run: Run, buffer: TrajectoryBuffer, outputs: Outputs) -> No
     check_finite(report)
     check_logprob_gap(run, report)
     await run.curriculum.observe(groups, step)
+    await run.curriculum.retire(report.failed)
     if config.loss.needs.rollouts:
         with run.clock("publish"):
             await publish_weights(run, policy_version=step + 1)
@@ -190,7 +191,7 @@ def launch(
     step: int | None = None,
 ) -> dict[str, Any]:
     """Returns the summary. resume: a run folder to continue, from its newest checkpoint or `step`'s."""
-    plan = prepare(config)
+    plan = prepare(config, resumes=resume is not None)
     check_fits(memory_plan(config, plan, gpu_memory_gib), one_machine=False)
     if config.checkpoint_url:
         check_writable(config.checkpoint_url)
@@ -205,7 +206,7 @@ def launch(
         finally:
             ray.shutdown()
         write_json(folder / "summary.json", summary)
-        write_report(folder, config, plan.eval, summary)
+        write_report(folder, config, plan.eval.prompts, summary)
         print_summary(folder, summary)
     return summary
 

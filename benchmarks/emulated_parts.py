@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.emulated_teacher import make_trajectory
 from video_opd.config import Config
-from video_opd.types import Prompt, ScoredGroup, TrajectoryGroup
+from video_opd.types import FailedPrompt, Prompt, ScoredGroup, TrajectoryGroup
 from video_opd.weights.buckets import to_buckets
 
 ROLLOUT_S, UPDATE_S = "EMULATED_ROLLOUT_S", "EMULATED_UPDATE_S"  # of one step's prompts, in worker_env
@@ -54,9 +54,9 @@ class EmulatedRank:
     def start(self, master: tuple[str, int]) -> None:
         pass
 
-    def update(self, groups: list[ScoredGroup], step: int) -> dict[str, float]:
+    def update(self, groups: list[ScoredGroup], step: int) -> tuple[dict[str, float], list[FailedPrompt]]:
         time.sleep(self._update_s)
-        return {"learner/loss": 0.0, "learner/grad_norm": 0.0}
+        return {"learner/loss": 0.0, "learner/grad_norm": 0.0}, []
 
     def put_weights(self, policy_version: int) -> tuple[list[ray.ObjectRef], int]:
         weight = torch.zeros(WEIGHT_BYTES, dtype=torch.uint8)

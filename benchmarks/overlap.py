@@ -44,7 +44,7 @@ async def train_emulated(config: Config, plan: Plan, folder: Path) -> None:
     name = f"video_opd/{folder.name}"
     teacher = TeacherPool(name, config, config.teacher_models[0], EmulatedReplica)
     actors, learner = ActorPool(name, config, EmulatedActor), Learner(name, config, EmulatedRank)
-    curriculum = Curriculum(name, plan.train, config)
+    curriculum = Curriculum(name, plan.train.pool, config)
     run = Run(folder, config, config, plan, None, actors, teacher, learner, curriculum, rewards=[])
     await asyncio.gather(run.actors.start(), run.learner.start(), teacher.start())
     await publish_weights(run, policy_version=0)

@@ -30,9 +30,9 @@ class Curriculum:
     that dies or hangs is replaced: the new one loads that state and replays those calls.
     """
 
-    def __init__(self, name: str, prompts: Sequence[Prompt], config: Config):
+    def __init__(self, name: str, pool: Sequence[Prompt | FailedPrompt], config: Config):
         self._name, self._config = name, config
-        self._prompts = ray.put(prompts)
+        self._pool = ray.put(pool)
         self._next_prompts_s = 0.0
         self._num_starts = 0
         self._num_failed = Counter(dict.fromkeys(FailureKind, 0))
@@ -46,7 +46,7 @@ class Curriculum:
         self._num_starts += 1
         options: dict[str, Any] = {"name": name, "runtime_env": {"env_vars": self._config.worker_env}}
         options |= {"num_cpus": 0, "max_restarts": 0}  # a restart would have an empty state
-        return ray.remote(SchedulerActor).options(**options).remote(self._prompts, self._config)
+        return ray.remote(SchedulerActor).options(**options).remote(self._pool, self._config)
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         call = getattr(self._actor, method).remote(*arguments)

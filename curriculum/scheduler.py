@@ -51,10 +51,11 @@ class Scheduler:
     Arrays hold the state of the P prompts, in the order of the pool.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], config: Config):
-        self._prompts, self._config, self._curriculum = list(prompts), config, config.curriculum
+    def __init__(self, pool: Sequence[Prompt | FailedPrompt], config: Config):
+        self._prompts, self._config, self._curriculum = list(pool), config, config.curriculum
         self._index = {p.prompt_id: i for i, p in enumerate(self._prompts)}
-        self._video = pa.array([p.clip.video_path for p in prompts]).dictionary_encode().indices.to_numpy()
+        videos = [p.clip.video_path if isinstance(p, Prompt) else "" for p in pool]
+        self._video = pa.array(videos).dictionary_encode().indices.to_numpy()
         self._rng = np.random.default_rng(config.seed)
         size = len(self._prompts)
         self._teacher_iou = np.full(size, np.nan)
@@ -65,6 +66,7 @@ class Scheduler:
         self._queue: deque[int] = deque()
         self._in_flight: dict[int, None] = {}
         self._next_selection = None if config.curriculum.kind == "uniform" else 0  # see next_selection()
+        self._drop_unusable()
 
     def validate(self, teacher_iou: np.ndarray) -> None:
         """TRPV, once a run: drops the prompts whose tau float64[P] is NaN (unreadable) or too small."""
@@ -99,6 +101,12 @@ class Scheduler:
     def alive(self) -> np.ndarray:
         """int64: indices into the pool of the prompts that are not dropped."""
         return np.flatnonzero(self._dropped == "")
+
+    def _drop_unusable(self) -> None:
+        """Retires what cannot be used today, if it is not dropped already."""
+        states = zip(self._prompts, self._dropped, strict=True)
+        if failed := [p for p, dropped in states if isinstance(p, FailedPrompt) and not dropped]:
+            self.retire(failed)
 
     def _drop(self, which: np.ndarray, reason: str) -> None:
         self._dropped[which & (self._dropped == "")] = reason
@@ -173,7 +181,7 @@ class Scheduler:
                 self._in_flight[i] = None
                 issued.append(i)
         self._queue.extendleft(reversed(held_back))
-        return [self._prompts[i] for i in issued]
+        return [p for i in issued if isinstance(p := self._prompts[i], Prompt)]
 
     def _refill(self, wanted: int) -> None:
         """Queues one more pass over the selected prompts, shuffled."""
@@ -209,7 +217,7 @@ class Scheduler:
         self._in_flight = {}
 
     def retire(self, failed: Sequence[FailedPrompt]) -> None:
-        """Drops prompts whose clips cannot be read. In a tvdf round, others take their places."""
+        """Drops prompts that cannot be used. In a tvdf round, others take their places."""
         lost = 0
         for failure in failed:
             i = self._index[failure.prompt_id]
@@ -251,7 +259,7 @@ class Scheduler:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what state_dict returned. Raises CheckpointError as check_state does."""
+        """Restores what state_dict returned, and drops what cannot be used today. Raises CheckpointError."""
         check_state(state, list(self._index), self._config)
         records: pa.Table = state["records"]
         self._teacher_iou = records["teacher_iou"].to_numpy()
@@ -264,6 +272,7 @@ class Scheduler:
         self._in_flight = dict.fromkeys(state["in_flight"])
         self._next_selection = state["round_end"]
         self._rng.bit_generator.state = state["random_state"]
+        self._drop_unusable()
 
     def metrics(self) -> dict[str, float]:
         selected = self._selected & (self._dropped == "")
@@ -284,10 +293,10 @@ def _nullable(values: np.ndarray) -> pa.Array:
 class SchedulerActor(Scheduler):
     """The scheduler in its process: a named Ray actor of the run."""
 
-    def __init__(self, prompts: Sequence[Prompt], config: Config):
+    def __init__(self, pool: Sequence[Prompt | FailedPrompt], config: Config):
         start_role_log(config.run_name, "curriculum")
-        super().__init__(prompts, config)
-        log.info("started with %d prompts, curriculum.kind=%s", len(prompts), config.curriculum.kind)
+        super().__init__(pool, config)
+        log.info("started with %d prompts, curriculum.kind=%s", len(pool), config.curriculum.kind)
 
     def __repr__(self) -> str:
         return "curriculum"

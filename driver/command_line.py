@@ -65,11 +65,11 @@ def read_config(arguments: argparse.Namespace) -> Config:
         return resolve_paths(load_config(path, arguments.overrides), Path.cwd())
 
 
-def prepare(config: Config) -> Plan:
-    """The plan, after writing the demo's clips where they are missing. Raises InputError; starts nothing."""
+def prepare(config: Config, resumes: bool = False) -> Plan:
+    """make_plan, after writing the demo's clips where they are missing. Raises InputError; starts nothing."""
     if Path(config.data.train.annotations).is_relative_to(ROOT / "demo" / "data"):
         ensure_clips(ROOT / "demo" / "data")
-    return make_plan(config)
+    return make_plan(config, resumes)
 
 
 def resumed_folder(arguments: argparse.Namespace, config: Config) -> Path | None:

@@ -26,10 +26,11 @@ async def evaluate_student(run: Run, name: str, blank_video: bool = False) -> No
     """Does nothing in a run without actors, and in one that is told to stop."""
     if not run.actors.num_wanted:
         return
-    results = await unless_stopped(run, ask_student(run, run.plan.eval, blank_video))
+    results = await unless_stopped(run, ask_student(run, run.plan.eval.prompts, blank_video))
     if results is None:
         return
-    run.progress.failed_eval.update({f.prompt_id: f.reason for f in results if isinstance(f, FailedPrompt)})
+    failed = {f.prompt_id: f.reason for f in results if isinstance(f, FailedPrompt)}
+    run.progress.failed_eval.update(run.plan.eval.failed | failed)
     _record(run, name, results)
     log.debug("evaluation %s: mIoU %.3f", name, run.evaluations[name]["miou"])
 
@@ -46,7 +47,7 @@ async def evaluate_if_due(run: Run) -> dict[str, float]:
 
 async def evaluate_teacher(run: Run) -> None:
     if run.teacher is not None:
-        results = await run.teacher.predict(run.plan.eval)
+        results = await run.teacher.predict(run.plan.eval.prompts)
         _record(run, TEACHER, [r if isinstance(r, FailedPrompt) else r[0] for r in results])
 
 
@@ -54,7 +55,7 @@ def _record(run: Run, name: str, results: Sequence[Prediction | FailedPrompt]) -
     """Keeps the scores, and the answers but for those of steps that are neither the last nor the best."""
     evaluations, examples = run.progress.evaluations, run.progress.examples
     answers = [r for r in results if isinstance(r, Prediction)]
-    evaluations[name], examples[name] = evaluate(answers, run.plan.eval), answers
+    evaluations[name], examples[name] = evaluate(answers, run.plan.eval.pool), answers
     steps = {int(n.removeprefix("step_")): n for n in examples if n.startswith("step_")}
     best = min(steps, key=lambda step: (-evaluations[steps[step]]["miou"], step), default=None)
     for step in sorted(steps)[:-1]:

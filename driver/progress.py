@@ -1,6 +1,5 @@
 """Where a run stands, and how its checkpoints say so."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -48,12 +47,10 @@ class SavedRun:
 
 def setup_of(config: Config, plan: Plan) -> dict[str, Any]:
     """What a run must share with the checkpoint that it resumes from, as state.json has it."""
-    held_out = repr([(p.prompt_id, p.answer_spans_s) for p in plan.eval])
-    eval_key = hashlib.blake2b(held_out.encode(), digest_size=16).hexdigest()
     return {
         "shapes": plan.student.shapes,
         "learner": learner_settings(config.learner),
-        "eval_key": eval_key,  # the same for held-out splits on which results can be compared
+        "eval_key": plan.eval.key,  # the same for held-out splits on which results can be compared
     }
 
 
@@ -83,7 +80,7 @@ def write_progress(
 def find_saved_run(run_dir: Path, config: Config, plan: Plan, step: int | None = None) -> SavedRun:
     """The newest whole checkpoint, or that of `step`. Raises CheckpointError if `config` cannot resume it."""
     saved = read_progress(find_checkpoint(run_dir, step), setup_of(config, plan))
-    check_state(saved.curriculum, [p.prompt_id for p in plan.train], config)
+    check_state(saved.curriculum, [p.prompt_id for p in plan.train.pool], config)
     return saved
 
 

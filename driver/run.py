@@ -97,7 +97,7 @@ def create_parts(folder: Path, given: Config, plan: Plan, resume_from: SavedRun 
         actors=ActorPool(name, config),
         teacher=create_teacher(name, config),
         learner=Learner(name, config),
-        curriculum=Curriculum(name, plan.train, config),
+        curriculum=Curriculum(name, plan.train.pool, config),
         rewards=load_rewards(config.loss.rewards) if config.loss.needs.rewards else [],
         uploads=Uploads(url, folder, *limits) if url else None,
         progress=progress,

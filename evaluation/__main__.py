@@ -29,10 +29,11 @@ from video_opd.cluster.command_line import exit_code_of
 from video_opd.config import Config
 from video_opd.config_file import load_config, resolve_paths
 from video_opd.datasets import read_prompts
-from video_opd.errors import ConfigError
+from video_opd.errors import ConfigError, DataError
 from video_opd.files.checkpoint import find_checkpoint
 from video_opd.files.run_folder import write_json
 from video_opd.grounding import describe_odd, odd_truth
+from video_opd.models.lengths import PromptLengths, rollout_limit, too_long
 from video_opd.models.model_files import read_model_info
 from video_opd.types import FailedPrompt, Prediction, Prompt
 
@@ -75,10 +76,15 @@ def ask_model(config: Config, prompts: Sequence[Prompt], blanks: bool) -> list[l
 
 def answers_of_model(config: Config, baselines: bool) -> Answers:
     """Raises InputError before vLLM starts."""
-    multiple = read_model_info(config.student, config.trust_remote_code).size_multiple
-    prompts = read_prompts(config.data.eval, config.video, multiple, as_published=True)
+    info, runs_dir = read_model_info(config.student, config.trust_remote_code), config.runs_dir
+    multiple = info.size_multiple
+    prompts = read_prompts(config.data.eval, config.video, multiple, as_published=True, runs_dir=runs_dir)
+    lengths = PromptLengths(config.student, info.model_type, multiple, config.prompt)
+    if failed := too_long(prompts, lengths.of(prompts), [rollout_limit(config)]):
+        first, reason = next(iter(failed.items()))
+        raise DataError(f"prompt {first}: {reason} ({len(failed)} such prompts)")
     questions = questions_of(prompts)
-    train = read_prompts(config.data.train, config.video, multiple) if baselines else []
+    train = read_prompts(config.data.train, config.video, multiple, runs_dir=runs_dir) if baselines else []
     passes = ask_model(config, prompts, blanks=baselines)
     texts, *blank = ({a.prompt_id: a.text for a in got if isinstance(a, Prediction)} for got in passes)
     why_missing = {a.prompt_id: a.reason for a in passes[0] if isinstance(a, FailedPrompt)}
@@ -90,8 +96,10 @@ def answers_of_file(path: Path, config: Config | None, baselines: bool) -> Answe
     texts, why_missing = read_answers(path)
     if config is None:
         return Answers(read_questions(path), texts, why_missing, train=[], seed=0)
-    questions = questions_of(read_prompts(config.data.eval, config.video, NO_FRAMES, as_published=True))
-    train = read_prompts(config.data.train, config.video, NO_FRAMES) if baselines else []
+    runs_dir = config.runs_dir
+    published = read_prompts(config.data.eval, config.video, NO_FRAMES, as_published=True, runs_dir=runs_dir)
+    questions = questions_of(published)
+    train = read_prompts(config.data.train, config.video, NO_FRAMES, runs_dir=runs_dir) if baselines else []
     others = count_others(questions, texts, path)
     return Answers(questions, texts, why_missing, train, config.seed, other_prompts=others)
 

@@ -18,7 +18,7 @@ class Row:
     trajectory: Trajectory
     advantage: np.ndarray  # float32[N]; see advantages_of
     scores: TeacherScores | None
-    weight: float  # 1, or 0 for a row that only keeps ranks in step
+    weight: float  # 1, or 0 for a row that only keeps ranks in step, as one whose clip cannot be read
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class UpdatePlan:
 
     micro_batches: list[list[Row]]
     most_tokens: list[int]  # of each micro-batch: response tokens of the rank that has most
-    num_tokens: int  # response tokens over ALL ranks and micro-batches, and of suspended rollouts
+    num_tokens: int  # response tokens over ALL ranks and micro-batches, and of suspended rollouts: the
+    # denominator, known before a clip is read; a row that then gets weight 0 stays in it
 
 
 def plan_update(

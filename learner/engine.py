@@ -23,7 +23,6 @@ from learner.safe_load import read_weights_only
 from learner.universal import TAG as universal_tag
 from learner.vision_cache import VisionCache
 from video_opd.config import Config
-from video_opd.errors import ClipError, RunError
 from video_opd.models.forward import (
     ResponseLoss,
     VideoLLM,
@@ -34,7 +33,7 @@ from video_opd.models.forward import (
     without_settings,
 )
 from video_opd.models.prompting import PromptEncoder, check_parity
-from video_opd.types import ScoredGroup
+from video_opd.types import EncodedPrompt, FailedPrompt, ScoredGroup
 from video_opd.video.clips import frames_key
 from video_opd.weights.buckets import Named, WeightBucket, to_buckets
 
@@ -84,13 +83,15 @@ class LearnerEngine:
     def _model(self) -> VideoLLM:
         return self._engine.module.model
 
-    def update(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
-        """One optimizer step; none if every rollout is suspended. Returns metrics, the same on every rank."""
+    def update(self, groups: Sequence[ScoredGroup], step: int) -> tuple[dict[str, float], list[FailedPrompt]]:
+        """One optimizer step; none, and no weight decay, if every rollout is suspended or unreadable.
+
+        Returns metrics, the same on every rank, and the prompts whose clips this rank could not read.
+        """
         config, engine = self._config, self._engine
         plan = plan_update(groups, config.loss, config.learner.micro_batch, self._rank, self._world_size)
         if not plan.micro_batches:
-            zeros = dict.fromkeys(("learner/loss", "learner/grad_norm", "learner/num_tokens"), 0.0)
-            return zeros | {"learner/skipped": 1.0}
+            return _skipped(0), []
         lr = learning_rate(step, config)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
@@ -98,9 +99,19 @@ class LearnerEngine:
         # DeepSpeed averages gradients over ranks; the loss needs their sum over one global denominator.
         denominator = plan.num_tokens if config.loss.reduction == "token_mean" else 1
         total, records = torch.zeros((), dtype=torch.float64), []
-        for i, (rows, most_tokens) in enumerate(zip(plan.micro_batches, plan.most_tokens, strict=True)):
-            engine.set_gradient_accumulation_boundary(i == len(plan.micro_batches) - 1)
-            loss, of_tokens = self._loss_sum(rows, most_tokens)
+        failed: list[FailedPrompt] = []  # one for each dropped row
+        num_trained = num_dropped = 0
+        for i, (planned, most_tokens) in enumerate(zip(plan.micro_batches, plan.most_tokens, strict=True)):
+            is_last = i == len(plan.micro_batches) - 1
+            rows, encoded, of_rows = self._encode(planned)
+            failed += of_rows
+            num_trained += sum(row.weight > 0 for row in rows)
+            if is_last:
+                num_trained, num_dropped = self._over_ranks(num_trained, len(failed))
+                if not num_trained:  # gradients so far are zeros
+                    return _skipped(num_dropped), failed
+            engine.set_gradient_accumulation_boundary(is_last)
+            loss, of_tokens = self._loss_sum(rows, encoded, most_tokens)
             engine.backward(loss * (self._world_size / denominator))
             engine.step()
             total += loss.detach().double().cpu()
@@ -108,24 +119,49 @@ class LearnerEngine:
         if self._world_size > 1:
             total = total.to(self._device)
             torch.distributed.all_reduce(total)
-        return {
+        metrics = {
             "learner/loss": float(total) / denominator,
             "learner/grad_norm": float(engine.get_global_grad_norm() or 0.0),
             "learner/lr": lr,
             "learner/skipped": 0.0,
+            "learner/dropped_rows": float(num_dropped),
             **policy_diagnostics(TokenRecords.of_all_ranks(records, self._world_size), config.loss),
             **batch_diagnostics(groups, config, self._is_time),
             **(self._vision_cache.take_metrics() if self._vision_cache else {}),
         }
+        return metrics, failed
 
-    def _loss_sum(self, rows: list[Row], most_tokens: int) -> tuple[torch.Tensor, TokenRecords]:
+    def _over_ranks(self, *counts: int) -> list[int]:
+        """Their sums over all ranks."""
+        if self._world_size == 1:
+            return list(counts)
+        sums = torch.tensor(counts, device=self._device)
+        torch.distributed.all_reduce(sums)
+        return sums.tolist()
+
+    def _encode(self, rows: list[Row]) -> tuple[list[Row], list[EncodedPrompt], list[FailedPrompt]]:
+        """The rows and their encoded prompts. A row whose clip cannot be read is dropped: it gets weight 0.
+
+        Grey frames then stand in for the clip's, so that every rank makes the same passes.
+        """
+        kept, encoded, failed = [], [], []
+        for row, prompt in zip(rows, self._encoder.encode_all([row.prompt for row in rows]), strict=True):
+            if isinstance(prompt, FailedPrompt):
+                failed += [prompt] if row.weight else []
+                clip = replace(row.prompt.clip, video_path="")  # of no video: no cache takes it for the clip
+                row = replace(row, prompt=replace(row.prompt, clip=clip), weight=0.0)
+                grey = np.full((len(clip.frame_indices), *clip.frame_size, 3), 128, np.uint8)
+                prompt = self._encoder.encode(row.prompt, frames=grey)
+            else:
+                check_parity(prompt, row.trajectory, "the learner")
+            kept.append(row)
+            encoded.append(prompt)
+        return kept, encoded, failed
+
+    def _loss_sum(
+        self, rows: list[Row], encoded: list[EncodedPrompt], most_tokens: int
+    ) -> tuple[torch.Tensor, TokenRecords]:
         """The summed loss of a micro-batch, and records of its tokens (none for weight 0)."""
-        try:
-            encoded = [self._encoder.encode(row.prompt) for row in rows]
-        except ClipError as error:  # the file changed during the run: not bad input
-            raise RunError(f"a clip cannot be read by the learner: {error}") from error
-        for prompt, row in zip(encoded, rows, strict=True):
-            check_parity(prompt, row.trajectory, "the learner")
         responses = [row.trajectory.response_token_ids for row in rows]
         batch = collate(encoded, responses, self._encoder.tokenizer.pad_token_id, self._device)
         if self._vision_cache is not None:
@@ -199,6 +235,12 @@ class LearnerEngine:
         where, tag = (folder, universal_tag) if universal else (folder / "deepspeed", "state")
         path, _ = self._engine.load_checkpoint(str(where), tag=tag)
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
+
+
+def _skipped(num_dropped: int) -> dict[str, float]:
+    """The metrics of an update that trained on nothing."""
+    zeros = dict.fromkeys(("learner/loss", "learner/grad_norm", "learner/num_tokens"), 0.0)
+    return zeros | {"learner/skipped": 1.0, "learner/dropped_rows": float(num_dropped)}
 
 
 def rows_of(runs: Sequence[tuple[torch.Tensor, torch.Tensor]], which: slice) -> torch.Tensor:

@@ -80,8 +80,10 @@ class Learner:
     async def update(self, groups: list[ScoredGroup], step: int) -> StepReport:
         """One optimizer step; the weights after it are version step + 1."""
         self._published = None
-        metrics = (await self._all("update", ray.put(groups), step))[0]
-        return StepReport(step=step, policy_version=step + 1, metrics=metrics)
+        of_ranks = await self._all("update", ray.put(groups), step)
+        failed = {f.prompt_id: f for _, of_rank in of_ranks for f in of_rank}
+        metrics, _ = of_ranks[0]
+        return StepReport(step=step, policy_version=step + 1, metrics=metrics, failed=tuple(failed.values()))
 
     def holds(self, policy_version: int) -> bool:
         """Whether a call that is made now will find this published version in the ranks."""

@@ -11,7 +11,7 @@ import ray
 from learner.file_transfer import FilePart, read_parts, write_part
 from video_opd.config import Config
 from video_opd.logs import log, start_role_log, work
-from video_opd.types import ScoredGroup
+from video_opd.types import FailedPrompt, ScoredGroup
 
 
 class LearnerRank:
@@ -38,7 +38,8 @@ class LearnerRank:
         self._engine = LearnerEngine(self._config, self._rank, self._config.learner.world_size, master)
         log.info("started; rank 0 is at %s:%d", *master)
 
-    def update(self, groups: list[ScoredGroup], step: int) -> dict[str, float]:
+    def update(self, groups: list[ScoredGroup], step: int) -> tuple[dict[str, float], list[FailedPrompt]]:
+        """See LearnerEngine.update."""
         work.step = step
         return self._engine.update(groups, step)
 

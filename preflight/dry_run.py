@@ -4,11 +4,14 @@ import video_opd  # noqa: F401  # first: makes transformers importable
 from preflight.inputs import Draft, asked_teachers, make_draft
 from preflight.memory_fit import check_fits, describe_memory, memory_plan
 from video_opd.config import Config, TeacherModel
+from video_opd.datasets import Split
 from video_opd.video.clips import num_video_tokens
 
 
 def dry_run(config: Config, gpu_memory_gib: float | None) -> None:
-    """Checks what is here, and prints the plan and its memory; writes nothing. Raises InputError."""
+    """Checks what is here, and prints the plan and its memory. Raises InputError.
+
+    Writes nothing but what videos hold (video_opd/video/descriptions.py)."""
     draft = make_draft(config)
     memory = memory_plan(config, draft, gpu_memory_gib)
     print(describe(config, draft))
@@ -23,7 +26,7 @@ def describe(config: Config, draft: Draft) -> str:
     student = f"{config.student} ({draft.student.model_type}), {learner.dtype}, ZeRO-{learner.zero_stage}"
     steps = f"{config.num_steps} steps of {config.groups_per_step} prompts, {rollouts} rollouts"
     splits = {"train": draft.train, "eval": draft.eval}
-    data = [f"{n} NOT checked" if p is None else f"{len(p)} {n} prompts" for n, p in splits.items()]
+    data = [_describe_split(name, split, draft.longest.get(name)) for name, split in splits.items()]
     teachers = [_describe_teacher(config, teacher) for teacher in asked_teachers(config)]
     lines = [
         *(f"NOT CHECKED  {note}" for note in draft.unchecked),
@@ -38,6 +41,13 @@ def describe(config: Config, draft: Draft) -> str:
         f"run       {steps}, policy lag at most {config.max_policy_lag}",
     ]
     return "\n".join(lines)
+
+
+def _describe_split(name: str, split: Split | None, longest: int | None) -> str:
+    if split is None:
+        return f"{name} NOT checked"
+    failed = f", {len(split.failed)} of them cannot be used" if split.failed else ""
+    return f"{len(split)} {name} prompts{failed}" + (f", the longest of {longest} tokens" if longest else "")
 
 
 def _describe_teacher(config: Config, teacher: TeacherModel) -> str:
@@ -57,7 +67,7 @@ def _describe_clips(config: Config, draft: Draft) -> str:
     asked = f"asked {video.fps:g} frames a second, {limit}, by {video.decoder}"
     if draft.train is None:
         return asked
-    clips = list({p.clip.clip_id: p.clip for p in draft.train}.values())
+    clips = list({p.clip.clip_id: p.clip for p in draft.train.prompts}.values())
     rates = [c.sampled_fps for c in clips]
     tokens = [num_video_tokens(c, draft.student.size_multiple) for c in clips]
     frames = [len(c.frame_indices) for c in clips]

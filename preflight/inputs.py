@@ -1,29 +1,33 @@
 """Checks models, data and configuration before anything starts."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from preflight.model_shapes import ModelShapes, count, find_shapes, parameters, read_shapes
 from video_opd import ROOT
 from video_opd.config import Config, TeacherModel
-from video_opd.datasets import read_prompts, read_split
-from video_opd.errors import ConfigError
+from video_opd.datasets import Split, read_split
+from video_opd.errors import ConfigError, DataError
+from video_opd.logs import log
+from video_opd.models.lengths import PromptLengths, limits, too_long
 from video_opd.models.model_files import ModelInfo, check_same_tokenizer, read_model_info
 from video_opd.rewards import load_rewards
 from video_opd.types import Prompt
 from video_opd.video.decode_pool import shared_pool
+from video_opd.video.descriptions import in_parallel
 
 SHAPES = ROOT / "configs" / "shapes"  # the fields that matter of published models' config.json
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The student, and the prompts of both splits."""
+    """The student, and both splits."""
 
     student: ModelInfo
-    train: list[Prompt]
-    eval: list[Prompt]
-    unreadable: dict[str, str]  # training prompt id: why its clip cannot be read
+    train: Split
+    eval: Split
+    longest: Mapping[str, int]  # tokens of the longest prompt, by "train" and "eval"
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,18 @@ class Draft:
 
     student: ModelShapes
     teacher: ModelShapes | None  # the largest of several
-    train: list[Prompt] | None  # None: the split is not here
-    eval: list[Prompt] | None
+    train: Split | None  # None: the split is not here
+    eval: Split | None
+    longest: Mapping[str, int]  # as Plan's; empty: there is no split or no tokenizer
     unchecked: tuple[str, ...]  # what a launch checks and this could not
 
 
-def make_plan(config: Config) -> Plan:
-    """Checks models, tokenizers, annotations, videos and the curriculum's size. Raises InputError."""
+def make_plan(config: Config, resumes: bool = False) -> Plan:
+    """Checks models, tokenizers, annotations, videos, lengths and the curriculum's size. Raises InputError.
+
+    resumes: a video that cannot be read is no error. In training its prompts are dropped from now on, in
+    evaluations they count as IoU 0.
+    """
     student = read_model_info(config.student, config.trust_remote_code)
     for teacher in asked_teachers(config):
         read_model_info(teacher.model, config.trust_remote_code)
@@ -46,12 +55,46 @@ def make_plan(config: Config) -> Plan:
         check_teacher(config, read_shapes(config.student), read_shapes(teacher.model))
     if config.loss.needs.rewards:
         load_rewards(config.loss.rewards)
-    train = read_split(config.data.train, config.video, student.size_multiple)
-    evaluation = read_split(config.data.eval, config.video, student.size_multiple, as_published=True)
-    shared_pool(config.video).close()  # the driver decodes no more
-    check_pool(config, train.prompts)
+    splits = {name: _read(config, name, student.size_multiple, resumes) for name in ("train", "eval")}
+    shared_pool(in_parallel(config.video)).close()  # the driver decodes no more
+    lengths = PromptLengths(config.student, student.model_type, student.size_multiple, config.prompt)
+    longest = {}
+    for name, split in splits.items():
+        splits[name], longest[name] = fit_lengths(config, name, split, lengths)
+    train, evaluation = splits["train"], splits["eval"]
+    check_pool(config, train, resumes)
     check_routes(config, train.prompts, evaluation.prompts)
-    return Plan(student, train.prompts, evaluation.prompts, train.unreadable)
+    return Plan(student, train, evaluation, longest)
+
+
+def _read(config: Config, name: str, multiple: int, resumes: bool = False) -> Split:
+    """data.train, or data.eval, whose true intervals are as published. Raises InputError."""
+    dataset = getattr(config.data, name)
+    if resumes:
+        dataset = dataset.model_copy(update={"unreadable": "drop"})
+    split = read_split(dataset, config.video, multiple, name == "eval", config.runs_dir)
+    if split.failed:
+        first, reason = next(iter(split.failed.items()))
+        counts = "dropped" if name == "train" else "IoU 0"
+        found = f"data.{name}: {len(split.failed)} of {len(split)} prompts are {counts}"
+        log.warning("%s, first %s: %s", found, first, reason)
+    return split
+
+
+def fit_lengths(config: Config, name: str, split: Split, lengths: PromptLengths) -> tuple[Split, int]:
+    """The split without prompts that are too long, and the tokens of the longest that is left.
+
+    Raises DataError for such a prompt, unless too_long=drop."""
+    of_prompts = lengths.of(split.prompts)
+    failed = too_long(split.prompts, of_prompts, limits(config, trained=name == "train"))
+    if failed and (getattr(config.data, name).too_long == "error" or len(failed) == len(split.prompts)):
+        first, reason = next(iter(failed.items()))
+        drop = f"; data.{name}.too_long=drop leaves them out" if name == "train" else ""
+        raise DataError(f"prompt {first}: {reason} ({len(failed)} such prompts in data.{name}{drop})")
+    left = [n for p, n in zip(split.prompts, of_prompts, strict=True) if p.prompt_id not in failed]
+    if failed:
+        log.warning("data.%s: %d of %d prompts are too long and dropped", name, len(failed), len(split))
+    return split.without(failed), max(left)
 
 
 def make_draft(config: Config) -> Draft:
@@ -71,18 +114,27 @@ def make_draft(config: Config) -> Draft:
         unchecked.append("tokenizers: a tokenizer.json is missing, so they were not compared")
     if config.loss.needs.rewards:
         load_rewards(config.loss.rewards)
-    splits: list[list[Prompt] | None] = []
+    lengths = None
+    if Path(config.student, "tokenizer.json").is_file():
+        lengths = PromptLengths(config.student, student.model_type, student.size_multiple, config.prompt)
+    else:
+        unchecked.append("lengths of prompts: the student's tokenizer.json is missing, so they are estimated")
+    splits: dict[str, Split] = {}
+    longest = {}
     for name, d in (("train", config.data.train), ("eval", config.data.eval)):
         # If only some of its files exist, reading reports the missing one.
-        here = any(Path(path).exists() for path in (d.annotations, d.lengths, d.videos) if path)
-        as_published = d is config.data.eval
-        splits.append(read_prompts(d, config.video, student.size_multiple, as_published) if here else None)
-        if not here:
+        if not any(Path(path).exists() for path in (d.annotations, d.lengths, d.videos) if path):
             unchecked.append(f"annotations and videos of data.{name}: {d.annotations} does not exist")
-    if splits[0] is not None:
-        check_pool(config, splits[0])
-    check_routes(config, *(split or [] for split in splits))
-    return Draft(student, largest_teacher(list(teachers.values())), *splits, unchecked=tuple(unchecked))
+            continue
+        splits[name] = _read(config, name, student.size_multiple)
+        if lengths:
+            splits[name], longest[name] = fit_lengths(config, name, splits[name], lengths)
+    train, evaluation = splits.get("train"), splits.get("eval")
+    if train:
+        check_pool(config, train)
+    check_routes(config, *(split.prompts if split else [] for split in (train, evaluation)))
+    largest = largest_teacher(list(teachers.values()))
+    return Draft(student, largest, train, evaluation, longest, unchecked=tuple(unchecked))
 
 
 def asked_teachers(config: Config) -> tuple[TeacherModel, ...]:
@@ -112,9 +164,9 @@ def check_teacher(config: Config, student: ModelShapes, teacher: ModelShapes) ->
         raise ConfigError(f"loss.top_k={top_k}, but the teacher has {vocabulary} tokens: lower it")
 
 
-def check_pool(config: Config, train: list[Prompt]) -> None:
+def check_pool(config: Config, split: Split, resumes: bool = False) -> None:
     """The training prompts must be enough, and labelled if ground truth is needed. Raises ConfigError."""
-    curriculum, needs = config.curriculum, config.loss.needs
+    curriculum, needs, train = config.curriculum, config.loss.needs, split.prompts
     unlabelled = [p.prompt_id for p in train if not p.answer_spans_s]
     users = [f"curriculum.kind={curriculum.kind}"] if curriculum.kind != "uniform" else []
     users += [f"loss.kind={config.loss.kind}"] if needs.rewards or not needs.rollouts else []
@@ -123,25 +175,27 @@ def check_pool(config: Config, train: list[Prompt]) -> None:
         missing = f"{len(unlabelled)} of {len(train)} prompts have none ({named})"
         raise ConfigError(f"{' and '.join(users)} need ground truth, but {missing}: label or remove them")
     selected = curriculum.num_selected if curriculum.kind != "uniform" else None
-    if selected and selected > len(train):
+    if selected and selected > len(train) and not resumes:  # later rounds select among those that are left
         raise ConfigError(f"curriculum.num_selected={selected} of {len(train)} training prompts: lower it")
-    pool, in_flight = selected or len(train), (config.max_policy_lag + 1) * config.groups_per_step
+    pool = min(selected or len(train), len(train))
+    in_flight = (config.max_policy_lag + 1) * config.groups_per_step
     if pool < in_flight:
         remedy = "raise curriculum.num_selected" if selected else "add data"
         slots = f"(max_policy_lag + 1) * groups_per_step = {in_flight} slots"
         raise ConfigError(f"{pool} training prompts cannot fill {slots}: {remedy} or lower groups_per_step")
 
 
-def check_routes(config: Config, train: list[Prompt], evaluation: list[Prompt]) -> None:
+def check_routes(config: Config, train: Sequence[Prompt], evaluation: Sequence[Prompt]) -> None:
     """Every prompt must have a teacher, and only one if more than log-probs is needed. Raises ConfigError."""
-    if not asked_teachers(config):
+    teachers = asked_teachers(config)
+    if not teachers:
         return
     for prompt in (*train, *evaluation):
-        if not config.teachers_of(prompt.prompt_id):
-            patterns = ", ".join(f"{t.name}: {t.prompts}" for t in config.teacher_models)
+        if not any(t.scores(prompt.prompt_id) for t in teachers):
+            patterns = ", ".join(f"{t.name}: {t.prompts}" for t in teachers)
             raise ConfigError(f"prompt {prompt.prompt_id} has no teacher ({patterns}): widen a pattern")
     for prompt in train if config.loss.needs.teacher in ("top_k", "hidden") else ():
-        if len(own := config.teachers_of(prompt.prompt_id)) > 1:
+        if len(own := [t for t in teachers if t.scores(prompt.prompt_id)]) > 1:
             has = f"prompt {prompt.prompt_id} has the teachers {', '.join(t.name for t in own)}"
             why = f"loss.kind={config.loss.kind} needs more than log-probs, which alone can be combined"
             raise ConfigError(f"{has}, but {why}: give each prompt one, by teachers' prompts")

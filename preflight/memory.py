@@ -18,7 +18,7 @@ from video_opd.video.clips import TEMPORAL_PATCH, frames_key, num_video_tokens
 GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
-TEXT_TOKENS = 128  # template, query and chat format: an allowance
+TEXT_TOKENS = 128  # template, query and chat format: an allowance for when prompts cannot be counted
 # Tokens of a frame pair beside its video: "<123.4 seconds>", nine tokens, and two vision marks.
 PAIR_TOKENS = {"qwen3_vl": 11, "qwen2_5_vl": 0}
 
@@ -51,6 +51,7 @@ class Workload:
     max_video_tokens: int  # of a prompt
     max_prompt_tokens: int  # video, timestamps and text
     clip_bytes: int  # decoded frames of the largest clip
+    longest_is_counted: bool = False  # max_prompt_tokens is not an estimate
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,17 @@ class RoleMemory:
     host: ProcessMemory
 
 
-def workload_of(prompts: Sequence[Prompt], shapes: ModelShapes) -> Workload:
-    """The workload of real clips."""
+def workload_of(prompts: Sequence[Prompt], shapes: ModelShapes, longest: int | None = None) -> Workload:
+    """The workload of real clips. longest: tokens of the longest prompt; None: estimated."""
     clips = {frames_key(p.clip): p.clip for p in prompts}.values()
     tokens = [num_video_tokens(p.clip, shapes.size_multiple) for p in prompts]
-    marks = [len(p.clip.frame_indices) // TEMPORAL_PATCH * PAIR_TOKENS[shapes.model_type] for p in prompts]
-    longest = max(t + m for t, m in zip(tokens, marks, strict=True)) + TEXT_TOKENS
+    is_counted = longest is not None
+    if longest is None:
+        pairs = [len(p.clip.frame_indices) // TEMPORAL_PATCH for p in prompts]
+        marks = [n * PAIR_TOKENS[shapes.model_type] for n in pairs]
+        longest = max(t + m for t, m in zip(tokens, marks, strict=True)) + TEXT_TOKENS
     clip_bytes = max(len(c.frame_indices) * c.frame_size[0] * c.frame_size[1] * 3 for c in clips)
-    return Workload(sum(tokens) / len(tokens), max(tokens), longest, clip_bytes)
+    return Workload(sum(tokens) / len(tokens), max(tokens), longest, clip_bytes, is_counted)
 
 
 def workload_of_budget(video: VideoConfig, shapes: ModelShapes) -> Workload:

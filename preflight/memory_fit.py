@@ -66,8 +66,10 @@ def memory_plan(config: Config, draft: Plan | Draft, gpu_memory_gib: float | Non
         raise ConfigError(f"--gpu-memory-gib {gpu_memory_gib}: give the memory of one GPU, more than 0")
     gpu_bytes = _gpu_bytes() if gpu_memory_gib is None else int(gpu_memory_gib * GIB)
     train, evaluation = (
-        workload_of_budget(config.video, student) if prompts is None else workload_of(prompts, student)
-        for prompts in (draft.train, draft.eval)
+        workload_of(split.prompts, student, draft.longest.get(name))
+        if split
+        else workload_of_budget(config.video, student)
+        for name, split in (("train", draft.train), ("eval", draft.eval))
     )
     return MemoryPlan(config, student, teacher, train, evaluation, gpu_bytes, psutil.virtual_memory().total)
 
@@ -179,8 +181,9 @@ def describe_memory(plan: MemoryPlan) -> str:
     video = f"{work.mean_video_tokens:.0f} tokens a prompt expected, at most {work.max_video_tokens}"
     if not work.mean_video_tokens:
         video = f"at most {work.max_video_tokens} tokens a clip, from the config's own budget"
+    about = "" if work.longest_is_counted else "about "
     lines += [
-        f"video     {video}; longest prompt about {work.max_prompt_tokens} tokens",
+        f"video     {video}; longest prompt {about}{work.max_prompt_tokens} tokens",
         "memory, estimated, GiB a process:",
         *(_describe_role(role, plan.gpu_bytes) for role in roles),
     ]

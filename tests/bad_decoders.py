@@ -48,3 +48,10 @@ class Crashes(Opens):
 class IsKilled(Opens):
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class IsSignalled(Opens):
+    """By the signal that its file is named after."""
+
+    def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
+        os.kill(os.getpid(), signal.Signals[Path(self.path).stem])

@@ -82,6 +82,7 @@ class DatasetConfig(ConfigSection):
     max_prompts: PositiveInt | None = key(None, "use only this many prompts, the first ones")
     unreadable: Literal["error", "drop"] = key("error", "train: a bad video ends the launch, or is left out")
     faulty: Literal["error", "drop"] = key("error", "train: a bad interval or query: the same choice")
+    too_long: Literal["error", "drop"] = key("error", "train: a prompt beyond max_model_len: the same choice")
 
 
 class DataConfig(ConfigSection):
@@ -93,6 +94,8 @@ class DataConfig(ConfigSection):
     def problems(self) -> Iterator[str]:
         if self.eval.unreadable != "error":
             yield "data.eval.unreadable=drop would leave failures out of the metrics: mend the videos"
+        if self.eval.too_long != "error":
+            yield "data.eval.too_long=drop would leave failures out of the metrics: raise max_model_len"
         if self.eval.faulty != "error":
             yield "data.eval.faulty=drop would leave prompts out: the truth is scored as it is published"
 

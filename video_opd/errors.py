@@ -27,6 +27,7 @@ class FailureKind(StrEnum):
     """Why a clip could not be read: the label under which its prompt is counted."""
 
     MISSING = "missing"
+    UNREACHABLE = "unreachable"  # its storage refuses it now
     REPLACED = "replaced"
     TOO_SLOW = "too_slow"
     WORKER_KILLED = "worker_killed"
@@ -54,6 +55,15 @@ class BrokenVideo(ClipError):
 
     def __reduce__(self):  # Ray and Serve pickle errors
         return BrokenVideo, (self.path, self.reason, self.kind)
+
+
+def storage_error(path: str, error: OSError) -> ClipError:
+    """What the storage says of a video: it is missing, or cannot be read now. A later time may differ."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        advice = "put it there, or remove its lines from the annotations"
+        return ClipError(f"video {path} is missing: {advice}", FailureKind.MISSING)
+    advice = "check its permissions and its storage"
+    return ClipError(f"video {path} cannot be read now ({error.strerror}): {advice}", FailureKind.UNREACHABLE)
 
 
 class ModelError(InputError):

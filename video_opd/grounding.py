@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from video_opd.types import Prediction, Prompt, Span
+from video_opd.types import FailedPrompt, Prediction, Prompt, Span
 
 THRESHOLDS = (0.3, 0.5, 0.7)
 ROUNDING = 1e-9  # an IoU that misses a threshold by less has reached it
@@ -79,7 +79,7 @@ def describe_odd(counts: Mapping[str, int]) -> str:
     return f"odd truth, scored as published: {kinds}"
 
 
-def evaluate(predictions: Sequence[Prediction], prompts: Sequence[Prompt]) -> dict[str, float]:
+def evaluate(predictions: Sequence[Prediction], prompts: Sequence[Prompt | FailedPrompt]) -> dict[str, float]:
     """Scores one prediction per prompt. A prompt without one counts as IoU 0 and as unparsed."""
     by_id = {p.prompt_id: p.span_s for p in predictions}
     spans = [by_id.get(p.prompt_id) for p in prompts]
@@ -112,23 +112,26 @@ def random_spans(durations_s: Sequence[float], seed: int) -> list[Span]:
     return [tuple(np.sort(rng.uniform(0.0, d, size=2)).tolist()) for d in durations_s]
 
 
-def blind_baselines(train: Sequence[Prompt], evaluation: Sequence[Prompt], seed: int = 0) -> dict[str, Any]:
+def blind_baselines(
+    train: Sequence[Prompt], evaluation: Sequence[Prompt | FailedPrompt], seed: int = 0
+) -> dict[str, Any]:
     """Scores without a model: the constant interval that is best on `train`, and a random interval.
 
-    best_constant is None if `train` has no labels.
+    best_constant is None if `train` has no labels. A prompt whose clip cannot be read counts as IoU 0.
     """
     labelled = [(p.answer_spans_s, p.clip.duration_s) for p in train if p.answer_spans_s]
-    durations = [p.clip.duration_s for p in evaluation]
+    readable = [p for p in evaluation if isinstance(p, Prompt)]
+    durations = [p.clip.duration_s for p in readable]
+    failed = [0.0] * (len(evaluation) - len(readable))
     constant = None
     if labelled:
         start, end = best_constant_interval(labelled)
-        constant = summarise(_best_ious([(start * d, end * d) for d in durations], evaluation))
+        constant = summarise(_best_ious([(start * d, end * d) for d in durations], readable) + failed)
         constant |= {"interval_frac": [float(start), float(end)]}
-    return {
-        "best_constant": constant,
-        "random": summarise(_best_ious(random_spans(durations, seed), evaluation)),
-    }
+    random = summarise(_best_ious(random_spans(durations, seed), readable) + failed)
+    return {"best_constant": constant, "random": random}
 
 
-def _best_ious(spans: Sequence[Span | None], prompts: Sequence[Prompt]) -> list[float]:
-    return [best_iou(span, p.answer_spans_s or ()) for span, p in zip(spans, prompts, strict=True)]
+def _best_ious(spans: Sequence[Span | None], prompts: Sequence[Prompt | FailedPrompt]) -> list[float]:
+    truth = (p.answer_spans_s or () if isinstance(p, Prompt) else () for p in prompts)
+    return [best_iou(span, of_prompt) for span, of_prompt in zip(spans, truth, strict=True)]

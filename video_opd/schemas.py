@@ -80,6 +80,17 @@ EVALUATION = pa.schema(
 """Every prompt of one evaluation under one protocol, in the order of the split; see docs/evaluation.md."""
 
 
+DESCRIPTIONS = pa.schema(
+    [
+        ("path", pa.binary()),  # of the video
+        ("stamp", pa.string()),  # of its file
+        ("plain", pa.string()),  # the fields of a VideoInfo but times_s, as JSON
+        ("times_s", pa.binary()),  # float64[num_frames]
+    ]
+)
+"""What videos hold, in runs_dir/.videos; see video_opd/video/descriptions.py."""
+
+
 def write_parquet(table: pa.Table, path: Path) -> None:
     """Writes atomically: the file is complete or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)

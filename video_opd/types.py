@@ -161,7 +161,7 @@ class ScoredGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailedPrompt:
-    """A prompt that could not be rolled out or scored because of its clip; it is retired and counted."""
+    """A prompt that cannot be used, rolled out or scored, mostly because of its clip; dropped and counted."""
 
     prompt_id: str
     reason: str
@@ -193,3 +193,4 @@ class StepReport:
     step: int
     policy_version: int  # of the weights after the update
     metrics: dict[str, float]
+    failed: tuple[FailedPrompt, ...] = ()  # whose clips a rank could not read: their rows had weight 0

@@ -16,9 +16,9 @@ def summarise(run: Run, records: pa.Table, seconds: Mapping[str, float]) -> dict
     dropped = records.filter(pc.field("dropped") != "").to_pylist()
     return {
         **{k: run.evaluations.get(k) for k in ("teacher", "student_before", "student_after")},
-        "baselines": blind_baselines(plan.train, plan.eval, config.seed)
+        "baselines": blind_baselines(plan.train.prompts, plan.eval.pool, config.seed)
         | {"no_video": run.evaluations.get("no_video")},
-        "odd_truth": odd_truth((p.answer_spans_s or (), p.clip.duration_s) for p in plan.eval),
+        "odd_truth": odd_truth((p.answer_spans_s or (), p.clip.duration_s) for p in plan.eval.prompts),
         "steps": run.step,
         "seed": config.seed,
         "loss": config.loss.kind,
@@ -26,7 +26,7 @@ def summarise(run: Run, records: pa.Table, seconds: Mapping[str, float]) -> dict
         "tokens": {k: totals[f"{k}_tokens"] for k in ("rollout", "scored")},
         "teacher_calls": totals["scored_rollouts"],
         **{k: totals[k] for k in ("rollouts", "suspended_rollouts", "teacher_answers", "published_bytes")},
-        "dropped": plan.unreadable | {r["prompt_id"]: r["dropped"] for r in dropped},
+        "dropped": {r["prompt_id"]: r["dropped"] for r in dropped},
         "failed_eval": run.progress.failed_eval,
         "examples": {k: {p.prompt_id: p.text for p in of} for k, of in examples.items() if k != "no_video"},
     }

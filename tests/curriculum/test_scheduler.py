@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curriculum.scheduler import Scheduler, observation
+from curriculum.scheduler import Scheduler, check_state, observation
 from curriculum.tvdf import SAMPLERS
 from tests.fakes import make_group, make_prompt
 from video_opd.config import Config, CurriculumConfig
 from video_opd.config_file import load_demo
 from video_opd.errors import CheckpointError, ConfigError, RunError
 from video_opd.grounding import ROUNDING
-from video_opd.types import FailedPrompt
+from video_opd.types import FailedPrompt, Prompt
 
 KINDS = ("uniform", "tvdf", "scc")
 
@@ -255,6 +255,51 @@ def test_retired_and_selected_prompts_are_restored():
     copy = restored(scheduler.state_dict(), 6, kind="tvdf", num_selected=4)
     assert copy.records() == scheduler.records()
     assert sorted(issue_and_train(copy, 1, 4)) == ["p0", "p2", "p3", "p4"], "p4 took the place of p1"
+
+
+def with_failed(num_prompts: int, *places: int, **options) -> Scheduler:
+    """A scheduler of a pool in which the prompts at some places cannot be used."""
+    pool: list[Prompt | FailedPrompt] = [make_prompt(f"p{i}") for i in range(num_prompts)]
+    for place in places:
+        pool[place] = FailedPrompt(prompt_id=f"p{place}", reason=f"video {place} is missing")
+    return Scheduler(pool, make_config(seed=999, **options))
+
+
+def test_what_cannot_be_used_has_its_place_and_reason_and_is_never_issued():
+    scheduler = with_failed(6, 1, 4)
+    assert [r["dropped"] for r in records_of(scheduler)] == [
+        "",
+        "video 1 is missing",
+        "",
+        "",
+        "video 4 is missing",
+        "",
+    ]
+    assert scheduler.alive().tolist() == [0, 2, 3, 5]
+    assert sorted(issue_and_train(scheduler, 2, 4)) == sorted(["p0", "p2", "p3", "p5"] * 2)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "tvdf"])
+def test_a_resume_drops_what_cannot_be_used_now_and_keeps_what_was_dropped_before(kind):
+    options = {"kind": kind} | ({"num_selected": 4} if kind == "tvdf" else {})
+    before = make_scheduler(8, **options)
+    if kind == "tvdf":
+        start_round(before, [0.9] * 8, [0.1 * i for i in range(8)])  # selects p0 to p3
+    before.retire([FailedPrompt(prompt_id="p2", reason="broke at step 3")])
+    in_flight = issue(before, 2)
+    state = before.state_dict()
+    after = with_failed(8, 0, 2, **options)
+    after.load_state_dict(state)
+    after.reissue()
+    reasons = {r["prompt_id"]: r["dropped"] for r in records_of(after) if r["dropped"]}
+    assert reasons == {"p0": "video 0 is missing", "p2": "broke at step 3"}
+    issued = issue_and_train(after, 1, 12)
+    lost = [name for name in in_flight if name != "p0"]
+    assert issued[: len(lost)] == lost, "in flight at the checkpoint"
+    # in a round p4 took the place of p2, p5 takes that of p0
+    left = {"p1", "p3", "p4", "p5"} | ({"p6", "p7"} if kind == "uniform" else set())
+    assert set(issued) == left
+    check_state(state, [f"p{i}" for i in range(8)], make_config(**options))
 
 
 def test_prompts_in_flight_are_issued_first_after_a_restart_and_the_pass_goes_on():

@@ -35,6 +35,7 @@ from driver.run_state import Phase
 from video_opd.config import LearnerConfig
 from video_opd.config_file import load_demo
 from video_opd.content import file_digest
+from video_opd.datasets import Split
 from video_opd.errors import CheckpointError, PartialCheckpointError
 from video_opd.files.checkpoint import (
     FORMAT,
@@ -312,8 +313,10 @@ class Parts:
 
 def test_a_checkpoint_is_verified_once_by_a_resume_and_once_when_the_learner_is_lost(tmp_path, monkeypatch):
     config = load_demo([])
-    prompts = [SimpleNamespace(prompt_id=name) for name in RECORDS["prompt_id"].to_pylist()]
-    plan: Any = SimpleNamespace(student=SimpleNamespace(shapes=SHAPES), eval=[], train=prompts)
+    prompts: Any = [SimpleNamespace(prompt_id=name) for name in RECORDS["prompt_id"].to_pylist()]
+    plan: Any = SimpleNamespace(
+        student=SimpleNamespace(shapes=SHAPES), eval=Split([], "key"), train=Split(prompts, "")
+    )
     curriculum, setup = CURRICULUM | {"settings": settings_of(config)}, setup_of(config, plan)
     temporary, ended = begin_checkpoint(tmp_path, 12), progress_at(12)
     ended.evaluations |= {"student_after": {"miou": 0.5}, "no_video": {"miou": 0.1}}

@@ -194,16 +194,19 @@ def test_a_mistyped_model_in_a_dry_run_is_one_line_and_code_2(capsys, monkeypatc
     assert "Qwen3-VL-8B-Instrukt does not exist" in line
 
 
-def test_one_missing_file_of_a_split_is_a_mistake_even_in_a_dry_run(capsys, split_folder):
+def test_one_missing_file_of_a_split_is_a_mistake_even_in_a_dry_run(capsys, split_folder, tmp_path):
     data = {"annotations": "annotations.txt", "lengths": "lengths.csv", "videos": "videos"}
     overrides = [f"data.{s}.{k}={split_folder / v}" for s in ("train", "eval") for k, v in data.items()]
     demo = ["--config", str(ROOT / "configs" / "demo.yaml"), "groups_per_step=3", "max_policy_lag=0"]
     overrides += [
         f"student={ROOT / 'demo/models/student'}",
         f"teacher={ROOT / 'demo/models/teacher'}",
+        f"runs_dir={tmp_path}",
     ]
     assert launch.main([*demo, *overrides, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "NOT" not in out and "12 tokens a prompt expected" in out
+    assert "longest prompt 101 tokens" in out, "counted"
+    assert [p.name for p in tmp_path.iterdir()] == [".videos"], "what the next start needs not open"
     assert launch.main([*demo, *overrides, "data.eval.annotations=nowhere.txt", "--dry-run"]) == 2
     assert "nowhere.txt cannot be read" in capsys.readouterr().err

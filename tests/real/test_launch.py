@@ -95,14 +95,13 @@ def test_a_clip_that_fails_while_running_is_retired_and_counted(finished, broken
     assert all("train00003.mp4" in reason for reason in dropped.values())
     assert not any(r["prompt_id"].startswith("train00003:") for r in trajectories_of(finished))
     records = pq.read_table(finished / "curriculum" / "records.parquet").to_pylist()
-    assert {r["prompt_id"] for r in records if r["dropped"]} == set(dropped)
+    assert {r["prompt_id"]: r["dropped"] for r in records if r["dropped"]} == summary["dropped"]
     assert sum(r["num_rollouts"] for r in records) == STEPS * GROUPS
 
 
-def test_clips_that_cannot_be_read_are_named_and_the_pool_is_that_of_the_good_ones(
+def test_clips_that_cannot_be_read_are_named_and_have_their_places_in_the_pool(
     finished, overrides, broken_clips, tmp_path
 ):
-    """The plan of the good clips' lines alone has the same prompts in the same places, so the same run."""
     data, paths = broken_clips
     summary = json.loads((finished / "summary.json").read_text())
     dropped = {i: r for i, r in summary["dropped"].items() if i.split(":")[0] in paths}
@@ -117,8 +116,10 @@ def test_clips_that_cannot_be_read_are_named_and_the_pool_is_that_of_the_good_on
     options = [*overrides, *SHRUNK, *data, f"data.train.annotations={tmp_path}/good.txt"]
     of_good = make_plan(load_config(DEMO, options))
     of_all = make_plan(config)
-    assert of_good.unreadable == {} and of_all.unreadable.keys() == dropped.keys()
-    assert [str(p) for p in of_good.train] == [str(p) for p in of_all.train]
+    assert of_good.train.failed == {} and of_all.train.failed.keys() == dropped.keys()
+    assert [str(p) for p in of_good.train.prompts] == [str(p) for p in of_all.train.prompts]
+    records = pq.read_table(finished / "curriculum" / "records.parquet")
+    assert records["prompt_id"].to_pylist() == [p.prompt_id for p in of_all.train.pool]
 
 
 def test_the_run_folder_is_complete(finished):
@@ -206,21 +207,39 @@ def test_every_round_selects_the_largest_disagreements_and_trains_on_each_once(t
 
 
 def test_a_run_that_goes_back_into_a_round_does_what_is_left_of_it_and_ends_with_its_budget_of_tokens(
-    tvdf, capsys, tmp_path
+    tvdf, capsys, config, tmp_path
 ):
-    """From the checkpoint in the middle of the second round; what the run had after that is set aside."""
+    """From the checkpoint in the middle of the second round; what the run had after that is set aside.
+
+    A video of each split is gone meanwhile: the prompts of one are dropped, those of the other are IoU 0.
+    """
     copy = tmp_path / "resumed"
     shutil.copytree(tvdf, copy)
+    next_videos = {prompt.split(":")[0] for prompt in prompts_by_step(tvdf)[3]}
+    lost = next(v for p in prompts_by_step(tvdf)[0] if (v := p.split(":")[0]) not in next_videos)
+    folders = []
+    for split, name in (("train", lost), ("eval", "eval00000")):
+        shutil.copytree(getattr(config.data, split).videos, tmp_path / split)
+        (tmp_path / split / f"{name}.mp4").unlink()
+        folders.append(f"data.{split}.videos={tmp_path / split}")
     scored = json.loads((copy / "checkpoints" / "step-3" / "state.json").read_text())["totals"][
         "scored_tokens"
     ]
-    done = run_launch("--resume", str(copy), "--step", "3", "num_steps=50", f"max_scored_tokens={scored + 1}")
+    more = ["num_steps=50", f"max_scored_tokens={scored + 1}", *folders]
+    done = run_launch("--resume", str(copy), "--step", "3", *more)
     assert done.returncode == 0, done.stderr[-4000:]
     assert prompts_by_step(copy) == prompts_by_step(tvdf)
     assert yaml.safe_load((copy / "config.yaml").read_text())["num_steps"] == 50, (
         "the run's own config from now on"
     )
-    assert json.loads((copy / "summary.json").read_text())["steps"] == len(metrics_of(copy)) == 4
+    summary = json.loads((copy / "summary.json").read_text())
+    assert summary["steps"] == len(metrics_of(copy)) == 4
+    assert {name.split(":")[0] for name in summary["dropped"]} == {lost}
+    assert {name.split(":")[0] for name in summary["failed_eval"]} == {"eval00000"}
+    reasons = [*summary["dropped"].values(), *summary["failed_eval"].values()]
+    assert all(".mp4 is missing" in reason for reason in reasons)
+    assert summary["student_after"]["n"] == summary["baselines"]["random"]["n"] == 4
+    assert summary["student_after"]["unparsed"] >= len(summary["failed_eval"])
     assert {f.name for f in (copy / "curriculum").iterdir()} == {
         f.name for f in (tvdf / "curriculum").iterdir()
     }
@@ -228,7 +247,8 @@ def test_a_run_that_goes_back_into_a_round_does_what_is_left_of_it_and_ends_with
     assert str(aside) in done.stdout
     assert check_whole(aside / "checkpoints" / "step-4") and metrics_of(aside) == metrics_of(tvdf)
     assert trajectories_of(aside) == trajectories_of(tvdf)
-    refused = bad(capsys, "--resume", str(copy), "curriculum.dbtp=false", "num_steps=60")
+    whole = [f"data.{s}.videos={getattr(config.data, s).videos}" for s in ("train", "eval")]
+    refused = bad(capsys, "--resume", str(copy), "curriculum.dbtp=false", "num_steps=60", *whole)
     assert "the curriculum the run was started with" in refused
 
 

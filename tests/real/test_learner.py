@@ -428,21 +428,36 @@ def suspended(group: ScoredGroup) -> ScoredGroup:
     return ScoredGroup(group=replace(group.group, trajectories=(), suspended=group.group.sampled), scores=())
 
 
-def test_suspended_rollouts_never_scale_up_what_is_left_and_alone_they_leave_everything_as_it_was(
-    learners, overrides, prompts, encoder
+def unreadable(group: ScoredGroup) -> ScoredGroup:
+    """The same group, of a clip that is gone."""
+    prompt = group.group.prompt
+    prompt = replace(prompt, clip=replace(prompt.clip, video_path="/nowhere/gone.mp4"))
+    return replace(group, group=replace(group.group, prompt=prompt))
+
+
+@pytest.mark.parametrize(("lose", "stage"), [(suspended, 2), (unreadable, 2), (unreadable, 3)])
+def test_lost_rollouts_never_scale_up_what_is_left_and_alone_they_leave_everything_as_it_was(
+    learners, overrides, prompts, encoder, lose, stage
 ):
-    config = make_config(overrides, 2, 2, "loss.kind=opd", "learner.weight_decay=0.1")
+    """Two ranks in two micro-batches: some of them have lost one row, some all."""
+    config = make_config(overrides, 2, stage, "loss.kind=opd", "learner.weight_decay=0.1")
     groups = scored_groups(prompts[:7], encoder, seed=0)
 
     async def run():
         learner = await learners(config)
-        skipped = await learner.update([suspended(g) for g in groups], 0)
+        skipped = await learner.update([lose(g) for g in groups], 0)
         parameters = await parameters_of(learner, 1)
-        mixed = await learner.update([*groups[:4], *map(suspended, groups[4:])], 1)
+        mixed = await learner.update([*groups[:4], *map(lose, groups[4:])], 1)
         active = await (await learners(config)).update(groups[:4], 1)
-        return skipped.metrics, parameters, mixed.metrics, active.metrics
+        return skipped, parameters, mixed, active.metrics
 
     skipped, parameters, mixed, active = asyncio.run(run())
+    lost = [g.group.prompt.prompt_id for g in groups] if lose is unreadable else []
+    assert sorted(f.prompt_id for f in skipped.failed) == sorted(lost)
+    assert sorted(f.prompt_id for f in mixed.failed) == sorted(lost[4:])
+    assert all("gone.mp4 is missing" in f.reason for f in mixed.failed)
+    skipped, mixed = skipped.metrics, mixed.metrics
+    assert skipped["learner/dropped_rows"] == len(lost) and mixed["learner/dropped_rows"] == len(lost[4:])
     start = {n: p.detach().numpy() for n, p in load_model(config.student, "float32").named_parameters()}
     assert largest_gap(parameters, start) == 0, "no optimizer step and no weight decay"
     assert skipped["learner/skipped"] == 1.0 and skipped["learner/num_tokens"] == 0
@@ -450,4 +465,5 @@ def test_suspended_rollouts_never_scale_up_what_is_left_and_alone_they_leave_eve
     share = sum(tokens[:4]) / sum(tokens)
     assert mixed["learner/loss"] == pytest.approx(active["learner/loss"] * share, rel=1e-5)
     assert mixed["learner/grad_norm"] == pytest.approx(active["learner/grad_norm"] * share, rel=1e-4)
-    assert mixed["learner/num_tokens"] == active["learner/num_tokens"] == sum(tokens[:4])
+    assert active["learner/num_tokens"] == sum(tokens[:4]) and active["learner/dropped_rows"] == 0
+    assert mixed["learner/num_tokens"] == sum(tokens[:4] if lose is suspended else tokens)

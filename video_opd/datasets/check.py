@@ -97,7 +97,7 @@ def _read_file(path: Path, asked: Asked) -> File | Fault:
     """Opens a video and decodes what is asked of the frames that a run with video's other defaults sees."""
     try:
         info = describe_video(path, asked.video)
-        clip = plan_clip(path.stem, path, asked.video, 32)  # its duration and rate do not depend on 32
+        clip = plan_clip(path.stem, path, asked.video, 32, info=info)  # any multiple does
         if asked.read != "none":
             read_frames(clip if asked.read == "all" else _some_frames(clip), asked.video)
     except ClipError as error:

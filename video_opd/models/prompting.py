@@ -16,6 +16,14 @@ from video_opd.types import Clip, EncodedPrompt, FailedPrompt, Prompt, Span, Tra
 from video_opd.video.frame_cache import FrameCache
 
 Encoded = EncodedPrompt | FailedPrompt
+VIDEO_PAD = "<|video_pad|>"  # stands for the video in a text
+
+
+def chat_messages(config: PromptConfig, query: str) -> list[dict[str, Any]]:
+    """What a chat template takes."""
+    text = {"type": "text", "text": config.template.format(query=query)}
+    content = [{"type": "video"}, text] if config.video_first else [text, {"type": "video"}]
+    return [{"role": "user", "content": content}]
 
 
 def video_metadata(clip: Clip) -> dict[str, Any]:
@@ -72,7 +80,7 @@ class PromptEncoder:
         asked = self._processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
         self._thought = opened_thought(asked)
         to_id = self.tokenizer.convert_tokens_to_ids
-        self.pad_ids = to_id("<|video_pad|>"), to_id("<|image_pad|>")  # never sampled or part of a response
+        self.pad_ids = to_id(VIDEO_PAD), to_id("<|image_pad|>")  # never sampled or part of a response
         if None in self.pad_ids or self.tokenizer.unk_token_id in self.pad_ids:
             why = f"the tokenizer of {model} has no <|video_pad|>"
             raise ModelError(f"{why}: use a Qwen-VL model folder")
@@ -112,9 +120,7 @@ class PromptEncoder:
         frames = self.frame_cache.read(clip) if frames is None else frames
         if blank_video:
             frames = np.full_like(frames, 128)
-        query = {"type": "text", "text": self._config.template.format(query=prompt.query)}
-        content = [{"type": "video"}, query] if self._config.video_first else [query, {"type": "video"}]
-        messages = [{"role": "user", "content": content}]
+        messages = chat_messages(self._config, prompt.query)
         text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         metadata = video_metadata(clip)
         inputs = self._processor(

@@ -4,6 +4,7 @@ Frames are resized here, so the model's processor resizes nothing: models see th
 """
 
 import math
+import os
 from collections.abc import Hashable
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def describe_video(video_path: str | Path, video: VideoConfig) -> VideoInfo:
     Raises ClipError, also for a file of one frame or of no rate; ConfigError if the decoder does not import.
     Thread-safe.
     """
-    path = str(Path(video_path).resolve())
+    path = os.path.realpath(video_path)
     with quarantine(video.quarantine, video.decoder).watch(path):
         info = shared_pool(video).describe(path)
         if info.num_frames < TEMPORAL_PATCH or not (info.fps is None or 0 < info.fps < math.inf):
@@ -102,16 +103,21 @@ def _cut(path: str, cut_s: Span | None, times_s: np.ndarray, duration_s: float) 
 
 
 def plan_clip(
-    clip_id: str, video_path: str | Path, video: VideoConfig, multiple: int, cut_s: Span | None = None
+    clip_id: str,
+    video_path: str | Path,
+    video: VideoConfig,
+    multiple: int,
+    cut_s: Span | None = None,
+    info: VideoInfo | None = None,
 ) -> Clip:
-    """Opens the file once and decides which frames, at which size, every process will see.
+    """Decides which frames, at which size, every process will see.
 
     video_path: a video file, or a folder of numbered images. multiple: patch_size * spatial_merge_size.
     cut_s: the clip is this part of the video, its end excluded, and its times count from the part's start.
-    Raises ClipError, and ConfigError if the decoder does not import. Thread-safe.
+    info: what describe_video says; None: it is asked. Raises ClipError, and what describe_video raises.
     """
-    path = str(Path(video_path).resolve())
-    info = describe_video(path, video)
+    path = os.path.realpath(video_path)
+    info = info or describe_video(path, video)
     fps = video.frame_folder_fps if info.fps is None else info.fps
     if fps is None:
         raise ClipError(f"{path} is a folder of frames: set video.frame_folder_fps, their frames a second")

@@ -20,12 +20,13 @@ import numpy as np
 
 from video_opd import ROOT
 from video_opd.config_data import VideoConfig
-from video_opd.errors import BrokenVideo, ClipError, ConfigError, FailureKind, RunError
+from video_opd.errors import BrokenVideo, ClipError, ConfigError, FailureKind, RunError, storage_error
 from video_opd.video.decode_worker import Answer, Buffer, Request, Shape
 from video_opd.video.video_file import VideoInfo
 
 START_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 5.0
+_OF_DECODERS = {signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}  # others come from outside
 _MAIN = "from video_opd.video.decode_worker import main; main()"  # with -m its classes would be __main__'s
 
 
@@ -135,12 +136,14 @@ class DecodePool:
             reason = f"was not decoded within {self._timeout_s:g} s (video.decode_timeout_s)"
             raise BrokenVideo(path, reason, FailureKind.TOO_SLOW) from None
         except CalledProcessError as error:
-            if error.returncode == -signal.SIGKILL:  # by the system or a person: the file may be sound
+            if error.returncode < 0 and -error.returncode not in _OF_DECODERS:  # the file may be sound
                 why = "its worker was killed, perhaps for lack of memory"
                 raise ClipError(f"video {path} was not decoded: {why}", FailureKind.WORKER_KILLED) from None
             other = "" if self._decoder == "pyav" else "; video.decoder=pyav may read it"
             reason = f"made {self._decoder} crash (exit code {error.returncode}{other})"
             raise BrokenVideo(path, reason, FailureKind.DECODER_CRASHED) from None
+        if isinstance(answer, OSError):
+            raise storage_error(path, answer)
         if isinstance(answer, str):
             raise BrokenVideo(path, f"cannot be decoded ({answer})")
         return answer

@@ -5,6 +5,7 @@ answers requests until its parent's end of the socket closes. If the parent dies
 ends the worker, even one that hangs while it holds the GIL.
 """
 
+import errno
 import math
 import os
 import signal
@@ -17,15 +18,17 @@ import numpy as np
 from video_opd.video.decoders import Decoder, FrameFolder, VideoInfo, first_line, load_decoder
 
 PART_BYTES = 64 << 20  # of frames in one answer: bounds the memory of a worker and of its buffer
+READ_BYTES = 1 << 20
 ALARM_SLACK_S = 5.0  # the parent kills at the deadline; the alarm follows if there is no parent
 
 Request = tuple[str, np.ndarray, int, float]
 """Path, indices of frames int64[F], frames that the file should have, seconds after which the worker dies."""
 Shape = tuple[int, int, int, int]
-Answer = Shape | VideoInfo | str
+Answer = Shape | VideoInfo | str | OSError
 """(F, H, W, 3) of the first F requested frames, which are in the buffer as uint8; what the file holds, if no
-frames were requested or their number changed; or why the file cannot be read.
+frames were requested or their number changed; why the file is broken; or what storage or memory refused.
 """
+_NO_ROOM = {errno.ENOMEM, errno.ENOSPC, errno.EMFILE, errno.ENFILE}
 
 
 class Buffer:
@@ -41,6 +44,21 @@ class Buffer:
         if len(self._bytes) < num_bytes:
             self._bytes = np.memmap(self.file, np.uint8, "r+", shape=(num_bytes,))
         return self._bytes[:num_bytes].reshape(shape)
+
+
+def refusal(path: str) -> OSError | None:
+    """Why the bytes of a file, or of a folder's files, cannot all be read now; None: they can be.
+
+    Decoders report a failing disk as they report a broken file.
+    """
+    try:
+        for file in [e.path for e in os.scandir(path) if e.is_file()] if os.path.isdir(path) else [path]:
+            with open(file, "rb", buffering=0) as opened:
+                while opened.read(READ_BYTES):
+                    pass
+    except OSError as error:
+        return OSError(error.errno, error.strerror)  # without the file's name: the parent names the video
+    return None
 
 
 class DecodeWorker:
@@ -70,7 +88,9 @@ class DecodeWorker:
             return shape
         except Exception as error:  # whatever a library raises for a broken file fails that file alone
             self._open = None
-            return first_line(error)
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in _NO_ROOM:
+                return OSError(errno.ENOMEM, first_line(error))
+            return refusal(path) or first_line(error)
 
     def _decoder_of(self, path: str) -> Decoder:
         status = os.stat(path)

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +94,8 @@ class FrameCache:
             pass
         except (pa.ArrowInvalid, OSError) as error:  # the machine went down before the disk had all of it
             _log.warning("%s is incomplete (%s) and is made again", path, error)
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
         return None
 
     def _store(self, path: Path, times_s: np.ndarray, frames: np.ndarray) -> None:
@@ -121,7 +122,7 @@ class FrameCache:
         """Down to the bound, least recently used first; killed processes' temporary files too."""
         entries = []
         for entry in os.scandir(self._folder):
-            with suppress(FileNotFoundError):  # renamed meanwhile
+            with suppress(OSError):  # renamed meanwhile
                 if entry.is_file():
                     entries.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
         total = sum(size for _, size, _ in entries)
@@ -133,9 +134,16 @@ class FrameCache:
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """One thread of the node at a time. The system frees the lock of a process that dies."""
-        with (self._folder / "locks" / name).open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        """One thread of the node at a time. The system frees the lock of a process that dies.
+
+        Without a lock, on a full disk or one that has none, clips are decoded all the same, perhaps twice.
+        """
+        with ExitStack() as held:
+            try:
+                file = held.enter_context((self._folder / "locks" / name).open("ab"))
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                _log.warning("video.cache_dir=%s cannot be locked (%s)", self._folder, error.strerror)
             yield
 
 

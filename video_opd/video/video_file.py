@@ -102,7 +102,7 @@ class PyAVDecoder:
             fps=fps,
             size=self.size,
             times_s=times_s,
-            num_hidden=sum(p.pts is not None and p.pts < pts[0] for p in self._packets),  # NaN: none
+            num_hidden=len([p for p in self._packets if p.pts is not None and p.pts < pts[0]]),  # NaN: none
             late_s=0.0 if np.isnan(pts[0]) else max(0.0, float(pts[0]) * unit - start_s),
         )
 

@@ -286,9 +286,9 @@ class Planned:
         self.cuts, self._real = {}, prompts.plan_clip
         monkeypatch.setattr(prompts, "plan_clip", self)
 
-    def __call__(self, clip_id, video_path, video, multiple, cut_s=None):
+    def __call__(self, clip_id, video_path, video, multiple, cut_s=None, info=None):
         self.cuts[clip_id] = cut_s
-        return self._real(clip_id, video_path, video, multiple)
+        return self._real(clip_id, video_path, video, multiple, None, info)
 
 
 @pytest.mark.parametrize("name", GOLDEN)

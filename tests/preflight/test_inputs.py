@@ -1,0 +1,133 @@
+"""A plan's splits: what a start refuses, what a resume goes on without, and prompts that are too long."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import evaluation.__main__
+from curriculum.scheduler import Scheduler, check_state
+from driver.progress import setup_of
+from preflight.inputs import check_routes, make_draft, make_plan
+from tests.fakes import make_prompt
+from video_opd import ROOT
+from video_opd.config import Config, TeacherModel
+from video_opd.config_file import load_demo
+from video_opd.errors import ClipError, DataError
+from video_opd.grounding import blind_baselines, evaluate
+from video_opd.types import Prediction
+
+
+@dataclass
+class Run:
+    """A folder with both splits, and the overrides that name them."""
+
+    folder: Path
+
+    def config(self, *overrides: str) -> Config:
+        names = {"annotations": "annotations.txt", "lengths": "lengths.csv", "videos": "videos"}
+        data = [f"data.{s}.{k}={self.folder / s / v}" for s in ("train", "eval") for k, v in names.items()]
+        models = [f"{m}={ROOT / 'demo' / 'models' / m}" for m in ("student", "teacher")]
+        small = ["groups_per_step=4", "max_policy_lag=0", f"runs_dir={self.folder / 'runs'}"]
+        return load_demo([*models, *data, *small, *overrides])
+
+    def video(self, split: str, number: int) -> Path:
+        return self.folder / split / "videos" / f"train{number:05d}.mp4"
+
+
+@pytest.fixture
+def run(split_folder, tmp_path) -> Run:
+    for split in ("train", "eval"):
+        shutil.copytree(split_folder, tmp_path / split)
+    return Run(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_a_start_refuses_a_video_and_a_resume_goes_on_without_it(split, run, caplog):
+    config = run.config()
+    before = make_plan(config)
+    state = Scheduler(before.train.pool, config).state_dict()
+    run.video(split, 2).unlink()
+    with pytest.raises(ClipError, match=r"train00002\.mp4 is missing"):
+        make_plan(config)
+    after = make_plan(config, resumes=True)
+    assert setup_of(config, after) == setup_of(config, before)
+    check_state(state, [p.prompt_id for p in after.train.pool], config)
+    failed = (after.train if split == "train" else after.eval).failed
+    assert failed and all("train00002.mp4 is missing" in reason for reason in failed.values())
+    total = len(before.eval)
+    assert (
+        f"data.{split}: {len(failed)} of {total} prompts are " in caplog.text and caplog.text.count("\n") == 1
+    )
+
+
+def test_an_evaluation_counts_every_prompt_of_the_split(run):
+    run.video("eval", 2).unlink()
+    plan = make_plan(run.config(), resumes=True)
+    truth = [
+        Prediction(prompt_id=p.prompt_id, text="", span_s=(p.answer_spans_s or [(0.0, 0.0)])[0])
+        for p in plan.eval.prompts
+    ]
+    scores = evaluate(truth, plan.eval.pool)
+    assert scores["n"] == len(plan.eval) and scores["unparsed"] == len(plan.eval.failed) > 0
+    assert scores["miou"] == pytest.approx(len(plan.eval.prompts) / len(plan.eval))
+    blind = blind_baselines(plan.train.prompts, plan.eval.pool)
+    assert {b["n"] for b in blind.values()} == {len(plan.eval)}
+
+
+def test_a_resume_needs_no_more_prompts_than_are_left(run):
+    options = ("curriculum.kind=tvdf", f"curriculum.num_selected={len(make_plan(run.config()).train)}")
+    run.video("train", 2).unlink()
+    make_plan(run.config(*options), resumes=True)
+
+
+def long_query(run: Run, split: str) -> str:
+    """Makes the query of line 2 long; the prompt's id."""
+    path = run.folder / split / "annotations.txt"
+    lines = path.read_text().splitlines()
+    lines[1] += ", and 7" * 80
+    path.write_text("\n".join(lines) + "\n")
+    return f"{lines[1].split()[0]}:2"
+
+
+@pytest.mark.parametrize("check", [make_plan, make_draft])
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_a_prompt_that_no_engine_can_take_is_named_before_the_start(split, check: Any, run):
+    name = long_query(run, split)
+    with pytest.raises(
+        DataError, match=rf"prompt {name}: its (\d+) tokens .* rollout.max_model_len=256"
+    ) as caught:
+        check(run.config())
+    needed = str(caught.value).split("set it to ")[1].split()[0]
+    assert check(run.config(f"rollout.max_model_len={needed}")).longest[split] == int(needed) - 16
+    with pytest.raises(DataError, match="max_model_len"):
+        check(run.config(f"rollout.max_model_len={int(needed) - 1}"))
+
+
+def test_an_evaluation_refuses_it_before_vllm_starts(run, monkeypatch):
+    monkeypatch.setattr(evaluation.__main__, "ask_model", lambda *_, **__: pytest.fail("vLLM would start"))
+    name = long_query(run, "eval")
+    with pytest.raises(DataError, match=rf"prompt {name}: its \d+ tokens .* rollout.max_model_len=256"):
+        evaluation.__main__.answers_of_model(
+            run.config("rollout.num_actors=0", "loss.kind=sft", "loss.clamp=null"), False
+        )
+
+
+@pytest.mark.parametrize("check", [make_plan, make_draft])
+def test_a_training_prompt_that_is_too_long_is_dropped_by_place_if_asked(check: Any, run):
+    whole = check(run.config())
+    name = long_query(run, "train")
+    split = check(run.config("data.train.too_long=drop")).train
+    assert [p.prompt_id for p in split.pool] == [p.prompt_id for p in whole.train.pool]
+    assert split.failed.keys() == {name} and "rollout.max_model_len=256" in split.failed[name]
+
+
+def test_the_routes_of_many_prompts_are_checked_without_making_teachers_anew(run, monkeypatch):
+    made = []
+    monkeypatch.setattr(TeacherModel, "__init__", lambda self, **fields: made.append(fields), raising=True)
+    config = run.config()
+    monkeypatch.setattr(TeacherModel, "scores", lambda *_: True)
+    check_routes(config, [make_prompt(f"p{i}") for i in range(100)], [])
+    assert len(made) < 5
