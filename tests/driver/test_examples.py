@@ -11,6 +11,7 @@ from driver.progress import Progress, write_progress
 from driver.run import Run
 from tests.driver.test_checkpoint import CURRICULUM, SETUP, read_progress
 from tests.fakes import make_prompt
+from video_opd.datasets.prompts import Split
 from video_opd.types import Prediction
 
 POOL = [make_prompt(f"e{i}") for i in range(10)]
@@ -35,7 +36,7 @@ class Teacher(Actors):
 def make_run(actors: Actors, progress: Progress) -> Any:
     parts: Any = {n: None for n in ("folder", "given", "control", "learner", "curriculum")}
     config: Any = SimpleNamespace()
-    parts |= {"plan": SimpleNamespace(eval=POOL, train=[]), "config": config, "rewards": []}
+    parts |= {"plan": SimpleNamespace(eval=Split(POOL, ""), train=[]), "config": config, "rewards": []}
     return Run(actors=actors, teacher=Teacher(), progress=progress, **parts)  # type: ignore[arg-type]
 
 
