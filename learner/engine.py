@@ -23,7 +23,15 @@ from learner.safe_load import read_weights_only
 from learner.universal import TAG as universal_tag
 from learner.vision_cache import VisionCache
 from video_opd.config import Config
-from video_opd.models.forward import ResponseLoss, VideoLLM, collate, load_head, load_model, token_entropy
+from video_opd.models.forward import (
+    ResponseLoss,
+    VideoLLM,
+    collate,
+    load_head,
+    load_model,
+    token_entropy,
+    without_settings,
+)
 from video_opd.models.prompting import PromptEncoder, check_parity
 from video_opd.types import EncodedPrompt, FailedPrompt, ScoredGroup
 from video_opd.video.clips import frames_key
@@ -216,9 +224,10 @@ class LearnerEngine:
         """Writes the student alone, for transformers and vLLM: new weights, other files as they were."""
         state = {name: tensor.contiguous() for name, tensor in self.parameters("cpu")}
         if self._rank == 0:
-            weights = shutil.ignore_patterns("*.safetensors*", "*.bin*")
-            shutil.copytree(self._config.student, folder, ignore=weights)
-            self._model.save_pretrained(folder, state_dict=state)
+            with without_settings(self._model):  # transformers refuses to write some that are published
+                self._model.save_pretrained(folder, state_dict=state)
+            others = shutil.ignore_patterns("*.safetensors*", "*.bin*", "config.json")
+            shutil.copytree(self._config.student, folder, ignore=others, dirs_exist_ok=True)
 
     def load(self, folder: Path, universal: bool = False) -> None:
         """Restores weights and optimizer exactly, from a checkpoint of as many ranks or a universal one."""

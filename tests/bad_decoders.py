@@ -13,7 +13,8 @@ from video_opd.video.decoders import VideoInfo
 class Opens:
     """48 grey frames."""
 
-    info = VideoInfo(num_frames=48, fps=4.0, size=(32, 32), times_s=None)
+    size = (32, 32)
+    info = VideoInfo(num_frames=48, fps=4.0, size=size, times_s=None)
 
     def __init__(self, path: str):
         self.path = path

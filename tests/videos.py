@@ -7,11 +7,6 @@ import av
 import numpy as np
 
 RATE = 30
-TURNED = {  # the display matrices of phones, by degrees clockwise
-    90: (0, 0x10000, 0, -0x10000, 0, 0, 0, 0, 0x40000000),
-    180: (-0x10000, 0, 0, 0, -0x10000, 0, 0, 0, 0x40000000),
-    270: (0, -0x10000, 0, 0x10000, 0, 0, 0, 0, 0x40000000),
-}
 
 
 def write_video(path: Path, frames: np.ndarray, rate: int = RATE, times_ms: np.ndarray | None = None) -> None:
@@ -30,11 +25,13 @@ def write_video(path: Path, frames: np.ndarray, rate: int = RATE, times_ms: np.n
         container.mux(stream.encode())
 
 
-def turn(path: Path, degrees: int) -> None:
-    """Sets the rotation flag of an mp4: the matrix in its track header."""
+def set_matrix(path: Path, matrix: tuple[int, int, int, int]) -> None:
+    """Sets the display matrix (a, b, c, d), in 65536ths, in the track header of an mp4 or mov."""
+    a, b, c, d = matrix
     data = bytearray(path.read_bytes())
-    matrix = data.find(b"tkhd") + 44
-    data[matrix : matrix + 36] = b"".join(n.to_bytes(4, "big", signed=True) for n in TURNED[degrees])
+    at = data.find(b"tkhd") + 44
+    numbers = (a, b, 0, c, d, 0, 0, 0, 0x40000000)
+    data[at : at + 36] = b"".join(n.to_bytes(4, "big", signed=True) for n in numbers)
     path.write_bytes(data)
 
 

@@ -77,7 +77,7 @@ class DatasetConfig(ConfigSection):
     cleaning: Cleaning | None = key(None, "how queries are cleaned; None: as the format's codebase does")
     round_s: NonNegativeFloat | None = key(None, "times become multiples of it; 0: no; None: as the codebase")
     annotators: Annotators | None = key(None, "didemo: which annotators' intervals count; None: mean")
-    cuts: Literal["apply", "ignore"] | None = key(None, "time_r1, tvgbench: ignore in cut files; None: apply")
+    cuts: Literal["apply", "ignore"] | None = key(None, "apply: annotated parts are the clips; None: apply")
     clamp_s: NonNegativeFloat = key(0.0, "train: cut intervals that end up to this far beyond the clip's end")
     max_prompts: PositiveInt | None = key(None, "use only this many prompts, the first ones")
     unreadable: Literal["error", "drop"] = key("error", "train: a bad video ends the launch, or is left out")

@@ -2,8 +2,10 @@
 
 import difflib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -14,6 +16,8 @@ from video_opd.config import Config
 from video_opd.config_data import ConfigSection
 from video_opd.errors import ConfigError
 
+QUOTES = "'\"!|>&"  # a value that begins with one is not as it is written
+NUM_PROBLEMS = 8  # of a configuration, that an error names
 ENVIRONMENT = "environment"  # the key of a run's config.yaml that is not configuration
 Section = TypeVar("Section", bound=ConfigSection)
 
@@ -21,7 +25,7 @@ Section = TypeVar("Section", bound=ConfigSection)
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Reads a YAML file and applies the overrides in order. Raises ConfigError."""
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        tree = _parse(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"config {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date
@@ -31,7 +35,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     for override in overrides:
         _apply(tree, override)
     tree.pop(ENVIRONMENT, None)
-    return parse_config(tree, str(path))
+    return parse_config(_construct(tree, Config), str(path))
 
 
 def load_demo(overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -49,7 +53,9 @@ def parse_section(section: type[Section], tree: dict[str, Any], source: str) -> 
     try:
         return section.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("; ".join(f"{source}: {_explain(e)}" for e in error.errors())) from error
+        named = [f"{source}: {_explain(e)}" for e in error.errors()[:NUM_PROBLEMS]]
+        more = [f"{error.error_count() - NUM_PROBLEMS} more"] if error.error_count() > NUM_PROBLEMS else []
+        raise ConfigError("; ".join(named + more)) from error
 
 
 def dump_config(config: Config, environment: dict[str, Any]) -> str:
@@ -87,7 +93,11 @@ def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fie
 
 
 def _is_section(field: FieldInfo) -> bool:
-    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    return _is_model(field.annotation)
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -103,9 +113,72 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         node[parent] = dict(section)  # a YAML anchor may share it with another section
         node = node[parent]
     try:
-        node[leaf] = yaml.safe_load(text)
+        value = _parse(text)
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML") from error
+        advice = "put text between single quotes"
+        raise ConfigError(f"override {override!r}: the value is not YAML: {advice}") from error
+    plain = isinstance(value, str | _Scalar) and text.strip()[:1] not in QUOTES
+    node[leaf] = _Scalar(text.strip()) if plain else value
+
+
+@dataclass(frozen=True)
+class _Scalar:
+    """A value without quotes, as written: text or a number, as its key wants it."""
+
+    text: str
+
+    def value(self) -> Any:
+        try:
+            return yaml.safe_load(self.text)
+        except ValueError:  # an impossible date
+            return self.text
+
+
+class _Loader(yaml.SafeLoader):
+    """Keeps values that are not text as they are written."""
+
+
+for _kind in ("int", "float", "bool", "timestamp"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", lambda _, node: _Scalar(node.value))
+
+
+def _parse(text: str) -> Any:
+    """One YAML document. Raises YAMLError or ValueError."""
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def _construct(tree: Any, kind: Any) -> Any:
+    """Plain values from those of _parse, for a key of type `kind`: text is as it is written."""
+    kind = _bare(kind)
+    if isinstance(tree, _Scalar):
+        return tree.text if _is_text(kind) else tree.value()
+    if isinstance(tree, dict):
+        fields = kind.model_fields if _is_model(kind) else {}
+        of_all = get_args(kind)[1] if get_origin(kind) is dict else Any
+        named = [(key.text if isinstance(key, _Scalar) else key, value) for key, value in tree.items()]
+        kinds = {key: fields[key].annotation if key in fields else of_all for key, _ in named}
+        return {key: _construct(value, kinds[key]) for key, value in named}
+    if isinstance(tree, list):
+        return [_construct(value, (*get_args(kind), Any)[0]) for value in tree]
+    return tree
+
+
+def _bare(kind: Any) -> Any:
+    """A type without annotations and without None."""
+    if get_origin(kind) is Annotated:
+        return _bare(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType) and len(kinds := set(get_args(kind)) - {NoneType}) == 1:
+        return _bare(kinds.pop())
+    return kind
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a bare type holds nothing but text."""
+    return kind is str or (get_origin(kind) is Literal and all(isinstance(v, str) for v in get_args(kind)))
 
 
 def _explain(error: Any) -> str:
@@ -118,4 +191,4 @@ def _explain(error: Any) -> str:
         return f"missing key {key}"
     if isinstance(error["input"], dict):
         return f"{key}: {message}" if key else message
-    return f"{key}={error['input']!r}: {message}"
+    return f"{key}={error['input']!r:.120}: {message}"

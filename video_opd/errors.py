@@ -48,7 +48,8 @@ class BrokenVideo(ClipError):
     """A file that cannot be decoded now or later, until it is replaced."""
 
     def __init__(self, path: str, reason: str, kind: FailureKind = FailureKind.BROKEN):
-        advice = "replace the file, or remove its lines from the annotations"
+        mend = "replace the file, as by `ffmpeg -i FILE -c:v libx264 NEW.mp4`"
+        advice = f"{mend}, or remove its lines from the annotations"
         super().__init__(f"video {path} {reason}: {advice}", kind)
         self.path, self.reason = path, reason
 

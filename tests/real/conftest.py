@@ -35,8 +35,8 @@ SIZES = {
     "student": Size(hidden=64, layers=2, vision_hidden=32),
     "teacher": Size(hidden=96, layers=2, vision_hidden=32),
 }
-SETTINGS = {  # of generation, in both models' folders: no answer may depend on them
-    **{"do_sample": True, "temperature": 0.01, "top_k": 1, "top_p": 0.01, "min_p": 0.9, "typical_p": 0.01},
+SETTINGS = {  # of generation, in both models' folders: nothing may depend on them; transformers saves no such
+    **{"do_sample": False, "temperature": 0.01, "top_k": 1, "top_p": 0.01, "min_p": 0.9, "typical_p": 0.01},
     **{"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "exponential_decay_length_penalty": [0, 9.0]},
     **{"suppress_tokens": list(range(300)), "begin_suppress_tokens": list(range(300)), "min_new_tokens": 4},
     **{"bad_words_ids": [[i] for i in range(300)], "forced_eos_token_id": 301, "sequence_bias": [[[7], 9.0]]},

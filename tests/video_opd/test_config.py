@@ -251,6 +251,95 @@ def test_a_number_in_scientific_notation_is_a_number(path, text):
     assert isinstance(lr, float) and lr == pytest.approx(1e-6, rel=1e-12)
 
 
+LIKE_NUMBERS = [
+    "20260101",
+    "0123",
+    "1.10",
+    "1e3",
+    "0x1F",
+    "1_000",
+    "12:30",
+    "true",
+    "no",
+    "2026-01-01",
+]
+
+
+@pytest.mark.parametrize("text", [*LIKE_NUMBERS, "2026-13-45", "a #b", "1."])
+def test_text_that_looks_like_something_else_is_as_it_is_written(path, text):
+    """A key that holds text, one that may be unset, one of a choice, and the values of a mapping."""
+    overrides = ("run_name", "student", "data.train.videos", "worker_env.A", "video.quarantine")
+    config = load_config(path, [f"{key}={text}" for key in overrides])
+    found = (config.run_name, config.student, config.data.train.videos, config.worker_env["A"])
+    assert {*found, config.video.quarantine} == {text}
+
+
+@pytest.mark.parametrize("text", [*LIKE_NUMBERS, "2026-13-45", ".inf"])
+def test_text_in_files_lists_and_sections_is_as_it_is_written(path, text, tmp_path):
+    path.write_text(
+        f"student: {text}\nnum_steps: 3\nteachers: [{{name: '7', model: {text}, prompts: {text}}}]\n"
+        f"loss: {{kind: grpo, rewards: [{text}, a:b], kl_coef: 0.1}}\n"
+        "rollout: {rollouts_per_prompt: 2}\n"
+        f"worker_env: {{1: {text}, B: {text}}}\n"
+        "data:\n  train: &split {annotations: a.txt, lengths: l.csv, videos: v}\n"
+        f"  eval: {{<<: *split, videos: {text}}}\n"
+    )
+    config = load_config(path)
+    assert config.student == config.teachers[0].model == config.teachers[0].prompts == text
+    assert config.loss.rewards == (text, "a:b") and config.worker_env == {"1": text, "B": text}
+    assert config.data.eval.videos == text and config.data.eval.lengths == "l.csv"
+    (tmp_path / "again.yaml").write_text(dump_config(config, {"commit": text}))
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize("text", ["'0123'", '"0123"', "  0123 "])
+def test_quotes_and_space_around_text_do_not_belong_to_it(path, text):
+    assert load_config(path, [f"student={text}"]).student == "0123"
+
+
+@pytest.mark.parametrize("unset", ["null", "~", ""])
+def test_null_unsets_text_that_may_be_unset_and_is_no_value_of_other_text(path, unset):
+    config = load_config(path, ["run_name=a", f"run_name={unset}", "video.quarantine='null'"])
+    assert config.run_name is None and config.video.quarantine == "null"
+    assert "student=None" in problem(path, f"student={unset}")
+    assert "worker_env.A=None" in problem(path, f"worker_env.A={unset}")
+
+
+def test_numbers_and_choices_are_read_as_before(path):
+    given = [
+        "num_steps=7 # a week",
+        "seed=0x10",
+        "learner.freeze_vision=no",
+        "loss.top_k=1_0",
+        "loss.clamp=.5",
+    ]
+    config = load_config(path, given)
+    assert (config.num_steps, config.seed, config.learner.freeze_vision) == (7, 16, False)
+    assert (config.loss.top_k, config.loss.clamp) == (10, 0.5)
+    assert "num_steps='2026-13-45'" in problem(path, "num_steps=2026-13-45")
+    assert "loss.center='no'" in problem(path, "loss.center=no")  # as it is written, not False
+
+
+def test_text_that_yaml_cannot_read_is_told_to_be_quoted(path):
+    for text in ("*secret", "a: b: c", "@home", "<<", "="):
+        assert "between single quotes" in problem(path, f"worker_env.A={text}")
+        assert load_config(path, [f"worker_env.A='{text}'"]).worker_env["A"] == text
+
+
+def test_many_problems_are_counted_and_a_long_value_is_cut(path):
+    message = problem(path, *(f"key{i}=1" for i in range(1000)))
+    assert message.count("unknown key") == 8 and message.endswith("; 992 more") and len(message) < 2000
+    assert len(problem(path, f"num_steps={[1] * 5000}")) < 400
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "configs").glob("qwen*.yaml")))
+def test_the_configs_for_real_models_start_on_charades_sta_as_it_is_published(name):
+    """Four of its training intervals are reversed; others end up to two seconds after the video."""
+    data = load_config(ROOT / "configs" / name).data
+    assert "charades_sta_train" in data.train.annotations
+    assert (data.train.faulty, data.train.clamp_s, data.eval.faulty) == ("drop", 2.0, "error")
+
+
 def test_a_configuration_cannot_be_changed(path):
     config = load_config(path)
     with pytest.raises(ValueError, match="frozen"):

@@ -10,22 +10,22 @@ from typing import Any, get_args
 from pydantic import TypeAdapter
 
 from video_opd.cluster.command_line import exit_code_of
-from video_opd.config_data import AnnotationFormat, DatasetConfig, NonNegativeFloat
-from video_opd.config_file import parse_section
-from video_opd.datasets.check import TOLERANCE_S, check, convert
+from video_opd.config_data import AnnotationFormat, DatasetConfig, NonNegativeFloat, VideoConfig
+from video_opd.config_file import Section, parse_section
+from video_opd.datasets.check import NOTES, TOLERANCE_S, Asked, Read, check, convert
 from video_opd.datasets.fields import CLEANINGS
 from video_opd.errors import DataError
 
 SHOWN = 20
 
 
-def show_findings(dataset: DatasetConfig, tolerance_s: float, limit: int) -> int:
-    """Prints what check finds, grouped by reason. Returns the number of annotations with findings."""
+def show_findings(dataset: DatasetConfig, asked: Asked, limit: int) -> int:
+    """Prints what check finds, grouped by reason. Returns the number of annotations with faults."""
     num_annotations = num_bad = 0
     counts, places = Counter(), defaultdict(list)  # of each kind; of each fault
-    for annotation, faults in check(dataset, tolerance_s):
+    for annotation, faults in check(dataset, asked):
         num_annotations += 1
-        num_bad += bool(faults)
+        num_bad += any(fault.kind not in NOTES for fault in faults)
         for fault in faults:
             counts[fault.kind] += 1
             places[fault].append(annotation.where)
@@ -39,8 +39,10 @@ def show_findings(dataset: DatasetConfig, tolerance_s: float, limit: int) -> int
             print(f"{kind}: {first}: {fault.reason}{more}")
         if len(of_kind) > limit:
             print(f"{kind}: {len(of_kind) - limit} more; see them with --limit")
+    notes = Counter({kind: counts.pop(kind) for kind in NOTES & counts.keys()})
     listed = f": {_list(counts)}" if counts else ""
-    print(f"{num_annotations} annotations, {num_bad} with findings{listed}")
+    noted = f"; noted: {_list(notes)}" if notes else ""
+    print(f"{num_annotations} annotations, {num_bad} with findings{listed}{noted}")
     return num_bad
 
 
@@ -60,13 +62,21 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "cuts": {"choices": ("apply", "ignore")},
         "clamp_s": seconds | {"default": 0.0},
     }
+    of_video = {  # keys of VideoConfig
+        "decoder": {"choices": get_args(VideoConfig.model_fields["decoder"].annotation)},
+        "decode_workers": {"type": int, "metavar": "N"},
+        "frame_folder_fps": seconds | {"metavar": "FPS"},
+    }
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("annotations", help="annotation file, or a manifest")
-    for name, more in options.items():
-        described = DatasetConfig.model_fields[name].description or ""
-        shared.add_argument(
-            f"--{name.replace('_', '-')}", help=described.replace("None:", "default:"), **more
-        )
+    for section, names in ((DatasetConfig, options), (VideoConfig, of_video)):
+        for name, more in names.items():
+            described = (section.model_fields[name].description or "").replace("None:", "default:")
+            shared.add_argument(f"--{name.replace('_', '-')}", help=described, **more)
+    pictures = (
+        "decode the first, middle and last pictures of each video (some, the default), all that a run sees"
+    )
+    shared.add_argument("--read", choices=get_args(Read), default="some", help=f"{pictures}, or none")
     tolerance = f"between annotated and true durations ({TOLERANCE_S})"
     shared.add_argument("--tolerance-s", **seconds, default=TOLERANCE_S, help=tolerance)
     parser = argparse.ArgumentParser(prog="python -m video_opd.datasets", description=__doc__)
@@ -80,12 +90,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _section(section: type[Section], parsed: argparse.Namespace) -> Section:
+    given = {k: value for k, value in vars(parsed).items() if k in section.model_fields and value is not None}
+    return parse_section(section, given, "command line")
+
+
 def _run(parsed: argparse.Namespace) -> int:
-    options = {key: value for key, value in vars(parsed).items() if key in DatasetConfig.model_fields}
-    dataset = parse_section(DatasetConfig, options, "command line")
+    dataset = _section(DatasetConfig, parsed)
+    asked = Asked(parsed.tolerance_s, _section(VideoConfig, parsed), parsed.read)
     if parsed.command == "check":
-        return 1 if show_findings(dataset, parsed.tolerance_s, parsed.limit) else 0
-    num_prompts, left_out, list_path = convert(dataset, parsed.output, parsed.tolerance_s)
+        return 1 if show_findings(dataset, asked, parsed.limit) else 0
+    num_prompts, left_out, list_path = convert(dataset, parsed.output, asked)
     listed = f" ({_list(left_out)})" if left_out else ""
     print(f"{parsed.output}: {num_prompts} prompts; left out {left_out.total()}{listed}")
     print(f"{list_path}: what was left out, and why")

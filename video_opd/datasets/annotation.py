@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from video_opd.types import Span
 
+DUST_S = 1e-3  # less than a frame, more than the noise of decimals and of float32 in a video of hours
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Annotation:
@@ -38,6 +40,7 @@ def fit(
 
     The clip ends at the annotated duration, or at its file's `clip_s` seconds if that is more than a frame
     earlier. Without an annotated duration it ends with the file, and a span may pass that end by a frame.
+    Differences up to DUST_S do not count, as a start at -1e-9 or an end at 70.29 in a clip of 70.28999999 s.
     """
     length, allowed = clip_s, clamp_s + frame_s
     if annotation.duration_s is not None:
@@ -49,9 +52,14 @@ def fit(
         return None, faults
     if not annotation.spans_s:
         faults.append(Fault("no_span", "there is no interval: write one or remove the line"))
-    ends = (length if s < length < e <= length + allowed else e for s, e in annotation.spans_s)
-    spans = tuple((start, end) for (start, _), end in zip(annotation.spans_s, ends, strict=True))
+    spans = tuple(_cut_at_ends(start, end, length, allowed) for start, end in annotation.spans_s)
     return spans, faults + [fault for span in spans for fault in _span_faults(*span, length)]
+
+
+def _cut_at_ends(start: float, end: float, length: float, allowed: float) -> Span:
+    if start < length - DUST_S and length < end <= length + allowed + DUST_S:
+        end = length
+    return 0.0 if -DUST_S <= start < 0 else start, end
 
 
 def _span_faults(start: float, end: float, length: float) -> Iterator[Fault]:
@@ -59,14 +67,20 @@ def _span_faults(start: float, end: float, length: float) -> Iterator[Fault]:
     reason = f"{start} to {end} is not an interval in seconds: correct it or remove the line"
     if not (math.isfinite(start) and math.isfinite(end)):
         yield Fault("not_a_number", reason)
-    elif end <= start:
-        yield Fault("zero_length" if end == start else "reversed", reason)
+    elif end - start <= DUST_S:
+        yield Fault("zero_length" if end - start >= -DUST_S else "reversed", reason)
     elif start < 0:
         yield Fault("before_start", reason)
-    elif start >= length:
+    elif start >= length - DUST_S:
         reason = f"the annotation starts at {start} s, its clip ends at {length} s: correct or remove it"
         yield Fault("beyond_duration", reason)
     elif end > length:
-        allowance = math.ceil(round((end - length) * 10, 6)) / 10
-        advice = f"correct it, or allow data.*.clamp_s={allowance} or more"
-        yield Fault("beyond_duration", f"the annotation ends at {end} s, its clip at {length} s: {advice}")
+        mostly_inside = end - length < length - start
+        also = f", or allow data.*.clamp_s={round_up(end - length)} or more" if mostly_inside else ""
+        reason = f"the annotation ends at {end} s, its clip at {length} s: correct it{also}"
+        yield Fault("beyond_duration", reason)
+
+
+def round_up(seconds: float) -> float:
+    """To the next tenth of a second, for advice: as an allowance it admits what was given."""
+    return math.ceil(round(seconds * 10, 6)) / 10

@@ -5,6 +5,7 @@ import re
 from contextlib import suppress
 from typing import Any
 
+from video_opd.datasets.source import describe
 from video_opd.errors import DataError
 from video_opd.types import Span
 
@@ -20,8 +21,7 @@ CLEANINGS = {
 def get(record: dict[str, Any], key: str, where: str) -> Any:
     """A value that must be there."""
     if key not in record:
-        keys = ", ".join(map(repr, record)) or "nothing"
-        raise DataError(f"{where}: lacks {key!r}, has {keys}: add it, or use format auto")
+        raise DataError(f"{where}: lacks {key!r}, is {describe(record)}: add it, or name another format")
     return record[key]
 
 
@@ -37,6 +37,11 @@ def text(value: Any, key: str, where: str) -> str:
     if re.search("[\ud800-\udfff]", value):
         raise wrong(f"{key} must be text without half of a surrogate pair", value, where)
     return value
+
+
+def identifier(value: Any, key: str, where: str) -> str:
+    """A text, or a whole number as it is written."""
+    return text(str(value) if type(value) is int else value, key, where)
 
 
 def number(value: Any, key: str, where: str) -> float:

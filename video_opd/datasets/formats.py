@@ -4,13 +4,14 @@ import csv
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, get_args
 
 from video_opd.config_data import AnnotationFormat, DatasetConfig
 from video_opd.datasets import fields
 from video_opd.datasets.annotation import Annotation
 from video_opd.datasets.manifest import is_manifest, read_manifest
-from video_opd.datasets.source import Record, Source, read_source
+from video_opd.datasets.source import Record, Source, as_record, describe, is_by_video, read_source
 from video_opd.datasets.videos import holds_cut, video_id
 from video_opd.errors import ConfigError, DataError
 from video_opd.types import Span
@@ -29,7 +30,7 @@ class Format:
     query: str
     spans: str
     read_spans: Callable[[Any, str, str], Spans] = fields.pairs  # (value, key, where)
-    cut: tuple[str, str] | None = None  # keys of the start and end in the file
+    cut: Callable[[dict[str, Any], str, str], Span | None] | None = None  # (record, video, where)
     marks: str = ""  # keys by which the format is detected; empty: the keys of query and spans
     cleaning: str = "parse_query"
     round_s: float = 0.0  # spans are rounded to multiples of it; 0: as they are
@@ -43,7 +44,8 @@ def _from_lines(dataset: DatasetConfig, _: Format) -> Iterator[Record]:
     """Charades-STA's lines, with durations from `lengths`."""
     path = dataset.annotations
     if dataset.lengths is None:
-        raise DataError(f"{path}: charades_sta needs the csv of the videos' lengths: name it in lengths")
+        needs = "format charades_sta needs the csv of the videos' lengths"
+        raise DataError(f"{path}: {needs}: name it in lengths, or set another format, such as auto")
     lengths = _read_lengths(read_source(dataset.lengths))
     for number, line in read_source(path).lines():
         where, match = f"{path}:{number}", _LINE.fullmatch(line.strip())
@@ -53,7 +55,8 @@ def _from_lines(dataset: DatasetConfig, _: Format) -> Iterator[Record]:
             span = [float(match["start"]), float(match["end"])]
         except ValueError:
             expected = "expected 'VIDEO_ID start end##sentence'"
-            raise DataError(f"{where}: {expected}, found {line[:80]!r}") from None
+            found = f"{line[:80]!r}: correct it, or name another format"
+            raise DataError(f"{where}: {expected}, found {found}") from None
         video = match["video"]
         if video not in lengths:
             raise DataError(f"{where}: video {video} has no length in {dataset.lengths}: add it there")
@@ -129,12 +132,20 @@ def _agreed(chunks: Spans, annotators: str) -> Spans:
     return tuple((first * CHUNK_S, (last + 1) * CHUNK_S) for first, last in agreed[annotators])
 
 
-def _cut(record: dict[str, Any], keys: tuple[str, str], video: str, where: str) -> Span | None:
-    """The part of the file that is the clip. A file whose name ends with the cut's times is cut already."""
+def _part(start_key: str, end_key: str, record: dict[str, Any], video: str, where: str) -> Span | None:
+    """The part of the file that is the clip. A file whose name ends with the part's times is cut already."""
+    keys = (start_key, end_key)
     if all(record.get(key) is None for key in keys) or holds_cut(video):
         return None
     start, end = (fields.number(record.get(key), key, where) for key in keys)
     return start, end
+
+
+def _first_chunks(record: dict[str, Any], _: str, where: str) -> Span | None:
+    """The part of the file that DiDeMo's annotators saw: its first num_segments chunks."""
+    if record.get("num_segments") is None:
+        return None
+    return 0.0, CHUNK_S * fields.positive(record["num_segments"], "num_segments", where)
 
 
 CUTS, ANNOTATORS = {"cuts": "apply"}, {"annotators": "mean"}
@@ -146,9 +157,9 @@ _DIDEMO = Format(_from_records, "video", "description", "times", _chunks, round_
 _QVHIGHLIGHTS = Format(_from_records, "vid", "query", "relevant_windows", cleaning="as_written")
 FORMATS = {  # the first whose marks are all there is detected
     "timelens_100k": Format(_from_events, "video_path", "query", "span", marks="video_path events"),
-    "time_r1": replace(_TIME_R1, cut=("video_start", "video_end"), options=CUTS),
-    "tvgbench": replace(_TVGBENCH, cut=("start", "end"), options=CUTS),
-    "didemo": replace(_DIDEMO, options=ANNOTATORS),
+    "time_r1": replace(_TIME_R1, cut=partial(_part, "video_start", "video_end"), options=CUTS),
+    "tvgbench": replace(_TVGBENCH, cut=partial(_part, "start", "end"), options=CUTS),
+    "didemo": replace(_DIDEMO, cut=_first_chunks, options=ANNOTATORS | CUTS),
     "videomind": Format(_from_records, "video_path vid", "query", "span"),
     "qvhighlights": replace(_QVHIGHLIGHTS, marks="vid query", labelled=False),
     "tacos": replace(_SENTENCES, marks="timestamps sentences fps num_frames", in_frames=True),
@@ -164,29 +175,27 @@ def detect(source: Source) -> str:
     """The format's name, from the first annotation. Raises DataError."""
     if not source.text.strip():
         raise DataError(f"{source.path} has no annotations")
-    video, record = _first_annotation(source)
+    video, record, found = _first_annotation(source)
     for name, form in FORMATS.items():
         if {*(form.marks or f"{form.query} {form.spans}").split()} <= record.keys():
             return "activitynet" if name == "charades_json" and video.startswith("v_") else name
     known = f"none of the known formats ({', '.join(get_args(AnnotationFormat)[1:])})"
-    raise DataError(f"{source.path}: {known}: see docs/data.md, or name its format")
+    raise DataError(f"{source.path}: {found} is {known}: write it as one of those in docs/data.md")
 
 
-def _first_annotation(source: Source) -> tuple[str, dict[str, Any]]:
-    """(its video, its object) in one JSON object of objects; ("", its object) in other files."""
-    start = source.text.lstrip()[0]
-    if start not in "{[":
-        return "", {"##": None} if "##" in source.text else {}
-    if start == "{":
-        try:
-            tree = source.json()
-            if tree and all(isinstance(value, dict) for value in tree.values()):
-                return next(iter(tree.items()))
-        except DataError:
-            _, first_line = next(source.lines())
-            if not first_line.rstrip().endswith("}"):
-                raise
-    return "", next((record for _, _, record in source.records()), {})
+def _first_annotation(source: Source) -> tuple[str, dict[str, Any], str]:
+    """(its video in an object of objects, otherwise empty; its object; what the file holds, for errors)."""
+    if source.text.lstrip()[0] not in "{[":
+        _, line = next(source.lines())
+        return "", {"##": None} if "##" in source.text else {}, f"text that begins with {line[:60]!r}"
+    values = source.values()
+    _, first = next(values)
+    if isinstance(first, list):
+        return "", as_record(first[0], f"{source.path}: item 1") if first else {}, describe(first)
+    if first and is_by_video(first) and next(values, None) is None:
+        video, record = next(iter(first.items()))
+        return video, record, describe(first)
+    return "", first, describe(first)
 
 
 OPTIONS = ("lengths", "annotators", "cuts", "cleaning", "round_s")  # which not every format takes
@@ -207,7 +216,8 @@ def resolve(dataset: DatasetConfig) -> DatasetConfig:
         what = f"{', '.join(unused)} would do nothing for format {name}"
         raise ConfigError(f"{dataset.annotations}: {what}: leave it out")
     chosen = {option: value for option, value in defaults.items() if option not in asked}
-    clamp_s = max(dataset.clamp_s, form.clamp_s if form else 0.0)
+    rounding_s = (dataset.round_s or chosen.get("round_s") or 0.0) / 2  # may pass the clip's end
+    clamp_s = max(dataset.clamp_s, form.clamp_s if form else 0.0, rounding_s)
     return dataset.model_copy(update={"format": name, "clamp_s": clamp_s, **chosen})
 
 
@@ -223,7 +233,7 @@ def read_annotations(dataset: DatasetConfig) -> Iterator[Annotation]:
     clean = fields.CLEANINGS[dataset.cleaning or form.cleaning]
     for where, number, record in form.records(dataset, form):
         video_key = next((key for key in form.video.split() if key in record), form.video.split()[-1])
-        video = fields.text(fields.get(record, video_key, where), "the video", where)
+        video = fields.identifier(fields.get(record, video_key, where), "the video", where)
         query = clean(fields.text(fields.get(record, form.query, where), "the query", where))
         fps, duration_s, spans, cut_s = None, fields.duration(record, where), None, None
         if form.in_frames:
@@ -236,6 +246,6 @@ def read_annotations(dataset: DatasetConfig) -> Iterator[Annotation]:
                 read = _agreed(read, dataset.annotators)
             spans = tuple(fields.seconds(span, fps or 1.0, dataset.round_s or 0.0) for span in read)
         if form.cut and dataset.cuts != "ignore":
-            cut_s = _cut(record, form.cut, video, where)
+            cut_s = form.cut(record, video, where)
         same = {"where": where, "prompt_id": f"{video_id(video)}:{number}", "video": video, "query": query}
         yield Annotation(**same, spans_s=spans, duration_s=duration_s, cut_s=cut_s, fps=fps)

@@ -10,7 +10,7 @@ from itertools import islice
 from video_opd.config_data import DatasetConfig, VideoConfig
 from video_opd.datasets.annotation import ODD, Annotation, fit
 from video_opd.datasets.formats import read_annotations, resolve
-from video_opd.datasets.videos import find_video, video_id
+from video_opd.datasets.videos import VideoFolder, video_id
 from video_opd.errors import ClipError, DataError
 from video_opd.types import Clip, FailedPrompt, Prompt, Span
 from video_opd.video.clips import plan_clip
@@ -83,7 +83,8 @@ def read_split(
     if not annotations:
         raise DataError(f"{dataset.annotations} has no annotations")
     path_of = {a.video: a.where for a in reversed(annotations)}  # the first line that names the video
-    path_of = {name: str(find_video(dataset.videos, name, where)) for name, where in path_of.items()}
+    folder = VideoFolder(dataset.videos)
+    path_of = {name: str(folder.find(name, where)) for name, where in path_of.items()}
     infos = describe_all(dict.fromkeys(path_of.values()), video, runs_dir)
     clips: dict[tuple[str, Span | None], Clip | ClipError] = {}
     pool, unreadable, faulty = [], [], []

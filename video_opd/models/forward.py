@@ -212,7 +212,7 @@ def token_entropy(logits: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _without_settings(model: VideoLLM) -> Iterator[None]:
+def without_settings(model: VideoLLM) -> Iterator[None]:
     """Leaves of the model's generation settings, which generate() falls back on, its end tokens alone."""
     from transformers import GenerationConfig
 
@@ -246,7 +246,7 @@ def generate(
     options: dict[str, Any] = sampling if temperature else {"do_sample": False}
     if batch["second_per_grid"] is not None:
         options["second_per_grid_ts"] = batch["second_per_grid"]
-    with _without_settings(model):
+    with without_settings(model):
         output = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],

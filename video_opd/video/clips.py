@@ -14,8 +14,8 @@ from video_opd.config_data import VideoConfig
 from video_opd.errors import BrokenVideo, ClipError
 from video_opd.types import Clip, Span
 from video_opd.video.decode_pool import shared_pool
-from video_opd.video.decoders import VideoInfo
 from video_opd.video.quarantine import quarantine
+from video_opd.video.video_file import VideoInfo
 
 TEMPORAL_PATCH = 2  # frames in one video token, in every Qwen-VL model
 SLACK_S = 1e-3  # times in files are rounded
@@ -74,20 +74,18 @@ def _mean_gap(times_s: np.ndarray) -> float:
     return float(times_s[-1] - times_s[0]) / (len(times_s) - 1)
 
 
-def _rate_and_times(path: str, info: VideoInfo, video: VideoConfig) -> tuple[float, np.ndarray, bool]:
-    """Frames a second, every frame's time in seconds, and whether it is index / fps. Raises ClipError.
+def describe_video(video_path: str | Path, video: VideoConfig) -> VideoInfo:
+    """Opens a file or a folder of images and says what it shows; decodes all of it where only that tells.
 
-    A rate is constant if no frame is further than half a frame from its place.
+    Raises ClipError, also for a file of one frame or of no rate; ConfigError if the decoder does not import.
+    Thread-safe.
     """
-    fps = video.frame_folder_fps if info.fps is None else info.fps
-    if fps is None:
-        raise ClipError(f"{path} is a folder of frames: set video.frame_folder_fps, their frames a second")
-    if info.num_frames < TEMPORAL_PATCH or not 0 < fps < math.inf:
-        raise BrokenVideo(path, f"has {info.num_frames} frames at {fps} a second")
-    even = np.arange(info.num_frames) / fps
-    if info.times_s is None or np.abs(info.times_s - even).max() <= 0.5 / fps:
-        return fps, even, True
-    return 1.0 / _mean_gap(info.times_s), info.times_s, False
+    path = os.path.realpath(video_path)
+    with quarantine(video.quarantine, video.decoder).watch(path):
+        info = shared_pool(video).describe(path)
+        if info.num_frames < TEMPORAL_PATCH or not (info.fps is None or 0 < info.fps < math.inf):
+            raise BrokenVideo(path, f"has {info.num_frames} frames at {info.fps} a second")
+    return info
 
 
 def _cut(path: str, cut_s: Span | None, times_s: np.ndarray, duration_s: float) -> tuple[slice, float, float]:
@@ -102,17 +100,6 @@ def _cut(path: str, cut_s: Span | None, times_s: np.ndarray, duration_s: float) 
         found = f"has {last - first} frames from {start} to {end} s"
         raise ClipError(f"video {path} {found}: at least {TEMPORAL_PATCH} are needed")
     return slice(first, last), start, min(end, duration_s) - start
-
-
-def describe_video(path: str, video: VideoConfig) -> VideoInfo:
-    """Opens the file, or folder of images, and says what it holds.
-
-    Raises ClipError, and ConfigError if the decoder does not import. Thread-safe.
-    """
-    with quarantine(video.quarantine, video.decoder).watch(path):
-        info = shared_pool(video).describe(path)
-        _rate_and_times(path, info, video)
-    return info
 
 
 def plan_clip(
@@ -131,9 +118,12 @@ def plan_clip(
     """
     path = os.path.realpath(video_path)
     info = info or describe_video(path, video)
-    fps, times, constant = _rate_and_times(path, info, video)
+    fps = video.frame_folder_fps if info.fps is None else info.fps
+    if fps is None:
+        raise ClipError(f"{path} is a folder of frames: set video.frame_folder_fps, their frames a second")
+    times = np.arange(info.num_frames) / fps if info.times_s is None else info.times_s
     part, start_s, duration_s = _cut(path, cut_s, times, info.num_frames / fps)
-    if constant:
+    if info.times_s is None:
         indices = part.start + choose_frame_indices(part.stop - part.start, fps, video)
     else:
         indices = part.start + choose_frames_in_time(times[part], video)
@@ -145,7 +135,7 @@ def plan_clip(
         duration_s=duration_s,
         frame_indices=indices,
         frame_size=choose_frame_size(*info.size, len(indices), video, multiple),
-        frame_times_s=None if constant else times[indices],
+        frame_times_s=None if info.times_s is None else times[indices],
         start_s=start_s,
     )
 

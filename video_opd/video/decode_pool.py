@@ -22,7 +22,7 @@ from video_opd import ROOT
 from video_opd.config_data import VideoConfig
 from video_opd.errors import BrokenVideo, ClipError, ConfigError, FailureKind, RunError, storage_error
 from video_opd.video.decode_worker import Answer, Buffer, Request, Shape
-from video_opd.video.decoders import VideoInfo
+from video_opd.video.video_file import VideoInfo
 
 START_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 5.0
@@ -139,7 +139,8 @@ class DecodePool:
             if error.returncode < 0 and -error.returncode not in _OF_DECODERS:  # the file may be sound
                 why = "its worker was killed, perhaps for lack of memory"
                 raise ClipError(f"video {path} was not decoded: {why}", FailureKind.WORKER_KILLED) from None
-            reason = f"made {self._decoder} crash (exit code {error.returncode})"
+            other = "" if self._decoder == "pyav" else "; video.decoder=pyav may read it"
+            reason = f"made {self._decoder} crash (exit code {error.returncode}{other})"
             raise BrokenVideo(path, reason, FailureKind.DECODER_CRASHED) from None
         if isinstance(answer, OSError):
             raise storage_error(path, answer)

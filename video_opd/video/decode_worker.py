@@ -70,24 +70,35 @@ class DecodeWorker:
 
     def answer(self, path: str, indices: np.ndarray, num_video_frames: int) -> Answer:
         try:
-            status = os.stat(path)
-            key = (path, status.st_size, status.st_mtime_ns, status.st_ino)
-            if self._open is None or self._open[0] != key:
-                self._open = None  # closed before the next one opens
-                self._open = key, FrameFolder(path) if Path(path).is_dir() else self._decoder(path)
-            _, decoder = self._open
-            if not len(indices) or decoder.info.num_frames != num_video_frames:
+            decoder = self._decoder_of(path)
+            if not len(indices):
                 return decoder.info
-            height, width = decoder.info.size
-            indices = indices[: max(1, PART_BYTES // (height * width * 3))]
-            shape = (len(indices), height, width, 3)
-            decoder.read(indices, self._buffer.frames(shape))
+            height, width = decoder.size
+            part = indices[: max(1, PART_BYTES // (height * width * 3))]
+            shape, failure = (len(part), height, width, 3), None
+            try:
+                decoder.read(part, self._buffer.frames(shape))
+            except Exception as error:  # perhaps because the file was replaced
+                failure = error
+            is_done = len(part) == len(indices) or failure
+            if is_done and decoder.info.num_frames != num_video_frames:
+                return decoder.info
+            if failure:
+                raise failure
             return shape
         except Exception as error:  # whatever a library raises for a broken file fails that file alone
             self._open = None
             if isinstance(error, MemoryError) or getattr(error, "errno", None) in _NO_ROOM:
                 return OSError(errno.ENOMEM, first_line(error))
             return refusal(path) or first_line(error)
+
+    def _decoder_of(self, path: str) -> Decoder:
+        status = os.stat(path)
+        key = (path, status.st_size, status.st_mtime_ns, status.st_ino)
+        if self._open is None or self._open[0] != key:
+            self._open = None  # closed before the next one opens
+            self._open = key, FrameFolder(path) if Path(path).is_dir() else self._decoder(path)
+        return self._open[1]
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from video_opd.types import Clip
 from video_opd.video.clips import read_frames
 from video_opd.video.quarantine import video_stamp
 
-FORMAT = 1  # changes whenever the same clip gives other pixels
+FORMAT = 2  # changes whenever the same clip gives other pixels
 CHECKS = 64  # a process evicts each time it has written cache_bytes / CHECKS
 
 _log = logging.getLogger(__name__)

@@ -3,17 +3,22 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import av
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from demo.clips import DURATION_S, VIDEO_FPS
 from video_opd.config_data import DatasetConfig, VideoConfig
-from video_opd.datasets import read_prompts
+from video_opd.datasets import check, read_prompts
 from video_opd.datasets.__main__ import main
 from video_opd.schemas import MANIFEST
 
@@ -108,6 +113,159 @@ def test_tolerances_and_allowances_are_as_asked(folder, capsys):
     assert main(["check", *given, "--tolerance-s", "0.5", "--clamp-s", "1"]) == 1
     assert kinds(capsys.readouterr().out) == ["duration_differs"]
     assert main(["check", *given, "--clamp-s", "1"]) == 0
+
+
+def test_the_tolerance_that_is_advised_admits_the_duration(folder, capsys):
+    given = jsonl(folder, {**GOOD, "duration": 14.27})
+    assert main(["check", *given]) == 1
+    advised = re.search(r"allow --tolerance-s ([\d.]+) or more", capsys.readouterr().out)
+    assert advised and main(["check", *given, "--tolerance-s", advised[1]]) == 0
+
+
+def test_an_end_that_is_rounded_past_the_clip_is_cut_there(folder):
+    given = jsonl(folder, {**GOOD, "duration": 11.9, "span": [1.4, 11.9]})
+    assert main(["check", *given, "--round-s", "2"]) == 0
+    assert main(["convert", *given, "--round-s", "2", "--output", str(folder / "m.parquet")]) == 0
+    assert pq.read_table(folder / "m.parquet")["spans_s"].to_pylist() == [[[2.0, 11.9]]]
+
+
+def test_a_manifest_in_float32_has_no_findings_that_the_same_in_float64_has_not(folder):
+    given = jsonl(folder, {**GOOD, "duration": 11.92, "span": [9.1, 11.92]})
+    output = folder / "m.parquet"
+    assert main(["convert", *given, "--output", str(output)]) == 0
+    table = pq.read_table(output)
+    pair = pa.list_(pa.list_(pa.float32()))
+    table = table.set_column(3, "spans_s", table["spans_s"].cast(pair))
+    assert table["spans_s"][0].as_py()[0][1] > 11.92
+    pq.write_table(table, output)
+    assert main(["check", str(output), "--videos", str(folder / "videos")]) == 0
+
+
+def test_equal_times_up_to_dust_are_duplicates(folder, capsys):
+    assert main(["check", *jsonl(folder, GOOD, {**GOOD, "span": [1 + 1e-9, 2]})]) == 1
+    assert kinds(capsys.readouterr().out) == ["duplicate"]
+
+
+def break_pictures(path: Path) -> None:
+    """Overwrites the last pictures of an mp4: it can still be opened."""
+    content = bytearray(path.read_bytes())
+    start = content.find(b"mdat") - 4
+    end = start + int.from_bytes(content[start : start + 4])
+    content[end - (end - start) // 3 : end] = bytes((end - start) // 3)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(("read", "found"), [("some", True), ("all", True), ("none", False)])
+def test_a_video_that_opens_but_cannot_be_decoded_is_found_unless_its_pictures_are_not_asked_for(
+    read, found, folder, capsys
+):
+    break_pictures(folder / "videos" / "train00001.mp4")
+    given = jsonl(folder, GOOD, {**GOOD, "vid": "train00001"}, {**GOOD, "vid": "train00001", "query": "r"})
+    given += ["--decoder", "pyav"]  # decord decodes ahead, so it may fail already when the file is opened
+    assert main(["check", *given, "--read", read]) == int(found)
+    output = capsys.readouterr()
+    assert kinds(output.out) == ["unreadable_video"] * found and not output.err  # no bar but on a terminal
+    assert ("cannot be decoded" in output.out and "(and 1 more annotations)" in output.out) == found
+
+
+def test_a_few_pictures_or_all_that_a_run_sees_are_decoded_and_each_video_once(folder, monkeypatch):
+    seen: list[list[int]] = []
+    monkeypatch.setattr(check, "read_frames", lambda clip, _: seen.append(clip.frame_indices.tolist()))
+    given = jsonl(folder, GOOD, {**GOOD, "query": "r"}, {**GOOD, "query": "s"})
+    for read in ("some", "all", "none"):
+        assert main(["check", *given, "--read", read]) == 0
+    of_run = list(range(0, DURATION_S * VIDEO_FPS, 2))
+    assert seen == [[*of_run[:2], *of_run[10:12], *of_run[-2:]], of_run]
+
+
+def shift(path: Path, seconds: float) -> None:
+    """Copies a video's pictures with other times: those below 0 are hidden, a late one is waited for."""
+    source = path.rename(path.with_suffix(".old"))
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        stream: Any = old.streams.video[0]
+        copy = new.add_stream_from_template(stream)
+        packets: list[Any] = [packet for packet in old.demux(stream) if packet.size]
+        for packet in packets:
+            packet.stream = copy
+            packet.pts += round(seconds / stream.time_base)
+            packet.dts += round(seconds / stream.time_base)
+            new.mux(packet)
+    source.unlink()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "kind", "said"),
+    [
+        (-2.0, "hidden_pictures", f"has {2 * VIDEO_FPS} pictures before the first that is shown"),
+        (1.5, "late_picture", "shows its first picture 1.50 s after the file begins"),
+        (0.1, None, ""),
+    ],
+)
+def test_pictures_that_are_hidden_or_late_are_noted_and_are_no_fault(seconds, kind, said, folder, capsys):
+    shift(folder / "videos" / "train00000.mp4", seconds)
+    duration = DURATION_S + min(0.0, seconds)
+    given = jsonl(folder, {**GOOD, "duration": duration}, {**GOOD, "duration": duration, "query": "r"})
+    assert main(["check", *given]) == 0
+    output = capsys.readouterr().out
+    assert kinds(output) == [kind] * bool(kind) and said in output
+    noted = f"; noted: {kind} 2" if kind else ""
+    assert output.endswith(f"2 annotations, 0 with findings{noted}\n")
+    assert main(["convert", *given, "--output", str(folder / "m.parquet")]) == 0
+    assert len(pq.read_table(folder / "m.parquet")) == 2
+    assert (folder / "m.left_out.csv").read_text().count("\n") == 1
+
+
+def test_a_folder_of_frames_is_checked_at_the_rate_that_is_given(folder, capsys):
+    frames = folder / "videos" / "frames"
+    frames.mkdir()
+    for i in range(24):
+        Image.new("RGB", (32, 32)).save(frames / f"{i:03d}.png")
+    given = jsonl(folder, {**GOOD, "vid": "frames", "duration": 12})
+    assert main(["check", *given]) == 1 and "video.frame_folder_fps" in capsys.readouterr().out
+    assert main(["check", *given, "--frame-folder-fps", "2"]) == 0
+
+
+def didemo(folder: Path, num_segments: float, times: list) -> list[str]:
+    record = {"video": "train00000.3g2", "description": "q", "times": times, "num_segments": num_segments}
+    (folder / "didemo.json").write_text(json.dumps([record]))
+    return [str(folder / "didemo.json"), "--videos", str(folder / "videos")]
+
+
+@pytest.mark.parametrize(
+    ("num_segments", "times", "cuts", "found", "row"),
+    [
+        (2, [[0, 1]], "apply", [], ([[0.0, 10.0]], 0.0, 10.0)),
+        (2, [[0, 1]], "ignore", [], ([[0.0, 10.0]], None, None)),
+        (3, [[2, 2]], "apply", [], ([[10.0, 12.0]], 0.0, 12.0)),  # the last chunk ends with the file
+        (2, [[2, 2]], "apply", ["beyond_duration"], None),
+        (4, [[0, 1]], "apply", ["bad_cut"], None),  # its last chunk would begin after the file's end
+        (4, [[0, 1]], "ignore", [], ([[0.0, 10.0]], None, None)),
+    ],
+)
+def test_the_annotated_part_of_a_didemo_video_is_the_clip(
+    num_segments, times, cuts, found, row, folder, capsys
+):
+    arguments = [*didemo(folder, num_segments, times), "--cuts", cuts]
+    assert main(["check", *arguments]) == bool(found)
+    assert kinds(capsys.readouterr().out) == found
+    if not found:
+        assert main(["convert", *arguments, "--output", str(folder / "m.parquet")]) == 0
+        (of_manifest,) = pq.read_table(folder / "m.parquet").to_pylist()
+        assert tuple(of_manifest[key] for key in ("spans_s", "clip_start_s", "clip_end_s")) == row
+
+
+def test_an_impossible_number_of_chunks_is_named(folder, capsys):
+    assert main(["check", *didemo(folder, -1, [[0, 1]])]) == 2
+    assert "item 1: num_segments must be a number above 0, found '-1'" in capsys.readouterr().err
+
+
+def test_the_advice_for_a_bad_cut_of_a_manifest_names_no_option_that_manifests_lack(folder, capsys):
+    assert main(["convert", *didemo(folder, 2, [[0, 1]]), "--output", str(folder / "m.parquet")]) == 0
+    table = pq.read_table(folder / "m.parquet")
+    pq.write_table(table.set_column(6, "clip_end_s", pa.array([99.0])), folder / "m.parquet")
+    assert main(["check", str(folder / "m.parquet"), "--videos", str(folder / "videos")]) == 1
+    output = capsys.readouterr().out
+    assert "bad_cut" in output and "cuts=ignore" not in output
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,9 @@
 """A few lines of every annotation format -> rows of the manifest -> prompts, and the errors of bad input."""
 
+import gzip
+import json
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import get_args
@@ -9,11 +13,11 @@ import pytest
 
 from video_opd.config_data import AnnotationFormat, DatasetConfig, VideoConfig
 from video_opd.datasets import prompts, read_prompts
-from video_opd.datasets.check import TOLERANCE_S, convert
+from video_opd.datasets.check import convert
 from video_opd.datasets.formats import FORMATS, detect
 from video_opd.datasets.manifest import write_manifest
 from video_opd.datasets.source import read_source
-from video_opd.datasets.videos import find_video
+from video_opd.datasets.videos import VideoFolder
 from video_opd.errors import ClipError, ConfigError, DataError, InputError
 from video_opd.schemas import MANIFEST
 
@@ -153,7 +157,7 @@ GOLDEN: dict[str, list[tuple]] = {
             "The cat jumps",
             [[2.0, 9.0]],
             None,
-            None,
+            (0.0, 12.0),
             None,
         ),
         (
@@ -162,7 +166,7 @@ GOLDEN: dict[str, list[tuple]] = {
             "the end",
             [[10.0, 12.0]],
             None,
-            None,
+            (0.0, 12.0),
             None,
         ),  # its last chunk is shorter than 5 s
     ],
@@ -215,7 +219,7 @@ def config(path: Path | str, videos: Path | str, name: str = "auto", **options) 
 
 
 def rows_of(dataset: DatasetConfig, output: Path) -> list[dict]:
-    convert(dataset, output, TOLERANCE_S)
+    convert(dataset, output)
     return pq.read_table(output).to_pylist()
 
 
@@ -305,7 +309,12 @@ def test_prompts_are_the_same_from_the_file_and_from_its_manifest(name, videos, 
         spans = of_row["spans_s"]
         assert one.answer_spans_s == (None if spans is None else tuple(map(tuple, spans)))
     cuts = {c for c in planned.cuts.values() if c}
-    assert cuts == {"time_r1": {(2.5, 10.5)}, "tvgbench": {(0.0, 12.3), (0.0, 12.0)}}.get(name, set())
+    expected = {
+        "time_r1": {(2.5, 10.5)},
+        "tvgbench": {(0.0, 12.3), (0.0, 12.0)},
+        "didemo": {(0.0, 15.0), (0.0, 12.0)},  # three chunks, the last one ends with the file
+    }
+    assert cuts == expected.get(name, set())
 
 
 def test_a_clip_is_planned_once_for_each_part_of_a_file(videos, tmp_path, monkeypatch):
@@ -395,7 +404,7 @@ def test_an_option_without_effect_is_an_error(options, named, videos):
 
 
 def test_a_manifest_is_not_cleaned_again(videos, tmp_path):
-    convert(config(golden_file("tacos"), videos), tmp_path / "m.parquet", TOLERANCE_S)
+    convert(config(golden_file("tacos"), videos), tmp_path / "m.parquet")
     failure(
         config(tmp_path / "m.parquet", videos, cleaning="strip"),
         ConfigError,
@@ -517,18 +526,47 @@ def test_a_file_that_is_not_utf8_is_named(name, videos, tmp_path):
         failure(config(path, videos, asked), DataError, str(path), "not UTF-8")
 
 
+RECORD = {"vid": "KWZSA", "query": "q", "span": [1, 2]}
+LINE = json.dumps(RECORD)
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
         ("", "no annotations"),
         ("\n \r\n", "no annotations"),
-        ("once upon a time", "none of the known formats"),
+        ("once upon a time", "text that begins with 'once upon a time' is none of the known formats"),
+        ("<!DOCTYPE html>\n<p>", "text that begins with '<!DOCTYPE html>'"),
+        ("vid,start,end\na,1,2", "text that begins with 'vid,start,end'"),
         ("{}", "none of the known formats"),
         ("[]", "none of the known formats"),
         ("[1]", "expected a JSON object"),
         ('{"a": 1}', "none of the known formats"),
         ('{"a": {"b": 1}}', "none of the known formats"),
         ('{"a": {"duration": 1', "not JSON"),
+        (
+            '{"info": {"v": 1}, "annotations": [{"image_id": "a", "caption": "q", "timestamp": [1, 2]}]}',
+            "an object with 'info' (an object with 'v'), 'annotations' (a list of 1, the first an object "
+            "with 'image_id', 'caption', 'timestamp' (a list)) is none of the known formats",
+        ),
+        ('{"a": [{"query": "q"}]}', "an object with 'a' (a list of 1, the first an object with 'query')"),
+        ('{"a": 1, "b": 2, "c": 3, "d": 4, "e": 5, "f": 6, "g": 7}', "'e' and 2 more keys is none"),
+        ('{"version": 1}\n{"vid": "a", "query": "q", "span": [1, 2]}', "an object with 'version' is none"),
+        (
+            "[[1, 2], [3, 4]]",
+            "item 1: expected a JSON object of an annotation, found a list of 2, the first 1",
+        ),
+        ('["a", "b"]', 'found "a"'),
+        ("[null]", "found null"),
+        (
+            f'{LINE} {{"vid": "b"}}',
+            """a.json:1: not JSON ('{"vid": "b"}' follows a whole value in the same line)""",
+        ),
+        (f"{LINE}\n[1]", "a.json:2: expected a JSON object of an annotation, found a list of 1, the first 1"),
+        (f'{LINE}\n{{"vid": ', "a.json:2: not JSON (Expecting value"),
+        ('{"vid": "a",\n"query": "q",\n', "a.json:3: not JSON"),
+        ('{"vid": "a",\n"query": "q",\n', "the value begins in line 1"),
+        ("# made by hand\n[]", "text that begins with '# made by hand'"),
         ("[" * 100_000, "cannot be read as JSON"),
     ],
 )
@@ -536,6 +574,72 @@ def test_a_file_of_no_format_is_named(text, named, videos, tmp_path):
     path = tmp_path / "a.json"
     path.write_text(text)
     failure(config(path, videos), DataError, str(path), named)
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        (LINE, [1]),
+        (json.dumps(RECORD, indent=2), [1]),
+        ("\n\n".join(json.dumps(RECORD, indent=2) for _ in range(3)), [1, 10, 19]),  # a record has 8 lines
+        (json.dumps([RECORD, RECORD], indent=2), [1, 2]),
+    ],
+)
+def test_records_may_be_written_over_several_lines(text, numbers, videos, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    for name in ("auto", "videomind"):
+        read = read_prompts(config(path, videos, name), VIDEO, 32)
+        assert [prompt.prompt_id for prompt in read] == [f"KWZSA:{n}" for n in numbers]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "named"),
+    [
+        ("videomind", '{"data": [{"vid": "a"}]}', "lacks 'vid', is an object with 'data' (a list of 1"),
+        ("activitynet", '[{"vid": "a"}]', "found a list of 1, the first an object with 'vid'"),
+        (
+            "activitynet",
+            '{"a": {}}\n{"b": {}}',
+            "found an object with 'a' (an object without content) and an",
+        ),
+        (
+            "activitynet",
+            '{"version": 1, "database": {"a": {}}}',
+            "found an object with 'version', 'database' (an",
+        ),
+        ("activitynet", "3", "found 3"),
+        ("activitynet", "", "found nothing"),
+    ],
+)
+def test_json_of_another_structure_than_the_named_format_is_described(name, text, named, videos, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    assert "not JSON" not in failure(config(path, videos, name), DataError, str(path), named)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (gzip.compress(b"{}"), "is not UTF-8 text but gzip: unpack it"),
+        ("{}".encode("utf-16"), "but UTF-16: save it as UTF-8"),
+        ("{}".encode("utf-16-le"), "(a zero at byte 1): save it as UTF-8"),
+        (b"PAR1\x15", "but Parquet: use format manifest"),
+        (b"PK\x03\x04", "but zip"),
+    ],
+)
+def test_a_file_that_is_no_text_is_named_by_what_it_is(content, named, videos, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    failure(config(path, videos, "videomind"), DataError, str(path), named)
+
+
+def test_a_video_id_may_be_a_whole_number(videos, tmp_path):
+    shutil.copyfile(videos / "KWZSA.mp4", videos / "20260101.mp4")
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(RECORD | {"vid": 20260101}))
+    (read,) = read_prompts(config(path, videos), VIDEO, 32)
+    assert read.prompt_id == "20260101:1" and read.clip.video_path == str(videos / "20260101.mp4")
 
 
 @pytest.mark.parametrize(("name", "text"), [("activitynet", "{}"), ("time_r1", "[]"), ("videomind", "\n")])
@@ -569,19 +673,99 @@ def test_an_unknown_video_is_named_with_its_place(videos, tmp_path):
         ("größe", ["größe.mp4"], "größe.mp4"),
         ("none", ["a.mp4"], "none.mp4"),
         ("x/none.avi", ["a.mp4"], "x/none.avi"),
+        ("x.none", ["a.mp4"], "x.none"),
+        ("u@N00_1.mts", ["u@N00_1.mp4"], "u@N00_1.mp4"),  # as DiDeMo's names and its published files
+        ("u@N00_1.m2ts", ["u@N00_1.mp4"], "u@N00_1.mp4"),
+        ("u@N00_1.3g2", ["u@N00_1.mp4"], "u@N00_1.mp4"),
+        ("u@N00_1.", ["u@N00_1.mp4"], "u@N00_1.mp4"),
+        ("u@N00_1.mts", ["u@N00_1.mts.mp4", "u@N00_1.mp4"], "u@N00_1.mp4"),
+        ("a.mp4", ["a.MP4"], "a.MP4"),
+        ("a.MOV", ["a.mp4", "a.mkv"], "a.mp4"),
+        ("a", ["a.m2ts"], "a.m2ts"),
+        ("a", ["a.nut"], "a.nut"),  # any extension
+        ("a.nut", ["a.xyz"], "a.xyz"),
+        ("a.mp4", ["a.nut", "a.wmv"], "a.wmv"),
+        ("a", ["a.json", "a.wav", "a.en.vtt", "a.npy", "a.ogv"], "a.ogv"),
+        ("a", ["a.json", "a.jpg", "a.mp4.part"], "a.mp4"),  # nothing of these is a video
+        ("a.b", ["a.mp4", "a.b.mp4"], "a.b.mp4"),  # what looks like an extension may be a part of the id
+        ("a_6.0_8.5", ["a_6.0_8.mp4", "a_6.0.mp4"], "a_6.0_8.5.mp4"),  # a number is none
+        ("s1.avi", ["s1-cam-002.mts"], "s1-cam-002.mts"),
+        ("a.avi", ["a/000.jpg"], "a"),
+        ("a.b", ["a.b/000.jpg"], "a.b"),
+        ("a", ["a"], "a"),
+        ("x/y/a.mts", ["y/a.mkv", "a.mp4"], "y/a.mkv"),
     ],
 )
 def test_a_video_is_the_first_file_by_the_rule(name, files, found, tmp_path):
     for file in files:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
-    assert find_video(str(tmp_path), name, "here") == tmp_path / found
+    assert VideoFolder(str(tmp_path)).find(name, "here") == tmp_path / found
+
+
+def names(tmp_path, *files: str) -> VideoFolder:
+    for file in files:
+        (tmp_path / file).touch()
+    return VideoFolder(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "named"),
+    [
+        ("a", ["a.nut", "a.xyz"], "'a' may be a.nut, a.xyz: remove"),
+        ("a", ["a.mp4", "a.MP4"], "'a' may be a.MP4, a.mp4: remove"),
+        ("a.avi", ["a.v1", "a.v2", "a.v3", "a.v4"], "'a.avi' may be a.v1, a.v2 and 2 more: remove"),
+    ],
+)
+def test_files_that_the_rule_cannot_choose_from_are_named(name, files, named, tmp_path):
+    folder = names(tmp_path, *files)
+    with pytest.raises(DataError, match=f"^here: the video {re.escape(named)}"):
+        folder.find(name, "here")
+    if files[0] == "a.nut":
+        assert folder.find("a.nut", "here") == tmp_path / "a.nut"
+
+
+@pytest.mark.parametrize("pair", [("a.one", "a.two"), ("a.one", "a"), ("a.mp4", "a.one")])
+def test_two_ids_are_not_taken_for_one_file_because_they_look_like_names_with_extensions(pair, tmp_path):
+    for first, second in (pair, pair[::-1]):
+        folder = names(tmp_path, "a.mp4")
+        folder.find(first, "here")
+        with pytest.raises(DataError, match=r"are both found as a\.mp4: write one name"):
+            folder.find(second, "there")
+
+
+def test_the_same_video_may_be_named_with_and_without_extension(tmp_path):
+    folder = names(tmp_path, "a.mp4")
+    for name in ("a", "a.", "a.mp4", "a.mov", "x/a.avi", "a.MTS"):  # DiDeMo has both a and a.
+        assert folder.find(name, "here") == tmp_path / "a.mp4"
+
+
+def test_a_folder_is_listed_once_however_many_videos_are_looked_for(tmp_path, monkeypatch):
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
+    folder = names(tmp_path, "a.mp4", "b.mkv")
+    for i in range(500):
+        folder.find(f"sub/{i}.mp4", "here")
+        assert folder.find("b", "here") == tmp_path / "b.mkv"
+    assert len(listed) == 2  # the folder, and the one that is not there
+
+
+def test_a_link_to_nothing_is_no_video_and_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.mp4").symlink_to(tmp_path / "gone.mp4")
+    assert names(tmp_path, "a.mkv").find("a", "here") == tmp_path / "a.mkv"
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(DataError, match=r"cannot be listed \(Permission denied\)"):
+        VideoFolder(str(tmp_path)).find("a", "here")
 
 
 @pytest.mark.parametrize("name", ["..", "../a", "x/../../a", "/a", ".", "", "a\0b"])
 def test_a_path_that_leaves_the_folder_is_an_error(name, tmp_path):
     with pytest.raises(DataError, match=r"^here: the video .* is not inside"):
-        find_video(str(tmp_path), name, "here")
+        VideoFolder(str(tmp_path)).find(name, "here")
 
 
 def test_an_absolute_path_inside_the_folder_is_found(videos, tmp_path):

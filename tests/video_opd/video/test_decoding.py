@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import psutil
 import pytest
 
 from tests.video_opd.video.test_clips import decode_all
-from tests.videos import noise, turn, write_audio, write_images, write_over_reporting, write_video
+from tests.videos import noise, write_audio, write_images, write_over_reporting, write_video
 from video_opd.config import Config
 from video_opd.config_data import VideoConfig
 from video_opd.config_file import load_config
@@ -25,6 +24,7 @@ from video_opd.types import Clip
 from video_opd.video.clips import plan_clip, read_frames
 from video_opd.video.decode_pool import DecodePool
 from video_opd.video.decoders import PyAVDecoder
+from video_opd.video.video_file import VideoInfo
 
 DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
 DECODERS = ("decord", "pyav")
@@ -167,15 +167,17 @@ def test_no_worker_outlives_its_parent(decoder, tmp_path):
     assert len(workers) == 1 and not alive
 
 
-def test_a_long_clip_comes_in_parts(tmp_path):
+@pytest.mark.parametrize("suffix", ["mp4", "ts"])
+def test_a_long_clip_comes_in_parts(suffix, tmp_path):
     """More frames than fit one answer: the same frames."""
-    write_video(tmp_path / "a.mp4", noise(8, 240, 320))
+    path = tmp_path / f"a.{suffix}"
+    write_video(path, noise(8, 240, 320))
     pool = DecodePool("decord", 1, 60.0)
     indices = np.arange(8).repeat(40)  # 70 MiB, PART_BYTES are 64 MiB
-    parts = [part.copy() for part in pool.read(str(tmp_path / "a.mp4"), indices, 8)]
+    parts = [part.copy() for part in pool.read(str(path), indices, 8)]
     pool.close()
     assert len(parts) == 2
-    np.testing.assert_array_equal(np.concatenate(parts), decode_all(tmp_path / "a.mp4")[indices])
+    np.testing.assert_array_equal(np.concatenate(parts), decode_all(path)[indices])
 
 
 # Decoders
@@ -203,9 +205,7 @@ def test_every_decoder_gives_the_same_frames_in_any_order(decoder, seed, tmp_pat
     indices = np.random.default_rng(seed).integers(0, 60, 20)
     pool = DecodePool(decoder, 1, 30.0)
     info = pool.describe(str(tmp_path / "a.mp4"))
-    assert (info.num_frames, info.fps, info.size) == (60, 30.0, (32, 32))
-    assert info.times_s is not None
-    np.testing.assert_allclose(info.times_s, np.arange(60) / 30, atol=1e-4)
+    assert info == VideoInfo(num_frames=60, fps=30.0, size=(32, 32), times_s=None)
     read = np.concatenate([part.copy() for part in pool.read(str(tmp_path / "a.mp4"), indices, 60)])
     pool.close()
     np.testing.assert_array_equal(read, decode_all(tmp_path / "a.mp4")[indices])
@@ -221,19 +221,6 @@ def test_a_file_without_presentation_times_has_a_constant_rate(decoder, tmp_path
     np.testing.assert_array_equal(
         read_frames(clip, video), decode_all(tmp_path / "a.avi")[clip.frame_indices]
     )
-
-
-@pytest.mark.parametrize("degrees", [90, 180, 270])
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_a_rotation_flag_is_obeyed(decoder, degrees, tmp_path):
-    frames = noise(30, 48, 64)
-    write_video(tmp_path / "a.mp4", frames)
-    upright = np.rot90(decode_all(tmp_path / "a.mp4"), -degrees // 90, axes=(1, 2))
-    turn(tmp_path / "a.mp4", degrees)
-    video = VideoConfig(fps=2, max_video_tokens=10_000, decoder=decoder)
-    clip = plan_clip("a", tmp_path / "a.mp4", video, 16)
-    assert clip.frame_size == upright.shape[1:3]
-    np.testing.assert_array_equal(read_frames(clip, video), upright[clip.frame_indices])
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -403,9 +390,9 @@ def test_a_broken_video_is_one_line_that_names_it(kind, decoder, tmp_path):
 
 
 class NoRate(PyAVDecoder):
-    def __init__(self, path: str):
-        super().__init__(path)
-        self.info = replace(self.info, fps=0.0)
+    @property
+    def info(self) -> VideoInfo:
+        return replace(super().info, fps=0.0)
 
 
 def test_a_video_of_no_rate_is_an_error(tmp_path):
@@ -415,19 +402,14 @@ def test_a_video_of_no_rate_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_a_length_that_over_reports_ends_by_the_deadline(decoder, tmp_path):
-    """60 packets, 30 pictures. PyAV names a missing one; decord fails or returns other frames."""
+def test_packets_without_a_picture_are_not_counted(decoder, tmp_path):
+    """60 packets, 30 pictures."""
     frames = noise(60)
     write_over_reporting(tmp_path / "a.webm", frames)
-    video = config(decoder=decoder, decode_timeout_s=20.0)
+    video = config(decoder=decoder)
     clip = plan_clip("a", tmp_path / "a.webm", video, 32)
-    assert clip.num_video_frames == 60
-    if decoder == "pyav":
-        with pytest.raises(ClipError, match="frame 30 of 60 is not in it"):
-            read_frames(clip, video)
-    else:
-        with suppress(ClipError):  # either, as it happens
-            assert (shown_at(frames, clip, video)[:2] == [0, 15]).all()
+    assert (clip.num_video_frames, clip.duration_s) == (30, 1.0)
+    assert shown_at(frames, clip, video).tolist() == clip.frame_indices.tolist() == [0, 7, 15, 22]
 
 
 # Quarantine
