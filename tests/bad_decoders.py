@@ -47,3 +47,8 @@ class Crashes(Opens):
 class IsKilled(Opens):
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class IsTerminated(Opens):
+    def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -26,11 +26,15 @@ from video_opd.video.decoders import VideoInfo
 
 START_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 5.0
+KILLED = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes
 _MAIN = "from video_opd.video.decode_worker import main; main()"  # with -m its classes would be __main__'s
 
 
 class _Worker:
-    """One process. It ends by itself when this end of its socket closes, also because this process died."""
+    """One process. It ends by itself when this end of its socket closes, also because this process died.
+
+    It has a session of its own: a signal that stops the group of this process is not for a clip's decoding.
+    """
 
     def __init__(self, decoder: str):
         """Raises ConfigError if the decoder cannot be imported."""
@@ -41,7 +45,8 @@ class _Worker:
             command = [sys.executable, "-c", _MAIN, decoder, *map(str, fds)]
             paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
             env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-            self._process = Popen(command, stdin=DEVNULL, stdout=DEVNULL, env=env, pass_fds=fds)
+            options: dict[str, Any] = {"env": env, "pass_fds": fds, "start_new_session": True}
+            self._process = Popen(command, stdin=DEVNULL, stdout=DEVNULL, **options)
         self._busy = True
         try:
             failure: str = self._receive(START_TIMEOUT_S)
@@ -135,7 +140,7 @@ class DecodePool:
             reason = f"was not decoded within {self._timeout_s:g} s (video.decode_timeout_s)"
             raise BrokenVideo(path, reason, FailureKind.TOO_SLOW) from None
         except CalledProcessError as error:
-            if error.returncode == -signal.SIGKILL:  # by the system or a person: the file may be sound
+            if error.returncode in KILLED:  # by the system or a person: the file may be sound
                 why = "its worker was killed, perhaps for lack of memory"
                 raise ClipError(f"video {path} was not decoded: {why}", FailureKind.WORKER_KILLED) from None
             reason = f"made {self._decoder} crash (exit code {error.returncode})"

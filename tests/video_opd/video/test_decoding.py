@@ -60,7 +60,8 @@ def test_workers_start_when_they_are_needed_and_are_used_again(tmp_path):
     assert workers() == before
     for _ in range(3):
         pool.describe(str(tmp_path / "a.mp4"))
-    assert len(workers() - before) == 1
+    (worker,) = workers() - before
+    assert os.getsid(worker) == worker, "a signal for this group is not for it"
     pool.close()
     assert workers() == before
 
@@ -117,10 +118,11 @@ def test_a_decoder_that_crashes_fails_the_clip_alone(tmp_path):
     assert caught.value.kind == FailureKind.DECODER_CRASHED
 
 
-def test_a_worker_that_the_system_killed_does_not_condemn_the_video(tmp_path):
+@pytest.mark.parametrize("decoder", ["IsKilled", "IsTerminated"])
+def test_a_worker_that_the_system_killed_does_not_condemn_the_video(decoder, tmp_path):
     path, listed = tmp_path / "a.mp4", tmp_path / "quarantine.jsonl"
     path.write_bytes(b"x")
-    video = config(decoder="tests.bad_decoders:IsKilled", quarantine=str(listed))
+    video = config(decoder=f"tests.bad_decoders:{decoder}", quarantine=str(listed))
     clip = plan_clip("a", path, video, 32)
     for _ in range(2):
         with pytest.raises(ClipError, match="its worker was killed") as caught:
