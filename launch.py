@@ -14,15 +14,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import ray
-
 import video_opd  # noqa: F401  # first: makes transformers importable
 from actors.actor_pool import RolloutResult
 from driver.buffer import TrajectoryBuffer
-from driver.checkpoints import checkpoint, restore, save_if_due
+from driver.checkpoints import remove_rounds_after, restore, save_at_end, save_if_due
 from driver.command_line import parse_arguments, prepare, read_config, resumed_folder, saved_run_to_resume
-from driver.export import export_student
-from driver.held_out import AFTER, BEFORE, NO_VIDEO, evaluate_if_due, evaluate_student, evaluate_teacher
+from driver.held_out import evaluate_end, evaluate_if_due, evaluate_start
 from driver.invariants import check_finite, check_lag, check_logprob_gap
 from driver.progress import SavedRun
 from driver.records.gauges import export_gauges
@@ -35,8 +32,9 @@ from driver.rounds import start_round
 from driver.run import Run, create_parts, publish_weights
 from driver.run_state import Phase
 from driver.scoring import roll_out, score
-from driver.start_ray import start_ray
-from driver.stopping import shutdown_at_end
+from driver.signals import stopped_by_signals
+from driver.start_ray import leave_ray, start_ray
+from driver.stopping import ended_with_ray, how_to_resume, shutdown_at_end
 from driver.upload import check_writable
 from preflight.cluster_file import check_cluster
 from preflight.dry_run import dry_run
@@ -44,7 +42,7 @@ from preflight.inputs import Plan
 from preflight.memory_fit import check_fits, memory_plan
 from video_opd.cluster.deadline import waiting
 from video_opd.config import Config
-from video_opd.errors import InputError, LearnerLostError, StoppedError, VideoOPDError
+from video_opd.errors import InputError, LearnerLostError, SaveError, StoppedError, VideoOPDError
 from video_opd.files.run_folder import locked, new_run_folder, write_config, write_json
 from video_opd.logs import driver_log, work
 from video_opd.schemas import write_parquet
@@ -136,6 +134,7 @@ async def learn_step(run: Run, buffer: TrajectoryBuffer, outputs: Outputs) -> No
 async def train_to_the_end(run: Run) -> None:
     """Evaluates, trains, evaluates, exports; again from the newest checkpoint when the learner is lost."""
     if run.resume_from is None:
+        remove_rounds_after(run, 0)  # of an attempt that ended before its first checkpoint
         run.next_selection = await run.curriculum.next_selection()
         run.state.enter(Phase.RUNNING)
     lost: LearnerLostError | None = None
@@ -147,16 +146,13 @@ async def train_to_the_end(run: Run) -> None:
                 await restore(run)
             if run.published != run.step and run.actors.num_wanted:
                 await publish_weights(run, run.step)
-            if BEFORE not in run.evaluations:
-                await asyncio.gather(evaluate_student(run, BEFORE), evaluate_teacher(run))
+            await evaluate_start(run)
             run.clock.take_times()
             started = time.monotonic()
             await train(run)
             run.totals.update({"train_s": time.monotonic() - started})
-            await evaluate_student(run, AFTER)
-            await evaluate_student(run, NO_VIDEO, blank_video=True)
-            await checkpoint(run)
-            return await export_student(run)
+            await evaluate_end(run)
+            return await save_at_end(run)
         except (LearnerLostError, BaseExceptionGroup) as error:
             if not (lost := learner_lost(error)):
                 raise
@@ -166,7 +162,7 @@ async def execute(config: Config, folder: Path, plan: Plan, resume_from: SavedRu
     """One run from start to summary, from the beginning or from a checkpoint."""
     began = time.monotonic()
     run = create_parts(folder, config, plan, resume_from)
-    async with asyncio.TaskGroup() as tasks, shutdown_at_end(run):
+    async with asyncio.TaskGroup() as tasks, ended_with_ray(run), shutdown_at_end(run):
         beside = [tasks.create_task(watch(run))]
         try:
             parts = (part for part in (run.actors, run.learner, run.teacher) if part is not None)
@@ -190,24 +186,31 @@ def launch(
     gpu_memory_gib: float | None = None,
     step: int | None = None,
 ) -> dict[str, Any]:
-    """Returns the summary. resume: a run folder to continue, from its newest checkpoint or `step`'s."""
-    plan = prepare(config, resumes=resume is not None)
-    check_fits(memory_plan(config, plan, gpu_memory_gib), one_machine=False)
-    if config.checkpoint_url:
-        check_writable(config.checkpoint_url)
-    with locked(resume) if resume else new_run_folder(config) as folder:
-        saved = saved_run_to_resume(resume, config, plan, step) if resume else None
-        try:
-            start_ray(config, address)
-            if saved is None:
-                write_config(folder, config)
-            with driver_log(folder, saved.progress.step if saved else 0):
-                summary = asyncio.run(execute(config, folder, plan, saved))
-        finally:
-            ray.shutdown()
-        write_json(folder / "summary.json", summary)
-        write_report(folder, config, plan.eval.prompts, summary)
-        print_summary(folder, summary)
+    """Returns the summary. resume: a run folder to continue, from its newest checkpoint or `step`'s.
+
+    Raises SaveError, after everything else is written, if the last checkpoint or the student is not.
+    """
+    with stopped_by_signals(" before the run began") as said:
+        plan = prepare(config, resumes=resume is not None)
+        check_fits(memory_plan(config, plan, gpu_memory_gib), one_machine=False)
+        if config.checkpoint_url:
+            check_writable(config.checkpoint_url)
+        with locked(resume) if resume else new_run_folder(config) as folder:
+            saved = saved_run_to_resume(resume, config, plan, step) if resume else None
+            try:
+                start_ray(config, address)
+                if saved is None:
+                    write_config(folder, config)
+                said.text = f": {how_to_resume(folder)}"
+                with driver_log(folder, saved.progress.step if saved else 0):
+                    summary = asyncio.run(execute(config, folder, plan, saved))
+                write_json(folder / "summary.json", summary)
+                write_report(folder, config, plan.eval.prompts, summary)
+                print_summary(folder, summary)
+            finally:
+                leave_ray()
+    if summary["not_saved"]:
+        raise SaveError(f"{'; '.join(summary['not_saved'])}; the results are in {folder}")
     return summary
 
 

@@ -11,19 +11,25 @@ from driver.held_out import AFTER, NO_VIDEO, at_step, miou_by_step
 from driver.progress import find_saved_run, setup_of, write_progress
 from driver.run import Run
 from driver.run_state import Phase
+from driver.saving import removed_if_unfinished, try_to_save
 from video_opd.files import checkpoint as on_disk
 from video_opd.files.run_folder import write_config
 from video_opd.logs import log, work
 
 
 async def checkpoint(run: Run) -> None:
-    """Writes learner, student, curriculum and progress as one whole folder; removes old ones."""
+    """Writes learner, student, curriculum and progress as one whole folder; removes old ones.
+
+    Raises OSError, SaveError when it cannot be written.
+    """
     with run.state.saving():
+        await run.learner.earlier_saves()
         temporary = on_disk.begin_checkpoint(run.folder, run.step)
-        await run.learner.save(temporary)
-        curriculum = await run.curriculum.state_dict()
-        write_progress(temporary, run.progress, curriculum, setup_of(run.config, run.plan))
-        await asyncio.to_thread(on_disk.finish_checkpoint, temporary, run.folder, run.step)
+        with removed_if_unfinished(temporary):
+            await run.learner.save(temporary)
+            curriculum = await run.curriculum.state_dict()
+            write_progress(temporary, run.progress, curriculum, setup_of(run.config, run.plan))
+            await asyncio.to_thread(on_disk.finish_checkpoint, temporary, run.folder, run.step)
         run.newest_checkpoint = run.step
         log.debug("checkpoint of step %d written", run.step)
         kept = run.config.checkpoint_keep_last, run.config.checkpoint_keep_best
@@ -36,9 +42,15 @@ async def checkpoint(run: Run) -> None:
 async def save_if_due(run: Run) -> None:
     """Writes the checkpoint that is due at this step, and RUN/student if it is the best so far."""
     if run.config.checkpoint_every and run.step % run.config.checkpoint_every == 0:
-        await checkpoint(run)
+        await try_to_save(run, checkpoint, "checkpoint")
     if run.config.eval_every and best_step(miou_by_step(run)) == run.step:
-        await export_student(run)
+        await try_to_save(run, export_student, STUDENT)
+
+
+async def save_at_end(run: Run) -> None:
+    """Writes the last checkpoint and RUN/student; notes in run.not_saved what could not be written."""
+    saves = (checkpoint, "checkpoint"), (export_student, STUDENT)
+    run.not_saved = [failed for save in saves if (failed := await try_to_save(run, *save))]
 
 
 async def restore(run: Run) -> None:
@@ -61,7 +73,7 @@ async def restore(run: Run) -> None:
             log.info("what followed step %d is kept in %s: delete it when it is not needed", run.step, folder)
         write_config(run.folder, run.given)
         run.resume_from = None
-    _remove_rounds_after(run, len(saved.curriculum["records"]["student_iou"][0]))
+    remove_rounds_after(run, len(saved.curriculum["records"]["student_iou"][0]))
     run.state.enter(Phase.RUNNING)
 
 
@@ -72,11 +84,12 @@ async def start_over(run: Run) -> None:
     run.totals.clear()
     await run.curriculum.start_over()
     run.next_selection = await run.curriculum.next_selection()
-    _remove_rounds_after(run, 0)
+    remove_rounds_after(run, 0)
     run.state.enter(Phase.RUNNING)
 
 
-def _remove_rounds_after(run: Run, num_rounds: int) -> None:
+def remove_rounds_after(run: Run, num_rounds: int) -> None:
+    """Removes the curriculum's snapshots that the run will write again."""
     forget_student_answers(run.folder, but_of=run.step)
     for snapshot in (run.folder / "curriculum").glob("*.parquet"):
         number = snapshot.stem.removeprefix("round-")

@@ -14,7 +14,7 @@ from video_opd.cluster.command_line import Parser
 from video_opd.config import Config
 from video_opd.config_file import describe_keys, load_config, load_demo, resolve_paths
 from video_opd.errors import CheckpointError, ConfigError
-from video_opd.files.checkpoint import CHECKPOINTS
+from video_opd.files.checkpoint import CHECKPOINTS, checkpoint_steps
 from video_opd.files.durable import finish_interrupted_writes
 
 ABOUT = """Video-OPD: on-policy distillation of a video LLM for temporal grounding.
@@ -79,10 +79,15 @@ def resumed_folder(arguments: argparse.Namespace, config: Config) -> Path | None
     return Path(arguments.resume).resolve() if arguments.resume else None
 
 
-def saved_run_to_resume(folder: Path, config: Config, plan: Plan, step: int | None) -> SavedRun:
-    """The newest whole checkpoint, or that of `step`. Raises InputError if it cannot be resumed."""
+def saved_run_to_resume(folder: Path, config: Config, plan: Plan, step: int | None) -> SavedRun | None:
+    """The newest whole checkpoint, or that of `step`. None: the run has none yet, so it begins anew.
+
+    Raises InputError if it cannot be resumed.
+    """
     for parent in (folder, folder / CHECKPOINTS):
         finish_interrupted_writes(parent)
+    if step is None and not checkpoint_steps(folder):
+        return None
     saved = find_saved_run(folder, config, plan, step)
     if saved.progress.step > config.num_steps:
         at = f"{folder} is at step {saved.progress.step}"

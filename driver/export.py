@@ -9,6 +9,7 @@ from pathlib import Path
 
 from driver.held_out import miou_by_step
 from driver.run import Run
+from driver.saving import removed_if_unfinished
 from video_opd.files.checkpoint import checkpoint_folder
 from video_opd.files.durable import fsync_tree, replace_folder
 
@@ -21,7 +22,10 @@ def best_step(miou: dict[int, float]) -> int | None:
 
 
 async def export_student(run: Run) -> None:
-    """Makes RUN/student the best student so far; without eval_every the current one."""
+    """Makes RUN/student the best student so far; without eval_every the current one.
+
+    Raises OSError, SaveError when it cannot be written.
+    """
     miou = miou_by_step(run)
     best = best_step(miou) if run.config.eval_every else None
     step = run.step if best is None else best
@@ -29,8 +33,9 @@ async def export_student(run: Run) -> None:
         return
     if not (checkpoint_folder(run.folder, step) / STUDENT).is_dir():  # resumed from a copy without it
         step = run.step
-    with run.state.saving():
-        temporary = run.folder / f".{STUDENT}.tmp"
+    temporary = run.folder / f".{STUDENT}.tmp"
+    with run.state.saving(), removed_if_unfinished(temporary):
+        await run.learner.earlier_saves()
         shutil.rmtree(temporary, ignore_errors=True)
         source = checkpoint_folder(run.folder, step) / STUDENT
         if source.is_dir():

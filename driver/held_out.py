@@ -1,5 +1,6 @@
 """Evaluations of student and teacher on the held-out split."""
 
+import asyncio
 from collections.abc import Sequence
 
 from driver.run import Run, ask_student, unless_stopped
@@ -33,6 +34,26 @@ async def evaluate_student(run: Run, name: str, blank_video: bool = False) -> No
     run.progress.failed_eval.update(run.plan.eval.failed | failed)
     _record(run, name, results)
     log.debug("evaluation %s: mIoU %.3f", name, run.evaluations[name]["miou"])
+
+
+async def evaluate_start(run: Run) -> None:
+    """Teacher and student, once: a student that has been trained is not the one before."""
+    due = []
+    if TEACHER not in run.evaluations:
+        due.append(evaluate_teacher(run))
+    if BEFORE not in run.evaluations and run.step == 0:
+        due.append(evaluate_student(run, BEFORE))
+    await asyncio.gather(*due)
+
+
+async def evaluate_end(run: Run) -> None:
+    """The trained student, unless eval_every has just asked it, and without video."""
+    here, examples = at_step(run.step), run.progress.examples
+    if here in run.evaluations and here in examples:
+        run.evaluations[AFTER], examples[AFTER] = run.evaluations[here], examples[here]
+    else:
+        await evaluate_student(run, AFTER)
+    await evaluate_student(run, NO_VIDEO, blank_video=True)
 
 
 async def evaluate_if_due(run: Run) -> dict[str, float]:

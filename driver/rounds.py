@@ -12,6 +12,7 @@ import pyarrow as pa
 from curriculum import answers as on_disk
 from driver.checkpoints import checkpoint
 from driver.run import Run, ask_student
+from driver.saving import try_to_save
 from video_opd.errors import ConfigError
 from video_opd.grounding import prompt_iou
 from video_opd.logs import log
@@ -42,9 +43,8 @@ async def start_round(run: Run) -> None:
     number = len(records["student_iou"][0])
     log.info("round %d: %d of %d prompts selected, %d dropped", number, selected, len(records), dropped)
     run.totals.update({"select_s": time.monotonic() - started})
-    if asks_teacher or config.asks_student:
-        await checkpoint(run)
-    on_disk.forget_student_answers(run.folder)
+    if (asks_teacher or config.asks_student) and not await try_to_save(run, checkpoint, "checkpoint"):
+        on_disk.forget_student_answers(run.folder)
     run.clock.take_times()  # not part of a step
 
 

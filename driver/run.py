@@ -59,6 +59,7 @@ class Run:
     published: int = -1  # the version of the actors' weights
     buffer: TrajectoryBuffer | None = None  # of the round; None: none has begun
     gap_is_checked: bool = False  # see check_logprob_gap
+    not_saved: list[str] = field(default_factory=list)  # why the last checkpoint or student are not
     num_restarts: Counter[int] = field(default_factory=Counter)  # of the learner, by the step it went back to
 
     @property

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -23,6 +24,7 @@ class RunState:
     def __init__(self) -> None:
         self.phase = Phase.STARTING
         self.stopped_by: signal.Signals | None = None
+        self.stopped_at_s = 0.0  # monotonic clock
         self._changed = asyncio.Event()
 
     @property
@@ -45,7 +47,7 @@ class RunState:
             self.enter(before)
 
     def stop(self, which: signal.Signals) -> None:
-        self.stopped_by = which
+        self.stopped_by, self.stopped_at_s = which, time.monotonic()
         self._wake()
 
     async def wait_until(self, reached: Callable[[], object]) -> None:

@@ -1,16 +1,15 @@
 """What a run needs of a cluster, the wait until the cluster has it, and the start of Ray."""
 
 import os
-import signal
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import ray
+from ray.serve._private.long_poll import LongPollClient
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from teacher_service.scaling import delete_orphans
@@ -18,9 +17,8 @@ from video_opd import ROOT
 from video_opd.cluster.join import cluster_to_join, join, start_local
 from video_opd.cluster.run_control import NAMESPACE, running_runs
 from video_opd.config import Config
-from video_opd.errors import ClusterError, StoppedError
+from video_opd.errors import ClusterError
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL_S = 2.0
 LOCAL_ROLES = 64  # rollout actors and teacher replicas that a local Ray admits: memory limits them, not Ray
 LOCAL_TIMEOUT_S = 60.0  # until a local Ray reports its resources; they do not grow
@@ -119,30 +117,13 @@ def start_ray(config: Config, address: str | None) -> None:
     for app in delete_orphans(running_runs()) if joined else ():
         print(f"deleted the teacher {app}: its run is gone", flush=True)
     timeout_s = config.start_timeout_s if joined else min(config.start_timeout_s, LOCAL_TIMEOUT_S)
-    with stopped_by_signals("while it waited for the cluster"):
-        wait_for_places(config, timeout_s)
+    wait_for_places(config, timeout_s)
 
 
-def signals_to_handle() -> list[signal.Signals]:
-    """Those of SIGNALS that are not ignored (as by nohup); none outside the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        return []
-    return [which for which in SIGNALS if signal.getsignal(which) != signal.SIG_IGN]
-
-
-@contextmanager
-def stopped_by_signals(when: str) -> Iterator[None]:
-    """SIGTERM and SIGINT raise StoppedError in the block; for the time before the run begins."""
-
-    def stop(number: int, _: object) -> None:
-        raise StoppedError(f"stopped by {signal.Signals(number).name} {when}", number)
-
-    before = {which: signal.signal(which, stop) for which in signals_to_handle()}
-    try:
-        yield
-    finally:
-        for which, handler in before.items():
-            signal.signal(which, handler)
+def leave_ray() -> None:
+    """ray.shutdown. Serve's clients poll no more: a call after it would end this process with exit code 1."""
+    with patch.object(LongPollClient, "_poll_next", lambda _: None):
+        ray.shutdown()
 
 
 def python_path() -> dict[str, str]:

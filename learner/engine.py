@@ -20,6 +20,7 @@ from learner.batching import Row, plan_update
 from learner.diagnostics import TimestampTokens, TokenRecords, batch_diagnostics, policy_diagnostics
 from learner.loss import ResponseTokens, loss_per_token
 from learner.safe_load import read_weights_only
+from learner.saving import writing_on_all_ranks
 from learner.universal import TAG as universal_tag
 from learner.vision_cache import VisionCache
 from video_opd.config import Config
@@ -216,8 +217,9 @@ class LearnerEngine:
         return to_buckets(self.parameters("cpu"), policy_version, self._config.learner.bucket_bytes)
 
     def save(self, folder: Path) -> None:
-        """Writes the DeepSpeed state and `student/`, a transformers folder."""
-        self._engine.save_checkpoint(str(folder / "deepspeed"), tag="state")
+        """Writes the DeepSpeed state and `student/`, a transformers folder. Raises OSError on all ranks."""
+        with writing_on_all_ranks(self._engine.checkpoint_engine, folder / "deepspeed" / "state"):
+            self._engine.save_checkpoint(str(folder / "deepspeed"), tag="state", save_latest=False)
         self.export(folder / "student")
 
     def export(self, folder: Path) -> None:

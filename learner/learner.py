@@ -2,10 +2,10 @@
 
 import asyncio
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import ray
@@ -19,10 +19,12 @@ from learner.universal import convert
 from video_opd.cluster.deadline import with_deadline
 from video_opd.cluster.faults import LOST, cause_of, started_badly
 from video_opd.config import Config
-from video_opd.errors import LearnerLostError
+from video_opd.errors import DeadlineError, LearnerLostError, SaveError
 from video_opd.types import ScoredGroup, StepReport
 
+T = TypeVar("T")
 NEIGHBOUR_GRACE_S = 15.0
+FILE_WORK_LOST = tuple(error for error in LOST if error is not DeadlineError)
 
 
 class Learner:
@@ -34,6 +36,7 @@ class Learner:
     def __init__(self, name: str, config: Config, rank_class: type = LearnerRank):
         self._name, self._config, self._rank_class = name, config, rank_class
         self._num_starts = 0
+        self._writing: list[Any] = []  # calls of file work that were given up, but may still go on
         self._published: int | None = None  # version of the ranks' weights; None: changed since
         learner = config.learner
         amounts = {"learner": 1, "CPU": learner.num_cpus, "GPU": learner.num_gpus}
@@ -65,7 +68,7 @@ class Learner:
 
     async def restart(self) -> None:
         """Replaces the ranks by new ones, with the student's first weights."""
-        self._published = None
+        self._published, self._writing = None, []
         for rank in self._ranks:
             ray.kill(rank)
         self._ranks = self._create()
@@ -100,28 +103,57 @@ class Learner:
         return (await self._all("send_weights", actors, timeout_s=timeout_s))[0] if actors else 0
 
     async def save(self, folder: Path) -> None:
-        """Writes a checkpoint into an existing folder."""
+        """Writes a checkpoint into an existing folder. Raises SaveError; LearnerLostError if a rank died."""
         await self._write("save", folder, seen_by=folder)
 
     async def export(self, folder: Path) -> None:
-        """Writes the student alone, a transformers folder, into an existing one."""
+        """Writes the student alone, a transformers folder, into an existing one. Raises as `save` does."""
         await self._write("export", folder, seen_by=folder.parent)
+
+    async def earlier_saves(self) -> None:
+        """Waits for ranks that still write although their save had no more time. Raises LearnerLostError."""
+        if self._writing:
+            with self._losses("earlier save"):
+                calls = [asyncio.ensure_future(reference) for reference in self._writing]
+                await self._in_time(asyncio.gather(*calls, return_exceptions=True), "earlier save")
+            self._writing = []
 
     async def _write(self, method: str, folder: Path, seen_by: Path) -> None:
         """Ranks write `folder`. Files of ranks that do not see the driver's `seen_by` are copied here."""
-        elsewhere = await self._ranks_without_folder(seen_by)
-        await self._all("remove", folder, ranks=elsewhere)  # remains of an attempt that was lost
-        await self._all(method, folder)
-        timeout_s, what = self._config.request_timeout_s, "a checkpoint's files"
-        for rank in elsewhere:
-            with self._losses("read_folder"):
-                references = rank.read_folder.options(_generator_backpressure_num_objects=2).remote(folder)
-                while reference := await with_deadline(timeout_s, anext(references, None), what):
-                    part = await with_deadline(timeout_s, reference, what)
+        try:
+            elsewhere = await self._ranks_without_folder(seen_by)
+            # remains of an attempt that was lost
+            await self._all("remove", folder, ranks=elsewhere, is_file_work=True)
+            await self._all(method, folder, is_file_work=True)
+            for rank in elsewhere:
+                await self._fetch(rank, folder)
+        except (DeadlineError, RayTaskError) as error:
+            raise SaveError(cause_of(getattr(error, "cause", error))) from error
+
+    async def _fetch(self, rank: Any, folder: Path) -> None:
+        """Copies the rank's `folder` here; takes all parts, since the rank waits until they are taken."""
+        failed: OSError | None = None
+        with self._losses("read_folder", FILE_WORK_LOST):
+            references = rank.read_folder.options(_generator_backpressure_num_objects=2).remote(folder)
+            while reference := await self._in_time(anext(references, None), "read_folder"):
+                part = await self._in_time(reference, "read_folder")
+                try:
                     await asyncio.to_thread(write_part, folder, part)
+                except OSError as error:
+                    failed = failed or error
+        if failed:
+            raise failed
+
+    def _in_time(self, call: Awaitable[T], method: str) -> Awaitable[T]:
+        """The call with the deadline of reading and writing files."""
+        timeout_s = self._config.checkpoint_timeout_s
+        return with_deadline(timeout_s, call, f"the learner's {method}", "checkpoint_timeout_s")
 
     async def load(self, folder: Path, saved_world_size: int | None = None) -> None:
-        """Restores weights and optimizer exactly. `saved_world_size`: of the ranks that wrote, if other."""
+        """Restores weights and optimizer exactly. `saved_world_size`: of the ranks that wrote, if other.
+
+        Raises DeadlineError if it is too slow, and LearnerLostError if a rank died.
+        """
         self._published = None
         learner = self._config.learner
         # at stage 0 the checkpoint holds the whole optimizer, which any number of ranks can read
@@ -130,7 +162,7 @@ class Learner:
         converted = folder.with_name(f".{folder.name}-universal.tmp")
         shutil.rmtree(converted, ignore_errors=True)
         try:
-            await asyncio.to_thread(convert, folder, converted, self._config.start_timeout_s)
+            await convert(folder, converted, self._config.checkpoint_timeout_s)
             await self._load(converted, True)
         finally:
             shutil.rmtree(converted, ignore_errors=True)
@@ -139,43 +171,57 @@ class Learner:
         elsewhere = await self._ranks_without_folder(folder)
         copied = folder.with_name(f".{folder.name}-{uuid4().hex}.tmp")  # a node may have its own `folder`
         for part in read_parts(folder) if elsewhere else ():
-            await self._all("write_part", copied, ray.put(part), ranks=elsewhere)
-        await self._all("load", folder, copied, universal)
-        await self._all("remove", copied, ranks=elsewhere)
+            await self._all("write_part", copied, ray.put(part), ranks=elsewhere, is_file_work=True)
+        await self._all("load", folder, copied, universal, is_file_work=True)
+        await self._all("remove", copied, ranks=elsewhere, is_file_work=True)
 
     async def _ranks_without_folder(self, folder: Path) -> list[Any]:
         """One rank of each node that does not see what this process has in `folder`."""
         mark = folder / f".{uuid4().hex}"
         mark.touch()
         try:
-            seen = await self._all("sees", mark)
+            seen = await self._all("sees", mark, is_file_work=True)
         finally:
             mark.unlink()
         return list({node: r for r, (node, sees) in zip(self._ranks, seen, strict=True) if not sees}.values())
 
     async def _all(
-        self, method: str, *arguments: Any, timeout_s: float | None = None, ranks: Sequence[Any] | None = None
+        self,
+        method: str,
+        *arguments: Any,
+        timeout_s: float | None = None,
+        ranks: Sequence[Any] | None = None,
+        is_file_work: bool = False,
     ) -> list[Any]:
-        """Each rank's answer. `ranks`: those to ask; None: all."""
+        """Each rank's answer. `ranks`: those to ask; None: all. Late file work is no loss of a rank."""
+        await self.earlier_saves()
         asked = self._ranks if ranks is None else ranks
-        calls = [asyncio.ensure_future(getattr(rank, method).remote(*arguments)) for rank in asked]
-        timeout_s = timeout_s or self._config.request_timeout_s
-        with self._losses(method):
+        references = [getattr(rank, method).remote(*arguments) for rank in asked]
+        calls = [asyncio.ensure_future(reference) for reference in references]
+        answers = asyncio.gather(*calls)
+        with self._losses(method, FILE_WORK_LOST if is_file_work else LOST):
             try:
-                return await with_deadline(timeout_s, asyncio.gather(*calls), f"the learner's {method}")
+                if is_file_work:
+                    return await self._in_time(answers, method)
+                timeout_s = timeout_s or self._config.request_timeout_s
+                return await with_deadline(timeout_s, answers, f"the learner's {method}")
             except RayTaskError as error:  # a rank whose neighbour died may complain first
                 await asyncio.wait(calls, timeout=NEIGHBOUR_GRACE_S)
                 if dead := [e for c in calls if c.done() and isinstance(e := c.exception(), LOST)]:
                     raise dead[0] from error
                 raise
+            except DeadlineError:
+                self._writing = references
+                raise
 
     @contextmanager
-    def _losses(self, method: str) -> Iterator[None]:
+    def _losses(self, method: str, lost: tuple[type[Exception], ...] = LOST) -> Iterator[None]:
         """Turns the loss of a rank into that of the learner."""
         try:
             yield
-        except LOST as error:
+        except lost as error:
             if started_badly(error):
                 raise
             self._published = None
+            self._writing = []
             raise LearnerLostError(f"the learner's {method} was lost: {cause_of(error)}") from error

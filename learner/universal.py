@@ -1,9 +1,10 @@
 """Converts a checkpoint to another number of ranks, with DeepSpeed's own converter."""
 
+import asyncio
 import os
 import signal
-import subprocess
 import sys
+from asyncio.subprocess import DEVNULL, PIPE
 from pathlib import Path
 
 from learner import safe_load
@@ -12,10 +13,10 @@ from video_opd.errors import RunError
 TAG = "universal"
 
 
-def convert(checkpoint: Path, output: Path, timeout_s: float) -> None:
+async def convert(checkpoint: Path, output: Path, timeout_s: float) -> None:
     """Writes `output`/universal: float32 weights and Adam moments of every parameter, whole. Raises RunError.
 
-    A process of its own does it, without ranks or an accelerator, and is killed after `timeout_s`.
+    A process of its own does it, without ranks or an accelerator; `timeout_s` or a cancellation kills it.
     """
     command = [sys.executable, "-P", safe_load.__file__, "deepspeed.checkpoint.ds_to_universal"]
     command += [f"--input_folder={checkpoint / 'deepspeed' / 'state'}", f"--output_folder={output / TAG}"]
@@ -23,16 +24,18 @@ def convert(checkpoint: Path, output: Path, timeout_s: float) -> None:
     failed = f"{checkpoint} cannot be converted to another learner.world_size"
     output.mkdir(parents=True)
     env = os.environ | {"DS_ACCELERATOR": "cpu", "TQDM_DISABLE": "1"}
-    process = subprocess.Popen(
-        command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    process = await asyncio.create_subprocess_exec(
+        *command, env=env, stdout=DEVNULL, stderr=PIPE, start_new_session=True
     )
     try:
-        _, errors = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        hint = "raise start_timeout_s, or resume with the world_size the run had"
+        _, errors = await asyncio.wait_for(process.communicate(), timeout_s)
+    except TimeoutError:
+        hint = "raise checkpoint_timeout_s, or resume with the world_size the run had"
         raise RunError(f"{failed} within {timeout_s:.0f} s: {hint}") from None
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
     if process.returncode:
-        last = (errors.strip().splitlines() or ["no message"])[-1]
+        last = (errors.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
         raise RunError(f"{failed}: {last}")

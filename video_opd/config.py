@@ -242,6 +242,7 @@ class Config(ConfigSection):
     checkpoint_keep_last: PositiveInt = key(3, "newest checkpoints that are kept")
     checkpoint_keep_best: NonNegativeInt = key(1, "checkpoints of best eval mIoU also kept; needs eval_every")
     checkpoint_url: str | None = key(None, "copy checkpoints to URL/run_name; any fsspec URL: s3://...")
+    checkpoint_timeout_s: PositiveFloat = key(3600.0, "bound on writing or loading a checkpoint")
     upload_timeout_s: PositiveFloat = key(3600.0, "bound on the copy of one checkpoint to checkpoint_url")
     stop_grace_s: PositiveFloat = key(60.0, "time that SIGTERM or SIGINT leaves for the current update")
     eval_every: NonNegativeInt = key(0, "steps between evaluations on data.eval; 0: before and after only")

@@ -98,6 +98,10 @@ class LearnerLostError(RunError):
     """A learner rank died or hangs: all ranks must restart from a checkpoint."""
 
 
+class SaveError(RunError):
+    """A checkpoint or an export was not written; the run itself can go on."""
+
+
 class PartLostError(RunError):
     """A process was lost more often than it may be restarted."""
 

@@ -79,10 +79,10 @@ def print_summary(folder: Path, summary: dict[str, Any]) -> None:
     console.print(table)
     student = "not evaluated"
     if summary["student_after"]:
-        before, after = summary["student_before"]["miou"], summary["student_after"]["miou"]
+        before, after = summary["student_before"], summary["student_after"]["miou"]
         teacher = summary["teacher"]["miou"] if summary["teacher"] else 0.0
         share = f", {after / teacher:.0%} of the teacher's" if teacher else ""
-        student = f"mIoU {after - before:+.3f}{share}"
+        student = f"mIoU {after - before['miou']:+.3f}{share}" if before else f"mIoU {after:.3f}{share}"
     steps = f"after {summary['steps']} steps in {summary['seconds']['total'] / 60:.1f} min"
     console.print(f"{student}, {steps}; {len(summary['dropped'])} prompts dropped")
     if odd := summary["odd_truth"]:

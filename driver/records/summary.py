@@ -28,5 +28,7 @@ def summarise(run: Run, records: pa.Table, seconds: Mapping[str, float]) -> dict
         **{k: totals[k] for k in ("rollouts", "suspended_rollouts", "teacher_answers", "published_bytes")},
         "dropped": {r["prompt_id"]: r["dropped"] for r in dropped},
         "failed_eval": run.progress.failed_eval,
+        "failed_saves": totals["failed_saves"],
+        "not_saved": run.not_saved,
         "examples": {k: {p.prompt_id: p.text for p in of} for k, of in examples.items() if k != "no_video"},
     }

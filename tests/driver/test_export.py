@@ -23,6 +23,9 @@ class Learner:
     def __init__(self):
         self.step = 0
 
+    async def earlier_saves(self) -> None:
+        pass
+
     async def export(self, folder: Path) -> None:
         folder.mkdir()
         (folder / "model.safetensors").write_text(f"learner at {self.step}")

@@ -1,12 +1,20 @@
 """What a run asks of a cluster, what is missing, and which cluster is meant."""
 
+import os
+import signal
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from driver.start_ray import Need, describe_missing, needs_of
 from learner.file_transfer import PART_BYTES, FilePart, read_parts, write_part
+from tests.real.runs import wait_until_gone
 from video_opd.cluster import join as cluster
 from video_opd.config_file import load_config
 from video_opd.errors import ConfigError
@@ -100,6 +108,73 @@ def test_the_cluster_to_join_is_the_one_that_is_named_or_the_one_this_machine_is
     monkeypatch.setenv("RAY_ADDRESS", listening)
     assert cluster.cluster_to_join(None) == listening
     assert cluster.cluster_to_join("local") is None
+
+
+class Node:
+    """Stands in for ray.init's node."""
+
+    def __init__(self, address: str, processes: dict[str, subprocess.Popen]):
+        self.gcs_address, self._processes, self.raylet_socket_name = address, processes, "/tmp/a-socket"
+        self.all_processes = {kind: [SimpleNamespace(process=p)] for kind, p in processes.items()}
+
+    def dead_processes(self) -> list[tuple[str, subprocess.Popen]]:
+        return [(kind, p) for kind, p in self._processes.items() if p.poll() is not None]
+
+
+def test_a_process_of_the_own_ray_that_ends_is_named_at_once_and_the_rest_is_killed(monkeypatch):
+    names = ("gcs_server", "raylet", "dashboard")
+    command = ["sh", "-c", "sleep 600 & wait"]
+    processes = {name: subprocess.Popen(command, start_new_session=True) for name in names}
+    monkeypatch.setattr(cluster.ray_worker, "_global_node", Node("", processes))
+    lifeline = cluster.Lifeline()
+    assert lifeline.wait(0.0) is None
+    children = []
+    for shell in map(psutil.Process, (p.pid for p in processes.values())):
+        while not shell.children():
+            time.sleep(0.01)
+        children += shell.children()
+    processes["dashboard"].kill()
+    processes["dashboard"].wait()
+    assert lifeline.wait(0.0) is None, "a run can do without it"
+    processes["raylet"].terminate()
+    assert lifeline.wait(60.0) == "its raylet was ended by SIGTERM"
+    cluster.kill_own_ray()
+    assert processes["gcs_server"].wait(60) == -signal.SIGKILL
+    wait_until_gone(children)  # also of what ended before
+
+
+def test_a_joined_ray_is_gone_when_its_head_stays_silent_or_the_raylet_here_ends(monkeypatch, listening):
+    monkeypatch.setattr(cluster.ray_worker, "_global_node", Node(listening, {}))
+    lifeline = cluster.Lifeline()
+    monkeypatch.setattr(cluster, "HEAD_PATIENCE_S", 0.0)
+    assert lifeline.wait(0.0) is None
+    monkeypatch.setattr(lifeline, "_address", "127.0.0.1:1")
+    assert "its head 127.0.0.1:1 has not answered for 0 s" in str(lifeline.wait(0.0))
+    monkeypatch.setattr(cluster, "HEAD_PATIENCE_S", 60.0)
+    assert lifeline.wait(0.0) is None, "it may be restarted"
+    command = [sys.executable, "-c", "import time; time.sleep(600)", "--raylet_socket_name=/tmp/a-socket"]
+    raylet = subprocess.Popen(command)
+    lifeline = cluster.Lifeline()
+    assert lifeline.wait(0.0) is None
+    raylet.kill()
+    assert lifeline.wait(60.0) == "its raylet on this node ended"
+    raylet.wait()
+
+
+def test_ray_starts_its_processes_in_sessions_of_their_own_and_leaves_signals_to_this_process():
+    from ray._private import services, utils
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with cluster._apart():
+        process = services.ConsolePopen([sys.executable, "-c", "import time; time.sleep(600)"])
+        utils.set_sigterm_handler(lambda *_: None)
+    try:
+        assert os.getsid(process.pid) == process.pid != os.getsid(0)
+        assert signal.getsignal(signal.SIGTERM) == handler
+    finally:
+        process.kill()
+        process.wait()
+    assert services.ConsolePopen is not type(process)
 
 
 def test_a_folder_goes_to_another_place_in_parts(tmp_path, monkeypatch):

@@ -1,10 +1,12 @@
 """What a signal does to a run, by the moment at which it comes."""
 
 import asyncio
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +19,8 @@ import driver.stopping
 from driver.progress import Progress
 from driver.run import Run, unless_stopped
 from driver.run_state import Phase
-from driver.start_ray import SIGNALS, stopped_by_signals
-from driver.stopping import shutdown_at_end
+from driver.signals import SIGNALS, stopped_by_signals
+from driver.stopping import ended_with_ray, shutdown_at_end
 from video_opd.errors import RunError, StoppedError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,10 +140,9 @@ def test_nothing_new_is_not_written_again(written):
         await forever()
 
     assert "at step 3" in str(stopped(make_run(step=3, newest_checkpoint=3), body)) and written == []
-    assert (
-        "nothing to resume from" in str(stopped(make_run(step=0, newest_checkpoint=None), body))
-        and written == []
-    )
+    error = stopped(make_run(step=0, newest_checkpoint=None), body)
+    first = "stopped by SIGTERM before its first checkpoint: continue with --resume runs/name"
+    assert str(error) == first and written == []
 
 
 def test_a_run_that_is_told_to_stop_while_it_restores_can_go_on_from_there(written):
@@ -177,18 +178,68 @@ def test_the_parts_give_their_places_back_before_uploads_end():
     assert ended == ["teacher", "learner", "uploads"]
 
 
-@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_before_the_run_has_begun_is_one_line(which):
+@pytest.mark.parametrize("which", SIGNALS)
+def test_a_signal_outside_the_loop_is_one_line_that_no_handler_of_errors_takes(which):
     before = signal.getsignal(which)
 
     def wait() -> None:
-        with stopped_by_signals("while it waited"):
-            os.kill(os.getpid(), which)
-            time.sleep(5)
+        with stopped_by_signals(" before the run began") as said:
+            said.text = ": as it was told to"
+            try:
+                os.kill(os.getpid(), which)
+                time.sleep(5)
+            except Exception:
+                pytest.fail("a library's handler took it for an error of its own")
 
-    with pytest.raises(StoppedError, match=f"^stopped by {which.name} while it waited$") as caught:
+    with pytest.raises(StoppedError, match=f"^stopped by {which.name}: as it was told to$") as caught:
         wait()
     assert caught.value.exit_code == 128 + which and signal.getsignal(which) == before
+
+
+@pytest.mark.parametrize("which", SIGNALS)
+def test_the_same_stop_may_come_twice_as_from_timeout_which_signals_process_and_group(written, which):
+    async def body(send):
+        send()
+        send()
+        await asyncio.sleep(0)
+        send()
+        await forever()
+
+    def wait() -> None:
+        with stopped_by_signals(" before the run began"):
+            try:
+                os.kill(os.getpid(), which)
+                time.sleep(5)
+            finally:
+                os.kill(os.getpid(), which)
+
+    assert "at step 3: continue" in str(stopped(make_run(), body, which)) and written == [3]
+    with pytest.raises(StoppedError, match="before the run began"):
+        wait()
+
+
+def test_a_run_that_ends_while_it_is_told_to_stop_was_stopped(written):
+    """Its last evaluation was cut short: its results are not those of a whole run."""
+    run = make_run()
+
+    async def body(send):
+        with run.state.saving():
+            send()
+            await run.state.wait_until(lambda: run.state.stopped_by)
+
+    error = stopped(run, body)
+    assert "stopped by SIGTERM at step 3" in str(error) and written == [3]
+
+
+def test_handlers_are_what_they_were_once_a_run_has_ended():
+    async def go() -> None:
+        async with shutdown_at_end(make_run()):
+            assert signal.getsignal(signal.SIGTERM) != before
+
+    with stopped_by_signals(" after it"):
+        before = signal.getsignal(signal.SIGTERM)
+        asyncio.run(go())
+        assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_checkpoint_that_fails_is_said(monkeypatch):
@@ -230,11 +281,51 @@ def test_what_a_signal_interrupts_has_no_result():
     asyncio.run(go())
 
 
+@pytest.mark.parametrize(
+    ("which", "code", "said"),
+    [
+        (None, 1, "error: Ray ended under the run"),
+        (signal.SIGTERM, 143, "stopped by SIGTERM, and Ray with it"),
+    ],
+)
+def test_a_run_ends_with_its_ray_also_while_a_call_of_ray_does_not_return(
+    monkeypatch, capsys, which, code, said
+):
+    run, calls, ended, over = make_run(), [], threading.Event(), threading.Event()
+
+    class Lifeline:
+        def wait(self, timeout_s: float) -> str:
+            return "its raylet was ended by SIGKILL"
+
+    def end(number: int) -> None:
+        calls.append(number)
+        ended.set()
+        assert over.wait(60), "the process is gone here"
+
+    async def go() -> None:
+        if which:
+            run.state.stop(which)
+        async with ended_with_ray(run):
+            assert ended.wait(60)
+        over.set()
+
+    monkeypatch.setattr(driver.stopping, "Lifeline", Lifeline)
+    monkeypatch.setattr(driver.stopping, "kill_own_ray", lambda: calls.append("killed"))
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(driver.stopping.log, "handlers", [logging.NullHandler()])
+    asyncio.run(go())
+    why = "its raylet was ended by SIGKILL"
+    assert capsys.readouterr().err == f"{said} ({why}): continue with --resume runs/name\n"
+    assert calls == ["killed", code]
+
+
 TWICE = """
 import asyncio, os, signal, sys
+import driver.signals
 from driver.run_state import Phase
 from tests.driver.test_stopping import forever, make_run
 from driver.stopping import shutdown_at_end
+driver.signals.SAME_STOP_S = 0.0
 async def go():
     run = make_run()
     async with shutdown_at_end(run):

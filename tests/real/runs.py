@@ -1,12 +1,15 @@
 """launch.py as a process of its own: started, watched from outside, ended; and what its run folder holds."""
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -56,13 +59,19 @@ def run_launch(*arguments: str) -> subprocess.CompletedProcess:
     return run_module("launch.py", *arguments)
 
 
-def start(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen:
-    """launch.py on a Ray of its own, with its output in folder/output.txt."""
+def start(
+    folder: Path, *arguments: str, env: dict[str, str] | None = None, terminal: int | None = None
+) -> subprocess.Popen:
+    """launch.py on a Ray of its own, with its output in folder/output.txt, in a process group of its own.
+
+    `terminal`: the end of a pseudo-terminal in whose foreground it is to run.
+    """
+    options: dict[str, Any] = {"stderr": subprocess.STDOUT, "start_new_session": True, "env": env}
+    if terminal is not None:
+        options |= {"stdin": terminal, "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
     with (folder / "output.txt").open("a") as output:
         command = [sys.executable, "-u", str(ROOT / "launch.py"), "--address", "local", *arguments]
-        return subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=env
-        )
+        return subprocess.Popen(command, stdout=output, **options)
 
 
 def processes(run: subprocess.Popen, role: str) -> list[psutil.Process]:
@@ -76,6 +85,26 @@ def processes(run: subprocess.Popen, role: str) -> list[psutil.Process]:
         if title.startswith(TITLES[role]) and status != psutil.STATUS_STOPPED:
             found.append(process)
     return found
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """The process and all below it."""
+    return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+
+
+def wait_until_gone(processes: list[psutil.Process]) -> None:
+    """Ray's agents look for their parent every 2 s, five times."""
+    deadline = time.monotonic() + PATIENCE_S
+    while left := [p for p in processes if _lives(p)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def metrics_of(run: Path) -> list[dict]:
@@ -115,10 +144,10 @@ def end(run: subprocess.Popen, folder: Path, expected: int = 0) -> str:
 def kill_all(run: subprocess.Popen) -> None:
     """SIGKILL for the driver and everything below it."""
     try:
-        family = [*psutil.Process(run.pid).children(recursive=True), psutil.Process(run.pid)]
+        everybody = family(run.pid)
     except psutil.NoSuchProcess:
-        family = []
-    for process in family:
+        everybody = []
+    for process in everybody:
         try:
             process.kill()
         except psutil.NoSuchProcess:

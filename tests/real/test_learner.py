@@ -18,7 +18,7 @@ from learner.rank import LearnerRank
 from tests.real.conftest import DEMO, reference_logprobs, scored_groups
 from video_opd.config import Config
 from video_opd.config_file import load_config
-from video_opd.errors import ConfigError
+from video_opd.errors import ConfigError, SaveError
 from video_opd.models.forward import ResponseLogits, collate, load_model
 from video_opd.types import ScoredGroup
 from video_opd.weights.buckets import unpack
@@ -220,6 +220,17 @@ def test_ranks_compute_what_one_process_does(learners, overrides, prompts, encod
 LORA = ("learner.lora_rank=4", "learner.lora_alpha=8")
 
 
+def fill_disk(rank: Any) -> None:
+    def save(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    rank._engine._engine.checkpoint_engine.save = save
+
+
+def make_room(rank: Any) -> None:
+    del rank._engine._engine.checkpoint_engine.save
+
+
 class RankElsewhere(LearnerRank):
     """On a node that sees nothing of what the driver has."""
 
@@ -229,9 +240,9 @@ class RankElsewhere(LearnerRank):
 
 @pytest.mark.parametrize("more_options", [(2,), (3, *LORA)], ids=["whole", "lora"])
 def test_a_checkpoint_restores_weights_and_optimizer_exactly_and_its_student_loads(
-    learners, overrides, prompts, encoder, tmp_path, more_options
+    learners, overrides, prompts, encoder, tmp_path, tmp_path_factory, more_options
 ):
-    """Also one that is written before the first update, as after the first selection of a curriculum."""
+    """Also one from before the first update, and one after a save that one rank could not write."""
     stage, *options = more_options
     config = make_config(overrides, 2, stage, "loss.kind=opd_topk", *options)
     start, end = tmp_path / "start", tmp_path / "end"
@@ -246,6 +257,11 @@ def test_a_checkpoint_restores_weights_and_optimizer_exactly_and_its_student_loa
     async def run():
         learner = await learners(config)
         await learner.save(start)
+        second: Any = learner._ranks[1]
+        await second.__ray_call__.remote(fill_disk)
+        with pytest.raises(SaveError, match=r"rank 1: .*No space left"):
+            await learner.save(tmp_path_factory.mktemp("full"))
+        await second.__ray_call__.remote(make_room)
         saved, _ = await train(learner, config, prompts, encoder, end)
         after = await go_on(learner)
         fresh = Learner(f"after{stage}", config, RankElsewhere)

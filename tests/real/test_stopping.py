@@ -1,15 +1,25 @@
-"""A run is stopped by a signal, resumed elsewhere and evaluated, on the demo's own models."""
+"""A run is stopped by a signal, resumed elsewhere and evaluated, on the demo's own models.
+
+Others lose their Ray, are stopped in a terminal, and are killed: nothing is left of them.
+"""
 
 import json
+import os
+import pty
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 import pytest
 
 from tests.real.runs import (
+    SHRUNK,
     end,
+    family,
     last_step,
     metrics_of,
     run_launch,
@@ -17,6 +27,7 @@ from tests.real.runs import (
     start,
     trajectories_of,
     wait_for,
+    wait_until_gone,
     write_data,
 )
 from video_opd import ROOT
@@ -28,7 +39,7 @@ GROUPS = 8
 
 
 class Stopped(NamedTuple):
-    """A run that got SIGTERM after its second step: it had asked for a thousand."""
+    """A run whose process group got SIGTERM twice after its second step: it had asked for a thousand."""
 
     folder: Path
     url: str  # of the copy of its checkpoints
@@ -61,8 +72,11 @@ def stopped(tmp_path_factory) -> Stopped:
     ]
     run = start(folder, *data, *options)
     wait_for(lambda: last_step(folder / "stopped") >= 1, run, "step 1")
-    run.send_signal(signal.SIGTERM)
+    everybody = family(run.pid)
+    for _ in range(2):  # as `timeout` does
+        os.killpg(run.pid, signal.SIGTERM)
     said = end(run, folder, 128 + signal.SIGTERM)
+    wait_until_gone(everybody)
     return Stopped(folder / "stopped", f"file://{folder / 'store'}/stopped", said)
 
 
@@ -73,6 +87,60 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint_and_one_line(stopp
     assert last == f"stopped by SIGTERM at step {step}: continue with --resume {stopped.folder}"
     assert "Traceback" not in stopped.said
     assert len(trajectories_of(stopped.folder)) == step * GROUPS
+
+
+def test_a_run_ends_with_its_ray_and_begins_anew_until_ctrl_c_in_its_terminal(overrides, tmp_path):
+    """It is lost before its first checkpoint, so what it did is done again."""
+    folder, (terminal, its_end) = tmp_path / "lost", pty.openpty()
+    options = [*SHRUNK, f"runs_dir={tmp_path}", "run_name=lost", "num_steps=1000"]
+    run = start(tmp_path, *overrides, *options)
+    wait_for(lambda: last_step(folder) >= 1, run, "step 1")
+    everybody = family(run.pid)
+    next(p for p in everybody if p.name() == "gcs_server").kill()
+    said = end(run, tmp_path, 1).splitlines()
+    lost = "error: Ray ended under the run (its gcs_server was ended by SIGKILL)"
+    assert said[-1] == f"{lost}: continue with --resume {folder}"
+    wait_until_gone(everybody)
+    assert checkpoint_steps(folder) == []
+    (folder / "curriculum").mkdir()
+    (folder / "curriculum" / "round-9.parquet").touch()
+
+    began = time.time()
+    run = start(tmp_path, "--resume", str(folder), terminal=its_end)
+    wait_for(
+        lambda: last_step(folder) >= 0 and metrics_of(folder)[0]["wall_s"] > began, run, "step 0, once more"
+    )
+    everybody = family(run.pid)
+    os.write(terminal, b"\x03")
+    said = end(run, tmp_path, 128 + signal.SIGINT).splitlines()
+    (step,) = checkpoint_steps(folder)
+    assert said[-1] == f"stopped by SIGINT at step {step}: continue with --resume {folder}"
+    assert not [line for line in said if line.startswith(("warning", "Traceback", "[2"))]
+    wait_until_gone(everybody)
+    assert [m["step"] for m in metrics_of(folder)] == list(range(step))
+    assert not (folder / "curriculum" / "round-9.parquet").exists()
+
+
+KILLED = """
+import time
+from video_opd.cluster.join import start_local
+start_local(num_cpus=1, include_dashboard=False)
+print("started", flush=True)
+time.sleep(600)
+"""
+
+
+def test_no_process_of_ray_is_in_the_drivers_session_or_survives_it():
+    run = subprocess.Popen([sys.executable, "-c", KILLED], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    output: Any = run.stdout
+    with output:
+        wait_for(lambda: output.readline() == "started\n", run, "the start of Ray")
+    driver, *of_ray = family(run.pid)
+    assert len(of_ray) > 3
+    assert os.getsid(0) not in {os.getsid(p.pid) for p in of_ray}
+    driver.kill()
+    run.wait()
+    wait_until_gone(of_ray)
 
 
 @pytest.fixture(scope="module")

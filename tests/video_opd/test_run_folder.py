@@ -31,6 +31,7 @@ def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path):
 
 def test_a_name_that_is_taken_and_a_place_that_is_none_are_one_line(tmp_path):
     with new_run_folder(config(tmp_path, "run_name=a")) as folder:
+        (folder / "config.yaml").touch()
         with (
             pytest.raises(ConfigError, match="a exists: choose another run_name, or continue it with"),
             new_run_folder(config(tmp_path, "run_name=a")),
@@ -42,3 +43,16 @@ def test_a_name_that_is_taken_and_a_place_that_is_none_are_one_line(tmp_path):
             new_run_folder(config(folder / "file")),
         ):
             pass
+
+
+def test_a_name_whose_start_was_killed_before_it_wrote_anything_is_free(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / ".lock").touch()
+    with new_run_folder(config(tmp_path, "run_name=a")) as folder:
+        assert folder == tmp_path / "a"
+        with (
+            pytest.raises(ConfigError, match="a run is already writing to"),
+            new_run_folder(config(tmp_path, "run_name=a")),
+        ):
+            pass
+        assert (folder / ".lock").exists(), "another start that is refused leaves it alone"

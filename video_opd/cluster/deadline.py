@@ -30,8 +30,10 @@ def waiting(what: str) -> Iterator[None]:
         _waits.remove(wait)
 
 
-async def with_deadline(timeout_s: float, call: Awaitable[T], what: str) -> T:
-    """The call's result. Raises DeadlineError, which names `what`, after `timeout_s` seconds."""
+async def with_deadline(
+    timeout_s: float, call: Awaitable[T], what: str, keys: str = "request_timeout_s or start_timeout_s"
+) -> T:
+    """The call's result. Raises DeadlineError, which names `what` and `keys`, after `timeout_s` seconds."""
     with waiting(what):
         deadline = asyncio.timeout(timeout_s)
         try:
@@ -40,7 +42,7 @@ async def with_deadline(timeout_s: float, call: Awaitable[T], what: str) -> T:
         except TimeoutError:
             if not deadline.expired():  # raised by the call itself
                 raise
-            hint = "see the Ray dashboard, or raise request_timeout_s or start_timeout_s"
+            hint = f"see the Ray dashboard, or raise {keys}"
             raise DeadlineError(f"{what} did not end within {timeout_s:.0f} s: {hint}") from None
 
 

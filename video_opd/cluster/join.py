@@ -2,15 +2,21 @@
 
 import logging
 import os
+import select
+import signal
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
+from unittest.mock import patch
 
 import grpc
 import psutil
 import ray
 from ray._common.tls_utils import load_certs_from_env
 from ray._private import ray_constants, services, utils
+from ray._private import worker as ray_worker
 from ray._private.authentication import authentication_token_setup as token_setup
 from ray._raylet import AuthenticationTokenLoader  # pyright: ignore[reportAttributeAccessIssue]
 from ray.core.generated import gcs_service_pb2_grpc
@@ -21,7 +27,9 @@ from ray.util import get_node_ip_address
 from video_opd.errors import ConfigError
 
 CONNECT_TIMEOUT_S = 5.0
+HEAD_PATIENCE_S = 30.0  # a head may be restarted; Ray itself aborts this process after 60 s
 AUTH_MODE, GLOO_INTERFACE = "RAY_AUTH_MODE", "GLOO_SOCKET_IFNAME"
+ESSENTIAL = (ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERVER)
 GET_TOKEN = "copy the head's ~/.ray/auth_token to the same place here, or name a copy in RAY_AUTH_TOKEN_PATH"
 
 
@@ -73,7 +81,8 @@ def join(address: str, **options: Any) -> Any:
     elif not _lets_in(address, token):
         raise ConfigError(f"the Ray at {address} wants another token than the one here: {GET_TOKEN}")
     try:
-        return ray.init(address=address, **options)
+        with _apart():
+            return ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, AuthenticationError) as error:
         why = " ".join(str(error).split())[:300]
         raise ConfigError(f"the Ray at {address} does not let this process in: {why}") from error
@@ -96,7 +105,68 @@ def start_local(**options: Any) -> Any:
     finally:
         os.umask(umask)
     _use_loopback(True)
-    return ray.init(address="local", **options)
+    with _apart():
+        return ray.init(address="local", **options)
+
+
+class _OwnSession(services.ConsolePopen):
+    """A process of Ray that signals for this process's group or terminal do not reach."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, start_new_session=True, **options)
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """For ray.init: this process handles signals, and ends Ray itself. Ray still ends when it is killed."""
+    handler = patch.object(utils, "set_sigterm_handler", lambda _: None)
+    with patch.object(services, "ConsolePopen", _OwnSession), handler:
+        yield
+
+
+class Lifeline:
+    """Tells when the Ray of this process is gone: calls to it wait for a minute, then Ray aborts."""
+
+    def __init__(self):
+        node: Any = ray_worker._global_node
+        self._node, self._address, self._answered_s = node, node.gcs_address, time.monotonic()
+        own = [info.process.pid for kind in ESSENTIAL for info in node.all_processes.get(kind, ())]
+        raylet = f"--raylet_socket_name={node.raylet_socket_name}"
+        here = (p.pid for p in psutil.process_iter(["cmdline"]) if raylet in (p.info["cmdline"] or ()))
+        self._ends, self._is_own = [os.pidfd_open(pid) for pid in own or here], bool(own)
+
+    def wait(self, timeout_s: float) -> str | None:
+        """Why this process's own Ray, or of a joined one raylet or head, is gone; None: it is there.
+
+        Returns at once when a process here ends: Ray itself may end this process in milliseconds.
+        """
+        ended, _, _ = select.select(self._ends, [], [], timeout_s)
+        if self._is_own:
+            dead = [(kind, process.returncode) for kind, process in self._node.dead_processes()]
+            return next((f"its {k} {_ended(code)}" for k, code in dead if k in ESSENTIAL), None)
+        if ended:
+            return "its raylet on this node ended"
+        if not (problem := _connect(self._address)):
+            self._answered_s = time.monotonic()
+            return None
+        silent_s = time.monotonic() - self._answered_s
+        silent = f"its head {self._address} has not answered for {silent_s:.0f} s ({problem})"
+        return silent if silent_s >= HEAD_PATIENCE_S else None
+
+
+def kill_own_ray() -> None:
+    """Kills what there is of a Ray of this process's own: its agents outlive the raylet by 10 s."""
+    node: Any = ray_worker._global_node  # None: before ray.init
+    infos = [info for of_kind in node.all_processes.values() for info in of_kind] if node else []
+    sessions = {info.process.pid for info in infos}
+    for pid in psutil.pids():
+        with suppress(OSError):  # it ended
+            if os.getsid(pid) in sessions:
+                os.kill(pid, signal.SIGKILL)
+
+
+def _ended(code: int) -> str:
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 def _connect(address: str) -> str | None:

@@ -56,13 +56,18 @@ def locked(folder: Path) -> Iterator[Path]:
 def new_run_folder(config: Config) -> Iterator[Path]:
     """A new locked folder, named by run_name or the time; removed if left empty. Raises ConfigError."""
     folder = _make_run_folder(Path(config.runs_dir), config.run_name)
-    try:
-        with locked(folder):
+    with locked(folder):
+        try:
             yield folder
-    finally:
-        if {p.name for p in folder.iterdir()} == {_LOCK}:
-            (folder / _LOCK).unlink()
-            folder.rmdir()
+        finally:
+            if _is_unused(folder):
+                (folder / _LOCK).unlink()
+                folder.rmdir()
+
+
+def _is_unused(folder: Path) -> bool:
+    """Nothing was written to it, as after a start that was killed."""
+    return {p.name for p in folder.iterdir()} <= {_LOCK}
 
 
 def _make_run_folder(runs: Path, name: str | None) -> Path:
@@ -73,7 +78,8 @@ def _make_run_folder(runs: Path, name: str | None) -> Path:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
-            continue
+            if name and folder.is_dir() and _is_unused(folder):
+                return folder
         except OSError as error:
             why = f"no folder can be made there ({error.strerror})"
             raise ConfigError(f"runs_dir={runs}: {why}: choose another") from None

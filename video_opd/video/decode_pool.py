@@ -31,7 +31,10 @@ _MAIN = "from video_opd.video.decode_worker import main; main()"  # with -m its 
 
 
 class _Worker:
-    """One process. It ends by itself when this end of its socket closes, also because this process died."""
+    """One process. It ends by itself when this end of its socket closes, also because this process died.
+
+    It has a session of its own: a signal that stops the group of this process is not for a clip's decoding.
+    """
 
     def __init__(self, decoder: str):
         """Raises ConfigError if the decoder cannot be imported."""
@@ -42,7 +45,8 @@ class _Worker:
             command = [sys.executable, "-c", _MAIN, decoder, *map(str, fds)]
             paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
             env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-            self._process = Popen(command, stdin=DEVNULL, stdout=DEVNULL, env=env, pass_fds=fds)
+            options: dict[str, Any] = {"env": env, "pass_fds": fds, "start_new_session": True}
+            self._process = Popen(command, stdin=DEVNULL, stdout=DEVNULL, **options)
         self._busy = True
         try:
             failure: str = self._receive(START_TIMEOUT_S)
