@@ -12,9 +12,9 @@ from driver.run import Run
 from tests.driver.test_checkpoint import CURRICULUM, SETUP, read_progress
 from tests.fakes import make_prompt
 from video_opd.datasets.prompts import Split
-from video_opd.types import Prediction
+from video_opd.types import FailedPrompt, Prediction, Prompt
 
-POOL = [make_prompt(f"e{i}") for i in range(10)]
+POOL: list[Prompt | FailedPrompt] = [make_prompt(f"e{i}") for i in range(10)]
 
 
 class Actors:
