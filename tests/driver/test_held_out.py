@@ -12,6 +12,7 @@ from driver.progress import Progress
 from driver.records.report import COLUMNS, print_summary
 from driver.run import Run
 from tests.fakes import make_prompt
+from video_opd.datasets.prompts import Split
 from video_opd.types import Prediction
 
 PROMPTS = [make_prompt(name) for name in ("a", "b")]
@@ -31,7 +32,7 @@ class Answering:
 
 def make_run(step: int, num_actors: int = 1, evaluated: tuple[str, ...] = ()) -> Any:
     parts: Any = {name: None for name in ("learner", "curriculum", "control")}
-    parts |= {"plan": SimpleNamespace(eval=PROMPTS), "rewards": [], "published": step}
+    parts |= {"plan": SimpleNamespace(eval=Split(list(PROMPTS), "")), "rewards": [], "published": step}
     parts |= {"actors": Answering(num_actors), "teacher": Answering(nested=True)}
     config: Any = SimpleNamespace(max_scored_tokens=None)
     run = Run(folder=None, config=config, given=config, progress=Progress(step=step), **parts)  # pyright: ignore
@@ -78,6 +79,13 @@ def test_a_run_that_has_no_student_before_says_what_the_trained_one_reaches(caps
 
     summary = {"teacher": None, "student_before": before and scores(before), "student_after": scores(0.75)}
     summary |= {"baselines": {name: scores(0.1) for name in ("no_video", "best_constant", "random")}}
-    summary |= {"steps": 4, "seed": 0, "loss": "sft", "seconds": {"total": 60.0}, "dropped": {}}
+    summary |= {
+        "steps": 4,
+        "seed": 0,
+        "loss": "sft",
+        "seconds": {"total": 60.0},
+        "dropped": {},
+        "odd_truth": {},
+    }
     print_summary(Path("runs/name"), summary)
     assert f"{said}, after 4 steps in 1.0 min" in capsys.readouterr().out

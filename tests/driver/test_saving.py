@@ -15,8 +15,9 @@ from driver.records.sinks import MetricSinks, TrajectoryLog, read_metrics
 from driver.run import Run
 from driver.saving import try_to_save
 from tests.driver.test_checkpoint import CURRICULUM, RECORDS, SHAPES, write_checkpoint
-from tests.fakes import make_group
+from tests.fakes import make_group, make_prompt
 from video_opd.config_file import load_demo
+from video_opd.datasets.prompts import Split
 from video_opd.errors import CheckpointError, DeadlineError, LearnerLostError, SaveError
 from video_opd.files.checkpoint import MANIFEST, check_whole, checkpoint_folder, checkpoint_steps
 from video_opd.types import StepReport
@@ -48,8 +49,8 @@ class Learner:
 CONFIG = load_demo(["checkpoint_every=1", "eval_every=0"])
 PLAN: Any = SimpleNamespace(
     student=SimpleNamespace(shapes=SHAPES),
-    eval=[],
-    train=[SimpleNamespace(prompt_id=name) for name in RECORDS["prompt_id"].to_pylist()],
+    eval=Split([], "k"),
+    train=Split([make_prompt(name) for name in RECORDS["prompt_id"].to_pylist()], ""),
 )
 
 
