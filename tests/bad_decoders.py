@@ -54,4 +54,6 @@ class IsSignalled(Opens):
     """By the signal that its file is named after."""
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
-        os.kill(os.getpid(), signal.Signals[Path(self.path).stem])
+        number = signal.Signals[Path(self.path).stem]
+        signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP
+        os.kill(os.getpid(), number)

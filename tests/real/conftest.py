@@ -7,6 +7,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # its handlers abort processes that Ray forks
 
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # threads of Serve that outlive a Ray start no other
+
 from pathlib import Path
 
 import numpy as np

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import termios
@@ -68,10 +69,16 @@ def start(
     """
     options: dict[str, Any] = {"stderr": subprocess.STDOUT, "start_new_session": True, "env": env}
     if terminal is not None:
-        options |= {"stdin": terminal, "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
+        options |= {"stdin": terminal, "preexec_fn": _take_terminal}
     with (folder / "output.txt").open("a") as output:
         command = [sys.executable, "-u", str(ROOT / "launch.py"), "--address", "local", *arguments]
         return subprocess.Popen(command, stdout=output, **options)
+
+
+def _take_terminal() -> None:
+    """Makes standard input the terminal of this session, whose Ctrl-C counts even under nohup."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def processes(run: subprocess.Popen, role: str) -> list[psutil.Process]:

@@ -140,14 +140,14 @@ def test_a_run_killed_again_and_again_ends_as_an_undisturbed_one_does(overrides,
                 time.sleep(rng.uniform(0, STARTING_S))
             else:
                 wait_for(lambda: (folder / "checkpoints").exists(), run, "the first checkpoint")
-                wait_for(lambda before=before: last_step(folder) != before, run, "a step")
+                wait_for(lambda before=before: last_step(folder) > before, run, "a step")
                 time.sleep(rng.uniform(0, STEPPING_S))
         finally:
             kill_all(run)
         moments.append(last_step(folder))
         run = start(tmp_path, "--resume", str(folder))
     output = end(run, tmp_path)
-    assert len(set(moments)) > KILLS // 2, moments
+    assert len(set(moments)) >= (KILLS + 1) // 2, moments
 
     def prompts_of(name: str) -> list[tuple[int, str]]:
         rows = sorted(trajectories_of(tmp_path / name), key=lambda r: r["step"])

@@ -405,7 +405,7 @@ def test_dry_run_prints_the_plan_and_starts_nothing(overrides, capsys):
         ("loss={kind: opd_full, divergence: jsd, beta: 1.5}", "loss.beta=1.5"),
         ("loss={kind: opd_topk, top_k: 100000}", "loss.top_k=100000, but the teacher has"),
         ("teacher=null", "needs a teacher"),
-        ("run_name=2026-02-30", "'run_name=2026-02-30': the value is not YAML"),
+        ("learner.betas=[0.9", "'learner.betas=[0.9': the value is not YAML"),
         ("--nosuch", "unrecognized arguments: --nosuch"),
     ],
 )

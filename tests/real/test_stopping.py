@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -55,8 +56,32 @@ class Stopped(NamedTuple):
         return json.loads((self.folder / "checkpoints" / f"step-{self.step}" / "state.json").read_text())
 
 
+KILLED = """
+import time
+from video_opd.cluster.join import start_local
+start_local(num_cpus=1, include_dashboard=False)
+print("started", flush=True)
+time.sleep(600)
+"""
+
+
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory) -> Stopped:
+def orphans() -> list[psutil.Process]:
+    """The processes of a Ray whose driver was killed; Ray's agents notice after a minute."""
+    run = subprocess.Popen([sys.executable, "-c", KILLED], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    output: Any = run.stdout
+    with output:
+        wait_for(lambda: output.readline() == "started\n", run, "the start of Ray")
+    driver, *of_ray = family(run.pid)
+    sessions = {os.getsid(p.pid) for p in of_ray}
+    driver.kill()
+    run.wait()
+    assert len(of_ray) > 3 and os.getsid(0) not in sessions
+    return of_ray
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, orphans) -> Stopped:
     """The demo's models have answers that are worth comparing."""
     folder = tmp_path_factory.mktemp("stopping")
     data = [
@@ -119,28 +144,6 @@ def test_a_run_ends_with_its_ray_and_begins_anew_until_ctrl_c_in_its_terminal(ov
     wait_until_gone(everybody)
     assert [m["step"] for m in metrics_of(folder)] == list(range(step))
     assert not (folder / "curriculum" / "round-9.parquet").exists()
-
-
-KILLED = """
-import time
-from video_opd.cluster.join import start_local
-start_local(num_cpus=1, include_dashboard=False)
-print("started", flush=True)
-time.sleep(600)
-"""
-
-
-def test_no_process_of_ray_is_in_the_drivers_session_or_survives_it():
-    run = subprocess.Popen([sys.executable, "-c", KILLED], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    output: Any = run.stdout
-    with output:
-        wait_for(lambda: output.readline() == "started\n", run, "the start of Ray")
-    driver, *of_ray = family(run.pid)
-    assert len(of_ray) > 3
-    assert os.getsid(0) not in {os.getsid(p.pid) for p in of_ray}
-    driver.kill()
-    run.wait()
-    wait_until_gone(of_ray)
 
 
 @pytest.fixture(scope="module")
@@ -216,3 +219,7 @@ def test_vllm_loads_the_exported_student_and_finds_the_numbers_it_was_exported_w
     config = resumed / "config.yaml"
     evaluate("--model", resumed / "student", "--config", config, "--out", tmp_path, "--no-baselines")
     assert json.loads((tmp_path / "strict.json").read_text())["result"]["miou"] == exported["miou"] > 0.3
+
+
+def test_no_process_of_ray_is_in_the_drivers_session_or_survives_it(orphans):
+    wait_until_gone(orphans)
