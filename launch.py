@@ -117,8 +117,8 @@ async def learn_step(run: Run, buffer: TrajectoryBuffer, outputs: Outputs) -> No
     run.clock.count("update", sum(num_tokens(g.group.trajectories) for g in groups))
     check_finite(report)
     check_logprob_gap(run, report)
+    await run.curriculum.retire(report.failed)  # first: what was observed can be issued again at once
     await run.curriculum.observe(groups, step)
-    await run.curriculum.retire(report.failed)
     if config.loss.needs.rollouts:
         with run.clock("publish"):
             await publish_weights(run, policy_version=step + 1)
