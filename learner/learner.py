@@ -36,6 +36,7 @@ class Learner:
     def __init__(self, name: str, config: Config, rank_class: type = LearnerRank):
         self._name, self._config, self._rank_class = name, config, rank_class
         self._num_starts = 0
+        self._turn = asyncio.Lock()  # an actor that joins asks for weights while ranks may be saving
         self._writing: list[Any] = []  # calls of file work that were given up, but may still go on
         self._published: int | None = None  # version of the ranks' weights; None: changed since
         learner = config.learner
@@ -107,7 +108,7 @@ class Learner:
         await self._write("save", folder, seen_by=folder)
 
     async def export(self, folder: Path) -> None:
-        """Writes the student alone, a transformers folder, into an existing one. Raises as `save` does."""
+        """Writes the student alone, a new transformers folder. Raises as `save` does."""
         await self._write("export", folder, seen_by=folder.parent)
 
     async def earlier_saves(self) -> None:
@@ -122,8 +123,7 @@ class Learner:
         """Ranks write `folder`. Files of ranks that do not see the driver's `seen_by` are copied here."""
         try:
             elsewhere = await self._ranks_without_folder(seen_by)
-            # remains of an attempt that was lost
-            await self._all("remove", folder, ranks=elsewhere, is_file_work=True)
+            await self._all("remove_unfinished", folder.parent, ranks=elsewhere, is_file_work=True)
             await self._all(method, folder, is_file_work=True)
             for rank in elsewhere:
                 await self._fetch(rank, folder)
@@ -173,7 +173,7 @@ class Learner:
         for part in read_parts(folder) if elsewhere else ():
             await self._all("write_part", copied, ray.put(part), ranks=elsewhere, is_file_work=True)
         await self._all("load", folder, copied, universal, is_file_work=True)
-        await self._all("remove", copied, ranks=elsewhere, is_file_work=True)
+        await self._all("remove_unfinished", copied.parent, ranks=elsewhere, is_file_work=True)
 
     async def _ranks_without_folder(self, folder: Path) -> list[Any]:
         """One rank of each node that does not see what this process has in `folder`."""
@@ -193,26 +193,37 @@ class Learner:
         ranks: Sequence[Any] | None = None,
         is_file_work: bool = False,
     ) -> list[Any]:
-        """Each rank's answer. `ranks`: those to ask; None: all. Late file work is no loss of a rank."""
-        await self.earlier_saves()
-        asked = self._ranks if ranks is None else ranks
-        references = [getattr(rank, method).remote(*arguments) for rank in asked]
+        """Each rank's answer, one call after the other. `ranks`: those to ask; None: all.
+
+        Late file work is no loss of a rank.
+        """
+        async with self._turn:
+            await self.earlier_saves()
+            asked = self._ranks if ranks is None else ranks
+            references = [getattr(rank, method).remote(*arguments) for rank in asked]
+            with self._losses(method, FILE_WORK_LOST if is_file_work else LOST):
+                try:
+                    return await self._answers(method, references, timeout_s, is_file_work)
+                except DeadlineError:
+                    self._writing = references
+                    raise
+
+    async def _answers(
+        self, method: str, references: Sequence[Any], timeout_s: float | None, is_file_work: bool
+    ) -> list[Any]:
+        """Raises the loss of a rank rather than what its neighbours say of it."""
         calls = [asyncio.ensure_future(reference) for reference in references]
         answers = asyncio.gather(*calls)
-        with self._losses(method, FILE_WORK_LOST if is_file_work else LOST):
-            try:
-                if is_file_work:
-                    return await self._in_time(answers, method)
-                timeout_s = timeout_s or self._config.request_timeout_s
-                return await with_deadline(timeout_s, answers, f"the learner's {method}")
-            except RayTaskError as error:  # a rank whose neighbour died may complain first
-                await asyncio.wait(calls, timeout=NEIGHBOUR_GRACE_S)
-                if dead := [e for c in calls if c.done() and isinstance(e := c.exception(), LOST)]:
-                    raise dead[0] from error
-                raise
-            except DeadlineError:
-                self._writing = references
-                raise
+        try:
+            if is_file_work:
+                return await self._in_time(answers, method)
+            timeout_s = timeout_s or self._config.request_timeout_s
+            return await with_deadline(timeout_s, answers, f"the learner's {method}")
+        except RayTaskError as error:  # a rank whose neighbour died may complain first
+            await asyncio.wait(calls, timeout=NEIGHBOUR_GRACE_S)
+            if dead := [e for c in calls if c.done() and isinstance(e := c.exception(), LOST)]:
+                raise dead[0] from error
+            raise
 
     @contextmanager
     def _losses(self, method: str, lost: tuple[type[Exception], ...] = LOST) -> Iterator[None]:
