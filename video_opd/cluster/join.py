@@ -133,14 +133,16 @@ class Lifeline:
         own = [info.process.pid for kind in ESSENTIAL for info in node.all_processes.get(kind, ())]
         raylet = f"--raylet_socket_name={node.raylet_socket_name}"
         here = (p.pid for p in psutil.process_iter(["cmdline"]) if raylet in (p.info["cmdline"] or ()))
-        self._ends, self._is_own = [os.pidfd_open(pid) for pid in own or here], bool(own)
+        self._ends, self._is_own = select.poll(), bool(own)
+        for pid in own or here:
+            self._ends.register(os.pidfd_open(pid), select.POLLIN)
 
     def wait(self, timeout_s: float) -> str | None:
         """Why this process's own Ray, or of a joined one raylet or head, is gone; None: it is there.
 
         Returns at once when a process here ends: Ray itself may end this process in milliseconds.
         """
-        ended, _, _ = select.select(self._ends, [], [], timeout_s)
+        ended = self._ends.poll(timeout_s * 1000)
         if self._is_own:
             dead = [(kind, process.returncode) for kind, process in self._node.dead_processes()]
             return next((f"its {k} {_ended(code)}" for k, code in dead if k in ESSENTIAL), None)
