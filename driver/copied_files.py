@@ -62,14 +62,15 @@ def read_list(remote: Any, url: str) -> Listed:
     """What the list at `remote` says; empty without one. Raises CheckpointError if it cannot be used."""
     try:
         listed: Listed = json.loads(remote.cat_file(LIST))
-        parts = _parts(listed)
-        whole = all({"bytes", "digest"} <= entry.keys() and is_inside(name) for name, entry in listed.items())
+        for name, entry in listed.items():
+            parts = all(re.fullmatch("[0-9a-f]{32}", part) for part in entry["parts"])
+            if not (parts and is_inside(name) and {"bytes", "digest"} <= entry.keys()):
+                raise ValueError(f"{name!r} is no file of a run")
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{url} is damaged: its {LIST} cannot be read ({error!r})") from error
-    if not whole or not all(re.fullmatch("[0-9a-f]{32}", part) for part in parts):
-        raise CheckpointError(f"{url} is damaged: its {LIST} names what is not a file of a run")
+        advice = "remove that file there; without it a copy has no metrics and trajectories"
+        raise CheckpointError(f"{url} is damaged: its {LIST} cannot be used ({error!r}): {advice}") from error
     return listed
 
 

@@ -86,6 +86,6 @@ class LearnerRank:
         write_part(folder, part)
 
     def remove_unfinished(self, folder: Path) -> None:
-        """Removes what was written here in `folder` for the driver, which sees another folder of that name."""
+        """Removes what was written in `folder` for the driver, which does not see it."""
         for unfinished in folder.glob(".*.tmp"):
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -188,7 +188,7 @@ def test_ray_starts_its_processes_in_sessions_of_their_own_and_leaves_signals_to
     finally:
         process.kill()
         process.wait()
-    assert services.ConsolePopen is not type(process)
+    assert services.ConsolePopen is type(process), "what others start is as it was"
 
 
 def test_a_folder_goes_to_another_place_in_parts(tmp_path, monkeypatch):

@@ -360,7 +360,7 @@ def test_a_copy_of_before_there_were_parts_comes_back(tmp_path, run_dir):
     assert files_beside(copy) == files_beside(run_dir)
 
 
-@pytest.mark.parametrize("what", ["a part", "a list", "a name", "a digest"])
+@pytest.mark.parametrize("what", ["a part", "a list", "a name", "a digest", "a number"])
 def test_a_copy_whose_parts_are_not_what_was_sent_is_not_taken(tmp_path, run_dir, what):
     write_checkpoint(run_dir, 2)
     uploads_to(tmp_path, run_dir).upload(2)
@@ -373,7 +373,7 @@ def test_a_copy_whose_parts_are_not_what_was_sent_is_not_taken(tmp_path, run_dir
     elif what == "a name":
         (store / "files.json").write_text(json.dumps(listed | {"curriculum/../../x": listed["config.yaml"]}))
     else:
-        listed["metrics.jsonl"]["parts"] = ["../config.yaml"]
+        listed["metrics.jsonl"]["parts"] = ["../config.yaml" if what == "a digest" else 7]
         (store / "files.json").write_text(json.dumps(listed))
     said = refused(fetch_run, f"{url_of(tmp_path)}/name", tmp_path / "a")
     assert "is damaged" in said and not list((tmp_path / "a").glob("*")) and not (tmp_path / "x").exists()

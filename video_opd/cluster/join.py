@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -109,18 +110,15 @@ def start_local(**options: Any) -> Any:
         return ray.init(address="local", **options)
 
 
-class _OwnSession(services.ConsolePopen):
-    """A process of Ray that signals for this process's group or terminal do not reach."""
-
-    def __init__(self, *arguments: Any, **options: Any):
-        super().__init__(*arguments, start_new_session=True, **options)
-
-
 @contextmanager
 def _apart() -> Iterator[None]:
-    """For ray.init: this process handles signals, and ends Ray itself. Ray still ends when it is killed."""
+    """For ray.init: signals for this process's group or terminal do not reach the processes of Ray.
+
+    This process handles signals, and ends Ray itself. Ray still ends when this process is killed.
+    """
+    own_session = partial(services.ConsolePopen, start_new_session=True)
     handler = patch.object(utils, "set_sigterm_handler", lambda _: None)
-    with patch.object(services, "ConsolePopen", _OwnSession), handler:
+    with patch.object(services, "ConsolePopen", own_session), handler:
         yield
 
 
