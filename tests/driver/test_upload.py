@@ -353,6 +353,20 @@ def test_a_file_that_grows_or_goes_while_it_is_sent_is_a_whole_prefix_of_itself_
     assert files_beside(copy) == files_beside(run_dir)
 
 
+def test_a_part_that_is_gone_from_the_copy_is_sent_again(tmp_path, run_dir):
+    """As when an upload that was given up ends after the next one."""
+    write_checkpoint(run_dir, 2)
+    uploads = uploads_to(tmp_path, run_dir)
+    uploads.upload(2)
+    store = tmp_path / "store" / "name"
+    (part,) = json.loads((store / "files.json").read_text())["metrics.jsonl"]["parts"]
+    (store / "parts" / part).unlink()
+    append(run_dir / "metrics.jsonl", b"more")
+    uploads.upload(2)
+    copy = fetch_run(f"{url_of(tmp_path)}/name", tmp_path / "elsewhere")
+    assert files_beside(copy) == files_beside(run_dir)
+
+
 def test_a_copy_of_before_there_were_parts_comes_back(tmp_path, run_dir):
     write_checkpoint(run_dir, 2)
     shutil.copytree(run_dir, tmp_path / "store" / "name")
