@@ -92,16 +92,25 @@ def test_a_late_save_is_no_lost_learner_and_the_next_call_waits_for_its_end(tmp_
 
 def test_an_actor_that_joins_during_a_save_waits_for_its_end_before_its_own_deadline_runs(tmp_path):
     async def body() -> None:
-        rank = Rank()
-        rank.seconds["save"] = SOON_S
+        rank, written = Rank(), asyncio.Event()
+        do = rank.do
+
+        async def slowly(name: str) -> Any:
+            if name == "save":
+                await written.wait()
+            return await do(name)
+
+        rank.do = slowly
         learner = Shielded(rank, timeout_s=30)
         saving = asyncio.ensure_future(learner.save(tmp_path))
         while "save" not in rank.asked:
             await asyncio.sleep(0)
         joining = asyncio.ensure_future(learner.send_weights(3, [None], timeout_s=30))
-        await saving
+        for _ in range(20):
+            await asyncio.sleep(0)
         assert rank.asked == ["sees", "save"]
-        await joining
+        written.set()
+        await asyncio.gather(saving, joining)
         assert rank.done == ["sees", "save", "send_weights"]
 
     run(body)
