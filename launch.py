@@ -27,7 +27,7 @@ from driver.records.report import print_summary, progress_bar, write_report
 from driver.records.sinks import MetricSinks, TrajectoryLog
 from driver.records.step import Outputs, num_tokens, record
 from driver.records.summary import summarise
-from driver.recovery import first_error, learner_lost, poll_control, recover, watch
+from driver.recovery import learner_lost, poll_control, recover, watch
 from driver.rounds import start_round
 from driver.run import Run, create_parts, publish_weights
 from driver.run_state import Phase
@@ -42,7 +42,7 @@ from preflight.inputs import Plan
 from preflight.memory_fit import check_fits, memory_plan
 from video_opd.cluster.deadline import waiting
 from video_opd.config import Config
-from video_opd.errors import InputError, LearnerLostError, SaveError, StoppedError, VideoOPDError
+from video_opd.errors import InputError, LearnerLostError, SaveError, StoppedError, VideoOPDError, first_error
 from video_opd.files.run_folder import locked, new_run_folder, write_config, write_json
 from video_opd.logs import driver_log, work
 from video_opd.schemas import write_parquet
@@ -117,8 +117,8 @@ async def learn_step(run: Run, buffer: TrajectoryBuffer, outputs: Outputs) -> No
     run.clock.count("update", sum(num_tokens(g.group.trajectories) for g in groups))
     check_finite(report)
     check_logprob_gap(run, report)
+    await run.curriculum.retire(report.failed)  # first: what was observed can be issued again at once
     await run.curriculum.observe(groups, step)
-    await run.curriculum.retire(report.failed)
     if config.loss.needs.rollouts:
         with run.clock("publish"):
             await publish_weights(run, policy_version=step + 1)

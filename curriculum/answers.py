@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from video_opd.config import Config
 from video_opd.content import file_digest, folder_digest
-from video_opd.schemas import ANSWERS, span_columns, write_parquet
+from video_opd.schemas import ANSWERS, answers_in, answers_table, write_parquet
 from video_opd.types import Prediction, Prompt
 
 FILE = Path("curriculum") / "teacher_answers.parquet"
@@ -79,13 +79,7 @@ def _digest(parts: tuple) -> str:
 
 def write_answers(path: Path, settings: str, answers: Mapping[str, Sequence[Prediction]]) -> None:
     """Writes a file, whole or not at all; `answers` maps prompt keys to a model's answers."""
-    rows = [
-        {"prompt_key": key, "prompt_id": p.prompt_id, "text": p.text, **span_columns(p.span_s)}
-        for key, predictions in answers.items()
-        for p in predictions
-    ]
-    schema = ANSWERS.with_metadata({_SETTINGS: settings})
-    write_parquet(pa.Table.from_pylist(rows, schema=schema), path)
+    write_parquet(answers_table(answers, ANSWERS.with_metadata({_SETTINGS: settings})), path)
 
 
 def write_part(folder: Path, settings: str, answers: Mapping[str, Sequence[Prediction]]) -> None:
@@ -109,13 +103,8 @@ def read_answers(files: Iterable[Path], settings: str, wanted: Set[str]) -> dict
             table = pq.read_table(path)
         except (OSError, pa.ArrowInvalid):  # no answers in this run, or not a file of answers
             continue
-        here: dict[str, list[Prediction]] = {}
         asked = [key in wanted for key in table["prompt_key"].to_pylist()]
-        for row in table.filter(asked).to_pylist():
-            span = None if row["start_s"] is None else (row["start_s"], row["end_s"])
-            answer = Prediction(prompt_id=row["prompt_id"], text=row["text"], span_s=span)
-            here.setdefault(row["prompt_key"], []).append(answer)
-        for key, answers in here.items():
+        for key, answers in answers_in(table.filter(asked)).items():
             found.setdefault(key, answers)
     return found
 

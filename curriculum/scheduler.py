@@ -206,7 +206,7 @@ class Scheduler:
         work.step = step
         for prompt_id, num_rollouts, suspended in observations:
             i = self._index[prompt_id]
-            del self._in_flight[i]
+            self._in_flight.pop(i, None)  # a prompt that the learner could not read was retired before
             self._num_rollouts[i] += num_rollouts
             self._last_step[i] = step
             self._suspended[i] = suspended

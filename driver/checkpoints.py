@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from curriculum.answers import forget_student_answers
-from driver.export import STUDENT, best_step, export_student, exported_step
-from driver.held_out import AFTER, NO_VIDEO, at_step, miou_by_step
+from driver.export import STUDENT, export_student, exported_step
+from driver.held_out import AFTER, BEFORE, NO_VIDEO, TEACHER, at_step, best_step, miou_by_step
 from driver.progress import find_saved_run, setup_of, write_progress
 from driver.run import Run
 from driver.run_state import Phase
@@ -20,7 +20,7 @@ from video_opd.logs import log, work
 async def checkpoint(run: Run) -> None:
     """Writes learner, student, curriculum and progress as one whole folder; removes old ones.
 
-    Raises OSError, SaveError when it cannot be written.
+    Raises OSError, SaveError when it cannot be written. Old ones that cannot be removed are a warning.
     """
     with run.state.saving():
         await run.learner.earlier_saves()
@@ -34,7 +34,10 @@ async def checkpoint(run: Run) -> None:
         log.debug("checkpoint of step %d written", run.step)
         kept = run.config.checkpoint_keep_last, run.config.checkpoint_keep_best
         spare = tuple(run.uploads.needed) if run.uploads else ()
-        await asyncio.to_thread(on_disk.retain, run.folder, *kept, miou_by_step(run), spare)
+        try:
+            await asyncio.to_thread(on_disk.retain, run.folder, *kept, miou_by_step(run), spare)
+        except OSError as error:
+            log.warning("warning: a checkpoint that is no longer kept was not removed: %s", error)
         if run.uploads:
             run.uploads.start(run.step)
 
@@ -78,10 +81,13 @@ async def restore(run: Run) -> None:
 
 
 async def start_over(run: Run) -> None:
-    """Goes back to the beginning, with a learner that has just started. Evaluations stay."""
+    """Goes back to the beginning, with a learner that has just started. Evaluations of the start stay."""
     run.state.enter(Phase.RESTORING)
     run.progress.step = work.step = 0
     run.totals.clear()
+    for of in (run.evaluations, run.progress.examples):
+        for name in of.keys() - {TEACHER, BEFORE}:
+            del of[name]
     await run.curriculum.start_over()
     run.next_selection = await run.curriculum.next_selection()
     remove_rounds_after(run, 0)

@@ -24,9 +24,11 @@ Listed = dict[str, dict[str, Any]]  # by name: bytes, digest (see head_digest), 
 def send_new(remote: Any, run_dir: Path, files: Iterable[Path]) -> None:
     """Sends the bytes of `files` that are not at `remote`, then the list; removes parts that it leaves out.
 
-    A file may grow meanwhile, or be gone. One whose first bytes changed is sent whole.
+    A file may grow meanwhile, or be gone. One whose first bytes changed, or that lacks a part there, is sent
+    whole.
     """
-    known, listed = read_list(remote, "the copy"), Listed()
+    there, listed = _parts_at(remote), Listed()  # an upload that was given up may end later and remove some
+    known = {n: of for n, of in read_list(remote, "the copy").items() if there.issuperset(of["parts"])}
     remote.makedirs(PARTS, exist_ok=True)
     for path in files:
         try:
@@ -38,11 +40,8 @@ def send_new(remote: Any, run_dir: Path, files: Iterable[Path]) -> None:
             listed[name] = _send(remote, file, known.get(name))
     remote.pipe_file(f"{LIST}.part", json.dumps(listed).encode())
     remote.mv(f"{LIST}.part", LIST)
-    remote.invalidate_cache()
-    used = _parts(listed)
-    for path in remote.ls(PARTS, detail=False):
-        if path.rpartition("/")[2] not in used:
-            remote.rm_file(path)
+    for part in _parts_at(remote) - _parts(listed):
+        remote.rm_file(f"{PARTS}/{part}")
 
 
 def _send(remote: Any, file: BinaryIO, known: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -62,14 +61,15 @@ def read_list(remote: Any, url: str) -> Listed:
     """What the list at `remote` says; empty without one. Raises CheckpointError if it cannot be used."""
     try:
         listed: Listed = json.loads(remote.cat_file(LIST))
-        parts = _parts(listed)
-        whole = all({"bytes", "digest"} <= entry.keys() and is_inside(name) for name, entry in listed.items())
+        for name, entry in listed.items():
+            parts = all(re.fullmatch("[0-9a-f]{32}", part) for part in entry["parts"])
+            if not (parts and is_inside(name) and {"bytes", "digest"} <= entry.keys()):
+                raise ValueError(f"{name!r} is no file of a run")
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{url} is damaged: its {LIST} cannot be read ({error!r})") from error
-    if not whole or not all(re.fullmatch("[0-9a-f]{32}", part) for part in parts):
-        raise CheckpointError(f"{url} is damaged: its {LIST} names what is not a file of a run")
+        advice = "remove that file there; without it a copy has no metrics and trajectories"
+        raise CheckpointError(f"{url} is damaged: its {LIST} cannot be used ({error!r}): {advice}") from error
     return listed
 
 
@@ -88,6 +88,11 @@ def put_together(remote: Any, url: str, listed: Listed, only: Collection[str], f
                     raise CheckpointError(f"{url} is damaged: {PARTS}/{part} of {name} is not what was sent")
                 file.write(content)
     shutil.rmtree(own)
+
+
+def _parts_at(remote: Any) -> set[str]:
+    remote.invalidate_cache()
+    return {p.rpartition("/")[2] for p in (remote.ls(PARTS, detail=False) if remote.exists(PARTS) else ())}
 
 
 def _parts(listed: Listed) -> set[str]:

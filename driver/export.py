@@ -7,18 +7,13 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from driver.held_out import miou_by_step
+from driver.held_out import best_step, miou_by_step
 from driver.run import Run
 from driver.saving import removed_if_unfinished
 from video_opd.files.checkpoint import checkpoint_folder
 from video_opd.files.durable import fsync_tree, replace_folder
 
 STUDENT, CARD = "student", "export.json"
-
-
-def best_step(miou: dict[int, float]) -> int | None:
-    """The earliest step with the highest mIoU; None: nothing was evaluated."""
-    return min(miou, key=lambda step: (-miou[step], step), default=None)
 
 
 async def export_student(run: Run) -> None:

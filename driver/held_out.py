@@ -1,7 +1,7 @@
 """Evaluations of student and teacher on the held-out split."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from driver.run import Run, ask_student, unless_stopped
 from video_opd.grounding import evaluate
@@ -15,12 +15,22 @@ def at_step(step: int) -> str:
     return f"step_{step}"
 
 
+def _steps(names: Iterable[str]) -> dict[int, str]:
+    """The names that at_step gave, by their steps."""
+    return {int(name.removeprefix("step_")): name for name in names if name.startswith("step_")}
+
+
 def miou_by_step(run: Run) -> dict[int, float]:
     """The student's mIoU after every step at which it was evaluated, the run's last included."""
-    steps = {int(name.removeprefix("step_")): name for name in run.evaluations if name.startswith("step_")}
+    steps = _steps(run.evaluations)
     if AFTER in run.evaluations:
         steps[run.step] = AFTER
     return {step: run.evaluations[name]["miou"] for step, name in steps.items()}
+
+
+def best_step(miou: Mapping[int, float]) -> int | None:
+    """The earliest step with the highest mIoU; None: nothing was evaluated."""
+    return min(miou, key=lambda step: (-miou[step], step), default=None)
 
 
 async def evaluate_student(run: Run, name: str, blank_video: bool = False) -> None:
@@ -77,8 +87,6 @@ def _record(run: Run, name: str, results: Sequence[Prediction | FailedPrompt]) -
     evaluations, examples = run.progress.evaluations, run.progress.examples
     answers = [r for r in results if isinstance(r, Prediction)]
     evaluations[name], examples[name] = evaluate(answers, run.plan.eval.pool), answers
-    steps = {int(n.removeprefix("step_")): n for n in examples if n.startswith("step_")}
-    best = min(steps, key=lambda step: (-evaluations[steps[step]]["miou"], step), default=None)
-    for step in sorted(steps)[:-1]:
-        if step != best:
-            del examples[steps[step]]
+    miou = {step: evaluations[of]["miou"] for step, of in _steps(examples).items()}
+    for step in miou.keys() - {max(miou, default=None), best_step(miou)}:
+        del examples[at_step(step)]

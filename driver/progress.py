@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curriculum.scheduler import check_state
@@ -16,7 +15,7 @@ from preflight.inputs import Plan
 from video_opd.config import Config, LearnerConfig
 from video_opd.errors import CheckpointError
 from video_opd.files.checkpoint import damaged, find_checkpoint
-from video_opd.schemas import PREDICTIONS, span_columns, write_parquet
+from video_opd.schemas import PREDICTIONS, answers_in, answers_table, write_parquet
 from video_opd.types import Prediction
 
 _STATE, _RECORDS, _PREDICTIONS = "state.json", "curriculum.parquet", "predictions.parquet"
@@ -68,12 +67,7 @@ def write_progress(
     state = setup | {k: v for k, v in vars(progress).items() if k != "examples"}
     state["curriculum"] = {k: v for k, v in curriculum.items() if k != "records"}
     write_parquet(curriculum["records"], folder / _RECORDS)
-    rows = [
-        {"evaluation": name, "prompt_id": p.prompt_id, "text": p.text, **span_columns(p.span_s)}
-        for name, predictions in progress.examples.items()
-        for p in predictions
-    ]
-    write_parquet(pa.Table.from_pylist(rows, schema=PREDICTIONS), folder / _PREDICTIONS)
+    write_parquet(answers_table(progress.examples, PREDICTIONS), folder / _PREDICTIONS)
     (folder / _STATE).write_text(json.dumps(state))
 
 
@@ -99,11 +93,8 @@ def read_progress(folder: Path, setup: dict[str, Any]) -> SavedRun:
         progress = Progress(
             **{name: state[name] for name in ("step", "evaluations", "failed_eval")},
             totals=Counter(state["totals"]),
+            examples=answers_in(pq.read_table(folder / _PREDICTIONS)),
         )
-        for row in pq.read_table(folder / _PREDICTIONS).to_pylist():
-            span = None if row["start_s"] is None else (row["start_s"], row["end_s"])
-            prediction = Prediction(prompt_id=row["prompt_id"], text=row["text"], span_s=span)
-            progress.examples.setdefault(row["evaluation"], []).append(prediction)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(folder, f"its state cannot be read ({error!r})") from error
     _check_same(folder, "model", "the student", shapes, setup["shapes"])

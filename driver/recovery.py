@@ -7,18 +7,11 @@ from driver.checkpoints import restore, start_over
 from driver.run import Run
 from video_opd.cluster.deadline import waits, with_deadline
 from video_opd.cluster.faults import LOST
-from video_opd.errors import LearnerLostError, PartLostError
+from video_opd.errors import LearnerLostError, PartLostError, first_error
 from video_opd.logs import log
 
 WAITS_SHOWN = 4
 CONTROL_TIMEOUT_S, CONTROL_POLL_S = 10.0, 0.5
-
-
-def first_error(error: BaseException) -> BaseException:
-    """The first of the errors inside an exception group, or the error itself."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 def learner_lost(error: BaseException) -> LearnerLostError | None:

@@ -89,7 +89,7 @@ async def student_ious(run: Run) -> np.ndarray:
     prompts = [run.plan.train[i] for i in alive]
     parts = on_disk.student_parts(run.folder, run.step)
     settings = on_disk.student_settings_key(run.config, run.step)
-    keys = on_disk.student_prompt_keys(prompts, run.config)
+    keys = await asyncio.to_thread(on_disk.student_prompt_keys, prompts, run.config)
     answers = on_disk.read_answers(sorted(parts.glob("part-*.parquet")), settings, set(keys))
 
     async def ask(prompts: Sequence[Prompt]) -> Sequence[list[Prediction] | FailedPrompt]:

@@ -6,20 +6,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 from video_opd.cluster.join import kill_own_ray
 from video_opd.errors import StoppedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_STOP_S = 2.0  # `timeout` and others signal a process, then its group
-
-
-@dataclass
-class Said:
-    """What follows `stopped by SIGTERM` if a signal comes now."""
-
-    text: str
 
 
 def signals_to_handle() -> list[signal.Signals]:
@@ -38,9 +31,9 @@ def signalled_again(which: signal.Signals, first_s: float) -> None:
 
 
 @contextmanager
-def stopped_by_signals(text: str) -> Iterator[Said]:
-    """SIGTERM and SIGINT end the block with StoppedError: "stopped by SIGTERM" and the text."""
-    said, stopped_by, first_s = Said(text), signal.SIGINT, 0.0
+def stopped_by_signals(text: str) -> Iterator[SimpleNamespace]:
+    """SIGTERM and SIGINT end the block with StoppedError: "stopped by SIGTERM" and the text it has then."""
+    said, stopped_by, first_s = SimpleNamespace(text=text), signal.SIGINT, 0.0
 
     def stop(number: int, _: object) -> None:
         nonlocal stopped_by, first_s

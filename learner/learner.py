@@ -24,7 +24,8 @@ from video_opd.types import ScoredGroup, StepReport
 
 T = TypeVar("T")
 NEIGHBOUR_GRACE_S = 15.0
-FILE_WORK_LOST = tuple(error for error in LOST if error is not DeadlineError)
+FILE_WORK = ("sees", "remove_unfinished", "save", "export", "write_part", "load")  # methods of the ranks
+FILE_WORK_LOST = tuple(error for error in LOST if error is not DeadlineError)  # late is not lost
 
 
 class Learner:
@@ -36,6 +37,7 @@ class Learner:
     def __init__(self, name: str, config: Config, rank_class: type = LearnerRank):
         self._name, self._config, self._rank_class = name, config, rank_class
         self._num_starts = 0
+        self._turn = asyncio.Lock()  # an actor that joins asks for weights while ranks may be saving
         self._writing: list[Any] = []  # calls of file work that were given up, but may still go on
         self._published: int | None = None  # version of the ranks' weights; None: changed since
         learner = config.learner
@@ -107,7 +109,7 @@ class Learner:
         await self._write("save", folder, seen_by=folder)
 
     async def export(self, folder: Path) -> None:
-        """Writes the student alone, a transformers folder, into an existing one. Raises as `save` does."""
+        """Writes the student alone, a new transformers folder. Raises as `save` does."""
         await self._write("export", folder, seen_by=folder.parent)
 
     async def earlier_saves(self) -> None:
@@ -122,11 +124,11 @@ class Learner:
         """Ranks write `folder`. Files of ranks that do not see the driver's `seen_by` are copied here."""
         try:
             elsewhere = await self._ranks_without_folder(seen_by)
-            # remains of an attempt that was lost
-            await self._all("remove", folder, ranks=elsewhere, is_file_work=True)
-            await self._all(method, folder, is_file_work=True)
+            await self._all("remove_unfinished", folder.parent, ranks=elsewhere)
+            await self._all(method, folder)
             for rank in elsewhere:
-                await self._fetch(rank, folder)
+                async with self._turn:
+                    await self._fetch(rank, folder)
         except (DeadlineError, RayTaskError) as error:
             raise SaveError(cause_of(getattr(error, "cause", error))) from error
 
@@ -171,48 +173,49 @@ class Learner:
         elsewhere = await self._ranks_without_folder(folder)
         copied = folder.with_name(f".{folder.name}-{uuid4().hex}.tmp")  # a node may have its own `folder`
         for part in read_parts(folder) if elsewhere else ():
-            await self._all("write_part", copied, ray.put(part), ranks=elsewhere, is_file_work=True)
-        await self._all("load", folder, copied, universal, is_file_work=True)
-        await self._all("remove", copied, ranks=elsewhere, is_file_work=True)
+            await self._all("write_part", copied, ray.put(part), ranks=elsewhere)
+        await self._all("load", folder, copied, universal)
+        await self._all("remove_unfinished", copied.parent, ranks=elsewhere)
 
     async def _ranks_without_folder(self, folder: Path) -> list[Any]:
         """One rank of each node that does not see what this process has in `folder`."""
         mark = folder / f".{uuid4().hex}"
         mark.touch()
         try:
-            seen = await self._all("sees", mark, is_file_work=True)
+            seen = await self._all("sees", mark)
         finally:
             mark.unlink()
         return list({node: r for r, (node, sees) in zip(self._ranks, seen, strict=True) if not sees}.values())
 
     async def _all(
-        self,
-        method: str,
-        *arguments: Any,
-        timeout_s: float | None = None,
-        ranks: Sequence[Any] | None = None,
-        is_file_work: bool = False,
+        self, method: str, *arguments: Any, timeout_s: float | None = None, ranks: Sequence[Any] | None = None
     ) -> list[Any]:
-        """Each rank's answer. `ranks`: those to ask; None: all. Late file work is no loss of a rank."""
-        await self.earlier_saves()
-        asked = self._ranks if ranks is None else ranks
-        references = [getattr(rank, method).remote(*arguments) for rank in asked]
+        """Each rank's answer, one call after the other. `ranks`: those to ask; None: all."""
+        async with self._turn:
+            await self.earlier_saves()
+            asked = self._ranks if ranks is None else ranks
+            references = [getattr(rank, method).remote(*arguments) for rank in asked]
+            with self._losses(method, FILE_WORK_LOST if method in FILE_WORK else LOST):
+                try:
+                    return await self._answers(method, references, timeout_s)
+                except DeadlineError:
+                    self._writing = references
+                    raise
+
+    async def _answers(self, method: str, references: Sequence[Any], timeout_s: float | None) -> list[Any]:
+        """Raises the loss of a rank rather than what its neighbours say of it."""
         calls = [asyncio.ensure_future(reference) for reference in references]
         answers = asyncio.gather(*calls)
-        with self._losses(method, FILE_WORK_LOST if is_file_work else LOST):
-            try:
-                if is_file_work:
-                    return await self._in_time(answers, method)
-                timeout_s = timeout_s or self._config.request_timeout_s
-                return await with_deadline(timeout_s, answers, f"the learner's {method}")
-            except RayTaskError as error:  # a rank whose neighbour died may complain first
-                await asyncio.wait(calls, timeout=NEIGHBOUR_GRACE_S)
-                if dead := [e for c in calls if c.done() and isinstance(e := c.exception(), LOST)]:
-                    raise dead[0] from error
-                raise
-            except DeadlineError:
-                self._writing = references
-                raise
+        try:
+            if method in FILE_WORK:
+                return await self._in_time(answers, method)
+            timeout_s = timeout_s or self._config.request_timeout_s
+            return await with_deadline(timeout_s, answers, f"the learner's {method}")
+        except RayTaskError as error:  # a rank whose neighbour died may complain first
+            await asyncio.wait(calls, timeout=NEIGHBOUR_GRACE_S)
+            if dead := [e for c in calls if c.done() and isinstance(e := c.exception(), LOST)]:
+                raise dead[0] from error
+            raise
 
     @contextmanager
     def _losses(self, method: str, lost: tuple[type[Exception], ...] = LOST) -> Iterator[None]:

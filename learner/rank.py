@@ -85,5 +85,7 @@ class LearnerRank:
     def write_part(self, folder: Path, part: FilePart) -> None:
         write_part(folder, part)
 
-    def remove(self, folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
+    def remove_unfinished(self, folder: Path) -> None:
+        """Removes what was written in `folder` for the driver, which does not see it."""
+        for unfinished in folder.glob(".*.tmp"):
+            shutil.rmtree(unfinished, ignore_errors=True)

@@ -178,7 +178,7 @@ def check_pool(config: Config, split: Split, resumes: bool = False) -> None:
     if selected and selected > len(train) and not resumes:  # later rounds select among those that are left
         raise ConfigError(f"curriculum.num_selected={selected} of {len(train)} training prompts: lower it")
     pool = min(selected or len(train), len(train))
-    in_flight = (config.max_policy_lag + 1) * config.groups_per_step
+    in_flight = config.num_slots
     if pool < in_flight:
         remedy = "raise curriculum.num_selected" if selected else "add data"
         slots = f"(max_policy_lag + 1) * groups_per_step = {in_flight} slots"

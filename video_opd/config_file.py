@@ -79,7 +79,7 @@ def resolve_paths(config: Config, base: Path) -> Config:
 def describe_keys() -> Iterator[str]:
     """One line per key: name, default, meaning."""
     for name, field in _keys(Config):
-        if not _is_section(field):
+        if not _is_model(field.annotation):
             default = "required" if field.is_required() else field.default
             yield f"  {name}={default}  {field.description or ''}".rstrip()
 
@@ -88,12 +88,8 @@ def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fie
     """Every key and section below `section`, by its dotted name."""
     for name, field in section.model_fields.items():
         yield prefix + name, field
-        if _is_section(field):
+        if _is_model(field.annotation):
             yield from _keys(field.annotation, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
-
-
-def _is_section(field: FieldInfo) -> bool:
-    return _is_model(field.annotation)
 
 
 def _is_model(kind: Any) -> bool:
@@ -159,9 +155,9 @@ def _construct(tree: Any, kind: Any) -> Any:
     if isinstance(tree, dict):
         fields = kind.model_fields if _is_model(kind) else {}
         of_all = get_args(kind)[1] if get_origin(kind) is dict else Any
-        named = [(key.text if isinstance(key, _Scalar) else key, value) for key, value in tree.items()]
-        kinds = {key: fields[key].annotation if key in fields else of_all for key, _ in named}
-        return {key: _construct(value, kinds[key]) for key, value in named}
+        named = {key.text if isinstance(key, _Scalar) else key: value for key, value in tree.items()}
+        kinds = {key: fields[key].annotation if key in fields else of_all for key in named}
+        return {key: _construct(value, kinds[key]) for key, value in named.items()}
     if isinstance(tree, list):
         return [_construct(value, (*get_args(kind), Any)[0]) for value in tree]
     return tree

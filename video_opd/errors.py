@@ -115,3 +115,10 @@ class StoppedError(VideoOPDError):
 
     def __str__(self) -> str:
         return self.args[0]
+
+
+def first_error(error: BaseException) -> BaseException:
+    """The first of the errors inside an exception group, or the error itself."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

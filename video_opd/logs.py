@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pythonjsonlogger.json import JsonFormatter
 
-from video_opd.errors import VideoOPDError
+from video_opd.errors import VideoOPDError, first_error
 
 log = logging.getLogger("video_opd")  # ERROR is for the end of the run, which main() prints itself
 
@@ -67,9 +67,7 @@ def driver_log(run_dir: Path, step: int) -> Iterator[None]:
         yield
         log.debug("the run is done")
     except BaseException as error:
-        first = error
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
+        first = first_error(error)
         cause = getattr(first, "cause", None) or first
         log.error("the run ended: %s", cause, exc_info=not isinstance(first, VideoOPDError))
         raise

@@ -1,9 +1,12 @@
 """Arrow schemas of the tables on disk."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from video_opd.types import Prediction
 
 _SPANS = pa.list_(pa.list_(pa.float64()))  # [start, end] each, seconds from the start of the clip
 _ANSWER = [("text", pa.string()), ("start_s", pa.float64()), ("end_s", pa.float64())]  # null: unparsed
@@ -97,6 +100,26 @@ def write_parquet(table: pa.Table, path: Path) -> None:
     temporary = path.with_name(path.name + ".tmp")
     pq.write_table(table, temporary)
     temporary.rename(path)
+
+
+def answers_table(answers: Mapping[str, Sequence[Prediction]], schema: pa.Schema) -> pa.Table:
+    """One row for each answer: its key, in the first column of `schema`, its prompt, text and span."""
+    rows = [
+        {schema.names[0]: key, "prompt_id": p.prompt_id, "text": p.text, **span_columns(p.span_s)}
+        for key, predictions in answers.items()
+        for p in predictions
+    ]
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def answers_in(table: pa.Table) -> dict[str, list[Prediction]]:
+    """The answers of an answers_table, by key."""
+    answers: dict[str, list[Prediction]] = {}
+    for row in table.to_pylist():
+        span = None if row["start_s"] is None else (row["start_s"], row["end_s"])
+        answer = Prediction(prompt_id=row["prompt_id"], text=row["text"], span_s=span)
+        answers.setdefault(row[table.column_names[0]], []).append(answer)
+    return answers
 
 
 def span_columns(span: tuple[float, float] | None) -> dict[str, float | None]:

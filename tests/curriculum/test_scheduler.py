@@ -525,6 +525,17 @@ def test_a_prompt_that_fails_in_a_round_leaves_its_place_to_the_next_by_disagree
     )
 
 
+def test_a_prompt_that_the_learner_cannot_read_is_retired_before_its_step_is_observed():
+    """Else it could be issued again in between, and then be observed when it is not in flight."""
+    scheduler = make_scheduler(3)
+    issued = issue(scheduler, 2)
+    scheduler.retire([FailedPrompt(prompt_id=issued[0], reason="broken")])
+    scheduler.observe([(name, 1, False) for name in issued], 0)
+    records = {r["prompt_id"]: (r["dropped"], r["num_rollouts"]) for r in records_of(scheduler)}
+    assert records[issued[0]] == ("broken", 1) and records[issued[1]] == ("", 1)
+    assert issued[0] not in issue_and_train(scheduler, 2, 2)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_prompt_that_fails_when_all_others_are_selected_leaves_its_place_empty(sampler):
     scheduler = make_scheduler(4, kind="tvdf", sampler=sampler)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from driver.checkpoints import save_if_due, set_aside_after
-from driver.export import best_step, export_student, exported_step
+from driver.export import export_student, exported_step
+from driver.held_out import best_step
 from driver.run_state import RunState
 from tests.driver.test_checkpoint import write_checkpoint
 from video_opd.files.checkpoint import checkpoint_folder

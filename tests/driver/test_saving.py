@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+import driver.checkpoints
 from curriculum.scheduler import settings_of
-from driver.checkpoints import remove_rounds_after, save_at_end, save_if_due
+from driver.checkpoints import remove_rounds_after, save_at_end, save_if_due, start_over
 from driver.command_line import saved_run_to_resume
+from driver.held_out import miou_by_step
 from driver.records.sinks import MetricSinks, TrajectoryLog, read_metrics
 from driver.run import Run
 from driver.saving import try_to_save
@@ -113,6 +115,33 @@ def test_the_last_save_that_fails_is_kept_for_the_end_of_the_run(tmp_path):
     run = make_run(tmp_path)
     asyncio.run(save_at_end(run))
     assert run.not_saved == [] and left_in(tmp_path) == ["checkpoints", "student"]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_make_the_new_one_a_failure(
+    tmp_path, monkeypatch, caplog
+):
+    def retain(*_: Any) -> None:
+        raise OSError(39, "Directory not empty", ".step-1.tmp")
+
+    monkeypatch.setattr(driver.checkpoints.on_disk, "retain", retain)
+    run = make_run(tmp_path)
+    asyncio.run(save_if_due(run))
+    assert run.newest_checkpoint == 3 and check_whole(checkpoint_folder(tmp_path, 3))
+    assert not run.totals["failed_saves"]
+    (warning,) = caplog.messages
+    assert "no longer kept was not removed" in warning and ".step-1.tmp" in warning
+
+
+def test_a_run_that_starts_over_forgets_what_the_lost_student_reached(tmp_path):
+    async def nothing() -> None: ...
+
+    run = make_run(tmp_path)
+    run.curriculum = SimpleNamespace(start_over=nothing, next_selection=nothing)  # pyright: ignore
+    for name in ("teacher", "student_before", "step_2", "student_after", "no_video"):
+        run.evaluations[name], run.progress.examples[name] = {"miou": 0.5}, []
+    asyncio.run(start_over(run))
+    assert [*run.evaluations] == [*run.progress.examples] == ["teacher", "student_before"]
+    assert run.step == 0 and miou_by_step(run) == {}
 
 
 def test_an_error_that_is_none_of_saving_ends_the_run(tmp_path):

@@ -353,6 +353,20 @@ def test_a_file_that_grows_or_goes_while_it_is_sent_is_a_whole_prefix_of_itself_
     assert files_beside(copy) == files_beside(run_dir)
 
 
+def test_a_part_that_is_gone_from_the_copy_is_sent_again(tmp_path, run_dir):
+    """As when an upload that was given up ends after the next one."""
+    write_checkpoint(run_dir, 2)
+    uploads = uploads_to(tmp_path, run_dir)
+    uploads.upload(2)
+    store = tmp_path / "store" / "name"
+    (part,) = json.loads((store / "files.json").read_text())["metrics.jsonl"]["parts"]
+    (store / "parts" / part).unlink()
+    append(run_dir / "metrics.jsonl", b"more")
+    uploads.upload(2)
+    copy = fetch_run(f"{url_of(tmp_path)}/name", tmp_path / "elsewhere")
+    assert files_beside(copy) == files_beside(run_dir)
+
+
 def test_a_copy_of_before_there_were_parts_comes_back(tmp_path, run_dir):
     write_checkpoint(run_dir, 2)
     shutil.copytree(run_dir, tmp_path / "store" / "name")
@@ -360,7 +374,7 @@ def test_a_copy_of_before_there_were_parts_comes_back(tmp_path, run_dir):
     assert files_beside(copy) == files_beside(run_dir)
 
 
-@pytest.mark.parametrize("what", ["a part", "a list", "a name", "a digest"])
+@pytest.mark.parametrize("what", ["a part", "a list", "a name", "a digest", "a number"])
 def test_a_copy_whose_parts_are_not_what_was_sent_is_not_taken(tmp_path, run_dir, what):
     write_checkpoint(run_dir, 2)
     uploads_to(tmp_path, run_dir).upload(2)
@@ -373,7 +387,7 @@ def test_a_copy_whose_parts_are_not_what_was_sent_is_not_taken(tmp_path, run_dir
     elif what == "a name":
         (store / "files.json").write_text(json.dumps(listed | {"curriculum/../../x": listed["config.yaml"]}))
     else:
-        listed["metrics.jsonl"]["parts"] = ["../config.yaml"]
+        listed["metrics.jsonl"]["parts"] = ["../config.yaml" if what == "a digest" else 7]
         (store / "files.json").write_text(json.dumps(listed))
     said = refused(fetch_run, f"{url_of(tmp_path)}/name", tmp_path / "a")
     assert "is damaged" in said and not list((tmp_path / "a").glob("*")) and not (tmp_path / "x").exists()

@@ -8,6 +8,7 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from learner.learner import Learner
+from learner.rank import LearnerRank
 from video_opd.config_file import load_demo
 from video_opd.errors import DeadlineError, LearnerLostError, SaveError
 
@@ -32,15 +33,18 @@ class Method:
         self._rank, self._name = rank, name
 
     def remote(self, *_: Any) -> Reference:
+        self._rank.asked.append(self._name)
         return Reference(self._rank.do(self._name))
 
 
 class Rank:
-    """Does one call after the other, as an actor does. `seconds`, `errors`: by method."""
+    """Does one call after the other, as an actor does. `seconds`, `errors`, `answers`: by method."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
         self.errors: dict[str, Exception] = {}
+        self.answers: dict[str, Any] = {"sees": ("node", True)}
+        self.asked: list[str] = []
         self.done: list[str] = []
         self._turn = asyncio.Lock()
 
@@ -53,7 +57,7 @@ class Rank:
             if name in self.errors:
                 raise self.errors[name]
             self.done.append(name)
-            return ("node", True) if name == "sees" else {}
+            return self.answers.get(name, {})
 
 
 class Shielded(Learner):
@@ -62,6 +66,7 @@ class Shielded(Learner):
     def __init__(self, *ranks: Rank, timeout_s: float = SOON_S):
         options = [f"checkpoint_timeout_s={timeout_s}", "request_timeout_s=30", "video.decode_timeout_s=1"]
         self._config, self._ranks, self._published, self._writing = load_demo(options), list(ranks), None, []
+        self._turn = asyncio.Lock()
 
 
 def run(body: Any) -> None:
@@ -81,6 +86,32 @@ def test_a_late_save_is_no_lost_learner_and_the_next_call_waits_for_its_end(tmp_
         assert rank.done == ["sees", "save", "update"]
         await learner.save(tmp_path)
         assert rank.done.count("save") == 2
+
+    run(body)
+
+
+def test_an_actor_that_joins_during_a_save_waits_for_its_end_before_its_own_deadline_runs(tmp_path):
+    async def body() -> None:
+        rank, written = Rank(), asyncio.Event()
+        do = rank.do
+
+        async def slowly(name: str) -> Any:
+            if name == "save":
+                await written.wait()
+            return await do(name)
+
+        rank.do = slowly
+        learner = Shielded(rank, timeout_s=30)
+        saving = asyncio.ensure_future(learner.save(tmp_path))
+        while "save" not in rank.asked:
+            await asyncio.sleep(0)
+        joining = asyncio.ensure_future(learner.send_weights(3, [None], timeout_s=30))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert rank.asked == ["sees", "save"]
+        written.set()
+        await asyncio.gather(saving, joining)
+        assert rank.done == ["sees", "save", "send_weights"]
 
     run(body)
 
@@ -125,6 +156,23 @@ def test_a_late_load_ends_with_its_deadline_and_no_restart(tmp_path):
         rank.seconds["load"] = 600
         with pytest.raises(DeadlineError, match=r"the learner's load did not .* checkpoint_timeout_s"):
             await Shielded(rank).load(tmp_path)
+
+    run(body)
+
+
+def test_what_failed_saves_left_on_another_node_is_removed_before_the_next_one_needs_the_room(tmp_path):
+    for name in (".step-2.tmp", ".step-3.tmp", "step-1"):
+        (tmp_path / name / "deepspeed").mkdir(parents=True)
+    object.__new__(LearnerRank).remove_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+    async def body() -> None:
+        rank = Rank()
+        rank.answers["sees"] = ("node", False)
+        rank.errors["save"] = FULL
+        with pytest.raises(SaveError):
+            await Shielded(rank, timeout_s=30).save(tmp_path)
+        assert rank.asked == ["sees", "remove_unfinished", "save"]
 
     run(body)
 

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -109,18 +110,15 @@ def start_local(**options: Any) -> Any:
         return ray.init(address="local", **options)
 
 
-class _OwnSession(services.ConsolePopen):
-    """A process of Ray that signals for this process's group or terminal do not reach."""
-
-    def __init__(self, *arguments: Any, **options: Any):
-        super().__init__(*arguments, start_new_session=True, **options)
-
-
 @contextmanager
 def _apart() -> Iterator[None]:
-    """For ray.init: this process handles signals, and ends Ray itself. Ray still ends when it is killed."""
+    """For ray.init: signals for this process's group or terminal do not reach the processes of Ray.
+
+    This process handles signals, and ends Ray itself. Ray still ends when this process is killed.
+    """
+    own_session = partial(services.ConsolePopen, start_new_session=True)
     handler = patch.object(utils, "set_sigterm_handler", lambda _: None)
-    with patch.object(services, "ConsolePopen", _OwnSession), handler:
+    with patch.object(services, "ConsolePopen", own_session), handler:
         yield
 
 
@@ -133,14 +131,16 @@ class Lifeline:
         own = [info.process.pid for kind in ESSENTIAL for info in node.all_processes.get(kind, ())]
         raylet = f"--raylet_socket_name={node.raylet_socket_name}"
         here = (p.pid for p in psutil.process_iter(["cmdline"]) if raylet in (p.info["cmdline"] or ()))
-        self._ends, self._is_own = [os.pidfd_open(pid) for pid in own or here], bool(own)
+        self._ends, self._is_own = select.poll(), bool(own)
+        for pid in own or here:
+            self._ends.register(os.pidfd_open(pid), select.POLLIN)
 
     def wait(self, timeout_s: float) -> str | None:
         """Why this process's own Ray, or of a joined one raylet or head, is gone; None: it is there.
 
         Returns at once when a process here ends: Ray itself may end this process in milliseconds.
         """
-        ended, _, _ = select.select(self._ends, [], [], timeout_s)
+        ended = self._ends.poll(timeout_s * 1000)
         if self._is_own:
             dead = [(kind, process.returncode) for kind, process in self._node.dead_processes()]
             return next((f"its {k} {_ended(code)}" for k, code in dead if k in ESSENTIAL), None)
