@@ -36,6 +36,7 @@ from video_opd.grounding import describe_odd, odd_truth
 from video_opd.models.lengths import PromptLengths, rollout_limit, too_long
 from video_opd.models.model_files import read_model_info
 from video_opd.types import FailedPrompt, Prediction, Prompt
+from video_opd.video.descriptions import end_workers
 
 COUNTS = ("n", "unparsed", "reversed", "out_of_range", "missing")
 Answer = Prediction | FailedPrompt
@@ -74,17 +75,24 @@ def ask_model(config: Config, prompts: Sequence[Prompt], blanks: bool) -> list[l
     return passes
 
 
+def read_splits(config: Config, multiple: int, baselines: bool) -> tuple[list[Prompt], list[Prompt]]:
+    """data.eval as published, and for the baselines data.train."""
+    data, video, runs_dir = config.data, config.video, config.runs_dir
+    prompts = read_prompts(data.eval, video, multiple, as_published=True, runs_dir=runs_dir)
+    train = read_prompts(data.train, video, multiple, runs_dir=runs_dir) if baselines else []
+    end_workers(video)
+    return prompts, train
+
+
 def answers_of_model(config: Config, baselines: bool) -> Answers:
     """Raises InputError before vLLM starts."""
-    info, runs_dir = read_model_info(config.student, config.trust_remote_code), config.runs_dir
-    multiple = info.size_multiple
-    prompts = read_prompts(config.data.eval, config.video, multiple, as_published=True, runs_dir=runs_dir)
-    lengths = PromptLengths(config.student, info.model_type, multiple, config.prompt)
+    info = read_model_info(config.student, config.trust_remote_code)
+    prompts, train = read_splits(config, info.size_multiple, baselines)
+    lengths = PromptLengths(config.student, info.model_type, info.size_multiple, config.prompt)
     if failed := too_long(prompts, lengths.of(prompts), [rollout_limit(config)]):
         first, reason = next(iter(failed.items()))
         raise DataError(f"prompt {first}: {reason} ({len(failed)} such prompts)")
     questions = questions_of(prompts)
-    train = read_prompts(config.data.train, config.video, multiple, runs_dir=runs_dir) if baselines else []
     passes = ask_model(config, prompts, blanks=baselines)
     texts, *blank = ({a.prompt_id: a.text for a in got if isinstance(a, Prediction)} for got in passes)
     why_missing = {a.prompt_id: a.reason for a in passes[0] if isinstance(a, FailedPrompt)}
@@ -96,10 +104,8 @@ def answers_of_file(path: Path, config: Config | None, baselines: bool) -> Answe
     texts, why_missing = read_answers(path)
     if config is None:
         return Answers(read_questions(path), texts, why_missing, train=[], seed=0)
-    runs_dir = config.runs_dir
-    published = read_prompts(config.data.eval, config.video, NO_FRAMES, as_published=True, runs_dir=runs_dir)
-    questions = questions_of(published)
-    train = read_prompts(config.data.train, config.video, NO_FRAMES, runs_dir=runs_dir) if baselines else []
+    prompts, train = read_splits(config, NO_FRAMES, baselines)
+    questions = questions_of(prompts)
     others = count_others(questions, texts, path)
     return Answers(questions, texts, why_missing, train, config.seed, other_prompts=others)
 

@@ -134,8 +134,6 @@ class LearnerEngine:
 
     def _over_ranks(self, *counts: int) -> list[int]:
         """Their sums over all ranks."""
-        if self._world_size == 1:
-            return list(counts)
         sums = torch.tensor(counts, device=self._device)
         torch.distributed.all_reduce(sums)
         return sums.tolist()
@@ -218,7 +216,7 @@ class LearnerEngine:
 
     def save(self, folder: Path) -> None:
         """Writes the DeepSpeed state and `student/`, a transformers folder. Raises OSError on all ranks."""
-        with writing_on_all_ranks(self._engine.checkpoint_engine, folder / "deepspeed" / "state"):
+        with writing_on_all_ranks(self._engine, folder / "deepspeed" / "state"):
             self._engine.save_checkpoint(str(folder / "deepspeed"), tag="state", save_latest=False)
         self.export(folder / "student")
 

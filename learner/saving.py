@@ -1,7 +1,7 @@
 """A checkpoint that one rank cannot write fails on all ranks: DeepSpeed's own barriers would wait for it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -10,23 +10,27 @@ from torch import distributed
 
 
 @contextmanager
-def writing_on_all_ranks(checkpoint_engine: Any, folder: Path) -> Iterator[None]:
-    """In the block, DeepSpeed saves below `folder`. Raises OSError on all ranks when one cannot write."""
+def writing_on_all_ranks(engine: Any, folder: Path) -> Iterator[None]:
+    """In the block, a DeepSpeed engine saves below `folder`. Raises OSError on all ranks if one cannot write.
+
+    DeepSpeed writes by two methods: tensors on every rank, scripts for their recovery on rank 0 alone.
+    """
     failures: list[Exception] = []
-    write = checkpoint_engine.save
 
-    def save(*arguments: Any, **options: Any) -> None:
-        try:
-            write(*arguments, **options)
-        except (OSError, RuntimeError) as error:  # torch raises the latter when the disk is full
-            failures.append(error)
+    def noting(write: Callable[..., None]) -> Callable[..., None]:
+        def noted(*arguments: Any, **options: Any) -> None:
+            try:
+                write(*arguments, **options)
+            except (OSError, RuntimeError) as error:  # torch raises the latter when the disk is full
+                failures.append(error)
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        failures.append(error)
+        return noted
+
+    noting(folder.mkdir)(parents=True, exist_ok=True)
     _raise_on_all(failures)
-    with patch.object(checkpoint_engine, "save", save):
+    with ExitStack() as patches:
+        for owner, name in ((engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")):
+            patches.enter_context(patch.object(owner, name, noting(getattr(owner, name))))
         yield
     _raise_on_all(failures)
 

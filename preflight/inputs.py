@@ -14,8 +14,7 @@ from video_opd.models.lengths import PromptLengths, limits, too_long
 from video_opd.models.model_files import ModelInfo, check_same_tokenizer, read_model_info
 from video_opd.rewards import load_rewards
 from video_opd.types import Prompt
-from video_opd.video.decode_pool import shared_pool
-from video_opd.video.descriptions import in_parallel
+from video_opd.video.descriptions import end_workers
 
 SHAPES = ROOT / "configs" / "shapes"  # the fields that matter of published models' config.json
 
@@ -56,7 +55,7 @@ def make_plan(config: Config, resumes: bool = False) -> Plan:
     if config.loss.needs.rewards:
         load_rewards(config.loss.rewards)
     splits = {name: _read(config, name, student.size_multiple, resumes) for name in ("train", "eval")}
-    shared_pool(in_parallel(config.video)).close()  # the driver decodes no more
+    end_workers(config.video)
     lengths = PromptLengths(config.student, student.model_type, student.size_multiple, config.prompt)
     longest = {}
     for name, split in splits.items():
@@ -84,12 +83,13 @@ def _read(config: Config, name: str, multiple: int, resumes: bool = False) -> Sp
 def fit_lengths(config: Config, name: str, split: Split, lengths: PromptLengths) -> tuple[Split, int]:
     """The split without prompts that are too long, and the tokens of the longest that is left.
 
-    Raises DataError for such a prompt, unless too_long=drop."""
-    of_prompts = lengths.of(split.prompts)
+    Raises DataError for such a prompt, unless too_long=drop and others are left."""
+    of_prompts, choice = lengths.of(split.prompts), getattr(config.data, name).too_long
     failed = too_long(split.prompts, of_prompts, limits(config, trained=name == "train"))
-    if failed and (getattr(config.data, name).too_long == "error" or len(failed) == len(split.prompts)):
+    if failed and (choice == "error" or len(failed) == len(split.prompts)):
         first, reason = next(iter(failed.items()))
-        drop = f"; data.{name}.too_long=drop leaves them out" if name == "train" else ""
+        may_drop = name == "train" and choice == "error"
+        drop = f"; data.{name}.too_long=drop leaves them out" if may_drop else ""
         raise DataError(f"prompt {first}: {reason} ({len(failed)} such prompts in data.{name}{drop})")
     left = [n for p, n in zip(split.prompts, of_prompts, strict=True) if p.prompt_id not in failed]
     if failed:
@@ -178,10 +178,9 @@ def check_pool(config: Config, split: Split, resumes: bool = False) -> None:
     if selected and selected > len(train) and not resumes:  # later rounds select among those that are left
         raise ConfigError(f"curriculum.num_selected={selected} of {len(train)} training prompts: lower it")
     pool = min(selected or len(train), len(train))
-    in_flight = config.num_slots
-    if pool < in_flight:
+    if pool < config.num_slots:
         remedy = "raise curriculum.num_selected" if selected else "add data"
-        slots = f"(max_policy_lag + 1) * groups_per_step = {in_flight} slots"
+        slots = f"(max_policy_lag + 1) * groups_per_step = {config.num_slots} slots"
         raise ConfigError(f"{pool} training prompts cannot fill {slots}: {remedy} or lower groups_per_step")
 
 

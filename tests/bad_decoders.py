@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from video_opd.video.decoders import VideoInfo
+from video_opd.video.video_file import VideoInfo
 
 
 class Opens:

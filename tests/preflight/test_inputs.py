@@ -17,7 +17,9 @@ from video_opd.config import Config, TeacherModel
 from video_opd.config_file import load_demo
 from video_opd.errors import ClipError, DataError
 from video_opd.grounding import blind_baselines, evaluate
-from video_opd.types import Prediction
+from video_opd.types import FailedPrompt, Prediction
+from video_opd.video import descriptions
+from video_opd.video.decode_pool import shared_pool
 
 
 @dataclass
@@ -102,6 +104,25 @@ def test_a_prompt_that_no_engine_can_take_is_named_before_the_start(split, check
     assert check(run.config(f"rollout.max_model_len={needed}")).longest[split] == int(needed) - 16
     with pytest.raises(DataError, match="max_model_len"):
         check(run.config(f"rollout.max_model_len={int(needed) - 1}"))
+
+
+def test_no_advice_to_drop_where_all_would_be_dropped(run):
+    with pytest.raises(DataError, match=r"such prompts in data\.train\)$"):
+        make_plan(run.config("data.train.too_long=drop", "rollout.max_model_len=20"))
+
+
+def test_an_evaluation_leaves_no_workers_that_opened_videos_beside_vllm(run, monkeypatch):
+    config = run.config()
+    pool = shared_pool(descriptions._in_parallel(config.video))
+    left: list[Any] = []
+
+    def ask(_: Config, prompts: Any, blanks: bool) -> Any:
+        left.extend(worker for worker in pool._idle.queue if worker)
+        return [[FailedPrompt(prompt_id=p.prompt_id, reason="") for p in prompts]]
+
+    monkeypatch.setattr(evaluation.__main__, "ask_model", ask)
+    evaluation.__main__.answers_of_model(config, False)
+    assert not left
 
 
 def test_an_evaluation_refuses_it_before_vllm_starts(run, monkeypatch):

@@ -86,6 +86,20 @@ def test_a_query_that_holds_the_videos_pad_is_refused(tmp_path):
         lengths.of([make_prompt("a"), replace(make_prompt("b"), query="a <|video_pad|>")])
 
 
+def test_a_template_that_marks_what_an_assistant_says_is_read_and_a_broken_one_is_one_line(tmp_path):
+    """transformers has a tag for it, which its training templates use."""
+    build_processor().save_pretrained(tmp_path)
+    path, config = tmp_path / "chat_template.jinja", PromptConfig()
+    plain = PromptLengths(tmp_path, "qwen3_vl", 32, config).of([make_prompt("a")])
+    said = "{% for message in messages if message.role == 'assistant' %}{% generation %}{{ message.content }}"
+    path.write_text(path.read_text() + said + "{% endgeneration %}{% endfor %}")
+    assert PromptLengths(tmp_path, "qwen3_vl", 32, config).of([make_prompt("a")]) == plain
+    path.write_text("{% for message in messages %}")
+    with pytest.raises(ModelError) as caught:
+        PromptLengths(tmp_path, "qwen3_vl", 32, config)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
 def test_a_folder_without_tokenizer_or_template_is_one_line(name, tmp_path):
     build_processor().save_pretrained(tmp_path)

@@ -22,7 +22,7 @@ from video_opd.datasets.videos import VideoFolder, video_id
 from video_opd.errors import ClipError, DataError, FailureKind
 from video_opd.types import Clip, Span
 from video_opd.video.clips import describe_video, plan_clip, read_frames
-from video_opd.video.decoders import VideoInfo
+from video_opd.video.video_file import VideoInfo
 
 TOLERANCE_S = 1.0  # annotated durations are often whole seconds
 FPS_TOLERANCE = 0.01  # as a share: 29.97 is written as 30

@@ -14,8 +14,8 @@ from video_opd.datasets.videos import VideoFolder, video_id
 from video_opd.errors import ClipError, DataError
 from video_opd.types import Clip, FailedPrompt, Prompt, Span
 from video_opd.video.clips import plan_clip
-from video_opd.video.decoders import VideoInfo
 from video_opd.video.descriptions import describe_all
+from video_opd.video.video_file import VideoInfo
 
 
 @dataclass(frozen=True)

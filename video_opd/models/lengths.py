@@ -3,12 +3,13 @@
 transformers is not imported: it would cost every launch 2 s of CPU time and 140 MiB.
 """
 
-import os
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from video_opd.config import Config
 from video_opd.config_data import PromptConfig
@@ -18,7 +19,6 @@ from video_opd.models.prompting import VIDEO_PAD, chat_messages, video_metadata
 from video_opd.types import Clip, Prompt
 from video_opd.video.clips import TEMPORAL_PATCH, num_video_tokens
 
-TEXTS_AT_ONCE = 4096
 MARKS = 2  # of vision, around the tokens of each pair of frames
 _RESERVED = (VIDEO_PAD, "<|image_pad|>")
 
@@ -37,9 +37,11 @@ class PromptLengths:
             raise ModelError(f"{path} cannot be read as a tokenizer ({error})") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._template = _compile(_chat_template(Path(folder)))
+        try:
+            self._template = _compile(_chat_template(Path(folder)))
+        except TemplateError as error:
+            raise ModelError(f"the chat template of {folder} cannot be read ({error}): correct it") from error
         self._config, self._multiple, self._has_times = config, multiple, model_type == "qwen3_vl"
-        self._of_time: dict[str, int] = {}
 
     def of(self, prompts: Sequence[Prompt]) -> list[int]:
         """Tokens of each prompt, video and timestamps included. Raises DataError: a query holds a pad."""
@@ -61,22 +63,14 @@ class PromptLengths:
         tokens = [num_video_tokens(clip, self._multiple) for clip in clips]
         if not self._has_times:
             return tokens
-        times = [Counter(_timestamps(clip)) for clip in clips]
-        new = [
-            time
-            for time in dict.fromkeys(t for of_clip in times for t in of_clip)
-            if time not in self._of_time
-        ]
-        self._of_time.update(zip(new, self._count(new), strict=True))
-        return [
-            n + sum(number * (self._of_time[time] + MARKS) for time, number in of_clip.items())
-            for n, of_clip in zip(tokens, times, strict=True)
-        ]
+        times = [_timestamps(clip) for clip in clips]
+        different = list({time for of_clip in times for time in of_clip})
+        length = dict(zip(different, self._count(different), strict=True))
+        return [n + sum(length[t] + MARKS for t in own) for n, own in zip(tokens, times, strict=True)]
 
     def _count(self, texts: Sequence[str]) -> list[int]:
-        with _one_thread():
-            parts = (texts[i : i + TEXTS_AT_ONCE] for i in range(0, len(texts), TEXTS_AT_ONCE))
-            return [len(e.ids) for part in parts for e in self._tokenizer.encode_batch_fast(list(part))]
+        """One by one: after a batch, tokenizers warns in every process that is forked, and Ray forks."""
+        return [len(self._tokenizer.encode(text).ids) for text in texts]
 
 
 def _timestamps(clip: Clip) -> list[str]:
@@ -85,20 +79,6 @@ def _timestamps(clip: Clip) -> list[str]:
     times = [index / metadata["fps"] for index in metadata["frames_indices"]]
     pairs = zip(times[::TEMPORAL_PATCH], times[TEMPORAL_PATCH - 1 :: TEMPORAL_PATCH], strict=True)
     return [f"<{(first + last) / 2:.1f} seconds>" for first, last in pairs]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """After tokenizers has used threads, it warns in every process that is forked: Ray forks."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
 
 
 def _chat_template(folder: Path) -> str:
@@ -116,12 +96,19 @@ def _chat_template(folder: Path) -> str:
     return own
 
 
+class _Generation(Extension):
+    """Transformers' tag around what an assistant says. It writes nothing of its own."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def _compile(template: str):
     """A jinja2 template with the settings of transformers."""
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": [loopcontrols]}
+    options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": [loopcontrols, _Generation]}
     return ImmutableSandboxedEnvironment(**options).from_string(template)
 
 

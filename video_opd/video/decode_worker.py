@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from video_opd.video.decoders import Decoder, FrameFolder, VideoInfo, first_line, load_decoder
+from video_opd.video.decoders import Decoder, FrameFolder, first_line, load_decoder
+from video_opd.video.video_file import VideoInfo
 
 PART_BYTES = 64 << 20  # of frames in one answer: bounds the memory of a worker and of its buffer
 READ_BYTES = 1 << 20

@@ -154,9 +154,3 @@ def load_decoder(name: str) -> type[Decoder]:
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-
-
-def _from_first(times: np.ndarray) -> np.ndarray | None:
-    """Seconds from the first frame; None if not ascending: files without times give nonsense."""
-    times = times - times[:1]
-    return times if np.isfinite(times).all() and (np.diff(times) > 0).all() else None

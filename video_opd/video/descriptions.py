@@ -29,12 +29,14 @@ from video_opd.config_data import VideoConfig
 from video_opd.errors import ClipError, storage_error
 from video_opd.schemas import DESCRIPTIONS, write_parquet
 from video_opd.video.clips import describe_video
-from video_opd.video.decoders import VideoInfo
-from video_opd.video.quarantine import quarantine, video_stamp
+from video_opd.video.decode_pool import shared_pool
+from video_opd.video.quarantine import quarantine
+from video_opd.video.video_file import VideoInfo
 
 FOLDER = ".videos"  # in runs_dir
 FILES_A_WRITE = 1000  # an interrupted start keeps as much
 STAMPS_AT_ONCE = 32  # they wait for storage
+MOST_WORKERS = 32  # of about 0.1 GiB each: a container may show many CPUs and have little memory
 
 _log = logging.getLogger(__name__)
 
@@ -76,19 +78,22 @@ def describe_all(
     return found
 
 
-def in_parallel(video: VideoConfig) -> VideoConfig:
-    """The settings by which describe_all opens videos: with as many workers as there are CPUs, or more."""
-    return video.model_copy(
-        update={"decode_workers": max(len(os.sched_getaffinity(0)), video.decode_workers)}
-    )
+def end_workers(video: VideoConfig) -> None:
+    """Ends the workers that describe_all has used here, for a process that decodes no more or differently."""
+    shared_pool(_in_parallel(video)).close()
+
+
+def _in_parallel(video: VideoConfig) -> VideoConfig:
+    """The same with a worker for each CPU, up to MOST_WORKERS, or more if it says so."""
+    num_cpus = len(os.sched_getaffinity(0))
+    return video.model_copy(update={"decode_workers": max(min(num_cpus, MOST_WORKERS), video.decode_workers)})
 
 
 def _describe(paths: list[str], video: VideoConfig) -> Iterator[tuple[str, VideoInfo | ClipError]]:
     """Describes the videos in order, several at once."""
     if not paths:
         return
-    parallel = in_parallel(video)
-    at_once = min(len(paths), parallel.decode_workers)
+    parallel = _in_parallel(video)
 
     def describe(path: str) -> VideoInfo | ClipError:
         try:
@@ -96,7 +101,7 @@ def _describe(paths: list[str], video: VideoConfig) -> Iterator[tuple[str, Video
         except ClipError as error:
             return error
 
-    console, threads = Console(stderr=True), ThreadPoolExecutor(at_once)
+    console, threads = Console(stderr=True), ThreadPoolExecutor(min(len(paths), parallel.decode_workers))
     try:
         found = zip(paths, threads.map(describe, paths), strict=True)
         shown = {"total": len(paths), "console": console, "disable": not console.is_terminal}
@@ -107,9 +112,10 @@ def _describe(paths: list[str], video: VideoConfig) -> Iterator[tuple[str, Video
 
 def _stamp(path: str, video: VideoConfig) -> str | ClipError:
     """What changes when the file is replaced, or why it is not to be opened."""
+    path = os.path.realpath(path)  # as it is listed in the quarantine
     try:
-        with quarantine(video.quarantine, video.decoder).watch(path):
-            return f"{video_stamp(path)}:{os.stat(path).st_ino}"
+        with quarantine(video.quarantine, video.decoder).watch(path) as stamp:
+            return f"{stamp}:{os.stat(path).st_ino}"
     except ClipError as error:
         return error
     except OSError as error:

@@ -42,19 +42,19 @@ class Quarantine:
         self._lock = threading.Lock()
 
     @contextmanager
-    def watch(self, video: str) -> Iterator[None]:
-        """Raises ClipError if the video is out of reach or listed; lists it if the body raises BrokenVideo.
+    def watch(self, video: str) -> Iterator[str]:
+        """Gives the video's stamp. If the body raises BrokenVideo, the video is listed.
 
-        Raises ConfigError if the file has a bad line.
+        Raises ClipError if it is out of reach or listed, ConfigError if the file has a bad line.
         """
-        key = (video, video_stamp(video), self._decoder)
+        key = (video, stamp := video_stamp(video), self._decoder)
         with self._lock:
             if self._path:
                 self._read_new_lines(self._path)
             if key in self._known:
                 raise BrokenVideo(video, *self._known[key])
         try:
-            yield
+            yield stamp
         except BrokenVideo as error:
             with self._lock:
                 self._known[key] = (error.reason, error.kind)

@@ -13,8 +13,8 @@ from video_opd.config_data import VideoConfig
 from video_opd.errors import ClipError, FailureKind
 from video_opd.video import descriptions
 from video_opd.video.clips import describe_video
-from video_opd.video.decoders import VideoInfo
 from video_opd.video.descriptions import FOLDER, describe_all
+from video_opd.video.video_file import VideoInfo
 
 VIDEO = VideoConfig(decode_workers=2, frame_folder_fps=4.0)
 
@@ -116,16 +116,24 @@ def test_damaged_and_half_written_files_are_left_out_and_an_interrupted_start_ke
 
 
 def test_a_listed_video_is_not_taken_from_what_is_kept(videos, tmp_path):
-    """It could be opened; its frames could not be decoded."""
+    """It could be opened; its frames could not be decoded. Annotations may name it by a link."""
     path, listed = videos["even.mp4"], tmp_path / "quarantine.jsonl"
-    describe_all([path], VIDEO, str(tmp_path))
+    (tmp_path / "linked").symlink_to(tmp_path / "videos")
+    linked = str(tmp_path / "linked" / "even.mp4")
+    describe_all([path, linked], VIDEO, str(tmp_path))
     status = os.stat(path)
     stamp = f"{status.st_size}:{status.st_mtime_ns}"
     listed.write_text(
         f'{{"video": "{path}", "stamp": "{stamp}", "decoder": "decord", "reason": "is dull"}}\n'
     )
     video = VIDEO.model_copy(update={"quarantine": str(listed)})
-    assert "is dull" in str(describe_all([path], video, str(tmp_path))[path])
+    assert all("is dull" in str(p) for p in describe_all([path, linked], video, str(tmp_path)).values())
+
+
+@pytest.mark.parametrize(("num_cpus", "asked", "used"), [(2, 4, 4), (16, 4, 16), (500, 4, 32), (500, 64, 64)])
+def test_workers_are_as_many_as_cpus_within_reason(num_cpus, asked, used, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(num_cpus)))
+    assert descriptions._in_parallel(VideoConfig(decode_workers=asked)).decode_workers == used
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(videos, tmp_path, caplog):
