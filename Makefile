@@ -15,9 +15,9 @@ demo: $(VENV)/.$(EXTRA)
 test: $(VENV)/.$(EXTRA)-test
 	$(PYTEST)
 
-# Without the tests that start an engine.
+# Without the tests that start an engine, import one or take long.
 test-fast: $(VENV)/.$(EXTRA)-test
-	$(PYTEST) -m "not engine"
+	$(PYTEST) -m "not engine" --ignore tests/real
 
 check: $(VENV)/.$(EXTRA)-dev
 	$(BIN)/ruff check .

@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def place(item: pytest.Item) -> int:
         name = item.path.stem.removeprefix("test_")
-        if item.get_closest_marker("engine") is None:
+        if "real" not in item.path.parts:
             return len(ENGINE_MODULES) + 2
         if name in ENGINE_MODULES:
             return ENGINE_MODULES.index(name)

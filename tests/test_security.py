@@ -147,6 +147,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_before_any_of_it_runs(write, pr
         assert marker.exists(), "the pickle does run code"
 
 
+@pytest.mark.engine
 def test_deepspeed_and_all_else_in_a_learners_process_read_tensors_alone(tmp_path):
     """Second line of defence: torch.load(weights_only=False), as DeepSpeed calls it, does not run code."""
     marker = tmp_path / "marker"

@@ -159,6 +159,7 @@ async def sampled(pool: FakePool, prompts: Sequence[Prompt]) -> list[tuple[str, 
     return [(r.prompt_id, int(r.reason)) for results in parts for r in results if isinstance(r, FailedPrompt)]
 
 
+@pytest.mark.engine
 @given(seed=st.integers(0, 10_000), num_actors=st.integers(1, 3), faults=st.floats(0, 0.3))
 def test_every_prompt_is_sampled_once_from_the_published_weights_whatever_dies(seed, num_actors, faults):
     async def run() -> None:
@@ -284,6 +285,7 @@ def test_an_actor_that_cannot_take_the_weights_is_said_and_tried_again(monkeypat
     )
 
 
+@pytest.mark.engine
 def test_a_deadline_covers_the_calls_before_it(killed, monkeypatch):
     """An actor serves one call at a time: three calls that together outlast a deadline lose nobody."""
 

@@ -272,6 +272,7 @@ def test_an_actor_that_is_dead_is_replaced_and_the_others_get_the_version():
     run(test)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("fails", ["dies", "hangs"])
 def test_an_actor_lost_in_the_middle_takes_the_transfer_with_it_and_all_are_replaced(fails):
     """Nothing ends a collective: the learner and the other actors hang in it until their deadlines."""
@@ -313,6 +314,7 @@ def test_an_actor_that_has_rollouts_to_end_when_another_dies_is_not_lost():
     run(test)
 
 
+@pytest.mark.engine
 def test_when_the_learner_dies_in_the_middle_nobody_is_called_until_there_is_a_whole_version():
     async def test():
         pool, learner = Pool(config(2, timeout_s=3.0)), Learner()

@@ -14,6 +14,7 @@ def run(code: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.engine
 def test_video_processors_import_after_video_opd():
     assert (
         run("import video_opd; from transformers import Qwen3VLProcessor; print(Qwen3VLProcessor.__name__)")

@@ -77,6 +77,7 @@ def test_a_worker_imports_no_framework():
     }
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("decoder", ["HangsOnRead", "HangsOnOpen"])
 def test_a_decoder_that_hangs_holding_the_gil_is_killed_at_the_deadline(decoder, tmp_path):
     path = tmp_path / "bad.mp4"
@@ -89,6 +90,7 @@ def test_a_decoder_that_hangs_holding_the_gil_is_killed_at_the_deadline(decoder,
     assert workers() == before, "the worker is gone"
 
 
+@pytest.mark.engine
 def test_after_a_worker_was_killed_the_next_clip_is_read_and_the_broken_one_fails_at_once(
     tmp_path, monkeypatch
 ):
@@ -151,6 +153,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("decoder", ["decord", "tests.bad_decoders:HangsOnOpen"])
 def test_no_worker_outlives_its_parent(decoder, tmp_path):
     """An idle one sees its socket close; one that hangs while it holds the GIL is ended by its alarm."""
@@ -168,6 +171,7 @@ def test_no_worker_outlives_its_parent(decoder, tmp_path):
     assert len(workers) == 1 and not alive
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("suffix", ["mp4", "ts"])
 def test_a_long_clip_comes_in_parts(suffix, tmp_path):
     """More frames than fit one answer: the same frames."""
