@@ -14,6 +14,7 @@ THOUGHTS = [
     ("<think>\nAt 28.2 - 35.5 they dance.\n</think>\n\nIt happens in 195.2 - 220.7 seconds.", (195.2, 220.7)),
     ("<think>The clip lasts 400 seconds, so between 5 and 10 nothing", None),
     ("<think>at 5 - 6</think>", None),
+    ("3 - 4 <think>no</think> or 5 - 6</think>", None),  # the prompt opened the first thought
     ("<think>at 5 - 6</think>\n<|im_end|>", None),
     ("<think>1 to 2</think> 3 - 4 <think>no, 5 to 6</think> 7 - 8", (7.0, 8.0)),
     ("3 - 4 <think>or 5 - 6", (3.0, 4.0)),
