@@ -194,6 +194,7 @@ def shared_ray():
 
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_AUTH_MODE", "disabled")
+        environment.setenv("RAY_worker_niceness", "0")  # as in a Ray that launch.py starts
         head = {
             "num_cpus": 16,
             "resources": {"learner": 2, "rollout": 2, "teacher": 2},

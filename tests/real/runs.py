@@ -8,7 +8,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pyarrow as pa
 from demo.clips import write_split
 from video_opd import ROOT
 
-PATIENCE_S = 240.0
+PATIENCE_S = 600.0
 GROUPS = 6
 TITLES = {  # of Ray's processes, as `ps` shows them
     "actor": "ray::RolloutActor",
@@ -51,7 +51,7 @@ def run_module(*arguments: str | Path, env: dict[str, str] | None = None) -> sub
     """`python ARGUMENTS` in the checkout, to its end."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False, env=env
+        command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False, env=env
     )
 
 
@@ -61,18 +61,23 @@ def run_launch(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def start(
-    folder: Path, *arguments: str, env: dict[str, str] | None = None, terminal: int | None = None
+    folder: Path,
+    *arguments: str,
+    env: dict[str, str] | None = None,
+    terminal: int | None = None,
+    program: Sequence[str] = ("launch.py",),
 ) -> subprocess.Popen:
     """launch.py on a Ray of its own, with its output in folder/output.txt, in a process group of its own.
 
-    `terminal`: the end of a pseudo-terminal in whose foreground it is to run.
+    `terminal`: the end of a pseudo-terminal in whose foreground it is to run. `program`: what stands in for
+    launch.py.
     """
     options: dict[str, Any] = {"stderr": subprocess.STDOUT, "start_new_session": True, "env": env}
     if terminal is not None:
         options |= {"stdin": terminal, "preexec_fn": _take_terminal}
     with (folder / "output.txt").open("a") as output:
-        command = [sys.executable, "-u", str(ROOT / "launch.py"), "--address", "local", *arguments]
-        return subprocess.Popen(command, stdout=output, **options)
+        command = [sys.executable, "-u", *program, "--address", "local", *arguments]
+        return subprocess.Popen(command, stdout=output, cwd=ROOT, **options)
 
 
 def _take_terminal() -> None:

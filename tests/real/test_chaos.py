@@ -35,7 +35,6 @@ from tests.real.runs import (
 from video_opd.config_file import load_config
 from video_opd.models.forward import load_model
 
-pytestmark = pytest.mark.timeout(1500)  # a slow machine is no failure
 PARAMETER_TOLERANCE = 1e-3  # engines merge calls as they come, and float sums depend on the batch
 STEPS, PROMPTS = 20, 30  # a whole number of passes over the prompts
 
@@ -116,7 +115,7 @@ def test_every_scheduled_prompt_is_trained_on_exactly_once(survived):
     assert all(len(r["teacher_logprobs"]) == len(r["response_token_ids"]) for r in rows)
 
 
-KILLS = int(os.environ.get("CHAOS_KILLS", "3"))
+KILLS = int(os.environ.get("CHAOS_KILLS", "2"))
 KILLED_STEPS, STARTING_S, STEPPING_S = 12, 8.0, 1.0
 
 

@@ -27,6 +27,7 @@ def cluster(monkeypatch):
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # as in a Ray that launch.py starts
     roles = {"rollout": 1, "teacher": 1, "learner": 1}
     with socket.socket() as free:  # where the node takes jobs; the default may be another Ray's
         free.bind(("", 0))
@@ -125,7 +126,7 @@ def test_a_run_waits_for_its_nodes_outlives_one_and_leaves_the_cluster_running(c
         *options,
     ]
     late = subprocess.run(
-        [*command, "run_name=late", "start_timeout_s=3"], capture_output=True, text=True, timeout=120
+        [*command, "run_name=late", "start_timeout_s=3"], capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert late.returncode == 2 and late.stderr.count("\n") == 1
     assert "within 3 s, rollout: 1 of 2, teacher: 1 of 2; needed are learner (each" in late.stderr

@@ -16,7 +16,7 @@ import yaml
 import launch
 from preflight.inputs import make_plan
 from tests.real.conftest import DEMO
-from tests.real.runs import GROUPS, SHRUNK, metrics_of, run_launch, trajectories_of, write_data
+from tests.real.runs import GROUPS, PATIENCE_S, SHRUNK, metrics_of, run_launch, trajectories_of, write_data
 from tests.videos import write_audio
 from video_opd import ROOT
 from video_opd.config_file import load_config
@@ -54,14 +54,14 @@ def broken_clips(tmp_path_factory) -> tuple[list[str], dict[str, Path]]:
 
 @pytest.fixture(scope="module")
 def finished(shared_ray, overrides, broken_clips) -> Path:
-    """A run at lag 1 with two actors. One more clip is broken between the start-up checks and the end."""
+    """A run at lag 1. One more clip is broken between the start-up checks and the end."""
     data, paths = broken_clips
     path = paths["train00000"].with_name("train00003.mp4")
     whole = path.read_bytes()
-    more = [f"num_steps={STEPS}", "run_name=lag1", "max_policy_lag=1", "rollout.num_actors=2"]
+    more = [f"num_steps={STEPS}", "run_name=lag1", "max_policy_lag=1"]
     command = [sys.executable, "-c", BREAKING.format(path=str(path)), *overrides, *SHRUNK, *data, *more]
     command.append("checkpoint_every=2")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, cwd=ROOT, check=False)
     path.write_bytes(whole)
     assert done.returncode == 0, done.stderr[-4000:]
     return Path(load_config(DEMO, overrides).runs_dir) / "lag1"
@@ -161,7 +161,7 @@ TVDF = [
 
 @pytest.fixture(scope="module")
 def tvdf(shared_ray, overrides) -> Path:
-    """Two rounds of two steps, the second selected with the student of then; a vLLM teacher, two ranks."""
+    """Two rounds of two steps, the second selected with the student of then; a vLLM teacher."""
     more = [
         "num_steps=4",
         "checkpoint_every=3",
@@ -169,7 +169,7 @@ def tvdf(shared_ray, overrides) -> Path:
         "curriculum.kind=tvdf",
         "curriculum.num_selected=12",
     ]
-    done = run_launch(*overrides, *SHRUNK, *TVDF, *more, "learner.world_size=2")
+    done = run_launch(*overrides, *SHRUNK, *TVDF, *more)
     assert done.returncode == 0, done.stderr[-4000:]
     return Path(load_config(DEMO, overrides).runs_dir) / "tvdf"
 
@@ -305,9 +305,7 @@ def longer(trajectory, prompt) -> float:
 def test_grpo_makes_the_teacher_of_the_next_run(overrides):
     """Two commands: the first run has no teacher; its student teaches the second, which trains by LoRA."""
     runs = Path(load_config(DEMO, overrides).runs_dir)
-    made = run_launch(
-        *overrides, *SHRUNK, *GRPO, "teacher=null", "num_steps=2", "run_name=grpo", "learner.world_size=2"
-    )
+    made = run_launch(*overrides, *SHRUNK, *GRPO, "teacher=null", "num_steps=2", "run_name=grpo")
     assert made.returncode == 0, made.stderr[-4000:]
     summary = json.loads((runs / "grpo" / "summary.json").read_text())
     assert (

@@ -1,10 +1,12 @@
-"""One run: watched by a real Prometheus, scaled and attacked from other terminals, stopped by a signal.
+"""One run: watched by a real Prometheus, scaled and attacked from other terminals, stopped by Ctrl-C.
 
-The tests follow one another. `live` is the run under way, its ranks suspended to leave the processor to the
-tests. `ended` is what is left of it.
+The tests follow one another. `live` is the run under way: it steps slowly, and then not at all, its ranks
+suspended, to leave the processor to the tests. `ended` is what is left of it.
 """
 
 import json
+import os
+import pty
 import re
 import signal
 import stat
@@ -33,6 +35,7 @@ from tests.real.runs import (
     SMALL,
     end,
     environment,
+    family,
     kill_all,
     last_step,
     metrics_of,
@@ -41,9 +44,20 @@ from tests.real.runs import (
     start,
     trajectories_of,
     wait_for,
+    wait_until_gone,
     write_data,
 )
+from video_opd.files.checkpoint import checkpoint_steps
 
+UNHURRIED = """
+import asyncio, launch, sys
+learn_step = launch.learn_step
+async def unhurried(*arguments):
+    await asyncio.sleep(1)
+    await learn_step(*arguments)
+launch.learn_step = unhurried
+sys.exit(launch.main(sys.argv[1:]))
+"""
 REPORT_S = 5
 READERS = ("actor", "teacher", "learner")  # of clips
 ROUND_TRIP_S = 8  # beyond it a gauge that stands still must have grown
@@ -71,6 +85,7 @@ class Live:
     """The run, with a home of its own, where its token is; and what was seen of it."""
 
     process: subprocess.Popen
+    terminal: int
     home: Path
     ray_dir: Path
     address: str
@@ -105,10 +120,12 @@ def live(overrides, tmp_path_factory) -> Iterator[Live]:
             HOME=str(home), RAY_TMPDIR=ray_tmp, RAY_metrics_report_interval_ms=str(REPORT_S * 1000)
         )
         data = write_data(home, "train", 16, ("colour", "shape"))
-        run = start(home, *overrides, *data, *options, env=env)
+        terminal, its_end = pty.openpty()
+        program = ("-c", UNHURRIED)
+        run = start(home, *overrides, *data, *options, env=env, terminal=its_end, program=program)
         prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), Path(ray_tmp) / "ray")
         try:
-            yield _look_at(run, home, Path(ray_tmp) / "ray", prometheus)
+            yield _look_at(run, terminal, home, Path(ray_tmp) / "ray", prometheus)
         except BaseException:
             print((home / "output.txt").read_text()[-4000:])
             raise
@@ -117,7 +134,7 @@ def live(overrides, tmp_path_factory) -> Iterator[Live]:
             prometheus.stop()
 
 
-def _look_at(run: subprocess.Popen, home: Path, ray_dir: Path, prometheus: Prometheus) -> Live:
+def _look_at(run: subprocess.Popen, terminal: int, home: Path, ray_dir: Path, prometheus: Prometheus) -> Live:
     output = home / "output.txt"
     wait_for(lambda: "Ray dashboard" in output.read_text(), run, "Ray, after the start-up checks")
     broken = home / "train" / "videos" / "train00003.mp4"
@@ -146,7 +163,8 @@ def _look_at(run: subprocess.Popen, home: Path, ray_dir: Path, prometheus: Prome
     still = 'max(ray_video_opd_seconds_since_step{run="live"})'
     prometheus.wait_for([f"{still} > {ROUND_TRIP_S}"], run)
     still_s = max(prometheus.values(still), default=0.0)
-    return Live(run, home, ray_dir, address, dashboard, answers, of_panels, of_alerts, history, still_s)
+    seen = (answers, of_panels, of_alerts, history, still_s)
+    return Live(run, terminal, home, ray_dir, address, dashboard, *seen)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -244,7 +262,7 @@ def test_the_token_is_made_for_its_owner_alone(live):
     ("kind", "command"),
     [
         *((kind, "actors") for kind in ("none", "wrong", "disabled", "no such file", "unknown mode")),
-        *((kind, "launch.py") for kind in ("none", "wrong")),
+        ("wrong", "launch.py"),
     ],
 )
 def test_a_client_without_the_token_is_refused_in_one_line(live, wrong, overrides, command, kind, tmp_path):
@@ -317,14 +335,25 @@ def test_the_dashboard_answers_only_who_has_the_token(live, path):
 
 @pytest.fixture(scope="module")
 def ended(live) -> str:
-    """What the run printed until SIGTERM ended it."""
+    """What the run printed until Ctrl-C in its terminal ended it."""
     for rank in psutil.Process(live.process.pid).children(recursive=True):
         if rank.status() == psutil.STATUS_STOPPED:
             rank.resume()
     at = last_step(live.folder)
     wait_for(lambda: last_step(live.folder) > at, live.process, "a step after the ranks go on")
-    live.process.send_signal(signal.SIGTERM)
-    return end(live.process, live.home, 128 + signal.SIGTERM)
+    everybody = family(live.process.pid)
+    os.write(live.terminal, b"\x03")
+    said = end(live.process, live.home, 128 + signal.SIGINT)
+    wait_until_gone(everybody)
+    return said
+
+
+def test_ctrl_c_in_its_terminal_ends_the_run_with_a_checkpoint_and_one_line(live, ended):
+    (step,) = checkpoint_steps(live.folder)
+    *said, last = ended.partition("SIGINT: stopping after the step under way")[2].splitlines()
+    assert last == f"stopped by SIGINT at step {step}: continue with --resume {live.folder}"
+    assert not [line for line in said if line.startswith(("warning", "Traceback", "[2"))]
+    assert [m["step"] for m in metrics_of(live.folder)] == list(range(step))
 
 
 def test_no_score_is_lost_or_repeated_and_the_pools_history_is_in_the_metrics(live, ended):
@@ -360,7 +389,7 @@ def test_every_process_says_what_happened_as_json_with_run_step_and_role(live, e
     assert dropped and all(e["message"] in ended for e in dropped), "the terminal says it too"
     assert {(e["role"], e["run"], e["level"]) for e in dropped} == {("driver", "live", "WARNING")}
     assert [e["step"] for e in events] == sorted(e["step"] for e in events) and events[-1]["step"] >= 6
-    assert events[-1]["level"] == "ERROR" and "stopped by SIGTERM at step" in events[-1]["message"]
+    assert events[-1]["level"] == "ERROR" and "stopped by SIGINT at step" in events[-1]["message"]
     roles: dict[str, list[dict]] = {}
     for file in (live.ray_dir / "session_latest" / "logs").glob("worker-*.err"):
         for line in file.read_text().splitlines():
