@@ -102,6 +102,9 @@ def wait_for_places(config: Config, timeout_s: float) -> None:
 def start_ray(config: Config, address: str | None) -> None:
     """Joins the Ray of `address`, or starts a local one; waits for room. Raises ConfigError, ClusterError."""
     os.environ.setdefault("RAY_worker_niceness", "0")  # workers must not yield to the driver
+    os.environ.setdefault(
+        "RAY_prestart_worker_first_driver", "0"
+    )  # a worker per CPU, which nothing would use
     shared: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": NAMESPACE}
     shared["runtime_env"] = {"env_vars": python_path() | SERVE_ENV}
     joined = cluster_to_join(address)

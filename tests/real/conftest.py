@@ -9,6 +9,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # its handlers abort pro
 
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # threads of Serve that outlive a Ray start no other
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -177,12 +178,15 @@ def scored_groups(
 
 @pytest.fixture(scope="module")
 def local_ray():
-    """A Ray of this machine alone, for the tests of one module."""
+    """A Ray of this machine alone, without a dashboard, for the tests of one module."""
     import ray
 
-    import launch
+    from driver import start_ray
 
-    launch.start_ray(load_config(DEMO, ["learner.world_size=6"]), address="local")
+    start_local = partial(start_ray.start_local, include_dashboard=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(start_ray, "start_local", start_local)
+        start_ray.start_ray(load_config(DEMO, ["learner.world_size=6"]), address="local")
     yield ray
     ray.shutdown()
 
@@ -194,7 +198,8 @@ def shared_ray():
 
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_AUTH_MODE", "disabled")
-        environment.setenv("RAY_worker_niceness", "0")  # as in a Ray that launch.py starts
+        environment.setenv("RAY_worker_niceness", "0")  # these two as in a Ray that launch.py starts
+        environment.setenv("RAY_prestart_worker_first_driver", "0")
         head = {
             "num_cpus": 16,
             "resources": {"learner": 2, "rollout": 2, "teacher": 2},

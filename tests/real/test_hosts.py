@@ -22,7 +22,7 @@ TITLES = {"learner": "LearnerRank", "rollout": "RolloutActor", "teacher": "Serve
 
 
 def adapt(cluster_file: Path) -> None:
-    """This test's addresses, no GPUs, and workers that yield to nobody on a machine that is shared."""
+    """This test's addresses, no GPUs, and workers that do not yield to the machine's other tests."""
     text, start = cluster_file.read_text(), "export RAY_AUTH_MODE=token"
     assert text.count("192.0.2.") >= 7 and text.count("EXTRA=gpu") == 1 and text.count(start) == 2
     text = text.replace("192.0.2.", f"{NETWORK}.").replace("EXTRA=gpu", "EXTRA=cpu")
@@ -120,8 +120,10 @@ def test_a_run_on_four_hosts_outlives_the_loss_of_one_and_leaves_nothing_behind(
 
     teacher.set_link(up=True)
     at(desk, output, "ray", "down", "--yes", FILE)
-    for host in machines[1:4]:  # as docs/clusters.md says
-        at(desk, output, "ssh", host.address, "source ~/.video_opd.sh && ray stop")
+    stop = "source ~/.video_opd.sh && ray stop"  # as docs/clusters.md says
+    workers = machines[1:4]
+    stops = [begin(desk, tmp_path / f"{w.name}.stop", "ssh", w.address, stop) for w in workers]
+    assert [of_one.wait(PATIENCE_S) for of_one in stops] == [0, 0, 0]
     assert not [line for host in machines[:4] for line in host.processes() if "ray" in line]
     assert nobody.wait(PATIENCE_S) == 1, "it ends by itself where ssh reaches nobody"
     assert (

@@ -252,6 +252,7 @@ def test_a_run_of_this_machine_listens_on_loopback_or_wants_the_token(live):
     for part in ("gcs_server", "raylet", "LearnerRank", "RolloutActor"):
         assert any(part in name for name, *_ in listening), f"{part} listens nowhere: {listening}"
     assert any("ServeReplica" in name for name in names) and not any("Proxy" in name for name in names)
+    assert not any("ray::IDLE" in name for name in names), "nothing uses it"
 
 
 def test_the_token_is_made_for_its_owner_alone(live):
