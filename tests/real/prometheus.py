@@ -18,7 +18,7 @@ import yaml
 
 from video_opd import ROOT
 
-PATIENCE_S = 120.0
+PATIENCE_S = 600.0
 SCRAPE_S, RATE = 2, "1m"
 
 

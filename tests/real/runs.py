@@ -34,7 +34,7 @@ SMALL = [  # what makes steps of a tenth of a second
     "learner.micro_batch=3",
     "data.eval.max_prompts=4",
     "request_timeout_s=120",
-    "start_timeout_s=180",
+    "start_timeout_s=600",
 ]
 
 SHRUNK = [*SMALL, "max_policy_lag=0", "checks.max_logprob_gap=0.001"]

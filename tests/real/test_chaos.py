@@ -59,7 +59,7 @@ def survived(overrides, pool, tmp_path_factory) -> tuple[Path, str, list[tuple[i
     options = [
         *(*SMALL, f"num_steps={STEPS}", "max_policy_lag=1", "checkpoint_every=3", "max_retries=8"),
         *("rollout.num_actors=2", "teacher_pool.num_replicas=2", "learner.world_size=2"),
-        *("request_timeout_s=20", "video.decode_timeout_s=15", "start_timeout_s=120", "watchdog_s=20"),
+        *("request_timeout_s=20", "video.decode_timeout_s=15", "watchdog_s=20"),
         *("checks.max_logprob_gap=null", f"runs_dir={folder.parent / 'runs'}", "run_name=chaos"),
     ]
     rng = random.Random(int(os.environ.get("CHAOS_SEED", "0")))

@@ -88,7 +88,7 @@ def test_a_run_on_four_hosts_outlives_the_loss_of_one_and_leaves_nothing_behind(
     )
     options = [
         *(*SMALL, f"num_steps={STEPS}", "teacher_pool.num_replicas=2", "checkpoint_every=5"),
-        *("request_timeout_s=30", "video.decode_timeout_s=20", "start_timeout_s=120"),
+        *("request_timeout_s=30", "video.decode_timeout_s=20"),
         *("teacher_pool.health_check_s=2", "max_retries=5", f"runs_dir=/home/{USER}/runs", "run_name=hosts"),
     ]
     of_run = [option for option in overrides if not option.startswith("runs_dir=")]

@@ -96,7 +96,7 @@ def stopped(tmp_path_factory, orphans) -> Stopped:
         *(f"{name}={ROOT / 'demo' / 'models' / name}" for name in ("student", "teacher")),
         *(f"runs_dir={folder}", "run_name=stopped", f"checkpoint_url=file://{folder / 'store'}"),
         *("num_steps=1000", f"groups_per_step={GROUPS}", "max_policy_lag=0", "eval_every=1"),
-        *(f"data.eval.max_prompts={PROMPTS}", "start_timeout_s=180", "request_timeout_s=120"),
+        *(f"data.eval.max_prompts={PROMPTS}", "start_timeout_s=600", "request_timeout_s=120"),
     ]
     run, of_run = start(folder, *data, *options), folder / "stopped"
     wait_for(lambda: last_step(of_run) >= 1, run, "step 1")

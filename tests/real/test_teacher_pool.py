@@ -33,7 +33,7 @@ from video_opd import ROOT
 from video_opd.config import TeacherModel
 from video_opd.config_file import load_config
 
-RUN, CALL_S, CALLERS = "pool-test", 0.1, 6
+RUN, CALL_S, CALLERS, PATIENCE_S = "pool-test", 0.1, 6, 600.0
 EMULATED = [
     "teacher_pool.max_batch_requests=1",
     "teacher_pool.batch_wait_s=0",
@@ -42,7 +42,7 @@ EMULATED = [
     "teacher_pool.upscale_delay_s=0",
     "teacher_pool.target_ongoing_requests=1",
     "request_timeout_s=90",
-    "start_timeout_s=90",
+    "start_timeout_s=600",
     f"worker_env.{emulated_teacher.CALL_S}='{CALL_S}'",
 ]
 
@@ -73,7 +73,7 @@ def command(local_ray) -> Callable[..., Awaitable[tuple[int, str, str]]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        out, error = await asyncio.wait_for(process.communicate(), 90)
+        out, error = await asyncio.wait_for(process.communicate(), PATIENCE_S)
         return process.returncode or 0, out.decode(), error.decode()
 
     return run
@@ -111,23 +111,23 @@ class Load:
             finally:
                 self.stopped = True
 
-        await asyncio.wait_for(asyncio.gather(stop(), *(self._caller() for _ in range(CALLERS))), 150)
+        await asyncio.wait_for(
+            asyncio.gather(stop(), *(self._caller() for _ in range(CALLERS))), 2 * PATIENCE_S
+        )
         assert self.answered == Counter(range(self.next_call))
         assert self.next_call > CALLERS
 
 
-async def until(
-    pool: TeacherPool, condition: Callable[[PoolStatus], bool], timeout_s: float = 60
-) -> PoolStatus:
+async def until(pool: TeacherPool, condition: Callable[[PoolStatus], bool]) -> PoolStatus:
     """Serve's word that the condition holds."""
-    async with asyncio.timeout(timeout_s):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition(status := await asyncio.to_thread(read_pool, pool.app)):
             await asyncio.sleep(0.2)
     return status
 
 
-async def until_gone(pid: int, timeout_s: float = 30) -> None:
-    async with asyncio.timeout(timeout_s):
+async def until_gone(pid: int) -> None:
+    async with asyncio.timeout(PATIENCE_S):
         while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
             await asyncio.sleep(0.2)
 
@@ -166,7 +166,7 @@ def test_the_calls_of_a_replica_that_dies_or_hangs_are_made_again(pool, how):
         after = await until(pool, lambda p: p.running == 1 and pid not in p.pids)
         assert after.wanted == 1
         await until_gone(pid)  # it gives back what it holds: only now do calls to one that hung come back
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             while not (await pool.take_metrics())["teacher/retries"]:
                 await asyncio.sleep(CALL_S)
 
@@ -225,7 +225,7 @@ def test_an_argument_that_is_gone_is_the_callers_matter(pool):
         await asyncio.sleep(1)
         await pool.take_metrics()
         with pytest.raises(ObjectLostError):
-            await asyncio.wait_for(pool.score(reference), 60)
+            await asyncio.wait_for(pool.score(reference), PATIENCE_S)
         assert (await pool.take_metrics())["teacher/retries"] == 0
 
     asyncio.run(score_what_died())
@@ -267,7 +267,7 @@ def test_two_tiny_teachers_say_what_their_engines_say(local_ray, config, prompts
 def test_what_a_killed_driver_left_is_deleted_and_nothing_else(pool):
     assert delete_orphans([RUN]) == [] and [p.run for p in read_pools()] == [RUN]
     assert delete_orphans(["another"]) == [pool.app]
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while read_pools():
         assert time.monotonic() < deadline
         time.sleep(0.2)
