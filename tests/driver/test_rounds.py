@@ -121,7 +121,7 @@ def interrupted(run: Any, hangs: Model) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(StoppedError):
-        asyncio.run(asyncio.wait_for(go(), 30))
+        asyncio.run(asyncio.wait_for(go(), 120))
 
 
 def rows_of(folder: Path) -> list[int]:

@@ -66,7 +66,7 @@ def stopped(run: Any, body: Any, which: signal.Signals = signal.SIGTERM) -> Stop
             await body(lambda: os.kill(os.getpid(), which))
 
     with pytest.raises(StoppedError) as caught:
-        asyncio.run(asyncio.wait_for(go(), 30))
+        asyncio.run(asyncio.wait_for(go(), 120))
     assert "\n" not in str(caught.value)
     return caught.value
 

@@ -70,7 +70,7 @@ class Shielded(Learner):
 
 
 def run(body: Any) -> None:
-    asyncio.run(asyncio.wait_for(body(), 30))
+    asyncio.run(asyncio.wait_for(body(), 120))
 
 
 def test_a_late_save_is_no_lost_learner_and_the_next_call_waits_for_its_end(tmp_path):

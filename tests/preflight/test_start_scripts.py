@@ -129,7 +129,7 @@ def start_on_host(addresses: str, folder: Path) -> subprocess.CompletedProcess[s
     command = load("deploy/on_prem.yaml")["worker_start_ray_commands"][1]
     start = f"(export PATH={folder / 'bin'}:$PATH; {command})"
     wrapped = f"export RAY_HEAD_IP=192.0.2.10; export OMP_NUM_THREADS=1 && {start}"
-    return subprocess.run(["bash", "-c", wrapped], capture_output=True, text=True, timeout=60)
+    return subprocess.run(["bash", "-c", wrapped], capture_output=True, text=True, timeout=120)
 
 
 def test_setup_leaves_a_complete_environment_as_it_is_and_shells_find_it(user: Path):
@@ -141,7 +141,7 @@ def test_setup_leaves_a_complete_environment_as_it_is_and_shells_find_it(user: P
     environment = {**os.environ, "VENV": sys.prefix, "EXTRA": extra}
     for _ in range(2):
         done = subprocess.run(
-            ["bash", "deploy/setup.sh"], env=environment, capture_output=True, text=True, timeout=60
+            ["bash", "deploy/setup.sh"], env=environment, capture_output=True, text=True, timeout=120
         )
         assert (done.returncode, done.stdout) == (
             0,
@@ -152,7 +152,7 @@ def test_setup_leaves_a_complete_environment_as_it_is_and_shells_find_it(user: P
         ["bash", "-c", '. ~/.bashrc; echo "$RAY_AUTH_MODE"; command -v ray'],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert shell.stdout.splitlines() == ["token", f"{sys.prefix}/bin/ray"]
 
@@ -218,7 +218,7 @@ def slurm(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
 
 def test_slurm_gives_each_node_a_role_and_ends_with_the_runs_code(slurm, tmp_path: Path):
     job = slurm("--config", "c.yaml", "0.5")
-    out, err = job.communicate(timeout=60)
+    out, err = job.communicate(timeout=120)
     assert job.returncode == 3, err
     assert out == "launched --address 192.0.2.1:6379 --config c.yaml 0.5 0o600 64\n"
     started = [s for s in (tmp_path / "started").read_text().splitlines() if "start --block" in s]
@@ -240,14 +240,14 @@ def test_slurm_hands_its_signal_on_and_waits_for_the_checkpoint(slurm, tmp_path:
     (token,) = (tmp_path / "submitted").glob(".ray_token*")
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
     job.send_signal(signal.SIGTERM)
-    out, _ = job.communicate(timeout=30)
+    out, _ = job.communicate(timeout=120)
     assert (job.returncode, out) == (143, "checkpoint True\n")
     assert not token.exists()
 
 
 def test_slurm_with_too_few_nodes_is_one_line(slurm):
     job = slurm("--config", "c.yaml", ROLLOUT_NODES="2")
-    _, err = job.communicate(timeout=30)
+    _, err = job.communicate(timeout=120)
     assert job.returncode == 2
     assert err == (
         "error: 3 nodes: 1 for the learner, ROLLOUT_NODES=2 and at least 1 for teachers are needed, "

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-NETWORK, USER, START_S = "10.77.0", "ubuntu", 20.0
+NETWORK, USER, START_S = "10.77.0", "ubuntu", 120.0
 BRIDGE, GATEWAY = "opdbr", f"{NETWORK}.254"
 
 # The first process of a host. USER is a second name of root: one home serves Ray, sshd and ssh.
