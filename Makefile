@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 EXTRA ?= cpu
-# Test processes: one more than two cores, since the tests of whole runs also wait.
+# Test processes: one more than two cores, since the tests of whole runs also wait. Each takes up to 4 GB.
 WORKERS ?= 3
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
