@@ -17,6 +17,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from learner.adapters import choose_trained, merge, merged_parameters
 from learner.batching import Row, plan_update
+from learner.deepspeed_config import deepspeed_config
 from learner.diagnostics import TimestampTokens, TokenRecords, batch_diagnostics, policy_diagnostics
 from learner.loss import ResponseTokens, loss_per_token
 from learner.safe_load import read_weights_only
@@ -59,7 +60,9 @@ class LearnerEngine:
         self._encoder = PromptEncoder(config.student, config.prompt, config.video, config.trust_remote_code)
         self._device = "cuda" if learner.num_gpus else "cpu"
         # ZeRO keeps float32 masters of bfloat16 weights
-        model = load_model(config.student, learner.dtype, config.trust_remote_code)
+        model = load_model(
+            config.student, learner.dtype, config.trust_remote_code, learner.attn_implementation
+        )
         if learner.lora_rank:
             torch.manual_seed(config.seed)  # every rank draws the same adapters
         choose_trained(model, learner)
@@ -74,7 +77,7 @@ class LearnerEngine:
             heads = {t.name: load_head(t.model, dtype).to(self._device) for t in teachers}
             shared = min(len(head) for head in heads.values())  # the rest are padded embeddings
             self._teacher_heads = {name: head[:shared] for name, head in heads.items()}
-        options: dict[str, Any] = {"optimizer": optimizer, "config": _deepspeed_config(config)}
+        options: dict[str, Any] = {"optimizer": optimizer, "config": deepspeed_config(learner)}
         self._engine: Any = self._deepspeed.initialize(model=module, **options)[0]
         self._is_time = TimestampTokens(self._encoder.tokenizer)
         num_bytes = learner.vision_cache_bytes
@@ -251,19 +254,6 @@ def rows_of(runs: Sequence[tuple[torch.Tensor, torch.Tensor]], which: slice) -> 
         first += len(states)
         logits.append(rows.to(head.dtype).matmul(head.T).float())
     return logits[0] if len(logits) == 1 else torch.cat(logits)
-
-
-def _deepspeed_config(config: Config) -> dict[str, Any]:
-    learner = config.learner
-    return {
-        "train_micro_batch_size_per_gpu": learner.micro_batch,
-        "gradient_accumulation_steps": 1,  # update() sets the boundary: the number of micro-batches varies
-        "gradient_clipping": learner.max_grad_norm,
-        "bf16": {"enabled": learner.dtype == "bfloat16"},
-        "zero_optimization": {"stage": learner.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-    }
 
 
 def _init_deepspeed(config: Config, rank: int, world_size: int, master: tuple[str, int]):
