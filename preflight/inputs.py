@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from preflight.model_shapes import ModelShapes, count, find_shapes, parameters, read_shapes
+from preflight.engines import check_engines
+from preflight.model_shapes import ModelShapes, find_shapes, model_bytes, read_shapes
 from preflight.options import check_options
 from video_opd import ROOT
 from video_opd.config import Config, TeacherModel
@@ -49,10 +50,13 @@ def make_plan(config: Config, resumes: bool = False) -> Plan:
     evaluations they count as IoU 0.
     """
     student = read_model_info(config.student, config.trust_remote_code)
+    shapes, teachers = read_shapes(config.student), []
     for teacher in asked_teachers(config):
         read_model_info(teacher.model, config.trust_remote_code)
         check_same_tokenizer(config.student, teacher.model)
-        check_teacher(config, read_shapes(config.student), read_shapes(teacher.model))
+        teachers.append(read_shapes(teacher.model))
+        check_teacher(config, shapes, teachers[-1])
+    check_engines(config, shapes, teachers)
     check_options(config)
     if config.loss.needs.rewards:
         load_rewards(config.loss.rewards)
@@ -106,6 +110,7 @@ def make_draft(config: Config) -> Draft:
     student = find_shapes(config.student, SHAPES)
     teachers = {t.model: find_shapes(t.model, SHAPES) for t in asked_teachers(config)}
     unchecked = _unchecked_model("student", Path(config.student), student)
+    check_engines(config, student, list(teachers.values()))
     for folder, shapes in teachers.items():
         check_teacher(config, student, shapes)
         unchecked += _unchecked_model("teacher", Path(folder), shapes)
@@ -147,7 +152,7 @@ def asked_teachers(config: Config) -> tuple[TeacherModel, ...]:
 
 def largest_teacher(teachers: list[ModelShapes]) -> ModelShapes | None:
     """The one that memory is planned for; None without teachers."""
-    return max(teachers, key=lambda shapes: count(parameters(shapes)), default=None)
+    return max(teachers, key=lambda shapes: model_bytes(shapes, 2), default=None)
 
 
 def _unchecked_model(role: str, folder: Path, shapes: ModelShapes) -> list[str]:

@@ -4,31 +4,29 @@ Parameters, optimizer and KV cache are exact; preflight/activations.py explains 
 Not counted: fragmentation of the allocator and NCCL's buffers. No GPU has run these configurations.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from preflight import activations
-from preflight.model_shapes import ModelShapes, Parameters, count, parameters
-from video_opd.config import Config, LearnerConfig, RolloutConfig, TeacherConfig
+from preflight.engines import parts_of
+from preflight.model_shapes import DTYPE_BYTES, ModelShapes, count, model_bytes, parameters
+from preflight.zero import gradient_bytes, offload_bytes, optimizer_bytes, step_bytes, trained, weight_bytes
+from video_opd.config import Config, RolloutConfig, TeacherConfig
 from video_opd.config_data import VideoConfig
 from video_opd.types import Prompt
 from video_opd.video.clips import TEMPORAL_PATCH, frames_key, num_video_tokens
 
 GIB = 2**30
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 TEXT_TOKENS = 128  # template, query and chat format: an allowance for when prompts cannot be counted
 # Tokens of a frame pair beside its video: "<123.4 seconds>", nine tokens, and two vision marks.
 PAIR_TOKENS = {"qwen3_vl": 11, "qwen2_5_vl": 0}
 
-# DeepSpeed 0.19's defaults, in numbers rather than bytes (deepspeed/runtime/zero/config.py).
-REDUCE_BUCKET = 500_000_000
-LIVE_PARAMETERS = 1_000_000_000
-SUB_GROUP = 1_000_000_000
-
-# vLLM 0.32: tokens of one prefill pass of LLM(...), on large GPUs and on a CPU (vllm/engine/arg_utils.py).
-GPU_BATCHED_TOKENS, CPU_BATCHED_TOKENS = 16384, 4096
+# vLLM 0.32: tokens of one pass of LLM(...), on GPUs from 70 GiB, on others, and on a CPU (get_batch_defaults
+# in vllm/engine/arg_utils.py; an A100 has the number of small GPUs, so it needs less than planned).
+GPU_BATCHED_TOKENS, SMALL_GPU_BATCHED_TOKENS, CPU_BATCHED_TOKENS = 16384, 8192, 4096
+LARGE_GPU_BYTES = 70 * GIB
+PROMPT_LOGPROB_ROWS = 1024  # at a time, on a GPU (CHUNK_SIZE in v1/worker/gpu/sample/prompt_logprob.py)
 CPU_KV_CACHE_BYTES = 4 * GIB  # without rollout.kv_cache_bytes
 VLLM_LOGIT_COPIES = 3  # float32 logits, log-probs, and what sampling sorts
 TEACHER_LOGIT_COPIES = 4  # logits, and the three of token_entropy
@@ -108,93 +106,10 @@ def workload_of_budget(video: VideoConfig, shapes: ModelShapes) -> Workload:
     return Workload(0, tokens, tokens + marks + TEXT_TOKENS, clip_bytes)
 
 
-def trained(shapes: ModelShapes, learner: LearnerConfig) -> Parameters:
-    """All but a frozen vision tower; with lora_rank r only r (inputs + outputs) for each of lora_targets."""
-    of = parameters(shapes)
-    if learner.lora_rank:
-        linear = {n.removesuffix(".weight"): s for n, s in of.items() if len(s) == 2 and "embed" not in n}
-        targets = {n: s for n, s in linear.items() if re.fullmatch(learner.lora_targets, n)}
-        of = {f"{n}.lora": (learner.lora_rank, sum(s)) for n, s in targets.items()}
-    return {n: s for n, s in of.items() if not (learner.freeze_vision and n.startswith("model.visual."))}
-
-
-def kv_bytes_per_token(shapes: ModelShapes, dtype: str) -> int:
-    """2 L K e: a key and a value in every layer."""
-    return 2 * shapes.text.layers * shapes.text.key * DTYPE_BYTES[dtype]
-
-
-def optimizer_bytes(num_trained: int, learner: LearnerConfig) -> dict[str, int]:
-    """One rank's Adam moments 8T, masters 4T (in float32 with ZeRO only); ZeRO 1 to 3 divide both by n."""
-    ranks = learner.world_size if learner.zero_stage else 1
-    masters = 4 * num_trained // ranks if learner.dtype == "bfloat16" or learner.zero_stage else 0
-    return {"optimizer moments": 8 * num_trained // ranks, "float32 masters": masters}
-
-
-def gradient_bytes(num_trained: int, learner: LearnerConfig) -> dict[str, int]:
-    """One rank's gradients aT, with ZeRO-2 and 3 aT / n, a: bytes in grad_accum_dtype; with ZeRO also a bucket.
-
-    The bucket has e reduce_bucket_size; twice with overlap_comm at stages 1 and 2. A rank's part of it is
-    converted if a is not e. offload_bytes has the gradients that are added on the host."""
-    e, a = DTYPE_BYTES[learner.dtype], DTYPE_BYTES[learner.accumulation_dtype]
-    ranks = learner.world_size if learner.zero_stage >= 2 else 1
-    gradients = {} if adds_on_host(learner) else {"gradients": a * num_trained // ranks}
-    if not learner.zero_stage:
-        return gradients
-    size = int(learner.zero_option("reduce_bucket_size", REDUCE_BUCKET))
-    bucket = size if learner.num_gpus else min(size, num_trained)  # a CPU: as it fills
-    copies = 2 if learner.zero_stage < 3 and learner.zero_option("overlap_comm", False) else 1
-    converted = a * bucket // ranks if a != e else 0
-    return gradients | {"gradient bucket": copies * e * bucket + converted}
-
-
-def adds_on_host(learner: LearnerConfig) -> bool:
-    """Whether offloaded gradients of micro-batches are added on the host; ZeRO-2 adds float32 on the device."""
-    converts = learner.accumulation_dtype != learner.dtype
-    on_host = learner.zero_stage == 3 or (learner.zero_stage == 2 and not converts)
-    return on_host and learner.offload("optimizer") != "none"
-
-
-def offload_bytes(num_trained: int, learner: LearnerConfig) -> dict[str, int]:
-    """One rank's host memory with offload_optimizer, each for T / n: states, gradients, AdamW's roots.
-
-    Gradients are float32, 4, and those added on the host, a. ZeRO-1 and 2 keep the new weights there too, e.
-    cpu: moments 8, masters 4, roots 4. nvme: states are files, of which buffer_count x 4 SUB_GROUP are here."""
-    part = num_trained // learner.world_size
-    at_once = min(part, int(learner.zero_option("sub_group_size", SUB_GROUP)))
-    summed = DTYPE_BYTES[learner.accumulation_dtype] if adds_on_host(learner) else 0
-    if learner.offload("optimizer") == "nvme":
-        buffers = int(learner.zero_option("offload_optimizer", {}).get("buffer_count", 4))
-        return {"offloaded gradients": summed * part, "swap buffers": 4 * buffers * at_once}
-    weights = 0 if learner.zero_stage == 3 else DTYPE_BYTES[learner.dtype]
-    states = optimizer_bytes(num_trained, learner)
-    roots = {"roots": 4 * (at_once if learner.zero_stage == 3 else part)}
-    return states | {"offloaded gradients": (4 + summed + weights) * part} | roots
-
-
-def weight_bytes(shapes: ModelShapes, learner: LearnerConfig) -> dict[str, int]:
-    """One rank's weights eP; with ZeRO-3 eP / n, and those gathered: LIVE_PARAMETERS or the largest."""
-    e, of = DTYPE_BYTES[learner.dtype], parameters(shapes)
-    total = count(of)
-    if learner.zero_stage < 3:
-        return {"weights": e * total}
-    largest = max(count({n: s}) for n, s in of.items())
-    live = int(learner.zero_option("stage3_max_live_parameters", LIVE_PARAMETERS))
-    gathered = min(total, max(live, largest))
-    return {"weights": e * total // learner.world_size, "gathered weights": e * gathered}
-
-
-def step_bytes(num_trained: int, learner: LearnerConfig) -> int:
-    """The optimizer step's float32 gradients 4T / n and AdamW's roots 4T / n; ZeRO-3: SUB_GROUP at a time.
-
-    Nothing with offload_optimizer; no gradients where the sum of the micro-batches' is used as it is."""
-    if learner.offload("optimizer") != "none":
-        return 0
-    part = num_trained // (learner.world_size if learner.zero_stage else 1)
-    if learner.zero_stage == 3:
-        part = min(part, int(learner.zero_option("sub_group_size", SUB_GROUP)))
-    converts = learner.accumulation_dtype != learner.dtype
-    as_it_is = learner.dtype == "float32" if learner.zero_stage == 0 else learner.zero_stage == 2 and converts
-    return part * (4 if as_it_is else 8)
+def kv_bytes_per_token(shapes: ModelShapes, dtype: str, parts: int = 1) -> int:
+    """2 L K e: a key and a value in every layer. Each of several parts has at least one key head."""
+    heads = max(1, shapes.text.key_heads // parts)
+    return 2 * shapes.text.layers * heads * shapes.text.head_dim * DTYPE_BYTES[dtype]
 
 
 def longest_sequence(config: Config, work: Workload, max_model_len: int) -> int:
@@ -216,7 +131,8 @@ def learner_memory(
     With micro_batch over 1, or eager attention, the mask takes B S^2 (1 + e); flash attention has none.
     Eager attention keeps B S^2 eager_saved in a layer, and as much again for its gradients."""
     learner, e, batch = config.learner, DTYPE_BYTES[config.learner.dtype], config.learner.micro_batch
-    text, vision, num_trained = student.text, student.vision, count(trained(student, learner))
+    text, vision, of = student.text, student.vision, trained(student, learner)
+    num_trained = count(of)
     length = longest_sequence(config, train, config.rollout.max_model_len)
     tokens, patches = batch * length, batch * train.max_video_tokens * vision.patches_a_token
     depth = 0 if learner.freeze_vision or learner.lora_rank else vision.depth
@@ -235,7 +151,7 @@ def learner_memory(
     rows = min(learner.logit_rows, batch * config.rollout.max_response_tokens)
     logits = rows * text.vocab_size * 4 * activations.logit_copies(config.loss)
     gradients = tokens * (activations.text_layer_gradients(student, e) + eager * length)
-    held = weight_bytes(student, learner) | gradient_bytes(num_trained, learner)
+    held = weight_bytes(student, learner) | gradient_bytes(of, learner)
     host = _prompts_bytes(student, train, batch) | _bucket_bytes(config, student)
     if learner.offload("optimizer") == "none":
         held |= optimizer_bytes(num_trained, learner)
@@ -254,7 +170,11 @@ def learner_memory(
     }
     if learner.vision_cache_bytes:
         host["vision cache"] = learner.vision_cache_bytes
-    return _place("learner", learner.world_size, learner.num_gpus, ProcessMemory(held, phases), host)
+    loading = e * count(parameters(student))
+    if learner.zero_stage == 3:  # a rank takes its share of one parameter after the other
+        loading = _largest_tensor(student, learner.dtype)
+    computing = ProcessMemory(held, phases)
+    return _place("learner", learner.world_size, learner.num_gpus, computing, host, loading)
 
 
 def actors_memory(config: Config, student: ModelShapes, work: Workload, gpu_bytes: int) -> RoleMemory:
@@ -262,7 +182,8 @@ def actors_memory(config: Config, student: ModelShapes, work: Workload, gpu_byte
     rollout = config.rollout
     computing = vllm_memory(config, rollout, student, work, gpu_bytes)
     host = _prompts_bytes(student, work, rollout.prompts_per_call) | _bucket_bytes(config, student)
-    return _place("actors", rollout.num_actors, rollout.num_gpus, computing, host)
+    processes, loading = rollout.num_actors * parts_of(rollout), _largest_tensor(student, rollout.dtype)
+    return _place("actors", processes, rollout.num_gpus, computing, host, loading)
 
 
 def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_bytes: int) -> RoleMemory:
@@ -272,8 +193,10 @@ def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_byt
     response rows: 4V TEACHER_LOGIT_COPIES for each of micro_batch x max_response_tokens.
     answering: A answers to each prompt are A sequences; as scoring, and 2 L K e A B S of KV cache."""
     pool, e = config.teacher_pool, DTYPE_BYTES[config.teacher_pool.dtype]
+    loading = e * count(parameters(teacher))
     if pool.engine == "vllm":
         computing = vllm_memory(config, pool, teacher, work, gpu_bytes)
+        loading = _largest_tensor(teacher, pool.dtype)
     else:
         batch, video, curriculum = pool.micro_batch, work.max_video_tokens, config.curriculum
         length = longest_sequence(config, work, pool.max_model_len)
@@ -290,43 +213,54 @@ def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_byt
             "response rows": {"logits": logits * TEACHER_LOGIT_COPIES},
             "answering": answering | kv_cache,
         }
-        computing = ProcessMemory({"weights": e * count(parameters(teacher))}, phases)
+        computing = ProcessMemory({"weights": loading}, phases)
     host = _prompts_bytes(teacher, work, pool.max_batch_requests * config.rollout.prompts_per_call)
-    processes = pool.num_replicas * len(config.teacher_models) * pool.tensor_parallel
-    return _place("teacher", processes, pool.num_gpus, computing, host)
+    processes = pool.num_replicas * len(config.teacher_models) * parts_of(pool)
+    return _place("teacher", processes, pool.num_gpus, computing, host, loading)
 
 
 def vllm_memory(
     config: Config, engine: RolloutConfig | TeacherConfig, shapes: ModelShapes, work: Workload, gpu_bytes: int
 ) -> ProcessMemory:
-    """A vLLM engine: weights eP, KV cache, and phases of N tokens a pass.
+    """A vLLM engine: weights (model_bytes), KV cache, and phases of N tokens a pass.
 
-    N: the longest prompt, or as many prompts as GPU_BATCHED_TOKENS (CPU_BATCHED_TOKENS) hold.
-    prefill: forward_bytes. vLLM plans for the language model alone (skip_mm_profiling): the vision tower
-    comes on top of gpu_memory_utilization.
-    logits: an actor's 4V VLLM_LOGIT_COPIES for each of max_num_seqs; a teacher's (4 + e) V for each of N.
+    N on a GPU: *_BATCHED_TOKENS, at most num_sequences whole ones, since prefills are cut. On a CPU, where
+    they are not: the longest prompt, or as many prompts as CPU_BATCHED_TOKENS hold.
+    prefill: forward_bytes. vLLM plans for the language model alone (skip_mm_profiling), so the vision tower
+    comes on top of gpu_memory_utilization. So do CUDA context and NCCL: vLLM takes its snapshot of free
+    memory after both exist (init_device in vllm/v1/worker/gpu_worker.py).
+    logits: an actor's 4V VLLM_LOGIT_COPIES for each of max_num_seqs; a teacher's (4 + e) V for each of N, on
+    a GPU 2eV for each of PROMPT_LOGPROB_ROWS.
+    input buffers, on a GPU: e N H (1 + D), embeddings and deepstack (vllm/model_executor/models/qwen3_vl.py).
     KV cache: kv_cache_bytes, or what gpu_memory_utilization leaves of a GPU, at least a max_model_len.
-    With tensor_parallel, one part of the teacher: weights and KV cache are divided, layers count whole."""
+    One of several parts: weights, KV cache, heads and MLP are divided."""
     scores = isinstance(engine, TeacherConfig)
+    on_gpu = engine.num_gpus > 0
     num_sequences = engine.micro_batch if scores else engine.max_num_seqs
-    parts, eager = (engine.tensor_parallel, False) if scores else (1, engine.enforce_eager)
+    parts, eager = parts_of(engine), not scores and engine.enforce_eager
     e, longest = DTYPE_BYTES[engine.dtype], longest_sequence(config, work, engine.max_model_len)
-    per_pass = GPU_BATCHED_TOKENS if engine.num_gpus else CPU_BATCHED_TOKENS
-    num_tokens = max(longest, min(per_pass, num_sequences * longest))
+    num_tokens = max(longest, min(CPU_BATCHED_TOKENS, num_sequences * longest))
+    if on_gpu:
+        per_pass = GPU_BATCHED_TOKENS if gpu_bytes >= LARGE_GPU_BYTES else SMALL_GPU_BATCHED_TOKENS
+        num_tokens = min(per_pass, num_sequences * engine.max_model_len)
     video_tokens = max(work.max_video_tokens, min(num_tokens, num_sequences * work.max_video_tokens))
     values = num_tokens * (4 + e) if scores else num_sequences * 4 * VLLM_LOGIT_COPIES
+    if scores and on_gpu:
+        values = min(num_tokens, PROMPT_LOGPROB_ROWS) * 2 * e
     logits = shapes.text.vocab_size * values
-    weights = e * count(parameters(shapes)) // parts
-    graphs = CUDA_GRAPH_BYTES if engine.num_gpus and not eager else 0
+    held = {"weights": model_bytes(shapes, e) // parts}
+    if on_gpu:
+        held["input buffers"] = e * num_tokens * shapes.text.hidden * (1 + shapes.vision.deepstack)
+    if on_gpu and not eager:
+        held["CUDA graphs"] = CUDA_GRAPH_BYTES
     kv_cache = engine.kv_cache_bytes or CPU_KV_CACHE_BYTES
-    if engine.num_gpus and engine.kv_cache_bytes is None:
-        passing = max(num_tokens * activations.text_layer_passing(shapes, e), logits)
-        planned = passing + weights + graphs + GPU_CONTEXT_BYTES
-        one_sequence = engine.max_model_len * kv_bytes_per_token(shapes, engine.dtype) // parts
-        kv_cache = max(int(engine.gpu_memory_utilization * gpu_bytes) - planned, one_sequence)
-    held = {"weights": weights, "KV cache": kv_cache} | ({"CUDA graphs": graphs} if graphs else {})
-    prefill = activations.forward_bytes(shapes, e, num_tokens, video_tokens)
-    return ProcessMemory(held, {"prefill": prefill, "logits": {"logits": logits}})
+    if on_gpu and engine.kv_cache_bytes is None:
+        passing = max(num_tokens * activations.text_layer_passing(shapes, e, parts), logits)
+        one_sequence = engine.max_model_len * kv_bytes_per_token(shapes, engine.dtype, parts)
+        planned = int(engine.gpu_memory_utilization * gpu_bytes)
+        kv_cache = max(planned - passing - sum(held.values()), one_sequence)
+    prefill = activations.forward_bytes(shapes, e, num_tokens, video_tokens, parts)
+    return ProcessMemory(held | {"KV cache": kv_cache}, {"prefill": prefill, "logits": {"logits": logits}})
 
 
 def support_memory(config: Config, student: ModelShapes) -> list[RoleMemory]:
@@ -350,13 +284,19 @@ def _bucket_bytes(config: Config, student: ModelShapes) -> dict[str, int]:
     return {"weight bucket": min(config.learner.bucket_bytes, weights)}
 
 
+def _largest_tensor(shapes: ModelShapes, dtype: str) -> int:
+    """On the host while vLLM loads: it maps the files and takes one tensor after the other."""
+    return DTYPE_BYTES[dtype] * max(count({name: shape}) for name, shape in parameters(shapes).items())
+
+
 def _place(
-    role: str, processes: int, num_gpus: float, computing: ProcessMemory, host: dict[str, int]
+    role: str, processes: int, num_gpus: float, computing: ProcessMemory, host: dict[str, int], loading: int
 ) -> RoleMemory:
-    """With a GPU the host holds the weights only while they load; without one it holds everything."""
+    """With a GPU the host holds weights only while they load; without one it holds everything."""
     host = {"empty process": EMPTY_PROCESS_BYTES[role]} | host
     if not num_gpus:
         return RoleMemory(role, processes, 0.0, None, ProcessMemory(host | computing.held, computing.phases))
     device = ProcessMemory(computing.held | {"CUDA context": GPU_CONTEXT_BYTES}, computing.phases)
-    loading = {"loading": {"weights": computing.held["weights"]}}
-    return RoleMemory(role, processes, min(1.0, num_gpus), device, ProcessMemory(host, loading))
+    return RoleMemory(
+        role, processes, min(1.0, num_gpus), device, ProcessMemory(host, {"loading": {"weights": loading}})
+    )

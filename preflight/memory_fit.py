@@ -9,6 +9,7 @@ from itertools import accumulate
 import psutil
 
 from preflight import memory
+from preflight.gpus import read_machine
 from preflight.inputs import Draft, Plan, asked_teachers, largest_teacher
 from preflight.memory import GIB, RoleMemory, Workload, workload_of, workload_of_budget
 from preflight.model_shapes import ModelShapes, count, parameters, read_shapes
@@ -18,6 +19,8 @@ from video_opd.errors import ConfigError
 DEFAULT_GPU_BYTES = 80 * GIB
 MAX_WORLD_SIZE = 64
 LORA_RANK = 16
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+ALTERNATIVES = 3  # changes that a refusal names
 SECTIONS = {"learner": ("learner",), "actors": ("rollout",), "teacher": ("teacher_pool", "curriculum")}
 
 Change = Mapping[str, object]
@@ -75,10 +78,8 @@ def memory_plan(config: Config, draft: Plan | Draft, gpu_memory_gib: float | Non
 
 
 def _gpu_bytes() -> int:
-    import torch
-
-    available = torch.cuda.is_available()
-    return torch.cuda.get_device_properties(0).total_memory if available else DEFAULT_GPU_BYTES
+    machine = read_machine()
+    return machine.best.memory_bytes if machine.gpus else DEFAULT_GPU_BYTES
 
 
 def check_fits(plan: MemoryPlan, one_machine: bool) -> None:
@@ -91,8 +92,9 @@ def check_fits(plan: MemoryPlan, one_machine: bool) -> None:
         if role.device and role.device.peak_bytes > share:
             num_gpus = f"{SECTIONS[role.role][0]}.num_gpus={role.gpu_share:g}"
             of = " a GPU" if role.gpu_share == 1 else f", {num_gpus} of {plan.gpu_bytes / GIB:.0f}"
-            needed = f"{role.role}: {role.device.peak_bytes / GIB:.0f} GiB of {share / GIB:.0f} GiB"
-            raise ConfigError(f"{needed}{of}: {_advice(plan, role)}")
+            needed, lacks = role.device.peak_bytes / GIB, (role.device.peak_bytes - share) / GIB
+            what = f"{role.role}: {needed:.0f} GiB of {share / GIB:.0f} GiB{of}, {lacks:.1f} too many"
+            raise ConfigError(f"{what}: {_advice(plan, role)}")
     if plan.on_gpu:
         return
     largest = max(roles, key=lambda r: r.host.peak_bytes)
@@ -110,12 +112,19 @@ def host_total(roles: Sequence[RoleMemory]) -> int:
 
 
 def _advice(plan: MemoryPlan, role: RoleMemory) -> str:
-    """The first of _changes after which the role fits, else as many of them together as it takes."""
+    """The first values after which the role fits, of up to ALTERNATIVES keys; else of as many as it takes."""
     changes = _changes(plan.config, role.role)
+    found: dict[tuple[str, ...], str] = {}
     for change in [*changes, *accumulate(changes, lambda before, further: {**before, **further})]:
-        if (after := _needed(plan, change, role.role)) is not None:
+        if found and len(change) > 1:
+            break
+        if tuple(change) not in found and (after := _needed(plan, change, role.role)) is not None:
             words = " ".join(f"{key}={json.dumps(value)}" for key, value in change.items())
-            return f"{words} would need {after / GIB:.0f}"
+            found[tuple(change)] = f"{words} would need {after / GIB:.0f}"
+            if len(change) > 1:
+                break
+    if found:
+        return ", or ".join(list(found.values())[:ALTERNATIVES])
     remedy = "use a smaller model, shorter videos (video.max_video_tokens) or larger GPUs"
     return f"none of its options makes it fit: {remedy}"
 
@@ -143,12 +152,14 @@ def _changes(config: Config, role: str) -> list[Change]:
     twentieths = range(int(rollout.gpu_memory_utilization * 20), 1, -1) if kv_cache_fills_gpu else []
     in_parts = pool.engine == "vllm" and pool.num_gpus
     predictions = config.curriculum.num_teacher_predictions if config.curriculum.asks_teacher else 0
+    may_offload = learner.num_gpus and learner.zero_stage >= 2 and not learner.deepspeed
     doubled = [learner.world_size << n for n in range(1, 7)] if many_ranks else []
     options: dict[str, Iterable[object]] = {
         "learner.gradient_checkpointing": [] if learner.gradient_checkpointing else [True],
         "learner.zero_stage": range(learner.zero_stage + 1, 4),
         "learner.micro_batch": _halves(learner.micro_batch),
         "learner.world_size": [n for n in doubled if n <= MAX_WORLD_SIZE],
+        "learner.deepspeed": [OFFLOAD] if may_offload else [],
         "learner.lora_rank": [] if learner.lora_rank else [LORA_RANK],
         "learner.num_gpus": _larger_shares(learner.num_gpus),
         "rollout.gpu_memory_utilization": [n / 20 for n in twentieths],

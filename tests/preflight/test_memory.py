@@ -22,14 +22,11 @@ from preflight.inputs import SHAPES
 from preflight.memory import (
     DTYPE_BYTES,
     Workload,
-    gradient_bytes,
     kv_bytes_per_token,
     learner_memory,
-    optimizer_bytes,
-    trained,
-    weight_bytes,
 )
-from preflight.model_shapes import count, find_shapes, parameters, parse_shapes
+from preflight.model_shapes import count, find_shapes, model_bytes, parameters, parse_shapes
+from preflight.zero import REDUCE_BUCKET, gradient_bytes, optimizer_bytes, trained, weight_bytes
 from tests.live_bytes import LiveBytes
 from video_opd.config import LearnerConfig, LossConfig
 from video_opd.config_file import load_demo
@@ -43,6 +40,9 @@ PUBLISHED = {  # parameters, billions
     "Qwen3-VL-32B-Instruct": 33.4,
     "Qwen2.5-VL-3B-Instruct": 3.75,
     "Qwen2.5-VL-7B-Instruct": 8.29,
+    "Qwen2.5-VL-72B-Instruct": 73.4,
+    "Qwen2.5-VL-72B-Instruct-FP8-Dynamic": 73.4,
+    "Qwen3-VL-32B-Instruct-FP8": 33.4,
 }
 SIZE = Size(hidden=128, layers=4, vision_hidden=256, vision_layers=8)
 
@@ -115,6 +115,55 @@ def test_every_parameter_is_the_one_that_transformers_makes(name, tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "block", "published"),
+    [
+        (
+            "Qwen2.5-VL-7B-Instruct",
+            None,
+            10.06e9,
+        ),  # safetensors of RedHatAI/Qwen2.5-VL-7B-Instruct-FP8-Dynamic
+        ("Qwen3-VL-8B-Instruct", None, 9.87 * 2**30),  # of mbehr90/Qwen3-VL-8B-Instruct-fp8
+        ("Qwen3-VL-8B-Instruct", [128, 128], 9.87 * 2**30),
+    ],
+)
+def test_fp8_weights_take_the_bytes_of_published_folders(name, block, published):
+    tree = json.loads((SHAPES / f"{name}.json").read_text())
+    scheme = {"num_bits": 8, "type": "float", "strategy": "channel"}
+    own = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": scheme}}}
+    own["ignore"] = ["lm_head", "re:.*visual.*"]
+    if block:
+        own = {"quant_method": "fp8", "weight_block_size": block, "modules_to_not_convert": ["model.visual"]}
+    planned = model_bytes(parse_shapes(tree | {"quantization_config": own}, name, name), 2)
+    assert planned == pytest.approx(published, rel=0.002)
+
+
+def test_fp8_converts_the_linear_layers_that_are_not_kept():
+    fp8 = find_shapes("Qwen3-VL-32B-Instruct-FP8", SHAPES)
+    assert fp8.fp8
+    converted = {n for n, s in parameters(fp8).items() if fp8.fp8.converts(n, s)}
+    layers = [n for n, s in parameters(fp8).items() if ".layers." in n and len(s) == 2]
+    assert len(layers) == 7 * 64 and converted == set(layers)
+    assert fp8.fp8.num_bytes((300, 200)) == 300 * 200 + 4 * 3 * 2
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes", "compressed-tensors", None])
+def test_other_quantized_folders_are_named(method):
+    tree = json.loads((SHAPES / "Qwen3-VL-2B-Instruct.json").read_text())
+    with pytest.raises(ModelError, match=rf"there: weights quantized by {method!r} .*: use FP8 or bfloat16"):
+        parse_shapes(tree | {"quantization_config": {"quant_method": method}}, "there", "there")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_older_folders_leave_out_is_what_transformers_takes(name, tmp_path):
+    """Such as the vision depth: configs hold only what differs from a default."""
+    tree = json.loads((SHAPES / f"{name}.json").read_text())
+    default = AutoConfig.for_model(tree["model_type"]).vision_config.to_dict()
+    vision = {k: v for k, v in tree["vision_config"].items() if k in default and default[k] != v}
+    (tmp_path / "config.json").write_text(json.dumps(tree | {"vision_config": vision}))
+    assert parameters(find_shapes(tmp_path, SHAPES)) == parameters(find_shapes(f"/nowhere/{name}", SHAPES))
+
+
 def test_an_unknown_model_that_is_not_here_is_one_line():
     with pytest.raises(
         ModelError,
@@ -184,22 +233,32 @@ def test_adam_keeps_the_bytes_that_are_planned_for(model):
     )
     planned = optimizer_bytes(count(trained(shapes, learner)), learner)
     assert planned == {"optimizer moments": moments, "float32 masters": 0}
-    assert gradient_bytes(count(trained(shapes, learner)), learner) == {
+    assert gradient_bytes(trained(shapes, learner), learner) == {
         "gradients": sum(p.nbytes for p in parameters_)
     }
 
 
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 4), (2, 4), (3, 4)])
-def test_zero_stages_divide_what_they_partition(stage, ranks):
-    shapes = find_shapes("Qwen3-VL-8B-Instruct", SHAPES)
-    learner = LearnerConfig(zero_stage=stage, world_size=ranks, freeze_vision=False)
+def test_zero_stages_divide_what_they_partition(stage, ranks, dtype):
+    shapes, e = find_shapes("Qwen3-VL-8B-Instruct", SHAPES), DTYPE_BYTES[dtype]
+    learner = LearnerConfig(zero_stage=stage, world_size=ranks, freeze_vision=False, dtype=dtype)
     n = count(parameters(shapes))
+    are_copied = dtype == "bfloat16" or stage in (1, 2)  # in float32 the weights are the masters
     assert optimizer_bytes(n, learner) == {
         "optimizer moments": 8 * n // ranks,
-        "float32 masters": 4 * n // ranks,
+        "float32 masters": 4 * n // ranks if are_copied else 0,
     }
-    assert gradient_bytes(n, learner)["gradients"] == 2 * n // (ranks if stage >= 2 else 1)
-    assert weight_bytes(shapes, learner)["weights"] == 2 * n // (ranks if stage == 3 else 1)
+    gradients = gradient_bytes(parameters(shapes), learner)
+    assert gradients["gradients"] == (4 * n // ranks if stage >= 2 else e * n)
+    assert weight_bytes(shapes, learner)["weights"] == e * n // (ranks if stage == 3 else 1)
+
+
+def test_beside_a_bucket_is_its_copy_or_a_larger_gradient():
+    learner = LearnerConfig(zero_stage=3, world_size=4, grad_accum_dtype="bfloat16")
+    small, large = {"w": (1000, 1000)}, {"w": (1000, 1000), "head": (152_000, 5120)}
+    of_bucket = [gradient_bytes(of, learner)["gradient buckets"] for of in (small, large)]
+    assert of_bucket == [2 * (REDUCE_BUCKET + 10**6), 2 * (REDUCE_BUCKET + 152_000 * 5120)]
 
 
 # --- activations, against the tensors of real passes ---
