@@ -38,9 +38,9 @@ from driver.stopping import ended_with_ray, how_to_resume, shutdown_at_end
 from driver.upload import check_writable
 from preflight.cluster_file import check_cluster
 from preflight.dry_run import dry_run
-from preflight.gpus import check_nodes
 from preflight.inputs import Plan
 from preflight.memory_fit import check_fits, memory_plan
+from preflight.nodes import check_nodes
 from video_opd.cluster.deadline import waiting
 from video_opd.config import Config
 from video_opd.errors import InputError, LearnerLostError, SaveError, StoppedError, VideoOPDError, first_error

@@ -75,17 +75,6 @@ def describe_missing(needs: Sequence[Need], nodes: Sequence[Resources]) -> str:
     return ", ".join(f"{n.role}: {placed[n.role]} of {n.count}" for n in needs if placed[n.role] < n.count)
 
 
-def describe_too_large(needs: Sequence[Need], nodes: Sequence[Resources]) -> str:
-    """What no node has enough of for one process, such as 4 GPUs for a teacher in 4 parts; empty: nothing.
-
-    nodes: what each has in all."""
-    most = {name: max((node.get(name, 0.0) for node in nodes), default=0.0) for n in needs for name in n.each}
-    lacking = [(n.role, name, v) for n in needs for name, v in n.each.items() if v > most[name]]
-    return "; ".join(
-        f"{r} needs {k} {v:g} on one node, none has more than {most[k]:g}" for r, k, v in lacking
-    )
-
-
 def wait_for_places(config: Config, timeout_s: float) -> None:
     """Waits until the cluster has room for all processes at once; prints what is missing.
 
@@ -100,8 +89,6 @@ def wait_for_places(config: Config, timeout_s: float) -> None:
         while not group.wait(min(POLL_S, max(0.1, deadline - time.monotonic()))):
             free = list(available_resources_per_node().values())
             missing = describe_missing(needs, free) or "the nodes have it, Ray has not given it yet"
-            if too_large := describe_too_large(needs, [n["Resources"] for n in ray.nodes() if n["Alive"]]):
-                missing += f" ({too_large})"
             if time.monotonic() >= deadline:
                 late = f"could not provide what the run needs within {timeout_s:.0f} s, {missing}"
                 needed = f"needed are {'; '.join(map(str, needs))}"
@@ -143,11 +130,7 @@ def check_nodes(config: Config) -> None:
     for section, attention in asked_attention(config):
         if attention in PACKAGES:
             role = section.removesuffix("_pool")
-            options = {
-                "num_cpus": 0,
-                "resources": {role: 0.001},
-                "runtime_env": {"env_vars": config.worker_env},
-            }
+            options = {"num_cpus": 0, "resources": {role: 0.001}, "runtime_env": {"env_vars": config.worker_env}}
             reference = asked.options(**options).remote(attention)
             if missing := ray.get(reference, timeout=config.start_timeout_s):
                 key = f"{section}.attn_implementation={attention}"

@@ -1,9 +1,10 @@
 """`--dry-run`: checks the inputs and prints the plan; starts nothing."""
 
 import video_opd  # noqa: F401  # first: makes transformers importable
-from preflight.gpus import problems, read_machine
+from preflight.gpus import read_machine
 from preflight.inputs import Draft, asked_teachers, make_draft
 from preflight.memory_fit import check_fits, describe_memory, memory_plan
+from preflight.nodes import problems
 from video_opd.config import Config, TeacherModel
 from video_opd.datasets import Split
 from video_opd.video.clips import num_video_tokens

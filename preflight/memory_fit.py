@@ -82,19 +82,26 @@ def _gpu_bytes() -> int:
     return machine.best.memory_bytes if machine.gpus else DEFAULT_GPU_BYTES
 
 
+def misfit(plan: MemoryPlan, role: RoleMemory) -> str | None:
+    """Why a process does not fit in its share of a GPU, and what would help; None: it fits."""
+    share = role.gpu_share * plan.gpu_bytes
+    if role.device is None or role.device.peak_bytes <= share:
+        return None
+    num_gpus = f"{SECTIONS[role.role][0]}.num_gpus={role.gpu_share:g}"
+    of = " a GPU" if role.gpu_share == 1 else f", {num_gpus} of {plan.gpu_bytes / GIB:.0f}"
+    needed, lacks = role.device.peak_bytes / GIB, (role.device.peak_bytes - share) / GIB
+    what = f"{role.role}: {needed:.0f} GiB of {share / GIB:.0f} GiB{of}, {lacks:.1f} too many"
+    return f"{what}: {_advice(plan, role)}"
+
+
 def check_fits(plan: MemoryPlan, one_machine: bool) -> None:
     """Raises ConfigError, naming a change that helps, if a process does not fit in its share of a GPU.
 
     A run without GPUs must fit in this machine; unless `one_machine`, only its largest process must."""
     roles = plan.roles
     for role in roles:
-        share = role.gpu_share * plan.gpu_bytes
-        if role.device and role.device.peak_bytes > share:
-            num_gpus = f"{SECTIONS[role.role][0]}.num_gpus={role.gpu_share:g}"
-            of = " a GPU" if role.gpu_share == 1 else f", {num_gpus} of {plan.gpu_bytes / GIB:.0f}"
-            needed, lacks = role.device.peak_bytes / GIB, (role.device.peak_bytes - share) / GIB
-            what = f"{role.role}: {needed:.0f} GiB of {share / GIB:.0f} GiB{of}, {lacks:.1f} too many"
-            raise ConfigError(f"{what}: {_advice(plan, role)}")
+        if problem := misfit(plan, role):
+            raise ConfigError(problem)
     if plan.on_gpu:
         return
     largest = max(roles, key=lambda r: r.host.peak_bytes)

@@ -7,8 +7,10 @@ import pytest
 
 import launch
 import preflight.gpus
-from preflight.gpus import Gpu, Machine, check_machines, check_nodes, read_machine
+import preflight.nodes
+from preflight.gpus import Gpu, Machine, read_machine
 from preflight.memory import GIB
+from preflight.nodes import check_node, check_nodes
 from tests.preflight.test_memory_fit import config_of, plan_of
 from video_opd import ROOT
 from video_opd.errors import ClusterError
@@ -21,8 +23,9 @@ def machine(**changes) -> Machine:
     return Machine((replace(H100, **changes),), 13000, "13.0")
 
 
-def check(node: Machine, *overrides: str) -> None:
-    check_machines([("node-7", node)], plan_of(config_of("qwen3vl_8b.yaml", *overrides)))
+def check(node: Machine, *overrides: str, **resources: float) -> None:
+    resources = resources or {"learner": 1, "rollout": 1, "teacher": 1}
+    check_node("node-7", node, resources, plan_of(config_of("qwen3vl_8b.yaml", *overrides)))
 
 
 @pytest.mark.parametrize(
@@ -38,7 +41,7 @@ def check(node: Machine, *overrides: str) -> None:
         ),
         (
             machine(name="A100-SXM4-40GB", capability=8.0, memory_bytes=40960 << 20),
-            "has 40 GiB, memory is planned for 80: --gpu-memory-gib 40",
+            "node-7, A100-SXM4-40GB: learner: 48 GiB of 40 GiB a GPU, 7.7 too many: learner.world_size=8",
         ),
     ],
 )
@@ -63,9 +66,17 @@ def test_a_gpu_that_can_passes(node):
     check(node)
 
 
+def test_a_node_of_one_role_needs_memory_for_that_alone():
+    """As in cluster.yaml: learner and teacher on 80 GB, actors on 48."""
+    l40s = machine(name="L40S", capability=8.9, memory_bytes=46068 << 20)
+    check(l40s, rollout=1)
+    with pytest.raises(ClusterError, match="node-7, L40S: teacher: 75 GiB of 45 GiB a GPU"):
+        check(l40s, teacher=1)
+
+
 def test_a_gpu_without_fp8_is_warned_of(caplog):
     check(machine(name="A100", capability=8.0), *FP8)
-    assert "node-7: A100 has no FP8: vLLM computes with its FP8 weights in bfloat16" in caplog.text
+    assert "node-7: A100 has no FP8: vLLM computes with the teacher's FP8 weights in bfloat16" in caplog.text
     caplog.clear()
     check(machine(name="L40S", capability=8.9), *FP8)
     assert not caplog.text
@@ -110,7 +121,7 @@ def test_a_dry_run_plans_for_the_gpu_that_is_here_and_warns(nvidia_smi, capsys, 
 
 
 def test_a_run_without_gpus_asks_no_node(monkeypatch):
-    monkeypatch.setattr(preflight.gpus.ray, "nodes", lambda: pytest.fail("asked"))
+    monkeypatch.setattr(preflight.nodes.ray, "nodes", lambda: pytest.fail("asked"))
     plan = plan_of(config_of("qwen3vl_8b.yaml"))
     on_cpu = {
         s: getattr(plan.config, s).model_copy(update={"num_gpus": 0})
