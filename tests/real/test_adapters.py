@@ -31,7 +31,7 @@ VLLM = {
     "Qwen3-VL-8B-Instruct": Qwen3VLForConditionalGeneration,
 }
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5
 SMALLEST = 3 / 64  # |weight|: its neighbours in bfloat16 are 2**-12 away or more
 
 
@@ -71,7 +71,6 @@ def test_an_update_that_merged_weights_would_lose_is_sampled_from(
     for number in (0, 1, 0):
         engine.load_weights(number, versions[number])
         own, other, of_base = gaps(engine, [models[number], models[1 - number], base], encoded).max(1)
-        print(own, other, of_base)
         assert own < TOLERANCE and other > 10 * TOLERANCE and of_base > 10 * TOLERANCE
     with pytest.raises(WeightsLostError):
         engine.load_weights(1, versions[1][:-1])
