@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from learner.adapters import choose_trained, merge, merged_parameters
+from learner.adapters import adapter_parameters, choose_trained, merge, merged_parameters
 from learner.batching import Row, plan_update
 from learner.deepspeed_config import deepspeed_config
 from learner.diagnostics import TimestampTokens, TokenRecords, batch_diagnostics, policy_diagnostics
@@ -37,6 +37,7 @@ from video_opd.models.forward import (
 from video_opd.models.prompting import PromptEncoder, check_parity
 from video_opd.types import EncodedPrompt, FailedPrompt, ScoredGroup
 from video_opd.video.clips import frames_key
+from video_opd.weights.adapters import write_adapter
 from video_opd.weights.buckets import Named, WeightBucket, to_buckets
 
 
@@ -213,15 +214,31 @@ class LearnerEngine:
             with self._deepspeed.zero.GatheredParameters(parts, enabled=is_sharded):
                 yield name, merge(parts, scaling).to(device=device or self._device, copy=is_sharded)
 
+    def adapters(self) -> Named:
+        """A and B of the adapters as the forward pass has them, on the CPU. All ranks must iterate."""
+        is_sharded = self._config.learner.zero_stage == 3
+        for name, parameter in adapter_parameters(self._model):
+            with self._deepspeed.zero.GatheredParameters([parameter], enabled=is_sharded):
+                yield name, parameter.detach().to("cpu", copy=is_sharded)
+
     def buckets(self, policy_version: int) -> Iterator[WeightBucket]:
-        """The student's weights, for publication. All ranks must iterate together."""
-        return to_buckets(self.parameters("cpu"), policy_version, self._config.learner.bucket_bytes)
+        """What actors get of the student, for publication. All ranks must iterate together."""
+        learner = self._config.learner
+        named = self.adapters() if learner.publishes_adapters else self.parameters("cpu")
+        return to_buckets(named, policy_version, learner.bucket_bytes)
 
     def save(self, folder: Path) -> None:
-        """Writes the DeepSpeed state and `student/`, a transformers folder. Raises OSError on all ranks."""
+        """Writes the DeepSpeed state, `student/`, a transformers folder, and with LoRA `adapter/`, PEFT's.
+
+        Raises OSError on all ranks.
+        """
         with writing_on_all_ranks(self._engine, folder / "deepspeed" / "state"):
             self._engine.save_checkpoint(str(folder / "deepspeed"), tag="state", save_latest=False)
         self.export(folder / "student")
+        if self._config.learner.lora_rank:
+            adapters = dict(self.adapters())
+            if self._rank == 0:
+                write_adapter(folder / "adapter", adapters, self._config.learner, self._config.student)
 
     def export(self, folder: Path) -> None:
         """Writes the student alone, for transformers and vLLM: new weights, other files as they were."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from preflight.adapters import check_targets
 from preflight.engines import check_engines
 from preflight.model_shapes import ModelShapes, find_shapes, model_bytes, read_shapes
 from preflight.options import check_options
@@ -51,6 +52,7 @@ def make_plan(config: Config, resumes: bool = False) -> Plan:
     """
     student = read_model_info(config.student, config.trust_remote_code)
     shapes, teachers = read_shapes(config.student), []
+    check_targets(config, shapes)
     for teacher in asked_teachers(config):
         read_model_info(teacher.model, config.trust_remote_code)
         check_same_tokenizer(config.student, teacher.model)
@@ -108,6 +110,7 @@ def make_draft(config: Config) -> Draft:
 
     Raises InputError for what is here and wrong, and for an absent model without committed shapes."""
     student = find_shapes(config.student, SHAPES)
+    check_targets(config, student)
     teachers = {t.model: find_shapes(t.model, SHAPES) for t in asked_teachers(config)}
     unchecked = _unchecked_model("student", Path(config.student), student)
     check_engines(config, student, list(teachers.values()))

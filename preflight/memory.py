@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from preflight import activations
+from preflight.adapters import slot_numbers
 from preflight.engines import parts_of
 from preflight.model_shapes import DTYPE_BYTES, ModelShapes, count, model_bytes, parameters
 from preflight.zero import gradient_bytes, offload_bytes, optimizer_bytes, step_bytes, trained, weight_bytes
@@ -106,6 +107,13 @@ def workload_of_budget(video: VideoConfig, shapes: ModelShapes) -> Workload:
     return Workload(0, tokens, tokens + marks + TEXT_TOKENS, clip_bytes)
 
 
+def published_bytes(config: Config, student: ModelShapes) -> int:
+    """Of one version: eP, or eT where adapters are published."""
+    learner = config.learner
+    of = trained(student, learner) if learner.publishes_adapters else parameters(student)
+    return DTYPE_BYTES[learner.dtype] * count(of)
+
+
 def kv_bytes_per_token(shapes: ModelShapes, dtype: str, parts: int = 1) -> int:
     """2 L K e: a key and a value in every layer. Each of several parts has at least one key head."""
     heads = max(1, shapes.text.key_heads // parts)
@@ -182,6 +190,8 @@ def actors_memory(config: Config, student: ModelShapes, work: Workload, gpu_byte
     rollout = config.rollout
     computing = vllm_memory(config, rollout, student, work, gpu_bytes)
     host = _prompts_bytes(student, work, rollout.prompts_per_call) | _bucket_bytes(config, student)
+    if config.learner.publishes_adapters:  # vLLM keeps what it loaded beside what it computes with
+        host["adapter"] = DTYPE_BYTES[rollout.dtype] * count(trained(student, config.learner))
     processes, loading = rollout.num_actors * parts_of(rollout), _largest_tensor(student, rollout.dtype)
     return _place("actors", processes, rollout.num_gpus, computing, host, loading)
 
@@ -222,7 +232,7 @@ def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_byt
 def vllm_memory(
     config: Config, engine: RolloutConfig | TeacherConfig, shapes: ModelShapes, work: Workload, gpu_bytes: int
 ) -> ProcessMemory:
-    """A vLLM engine: weights (model_bytes), KV cache, and phases of N tokens a pass.
+    """A vLLM engine: weights (model_bytes), KV cache, an actor's adapter, and phases of N tokens a pass.
 
     N on a GPU: *_BATCHED_TOKENS, at most num_sequences whole ones, since prefills are cut. On a CPU, where
     they are not: the longest prompt, or as many prompts as CPU_BATCHED_TOKENS hold.
@@ -253,6 +263,8 @@ def vllm_memory(
         held["input buffers"] = e * num_tokens * shapes.text.hidden * (1 + shapes.vision.deepstack)
     if on_gpu and not eager:
         held["CUDA graphs"] = CUDA_GRAPH_BYTES
+    if not scores and config.learner.publishes_adapters:
+        held["adapter slot"] = e * slot_numbers(shapes, config.learner)
     kv_cache = engine.kv_cache_bytes or CPU_KV_CACHE_BYTES
     if on_gpu and engine.kv_cache_bytes is None:
         passing = max(num_tokens * activations.text_layer_passing(shapes, e, parts), logits)
@@ -264,11 +276,11 @@ def vllm_memory(
 
 
 def support_memory(config: Config, student: ModelShapes) -> list[RoleMemory]:
-    """Processes without a model, and the object store, which holds one published version, eP."""
+    """Processes without a model, and the object store, which holds one published version."""
     names = ["driver", "ray", "curriculum", *(["serve"] if config.needs_teacher else [])]
     held = {name: {"empty process": EMPTY_PROCESS_BYTES[name]} for name in names}
-    published = DTYPE_BYTES[config.learner.dtype] * count(parameters(student))
-    held["object store"] = {"published weights": published if config.rollout.num_actors else 0}
+    published = published_bytes(config, student) if config.rollout.num_actors else 0
+    held["object store"] = {"published weights": published}
     return [RoleMemory(name, 1, 0.0, None, ProcessMemory(terms, {})) for name, terms in held.items()]
 
 
@@ -280,8 +292,7 @@ def _prompts_bytes(shapes: ModelShapes, work: Workload, at_once: int) -> dict[st
 
 def _bucket_bytes(config: Config, student: ModelShapes) -> dict[str, int]:
     """On the host: one bucket of weights in transfer, at most learner.bucket_bytes."""
-    weights = DTYPE_BYTES[config.learner.dtype] * count(parameters(student))
-    return {"weight bucket": min(config.learner.bucket_bytes, weights)}
+    return {"weight bucket": min(config.learner.bucket_bytes, published_bytes(config, student))}
 
 
 def _largest_tensor(shapes: ModelShapes, dtype: str) -> int:

@@ -3,8 +3,7 @@
 preflight/activations.py explains the letters.
 """
 
-import re
-
+from preflight.adapters import VISION, adapters
 from preflight.model_shapes import DTYPE_BYTES, ModelShapes, Parameters, count, parameters
 from video_opd.config import LearnerConfig
 
@@ -16,12 +15,10 @@ SUB_GROUP = 1_000_000_000
 
 def trained(shapes: ModelShapes, learner: LearnerConfig) -> Parameters:
     """All but a frozen vision tower; with lora_rank r only r (inputs + outputs) for each of lora_targets."""
-    of = parameters(shapes)
     if learner.lora_rank:
-        linear = {n.removesuffix(".weight"): s for n, s in of.items() if len(s) == 2 and "embed" not in n}
-        targets = {n: s for n, s in linear.items() if re.fullmatch(learner.lora_targets, n)}
-        of = {f"{n}.lora": (learner.lora_rank, sum(s)) for n, s in targets.items()}
-    return {n: s for n, s in of.items() if not (learner.freeze_vision and n.startswith("model.visual."))}
+        return adapters(shapes, learner)
+    of = parameters(shapes)
+    return {n: s for n, s in of.items() if not (learner.freeze_vision and n.startswith(VISION))}
 
 
 def optimizer_bytes(num_trained: int, learner: LearnerConfig) -> dict[str, int]:

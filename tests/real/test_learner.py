@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import ray
 import torch
+from peft import PeftModel
+from safetensors.numpy import load_file
 
 from learner.adapters import add_adapters
 from learner.learner import Learner
@@ -19,7 +21,7 @@ from tests.real.conftest import DEMO, reference_logprobs, scored_groups
 from video_opd.config import Config
 from video_opd.config_file import load_config
 from video_opd.errors import ConfigError, SaveError
-from video_opd.models.forward import ResponseLogits, collate, load_model
+from video_opd.models.forward import ResponseLogits, VideoLLM, collate, load_model
 from video_opd.types import ScoredGroup
 from video_opd.weights.buckets import unpack
 
@@ -217,7 +219,7 @@ def test_ranks_compute_what_one_process_does(learners, overrides, prompts, encod
         assert all(m["learner/grad_norm"] > 0 for m in metrics)
 
 
-LORA = ("learner.lora_rank=4", "learner.lora_alpha=8")
+LORA, MERGED = ("learner.lora_rank=4", "learner.lora_alpha=8"), "learner.lora_publish=merged"
 
 
 def fill_disk(rank: Any) -> None:
@@ -238,7 +240,7 @@ class RankElsewhere(LearnerRank):
         return "elsewhere", False
 
 
-@pytest.mark.parametrize("more_options", [(2,), (3, *LORA)], ids=["whole", "lora"])
+@pytest.mark.parametrize("more_options", [(2,), (3, *LORA, MERGED)], ids=["whole", "lora"])
 def test_a_checkpoint_restores_weights_and_optimizer_exactly_and_its_student_loads(
     learners, overrides, prompts, encoder, tmp_path, tmp_path_factory, more_options
 ):
@@ -422,16 +424,22 @@ def with_actor_logprobs(groups: list[ScoredGroup], model, encoder) -> list[Score
     return changed
 
 
-def test_lora_trains_adapters_alone_and_publishes_what_it_computes(
+def test_lora_trains_adapters_alone_and_publishes_and_exports_what_it_computes(
     learners, overrides, prompts, encoder, tmp_path
 ):
+    def loaded(folder: str) -> VideoLLM:
+        return load_model(folder, "float32").eval()
+
+    def arrays(model: VideoLLM) -> dict[str, np.ndarray]:
+        return {n: p.detach().numpy() for n, p in model.named_parameters()}
+
     config = make_config(overrides, 2, 3, "loss.kind=opd", *LORA)
-    start = {n: p.detach().numpy() for n, p in load_model(config.student, "float32").named_parameters()}
+    start = arrays(loaded(config.student))
 
     async def run():
         learner = await learners(config)
         published, _ = await train(learner, config, prompts, encoder, tmp_path)
-        plain = load_model(str(tmp_path / "student"), "float32").eval()
+        plain = loaded(str(tmp_path / "student"))
         again = with_actor_logprobs(scored_groups(prompts[:6], encoder, seed=3), plain, encoder)
         report = await learner.update(again, STEPS)
         single = make_config(overrides, 1, 2, "loss.kind=opd", *LORA)
@@ -439,15 +447,19 @@ def test_lora_trains_adapters_alone_and_publishes_what_it_computes(
         return published, report.metrics, alone
 
     published, metrics, alone = asyncio.run(run())
-    assert published.keys() == start.keys(), "the plain model's names and no others"
-    changes = {n: published[n] - start[n] for n in start if (published[n] != start[n]).any()}
+    exported = arrays(loaded(str(tmp_path / "student")))
+    assert exported.keys() == start.keys(), "the plain model's names and no others"
+    changes = {n: exported[n] - start[n] for n in start if (exported[n] != start[n]).any()}
     assert changes and all(
         re.fullmatch(config.learner.lora_targets, n.removesuffix(".weight")) for n in changes
     )
     assert {np.linalg.matrix_rank(c, tol=1e-6) for c in changes.values()} <= {1, 2, 3, 4}
     assert max(np.abs(c).max() for c in changes.values()) > 0.1 * LR
-    assert metrics["learner/logprob_gap_max"] < 1e-4, "learner and published weights are one model"
+    assert metrics["learner/logprob_gap_max"] < 1e-4, "learner and exported weights are one model"
     assert largest_gap(published, alone) < WORST, "ranks draw the same adapters"
+    assert largest_gap(load_file(tmp_path / "adapter" / "adapter_model.safetensors"), published) == 0
+    by_peft: Any = PeftModel.from_pretrained(loaded(config.student), str(tmp_path / "adapter"))
+    assert largest_gap(arrays(by_peft.merge_and_unload()), exported) < 1e-6
 
 
 def test_lora_targets_that_name_no_layer_are_one_line(config):
