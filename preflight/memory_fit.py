@@ -159,14 +159,13 @@ def _changes(config: Config, role: str) -> list[Change]:
     twentieths = range(int(rollout.gpu_memory_utilization * 20), 1, -1) if kv_cache_fills_gpu else []
     in_parts = pool.engine == "vllm" and pool.num_gpus
     predictions = config.curriculum.num_teacher_predictions if config.curriculum.asks_teacher else 0
-    may_offload = learner.num_gpus and learner.zero_stage >= 2 and not learner.deepspeed
     doubled = [learner.world_size << n for n in range(1, 7)] if many_ranks else []
     options: dict[str, Iterable[object]] = {
         "learner.gradient_checkpointing": [] if learner.gradient_checkpointing else [True],
         "learner.zero_stage": range(learner.zero_stage + 1, 4),
         "learner.micro_batch": _halves(learner.micro_batch),
         "learner.world_size": [n for n in doubled if n <= MAX_WORLD_SIZE],
-        "learner.deepspeed": [OFFLOAD] if may_offload else [],
+        "learner.deepspeed": [OFFLOAD] if many_ranks and learner.zero_stage and not learner.deepspeed else [],
         "learner.lora_rank": [] if learner.lora_rank else [LORA_RANK],
         "learner.num_gpus": _larger_shares(learner.num_gpus),
         "rollout.gpu_memory_utilization": [n / 20 for n in twentieths],

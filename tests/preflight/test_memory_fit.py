@@ -44,6 +44,11 @@ def refusal(plan: MemoryPlan) -> str:
         (["learner.zero_stage=1"], 66, "learner.zero_stage=2 would need"),
         (["learner.micro_batch=8"], 75, "learner.micro_batch=4 would need"),
         (["learner.world_size=2"], 60, "learner.world_size=4 would need"),
+        (
+            ["learner.world_size=64"],
+            13,
+            'learner.deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}} would need',
+        ),
         (["learner.world_size=1", "learner.zero_stage=0"], 48, "learner.lora_rank=16 would need"),
         (["curriculum.num_teacher_predictions=4"], 80, "curriculum.num_teacher_predictions=2 would need"),
         (["rollout.gpu_memory_utilization=1.0"], 80, "rollout.gpu_memory_utilization=0.95 would need"),

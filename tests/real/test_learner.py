@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from safetensors.numpy import load_file
 
+from driver.start_ray import check_nodes
 from learner.adapters import add_adapters
 from learner.learner import Learner
 from learner.rank import LearnerRank
@@ -364,7 +365,12 @@ def test_many_micro_batches_add_up_in_float32_and_offloaded_states_are_the_same_
     learners, overrides, prompts, encoder, tmp_path, stage, saved, loaded
 ):
     """16 times the same row: every gradient is 1/16 of the row's own, exactly, and so must be their sum."""
-    options = ("learner.dtype=bfloat16", "learner.micro_batch=1", "learner.max_grad_norm=1e9", "loss.kind=opd")
+    options = (
+        "learner.dtype=bfloat16",
+        "learner.micro_batch=1",
+        "learner.max_grad_norm=1e9",
+        "loss.kind=opd",
+    )
     row, *others = scored_groups(prompts[:5], encoder, seed=0)
 
     async def state(learner) -> dict[str, tuple[np.ndarray, ...]]:
@@ -394,6 +400,14 @@ def test_many_micro_batches_add_up_in_float32_and_offloaded_states_are_the_same_
     assert errors[1] > 1e-3, "the bound below must mean anything"
     assert errors[0] == (errors[1] if stage == 1 else 0)
     assert all((a == b).all() for n in before for a, b in zip(before[n], after[n], strict=True))
+
+
+def test_a_node_without_the_package_of_an_attention_says_so_before_anything_starts(local_ray, config):
+    learner = config.learner.model_copy(update={"attn_implementation": "flash_attention_2"})
+    with pytest.raises(
+        ConfigError, match="flash-attn, and a node of the learner has none: install it, or use"
+    ):
+        check_nodes(config.model_copy(update={"learner": learner}))
 
 
 def test_a_frozen_vision_tower_keeps_its_weights(learners, overrides, prompts, encoder):
