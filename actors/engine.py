@@ -12,9 +12,10 @@ class PolicyEngine(SamplingEngine):
     """Samples from the student with vLLM; its weights can be replaced between generations."""
 
     def __init__(self, config: Config, banned_ids: Sequence[int]):
-        from video_opd.weights.transfer import BACKENDS  # registers the object store's with vLLM
+        from video_opd.weights.transfer import BACKENDS, WORKER  # registers the object store's with vLLM
 
         options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+        options["worker_extension_cls"] = WORKER
         options["weight_transfer_config"] = {"backend": BACKENDS[config.learner.weight_transfer]}
         super().__init__(config.student, config.rollout, config.seed, banned_ids, **options)
         self._is_updating = False
@@ -23,7 +24,8 @@ class PolicyEngine(SamplingEngine):
         """Loads one version. Raises WeightsLostError, before any change, unless it is whole."""
         check_whole(buckets, policy_version)
         self.start_weight_update()
-        self.update_weights({"update_info": {"buckets": buckets}})
+        for bucket in buckets:  # vLLM copies a call's arguments to the processes of tensor_parallel
+            self.update_weights({"update_info": {"buckets": [bucket]}})
         self.finish_weight_update()
 
     def init_weight_transfer_engine(self, request: Any) -> None:

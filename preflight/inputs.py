@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from preflight.model_shapes import ModelShapes, count, find_shapes, parameters, read_shapes
+from preflight.model_shapes import ModelShapes, can_shard, count, find_shapes, parameters, read_shapes
 from video_opd import ROOT
 from video_opd.config import Config, TeacherModel
 from video_opd.datasets import Split, read_split
@@ -52,6 +52,7 @@ def make_plan(config: Config, resumes: bool = False) -> Plan:
         read_model_info(teacher.model, config.trust_remote_code)
         check_same_tokenizer(config.student, teacher.model)
         check_teacher(config, read_shapes(config.student), read_shapes(teacher.model))
+    check_shards("rollout", config.rollout.tensor_parallel, read_shapes(config.student))
     if config.loss.needs.rewards:
         load_rewards(config.loss.rewards)
     splits = {name: _read(config, name, student.size_multiple, resumes) for name in ("train", "eval")}
@@ -103,6 +104,7 @@ def make_draft(config: Config) -> Draft:
     Raises InputError for what is here and wrong, and for an absent model without committed shapes."""
     student = find_shapes(config.student, SHAPES)
     teachers = {t.model: find_shapes(t.model, SHAPES) for t in asked_teachers(config)}
+    check_shards("rollout", config.rollout.tensor_parallel, student)
     unchecked = _unchecked_model("student", Path(config.student), student)
     for folder, shapes in teachers.items():
         check_teacher(config, student, shapes)
@@ -155,13 +157,26 @@ def _unchecked_model(role: str, folder: Path, shapes: ModelShapes) -> list[str]:
 
 
 def check_teacher(config: Config, student: ModelShapes, teacher: ModelShapes) -> None:
-    """Frames must be of one size and top_k within the vocabulary (docs/algorithm.md). Raises ConfigError."""
+    """Frames must be of one size, top_k within the vocabulary, shards whole. Raises ConfigError."""
+    check_shards("teacher_pool", config.teacher_pool.tensor_parallel, teacher)
     if (own := student.size_multiple) != (others := teacher.size_multiple):
         sizes = f"student frames come in multiples of {own} pixels, the teacher's of {others}"
         raise ConfigError(f"{sizes}: use a teacher of the same family")
     top_k, vocabulary = config.loss.top_k, teacher.text.vocab_size
     if config.loss.needs.teacher == "top_k" and top_k > vocabulary:
         raise ConfigError(f"loss.top_k={top_k}, but the teacher has {vocabulary} tokens: lower it")
+
+
+def check_shards(section: str, shards: int, shapes: ModelShapes) -> None:
+    """Raises ConfigError if vLLM cannot divide the model into so many shards."""
+    if can_shard(shapes, shards):
+        return
+    text, vision = shapes.text, shapes.vision
+    possible = ", ".join(str(n) for n in range(1, text.heads + 1) if can_shard(shapes, n))
+    heads = f"{text.heads} heads, {text.key_heads} key heads, {vision.heads} vision heads"
+    has = f"{heads} and MLPs of {text.intermediate} and {vision.intermediate}"
+    cannot = f"{section}.tensor_parallel={shards} does not divide {shapes.name} ({has})"
+    raise ConfigError(f"{cannot}: use one of {possible}")
 
 
 def check_pool(config: Config, split: Split, resumes: bool = False) -> None:

@@ -12,6 +12,7 @@ from preflight import activations
 from preflight.model_shapes import ModelShapes, Parameters, count, parameters
 from video_opd.config import Config, LearnerConfig, RolloutConfig, TeacherConfig
 from video_opd.config_data import VideoConfig
+from video_opd.models.shared_gpu import CONTEXT_BYTES as GPU_CONTEXT_BYTES
 from video_opd.types import Prompt
 from video_opd.video.clips import TEMPORAL_PATCH, frames_key, num_video_tokens
 
@@ -29,11 +30,11 @@ SUB_GROUP = 1_000_000_000
 
 # vLLM 0.32: tokens of one prefill pass of LLM(...), on large GPUs and on a CPU (vllm/engine/arg_utils.py).
 GPU_BATCHED_TOKENS, CPU_BATCHED_TOKENS = 16384, 4096
+KV_BLOCK_TOKENS = 128  # at most; 16 on most GPUs
 CPU_KV_CACHE_BYTES = 4 * GIB  # without rollout.kv_cache_bytes
 VLLM_LOGIT_COPIES = 3  # float32 logits, log-probs, and what sampling sorts
 TEACHER_LOGIT_COPIES = 4  # logits, and the three of token_entropy
 
-GPU_CONTEXT_BYTES = GIB  # CUDA context and libraries of a process: assumed, not measured
 CUDA_GRAPH_BYTES = GIB  # of a vLLM engine without enforce_eager: assumed, not measured
 
 # Proportional set size of a process whose engine has started and done nothing, with the demo's models, by
@@ -215,7 +216,7 @@ def actors_memory(config: Config, student: ModelShapes, work: Workload, gpu_byte
     rollout = config.rollout
     computing = vllm_memory(config, rollout, student, work, gpu_bytes)
     host = _prompts_bytes(student, work, rollout.prompts_per_call) | _bucket_bytes(config, student)
-    return _place("actors", rollout.num_actors, rollout.num_gpus, computing, host)
+    return _place("actors", rollout.num_actors * rollout.tensor_parallel, rollout.num_gpus, computing, host)
 
 
 def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_bytes: int) -> RoleMemory:
@@ -253,24 +254,27 @@ def vllm_memory(
     prefill: forward_bytes. vLLM plans for the language model alone (skip_mm_profiling): the vision tower
     comes on top of gpu_memory_utilization.
     logits: an actor's 4V VLLM_LOGIT_COPIES for each of max_num_seqs; a teacher's (4 + e) V for each of N.
-    KV cache: kv_cache_bytes, or what gpu_memory_utilization leaves of a GPU, at least a max_model_len.
-    With tensor_parallel, one part of the teacher: weights and KV cache are divided, layers count whole."""
+    KV cache: kv_cache_bytes, or what gpu_memory_utilization leaves of a GPU, at least a max_model_len. On a
+    shared GPU vLLM is given it (with_kv_caches).
+    With tensor_parallel, one shard: weights and KV cache are divided, layers count whole."""
     scores = isinstance(engine, TeacherConfig)
     num_sequences = engine.micro_batch if scores else engine.max_num_seqs
-    parts, eager = (engine.tensor_parallel, False) if scores else (1, engine.enforce_eager)
+    shards, eager = engine.tensor_parallel, not scores and engine.enforce_eager
     e, longest = DTYPE_BYTES[engine.dtype], longest_sequence(config, work, engine.max_model_len)
     per_pass = GPU_BATCHED_TOKENS if engine.num_gpus else CPU_BATCHED_TOKENS
     num_tokens = max(longest, min(per_pass, num_sequences * longest))
     video_tokens = max(work.max_video_tokens, min(num_tokens, num_sequences * work.max_video_tokens))
     values = num_tokens * (4 + e) if scores else num_sequences * 4 * VLLM_LOGIT_COPIES
     logits = shapes.text.vocab_size * values
-    weights = e * count(parameters(shapes)) // parts
+    weights = e * count(parameters(shapes)) // shards
     graphs = CUDA_GRAPH_BYTES if engine.num_gpus and not eager else 0
     kv_cache = engine.kv_cache_bytes or CPU_KV_CACHE_BYTES
     if engine.num_gpus and engine.kv_cache_bytes is None:
         passing = max(num_tokens * activations.text_layer_passing(shapes, e), logits)
         planned = passing + weights + graphs + GPU_CONTEXT_BYTES
-        one_sequence = engine.max_model_len * kv_bytes_per_token(shapes, engine.dtype) // parts
+        whole_blocks = -(-engine.max_model_len // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
+        divisor = min(shards, shapes.text.key_heads)  # more shards than key heads hold copies
+        one_sequence = whole_blocks * kv_bytes_per_token(shapes, engine.dtype) // divisor
         kv_cache = max(int(engine.gpu_memory_utilization * gpu_bytes) - planned, one_sequence)
     held = {"weights": weights, "KV cache": kv_cache} | ({"CUDA graphs": graphs} if graphs else {})
     prefill = activations.forward_bytes(shapes, e, num_tokens, video_tokens)

@@ -14,6 +14,8 @@ from typing import Any
 from video_opd.errors import ModelError
 from video_opd.models.model_files import SUPPORTED, read_json
 
+VOCAB_PADDING = 64  # of vLLM's VocabParallelEmbedding
+
 Parameters = dict[str, tuple[int, ...]]
 """Parameter name in transformers -> shape. A tied head is not listed."""
 
@@ -31,6 +33,14 @@ class TextShapes:
     key: int  # width of all key heads together, and of all value heads
     tied_head: bool
 
+    @property
+    def heads(self) -> int:
+        return self.query // self.head_dim
+
+    @property
+    def key_heads(self) -> int:
+        return self.key // self.head_dim
+
 
 @dataclass(frozen=True, kw_only=True)
 class VisionShapes:
@@ -39,6 +49,7 @@ class VisionShapes:
     depth: int
     hidden: int
     intermediate: int
+    heads: int
     output: int  # width of what the language model gets
     patch: tuple[int, int, int, int]  # channels, frames, height, width
     merge: int  # patches a side of one video token
@@ -119,6 +130,7 @@ def parse_shapes(config: Mapping[str, Any], name: str, source: str, committed: b
             depth=vision["depth"],
             hidden=vision["hidden_size"],
             intermediate=vision["intermediate_size"],
+            heads=vision["num_heads"],
             output=vision["out_hidden_size"],
             patch=(channels, vision.get("temporal_patch_size", 2), side, side),
             merge=vision["spatial_merge_size"],
@@ -135,6 +147,17 @@ def parameters(shapes: ModelShapes) -> Parameters:
     """Every parameter of the model."""
     tower = _vision(shapes.vision, shapes.is_qwen3)
     return _under("model.visual", tower) | _text(shapes.text, shapes.is_qwen3)
+
+
+def can_shard(shapes: ModelShapes, shards: int) -> bool:
+    """Whether vLLM can divide the model: it needs as many heads, and rows of each layer, in every shard.
+
+    Key heads may also be copied (vllm/model_executor/layers/linear.py, QKVParallelLinear)."""
+    text, vision = shapes.text, shapes.vision
+    vocabulary = -(-text.vocab_size // VOCAB_PADDING) * VOCAB_PADDING
+    whole = (text.heads, vision.heads, text.intermediate, vision.intermediate, vocabulary)
+    copies = shards % text.key_heads == 0
+    return all(size % shards == 0 for size in whole) and (copies or text.key_heads % shards == 0)
 
 
 def count(of: Parameters) -> int:
