@@ -15,13 +15,14 @@ class PolicyEngine(SamplingEngine):
     """Samples from the student with vLLM; its weights can be replaced between generations."""
 
     def __init__(self, config: Config, banned_ids: Sequence[int]):
-        from video_opd.weights.transfer import BACKENDS  # registers the object store's with vLLM
+        from video_opd.weights.transfer import BACKENDS, WORKER  # registers the object store's with vLLM
 
         self._student, self._learner = config.student, config.learner
         options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
         if self._learner.publishes_adapters:
             options |= vllm_options(self._learner)
         else:
+            options["worker_extension_cls"] = WORKER
             options["weight_transfer_config"] = {"backend": BACKENDS[self._learner.weight_transfer]}
         super().__init__(config.student, config.rollout, config.seed, banned_ids, **options)
         self._is_updating = False
@@ -33,7 +34,8 @@ class PolicyEngine(SamplingEngine):
             self._load_adapter(policy_version, buckets)
             return
         self.start_weight_update()
-        self.update_weights({"update_info": {"buckets": buckets}})
+        for bucket in buckets:  # vLLM copies a call's arguments to the processes of tensor_parallel
+            self.update_weights({"update_info": {"buckets": [bucket]}})
         self.finish_weight_update()
 
     def _load_adapter(self, policy_version: int, buckets: Sequence[WeightBucket]) -> None:

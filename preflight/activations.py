@@ -46,13 +46,13 @@ def text_layer_gradients(shapes: ModelShapes, e: int) -> int:
     return 3 * e * shapes.text.intermediate + 2 * e * shapes.text.hidden
 
 
-def text_layer_passing(shapes: ModelShapes, e: int, parts: int = 1) -> int:
+def text_layer_passing(shapes: ModelShapes, e: int, shards: int = 1) -> int:
     """Bytes a token at the peak of one decoder layer without gradients.
 
     4eH (embeddings, input, residual, norm), and the larger of attention 4eQ + 2eK and MLP 3eI, which
     tensor parallelism divides."""
     t = shapes.text
-    return 4 * e * t.hidden + max(4 * e * t.query + 2 * e * t.key, 3 * e * t.intermediate) // parts
+    return 4 * e * t.hidden + max(4 * e * t.query + 2 * e * t.key, 3 * e * t.intermediate) // shards
 
 
 def vision_block_saved(shapes: ModelShapes, e: int) -> int:
@@ -66,7 +66,7 @@ def vision_block_saved(shapes: ModelShapes, e: int) -> int:
     return 2 * v.hidden * (4 + 2 * e) + e * (7 * v.hidden + 4 * v.intermediate)
 
 
-def vision_block_passing(shapes: ModelShapes, e: int, parts: int = 1) -> int:
+def vision_block_passing(shapes: ModelShapes, e: int, shards: int = 1) -> int:
     """Bytes a patch at the peak of one vision block without gradients; all but the inputs is divided.
 
     Input and norm 2eh, Qwen3-VL's float32 position embeddings 4h, and the largest of: rotation in float32
@@ -75,7 +75,7 @@ def vision_block_passing(shapes: ModelShapes, e: int, parts: int = 1) -> int:
     rotation = 3 * e * v.hidden + 16 * v.hidden + (8 * v.hidden if e == 2 else 0)
     mlp = (2 if shapes.is_qwen3 else 3) * e * v.intermediate
     positions = 4 * v.hidden if shapes.is_qwen3 else 0
-    return 2 * e * v.hidden + positions + max(rotation, 8 * e * v.hidden, mlp) // parts
+    return 2 * e * v.hidden + positions + max(rotation, 8 * e * v.hidden, mlp) // shards
 
 
 def video_bytes(shapes: ModelShapes, e: int, video_tokens: int) -> dict[str, int]:
@@ -86,10 +86,10 @@ def video_bytes(shapes: ModelShapes, e: int, video_tokens: int) -> dict[str, int
 
 
 def forward_bytes(
-    shapes: ModelShapes, e: int, tokens: int, video_tokens: int, parts: int = 1
+    shapes: ModelShapes, e: int, tokens: int, video_tokens: int, shards: int = 1
 ) -> dict[str, int]:
     """A pass without gradients: the larger of a language and a vision layer, beside pixels and features."""
-    text = tokens * text_layer_passing(shapes, e, parts)
+    text = tokens * text_layer_passing(shapes, e, shards)
     patches = video_tokens * shapes.vision.patches_a_token
-    largest = max(text, patches * vision_block_passing(shapes, e, parts))
+    largest = max(text, patches * vision_block_passing(shapes, e, shards))
     return {"one layer": largest} | video_bytes(shapes, e, video_tokens)

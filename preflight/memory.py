@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from preflight import activations
 from preflight.adapters import slot_numbers
-from preflight.engines import parts_of
 from preflight.model_shapes import DTYPE_BYTES, ModelShapes, count, model_bytes, parameters
 from preflight.zero import gradient_bytes, offload_bytes, optimizer_bytes, step_bytes, trained, weight_bytes
 from video_opd.config import Config, RolloutConfig, TeacherConfig
 from video_opd.config_data import VideoConfig
+from video_opd.models.shared_gpu import CONTEXT_BYTES as GPU_CONTEXT_BYTES
 from video_opd.types import Prompt
 from video_opd.video.clips import TEMPORAL_PATCH, frames_key, num_video_tokens
 
@@ -27,12 +27,12 @@ PAIR_TOKENS = {"qwen3_vl": 11, "qwen2_5_vl": 0}
 # in vllm/engine/arg_utils.py; an A100 has the number of small GPUs, so it needs less than planned).
 GPU_BATCHED_TOKENS, SMALL_GPU_BATCHED_TOKENS, CPU_BATCHED_TOKENS = 16384, 8192, 4096
 LARGE_GPU_BYTES = 70 * GIB
+KV_BLOCK_TOKENS = 128  # at most; 16 on most GPUs
 PROMPT_LOGPROB_ROWS = 1024  # at a time, on a GPU (CHUNK_SIZE in v1/worker/gpu/sample/prompt_logprob.py)
 CPU_KV_CACHE_BYTES = 4 * GIB  # without rollout.kv_cache_bytes
 VLLM_LOGIT_COPIES = 3  # float32 logits, log-probs, and what sampling sorts
 TEACHER_LOGIT_COPIES = 4  # logits, and the three of token_entropy
 
-GPU_CONTEXT_BYTES = GIB  # CUDA context and libraries of a process: assumed, not measured
 CUDA_GRAPH_BYTES = GIB  # of a vLLM engine without enforce_eager: assumed, not measured
 
 # Proportional set size of a process whose engine has started and done nothing, with the demo's models, by
@@ -114,9 +114,9 @@ def published_bytes(config: Config, student: ModelShapes) -> int:
     return DTYPE_BYTES[learner.dtype] * count(of)
 
 
-def kv_bytes_per_token(shapes: ModelShapes, dtype: str, parts: int = 1) -> int:
-    """2 L K e: a key and a value in every layer. Each of several parts has at least one key head."""
-    heads = max(1, shapes.text.key_heads // parts)
+def kv_bytes_per_token(shapes: ModelShapes, dtype: str, shards: int = 1) -> int:
+    """2 L K e: a key and a value in every layer. Each of several shards has at least one key head."""
+    heads = max(1, shapes.text.key_heads // shards)
     return 2 * shapes.text.layers * heads * shapes.text.head_dim * DTYPE_BYTES[dtype]
 
 
@@ -192,7 +192,7 @@ def actors_memory(config: Config, student: ModelShapes, work: Workload, gpu_byte
     host = _prompts_bytes(student, work, rollout.prompts_per_call) | _bucket_bytes(config, student)
     if config.learner.publishes_adapters:  # vLLM keeps what it loaded beside what it computes with
         host["adapter"] = DTYPE_BYTES[rollout.dtype] * count(trained(student, config.learner))
-    processes, loading = rollout.num_actors * parts_of(rollout), _largest_tensor(student, rollout.dtype)
+    processes, loading = rollout.num_actors * rollout.tensor_parallel, _largest_tensor(student, rollout.dtype)
     return _place("actors", processes, rollout.num_gpus, computing, host, loading)
 
 
@@ -225,7 +225,7 @@ def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_byt
         }
         computing = ProcessMemory({"weights": loading}, phases)
     host = _prompts_bytes(teacher, work, pool.max_batch_requests * config.rollout.prompts_per_call)
-    processes = pool.num_replicas * len(config.teacher_models) * parts_of(pool)
+    processes = pool.num_replicas * len(config.teacher_models) * pool.tensor_parallel
     return _place("teacher", processes, pool.num_gpus, computing, host, loading)
 
 
@@ -242,12 +242,13 @@ def vllm_memory(
     logits: an actor's 4V VLLM_LOGIT_COPIES for each of max_num_seqs; a teacher's (4 + e) V for each of N, on
     a GPU 2eV for each of PROMPT_LOGPROB_ROWS.
     input buffers, on a GPU: e N H (1 + D), embeddings and deepstack (vllm/model_executor/models/qwen3_vl.py).
-    KV cache: kv_cache_bytes, or what gpu_memory_utilization leaves of a GPU, at least a max_model_len.
-    One of several parts: weights, KV cache, heads and MLP are divided."""
+    KV cache: kv_cache_bytes, or what gpu_memory_utilization leaves of a GPU, at least a max_model_len. On a
+    shared GPU vLLM is given it (with_kv_caches).
+    With tensor_parallel, one shard: weights, KV cache, heads and MLPs are divided."""
     scores = isinstance(engine, TeacherConfig)
     on_gpu = engine.num_gpus > 0
     num_sequences = engine.micro_batch if scores else engine.max_num_seqs
-    parts, eager = parts_of(engine), not scores and engine.enforce_eager
+    shards, eager = engine.tensor_parallel, not scores and engine.enforce_eager
     e, longest = DTYPE_BYTES[engine.dtype], longest_sequence(config, work, engine.max_model_len)
     num_tokens = max(longest, min(CPU_BATCHED_TOKENS, num_sequences * longest))
     if on_gpu:
@@ -258,7 +259,7 @@ def vllm_memory(
     if scores and on_gpu:
         values = min(num_tokens, PROMPT_LOGPROB_ROWS) * 2 * e
     logits = shapes.text.vocab_size * values
-    held = {"weights": model_bytes(shapes, e) // parts}
+    held = {"weights": model_bytes(shapes, e) // shards}
     if on_gpu:
         held["input buffers"] = e * num_tokens * shapes.text.hidden * (1 + shapes.vision.deepstack)
     if on_gpu and not eager:
@@ -267,11 +268,12 @@ def vllm_memory(
         held["adapter slot"] = e * slot_numbers(shapes, config.learner)
     kv_cache = engine.kv_cache_bytes or CPU_KV_CACHE_BYTES
     if on_gpu and engine.kv_cache_bytes is None:
-        passing = max(num_tokens * activations.text_layer_passing(shapes, e, parts), logits)
-        one_sequence = engine.max_model_len * kv_bytes_per_token(shapes, engine.dtype, parts)
+        passing = max(num_tokens * activations.text_layer_passing(shapes, e, shards), logits)
+        whole_blocks = -(-engine.max_model_len // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
+        one_sequence = whole_blocks * kv_bytes_per_token(shapes, engine.dtype, shards)
         planned = int(engine.gpu_memory_utilization * gpu_bytes)
         kv_cache = max(planned - passing - sum(held.values()), one_sequence)
-    prefill = activations.forward_bytes(shapes, e, num_tokens, video_tokens, parts)
+    prefill = activations.forward_bytes(shapes, e, num_tokens, video_tokens, shards)
     return ProcessMemory(held | {"KV cache": kv_cache}, {"prefill": prefill, "logits": {"logits": logits}})
 
 

@@ -12,8 +12,8 @@ from preflight import memory
 from preflight.gpus import read_machine
 from preflight.inputs import Draft, Plan, asked_teachers, largest_teacher
 from preflight.memory import GIB, RoleMemory, Workload, workload_of, workload_of_budget
-from preflight.model_shapes import ModelShapes, count, parameters, read_shapes
-from video_opd.config import Config
+from preflight.model_shapes import ModelShapes, can_shard, count, parameters, read_shapes
+from video_opd.config import Config, RolloutConfig, TeacherConfig
 from video_opd.errors import ConfigError
 
 DEFAULT_GPU_BYTES = 80 * GIB
@@ -113,6 +113,20 @@ def check_fits(plan: MemoryPlan, one_machine: bool) -> None:
         raise ConfigError(f"{what}: {needed}; {process}: {_advice(plan, largest)}")
 
 
+def with_kv_caches(plan: MemoryPlan) -> Config:
+    """The config with the planned KV cache of each engine that shares a GPU, which must not measure it.
+
+    vLLM takes the fall of the GPU's free memory for its own need, whoever allocated meanwhile."""
+    config = plan.config
+    for role in plan.roles:
+        kv_cache = role.device.held.get("KV cache") if role.device and role.gpu_share < 1 else None
+        if kv_cache:
+            section = SECTIONS[role.role][0]
+            engine = getattr(config, section).model_copy(update={"kv_cache_bytes": kv_cache})
+            config = config.model_copy(update={section: engine})
+    return config
+
+
 def host_total(roles: Sequence[RoleMemory]) -> int:
     """Bytes of all processes in the machine's memory, as if all ran on one."""
     return sum(r.processes * r.host.peak_bytes for r in roles)
@@ -143,6 +157,10 @@ def _needed(plan: MemoryPlan, change: Change, role: str) -> int | None:
         section, _, name = key.partition(".")
         update = {section: getattr(config, section).model_copy(update={name: value})}
         config = config.model_copy(update=update)
+    if not can_shard(plan.student, config.rollout.tensor_parallel):
+        return None
+    if plan.teacher and not can_shard(plan.teacher, config.teacher_pool.tensor_parallel):
+        return None
     roles = plan.of(config)
     (changed,) = [r for r in roles if r.role == role]
     if changed.device:
@@ -157,7 +175,6 @@ def _changes(config: Config, role: str) -> list[Change]:
     many_ranks = learner.num_gpus > 0  # on a CPU all ranks share one memory
     kv_cache_fills_gpu = rollout.num_gpus and rollout.kv_cache_bytes is None
     twentieths = range(int(rollout.gpu_memory_utilization * 20), 1, -1) if kv_cache_fills_gpu else []
-    in_parts = pool.engine == "vllm" and pool.num_gpus
     predictions = config.curriculum.num_teacher_predictions if config.curriculum.asks_teacher else 0
     doubled = [learner.world_size << n for n in range(1, 7)] if many_ranks else []
     options: dict[str, Iterable[object]] = {
@@ -172,10 +189,11 @@ def _changes(config: Config, role: str) -> list[Change]:
         "rollout.kv_cache_bytes": [n for n in _halves(rollout.kv_cache_bytes or 0) if n >= 1 << 20],
         "rollout.max_num_seqs": _halves(rollout.max_num_seqs),
         "rollout.num_gpus": _larger_shares(rollout.num_gpus),
+        "rollout.tensor_parallel": _more_shards(rollout),
         "teacher_pool.micro_batch": _halves(pool.micro_batch),
         "curriculum.num_teacher_predictions": _halves(predictions),
         "teacher_pool.num_gpus": _larger_shares(pool.num_gpus),
-        "teacher_pool.tensor_parallel": [n for n in (2, 4, 8) if in_parts and n > pool.tensor_parallel],
+        "teacher_pool.tensor_parallel": _more_shards(pool) if pool.engine == "vllm" else [],
     }
     sections = SECTIONS.get(role, ())
     return [{key: v} for key, values in options.items() if key.startswith(sections) for v in values]
@@ -183,6 +201,10 @@ def _changes(config: Config, role: str) -> list[Change]:
 
 def _halves(value: int) -> list[int]:
     return [value >> n for n in range(1, value.bit_length())]
+
+
+def _more_shards(engine: RolloutConfig | TeacherConfig) -> list[int]:
+    return [n for n in (2, 4, 8) if engine.num_gpus == 1 and n > engine.tensor_parallel]
 
 
 def _larger_shares(share: float) -> list[float]:

@@ -17,6 +17,8 @@ from video_opd.models.model_files import SUPPORTED, read_json, vision_config
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
+VOCAB_PADDING = 64  # of vLLM's VocabParallelEmbedding
+
 Parameters = dict[str, tuple[int, ...]]
 """Parameter name in transformers -> shape. A tied head is not listed."""
 
@@ -158,6 +160,21 @@ def model_bytes(shapes: ModelShapes, e: int) -> int:
     converted = {n: s for n, s in of.items() if fp8 and fp8.converts(n, s)}
     rest = e * (count(of) - count(converted))
     return rest + sum(fp8.num_bytes(s) for s in converted.values()) if fp8 else rest
+
+
+def can_shard(shapes: ModelShapes, shards: int) -> bool:
+    """Whether vLLM can divide the model: it needs as many heads, and rows of each layer, in every shard.
+
+    Key heads may also be copied (vllm/model_executor/layers/linear.py, QKVParallelLinear). A shard has whole
+    blocks of FP8 scales (validate_fp8_block_shape in layers/quantization/utils/fp8_utils.py)."""
+    text, vision = shapes.text, shapes.vision
+    vocabulary = -(-text.vocab_size // VOCAB_PADDING) * VOCAB_PADDING
+    whole = (text.heads, vision.heads, text.intermediate, vision.intermediate, vocabulary)
+    if any(size % shards for size in whole) or (text.key_heads % shards and shards % text.key_heads):
+        return False
+    block = (shapes.fp8 and shapes.fp8.block) or (1, 1)
+    widths = (text.query // shards, text.head_dim, text.intermediate // shards)
+    return all(width % side == 0 for width in widths for side in block)
 
 
 def count(of: Parameters) -> int:

@@ -56,6 +56,16 @@ OBJECTIVES: dict[LossKind, Objective] = {
 }
 
 
+def engine_problems(shards: int, num_gpus: float, num_cpus: float) -> Iterator[str]:
+    """What an engine of so many shards cannot have. Two shards on one GPU would stop NCCL."""
+    if num_gpus > 1:
+        yield f"num_gpus={num_gpus:g}, but a process uses one GPU: set num_gpus=1, and tensor_parallel"
+    if shards > 1 and num_gpus not in (0, 1):
+        yield f"tensor_parallel={shards} takes a whole GPU for each shard: set num_gpus=1"
+    if shards > 1 and not (num_gpus or num_cpus):
+        yield f"tensor_parallel={shards} without GPUs needs a share of a CPU for each shard: set num_cpus"
+
+
 class RolloutConfig(ConfigSection):
     """The vLLM actors."""
 
@@ -71,10 +81,12 @@ class RolloutConfig(ConfigSection):
     kv_cache_bytes: PositiveInt | None = key(None, "KV cache of one engine; None: by gpu_memory_utilization")
     gpu_memory_utilization: Fraction = 0.85
     enforce_eager: bool = False
-    num_gpus: NonNegativeFloat = key(1, "of one actor; 0 on a CPU machine")
-    num_cpus: NonNegativeFloat = 1
+    tensor_parallel: PositiveInt = key(1, "shards of an actor's engine, each on a GPU of one node")
+    num_gpus: NonNegativeFloat = key(1, "of one actor, or of each of its shards; 0 on a CPU machine")
+    num_cpus: NonNegativeFloat = key(1, "of one actor, or of each of its shards")
 
     def problems(self) -> Iterator[str]:
+        yield from engine_problems(self.tensor_parallel, self.num_gpus, self.num_cpus)
         if self.temperature != 1.0:
             yield f"temperature={self.temperature}: vLLM reports log-probs at temperature 1.0 alone; set 1.0"
 
@@ -101,18 +113,16 @@ class TeacherConfig(ConfigSection):
     gpu_memory_utilization: Fraction = 0.85
     tensor_parallel: PositiveInt = key(1, "shards of a replica, each on a GPU of one node; vllm only")
     num_gpus: NonNegativeFloat = key(1, "of one replica, or of each of its shards; 0 on a CPU machine")
-    num_cpus: NonNegativeFloat = 1
+    num_cpus: NonNegativeFloat = key(1, "of one replica, or of each of its shards")
 
     def problems(self) -> Iterator[str]:
-        shards, fits = self.tensor_parallel, self.num_gpus <= 1 and (self.num_gpus or self.num_cpus)
         if self.engine == "vllm" and self.attn_implementation != "sdpa":
             yield f"attn_implementation={self.attn_implementation} does nothing for engine=vllm: leave it out"
         if problem := attention_problem(self.attn_implementation, self.dtype, self.num_gpus):
             yield problem
-        if shards > 1 and self.engine != "vllm":
-            yield f"tensor_parallel={shards} is vLLM's: use engine=vllm"
-        if shards > 1 and not fits:
-            yield f"tensor_parallel={shards} gives each shard at most one GPU, or a share of num_cpus"
+        if self.tensor_parallel > 1 and self.engine != "vllm":
+            yield f"tensor_parallel={self.tensor_parallel} is vLLM's: use engine=vllm"
+        yield from engine_problems(self.tensor_parallel, self.num_gpus, self.num_cpus)
         low, high = self.min_replicas or 1, self.max_replicas
         if high is None and self.min_replicas is not None:
             yield f"min_replicas={low} without max_replicas: set both, or neither for a fixed number"
@@ -314,6 +324,11 @@ class Config(ConfigSection):
     def needs_teacher(self) -> bool:
         """Whether the objective or the curriculum needs a teacher."""
         return self.loss.needs.teacher != "none" or self.curriculum.asks_teacher
+
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether processes of several roles, or several of one, may be on one GPU."""
+        return any(0 < part.num_gpus < 1 for part in (self.learner, self.rollout, self.teacher_pool))
 
     @property
     def teacher_models(self) -> tuple[TeacherModel, ...]:

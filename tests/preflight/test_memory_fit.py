@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import launch
-from preflight.inputs import SHAPES
+from preflight.inputs import SHAPES, check_shards
 from preflight.memory import GIB, ProcessMemory, RoleMemory, workload_of_budget
 from preflight.memory_fit import MemoryPlan, check_fits, host_total
 from preflight.model_shapes import find_shapes, parse_shapes
@@ -70,6 +70,43 @@ def test_a_teacher_in_parts_has_a_share_of_the_weights_in_each():
     assert parts.processes == 4 * whole.processes
     assert parts.device.held["weights"] == whole.device.held["weights"] // 4
     assert parts.device.held["KV cache"] > whole.device.held["KV cache"]  # what the weights leave
+
+
+def test_an_actor_in_shards_is_planned_as_a_teacher_is_and_advised():
+    def actors(*overrides: str) -> RoleMemory:
+        return next(r for r in plan_of(config_of("qwen3vl_8b.yaml", *overrides)).roles if r.role == "actors")
+
+    whole, parts = actors(), actors("rollout.tensor_parallel=2")
+    assert whole.device and parts.device
+    assert parts.processes == 2 * whole.processes
+    assert parts.device.held["weights"] == whole.device.held["weights"] // 2
+    config = config_of("qwen3vl_8b.yaml", "learner.world_size=64", "rollout.enforce_eager=true")
+    assert "rollout.tensor_parallel=2 would need" in refusal(plan_of(config, 21))
+
+
+@pytest.mark.parametrize(
+    ("model", "shards", "possible"),
+    [
+        ("Qwen3-VL-8B-Instruct", 3, "1, 2, 4, 8, 16"),
+        ("Qwen2.5-VL-7B-Instruct", 8, "1, 2, 4"),  # 28 heads
+        ("Qwen2.5-VL-3B-Instruct", 8, "1, 2, 4"),  # a vision MLP of 3420
+    ],
+)
+def test_shards_that_vllm_cannot_make_are_refused_with_those_that_it_can(model, shards, possible):
+    shapes = find_shapes(f"models/{model}", SHAPES)
+    with pytest.raises(ConfigError, match=rf"^rollout.tensor_parallel={shards} does not divide {model}"):
+        check_shards("rollout", shards, shapes)
+    with pytest.raises(ConfigError, match=f"use one of {possible}$"):
+        check_shards("rollout", shards, shapes)
+    for n in possible.split(", "):
+        check_shards("rollout", int(n), shapes)
+
+
+@pytest.mark.parametrize("section", ["rollout", "teacher_pool"])
+def test_a_dry_run_refuses_shards_that_vllm_cannot_make(section, capsys):
+    config = ["--dry-run", "--config", str(ROOT / "configs" / "qwen3vl_8b.yaml"), "teacher_pool.engine=vllm"]
+    assert launch.main([*config, f"{section}.tensor_parallel=3"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {section}.tensor_parallel=3 does not divide Qwen3-VL")
 
 
 def test_of_several_teachers_each_has_its_replicas():
