@@ -233,7 +233,8 @@ def describe_memory(plan: MemoryPlan) -> str:
     shares = ", ".join(f"{r.processes} x {r.gpu_share:g} {r.role}" for r in roles if r.device)
     gpus = sum(r.processes * r.gpu_share for r in roles)
     lines.append(f"  GPUs         {gpus:g} of {plan.gpu_bytes / GIB:.0f} GiB ({shares})")
-    lines.append(f"  host         {total:.0f} GiB over all machines while models load")
+    hosts = ", ".join(f"{r.processes} x {r.host.peak_bytes / GIB:.1f} {r.role}" for r in roles if r.device)
+    lines.append(f"  host         {total:.0f} GiB over all machines, at start or later ({hosts})")
     return "\n".join(lines)
 
 

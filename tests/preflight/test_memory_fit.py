@@ -16,6 +16,7 @@ from video_opd.config_file import load_config
 from video_opd.errors import ConfigError, InputError
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+HARDWARE = ROOT / "docs" / "hardware.md"
 
 
 def config_of(name: str, *overrides: str) -> Config:
@@ -149,6 +150,35 @@ def test_a_run_without_gpus_must_fit_in_the_machine():
     small = MemoryPlan(config, shapes, None, work, work, int(80 * GIB), host_bytes=total - 1)
     assert "all processes together" in refusal(small)
     check_fits(small, one_machine=False)  # a launch refuses only what is plainly impossible
+
+
+GPU_CONFIGS = [c.name for c in CONFIGS if c.name != "demo.yaml"]
+
+
+@pytest.mark.parametrize("name", GPU_CONFIGS)
+def test_every_config_fits_and_the_docs_have_its_numbers(name):
+    plan = plan_of(config_of(name))
+    check_fits(plan, one_machine=False)
+    check_fits(plan_of(config_of(name), 79), one_machine=False)  # what a GPU "of 80 GB" has
+    (row,) = [line for line in HARDWARE.read_text().splitlines() if line.startswith(f"| `{name}`")]
+    for role, cell in zip([r for r in plan.roles if r.device], row.split(" | ")[2:], strict=True):
+        assert role.device
+        share = "" if role.gpu_share == 1 else f" of {role.gpu_share * 80:.0f}"
+        assert cell.startswith(f"{role.processes} x {role.device.peak_bytes / GIB:.1f}{share} GiB"), role
+
+
+def test_a_32b_student_needs_offload_or_adapters():
+    """The numbers of docs/hardware.md."""
+    message = refusal(plan_of(config_of("qwen3vl_32b.yaml", "learner.deepspeed={}")))
+    assert message.startswith("learner: 158 GiB of 80 GiB a GPU, 78.4 too many: learner.world_size=16 would")
+    assert "offload_optimizer" in message and "or learner.lora_rank=16 would need 36" in message
+    hosts = [
+        host_total(plan_of(config_of("qwen3vl_32b.yaml", *overrides)).roles)
+        for overrides in ([], ["learner.deepspeed={}", "learner.lora_rank=16"])
+    ]
+    assert [round(n / GIB) for n in hosts] == [902, 216]
+    text = " ".join(HARDWARE.read_text().split())
+    assert "needs 35.7 GiB and the hosts 216 GiB instead of 902" in text and "158 GiB of 80" in text
 
 
 def test_a_peak_is_what_is_held_and_the_largest_phase():
