@@ -62,20 +62,17 @@ def adds_on_host(learner: LearnerConfig) -> bool:
 
 
 def offload_bytes(num_trained: int, learner: LearnerConfig) -> dict[str, int]:
-    """One rank's host memory with offload_optimizer, each for T / n: states, gradients, AdamW's roots.
+    """One rank's host memory with offload_optimizer, for each of T / n: moments 8, masters 4, and roots 4.
 
-    Gradients are float32, 4, and those added on the host, a. ZeRO-1 and 2 keep the new weights there too, e.
-    cpu: moments 8, masters 4, roots 4. nvme: states are files, buffer_count x 4 SUB_GROUP of them here."""
+    Gradients are float32, 4, and those that are added on the host, a. ZeRO-1 and 2 keep the new weights there
+    too, e. ZeRO-3 steps SUB_GROUP at a time."""
     part = num_trained // learner.world_size
-    at_once = min(part, int(learner.zero_option("sub_group_size", SUB_GROUP)))
     summed = DTYPE_BYTES[learner.accumulation_dtype] if adds_on_host(learner) else 0
-    if learner.offload("optimizer") == "nvme":
-        buffers = int(learner.zero_option("offload_optimizer", {}).get("buffer_count", 4))
-        return {"offloaded gradients": summed * part, "swap buffers": 4 * buffers * at_once}
     weights = 0 if learner.zero_stage == 3 else DTYPE_BYTES[learner.dtype]
+    sub_group = int(learner.zero_option("sub_group_size", SUB_GROUP))
+    roots = 4 * (min(part, sub_group) if learner.zero_stage == 3 else part)
     states = optimizer_bytes(num_trained, learner)
-    roots = {"roots": 4 * (at_once if learner.zero_stage == 3 else part)}
-    return states | {"offloaded gradients": (4 + summed + weights) * part} | roots
+    return states | {"offloaded gradients": (4 + summed + weights) * part, "roots": roots}
 
 
 def weight_bytes(shapes: ModelShapes, learner: LearnerConfig) -> dict[str, int]:

@@ -356,10 +356,11 @@ def test_another_number_of_ranks_goes_on_exactly(
 
 
 OFFLOAD = ("learner.deepspeed.zero_optimization.offload_optimizer.device=cpu",)
+WEIGHTS_TOO = (*OFFLOAD, "learner.deepspeed.zero_optimization.offload_param.device=cpu")
 
 
 @pytest.mark.parametrize(
-    ("stage", "saved", "loaded"), [(1, (), OFFLOAD), (2, (), OFFLOAD), (3, OFFLOAD, ())], ids=[1, 2, 3]
+    ("stage", "saved", "loaded"), [(1, (), OFFLOAD), (2, (), OFFLOAD), (3, WEIGHTS_TOO, ())], ids=[1, 2, 3]
 )
 def test_many_micro_batches_add_up_in_float32_and_offloaded_states_are_the_same_states(
     learners, overrides, prompts, encoder, tmp_path, stage, saved, loaded
