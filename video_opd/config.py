@@ -192,6 +192,8 @@ class LearnerConfig(ConfigSection):
             yield "vision_cache_bytes keeps outputs of the vision tower: set freeze_vision, or leave it 0"
         if self.vision_cache_bytes and self.zero_stage == 3 and self.world_size > 1:
             yield "vision_cache_bytes would block ranks that wait for each other's tower: use zero_stage=2"
+        if self.num_gpus > 1:
+            yield f"num_gpus={self.num_gpus:g}, but a rank uses one GPU: set num_gpus=1, and world_size"
 
 
 class CurriculumConfig(ConfigSection):
@@ -332,7 +334,7 @@ class Config(ConfigSection):
         way, num_gpus = self.learner.weight_transfer, (self.learner.num_gpus, self.rollout.num_gpus)
         transfer = f"learner.weight_transfer={way}"
         if way == "collective" and min(num_gpus) < 1:
-            yield f"{transfer} needs whole GPUs: set both num_gpus to 1 or more, or use object_store"
+            yield f"{transfer} needs whole GPUs: set both num_gpus to 1, or use object_store"
         if way == "ipc" and not all(0 < n < 1 for n in num_gpus):
             yield f"{transfer} needs a shared GPU: set both num_gpus between 0 and 1, or use object_store"
         if self.loss.kind == "grpo" and self.rollout.rollouts_per_prompt < 2:
