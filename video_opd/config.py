@@ -231,6 +231,8 @@ class LearnerConfig(ConfigSection):
         if self.publishes_adapters and self.lora_rank > LORA_RANKS[-1]:
             most = f"vLLM takes {LORA_RANKS[-1]} at most"
             yield f"lora_rank={self.lora_rank}: {most}; lower it, or use lora_publish=merged"
+        if self.num_gpus > 1:
+            yield f"num_gpus={self.num_gpus:g}, but a rank uses one GPU: set num_gpus=1, and world_size"
 
     @property
     def publishes_adapters(self) -> bool:
@@ -385,7 +387,7 @@ class Config(ConfigSection):
         way, num_gpus = self.learner.weight_transfer, (self.learner.num_gpus, self.rollout.num_gpus)
         transfer = f"learner.weight_transfer={way}"
         if way == "collective" and min(num_gpus) < 1:
-            yield f"{transfer} needs whole GPUs: set both num_gpus to 1 or more, or use object_store"
+            yield f"{transfer} needs whole GPUs: set both num_gpus to 1, or use object_store"
         if way == "ipc" and not all(0 < n < 1 for n in num_gpus):
             yield f"{transfer} needs a shared GPU: set both num_gpus between 0 and 1, or use object_store"
         if self.learner.publishes_adapters and self.rollout.num_gpus and self.rollout.dtype == "float32":

@@ -65,7 +65,7 @@ def test_on_a_shared_gpu_vllm_neither_measures_nor_asks_for_free_memory(section,
 @pytest.mark.parametrize("section", [RolloutConfig, TeacherConfig])
 def test_vllm_cuts_a_model_where_the_bundles_are(monkeypatch, section):
     assert parallel_options(section()) == {}
-    more = {"engine": "vllm"} if section is TeacherConfig else {}
+    more: dict[str, Any] = {"engine": "vllm"} if section is TeacherConfig else {}
     in_parts = section(tensor_parallel=2, **more)
     assert parallel_options(in_parts)["distributed_executor_backend"] == "mp", "outside of Ray"
     monkeypatch.setattr(vllm_engine.ray, "is_initialized", lambda: True)
