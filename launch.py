@@ -40,7 +40,7 @@ from preflight.cluster_file import check_cluster
 from preflight.dry_run import dry_run
 from preflight.inputs import Plan
 from preflight.memory_fit import MemoryPlan, check_fits, memory_plan
-from preflight.nodes import check_nodes
+from preflight.nodes import check_gpus
 from video_opd.cluster.deadline import waiting
 from video_opd.config import Config
 from video_opd.errors import InputError, LearnerLostError, SaveError, StoppedError, VideoOPDError, first_error
@@ -202,7 +202,7 @@ def launch(
             saved = saved_run_to_resume(resume, config, plan, step) if resume else None
             try:
                 start_ray(config, address)
-                check_nodes(memory)
+                check_gpus(memory)
                 if saved is None:
                     write_config(folder, config)
                 said.text = f": {how_to_resume(folder)}"

@@ -54,7 +54,7 @@ def check_node(name: str, machine: Machine, resources: Mapping[str, float], plan
         log.warning("warning: %s: %s has no FP8: %s", name, machine.best.name, slower)
 
 
-def check_nodes(plan: MemoryPlan) -> None:
+def check_gpus(plan: MemoryPlan) -> None:
     """Asks each node of the joined Ray that has GPUs. Raises ClusterError."""
     if not plan.on_gpu:
         return

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import launch
+from preflight.activations import text_layer_passing
 from preflight.inputs import SHAPES, check_shards
 from preflight.memory import GIB, ProcessMemory, RoleMemory, workload_of_budget
 from preflight.memory_fit import MemoryPlan, check_fits, host_total
@@ -16,6 +17,7 @@ from video_opd.config_file import load_config
 from video_opd.errors import ConfigError, InputError
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+VLLM_TEACHER = ("teacher_pool.engine=vllm",)
 HARDWARE = ROOT / "docs" / "hardware.md"
 
 
@@ -108,6 +110,32 @@ def test_a_dry_run_refuses_shards_that_vllm_cannot_make(section, capsys):
     config = ["--dry-run", "--config", str(ROOT / "configs" / "qwen3vl_8b.yaml"), "teacher_pool.engine=vllm"]
     assert launch.main([*config, f"{section}.tensor_parallel=3"]) == 2
     assert capsys.readouterr().err.startswith(f"error: {section}.tensor_parallel=3 does not divide Qwen3-VL")
+
+
+@pytest.mark.parametrize(("gpu_gib", "tokens"), [(80, 16384), (48, 8192)])
+def test_vllm_fills_its_share_and_vision_and_cuda_come_on_top(gpu_gib, tokens):
+    plan = plan_of(config_of("qwen3vl_4b_2gpu.yaml", "rollout.num_gpus=1"), gpu_gib)
+    actors = next(r for r in plan.roles if r.role == "actors").device
+    assert actors
+    counted = sum(actors.held.values()) - actors.held["CUDA context"]
+    passing = tokens * text_layer_passing(plan.student, 2)
+    assert counted + passing == int(plan.config.rollout.gpu_memory_utilization * plan.gpu_bytes)
+    assert actors.held["input buffers"] == 2 * tokens * plan.student.text.hidden * 4  # three of deepstack
+    video = actors.phases["prefill"]
+    assert video["one layer"] >= passing and video["pixels"] > 0
+
+
+def test_a_teacher_on_vllm_has_logits_of_a_thousand_rows_at_once():
+    """vLLM's second model runner, which GPUs use; the first, on a CPU, has those of all tokens."""
+    on_gpu, on_cpu = (
+        next(
+            r for r in plan_of(config_of("qwen3vl_8b.yaml", *VLLM_TEACHER, *cpu)).roles if r.role == "teacher"
+        )
+        for cpu in ((), ("teacher_pool.num_gpus=0",))
+    )
+    assert on_gpu.device and on_cpu.device is None
+    assert on_gpu.device.phases["logits"] == {"logits": 1024 * 151936 * 2 * 2}
+    assert on_cpu.host.phases["logits"]["logits"] > 10 * 151936 * 1024 * 6
 
 
 def test_of_several_teachers_each_has_its_replicas():

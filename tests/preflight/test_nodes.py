@@ -10,7 +10,7 @@ import preflight.gpus
 import preflight.nodes
 from preflight.gpus import Gpu, Machine, read_machine
 from preflight.memory import GIB
-from preflight.nodes import check_node, check_nodes
+from preflight.nodes import check_gpus, check_node
 from tests.preflight.test_memory_fit import config_of, plan_of
 from video_opd import ROOT
 from video_opd.errors import ClusterError
@@ -127,4 +127,4 @@ def test_a_run_without_gpus_asks_no_node(monkeypatch):
         s: getattr(plan.config, s).model_copy(update={"num_gpus": 0})
         for s in ("learner", "rollout", "teacher_pool")
     }
-    check_nodes(replace(plan, config=plan.config.model_copy(update=on_cpu)))
+    check_gpus(replace(plan, config=plan.config.model_copy(update=on_cpu)))
