@@ -1,6 +1,7 @@
 """The GPUs of a machine, as its driver describes them."""
 
 import ctypes
+import math
 import runpy
 import subprocess
 from dataclasses import dataclass
@@ -13,9 +14,9 @@ class Gpu:
     """As nvidia-smi describes it."""
 
     name: str
-    capability: float
     memory_bytes: int
     driver: str
+    capability: float = math.inf  # unknown: a driver that does not say it is too old anyway
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,24 @@ class Machine:
 
 def read_machine() -> Machine:
     """This machine; without GPUs where there is no nvidia-smi. Imports no torch, starts nothing on a GPU."""
-    fields = "name,compute_cap,memory.total,driver_version"
+    gpus = _read_gpus("name,memory.total,driver_version,compute_cap")
+    gpus = gpus or _read_gpus("name,memory.total,driver_version")  # drivers before 510 refuse compute_cap
+    torch = find_spec("torch")
+    version = Path(torch.origin).with_name("version.py") if gpus and torch and torch.origin else None
+    return Machine(gpus, _driver_cuda(), runpy.run_path(str(version))["cuda"] if version else None)
+
+
+def _read_gpus(fields: str) -> tuple[Gpu, ...]:
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return Machine((), 0, None)
+        return ()
     rows = [[part.strip() for part in line.split(",")] for line in lines.splitlines() if line.strip()]
-    gpus = tuple(Gpu(name, float(cap), int(float(mib)) << 20, driver) for name, cap, mib, driver in rows)
-    torch = find_spec("torch")
-    version = Path(torch.origin).with_name("version.py") if torch and torch.origin else None
-    return Machine(gpus, _driver_cuda(), runpy.run_path(str(version))["cuda"] if version else None)
+    return tuple(
+        Gpu(name, int(float(mib)) << 20, driver, *map(float, capability))
+        for name, mib, driver, *capability in rows
+    )
 
 
 def _driver_cuda() -> int:

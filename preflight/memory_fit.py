@@ -215,7 +215,7 @@ def _larger_shares(share: float) -> list[float]:
 def describe_memory(plan: MemoryPlan) -> str:
     """The estimate for people: every role, its terms largest first, and what there is."""
     models = [("student", plan.student)] + ([("teacher", plan.teacher)] if plan.teacher else [])
-    lines = [f"{role:9} {count(parameters(shapes)) / 1e9:.3f} billion parameters" for role, shapes in models]
+    lines = [f"{role:9} {_describe_model(shapes)}" for role, shapes in models]
     work, roles = plan.train, plan.roles
     video = f"{work.mean_video_tokens:.0f} tokens a prompt expected, at most {work.max_video_tokens}"
     if not work.mean_video_tokens:
@@ -236,6 +236,11 @@ def describe_memory(plan: MemoryPlan) -> str:
     hosts = ", ".join(f"{r.processes} x {r.host.peak_bytes / GIB:.1f} {r.role}" for r in roles if r.device)
     lines.append(f"  host         {total:.0f} GiB over all machines, at start or later ({hosts})")
     return "\n".join(lines)
+
+
+def _describe_model(shapes: ModelShapes) -> str:
+    size = f"{count(parameters(shapes)) / 1e9:.3f} billion parameters"
+    return f"{size}, linear layers in FP8" if shapes.fp8 else size
 
 
 def _describe_role(role: RoleMemory, gpu_bytes: int) -> str:

@@ -15,7 +15,7 @@ from tests.preflight.test_memory_fit import config_of, plan_of
 from video_opd import ROOT
 from video_opd.errors import ClusterError
 
-H100 = Gpu("NVIDIA H100 80GB HBM3", 9.0, 81559 << 20, "580.95.05")
+H100 = Gpu("NVIDIA H100 80GB HBM3", 81559 << 20, "580.95.05", 9.0)
 FP8 = ("teacher=models/Qwen3-VL-32B-Instruct-FP8", "teacher_pool.engine=vllm")
 
 
@@ -58,7 +58,7 @@ def test_a_gpu_that_cannot_run_it_is_one_line(node, named):
         machine(name="A100", capability=8.0, memory_bytes=81920 << 20),
         Machine((H100,), 13010, "12.9"),
         Machine((H100,), 0, "13.0"),  # libcuda was not found: torch itself will tell
-        Machine((Gpu("T400", 7.5, 2 << 30, "580.1"), H100), 13000, "13.0"),
+        Machine((Gpu("T400", 2 << 30, "580.1", 7.5), H100), 13000, "13.0"),
         Machine((), 0, None),
     ],
 )
@@ -92,7 +92,7 @@ def nvidia_smi(tmp_path, monkeypatch):
     """A machine with an A100 of 40 GB and a small GPU, whose driver is too old."""
     script = tmp_path / "bin" / "nvidia-smi"
     script.parent.mkdir()
-    lines = ["NVIDIA A100-SXM4-40GB, 8.0, 40960, 535.104.05", "NVIDIA T400, 7.5, 2048, 535.104.05"]
+    lines = ["NVIDIA A100-SXM4-40GB, 40960, 535.104.05, 8.0", "NVIDIA T400, 2048, 535.104.05, 7.5"]
     script.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{script.parent}:/usr/bin:/bin")
@@ -102,8 +102,17 @@ def nvidia_smi(tmp_path, monkeypatch):
 
 def test_a_machine_is_read_by_nvidia_smi(nvidia_smi):
     found = read_machine()
-    assert found.best == Gpu("NVIDIA A100-SXM4-40GB", 8.0, 40 * GIB, "535.104.05")
+    assert found.best == Gpu("NVIDIA A100-SXM4-40GB", 40 * GIB, "535.104.05", 8.0)
     assert (len(found.gpus), found.driver_cuda, found.torch_cuda) == (2, 12020, "13.0")
+
+
+def test_a_driver_too_old_to_say_the_capability_is_still_refused(nvidia_smi, tmp_path):
+    script = tmp_path / "bin" / "nvidia-smi"
+    script.write_text('#!/bin/sh\ncase "$1" in *compute_cap*) exit 2;; esac\necho "V100, 32768, 470.57.02"\n')
+    with pytest.raises(
+        ClusterError, match=r"driver 470\.57\.02 runs CUDA 12, but PyTorch is built for CUDA 13"
+    ):
+        check(read_machine())
 
 
 def test_a_machine_without_gpus_has_none(monkeypatch, tmp_path):
