@@ -143,7 +143,7 @@ def parse_shapes(config: Mapping[str, Any], name: str, source: str, committed: b
         )
         fp8 = read_quantization(config, source)
         return ModelShapes(name, model_type, committed, text_shapes, vision_shapes, fp8)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ModelError(f"{source} lacks {error}: the model folder is damaged") from error
 
 

@@ -49,7 +49,8 @@ def check_node(name: str, machine: Machine, resources: Mapping[str, float], plan
     for role in here.roles:
         if resources.get(RESOURCES.get(role.role, "")) and (problem := misfit(here, role)):
             raise ClusterError(f"{name}, {machine.best.name}: {problem}")
-    if plan.teacher and plan.teacher.fp8 and machine.best.capability < FP8_CAPABILITY:
+    has_fp8 = machine.best.capability >= FP8_CAPABILITY
+    if plan.teacher and plan.teacher.fp8 and resources.get("teacher") and not has_fp8:
         slower = "vLLM computes with the teacher's FP8 weights in bfloat16, which is slower"
         log.warning("warning: %s: %s has no FP8: %s", name, machine.best.name, slower)
 

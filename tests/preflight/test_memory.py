@@ -174,7 +174,16 @@ def test_an_unknown_model_that_is_not_here_is_one_line():
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("change", [{"model_type": "llama"}, {"vision_config": None}, {"text_config": {}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "llama"},
+        {"vision_config": None},
+        {"text_config": {}},
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}},
+        {"quantization_config": "fp8"},
+    ],
+)
 def test_a_damaged_config_is_named(tmp_path, change):
     tree = json.loads((SHAPES / "Qwen3-VL-2B-Instruct.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(tree))

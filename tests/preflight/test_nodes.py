@@ -79,6 +79,7 @@ def test_a_gpu_without_fp8_is_warned_of(caplog):
     assert "node-7: A100 has no FP8: vLLM computes with the teacher's FP8 weights in bfloat16" in caplog.text
     caplog.clear()
     check(machine(name="L40S", capability=8.9), *FP8)
+    check(machine(name="A100", capability=8.0), *FP8, learner=1)
     assert not caplog.text
 
 
