@@ -131,11 +131,13 @@ def optimizer_bytes(num_trained: int, learner: LearnerConfig) -> dict[str, int]:
 
 
 def gradient_bytes(num_trained: int, learner: LearnerConfig) -> dict[str, int]:
-    """One rank's gradients aT, with ZeRO-2 and 3 aT / n; with ZeRO also a bucket, e reduce_bucket_size.
+    """One rank's gradients aT, with ZeRO-2 and 3 aT / n; with ZeRO also a bucket, c reduce_bucket_size.
 
-    a: bytes in grad_accum_dtype; if it is not e, a rank's part of the bucket is converted. At stages 1 and 2
-    overlap_comm takes two buckets. offload_bytes has the gradients that are added on the host."""
+    a: bytes in grad_accum_dtype, c: in communication_data_type, else e. If they differ, a rank's part of the
+    bucket is converted. At stages 1 and 2 overlap_comm takes two buckets. For what is added on the host see
+    offload_bytes."""
     e, a = DTYPE_BYTES[learner.dtype], DTYPE_BYTES[learner.accumulation_dtype]
+    c = {"fp32": 4, "fp16": 2, "bf16": 2}.get(learner.deepspeed.get("communication_data_type", ""), e)
     ranks = learner.world_size if learner.zero_stage >= 2 else 1
     gradients = {} if adds_on_host(learner) else {"gradients": a * num_trained // ranks}
     if not learner.zero_stage:
@@ -143,8 +145,8 @@ def gradient_bytes(num_trained: int, learner: LearnerConfig) -> dict[str, int]:
     size = int(learner.zero_option("reduce_bucket_size", REDUCE_BUCKET))
     bucket = size if learner.num_gpus else min(size, num_trained)  # a CPU: as it fills
     copies = 2 if learner.zero_stage < 3 and learner.zero_option("overlap_comm", False) else 1
-    converted = a * bucket // ranks if a != e else 0
-    return gradients | {"gradient bucket": copies * e * bucket + converted}
+    converted = a * bucket // ranks if a != c else 0
+    return gradients | {"gradient bucket": copies * c * bucket + converted}
 
 
 def adds_on_host(learner: LearnerConfig) -> bool:
@@ -157,10 +159,11 @@ def adds_on_host(learner: LearnerConfig) -> bool:
 def offload_bytes(num_trained: int, learner: LearnerConfig) -> dict[str, int]:
     """One rank's host memory with offload_optimizer, for each of T / n: moments 8, masters 4, and roots 4.
 
-    Gradients are float32, 4, and those that are added on the host, a. ZeRO-1 and 2 keep the new weights there
-    too, e. ZeRO-3 steps SUB_GROUP at a time."""
+    Gradients are float32, 4, and a for the sum of micro-batches, which ZeRO-2 has on the device if it is
+    float32. ZeRO-1 and 2 keep the new weights there too, e. ZeRO-3 steps SUB_GROUP at a time."""
     part = num_trained // learner.world_size
-    summed = DTYPE_BYTES[learner.accumulation_dtype] if adds_on_host(learner) else 0
+    on_device = learner.zero_stage == 2 and not adds_on_host(learner)
+    summed = 0 if on_device else DTYPE_BYTES[learner.accumulation_dtype]
     weights = 0 if learner.zero_stage == 3 else DTYPE_BYTES[learner.dtype]
     sub_group = int(learner.zero_option("sub_group_size", SUB_GROUP))
     roots = 4 * (min(part, sub_group) if learner.zero_stage == 3 else part)

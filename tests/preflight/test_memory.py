@@ -212,13 +212,13 @@ def test_zero_stages_divide_what_they_partition(stage, ranks):
         ({"zero_stage": 3}, 4 / 4, 2 + 4 / 4),
         ({"zero_stage": 3, "grad_accum_dtype": "bfloat16"}, 2 / 4, 2),
         ({"zero_stage": 3, "dtype": "float32"}, 4 / 4, 4),
+        ({"zero_stage": 2, "deepspeed": {"communication_data_type": "fp32"}}, 4 / 4, 4),
     ],
 )
 def test_gradients_take_the_bytes_that_they_are_added_in(options, gradients, bucket):
     """A part of the bucket, this rank's, is converted."""
-    learner = LearnerConfig(
-        world_size=4, deepspeed={"zero_optimization": {"reduce_bucket_size": 40}}, **options
-    )
+    deepspeed = options.get("deepspeed", {}) | {"zero_optimization": {"reduce_bucket_size": 40}}
+    learner = LearnerConfig(**{"world_size": 4, **options, "deepspeed": deepspeed})
     planned = gradient_bytes(1000, learner)
     assert planned["gradients"] == 1000 * gradients and planned.get("gradient bucket", 0) == 40 * bucket
 
@@ -234,7 +234,7 @@ def test_offloaded_states_are_planned_on_the_host_and_nowhere_else():
 
     part = count(trained(shapes, LearnerConfig())) // 4
     to_cpu = {"offload_optimizer": {"device": "cpu"}}
-    for stage, on_host in ((1, 8 + 4 + 4 + 2 + 4), (2, 8 + 4 + 4 + 2 + 4), (3, 8 + 4 + 4 + 4)):
+    for stage, on_host in ((1, 8 + 4 + 4 + 2 + 2 + 4), (2, 8 + 4 + 4 + 2 + 4), (3, 8 + 4 + 4 + 4)):
         plain, offloaded = memory(stage, {}), memory(stage, to_cpu)
         assert plain.device and offloaded.device
         moved = {"optimizer moments", "float32 masters"} | ({"gradients"} if stage == 3 else set())
