@@ -213,11 +213,15 @@ def test_zero_stages_divide_what_they_partition(stage, ranks):
         ({"zero_stage": 3, "grad_accum_dtype": "bfloat16"}, 2 / 4, 2),
         ({"zero_stage": 3, "dtype": "float32"}, 4 / 4, 4),
         ({"zero_stage": 2, "deepspeed": {"communication_data_type": "fp32"}}, 4 / 4, 4),
+        ({"zero_stage": 1, "deepspeed": {"zero_optimization": {"overlap_comm": True}}}, 2, 2 * 2),
+        ({"zero_stage": 1, "deepspeed": {"zero_optimization": {"overlap_comm": "auto"}}}, 2, 2),
     ],
 )
 def test_gradients_take_the_bytes_that_they_are_added_in(options, gradients, bucket):
     """A part of the bucket, this rank's, is converted."""
-    deepspeed = options.get("deepspeed", {}) | {"zero_optimization": {"reduce_bucket_size": 40}}
+    given = options.get("deepspeed", {})
+    zero = given.get("zero_optimization", {}) | {"reduce_bucket_size": 40}
+    deepspeed = given | {"zero_optimization": zero}
     learner = LearnerConfig(**{"world_size": 4, **options, "deepspeed": deepspeed})
     planned = gradient_bytes(1000, learner)
     assert planned["gradients"] == 1000 * gradients and planned.get("gradient bucket", 0) == 40 * bucket
