@@ -33,14 +33,15 @@ def optimizer_bytes(num_trained: int, learner: LearnerConfig) -> dict[str, int]:
 
 
 def gradient_bytes(of: Parameters, learner: LearnerConfig) -> dict[str, int]:
-    """One rank's gradients aT, with ZeRO-2 and 3 aT / n, and with ZeRO a bucket. a: bytes as accumulated.
+    """One rank's gradients aT, with ZeRO-2 and 3 aT / n, and with ZeRO a bucket, c reduce_bucket_size.
 
-    The bucket has e reduce_bucket_size; twice with overlap_comm at stages 1 and 2. Beside it is what is
-    reduced: its copy (reduce_scatter_coalesced in deepspeed/runtime/comm/coalesced_collectives.py,
-    allreduce_bucket in zero/stage_1_and_2.py), or a gradient that is larger than a bucket. A rank's part of
-    it is converted if a is not e. offload_bytes has the gradients that are added on the host."""
+    a: bytes in grad_accum_dtype, c: in communication_data_type, else e. If they differ, a rank's part of the
+    bucket is converted. At stages 1 and 2 overlap_comm takes two buckets. Beside it is what is reduced: its
+    copy (reduce_scatter_coalesced in deepspeed/runtime/comm/coalesced_collectives.py, allreduce_bucket in
+    zero/stage_1_and_2.py), or a gradient that is larger. For what is added on the host see offload_bytes."""
     num_trained = count(of)
     e, a = DTYPE_BYTES[learner.dtype], DTYPE_BYTES[learner.accumulation_dtype]
+    c = {"fp32": 4, "fp16": 2, "bf16": 2}.get(learner.deepspeed.get("communication_data_type", ""), e)
     ranks = learner.world_size if learner.zero_stage >= 2 else 1
     gradients = {} if adds_on_host(learner) else {"gradients": a * num_trained // ranks}
     if not learner.zero_stage:
@@ -48,10 +49,10 @@ def gradient_bytes(of: Parameters, learner: LearnerConfig) -> dict[str, int]:
     size = int(learner.zero_option("reduce_bucket_size", REDUCE_BUCKET))
     filled = min(size, num_trained)
     bucket = size if learner.num_gpus else filled
-    beside = max(filled, *(count({name: shape}) for name, shape in of.items()))
+    beside = max([filled, *(count({name: shape}) for name, shape in of.items())])
     copies = 2 if learner.zero_stage < 3 and learner.zero_option("overlap_comm", False) else 1
-    converted = a * bucket // ranks if a != e else 0
-    return gradients | {"gradient buckets": e * (copies * bucket + beside) + converted}
+    converted = a * bucket // ranks if a != c else 0
+    return gradients | {"gradient buckets": c * (copies * bucket + beside) + converted}
 
 
 def adds_on_host(learner: LearnerConfig) -> bool:
@@ -64,10 +65,11 @@ def adds_on_host(learner: LearnerConfig) -> bool:
 def offload_bytes(num_trained: int, learner: LearnerConfig) -> dict[str, int]:
     """One rank's host memory with offload_optimizer, for each of T / n: moments 8, masters 4, and roots 4.
 
-    Gradients are float32, 4, and those that are added on the host, a. ZeRO-1 and 2 keep the new weights there
-    too, e. ZeRO-3 steps SUB_GROUP at a time."""
+    Gradients are float32, 4, and a for the sum of micro-batches, which ZeRO-2 has on the device if it is
+    float32. ZeRO-1 and 2 keep the new weights there too, e. ZeRO-3 steps SUB_GROUP at a time."""
     part = num_trained // learner.world_size
-    summed = DTYPE_BYTES[learner.accumulation_dtype] if adds_on_host(learner) else 0
+    on_device = learner.zero_stage == 2 and not adds_on_host(learner)
+    summed = 0 if on_device else DTYPE_BYTES[learner.accumulation_dtype]
     weights = 0 if learner.zero_stage == 3 else DTYPE_BYTES[learner.dtype]
     sub_group = int(learner.zero_option("sub_group_size", SUB_GROUP))
     roots = 4 * (min(part, sub_group) if learner.zero_stage == 3 else part)

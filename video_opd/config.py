@@ -209,8 +209,9 @@ class LearnerConfig(ConfigSection):
         return self.grad_accum_dtype or ("float32" if self.zero_stage >= 2 else self.dtype)
 
     def zero_option(self, name: str, default: Any) -> Any:
-        """A key of deepspeed.zero_optimization; `default` is DeepSpeed's."""
-        return self.deepspeed.get(config_deepspeed.ZERO, {}).get(name, default)
+        """A key of deepspeed.zero_optimization; `default` is DeepSpeed's, which "auto" means too."""
+        value = self.deepspeed.get(config_deepspeed.ZERO, {}).get(name, default)
+        return default if value == "auto" else value
 
     def offload(self, what: Literal["optimizer", "param"]) -> str:
         """Where DeepSpeed keeps optimizer states, or weights: none (on the device) or cpu."""

@@ -280,13 +280,17 @@ def test_beside_a_bucket_is_its_copy_or_a_larger_gradient():
         ({"zero_stage": 3}, 4 / 4, 2 + 2 + 4 / 4),
         ({"zero_stage": 3, "grad_accum_dtype": "bfloat16"}, 2 / 4, 2 + 2),
         ({"zero_stage": 3, "dtype": "float32"}, 4 / 4, 4 + 4),
+        ({"zero_stage": 2, "deepspeed": {"communication_data_type": "fp32"}}, 4 / 4, 4 + 4),
+        ({"zero_stage": 1, "deepspeed": {"zero_optimization": {"overlap_comm": True}}}, 2, 2 * 2 + 2),
+        ({"zero_stage": 1, "deepspeed": {"zero_optimization": {"overlap_comm": "auto"}}}, 2, 2 + 2),
     ],
 )
 def test_gradients_take_the_bytes_that_they_are_added_in(options, gradients, bucket):
     """A bucket has a copy while it is reduced. A part of it, this rank's, is converted."""
-    learner = LearnerConfig(
-        world_size=4, deepspeed={"zero_optimization": {"reduce_bucket_size": 40}}, **options
-    )
+    given = options.get("deepspeed", {})
+    zero = given.get("zero_optimization", {}) | {"reduce_bucket_size": 40}
+    deepspeed = given | {"zero_optimization": zero}
+    learner = LearnerConfig(**{"world_size": 4, **options, "deepspeed": deepspeed})
     planned = gradient_bytes({f"w{i}": (10,) for i in range(100)}, learner)
     assert planned["gradients"] == 1000 * gradients and planned.get("gradient buckets", 0) == 40 * bucket
 
@@ -302,7 +306,7 @@ def test_offloaded_states_are_planned_on_the_host_and_nowhere_else():
 
     part = count(trained(shapes, LearnerConfig())) // 4
     to_cpu = {"offload_optimizer": {"device": "cpu"}}
-    for stage, on_host in ((1, 8 + 4 + 4 + 2 + 4), (2, 8 + 4 + 4 + 2 + 4), (3, 8 + 4 + 4 + 4)):
+    for stage, on_host in ((1, 8 + 4 + 4 + 2 + 2 + 4), (2, 8 + 4 + 4 + 2 + 4), (3, 8 + 4 + 4 + 4)):
         plain, offloaded = memory(stage, {}), memory(stage, to_cpu)
         assert plain.device and offloaded.device
         moved = {"optimizer moments", "float32 masters"} | ({"gradients"} if stage == 3 else set())
