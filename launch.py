@@ -29,7 +29,7 @@ from driver.records.step import Outputs, num_tokens, record
 from driver.records.summary import summarise
 from driver.recovery import learner_lost, poll_control, recover, watch
 from driver.rounds import start_round
-from driver.run import Run, create_parts, publish_weights
+from driver.run import Run, create_parts, publish_weights, start_parts
 from driver.run_state import Phase
 from driver.scoring import roll_out, score
 from driver.signals import stopped_by_signals
@@ -39,7 +39,8 @@ from driver.upload import check_writable
 from preflight.cluster_file import check_cluster
 from preflight.dry_run import dry_run
 from preflight.inputs import Plan
-from preflight.memory_fit import check_fits, memory_plan
+from preflight.memory_fit import MemoryPlan, check_fits, memory_plan
+from preflight.nodes import check_gpus
 from video_opd.cluster.deadline import waiting
 from video_opd.config import Config
 from video_opd.errors import InputError, LearnerLostError, SaveError, StoppedError, VideoOPDError, first_error
@@ -158,15 +159,16 @@ async def train_to_the_end(run: Run) -> None:
                 raise
 
 
-async def execute(config: Config, folder: Path, plan: Plan, resume_from: SavedRun | None) -> dict[str, Any]:
+async def execute(
+    config: Config, folder: Path, plan: Plan, memory: MemoryPlan, resume_from: SavedRun | None
+) -> dict[str, Any]:
     """One run from start to summary, from the beginning or from a checkpoint."""
     began = time.monotonic()
-    run = create_parts(folder, config, plan, resume_from)
+    run = create_parts(folder, config, plan, memory, resume_from)
     async with asyncio.TaskGroup() as tasks, ended_with_ray(run), shutdown_at_end(run):
         beside = [tasks.create_task(watch(run))]
         try:
-            parts = (part for part in (run.actors, run.learner, run.teacher) if part is not None)
-            await asyncio.gather(*(part.start() for part in parts))
+            await start_parts(run)
             beside += [tasks.create_task(poll_control(run)), tasks.create_task(export_gauges(run))]
             start_up_s = time.monotonic() - began
             await train_to_the_end(run)
@@ -192,18 +194,20 @@ def launch(
     """
     with stopped_by_signals(" before the run began") as said:
         plan = prepare(config, resumes=resume is not None)
-        check_fits(memory_plan(config, plan, gpu_memory_gib), one_machine=False)
+        memory = memory_plan(config, plan, gpu_memory_gib)
+        check_fits(memory, one_machine=False)
         if config.checkpoint_url:
             check_writable(config.checkpoint_url)
         with locked(resume) if resume else new_run_folder(config) as folder:
             saved = saved_run_to_resume(resume, config, plan, step) if resume else None
             try:
                 start_ray(config, address)
+                check_gpus(memory)
                 if saved is None:
                     write_config(folder, config)
                 said.text = f": {how_to_resume(folder)}"
                 with driver_log(folder, saved.progress.step if saved else 0):
-                    summary = asyncio.run(execute(config, folder, plan, saved))
+                    summary = asyncio.run(execute(config, folder, plan, memory, saved))
                 write_json(folder / "summary.json", summary)
                 write_report(folder, config, plan.eval.prompts, summary)
                 print_summary(folder, summary)

@@ -11,11 +11,14 @@ from typing import Any, Protocol
 
 import ray
 from ray.exceptions import ObjectLostError
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.members import Member, Members
 from actors.rollout_actor import Answers, RolloutActor, RolloutResult
 from video_opd.cluster.deadline import with_deadline
 from video_opd.cluster.faults import LOST, cause_of, retried
+from video_opd.cluster.placement import bundles_of
 from video_opd.config import Config
 from video_opd.errors import LearnerLostError, PartLostError, WeightsLostError
 from video_opd.logs import log
@@ -55,15 +58,20 @@ class ActorPool:
 
     def _create(self) -> Member:
         name, rollout = f"actor-{next(self._numbers)}", self._config.rollout
+        where: dict[str, Any] = {"num_cpus": rollout.num_cpus, "num_gpus": rollout.num_gpus}
+        group = None
+        if rollout.tensor_parallel > 1:
+            group = placement_group(bundles_of(rollout, "rollout"), strategy="STRICT_PACK")
+            strategy = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
+            where |= {"num_gpus": 0, "scheduling_strategy": strategy}
         options = ray.remote(self._actor_class).options(
             name=f"{self._name}/{name}",
-            num_cpus=rollout.num_cpus,
-            num_gpus=rollout.num_gpus,
             resources={"rollout": 1},
             max_restarts=0,  # a silent restart would sample from old weights
             runtime_env={"env_vars": self._config.worker_env},
+            **where,
         )
-        return Member(name, options.remote(name, self._config))
+        return Member(name, options.remote(name, self._config), group)
 
     @property
     def num_wanted(self) -> int:
@@ -151,7 +159,8 @@ class ActorPool:
 
         Raises LearnerLostError, or ObjectLostError when the weights are gone.
         """
-        in_store = self._config.learner.weight_transfer == "object_store"
+        learner = self._config.learner
+        in_store = learner.weight_transfer == "object_store" or learner.publishes_adapters
         buckets, num_bytes = await publisher.put_weights(policy_version) if in_store else (None, 0)
         started = time.monotonic()
         async with self._publishing:

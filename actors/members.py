@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from video_opd.cluster.deadline import with_deadline
 from video_opd.cluster.faults import cause_of, retried
@@ -25,10 +26,16 @@ class Member:
 
     name: str
     handle: Any
+    places: PlacementGroup | None = None  # of its shards
     calls: int = 0  # under way
     num_answers: int = 0  # to ActorPool._ask
     busy_s: float = 0.0  # with at least one call under way, since the last metrics
     since_s: float = field(default_factory=time.monotonic)  # up to which busy_s counts
+
+    def end(self) -> None:
+        ray.kill(self.handle)
+        if self.places:
+            remove_placement_group(self.places)
 
     def advance(self) -> None:
         now = time.monotonic()
@@ -102,7 +109,7 @@ class Members:
         if member in self.aside:
             self.aside.remove(member)
         if len(self.ready) >= self.num_wanted:
-            ray.kill(member.handle)
+            member.end()
             return
         self.ready.append(member)
         self._changed.set()
@@ -121,7 +128,7 @@ class Members:
             return
         (self.ready if member in self.ready else self.aside).remove(member)
         self.num_lost += 1
-        ray.kill(member.handle)
+        member.end()
         log.warning("%s was lost and is replaced: %s", member.name, cause_of(error))
         self.fill_up()
 
@@ -129,7 +136,7 @@ class Members:
         for task in self._tasks:
             task.cancel()
         for member in self.alive:
-            ray.kill(member.handle)
+            member.end()
 
     async def _join(self, member: Member) -> None:
         timeout_s, what = self._config.start_timeout_s, f"the start of {member.name}"
@@ -137,7 +144,7 @@ class Members:
             await with_deadline(timeout_s, member.handle.pid.remote(), what)
             await self._admit(member)
         except BaseException:
-            ray.kill(member.handle)
+            member.end()
             raise
 
     async def _replace(self) -> None:
@@ -165,7 +172,7 @@ class Members:
             while member.calls:
                 await asyncio.sleep(DRAIN_POLL_S)
         finally:
-            ray.kill(member.handle)
+            member.end()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -31,7 +31,7 @@ def empty_processes() -> Counter[str]:
         start_ray(config, address="local")
 
         async def start() -> Counter[str]:
-            run = create_parts(folder, config, plan)
+            run = create_parts(folder, config, plan, memory_plan(config, plan, None))
             assert run.teacher, "the demo has one"
             parts = (run.actors.start(), run.learner.start(), run.teacher.start())
             await asyncio.gather(*parts, run.curriculum.next_selection())

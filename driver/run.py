@@ -20,6 +20,7 @@ from driver.start_ray import python_path
 from driver.upload import Uploads
 from learner.learner import Learner
 from preflight.inputs import Plan
+from preflight.memory_fit import MemoryPlan, with_kv_caches
 from teacher_service.pool import TeacherPool
 from teacher_service.teachers import Teachers, create_teacher
 from video_opd.cluster.faults import cause_of
@@ -81,12 +82,14 @@ class Run:
         return self.state.stopped_by is not None or self.totals["scored_tokens"] >= budget
 
 
-def create_parts(folder: Path, given: Config, plan: Plan, resume_from: SavedRun | None = None) -> Run:
-    """Starts the processes of a run. Raises ConfigError if a run of that name is on this Ray."""
+def create_parts(
+    folder: Path, given: Config, plan: Plan, memory: MemoryPlan, resume_from: SavedRun | None = None
+) -> Run:
+    """Creates the processes of a run. Raises ConfigError if a run of that name is on this Ray."""
     name, env = f"video_opd/{folder.name}", python_path() | given.worker_env
     for warning in given.warnings():
         log.warning("warning: %s", warning)
-    config = given.model_copy(update={"run_name": folder.name, "worker_env": env})
+    config = with_kv_caches(memory).model_copy(update={"run_name": folder.name, "worker_env": env})
     url, limits = config.checkpoint_url, (config.max_retries, config.upload_timeout_s)
     progress = resume_from.progress if resume_from else Progress()
     return Run(
@@ -105,6 +108,18 @@ def create_parts(folder: Path, given: Config, plan: Plan, resume_from: SavedRun 
         resume_from=resume_from,
         newest_checkpoint=progress.step if resume_from else None,
     )
+
+
+async def start_parts(run: Run) -> None:
+    """Returns when all are up. On shared GPUs the learner is last: its memory grows as it trains.
+
+    Engines of one GPU start one after another by themselves (video_opd/models/shared_gpu.py)."""
+    engines = [part.start() for part in (run.actors, run.teacher) if part is not None]
+    if run.config.shares_gpus:
+        await asyncio.gather(*engines)
+        await run.learner.start()
+    else:
+        await asyncio.gather(*engines, run.learner.start())
 
 
 async def publish_weights(run: Run, policy_version: int) -> None:

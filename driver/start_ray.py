@@ -4,7 +4,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -12,12 +12,15 @@ import ray
 from ray.serve._private.long_poll import LongPollClient
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from preflight.options import asked_attention, lacks
 from teacher_service.scaling import delete_orphans
 from video_opd import ROOT
 from video_opd.cluster.join import cluster_to_join, join, start_local
+from video_opd.cluster.placement import resources_of
 from video_opd.cluster.run_control import NAMESPACE, running_runs
 from video_opd.config import Config
-from video_opd.errors import ClusterError
+from video_opd.errors import ClusterError, ConfigError
+from video_opd.models.attention import PACKAGES, missing_for
 
 POLL_S = 2.0
 LOCAL_ROLES = 64  # rollout actors and teacher replicas that a local Ray admits: memory limits them, not Ray
@@ -46,17 +49,13 @@ def needs_of(config: Config) -> list[Need]:
     """Learner ranks, rollout actors and teacher replicas that the run starts with."""
     learner, rollout, pool = config.learner, config.rollout, config.teacher_pool
     num_teachers = pool.num_replicas * len(config.teacher_models) * config.needs_teacher
-    parts = pool.tensor_parallel
-    rows = [
-        ("learner", learner.world_size, learner.num_cpus, learner.num_gpus, "learner.world_size"),
-        ("rollout", rollout.num_actors, rollout.num_cpus, rollout.num_gpus, "rollout.num_actors"),
-        ("teacher", num_teachers, pool.num_cpus * parts, pool.num_gpus * parts, "teacher_pool.num_replicas"),
+    of_rank = {name: n for name, n in (("CPU", learner.num_cpus), ("GPU", learner.num_gpus)) if n}
+    needs = [
+        Need("learner", learner.world_size, {"learner": 1} | of_rank, "learner.world_size"),
+        Need("rollout", rollout.num_actors, resources_of(rollout, "rollout"), "rollout.num_actors"),
+        Need("teacher", num_teachers, resources_of(pool, "teacher"), "teacher_pool.num_replicas"),
     ]
-    return [
-        Need(role, count, {role: 1} | {k: v for k, v in (("CPU", cpus), ("GPU", gpus)) if v}, key)
-        for role, count, cpus, gpus, key in rows
-        if count
-    ]
+    return [need for need in needs if need.count]
 
 
 def describe_missing(needs: Sequence[Need], nodes: Sequence[Resources]) -> str:
@@ -73,6 +72,11 @@ def describe_missing(needs: Sequence[Need], nodes: Sequence[Resources]) -> str:
     return ", ".join(f"{n.role}: {placed[n.role]} of {n.count}" for n in needs if placed[n.role] < n.count)
 
 
+def too_large(needs: Sequence[Need], nodes: Sequence[Resources]) -> str:
+    """The processes that no node could hold even if it were empty; empty: none. nodes: all each has."""
+    return "; ".join(str(need) for need in needs if describe_missing([replace(need, count=1)], nodes))
+
+
 def wait_for_places(config: Config, timeout_s: float) -> None:
     """Waits until the cluster has room for all processes at once; prints what is missing.
 
@@ -87,6 +91,8 @@ def wait_for_places(config: Config, timeout_s: float) -> None:
         while not group.wait(min(POLL_S, max(0.1, deadline - time.monotonic()))):
             free = list(available_resources_per_node().values())
             missing = describe_missing(needs, free) or "the nodes have it, Ray has not given it yet"
+            if large := too_large(needs, [node["Resources"] for node in ray.nodes() if node["Alive"]]):
+                missing += f"; no node that is there could hold {large}"
             if time.monotonic() >= deadline:
                 late = f"could not provide what the run needs within {timeout_s:.0f} s, {missing}"
                 needed = f"needed are {'; '.join(map(str, needs))}"
@@ -119,8 +125,24 @@ def start_ray(config: Config, address: str | None) -> None:
     print(f"Ray dashboard: {dashboard}, {at}", flush=True)
     for app in delete_orphans(running_runs()) if joined else ():
         print(f"deleted the teacher {app}: its run is gone", flush=True)
+    if not joined and (large := too_large(needs_of(config), [node["Resources"] for node in ray.nodes()])):
+        raise ClusterError(f"this machine cannot hold {large}: ask for less, or join a cluster (--address)")
     timeout_s = config.start_timeout_s if joined else min(config.start_timeout_s, LOCAL_TIMEOUT_S)
     wait_for_places(config, timeout_s)
+    if joined:
+        check_nodes(config)
+
+
+def check_nodes(config: Config) -> None:
+    """Asks one node of each role whether it has what the role's attention needs. Raises ConfigError."""
+    asked = ray.remote(num_cpus=0, runtime_env={"env_vars": config.worker_env})(missing_for)
+    for section, attention in asked_attention(config):
+        if attention in PACKAGES:
+            role = section.removesuffix("_pool")
+            reference = asked.options(resources={role: 0.001}).remote(attention)
+            if missing := ray.get(reference, timeout=config.start_timeout_s):
+                key = f"{section}.attn_implementation={attention}"
+                raise ConfigError(lacks(key, missing, f"a node of the {role}"))
 
 
 def leave_ray() -> None:

@@ -1,4 +1,4 @@
-"""LoRA on the student (arXiv 2106.09685): adapters in its layers, merged where weights leave the learner."""
+"""LoRA on the student (arXiv 2106.09685): adapters in its layers, alone for actors, merged for exports."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import LoraLayer
 from video_opd.config import LearnerConfig
 from video_opd.errors import ConfigError
 from video_opd.models.forward import VideoLLM
+from video_opd.weights.adapters import PREFIX
 
 _ADAPTER = "default"
 VISION_PREFIX = "model.visual."
@@ -38,6 +39,13 @@ def add_adapters(model: VideoLLM, learner: LearnerConfig) -> None:
     except ValueError as error:
         targets = f"learner.lora_targets={learner.lora_targets!r}"
         raise ConfigError(f"{targets} takes no adapters: {error}") from error
+
+
+def adapter_parameters(model: VideoLLM) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(name in PEFT's files, A or B) of each adapter that is trained; the others add nothing: B is 0."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield PREFIX + name.replace(f".{_ADAPTER}.weight", ".weight"), parameter
 
 
 def merged_parameters(model: VideoLLM) -> Iterator[tuple[str, list[torch.nn.Parameter], float]]:

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from learner.adapters import choose_trained, merge, merged_parameters
+from learner.adapters import adapter_parameters, choose_trained, merge, merged_parameters
 from learner.batching import Row, plan_update
+from learner.deepspeed_config import deepspeed_config
 from learner.diagnostics import TimestampTokens, TokenRecords, batch_diagnostics, policy_diagnostics
 from learner.loss import ResponseTokens, loss_per_token
 from learner.safe_load import read_weights_only
@@ -36,6 +37,7 @@ from video_opd.models.forward import (
 from video_opd.models.prompting import PromptEncoder, check_parity
 from video_opd.types import EncodedPrompt, FailedPrompt, ScoredGroup
 from video_opd.video.clips import frames_key
+from video_opd.weights.adapters import write_adapter
 from video_opd.weights.buckets import Named, WeightBucket, to_buckets
 
 
@@ -59,7 +61,9 @@ class LearnerEngine:
         self._encoder = PromptEncoder(config.student, config.prompt, config.video, config.trust_remote_code)
         self._device = "cuda" if learner.num_gpus else "cpu"
         # ZeRO keeps float32 masters of bfloat16 weights
-        model = load_model(config.student, learner.dtype, config.trust_remote_code)
+        model = load_model(
+            config.student, learner.dtype, config.trust_remote_code, learner.attn_implementation
+        )
         if learner.lora_rank:
             torch.manual_seed(config.seed)  # every rank draws the same adapters
         choose_trained(model, learner)
@@ -74,7 +78,7 @@ class LearnerEngine:
             heads = {t.name: load_head(t.model, dtype).to(self._device) for t in teachers}
             shared = min(len(head) for head in heads.values())  # the rest are padded embeddings
             self._teacher_heads = {name: head[:shared] for name, head in heads.items()}
-        options: dict[str, Any] = {"optimizer": optimizer, "config": _deepspeed_config(config)}
+        options: dict[str, Any] = {"optimizer": optimizer, "config": deepspeed_config(learner)}
         self._engine: Any = self._deepspeed.initialize(model=module, **options)[0]
         self._is_time = TimestampTokens(self._encoder.tokenizer)
         num_bytes = learner.vision_cache_bytes
@@ -210,15 +214,31 @@ class LearnerEngine:
             with self._deepspeed.zero.GatheredParameters(parts, enabled=is_sharded):
                 yield name, merge(parts, scaling).to(device=device or self._device, copy=is_sharded)
 
+    def adapters(self) -> Named:
+        """A and B of the adapters as the forward pass has them, on the CPU. All ranks must iterate."""
+        is_sharded = self._config.learner.zero_stage == 3
+        for name, parameter in adapter_parameters(self._model):
+            with self._deepspeed.zero.GatheredParameters([parameter], enabled=is_sharded):
+                yield name, parameter.detach().to("cpu", copy=is_sharded)
+
     def buckets(self, policy_version: int) -> Iterator[WeightBucket]:
-        """The student's weights, for publication. All ranks must iterate together."""
-        return to_buckets(self.parameters("cpu"), policy_version, self._config.learner.bucket_bytes)
+        """What actors get of the student, for publication. All ranks must iterate together."""
+        learner = self._config.learner
+        named = self.adapters() if learner.publishes_adapters else self.parameters("cpu")
+        return to_buckets(named, policy_version, learner.bucket_bytes)
 
     def save(self, folder: Path) -> None:
-        """Writes the DeepSpeed state and `student/`, a transformers folder. Raises OSError on all ranks."""
+        """Writes the DeepSpeed state, `student/`, a transformers folder, and with LoRA `adapter/`, PEFT's.
+
+        Raises OSError on all ranks.
+        """
         with writing_on_all_ranks(self._engine, folder / "deepspeed" / "state"):
             self._engine.save_checkpoint(str(folder / "deepspeed"), tag="state", save_latest=False)
         self.export(folder / "student")
+        if self._config.learner.lora_rank:
+            adapters = dict(self.adapters())
+            if self._rank == 0:
+                write_adapter(folder / "adapter", adapters, self._config.learner, self._config.student)
 
     def export(self, folder: Path) -> None:
         """Writes the student alone, for transformers and vLLM: new weights, other files as they were."""
@@ -251,19 +271,6 @@ def rows_of(runs: Sequence[tuple[torch.Tensor, torch.Tensor]], which: slice) -> 
         first += len(states)
         logits.append(rows.to(head.dtype).matmul(head.T).float())
     return logits[0] if len(logits) == 1 else torch.cat(logits)
-
-
-def _deepspeed_config(config: Config) -> dict[str, Any]:
-    learner = config.learner
-    return {
-        "train_micro_batch_size_per_gpu": learner.micro_batch,
-        "gradient_accumulation_steps": 1,  # update() sets the boundary: the number of micro-batches varies
-        "gradient_clipping": learner.max_grad_norm,
-        "bf16": {"enabled": learner.dtype == "bfloat16"},
-        "zero_optimization": {"stage": learner.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-    }
 
 
 def _init_deepspeed(config: Config, rank: int, world_size: int, master: tuple[str, int]):

@@ -11,6 +11,7 @@ import ray
 from learner.file_transfer import FilePart, read_parts, write_part
 from video_opd.config import Config
 from video_opd.logs import log, start_role_log, work
+from video_opd.models.shared_gpu import keep_to_share
 from video_opd.types import FailedPrompt, ScoredGroup
 
 
@@ -35,6 +36,7 @@ class LearnerRank:
     def start(self, master: tuple[str, int]) -> None:
         from learner.engine import LearnerEngine
 
+        keep_to_share(self._config.learner.num_gpus)
         self._engine = LearnerEngine(self._config, self._rank, self._config.learner.world_size, master)
         log.info("started; rank 0 is at %s:%d", *master)
 
@@ -57,8 +59,8 @@ class LearnerRank:
         from video_opd.weights.transfer import WeightSender  # imports vLLM
 
         if self._sender is None:
-            way = self._config.learner.weight_transfer
-            self._sender = WeightSender(way, self._rank, self._engine.parameters)
+            way, shards = self._config.learner.weight_transfer, self._config.rollout.tensor_parallel
+            self._sender = WeightSender(way, self._rank, self._engine.parameters, shards)
         return self._sender.send(self.address(), actors)
 
     def save(self, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 Letters in the formulas, here and in preflight/memory.py:
 
-    e   bytes of a number in the role's dtype: 2 in bfloat16, 4 in float32
+    e   bytes of a number in the role's dtype: 2 in bfloat16, 4 in float32;  a those of accumulated gradients
     P   parameters of the model; T those that are trained; n data-parallel ranks
     H I L V   the language model's hidden and MLP widths, its layers, its vocabulary
     Q K   widths of all its query heads together, and of all its key heads
@@ -34,17 +34,25 @@ def text_layer_saved(shapes: ModelShapes, e: int) -> int:
     return 2 * t.hidden * (4 + 2 * e) + head_norms + 4 * e * t.query + 4 * e * t.intermediate
 
 
+def eager_saved(shapes: ModelShapes, e: int) -> int:
+    """Bytes a pair of tokens that eager attention keeps in one decoder layer, for all heads.
+
+    The softmax in float32, and in the role's dtype if that differs."""
+    return shapes.text.query // shapes.text.head_dim * (4 if e == 4 else 4 + e)
+
+
 def text_layer_gradients(shapes: ModelShapes, e: int) -> int:
     """Bytes a token beyond what a layer keeps, while its MLP goes backward: 3eI + 2eH."""
     return 3 * e * shapes.text.intermediate + 2 * e * shapes.text.hidden
 
 
-def text_layer_passing(shapes: ModelShapes, e: int) -> int:
+def text_layer_passing(shapes: ModelShapes, e: int, shards: int = 1) -> int:
     """Bytes a token at the peak of one decoder layer without gradients.
 
-    4eH (embeddings, input, residual, norm), and the larger of attention 4eQ + 2eK and MLP 3eI."""
+    4eH (embeddings, input, residual, norm), and the larger of attention 4eQ + 2eK and MLP 3eI, which
+    tensor parallelism divides."""
     t = shapes.text
-    return 4 * e * t.hidden + max(4 * e * t.query + 2 * e * t.key, 3 * e * t.intermediate)
+    return 4 * e * t.hidden + max(4 * e * t.query + 2 * e * t.key, 3 * e * t.intermediate) // shards
 
 
 def vision_block_saved(shapes: ModelShapes, e: int) -> int:
@@ -58,8 +66,8 @@ def vision_block_saved(shapes: ModelShapes, e: int) -> int:
     return 2 * v.hidden * (4 + 2 * e) + e * (7 * v.hidden + 4 * v.intermediate)
 
 
-def vision_block_passing(shapes: ModelShapes, e: int) -> int:
-    """Bytes a patch at the peak of one vision block without gradients.
+def vision_block_passing(shapes: ModelShapes, e: int, shards: int = 1) -> int:
+    """Bytes a patch at the peak of one vision block without gradients; all but the inputs is divided.
 
     Input and norm 2eh, Qwen3-VL's float32 position embeddings 4h, and the largest of: rotation in float32
     (qkv 3eh, 16h, and copies 8h in bfloat16), the end of attention 8eh, MLP 2ei (3ei if gated)."""
@@ -67,7 +75,7 @@ def vision_block_passing(shapes: ModelShapes, e: int) -> int:
     rotation = 3 * e * v.hidden + 16 * v.hidden + (8 * v.hidden if e == 2 else 0)
     mlp = (2 if shapes.is_qwen3 else 3) * e * v.intermediate
     positions = 4 * v.hidden if shapes.is_qwen3 else 0
-    return 2 * e * v.hidden + positions + max(rotation, 8 * e * v.hidden, mlp)
+    return 2 * e * v.hidden + positions + max(rotation, 8 * e * v.hidden, mlp) // shards
 
 
 def video_bytes(shapes: ModelShapes, e: int, video_tokens: int) -> dict[str, int]:
@@ -77,8 +85,11 @@ def video_bytes(shapes: ModelShapes, e: int, video_tokens: int) -> dict[str, int
     return {"pixels": video_tokens * v.values_a_token * bytes_a_value, "video features": features}
 
 
-def forward_bytes(shapes: ModelShapes, e: int, tokens: int, video_tokens: int) -> dict[str, int]:
+def forward_bytes(
+    shapes: ModelShapes, e: int, tokens: int, video_tokens: int, shards: int = 1
+) -> dict[str, int]:
     """A pass without gradients: the larger of a language and a vision layer, beside pixels and features."""
+    text = tokens * text_layer_passing(shapes, e, shards)
     patches = video_tokens * shapes.vision.patches_a_token
-    largest = max(tokens * text_layer_passing(shapes, e), patches * vision_block_passing(shapes, e))
+    largest = max(text, patches * vision_block_passing(shapes, e, shards))
     return {"one layer": largest} | video_bytes(shapes, e, video_tokens)

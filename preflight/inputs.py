@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from preflight.model_shapes import ModelShapes, count, find_shapes, parameters, read_shapes
+from preflight.adapters import check_targets
+from preflight.model_shapes import ModelShapes, can_shard, find_shapes, model_bytes, read_shapes
+from preflight.options import check_options
 from video_opd import ROOT
 from video_opd.config import Config, TeacherModel
 from video_opd.datasets import Split, read_split
@@ -48,10 +50,13 @@ def make_plan(config: Config, resumes: bool = False) -> Plan:
     evaluations they count as IoU 0.
     """
     student = read_model_info(config.student, config.trust_remote_code)
+    shapes = read_shapes(config.student)
     for teacher in asked_teachers(config):
         read_model_info(teacher.model, config.trust_remote_code)
         check_same_tokenizer(config.student, teacher.model)
-        check_teacher(config, read_shapes(config.student), read_shapes(teacher.model))
+        check_teacher(config, shapes, read_shapes(teacher.model))
+    check_student(config, shapes)
+    check_options(config)
     if config.loss.needs.rewards:
         load_rewards(config.loss.rewards)
     splits = {name: _read(config, name, student.size_multiple, resumes) for name in ("train", "eval")}
@@ -103,6 +108,7 @@ def make_draft(config: Config) -> Draft:
     Raises InputError for what is here and wrong, and for an absent model without committed shapes."""
     student = find_shapes(config.student, SHAPES)
     teachers = {t.model: find_shapes(t.model, SHAPES) for t in asked_teachers(config)}
+    check_student(config, student)
     unchecked = _unchecked_model("student", Path(config.student), student)
     for folder, shapes in teachers.items():
         check_teacher(config, student, shapes)
@@ -112,6 +118,7 @@ def make_draft(config: Config) -> Draft:
             check_same_tokenizer(config.student, folder)
     elif teachers:
         unchecked.append("tokenizers: a tokenizer.json is missing, so they were not compared")
+    unchecked += check_options(config)
     if config.loss.needs.rewards:
         load_rewards(config.loss.rewards)
     lengths = None
@@ -144,7 +151,7 @@ def asked_teachers(config: Config) -> tuple[TeacherModel, ...]:
 
 def largest_teacher(teachers: list[ModelShapes]) -> ModelShapes | None:
     """The one that memory is planned for; None without teachers."""
-    return max(teachers, key=lambda shapes: count(parameters(shapes)), default=None)
+    return max(teachers, key=lambda shapes: model_bytes(shapes, 2), default=None)
 
 
 def _unchecked_model(role: str, folder: Path, shapes: ModelShapes) -> list[str]:
@@ -154,14 +161,42 @@ def _unchecked_model(role: str, folder: Path, shapes: ModelShapes) -> list[str]:
     return [] if list(folder.glob("*.safetensors")) else [f"{role}'s weights: {folder} has no safetensors"]
 
 
+def check_student(config: Config, student: ModelShapes) -> None:
+    """The learner trains it, its adapters have targets, actors hold it in shards. Raises ConfigError."""
+    if student.fp8:
+        raise ConfigError(f"student {student.name} is in FP8, which cannot be trained: use it in bfloat16")
+    check_targets(config, student)
+    check_shards("rollout", config.rollout.tensor_parallel, student)
+
+
 def check_teacher(config: Config, student: ModelShapes, teacher: ModelShapes) -> None:
-    """Frames must be of one size and top_k within the vocabulary (docs/algorithm.md). Raises ConfigError."""
+    """Frames must be of one size, top_k within the vocabulary, shards whole, FP8 in vLLM.
+
+    Raises ConfigError."""
+    pool = config.teacher_pool
+    check_shards("teacher_pool", pool.tensor_parallel, teacher)
+    if teacher.fp8 and (pool.engine, pool.dtype) != ("vllm", "bfloat16"):
+        how = "set teacher_pool.engine=vllm and teacher_pool.dtype=bfloat16"
+        raise ConfigError(f"teacher {teacher.name} is in FP8: {how}")
     if (own := student.size_multiple) != (others := teacher.size_multiple):
         sizes = f"student frames come in multiples of {own} pixels, the teacher's of {others}"
         raise ConfigError(f"{sizes}: use a teacher of the same family")
     top_k, vocabulary = config.loss.top_k, teacher.text.vocab_size
     if config.loss.needs.teacher == "top_k" and top_k > vocabulary:
         raise ConfigError(f"loss.top_k={top_k}, but the teacher has {vocabulary} tokens: lower it")
+
+
+def check_shards(section: str, shards: int, shapes: ModelShapes) -> None:
+    """Raises ConfigError if vLLM cannot divide the model into so many shards."""
+    if can_shard(shapes, shards):
+        return
+    text, vision = shapes.text, shapes.vision
+    possible = ", ".join(str(n) for n in range(1, text.heads + 1) if can_shard(shapes, n))
+    heads = f"{text.heads} heads, {text.key_heads} key heads, {vision.heads} vision heads"
+    has = f"{heads} and MLPs of {text.intermediate} and {vision.intermediate}"
+    has += f", in FP8 blocks of {shapes.fp8.block}" if shapes.fp8 and shapes.fp8.block else ""
+    cannot = f"{section}.tensor_parallel={shards} does not divide {shapes.name} ({has})"
+    raise ConfigError(f"{cannot}: use one of {possible}")
 
 
 def check_pool(config: Config, split: Split, resumes: bool = False) -> None:

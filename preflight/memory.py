@@ -4,36 +4,35 @@ Parameters, optimizer and KV cache are exact; preflight/activations.py explains 
 Not counted: fragmentation of the allocator and NCCL's buffers. No GPU has run these configurations.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from preflight import activations
-from preflight.model_shapes import ModelShapes, Parameters, count, parameters
-from video_opd.config import Config, LearnerConfig, RolloutConfig, TeacherConfig
+from preflight.adapters import slot_numbers
+from preflight.model_shapes import DTYPE_BYTES, ModelShapes, count, model_bytes, parameters
+from preflight.zero import gradient_bytes, offload_bytes, optimizer_bytes, step_bytes, trained, weight_bytes
+from video_opd.config import Config, RolloutConfig, TeacherConfig
 from video_opd.config_data import VideoConfig
+from video_opd.models.shared_gpu import CONTEXT_BYTES as GPU_CONTEXT_BYTES
 from video_opd.types import Prompt
 from video_opd.video.clips import TEMPORAL_PATCH, frames_key, num_video_tokens
 
 GIB = 2**30
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 TEXT_TOKENS = 128  # template, query and chat format: an allowance for when prompts cannot be counted
 # Tokens of a frame pair beside its video: "<123.4 seconds>", nine tokens, and two vision marks.
 PAIR_TOKENS = {"qwen3_vl": 11, "qwen2_5_vl": 0}
 
-# DeepSpeed 0.19's defaults, in numbers rather than bytes (deepspeed/runtime/zero/config.py).
-REDUCE_BUCKET = 500_000_000
-LIVE_PARAMETERS = 1_000_000_000
-SUB_GROUP = 1_000_000_000
-
-# vLLM 0.32: tokens of one prefill pass of LLM(...), on large GPUs and on a CPU (vllm/engine/arg_utils.py).
-GPU_BATCHED_TOKENS, CPU_BATCHED_TOKENS = 16384, 4096
+# vLLM 0.32: tokens of one pass of LLM(...), on GPUs from 70 GiB, on others, and on a CPU (get_batch_defaults
+# in vllm/engine/arg_utils.py; an A100 has the number of small GPUs, so it needs less than planned).
+GPU_BATCHED_TOKENS, SMALL_GPU_BATCHED_TOKENS, CPU_BATCHED_TOKENS = 16384, 8192, 4096
+LARGE_GPU_BYTES = 70 * GIB
+KV_BLOCK_TOKENS = 128  # at most; 16 on most GPUs
+PROMPT_LOGPROB_ROWS = 1024  # at a time, on a GPU (CHUNK_SIZE in v1/worker/gpu/sample/prompt_logprob.py)
 CPU_KV_CACHE_BYTES = 4 * GIB  # without rollout.kv_cache_bytes
 VLLM_LOGIT_COPIES = 3  # float32 logits, log-probs, and what sampling sorts
 TEACHER_LOGIT_COPIES = 4  # logits, and the three of token_entropy
 
-GPU_CONTEXT_BYTES = GIB  # CUDA context and libraries of a process: assumed, not measured
 CUDA_GRAPH_BYTES = GIB  # of a vLLM engine without enforce_eager: assumed, not measured
 
 # Proportional set size of a process whose engine has started and done nothing, with the demo's models, by
@@ -108,55 +107,17 @@ def workload_of_budget(video: VideoConfig, shapes: ModelShapes) -> Workload:
     return Workload(0, tokens, tokens + marks + TEXT_TOKENS, clip_bytes)
 
 
-def trained(shapes: ModelShapes, learner: LearnerConfig) -> Parameters:
-    """All but a frozen vision tower; with lora_rank r only r (inputs + outputs) for each of lora_targets."""
-    of = parameters(shapes)
-    if learner.lora_rank:
-        linear = {n.removesuffix(".weight"): s for n, s in of.items() if len(s) == 2 and "embed" not in n}
-        targets = {n: s for n, s in linear.items() if re.fullmatch(learner.lora_targets, n)}
-        of = {f"{n}.lora": (learner.lora_rank, sum(s)) for n, s in targets.items()}
-    return {n: s for n, s in of.items() if not (learner.freeze_vision and n.startswith("model.visual."))}
+def published_bytes(config: Config, student: ModelShapes) -> int:
+    """Of one version: eP, or eT where adapters are published."""
+    learner = config.learner
+    of = trained(student, learner) if learner.publishes_adapters else parameters(student)
+    return DTYPE_BYTES[learner.dtype] * count(of)
 
 
-def kv_bytes_per_token(shapes: ModelShapes, dtype: str) -> int:
-    """2 L K e: a key and a value in every layer."""
-    return 2 * shapes.text.layers * shapes.text.key * DTYPE_BYTES[dtype]
-
-
-def optimizer_bytes(num_trained: int, learner: LearnerConfig) -> dict[str, int]:
-    """One rank's Adam moments 8T, masters 4T (in float32 with ZeRO only); ZeRO 1 to 3 divide both by n."""
-    ranks = learner.world_size if learner.zero_stage else 1
-    masters = 4 * num_trained // ranks if learner.dtype == "bfloat16" or learner.zero_stage else 0
-    return {"optimizer moments": 8 * num_trained // ranks, "float32 masters": masters}
-
-
-def gradient_bytes(num_trained: int, learner: LearnerConfig) -> dict[str, int]:
-    """One rank's gradients eT, with ZeRO-2 and 3 eT / n; with ZeRO also a bucket, e REDUCE_BUCKET."""
-    e = DTYPE_BYTES[learner.dtype]
-    ranks = learner.world_size if learner.zero_stage >= 2 else 1
-    bucket = REDUCE_BUCKET if learner.num_gpus else min(REDUCE_BUCKET, num_trained)  # a CPU: as it fills
-    of_bucket = {"gradient bucket": e * bucket} if learner.zero_stage else {}
-    return {"gradients": e * num_trained // ranks} | of_bucket
-
-
-def weight_bytes(shapes: ModelShapes, learner: LearnerConfig) -> dict[str, int]:
-    """One rank's weights eP; with ZeRO-3 eP / n, and those gathered: LIVE_PARAMETERS or the largest."""
-    e, of = DTYPE_BYTES[learner.dtype], parameters(shapes)
-    total = count(of)
-    if learner.zero_stage < 3:
-        return {"weights": e * total}
-    largest = max(count({n: s}) for n, s in of.items())
-    gathered = min(total, max(LIVE_PARAMETERS, largest))
-    return {"weights": e * total // learner.world_size, "gathered weights": e * gathered}
-
-
-def step_bytes(num_trained: int, learner: LearnerConfig) -> int:
-    """The optimizer step's float32 gradients 4T / n and AdamW's roots 4T / n; ZeRO-3: SUB_GROUP at a time."""
-    part = num_trained // (learner.world_size if learner.zero_stage else 1)
-    if learner.zero_stage == 3:
-        part = min(part, SUB_GROUP)
-    gradients_exist = learner.dtype == "float32" and learner.zero_stage == 0
-    return part * (4 if gradients_exist else 8)
+def kv_bytes_per_token(shapes: ModelShapes, dtype: str, shards: int = 1) -> int:
+    """2 L K e: a key and a value in every layer. Each of several shards has at least one key head."""
+    heads = max(1, shapes.text.key_heads // shards)
+    return 2 * shapes.text.layers * heads * shapes.text.head_dim * DTYPE_BYTES[dtype]
 
 
 def longest_sequence(config: Config, work: Workload, max_model_len: int) -> int:
@@ -175,26 +136,37 @@ def learner_memory(
     optimizer step: step_bytes.
 
     All layers keep L B S text_layer_saved, with gradient_checkpointing L B S eH; so does a trained tower.
-    With micro_batch over 1 the attention mask takes B S^2 (1 + e)."""
+    With micro_batch over 1, or eager attention, the mask takes B S^2 (1 + e); flash attention has none.
+    Eager attention keeps B S^2 eager_saved in a layer, and as much again for its gradients."""
     learner, e, batch = config.learner, DTYPE_BYTES[config.learner.dtype], config.learner.micro_batch
-    text, vision, num_trained = student.text, student.vision, count(trained(student, learner))
+    text, vision, of = student.text, student.vision, trained(student, learner)
+    num_trained = count(of)
     length = longest_sequence(config, train, config.rollout.max_model_len)
     tokens, patches = batch * length, batch * train.max_video_tokens * vision.patches_a_token
     depth = 0 if learner.freeze_vision or learner.lora_rank else vision.depth
-    layer = tokens * activations.text_layer_saved(student, e)
+    attention = learner.attn_implementation
+    eager = activations.eager_saved(student, e) if attention == "eager" else 0
+    layer = tokens * (activations.text_layer_saved(student, e) + eager * length)
     block = patches * activations.vision_block_saved(student, e)
     kept, recomputed = text.layers * layer + depth * block, 0
     if learner.gradient_checkpointing:
         recomputed = max(layer, block if depth else 0)
         kept = text.layers * tokens * text.hidden * e + depth * patches * vision.hidden * e
     video = activations.video_bytes(student, e, batch * train.max_video_tokens)
-    mask = {"attention mask": batch * length**2 * (1 + e) if batch > 1 else 0}
+    masked = attention == "eager" or (attention == "sdpa" and batch > 1)
+    mask = {"attention mask": batch * length**2 * (1 + e) if masked else 0}
     of_pass = {"activations kept": kept} | mask | video
     rows = min(learner.logit_rows, batch * config.rollout.max_response_tokens)
     logits = rows * text.vocab_size * 4 * activations.logit_copies(config.loss)
-    gradients = tokens * activations.text_layer_gradients(student, e)
-    held = weight_bytes(student, learner) | gradient_bytes(num_trained, learner)
-    held |= optimizer_bytes(num_trained, learner)
+    gradients = tokens * (activations.text_layer_gradients(student, e) + eager * length)
+    held = weight_bytes(student, learner) | gradient_bytes(of, learner)
+    host = _prompts_bytes(student, train, batch) | _bucket_bytes(config, student)
+    if learner.offload("optimizer") == "none":
+        held |= optimizer_bytes(num_trained, learner)
+    else:
+        host |= offload_bytes(num_trained, learner)
+    if learner.offload("param") != "none":
+        host["offloaded weights"], held["weights"] = held["weights"], 0
     if config.loss.needs.teacher == "hidden" and teacher:
         values = teacher.text.vocab_size * teacher.text.hidden * len(config.teacher_models)
         held["teacher's head"] = values * DTYPE_BYTES[config.teacher_pool.dtype]
@@ -204,10 +176,13 @@ def learner_memory(
         "backward": of_pass | {"activations again": recomputed, "their gradients": gradients},
         "optimizer step": {"float32 gradients and roots": step_bytes(num_trained, learner)},
     }
-    host = _prompts_bytes(student, train, batch) | _bucket_bytes(config, student)
     if learner.vision_cache_bytes:
         host["vision cache"] = learner.vision_cache_bytes
-    return _place("learner", learner.world_size, learner.num_gpus, ProcessMemory(held, phases), host)
+    loading = e * count(parameters(student))
+    if learner.zero_stage == 3:  # a rank takes its share of one parameter after the other
+        loading = _largest_tensor(student, learner.dtype)
+    computing = ProcessMemory(held, phases)
+    return _place("learner", learner.world_size, learner.num_gpus, computing, host, loading)
 
 
 def actors_memory(config: Config, student: ModelShapes, work: Workload, gpu_bytes: int) -> RoleMemory:
@@ -215,7 +190,10 @@ def actors_memory(config: Config, student: ModelShapes, work: Workload, gpu_byte
     rollout = config.rollout
     computing = vllm_memory(config, rollout, student, work, gpu_bytes)
     host = _prompts_bytes(student, work, rollout.prompts_per_call) | _bucket_bytes(config, student)
-    return _place("actors", rollout.num_actors, rollout.num_gpus, computing, host)
+    if config.learner.publishes_adapters:  # vLLM keeps what it loaded beside what it computes with
+        host["adapter"] = DTYPE_BYTES[rollout.dtype] * count(trained(student, config.learner))
+    processes, loading = rollout.num_actors * rollout.tensor_parallel, _largest_tensor(student, rollout.dtype)
+    return _place("actors", processes, rollout.num_gpus, computing, host, loading)
 
 
 def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_bytes: int) -> RoleMemory:
@@ -225,64 +203,86 @@ def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_byt
     response rows: 4V TEACHER_LOGIT_COPIES for each of micro_batch x max_response_tokens.
     answering: A answers to each prompt are A sequences; as scoring, and 2 L K e A B S of KV cache."""
     pool, e = config.teacher_pool, DTYPE_BYTES[config.teacher_pool.dtype]
+    loading = e * count(parameters(teacher))
     if pool.engine == "vllm":
         computing = vllm_memory(config, pool, teacher, work, gpu_bytes)
+        loading = _largest_tensor(teacher, pool.dtype)
     else:
         batch, video, curriculum = pool.micro_batch, work.max_video_tokens, config.curriculum
         length = longest_sequence(config, work, pool.max_model_len)
         logits = batch * config.rollout.max_response_tokens * teacher.text.vocab_size * 4
         answers = batch * (curriculum.num_teacher_predictions if curriculum.asks_teacher else 1)
         kv_cache = {"KV cache": answers * length * kv_bytes_per_token(teacher, pool.dtype)}
+        eager = activations.eager_saved(teacher, e) * length**2 if pool.attn_implementation == "eager" else 0
+        scoring, answering = (
+            activations.forward_bytes(teacher, e, n * length, n * video) | {"eager attention": n * eager}
+            for n in (batch, answers)
+        )
         phases = {
-            "scoring": activations.forward_bytes(teacher, e, batch * length, batch * video),
+            "scoring": scoring,
             "response rows": {"logits": logits * TEACHER_LOGIT_COPIES},
-            "answering": activations.forward_bytes(teacher, e, answers * length, answers * video) | kv_cache,
+            "answering": answering | kv_cache,
         }
-        computing = ProcessMemory({"weights": e * count(parameters(teacher))}, phases)
+        computing = ProcessMemory({"weights": loading}, phases)
     host = _prompts_bytes(teacher, work, pool.max_batch_requests * config.rollout.prompts_per_call)
     processes = pool.num_replicas * len(config.teacher_models) * pool.tensor_parallel
-    return _place("teacher", processes, pool.num_gpus, computing, host)
+    return _place("teacher", processes, pool.num_gpus, computing, host, loading)
 
 
 def vllm_memory(
     config: Config, engine: RolloutConfig | TeacherConfig, shapes: ModelShapes, work: Workload, gpu_bytes: int
 ) -> ProcessMemory:
-    """A vLLM engine: weights eP, KV cache, and phases of N tokens a pass.
+    """A vLLM engine: weights (model_bytes), KV cache, an actor's adapter, and phases of N tokens a pass.
 
-    N: the longest prompt, or as many prompts as GPU_BATCHED_TOKENS (CPU_BATCHED_TOKENS) hold.
-    prefill: forward_bytes. vLLM plans for the language model alone (skip_mm_profiling): the vision tower
-    comes on top of gpu_memory_utilization.
-    logits: an actor's 4V VLLM_LOGIT_COPIES for each of max_num_seqs; a teacher's (4 + e) V for each of N.
-    KV cache: kv_cache_bytes, or what gpu_memory_utilization leaves of a GPU, at least a max_model_len.
-    With tensor_parallel, one part of the teacher: weights and KV cache are divided, layers count whole."""
+    N on a GPU: *_BATCHED_TOKENS, at most num_sequences whole ones, since prefills are cut. On a CPU, where
+    they are not: the longest prompt, or as many prompts as CPU_BATCHED_TOKENS hold.
+    prefill: forward_bytes. vLLM plans for the language model alone (skip_mm_profiling), so the vision tower
+    comes on top of gpu_memory_utilization. So do CUDA context and NCCL: vLLM takes its snapshot of free
+    memory after both exist (init_device in vllm/v1/worker/gpu_worker.py).
+    logits: an actor's 4V VLLM_LOGIT_COPIES for each of max_num_seqs; a teacher's (4 + e) V for each of N, on
+    a GPU 2eV for each of PROMPT_LOGPROB_ROWS.
+    input buffers, on a GPU: e N H (1 + D), embeddings and deepstack (vllm/model_executor/models/qwen3_vl.py).
+    KV cache: kv_cache_bytes, or what gpu_memory_utilization leaves of a GPU, at least a max_model_len. On a
+    shared GPU vLLM is given it (with_kv_caches).
+    With tensor_parallel, one shard: weights, KV cache, heads and MLPs are divided."""
     scores = isinstance(engine, TeacherConfig)
+    on_gpu = engine.num_gpus > 0
     num_sequences = engine.micro_batch if scores else engine.max_num_seqs
-    parts, eager = (engine.tensor_parallel, False) if scores else (1, engine.enforce_eager)
+    shards, eager = engine.tensor_parallel, not scores and engine.enforce_eager
     e, longest = DTYPE_BYTES[engine.dtype], longest_sequence(config, work, engine.max_model_len)
-    per_pass = GPU_BATCHED_TOKENS if engine.num_gpus else CPU_BATCHED_TOKENS
-    num_tokens = max(longest, min(per_pass, num_sequences * longest))
+    num_tokens = max(longest, min(CPU_BATCHED_TOKENS, num_sequences * longest))
+    if on_gpu:
+        per_pass = GPU_BATCHED_TOKENS if gpu_bytes >= LARGE_GPU_BYTES else SMALL_GPU_BATCHED_TOKENS
+        num_tokens = min(per_pass, num_sequences * engine.max_model_len)
     video_tokens = max(work.max_video_tokens, min(num_tokens, num_sequences * work.max_video_tokens))
     values = num_tokens * (4 + e) if scores else num_sequences * 4 * VLLM_LOGIT_COPIES
+    if scores and on_gpu:
+        values = min(num_tokens, PROMPT_LOGPROB_ROWS) * 2 * e
     logits = shapes.text.vocab_size * values
-    weights = e * count(parameters(shapes)) // parts
-    graphs = CUDA_GRAPH_BYTES if engine.num_gpus and not eager else 0
+    held = {"weights": model_bytes(shapes, e) // shards}
+    if on_gpu:
+        held["input buffers"] = e * num_tokens * shapes.text.hidden * (1 + shapes.vision.deepstack)
+    if on_gpu and not eager:
+        held["CUDA graphs"] = CUDA_GRAPH_BYTES
+    if not scores and config.learner.publishes_adapters:
+        held["adapter slot"] = e * slot_numbers(shapes, config.learner)
     kv_cache = engine.kv_cache_bytes or CPU_KV_CACHE_BYTES
-    if engine.num_gpus and engine.kv_cache_bytes is None:
-        passing = max(num_tokens * activations.text_layer_passing(shapes, e), logits)
-        planned = passing + weights + graphs + GPU_CONTEXT_BYTES
-        one_sequence = engine.max_model_len * kv_bytes_per_token(shapes, engine.dtype) // parts
-        kv_cache = max(int(engine.gpu_memory_utilization * gpu_bytes) - planned, one_sequence)
-    held = {"weights": weights, "KV cache": kv_cache} | ({"CUDA graphs": graphs} if graphs else {})
-    prefill = activations.forward_bytes(shapes, e, num_tokens, video_tokens)
-    return ProcessMemory(held, {"prefill": prefill, "logits": {"logits": logits}})
+    if on_gpu and engine.kv_cache_bytes is None:
+        passing = max(num_tokens * activations.text_layer_passing(shapes, e, shards), logits)
+        whole_blocks = -(-engine.max_model_len // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
+        one_sequence = whole_blocks * kv_bytes_per_token(shapes, engine.dtype, shards)
+        planned = int(engine.gpu_memory_utilization * gpu_bytes)
+        kv_cache = max(planned - passing - sum(held.values()), one_sequence)
+    prefill = activations.forward_bytes(shapes, e, num_tokens, video_tokens, shards)
+    return ProcessMemory(held | {"KV cache": kv_cache}, {"prefill": prefill, "logits": {"logits": logits}})
 
 
 def support_memory(config: Config, student: ModelShapes) -> list[RoleMemory]:
-    """Processes without a model, and the object store, which holds one published version, eP."""
+    """Processes without a model, and the object store, which holds one published version."""
     names = ["driver", "ray", "curriculum", *(["serve"] if config.needs_teacher else [])]
     held = {name: {"empty process": EMPTY_PROCESS_BYTES[name]} for name in names}
-    published = DTYPE_BYTES[config.learner.dtype] * count(parameters(student))
-    held["object store"] = {"published weights": published if config.rollout.num_actors else 0}
+    published = published_bytes(config, student) if config.rollout.num_actors else 0
+    held["object store"] = {"published weights": published}
     return [RoleMemory(name, 1, 0.0, None, ProcessMemory(terms, {})) for name, terms in held.items()]
 
 
@@ -294,17 +294,22 @@ def _prompts_bytes(shapes: ModelShapes, work: Workload, at_once: int) -> dict[st
 
 def _bucket_bytes(config: Config, student: ModelShapes) -> dict[str, int]:
     """On the host: one bucket of weights in transfer, at most learner.bucket_bytes."""
-    weights = DTYPE_BYTES[config.learner.dtype] * count(parameters(student))
-    return {"weight bucket": min(config.learner.bucket_bytes, weights)}
+    return {"weight bucket": min(config.learner.bucket_bytes, published_bytes(config, student))}
+
+
+def _largest_tensor(shapes: ModelShapes, dtype: str) -> int:
+    """On the host while vLLM loads: it maps the files and takes one tensor after the other."""
+    return DTYPE_BYTES[dtype] * max(count({name: shape}) for name, shape in parameters(shapes).items())
 
 
 def _place(
-    role: str, processes: int, num_gpus: float, computing: ProcessMemory, host: dict[str, int]
+    role: str, processes: int, num_gpus: float, computing: ProcessMemory, host: dict[str, int], loading: int
 ) -> RoleMemory:
-    """With a GPU the host holds the weights only while they load; without one it holds everything."""
+    """With a GPU the host holds weights only while they load; without one it holds everything."""
     host = {"empty process": EMPTY_PROCESS_BYTES[role]} | host
     if not num_gpus:
         return RoleMemory(role, processes, 0.0, None, ProcessMemory(host | computing.held, computing.phases))
     device = ProcessMemory(computing.held | {"CUDA context": GPU_CONTEXT_BYTES}, computing.phases)
-    loading = {"loading": {"weights": computing.held["weights"]}}
-    return RoleMemory(role, processes, min(1.0, num_gpus), device, ProcessMemory(host, loading))
+    return RoleMemory(
+        role, processes, min(1.0, num_gpus), device, ProcessMemory(host, {"loading": {"weights": loading}})
+    )

@@ -9,15 +9,18 @@ from itertools import accumulate
 import psutil
 
 from preflight import memory
+from preflight.gpus import read_machine
 from preflight.inputs import Draft, Plan, asked_teachers, largest_teacher
 from preflight.memory import GIB, RoleMemory, Workload, workload_of, workload_of_budget
-from preflight.model_shapes import ModelShapes, count, parameters, read_shapes
-from video_opd.config import Config
+from preflight.model_shapes import ModelShapes, can_shard, count, parameters, read_shapes
+from video_opd.config import Config, RolloutConfig, TeacherConfig
 from video_opd.errors import ConfigError
 
 DEFAULT_GPU_BYTES = 80 * GIB
 MAX_WORLD_SIZE = 64
 LORA_RANK = 16
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+ALTERNATIVES = 3  # changes that a refusal names
 SECTIONS = {"learner": ("learner",), "actors": ("rollout",), "teacher": ("teacher_pool", "curriculum")}
 
 Change = Mapping[str, object]
@@ -75,10 +78,20 @@ def memory_plan(config: Config, draft: Plan | Draft, gpu_memory_gib: float | Non
 
 
 def _gpu_bytes() -> int:
-    import torch
+    machine = read_machine()
+    return machine.best.memory_bytes if machine.gpus else DEFAULT_GPU_BYTES
 
-    available = torch.cuda.is_available()
-    return torch.cuda.get_device_properties(0).total_memory if available else DEFAULT_GPU_BYTES
+
+def misfit(plan: MemoryPlan, role: RoleMemory) -> str | None:
+    """Why a process does not fit in its share of a GPU, and what would help; None: it fits."""
+    share = role.gpu_share * plan.gpu_bytes
+    if role.device is None or role.device.peak_bytes <= share:
+        return None
+    num_gpus = f"{SECTIONS[role.role][0]}.num_gpus={role.gpu_share:g}"
+    of = " a GPU" if role.gpu_share == 1 else f", {num_gpus} of {plan.gpu_bytes / GIB:.0f}"
+    needed, lacks = role.device.peak_bytes / GIB, (role.device.peak_bytes - share) / GIB
+    what = f"{role.role}: {needed:.0f} GiB of {share / GIB:.0f} GiB{of}, {lacks:.1f} too many"
+    return f"{what}: {_advice(plan, role)}"
 
 
 def check_fits(plan: MemoryPlan, one_machine: bool) -> None:
@@ -87,12 +100,8 @@ def check_fits(plan: MemoryPlan, one_machine: bool) -> None:
     A run without GPUs must fit in this machine; unless `one_machine`, only its largest process must."""
     roles = plan.roles
     for role in roles:
-        share = role.gpu_share * plan.gpu_bytes
-        if role.device and role.device.peak_bytes > share:
-            num_gpus = f"{SECTIONS[role.role][0]}.num_gpus={role.gpu_share:g}"
-            of = " a GPU" if role.gpu_share == 1 else f", {num_gpus} of {plan.gpu_bytes / GIB:.0f}"
-            needed = f"{role.role}: {role.device.peak_bytes / GIB:.0f} GiB of {share / GIB:.0f} GiB"
-            raise ConfigError(f"{needed}{of}: {_advice(plan, role)}")
+        if problem := misfit(plan, role):
+            raise ConfigError(problem)
     if plan.on_gpu:
         return
     largest = max(roles, key=lambda r: r.host.peak_bytes)
@@ -104,18 +113,39 @@ def check_fits(plan: MemoryPlan, one_machine: bool) -> None:
         raise ConfigError(f"{what}: {needed}; {process}: {_advice(plan, largest)}")
 
 
+def with_kv_caches(plan: MemoryPlan) -> Config:
+    """The config with the planned KV cache of each engine that shares a GPU, which must not measure it.
+
+    vLLM takes the fall of the GPU's free memory for its own need, whoever allocated meanwhile."""
+    config = plan.config
+    for role in plan.roles:
+        kv_cache = role.device.held.get("KV cache") if role.device and role.gpu_share < 1 else None
+        if kv_cache:
+            section = SECTIONS[role.role][0]
+            engine = getattr(config, section).model_copy(update={"kv_cache_bytes": kv_cache})
+            config = config.model_copy(update={section: engine})
+    return config
+
+
 def host_total(roles: Sequence[RoleMemory]) -> int:
     """Bytes of all processes in the machine's memory, as if all ran on one."""
     return sum(r.processes * r.host.peak_bytes for r in roles)
 
 
 def _advice(plan: MemoryPlan, role: RoleMemory) -> str:
-    """The first of _changes after which the role fits, else as many of them together as it takes."""
+    """The first values after which the role fits, of up to ALTERNATIVES keys; else of as many as it takes."""
     changes = _changes(plan.config, role.role)
+    found: dict[tuple[str, ...], str] = {}
     for change in [*changes, *accumulate(changes, lambda before, further: {**before, **further})]:
-        if (after := _needed(plan, change, role.role)) is not None:
+        if found and len(change) > 1:
+            break
+        if tuple(change) not in found and (after := _needed(plan, change, role.role)) is not None:
             words = " ".join(f"{key}={json.dumps(value)}" for key, value in change.items())
-            return f"{words} would need {after / GIB:.0f}"
+            found[tuple(change)] = f"{words} would need {after / GIB:.0f}"
+            if len(change) > 1:
+                break
+    if found:
+        return ", or ".join(list(found.values())[:ALTERNATIVES])
     remedy = "use a smaller model, shorter videos (video.max_video_tokens) or larger GPUs"
     return f"none of its options makes it fit: {remedy}"
 
@@ -127,6 +157,10 @@ def _needed(plan: MemoryPlan, change: Change, role: str) -> int | None:
         section, _, name = key.partition(".")
         update = {section: getattr(config, section).model_copy(update={name: value})}
         config = config.model_copy(update=update)
+    if not can_shard(plan.student, config.rollout.tensor_parallel):
+        return None
+    if plan.teacher and not can_shard(plan.teacher, config.teacher_pool.tensor_parallel):
+        return None
     roles = plan.of(config)
     (changed,) = [r for r in roles if r.role == role]
     if changed.device:
@@ -141,7 +175,6 @@ def _changes(config: Config, role: str) -> list[Change]:
     many_ranks = learner.num_gpus > 0  # on a CPU all ranks share one memory
     kv_cache_fills_gpu = rollout.num_gpus and rollout.kv_cache_bytes is None
     twentieths = range(int(rollout.gpu_memory_utilization * 20), 1, -1) if kv_cache_fills_gpu else []
-    in_parts = pool.engine == "vllm" and pool.num_gpus
     predictions = config.curriculum.num_teacher_predictions if config.curriculum.asks_teacher else 0
     doubled = [learner.world_size << n for n in range(1, 7)] if many_ranks else []
     options: dict[str, Iterable[object]] = {
@@ -149,16 +182,18 @@ def _changes(config: Config, role: str) -> list[Change]:
         "learner.zero_stage": range(learner.zero_stage + 1, 4),
         "learner.micro_batch": _halves(learner.micro_batch),
         "learner.world_size": [n for n in doubled if n <= MAX_WORLD_SIZE],
+        "learner.deepspeed": [OFFLOAD] if many_ranks and learner.zero_stage and not learner.deepspeed else [],
         "learner.lora_rank": [] if learner.lora_rank else [LORA_RANK],
         "learner.num_gpus": _larger_shares(learner.num_gpus),
         "rollout.gpu_memory_utilization": [n / 20 for n in twentieths],
         "rollout.kv_cache_bytes": [n for n in _halves(rollout.kv_cache_bytes or 0) if n >= 1 << 20],
         "rollout.max_num_seqs": _halves(rollout.max_num_seqs),
         "rollout.num_gpus": _larger_shares(rollout.num_gpus),
+        "rollout.tensor_parallel": _more_shards(rollout),
         "teacher_pool.micro_batch": _halves(pool.micro_batch),
         "curriculum.num_teacher_predictions": _halves(predictions),
         "teacher_pool.num_gpus": _larger_shares(pool.num_gpus),
-        "teacher_pool.tensor_parallel": [n for n in (2, 4, 8) if in_parts and n > pool.tensor_parallel],
+        "teacher_pool.tensor_parallel": _more_shards(pool) if pool.engine == "vllm" else [],
     }
     sections = SECTIONS.get(role, ())
     return [{key: v} for key, values in options.items() if key.startswith(sections) for v in values]
@@ -166,6 +201,10 @@ def _changes(config: Config, role: str) -> list[Change]:
 
 def _halves(value: int) -> list[int]:
     return [value >> n for n in range(1, value.bit_length())]
+
+
+def _more_shards(engine: RolloutConfig | TeacherConfig) -> list[int]:
+    return [n for n in (2, 4, 8) if engine.num_gpus == 1 and n > engine.tensor_parallel]
 
 
 def _larger_shares(share: float) -> list[float]:
@@ -176,7 +215,7 @@ def _larger_shares(share: float) -> list[float]:
 def describe_memory(plan: MemoryPlan) -> str:
     """The estimate for people: every role, its terms largest first, and what there is."""
     models = [("student", plan.student)] + ([("teacher", plan.teacher)] if plan.teacher else [])
-    lines = [f"{role:9} {count(parameters(shapes)) / 1e9:.3f} billion parameters" for role, shapes in models]
+    lines = [f"{role:9} {_describe_model(shapes)}" for role, shapes in models]
     work, roles = plan.train, plan.roles
     video = f"{work.mean_video_tokens:.0f} tokens a prompt expected, at most {work.max_video_tokens}"
     if not work.mean_video_tokens:
@@ -194,8 +233,14 @@ def describe_memory(plan: MemoryPlan) -> str:
     shares = ", ".join(f"{r.processes} x {r.gpu_share:g} {r.role}" for r in roles if r.device)
     gpus = sum(r.processes * r.gpu_share for r in roles)
     lines.append(f"  GPUs         {gpus:g} of {plan.gpu_bytes / GIB:.0f} GiB ({shares})")
-    lines.append(f"  host         {total:.0f} GiB over all machines while models load")
+    hosts = ", ".join(f"{r.processes} x {r.host.peak_bytes / GIB:.1f} {r.role}" for r in roles if r.device)
+    lines.append(f"  host         {total:.0f} GiB over all machines, at start or later ({hosts})")
     return "\n".join(lines)
+
+
+def _describe_model(shapes: ModelShapes) -> str:
+    size = f"{count(parameters(shapes)) / 1e9:.3f} billion parameters"
+    return f"{size}, linear layers in FP8" if shapes.fp8 else size
 
 
 def _describe_role(role: RoleMemory, gpu_bytes: int) -> str:

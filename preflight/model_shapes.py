@@ -11,8 +11,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from preflight.quantization import Quantization, read_quantization
 from video_opd.errors import ModelError
-from video_opd.models.model_files import SUPPORTED, read_json
+from video_opd.models.model_files import SUPPORTED, read_json, vision_config
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+VOCAB_PADDING = 64  # of vLLM's VocabParallelEmbedding
 
 Parameters = dict[str, tuple[int, ...]]
 """Parameter name in transformers -> shape. A tied head is not listed."""
@@ -31,6 +36,14 @@ class TextShapes:
     key: int  # width of all key heads together, and of all value heads
     tied_head: bool
 
+    @property
+    def heads(self) -> int:
+        return self.query // self.head_dim
+
+    @property
+    def key_heads(self) -> int:
+        return self.key // self.head_dim
+
 
 @dataclass(frozen=True, kw_only=True)
 class VisionShapes:
@@ -39,6 +52,7 @@ class VisionShapes:
     depth: int
     hidden: int
     intermediate: int
+    heads: int
     output: int  # width of what the language model gets
     patch: tuple[int, int, int, int]  # channels, frames, height, width
     merge: int  # patches a side of one video token
@@ -64,6 +78,7 @@ class ModelShapes:
     committed: bool  # from configs/shapes, as there is no model folder
     text: TextShapes
     vision: VisionShapes
+    fp8: Quantization | None = None
 
     @property
     def is_qwen3(self) -> bool:
@@ -101,7 +116,7 @@ def parse_shapes(config: Mapping[str, Any], name: str, source: str, committed: b
     try:
         if (model_type := config["model_type"]) not in SUPPORTED:
             raise ModelError(f"{source}: model_type {model_type!r} is not supported; use one of {SUPPORTED}")
-        text, vision = config.get("text_config", config), config["vision_config"]
+        text, vision = config.get("text_config", config), vision_config(config)
         heads, side = text["num_attention_heads"], vision["patch_size"]
         head_dim = text.get("head_dim") or text["hidden_size"] // heads
         channels = vision.get("in_channels", vision.get("in_chans", 3))
@@ -119,14 +134,16 @@ def parse_shapes(config: Mapping[str, Any], name: str, source: str, committed: b
             depth=vision["depth"],
             hidden=vision["hidden_size"],
             intermediate=vision["intermediate_size"],
+            heads=vision["num_heads"],
             output=vision["out_hidden_size"],
             patch=(channels, vision.get("temporal_patch_size", 2), side, side),
             merge=vision["spatial_merge_size"],
             positions=vision.get("num_position_embeddings", 0),
             deepstack=len(vision.get("deepstack_visual_indexes", ())),
         )
-        return ModelShapes(name, model_type, committed, text_shapes, vision_shapes)
-    except (KeyError, TypeError, AttributeError) as error:
+        fp8 = read_quantization(config, source)
+        return ModelShapes(name, model_type, committed, text_shapes, vision_shapes, fp8)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ModelError(f"{source} lacks {error}: the model folder is damaged") from error
 
 
@@ -135,6 +152,29 @@ def parameters(shapes: ModelShapes) -> Parameters:
     """Every parameter of the model."""
     tower = _vision(shapes.vision, shapes.is_qwen3)
     return _under("model.visual", tower) | _text(shapes.text, shapes.is_qwen3)
+
+
+def model_bytes(shapes: ModelShapes, e: int) -> int:
+    """Bytes of the weights as an engine holds them: e a number, but about one where a folder has FP8."""
+    of, fp8 = parameters(shapes), shapes.fp8
+    converted = {n: s for n, s in of.items() if fp8 and fp8.converts(n, s)}
+    rest = e * (count(of) - count(converted))
+    return rest + sum(fp8.num_bytes(s) for s in converted.values()) if fp8 else rest
+
+
+def can_shard(shapes: ModelShapes, shards: int) -> bool:
+    """Whether vLLM can divide the model: it needs as many heads, and rows of each layer, in every shard.
+
+    Key heads may also be copied (vllm/model_executor/layers/linear.py, QKVParallelLinear). A shard has whole
+    blocks of FP8 scales (validate_fp8_block_shape in layers/quantization/utils/fp8_utils.py)."""
+    text, vision = shapes.text, shapes.vision
+    vocabulary = -(-text.vocab_size // VOCAB_PADDING) * VOCAB_PADDING
+    whole = (text.heads, vision.heads, text.intermediate, vision.intermediate, vocabulary)
+    if any(size % shards for size in whole) or (text.key_heads % shards and shards % text.key_heads):
+        return False
+    block = (shapes.fp8 and shapes.fp8.block) or (1, 1)
+    widths = (text.query // shards, text.head_dim, text.intermediate // shards)
+    return all(width % side == 0 for width in widths for side in block)
 
 
 def count(of: Parameters) -> int:

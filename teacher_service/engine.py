@@ -1,6 +1,5 @@
 """Scoring engines: tokens in, the teacher's log-probs out. Two engines with one interface."""
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from video_opd.config import TeacherConfig
 from video_opd.models import forward
 from video_opd.models.prompting import PromptEncoder
+from video_opd.models.shared_gpu import starting_alone
 from video_opd.models.vllm_engine import check_expansion, start_vllm, vllm_prompt
 from video_opd.types import EncodedPrompt, TopK
 
@@ -72,8 +72,10 @@ class TransformersEngine(ScoringEngine):
     def __post_init__(self) -> None:
         torch.manual_seed(self.seed)
         self._device = "cuda" if self.config.num_gpus else "cpu"
-        self._model = forward.load_model(self.model, self.config.dtype, self.trust_remote_code)
-        self._model.eval().to(self._device)
+        dtype, attention = self.config.dtype, self.config.attn_implementation
+        self._model = forward.load_model(self.model, dtype, self.trust_remote_code, attention)
+        with starting_alone(self.config.num_gpus):
+            self._model.eval().to(self._device)
         self._logits = forward.ResponseLogits(self._model)
 
     @torch.inference_mode()
@@ -113,18 +115,6 @@ class TransformersEngine(ScoringEngine):
         return texts
 
 
-def parallel_options(config: TeacherConfig) -> dict[str, Any]:
-    """vLLM's options for tensor parallelism: Ray actors in the placement group on GPUs, processes on CPUs."""
-    if config.tensor_parallel == 1:
-        return {}
-    if config.num_gpus:
-        os.environ["VLLM_RAY_PER_WORKER_GPUS"] = f"{config.num_gpus:g}"
-    else:
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else it wants a NUMA node per process
-    backend = "ray" if config.num_gpus else "mp"  # mp: without cpu_torch.py, needs torch's own torchvision
-    return {"tensor_parallel_size": config.tensor_parallel, "distributed_executor_backend": backend}
-
-
 class VllmEngine(ScoringEngine):
     """Prefill with vLLM's prompt_logprobs; prefer `transformers` for long videos.
 
@@ -133,7 +123,7 @@ class VllmEngine(ScoringEngine):
 
     def __post_init__(self) -> None:
         limits = {"max_num_seqs": self.config.micro_batch, "max_logprobs": max(self.wanted.top_k, 1)}
-        options = {"enforce_eager": not self.config.num_gpus} | limits | parallel_options(self.config)
+        options = {"enforce_eager": not self.config.num_gpus} | limits
         self._llm: Any = start_vllm(self.model, self.config, self.seed, self.trust_remote_code, **options)
 
     def score(self, prompts: Encoded, responses: Sequence[np.ndarray]) -> list[TokenScores]:

@@ -19,6 +19,7 @@ from teacher_service.replica import Answers, Prompts, Reply, ScoreResult, Teache
 from teacher_service.scaling import DEPLOYMENT, GONE_WRONG, Bounds, app_name, autoscaling, read_pool
 from video_opd.cluster.deadline import with_deadline
 from video_opd.cluster.faults import retried
+from video_opd.cluster.placement import bundles_of
 from video_opd.config import Config, TeacherConfig, TeacherModel
 from video_opd.errors import RunError
 from video_opd.types import TrajectoryGroup
@@ -60,14 +61,12 @@ class Usage:
 
 
 def placement(pool: TeacherConfig, environment: dict[str, str]) -> dict[str, Any]:
-    """Serve's options for where a replica runs. With tensor_parallel: a bundle per part, all on one node."""
+    """Serve's options for where a replica runs. With tensor_parallel: a bundle per shard, all on one node."""
     actor = {"num_cpus": pool.num_cpus, "resources": {"teacher": 1}, "runtime_env": {"env_vars": environment}}
     if pool.tensor_parallel == 1:
         return {"ray_actor_options": actor | {"num_gpus": pool.num_gpus}}
-    part = {name: amount for name, amount in (("CPU", pool.num_cpus), ("GPU", pool.num_gpus)) if amount}
-    bundles = [part | {"teacher": 1}, *[part] * (pool.tensor_parallel - 1)]
+    bundles = bundles_of(pool, "teacher")
     group = {"placement_group_bundles": bundles, "placement_group_strategy": "STRICT_PACK"}
-    # On GPUs vLLM starts each part as a Ray actor in its bundle; the replica is in the first, without a GPU.
     return group | {"ray_actor_options": actor | {"num_gpus": 0}}
 
 

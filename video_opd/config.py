@@ -4,11 +4,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from video_opd import config_deepspeed
 from video_opd.config_data import (
+    Attention,
     ConfigSection,
     DataConfig,
     Dtype,
@@ -22,12 +24,15 @@ from video_opd.config_data import (
     PromptConfig,
     RegularExpression,
     VideoConfig,
+    attention_problem,
     key,
 )
 
 LossKind = Literal["opd", "opd_topk", "opd_full", "grpo", "off_policy_rkd", "off_policy_fkd", "sft"]
 ImportPaths = Annotated[tuple[str, ...], Field(min_length=1)]
 TEXT_LAYERS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+ATTENTION = "attention of transformers; flash_attention_* need their package on the nodes"
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's max_lora_rank: vllm/config/lora.py
 TRANSFERS = "Ray's object store, NCCL between GPUs, or one GPU's memory; the last two never ran yet"
 
 
@@ -51,6 +56,16 @@ OBJECTIVES: dict[LossKind, Objective] = {
 }
 
 
+def engine_problems(shards: int, num_gpus: float, num_cpus: float) -> Iterator[str]:
+    """What an engine of so many shards cannot have. Two shards on one GPU would stop NCCL."""
+    if num_gpus > 1:
+        yield f"num_gpus={num_gpus:g}, but a process uses one GPU: set num_gpus=1, and tensor_parallel"
+    if shards > 1 and num_gpus not in (0, 1):
+        yield f"tensor_parallel={shards} takes a whole GPU for each shard: set num_gpus=1"
+    if shards > 1 and not (num_gpus or num_cpus):
+        yield f"tensor_parallel={shards} without GPUs needs a share of a CPU for each shard: set num_cpus"
+
+
 class RolloutConfig(ConfigSection):
     """The vLLM actors."""
 
@@ -66,10 +81,12 @@ class RolloutConfig(ConfigSection):
     kv_cache_bytes: PositiveInt | None = key(None, "KV cache of one engine; None: by gpu_memory_utilization")
     gpu_memory_utilization: Fraction = 0.85
     enforce_eager: bool = False
-    num_gpus: NonNegativeFloat = key(1, "of one actor; 0 on a CPU machine")
-    num_cpus: NonNegativeFloat = 1
+    tensor_parallel: PositiveInt = key(1, "shards of an actor's engine, each on a GPU of one node")
+    num_gpus: NonNegativeFloat = key(1, "of one actor, or of each of its shards; 0 on a CPU machine")
+    num_cpus: NonNegativeFloat = key(1, "of one actor, or of each of its shards")
 
     def problems(self) -> Iterator[str]:
+        yield from engine_problems(self.tensor_parallel, self.num_gpus, self.num_cpus)
         if self.temperature != 1.0:
             yield f"temperature={self.temperature}: vLLM reports log-probs at temperature 1.0 alone; set 1.0"
 
@@ -91,18 +108,21 @@ class TeacherConfig(ConfigSection):
     micro_batch: PositiveInt = key(8, "sequences in one forward pass")
     max_model_len: PositiveInt = 16000
     dtype: Dtype = "bfloat16"
+    attn_implementation: Attention = key("sdpa", f"transformers only: {ATTENTION}")
     kv_cache_bytes: PositiveInt | None = None
     gpu_memory_utilization: Fraction = 0.85
     tensor_parallel: PositiveInt = key(1, "shards of a replica, each on a GPU of one node; vllm only")
     num_gpus: NonNegativeFloat = key(1, "of one replica, or of each of its shards; 0 on a CPU machine")
-    num_cpus: NonNegativeFloat = 1
+    num_cpus: NonNegativeFloat = key(1, "of one replica, or of each of its shards")
 
     def problems(self) -> Iterator[str]:
-        shards, fits = self.tensor_parallel, self.num_gpus <= 1 and (self.num_gpus or self.num_cpus)
-        if shards > 1 and self.engine != "vllm":
-            yield f"tensor_parallel={shards} is vLLM's: use engine=vllm"
-        if shards > 1 and not fits:
-            yield f"tensor_parallel={shards} gives each shard at most one GPU, or a share of num_cpus"
+        if self.engine == "vllm" and self.attn_implementation != "sdpa":
+            yield f"attn_implementation={self.attn_implementation} does nothing for engine=vllm: leave it out"
+        if problem := attention_problem(self.attn_implementation, self.dtype, self.num_gpus):
+            yield problem
+        if self.tensor_parallel > 1 and self.engine != "vllm":
+            yield f"tensor_parallel={self.tensor_parallel} is vLLM's: use engine=vllm"
+        yield from engine_problems(self.tensor_parallel, self.num_gpus, self.num_cpus)
         low, high = self.min_replicas or 1, self.max_replicas
         if high is None and self.min_replicas is not None:
             yield f"min_replicas={low} without max_replicas: set both, or neither for a fixed number"
@@ -157,7 +177,10 @@ class LearnerConfig(ConfigSection):
 
     world_size: PositiveInt = key(1, "data-parallel ranks")
     zero_stage: Literal[0, 1, 2, 3] = 3
+    deepspeed: dict[str, Any] = key({}, "further keys of DeepSpeed's configuration; docs/operations.md")
     dtype: Dtype = "bfloat16"
+    grad_accum_dtype: Dtype | None = key(None, "sums gradients of micro-batches; None: float32 if it can")
+    attn_implementation: Attention = key("sdpa", ATTENTION)
     micro_batch: PositiveInt = key(1, "sequences in one forward and backward pass")
     logit_rows: PositiveInt = key(512, "response tokens whose logits are held at once")
     lr: PositiveFloat = 1e-6
@@ -171,17 +194,56 @@ class LearnerConfig(ConfigSection):
     lora_rank: NonNegativeInt = key(0, "train only low-rank adapters of this rank; 0: train the weights")
     lora_alpha: PositiveFloat = key(32.0, "adapters are scaled by lora_alpha / lora_rank")
     lora_targets: RegularExpression = key(TEXT_LAYERS, "regular expression: linear layers with adapters")
+    lora_publish: Literal["adapters", "merged"] = key("adapters", "to actors: these alone, or merged weights")
     gradient_checkpointing: bool = True
     bucket_bytes: PositiveInt = key(256 << 20, "weights travel in buckets of about this size")
     weight_transfer: Literal["object_store", "collective", "ipc"] = key("object_store", TRANSFERS)
     num_gpus: NonNegativeFloat = key(1, "of one rank; 0 on a CPU machine")
     num_cpus: NonNegativeFloat = 1
 
+    @property
+    def accumulation_dtype(self) -> Dtype:
+        """In which gradients of micro-batches are added. ZeRO-2 and 3 add in another than that of weights.
+
+        DeepSpeed 0.19 has none at stage 0, and at stage 1 another optimizer with other checkpoint files."""
+        return self.grad_accum_dtype or ("float32" if self.zero_stage >= 2 else self.dtype)
+
+    def zero_option(self, name: str, default: Any) -> Any:
+        """A key of deepspeed.zero_optimization; `default` is DeepSpeed's, which "auto" means too."""
+        value = self.deepspeed.get(config_deepspeed.ZERO, {}).get(name, default)
+        return default if value == "auto" else value
+
+    def offload(self, what: Literal["optimizer", "param"]) -> str:
+        """Where DeepSpeed keeps optimizer states, or weights: none (on the device) or cpu."""
+        return (self.zero_option(f"offload_{what}", None) or {}).get("device", "none")
+
     def problems(self) -> Iterator[str]:
+        yield from config_deepspeed.problems(self.deepspeed, self.zero_stage)
+        if problem := attention_problem(self.attn_implementation, self.dtype, self.num_gpus):
+            yield problem
+        if self.grad_accum_dtype == "bfloat16" and self.dtype == "float32":
+            yield "grad_accum_dtype=bfloat16 would round gradients of dtype=float32: leave it out"
+        if self.accumulation_dtype != self.dtype and self.zero_stage < 2:
+            yield f"grad_accum_dtype=float32 needs zero_stage=2 or 3, not {self.zero_stage}"
         if self.vision_cache_bytes and not self.freeze_vision:
             yield "vision_cache_bytes keeps outputs of the vision tower: set freeze_vision, or leave it 0"
         if self.vision_cache_bytes and self.zero_stage == 3 and self.world_size > 1:
             yield "vision_cache_bytes would block ranks that wait for each other's tower: use zero_stage=2"
+        if self.publishes_adapters and self.lora_rank > LORA_RANKS[-1]:
+            most = f"vLLM takes {LORA_RANKS[-1]} at most"
+            yield f"lora_rank={self.lora_rank}: {most}; lower it, or use lora_publish=merged"
+        if self.num_gpus > 1:
+            yield f"num_gpus={self.num_gpus:g}, but a rank uses one GPU: set num_gpus=1, and world_size"
+
+    @property
+    def publishes_adapters(self) -> bool:
+        """Whether actors get adapters, through the object store, instead of weights by weight_transfer."""
+        return bool(self.lora_rank) and self.lora_publish == "adapters"
+
+    @property
+    def lora_slot_rank(self) -> int:
+        """The rank that vLLM reserves memory for."""
+        return next(rank for rank in LORA_RANKS if rank >= self.lora_rank)
 
 
 class CurriculumConfig(ConfigSection):
@@ -267,6 +329,11 @@ class Config(ConfigSection):
         return self.loss.needs.teacher != "none" or self.curriculum.asks_teacher
 
     @property
+    def shares_gpus(self) -> bool:
+        """Whether processes of several roles, or several of one, may be on one GPU."""
+        return any(0 < part.num_gpus < 1 for part in (self.learner, self.rollout, self.teacher_pool))
+
+    @property
     def teacher_models(self) -> tuple[TeacherModel, ...]:
         """All teachers of the run; empty without one."""
         if self.teacher is None:
@@ -289,7 +356,7 @@ class Config(ConfigSection):
         return -(-self.num_slots // self.rollout.prompts_per_call)
 
     def warnings(self) -> Iterator[str]:
-        """Yields which processes would have no work: allowed, but wasted."""
+        """Yields what is allowed, but probably not meant: processes without work, imprecise gradients."""
         rollout, needs, replicas = self.rollout, self.loss.needs, self.teacher_pool.num_replicas
         slots, ranks = f"{self.num_slots} prompts in flight", self.learner.world_size
         if needs.rollouts and rollout.num_actors > self.most_actors:
@@ -304,6 +371,10 @@ class Config(ConfigSection):
         rows = self.groups_per_step * (rollout.rollouts_per_prompt if needs.rollouts else 1)
         if ranks > rows:
             yield f"learner.world_size={ranks}, but an update has {rows} responses: raise groups_per_step"
+        learner, num_batches = self.learner, -(-rows // (ranks * self.learner.micro_batch))
+        if num_batches > 1 and learner.accumulation_dtype == "bfloat16" and not learner.grad_accum_dtype:
+            adds = f"adds gradients of {num_batches} micro-batches in bfloat16"
+            yield f"learner.zero_stage={learner.zero_stage} {adds}: use zero_stage=2, which adds in float32"
 
     def problems(self) -> Iterator[str]:
         if self.teacher is not None and self.teachers:
@@ -317,9 +388,12 @@ class Config(ConfigSection):
         way, num_gpus = self.learner.weight_transfer, (self.learner.num_gpus, self.rollout.num_gpus)
         transfer = f"learner.weight_transfer={way}"
         if way == "collective" and min(num_gpus) < 1:
-            yield f"{transfer} needs whole GPUs: set both num_gpus to 1 or more, or use object_store"
+            yield f"{transfer} needs whole GPUs: set both num_gpus to 1, or use object_store"
         if way == "ipc" and not all(0 < n < 1 for n in num_gpus):
             yield f"{transfer} needs a shared GPU: set both num_gpus between 0 and 1, or use object_store"
+        if self.learner.publishes_adapters and self.rollout.num_gpus and self.rollout.dtype == "float32":
+            bf16 = "vLLM's adapters on GPUs are bfloat16"
+            yield f"rollout.dtype=float32, but {bf16}: set that, or learner.lora_publish=merged"
         if self.loss.kind == "grpo" and self.rollout.rollouts_per_prompt < 2:
             yield "loss.kind=grpo compares responses to one prompt: set rollout.rollouts_per_prompt >= 2"
         needs, loss = self.loss.needs, f"loss.kind={self.loss.kind}"

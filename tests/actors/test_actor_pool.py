@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.exceptions import ActorDiedError, ObjectLostError
 
+import actors.actor_pool as actor_pool
 import actors.members as members
 from actors.actor_pool import ActorPool
 from tests.fakes import make_prompt
@@ -141,6 +143,40 @@ def killed(monkeypatch) -> list[FakeActor]:
 
     monkeypatch.setattr(members.ray, "kill", kill)
     return dead
+
+
+@pytest.mark.parametrize(("num_gpus", "shards"), [(0.5, 1), (1, 2), (0, 2)])
+def test_an_actor_in_shards_has_their_bundles_and_gives_them_back(monkeypatch, num_gpus, shards, killed):
+    seen: dict[str, Any] = {}
+    groups: list[Any] = []
+
+    class Remote:
+        def options(self, **options: Any) -> Any:
+            seen.update(options)
+            return SimpleNamespace(remote=lambda *_: FakeActor("a", random.Random(0), 0.0))
+
+    def group(bundles: list[dict[str, float]], strategy: str) -> str:
+        groups.append((bundles, strategy))
+        return "a group"
+
+    monkeypatch.setattr(actor_pool.ray, "remote", lambda _: Remote())
+    monkeypatch.setattr(actor_pool, "placement_group", group)
+    monkeypatch.setattr(actor_pool, "PlacementGroupSchedulingStrategy", lambda group, *_, **__: group)
+    monkeypatch.setattr(members, "remove_placement_group", groups.remove)
+    config = make_config(1)
+    rollout = config.rollout.model_copy(update={"num_gpus": num_gpus, "tensor_parallel": shards})
+    pool = ActorPool("video_opd/test", config.model_copy(update={"rollout": rollout}))
+    (member,) = pool._created
+    if shards == 1:
+        assert (seen["num_gpus"], member.places, groups) == (0.5, None, [])
+        return
+    shard = {"CPU": 0.5, "GPU": 1} if num_gpus else {"CPU": 0.5}
+    assert groups == [([shard | {"rollout": 1}, shard], "STRICT_PACK")]
+    assert seen["scheduling_strategy"] == member.places == "a group"
+    assert (seen["num_gpus"], seen["num_cpus"]) == (0, 0.5), "vLLM's own actors take the GPUs"
+    groups[:] = ["a group"]
+    member.end()
+    assert killed == [member.handle] and groups == []
 
 
 async def started(pool: FakePool) -> FakePool:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from driver.start_ray import Need, describe_missing, needs_of
+from driver.start_ray import Need, describe_missing, needs_of, too_large
 from learner.file_transfer import PART_BYTES, FilePart, read_parts, write_part
 from tests.real.runs import wait_until_gone
 from video_opd.cluster import join as cluster
@@ -57,6 +57,8 @@ def test_a_config_asks_for_its_ranks_actors_and_replicas():
         "learner.world_size=3",
         "learner.num_gpus=1",
         "rollout.num_actors=2",
+        "rollout.num_gpus=1",
+        "rollout.tensor_parallel=8",
         "teacher_pool.num_replicas=4",
     ]
     parts = [
@@ -67,12 +69,20 @@ def test_a_config_asks_for_its_ranks_actors_and_replicas():
     ]
     learner, rollout, teacher = needs_of(load_config(DEMO, options + parts))
     assert (learner.count, learner.each) == (3, {"learner": 1, "CPU": 0.5, "GPU": 1})
-    assert (rollout.count, rollout.each) == (2, {"rollout": 1, "CPU": 0.5})
+    assert (rollout.count, rollout.each) == (2, {"rollout": 1, "CPU": 4, "GPU": 8})
     assert (teacher.count, teacher.each) == (
         4,
         {"teacher": 1, "CPU": 1.0, "GPU": 2},
     )  # both parts on one node
     assert str(teacher) == "teacher (each teacher 1, CPU 1, GPU 2; teacher_pool.num_replicas)"
+
+
+def test_what_no_node_could_hold_is_named_however_many_nodes_there_are():
+    eight = Need("rollout", 2, {"rollout": 1, "GPU": 8}, "rollout.num_actors")
+    nodes = [{"rollout": 4, "teacher": 4, "GPU": 4}] * 4
+    named = "rollout (each rollout 1, GPU 8; rollout.num_actors)"
+    assert too_large([eight, *needs(teacher=40)], nodes) == named
+    assert too_large([eight], [*nodes, {"rollout": 1, "GPU": 8}]) == ""
 
 
 def test_what_nobody_asks_is_not_waited_for():

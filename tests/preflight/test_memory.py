@@ -21,15 +21,13 @@ from preflight.activations import (
 from preflight.inputs import SHAPES
 from preflight.memory import (
     DTYPE_BYTES,
+    RoleMemory,
     Workload,
-    gradient_bytes,
     kv_bytes_per_token,
     learner_memory,
-    optimizer_bytes,
-    trained,
-    weight_bytes,
 )
-from preflight.model_shapes import count, find_shapes, parameters, parse_shapes
+from preflight.model_shapes import count, find_shapes, model_bytes, parameters, parse_shapes
+from preflight.zero import REDUCE_BUCKET, gradient_bytes, optimizer_bytes, trained, weight_bytes
 from tests.live_bytes import LiveBytes
 from video_opd.config import LearnerConfig, LossConfig
 from video_opd.config_file import load_demo
@@ -43,6 +41,9 @@ PUBLISHED = {  # parameters, billions
     "Qwen3-VL-32B-Instruct": 33.4,
     "Qwen2.5-VL-3B-Instruct": 3.75,
     "Qwen2.5-VL-7B-Instruct": 8.29,
+    "Qwen2.5-VL-72B-Instruct": 73.4,
+    "Qwen2.5-VL-72B-Instruct-FP8-Dynamic": 73.4,
+    "Qwen3-VL-32B-Instruct-FP8": 33.4,
 }
 SIZE = Size(hidden=128, layers=4, vision_hidden=256, vision_layers=8)
 
@@ -115,6 +116,55 @@ def test_every_parameter_is_the_one_that_transformers_makes(name, tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "block", "published"),
+    [
+        (
+            "Qwen2.5-VL-7B-Instruct",
+            None,
+            10.06e9,
+        ),  # safetensors of RedHatAI/Qwen2.5-VL-7B-Instruct-FP8-Dynamic
+        ("Qwen3-VL-8B-Instruct", None, 9.87 * 2**30),  # of mbehr90/Qwen3-VL-8B-Instruct-fp8
+        ("Qwen3-VL-8B-Instruct", [128, 128], 9.87 * 2**30),
+    ],
+)
+def test_fp8_weights_take_the_bytes_of_published_folders(name, block, published):
+    tree = json.loads((SHAPES / f"{name}.json").read_text())
+    scheme = {"num_bits": 8, "type": "float", "strategy": "channel"}
+    own = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": scheme}}}
+    own["ignore"] = ["lm_head", "re:.*visual.*"]
+    if block:
+        own = {"quant_method": "fp8", "weight_block_size": block, "modules_to_not_convert": ["model.visual"]}
+    planned = model_bytes(parse_shapes(tree | {"quantization_config": own}, name, name), 2)
+    assert planned == pytest.approx(published, rel=0.002)
+
+
+def test_fp8_converts_the_linear_layers_that_are_not_kept():
+    fp8 = find_shapes("Qwen3-VL-32B-Instruct-FP8", SHAPES)
+    assert fp8.fp8
+    converted = {n for n, s in parameters(fp8).items() if fp8.fp8.converts(n, s)}
+    layers = [n for n, s in parameters(fp8).items() if ".layers." in n and len(s) == 2]
+    assert len(layers) == 7 * 64 and converted == set(layers)
+    assert fp8.fp8.num_bytes((300, 200)) == 300 * 200 + 4 * 3 * 2
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes", "compressed-tensors", None])
+def test_other_quantized_folders_are_named(method):
+    tree = json.loads((SHAPES / "Qwen3-VL-2B-Instruct.json").read_text())
+    with pytest.raises(ModelError, match=rf"there: weights quantized by {method!r} .*: use FP8 or bfloat16"):
+        parse_shapes(tree | {"quantization_config": {"quant_method": method}}, "there", "there")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_older_folders_leave_out_is_what_transformers_takes(name, tmp_path):
+    """Such as the vision depth: configs hold only what differs from a default."""
+    tree = json.loads((SHAPES / f"{name}.json").read_text())
+    default = AutoConfig.for_model(tree["model_type"]).vision_config.to_dict()
+    vision = {k: v for k, v in tree["vision_config"].items() if k in default and default[k] != v}
+    (tmp_path / "config.json").write_text(json.dumps(tree | {"vision_config": vision}))
+    assert parameters(find_shapes(tmp_path, SHAPES)) == parameters(find_shapes(f"/nowhere/{name}", SHAPES))
+
+
 def test_an_unknown_model_that_is_not_here_is_one_line():
     with pytest.raises(
         ModelError,
@@ -124,7 +174,16 @@ def test_an_unknown_model_that_is_not_here_is_one_line():
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("change", [{"model_type": "llama"}, {"vision_config": None}, {"text_config": {}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "llama"},
+        {"vision_config": None},
+        {"text_config": {}},
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}},
+        {"quantization_config": "fp8"},
+    ],
+)
 def test_a_damaged_config_is_named(tmp_path, change):
     tree = json.loads((SHAPES / "Qwen3-VL-2B-Instruct.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(tree))
@@ -184,22 +243,81 @@ def test_adam_keeps_the_bytes_that_are_planned_for(model):
     )
     planned = optimizer_bytes(count(trained(shapes, learner)), learner)
     assert planned == {"optimizer moments": moments, "float32 masters": 0}
-    assert gradient_bytes(count(trained(shapes, learner)), learner) == {
+    assert gradient_bytes(trained(shapes, learner), learner) == {
         "gradients": sum(p.nbytes for p in parameters_)
     }
 
 
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 4), (2, 4), (3, 4)])
-def test_zero_stages_divide_what_they_partition(stage, ranks):
-    shapes = find_shapes("Qwen3-VL-8B-Instruct", SHAPES)
-    learner = LearnerConfig(zero_stage=stage, world_size=ranks, freeze_vision=False)
+def test_zero_stages_divide_what_they_partition(stage, ranks, dtype):
+    shapes, e = find_shapes("Qwen3-VL-8B-Instruct", SHAPES), DTYPE_BYTES[dtype]
+    learner = LearnerConfig(zero_stage=stage, world_size=ranks, freeze_vision=False, dtype=dtype)
     n = count(parameters(shapes))
+    are_copied = dtype == "bfloat16" or stage in (1, 2)  # in float32 the weights are the masters
     assert optimizer_bytes(n, learner) == {
         "optimizer moments": 8 * n // ranks,
-        "float32 masters": 4 * n // ranks,
+        "float32 masters": 4 * n // ranks if are_copied else 0,
     }
-    assert gradient_bytes(n, learner)["gradients"] == 2 * n // (ranks if stage >= 2 else 1)
-    assert weight_bytes(shapes, learner)["weights"] == 2 * n // (ranks if stage == 3 else 1)
+    gradients = gradient_bytes(parameters(shapes), learner)
+    assert gradients["gradients"] == (4 * n // ranks if stage >= 2 else e * n)
+    assert weight_bytes(shapes, learner)["weights"] == e * n // (ranks if stage == 3 else 1)
+
+
+def test_beside_a_bucket_is_its_copy_or_a_larger_gradient():
+    learner = LearnerConfig(zero_stage=3, world_size=4, grad_accum_dtype="bfloat16")
+    small, large = {"w": (1000, 1000)}, {"w": (1000, 1000), "head": (152_000, 5120)}
+    of_bucket = [gradient_bytes(of, learner)["gradient buckets"] for of in (small, large)]
+    assert of_bucket == [2 * (REDUCE_BUCKET + 10**6), 2 * (REDUCE_BUCKET + 152_000 * 5120)]
+
+
+@pytest.mark.parametrize(
+    ("options", "gradients", "bucket"),
+    [
+        ({"zero_stage": 0}, 2, 0),
+        ({"zero_stage": 1}, 2, 2 + 2),
+        ({"zero_stage": 2}, 4 / 4, 2 + 2 + 4 / 4),
+        ({"zero_stage": 3}, 4 / 4, 2 + 2 + 4 / 4),
+        ({"zero_stage": 3, "grad_accum_dtype": "bfloat16"}, 2 / 4, 2 + 2),
+        ({"zero_stage": 3, "dtype": "float32"}, 4 / 4, 4 + 4),
+        ({"zero_stage": 2, "deepspeed": {"communication_data_type": "fp32"}}, 4 / 4, 4 + 4),
+        ({"zero_stage": 1, "deepspeed": {"zero_optimization": {"overlap_comm": True}}}, 2, 2 * 2 + 2),
+        ({"zero_stage": 1, "deepspeed": {"zero_optimization": {"overlap_comm": "auto"}}}, 2, 2 + 2),
+    ],
+)
+def test_gradients_take_the_bytes_that_they_are_added_in(options, gradients, bucket):
+    """A bucket has a copy while it is reduced. A part of it, this rank's, is converted."""
+    given = options.get("deepspeed", {})
+    zero = given.get("zero_optimization", {}) | {"reduce_bucket_size": 40}
+    deepspeed = given | {"zero_optimization": zero}
+    learner = LearnerConfig(**{"world_size": 4, **options, "deepspeed": deepspeed})
+    planned = gradient_bytes({f"w{i}": (10,) for i in range(100)}, learner)
+    assert planned["gradients"] == 1000 * gradients and planned.get("gradient buckets", 0) == 40 * bucket
+
+
+def test_offloaded_states_are_planned_on_the_host_and_nowhere_else():
+    shapes = find_shapes("Qwen3-VL-8B-Instruct", SHAPES)
+    work = Workload(8192, 8192, 9000, 1 << 20)
+
+    def memory(stage: Any, zero: dict[str, Any]) -> RoleMemory:
+        learner = LearnerConfig(world_size=4, zero_stage=stage, deepspeed={"zero_optimization": zero})
+        config = load_demo().model_copy(update={"learner": learner})
+        return learner_memory(config, shapes, None, work)
+
+    part = count(trained(shapes, LearnerConfig())) // 4
+    to_cpu = {"offload_optimizer": {"device": "cpu"}}
+    for stage, on_host in ((1, 8 + 4 + 4 + 2 + 2 + 4), (2, 8 + 4 + 4 + 2 + 4), (3, 8 + 4 + 4 + 4)):
+        plain, offloaded = memory(stage, {}), memory(stage, to_cpu)
+        assert plain.device and offloaded.device
+        moved = {"optimizer moments", "float32 masters"} | ({"gradients"} if stage == 3 else set())
+        assert plain.device.held.keys() - offloaded.device.held.keys() == moved
+        assert offloaded.device.phases["optimizer step"] == {"float32 gradients and roots": 0}
+        more = sum(offloaded.host.held.values()) - sum(plain.host.held.values())
+        at_once = 4 * min(part, 10**9) if stage == 3 else 0
+        assert more == pytest.approx(on_host * part + at_once, abs=8)
+    weights = memory(3, {"offload_param": {"device": "cpu"}})
+    assert weights.device and weights.device.held["weights"] == 0
+    assert weights.host.held["offloaded weights"] == 2 * count(parameters(shapes)) // 4
 
 
 # --- activations, against the tensors of real passes ---
@@ -220,16 +338,18 @@ def test_what_layers_keep_for_the_backward_pass(model, dtype):
     assert kept == pytest.approx(layers + blocks, rel=0.15)
 
 
-@pytest.mark.parametrize("dtype", DTYPE_BYTES)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_peak_of_a_learners_pass(tokenizer, dtype, checkpointing):
+@pytest.mark.parametrize(
+    ("checkpointing", "dtype", "attention"),
+    [(c, dtype, "sdpa") for c in (False, True) for dtype in DTYPE_BYTES] + [(False, "bfloat16", "eager")],
+)
+def test_the_peak_of_a_learners_pass(tokenizer, dtype, checkpointing, attention):
     """Forward and backward beside whole gradients, as from an update's second micro-batch on."""
     size = Size(hidden=128, layers=8, vision_hidden=64)
     model = build_model(size, tokenizer, seed=0).to(getattr(torch, dtype)).train()
+    model.set_attn_implementation(attention)
     shapes, batch = shapes_of(model), batch_of(model, text=400)
-    learner = LearnerConfig(
-        dtype=dtype, gradient_checkpointing=checkpointing, zero_stage=0, num_gpus=0, micro_batch=2
-    )
+    options: dict[str, Any] = {"gradient_checkpointing": checkpointing, "attn_implementation": attention}
+    learner = LearnerConfig(dtype=dtype, zero_stage=0, num_gpus=0, micro_batch=2, **options)
     choose_trained(model, learner)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

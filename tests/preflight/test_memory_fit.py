@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 import launch
-from preflight.inputs import SHAPES
+from preflight.activations import text_layer_passing
+from preflight.inputs import SHAPES, check_shards
 from preflight.memory import GIB, ProcessMemory, RoleMemory, workload_of_budget
 from preflight.memory_fit import MemoryPlan, check_fits, host_total
 from preflight.model_shapes import find_shapes, parse_shapes
@@ -16,6 +17,8 @@ from video_opd.config_file import load_config
 from video_opd.errors import ConfigError, InputError
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+VLLM_TEACHER = ("teacher_pool.engine=vllm",)
+HARDWARE = ROOT / "docs" / "hardware.md"
 
 
 def config_of(name: str, *overrides: str) -> Config:
@@ -41,9 +44,14 @@ def refusal(plan: MemoryPlan) -> str:
     [
         (["learner.gradient_checkpointing=false"], 80, "learner.gradient_checkpointing=true would need"),
         (["learner.zero_stage=0"], 80, "learner.zero_stage=1 would need"),
-        (["learner.zero_stage=1"], 62, "learner.zero_stage=2 would need"),
-        (["learner.micro_batch=8"], 70, "learner.micro_batch=4 would need"),
+        (["learner.zero_stage=1"], 66, "learner.zero_stage=2 would need"),
+        (["learner.micro_batch=8"], 75, "learner.micro_batch=4 would need"),
         (["learner.world_size=2"], 60, "learner.world_size=4 would need"),
+        (
+            ["learner.world_size=64"],
+            13,
+            'learner.deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}} would need',
+        ),
         (["learner.world_size=1", "learner.zero_stage=0"], 48, "learner.lora_rank=16 would need"),
         (["curriculum.num_teacher_predictions=4"], 80, "curriculum.num_teacher_predictions=2 would need"),
         (["rollout.gpu_memory_utilization=1.0"], 80, "rollout.gpu_memory_utilization=0.95 would need"),
@@ -67,6 +75,69 @@ def test_a_teacher_in_parts_has_a_share_of_the_weights_in_each():
     assert parts.device.held["KV cache"] > whole.device.held["KV cache"]  # what the weights leave
 
 
+def test_an_actor_in_shards_is_planned_as_a_teacher_is_and_advised():
+    def actors(*overrides: str) -> RoleMemory:
+        return next(r for r in plan_of(config_of("qwen3vl_8b.yaml", *overrides)).roles if r.role == "actors")
+
+    whole, parts = actors(), actors("rollout.tensor_parallel=2")
+    assert whole.device and parts.device
+    assert parts.processes == 2 * whole.processes
+    assert parts.device.held["weights"] == whole.device.held["weights"] // 2
+    config = config_of("qwen3vl_8b.yaml", "learner.world_size=64", "rollout.enforce_eager=true")
+    assert "rollout.tensor_parallel=2 would need" in refusal(plan_of(config, 21))
+
+
+@pytest.mark.parametrize(
+    ("model", "shards", "possible"),
+    [
+        ("Qwen3-VL-8B-Instruct", 3, "1, 2, 4, 8, 16"),
+        ("Qwen2.5-VL-7B-Instruct", 8, "1, 2, 4"),  # 28 heads
+        ("Qwen2.5-VL-3B-Instruct", 8, "1, 2, 4"),  # a vision MLP of 3420
+    ],
+)
+def test_shards_that_vllm_cannot_make_are_refused_with_those_that_it_can(model, shards, possible):
+    shapes = find_shapes(f"models/{model}", SHAPES)
+    with pytest.raises(ConfigError, match=rf"^rollout.tensor_parallel={shards} does not divide {model}"):
+        check_shards("rollout", shards, shapes)
+    with pytest.raises(ConfigError, match=f"use one of {possible}$"):
+        check_shards("rollout", shards, shapes)
+    for n in possible.split(", "):
+        check_shards("rollout", int(n), shapes)
+
+
+@pytest.mark.parametrize("section", ["rollout", "teacher_pool"])
+def test_a_dry_run_refuses_shards_that_vllm_cannot_make(section, capsys):
+    config = ["--dry-run", "--config", str(ROOT / "configs" / "qwen3vl_8b.yaml"), "teacher_pool.engine=vllm"]
+    assert launch.main([*config, f"{section}.tensor_parallel=3"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {section}.tensor_parallel=3 does not divide Qwen3-VL")
+
+
+@pytest.mark.parametrize(("gpu_gib", "tokens"), [(80, 16384), (48, 8192)])
+def test_vllm_fills_its_share_and_vision_and_cuda_come_on_top(gpu_gib, tokens):
+    plan = plan_of(config_of("qwen3vl_4b_2gpu.yaml", "rollout.num_gpus=1"), gpu_gib)
+    actors = next(r for r in plan.roles if r.role == "actors").device
+    assert actors
+    counted = sum(actors.held.values()) - actors.held["CUDA context"]
+    passing = tokens * text_layer_passing(plan.student, 2)
+    assert counted + passing == int(plan.config.rollout.gpu_memory_utilization * plan.gpu_bytes)
+    assert actors.held["input buffers"] == 2 * tokens * plan.student.text.hidden * 4  # three of deepstack
+    video = actors.phases["prefill"]
+    assert video["one layer"] >= passing and video["pixels"] > 0
+
+
+def test_a_teacher_on_vllm_has_logits_of_a_thousand_rows_at_once():
+    """vLLM's second model runner, which GPUs use; the first, on a CPU, has those of all tokens."""
+    on_gpu, on_cpu = (
+        next(
+            r for r in plan_of(config_of("qwen3vl_8b.yaml", *VLLM_TEACHER, *cpu)).roles if r.role == "teacher"
+        )
+        for cpu in ((), ("teacher_pool.num_gpus=0",))
+    )
+    assert on_gpu.device and on_cpu.device is None
+    assert on_gpu.device.phases["logits"] == {"logits": 1024 * 151936 * 2 * 2}
+    assert on_cpu.host.phases["logits"]["logits"] > 10 * 151936 * 1024 * 6
+
+
 def test_of_several_teachers_each_has_its_replicas():
     config = config_of("qwen3vl_8b.yaml")
     several = tuple(TeacherModel(name=name, model="models/Qwen3-VL-32B-Instruct") for name in ("a", "b"))
@@ -75,12 +146,12 @@ def test_of_several_teachers_each_has_its_replicas():
 
 
 def test_the_named_change_does_fit_and_the_next_larger_value_does_not():
-    message = refusal(plan_of(config_of("qwen3vl_8b.yaml", "learner.micro_batch=16"), 70))
-    assert "learner.micro_batch=4 would need 67" in message
-    learner, *_ = plan_of(config_of("qwen3vl_8b.yaml", "learner.micro_batch=4"), 70).roles
-    assert learner.device and round(learner.device.peak_bytes / GIB) == 67
-    learner, *_ = plan_of(config_of("qwen3vl_8b.yaml", "learner.micro_batch=8"), 70).roles
-    assert learner.device and learner.device.peak_bytes > 70 * GIB
+    message = refusal(plan_of(config_of("qwen3vl_8b.yaml", "learner.micro_batch=16"), 75))
+    assert "learner.micro_batch=4 would need 73" in message
+    learner, *_ = plan_of(config_of("qwen3vl_8b.yaml", "learner.micro_batch=4"), 75).roles
+    assert learner.device and round(learner.device.peak_bytes / GIB) == 73
+    learner, *_ = plan_of(config_of("qwen3vl_8b.yaml", "learner.micro_batch=8"), 75).roles
+    assert learner.device and learner.device.peak_bytes > 75 * GIB
 
 
 def test_several_changes_are_named_where_none_alone_is_enough():
@@ -107,6 +178,35 @@ def test_a_run_without_gpus_must_fit_in_the_machine():
     small = MemoryPlan(config, shapes, None, work, work, int(80 * GIB), host_bytes=total - 1)
     assert "all processes together" in refusal(small)
     check_fits(small, one_machine=False)  # a launch refuses only what is plainly impossible
+
+
+GPU_CONFIGS = [c.name for c in CONFIGS if c.name != "demo.yaml"]
+
+
+@pytest.mark.parametrize("name", GPU_CONFIGS)
+def test_every_config_fits_and_the_docs_have_its_numbers(name):
+    plan = plan_of(config_of(name))
+    check_fits(plan, one_machine=False)
+    check_fits(plan_of(config_of(name), 79), one_machine=False)  # what a GPU "of 80 GB" has
+    (row,) = [line for line in HARDWARE.read_text().splitlines() if line.startswith(f"| `{name}`")]
+    for role, cell in zip([r for r in plan.roles if r.device], row.split(" | ")[2:], strict=True):
+        assert role.device
+        share = "" if role.gpu_share == 1 else f" of {role.gpu_share * 80:.0f}"
+        assert cell.startswith(f"{role.processes} x {role.device.peak_bytes / GIB:.1f}{share} GiB"), role
+
+
+def test_a_32b_student_needs_offload_or_adapters():
+    """The numbers of docs/hardware.md."""
+    message = refusal(plan_of(config_of("qwen3vl_32b.yaml", "learner.deepspeed={}")))
+    assert message.startswith("learner: 158 GiB of 80 GiB a GPU, 78.4 too many: learner.world_size=16 would")
+    assert "offload_optimizer" in message and "or learner.lora_rank=16 would need 36" in message
+    hosts = [
+        host_total(plan_of(config_of("qwen3vl_32b.yaml", *overrides)).roles)
+        for overrides in ([], ["learner.deepspeed={}", "learner.lora_rank=16"])
+    ]
+    assert [round(n / GIB) for n in hosts] == [902, 216]
+    text = " ".join(HARDWARE.read_text().split())
+    assert "needs 35.7 GiB and the hosts 216 GiB instead of 902" in text and "158 GiB of 80" in text
 
 
 def test_a_peak_is_what_is_held_and_the_largest_phase():

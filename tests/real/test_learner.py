@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 import ray
 import torch
+from peft import PeftModel
+from safetensors.numpy import load_file
 
+from driver.start_ray import check_nodes
 from learner.adapters import add_adapters
 from learner.learner import Learner
 from learner.rank import LearnerRank
@@ -19,7 +22,7 @@ from tests.real.conftest import DEMO, reference_logprobs, scored_groups
 from video_opd.config import Config
 from video_opd.config_file import load_config
 from video_opd.errors import ConfigError, SaveError
-from video_opd.models.forward import ResponseLogits, collate, load_model
+from video_opd.models.forward import ResponseLogits, VideoLLM, collate, load_model
 from video_opd.types import ScoredGroup
 from video_opd.weights.buckets import unpack
 
@@ -136,21 +139,21 @@ class Learners:
     """One learner of one rank and one of two, each trained as many configurations in turn as ask for it."""
 
     def __init__(self):
-        self._started: dict[int, Learner] = {}
+        self.started: dict[int, Learner] = {}
 
     async def __call__(self, config: Config) -> Learner:
         world_size = config.learner.world_size
-        if world_size in self._started:
-            kept = self._started[world_size]
+        if world_size in self.started:
+            kept = self.started[world_size]
             kept._config = config
             await kept._all("start_again", config)
             return kept
-        kept = self._started[world_size] = Learner(f"kept{world_size}", config, KeptRank)
+        kept = self.started[world_size] = Learner(f"kept{world_size}", config, KeptRank)
         await kept.start()
         return kept
 
     def stop(self) -> None:
-        for kept in self._started.values():
+        for kept in self.started.values():
             kept.stop()
 
 
@@ -217,7 +220,7 @@ def test_ranks_compute_what_one_process_does(learners, overrides, prompts, encod
         assert all(m["learner/grad_norm"] > 0 for m in metrics)
 
 
-LORA = ("learner.lora_rank=4", "learner.lora_alpha=8")
+LORA, MERGED = ("learner.lora_rank=4", "learner.lora_alpha=8"), "learner.lora_publish=merged"
 
 
 def fill_disk(rank: Any) -> None:
@@ -238,7 +241,7 @@ class RankElsewhere(LearnerRank):
         return "elsewhere", False
 
 
-@pytest.mark.parametrize("more_options", [(2,), (3, *LORA)], ids=["whole", "lora"])
+@pytest.mark.parametrize("more_options", [(2,), (3, *LORA, MERGED)], ids=["whole", "lora"])
 def test_a_checkpoint_restores_weights_and_optimizer_exactly_and_its_student_loads(
     learners, overrides, prompts, encoder, tmp_path, tmp_path_factory, more_options
 ):
@@ -352,6 +355,62 @@ def test_another_number_of_ranks_goes_on_exactly(
     assert not list(tmp_path.glob(".*")), "nothing of the conversion is left"
 
 
+OFFLOAD = ("learner.deepspeed.zero_optimization.offload_optimizer.device=cpu",)
+WEIGHTS_TOO = (*OFFLOAD, "learner.deepspeed.zero_optimization.offload_param.device=cpu")
+
+
+@pytest.mark.parametrize(
+    ("stage", "saved", "loaded"), [(1, (), OFFLOAD), (2, (), OFFLOAD), (3, WEIGHTS_TOO, ())], ids=[1, 2, 3]
+)
+def test_many_micro_batches_add_up_in_float32_and_offloaded_states_are_the_same_states(
+    learners, overrides, prompts, encoder, tmp_path, stage, saved, loaded
+):
+    """16 times the same row: every gradient is 1/16 of the row's own, exactly, and so must be their sum."""
+    options = (
+        "learner.dtype=bfloat16",
+        "learner.micro_batch=1",
+        "learner.max_grad_norm=1e9",
+        "loss.kind=opd",
+    )
+    row, *others = scored_groups(prompts[:5], encoder, seed=0)
+
+    async def state(learner) -> dict[str, tuple[np.ndarray, ...]]:
+        return (await learner._all("__ray_call__", optimizer_state))[0]
+
+    async def gradient(groups, *more: str) -> np.ndarray:
+        """What Adam's first moment is made of, by a learner that is new but for its processes."""
+        learner = await learners(make_config(overrides, 2, stage, *options, *more))
+        await learner.update(groups, 0)
+        return np.concatenate([moment.ravel() for _, moment, _ in (await state(learner)).values()])
+
+    async def run():
+        alone = await gradient([row, row])
+        rounded = await gradient([row] * 16, "learner.grad_accum_dtype=bfloat16")
+        summed = await gradient([row] * 16, *saved)
+        learner = learners.started[2]
+        await learner.save(tmp_path)
+        await learner.update(others, 1)
+        before = await state(learner)
+        learner = await learners(make_config(overrides, 2, stage, *options, *loaded))
+        await learner.load(tmp_path)
+        await learner.update(others, 1)
+        return alone, rounded, summed, before, await state(learner)
+
+    alone, rounded, summed, before, after = asyncio.run(run())
+    errors = [np.linalg.norm(g - alone) / np.linalg.norm(alone) for g in (summed, rounded)]
+    assert errors[1] > 1e-3, "the bound below must mean anything"
+    assert errors[0] == (errors[1] if stage == 1 else 0)
+    assert all((a == b).all() for n in before for a, b in zip(before[n], after[n], strict=True))
+
+
+def test_a_node_without_the_package_of_an_attention_says_so_before_anything_starts(local_ray, config):
+    learner = config.learner.model_copy(update={"attn_implementation": "flash_attention_2"})
+    with pytest.raises(
+        ConfigError, match="flash-attn, and a node of the learner has none: install it, or use"
+    ):
+        check_nodes(config.model_copy(update={"learner": learner}))
+
+
 def test_a_frozen_vision_tower_keeps_its_weights(learners, overrides, prompts, encoder):
     config = make_config(overrides, 1, 0, "learner.freeze_vision=true", "loss.kind=opd")
 
@@ -380,16 +439,22 @@ def with_actor_logprobs(groups: list[ScoredGroup], model, encoder) -> list[Score
     return changed
 
 
-def test_lora_trains_adapters_alone_and_publishes_what_it_computes(
+def test_lora_trains_adapters_alone_and_publishes_and_exports_what_it_computes(
     learners, overrides, prompts, encoder, tmp_path
 ):
+    def loaded(folder: str) -> VideoLLM:
+        return load_model(folder, "float32").eval()
+
+    def arrays(model: VideoLLM) -> dict[str, np.ndarray]:
+        return {n: p.detach().numpy() for n, p in model.named_parameters()}
+
     config = make_config(overrides, 2, 3, "loss.kind=opd", *LORA)
-    start = {n: p.detach().numpy() for n, p in load_model(config.student, "float32").named_parameters()}
+    start = arrays(loaded(config.student))
 
     async def run():
         learner = await learners(config)
         published, _ = await train(learner, config, prompts, encoder, tmp_path)
-        plain = load_model(str(tmp_path / "student"), "float32").eval()
+        plain = loaded(str(tmp_path / "student"))
         again = with_actor_logprobs(scored_groups(prompts[:6], encoder, seed=3), plain, encoder)
         report = await learner.update(again, STEPS)
         single = make_config(overrides, 1, 2, "loss.kind=opd", *LORA)
@@ -397,15 +462,19 @@ def test_lora_trains_adapters_alone_and_publishes_what_it_computes(
         return published, report.metrics, alone
 
     published, metrics, alone = asyncio.run(run())
-    assert published.keys() == start.keys(), "the plain model's names and no others"
-    changes = {n: published[n] - start[n] for n in start if (published[n] != start[n]).any()}
+    exported = arrays(loaded(str(tmp_path / "student")))
+    assert exported.keys() == start.keys(), "the plain model's names and no others"
+    changes = {n: exported[n] - start[n] for n in start if (exported[n] != start[n]).any()}
     assert changes and all(
         re.fullmatch(config.learner.lora_targets, n.removesuffix(".weight")) for n in changes
     )
     assert {np.linalg.matrix_rank(c, tol=1e-6) for c in changes.values()} <= {1, 2, 3, 4}
     assert max(np.abs(c).max() for c in changes.values()) > 0.1 * LR
-    assert metrics["learner/logprob_gap_max"] < 1e-4, "learner and published weights are one model"
+    assert metrics["learner/logprob_gap_max"] < 1e-4, "learner and exported weights are one model"
     assert largest_gap(published, alone) < WORST, "ranks draw the same adapters"
+    assert largest_gap(load_file(tmp_path / "adapter" / "adapter_model.safetensors"), published) == 0
+    by_peft: Any = PeftModel.from_pretrained(loaded(config.student), str(tmp_path / "adapter"))
+    assert largest_gap(arrays(by_peft.merge_and_unload()), exported) < 1e-6
 
 
 def test_lora_targets_that_name_no_layer_are_one_line(config):

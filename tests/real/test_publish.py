@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from ray.util.placement_group import get_current_placement_group, placement_group_table
 
 from actors.actor_pool import ActorPool
 from actors.rollout_actor import RolloutActor
@@ -154,3 +155,30 @@ def test_an_actor_killed_in_the_middle_leaves_the_others_with_the_version_and_it
     assert left.version == 3 and left == joined
     assert published["again"].keys() == {"actor-0", "actor-2"}
     assert all(seen == published["version 1"]["actor-0"] for seen in published["again"].values())
+
+
+class Placed:
+    """In place of a RolloutActor in shards: says where vLLM would start them."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def bundles(self) -> list[dict[str, float]]:
+        group = get_current_placement_group()  # as vllm/v1/executor/ray_utils.py
+        assert group
+        return group.bundle_specs
+
+
+def test_an_actor_in_shards_is_in_the_placement_group_that_vllm_uses_and_gives_it_back(local_ray, config):
+    rollout = config.rollout.model_copy(update={"tensor_parallel": 2, "num_actors": 1})
+    pool = ActorPool("shards", config.model_copy(update={"rollout": rollout}), Placed)
+    asyncio.run(pool.start())
+    (member,) = pool._created
+    assert member.places
+    assert local_ray.get(member.handle.bundles.remote()) == [{"CPU": 0.5, "rollout": 1}, {"CPU": 0.5}]
+    assert placement_group_table(member.places)["strategy"] == "STRICT_PACK"
+    pool.stop()
+    assert placement_group_table(member.places)["state"] == "REMOVED"

@@ -1,16 +1,20 @@
 """vLLM against transformers in fp32: log-probs before and after a weight publication."""
 
 import dataclasses
+import os
 import re
 import shutil
+import threading
 
 import numpy as np
 import pytest
 import torch
+import vllm.envs
 
 from actors.engine import PolicyEngine
 from tests.real.conftest import reference_logprobs
 from tests.videos import noise, write_video
+from video_opd import ROOT
 from video_opd.answers import parse_span
 from video_opd.models.forward import load_model
 from video_opd.models.prompting import PromptEncoder
@@ -166,3 +170,31 @@ def test_cuts_and_variable_rates_are_shown_to_vllm_as_to_transformers(
         text = encoder.tokenizer.decode(prompt.token_ids)
         pairs = clip.timestamps_s.reshape(-1, 2).mean(1)
         assert re.findall(r"<\s*([\d.]+)\s*seconds\s*>", text) == [f"{t:.1f}" for t in pairs]
+
+
+def test_an_engine_in_two_shards_samples_as_one_process_does_before_and_after_a_publication(
+    engine, model, config, encoded, encoder, tmp_path, monkeypatch
+):
+    """Last, since its end ends the other engine too. Shards are processes; on GPUs Ray starts them."""
+    (tmp_path / "sitecustomize.py").write_text("import video_opd")  # a CUDA torchvision beside a CPU torch
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "")
+    vllm.envs.disable_envs_cache()  # of the engine that this process has already
+    ended = threading.Event()
+    monkeypatch.setattr("video_opd.models.vllm_engine._end_process", ended.set)
+    two = config.model_copy(update={"rollout": config.rollout.model_copy(update={"tensor_parallel": 2})})
+    shards = PolicyEngine(two, encoder.pad_ids)
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for version in (5, 6):
+        buckets = list(to_buckets(weights.items(), version, bucket_bytes=1 << 17))
+        assert len(buckets) > 2
+        engine.load_weights(version, buckets)
+        if version > 5:  # the first are those of the folder
+            shards.load_weights(version, buckets)
+        one, same = (e.generate(encoded, [[version]] * len(encoded)) for e in (engine, shards))
+        for (expected,), (answer,) in zip(one, same, strict=True):
+            assert answer.token_ids.tolist() == expected.token_ids.tolist()
+            assert np.abs(answer.logprobs - expected.logprobs).max() < TOLERANCE
+        weights = {n: w + torch.randn_like(w) * 0.02 for n, w in weights.items()}
+    shards._llm.llm_engine.model_executor.workers[1].proc.kill()
+    assert ended.wait(60), "an actor that lost a shard ends, and is replaced"

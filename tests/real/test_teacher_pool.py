@@ -22,12 +22,15 @@ import pytest
 import ray
 from ray.exceptions import ObjectLostError
 
+import preflight.nodes
 from benchmarks import emulated_teacher
 from benchmarks.emulated_teacher import EmulatedReplica, make_groups
+from preflight.gpus import read_machine
 from teacher_service.engine import TransformersEngine, Wanted
 from teacher_service.pool import TeacherPool
 from teacher_service.scaling import Bounds, PoolStatus, delete_orphans, read_pool, read_pools
 from teacher_service.teachers import Teachers
+from tests.preflight.test_memory_fit import config_of, plan_of
 from tests.real.conftest import DEMO, scored_groups
 from video_opd import ROOT
 from video_opd.config import TeacherModel
@@ -271,3 +274,15 @@ def test_what_a_killed_driver_left_is_deleted_and_nothing_else(pool):
     while read_pools():
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def test_each_node_with_gpus_says_which_ones(local_ray, monkeypatch):
+    """This machine has none, so Ray is made to say that it has."""
+    nodes = [node | {"Resources": node["Resources"] | {"GPU": 1.0}} for node in local_ray.nodes()]
+    asked = []
+    monkeypatch.setattr(preflight.nodes.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(
+        preflight.nodes, "check_node", lambda name, machine, *_: asked.append((name, machine))
+    )
+    preflight.nodes.check_gpus(plan_of(config_of("qwen3vl_8b.yaml")))
+    assert asked == [(nodes[0]["NodeManagerHostname"], read_machine())]

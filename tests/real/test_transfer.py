@@ -151,6 +151,14 @@ def test_nccl_sends_to_a_group_that_lasts_while_its_actors_do(wire):
     assert (wire.num_groups, wire.num_destroyed) == (2, 1)
 
 
+def test_each_shard_of_each_actor_has_a_rank_in_the_group(wire):
+    """An actor's workers add their rank to its offset (worker_init_process_group)."""
+    actors = [Actor("nccl") for _ in range(3)]
+    WeightSender("collective", 0, Passes(), shards=2).send(ADDRESS, list(actors))
+    assert [actor.init_info.rank_offset for actor in actors] == [1, 3, 5]
+    assert {actor.init_info.world_size for actor in actors} == {7}
+
+
 @pytest.mark.parametrize(
     "dies_at", ["init_weight_transfer_engine", "start_weight_update", "finish_weight_update"]
 )

@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,6 @@ from ray.serve.schema import ApplicationStatus
 import teacher_service.__main__ as command_line
 import teacher_service.pool
 from benchmarks.teacher_scaling import CALL_S, calls_within
-from teacher_service.engine import parallel_options
 from teacher_service.pool import TeacherPool, Usage, deployment_options
 from teacher_service.replica import Reply, TeacherReplica
 from teacher_service.scaling import Bounds, PoolStatus, app_name
@@ -221,22 +219,14 @@ def test_a_replica_in_parts_has_a_bundle_for_each_on_one_node():
     )  # which checks that the replica fits in its bundle
 
 
-@pytest.mark.parametrize(("num_gpus", "backend"), [(1, "ray"), (0.5, "ray"), (0, "mp")])
-def test_vllm_cuts_a_model_where_the_bundles_are(monkeypatch, num_gpus, backend):
-    monkeypatch.delenv("VLLM_RAY_PER_WORKER_GPUS", raising=False)
-    pool = config_with(engine="vllm", tensor_parallel=2, num_gpus=num_gpus).teacher_pool
-    assert parallel_options(pool) == {"tensor_parallel_size": 2, "distributed_executor_backend": backend}
-    assert os.environ.get("VLLM_RAY_PER_WORKER_GPUS") == (f"{num_gpus:g}" if num_gpus else None)
-    assert parallel_options(config_with(engine="vllm").teacher_pool) == {}
-
-
 @pytest.mark.parametrize(
     ("pool", "said"),
     [
         ({"tensor_parallel": 2}, "tensor_parallel=2 is vLLM's: use engine=vllm"),
         ({"tensor_parallel": 0, "engine": "vllm"}, "tensor_parallel"),
-        ({"tensor_parallel": 2, "engine": "vllm", "num_gpus": 2}, "at most one GPU"),
-        ({"tensor_parallel": 2, "engine": "vllm", "num_gpus": 0, "num_cpus": 0}, "a share of num_cpus"),
+        ({"num_gpus": 2}, "num_gpus=2, but a process uses one GPU"),
+        ({"tensor_parallel": 2, "engine": "vllm", "num_gpus": 0.6}, "a whole GPU for each shard"),
+        ({"tensor_parallel": 2, "engine": "vllm", "num_gpus": 0, "num_cpus": 0}, "set num_cpus"),
         ({"num_replicas": 0}, "num_replicas"),
         ({"min_replicas": 1}, "min_replicas=1 without max_replicas"),
         (

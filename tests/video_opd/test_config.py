@@ -76,11 +76,15 @@ def test_a_missing_key_is_named_in_full(path, section, key):
         "learner.lr=-1",
         "learner.lr=.nan",
         "learner.zero_stage=4",
+        "learner.num_gpus=2",
+        "rollout.num_gpus=1.5",
+        "rollout={tensor_parallel: 2, num_gpus: 0.5}",
         "learner.dtype=float16",
         "learner.betas=[0.9]",
         "learner.freeze_vision=sometimes",
         "learner=3",
         "learner.lora_targets=(",
+        "learner.lora_rank=513",
         "loss.kind=grpo",
         "loss.kl_coef=0.1",
         "rollout.num_actors=0",
@@ -131,6 +135,13 @@ def test_cached_vision_features_ask_for_a_frozen_tower(path):
     )
 
 
+def test_adapters_that_vllm_cannot_take_are_refused_unless_they_are_merged(path):
+    on_gpu = ("learner.lora_rank=4", "rollout.num_gpus=1", "rollout.dtype=float32")
+    assert "adapters on GPUs are bfloat16" in problem(path, *on_gpu)
+    assert load_config(path, [*on_gpu, "learner.lora_publish=merged"])
+    assert load_config(path, ["learner.lora_rank=513", "learner.lora_publish=merged"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "warnings"),
     [
@@ -159,6 +170,11 @@ def test_cached_vision_features_ask_for_a_frozen_tower(path):
             ["learner.world_size=8, but an update has 4 responses"],
         ),
         (["learner.world_size=8", "groups_per_step=4", "rollout.rollouts_per_prompt=2"], []),
+        (["learner.zero_stage=1"], ["zero_stage=1 adds gradients of 32 micro-batches in bfloat16: use"]),
+        (["learner.zero_stage=0", "learner.micro_batch=16"], ["adds gradients of 2 micro-batches"]),
+        (["learner.zero_stage=0", "learner.micro_batch=16", "learner.world_size=2"], []),
+        (["learner.zero_stage=1", "learner.grad_accum_dtype=bfloat16"], []),
+        (["learner.zero_stage=1", "learner.dtype=float32"], []),
     ],
 )
 def test_processes_that_would_never_have_work_are_warned_of(path, overrides, warnings):
@@ -380,7 +396,7 @@ def leaves() -> list[str]:
     tree = Config.model_validate(MINIMAL).model_dump()
 
     def walk(node, name):
-        if isinstance(node, dict) and name != "worker_env":
+        if isinstance(node, dict) and name not in ("worker_env", "learner.deepspeed"):
             return [
                 leaf for key, value in node.items() for leaf in walk(value, f"{name}.{key}" if name else key)
             ]

@@ -1,6 +1,7 @@
 """Facts of a model folder, read without loading the model: checks before anything starts."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,15 @@ from typing import Any
 from video_opd.errors import ModelError
 
 SUPPORTED = ("qwen3_vl", "qwen2_5_vl")
+# transformers 5.19's defaults (configuration_qwen3_vl.py, configuration_qwen2_5_vl.py): folders that older
+# versions wrote leave out values that equal them.
+_VISION = {"num_heads": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 3584}
+_VISION_DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen3_vl": _VISION
+    | {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "patch_size": 16}
+    | {"num_position_embeddings": 2304, "deepstack_visual_indexes": (8, 16, 24)},
+    "qwen2_5_vl": _VISION | {"depth": 32, "hidden_size": 3584, "intermediate_size": 3420, "patch_size": 14},
+}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -40,7 +50,7 @@ def read_model_info(folder: str | Path, trust_remote_code: bool = False) -> Mode
         why = f", only {pickled[0]}, which could run code when it is read" if pickled else ""
         raise ModelError(f"{folder} has no safetensors weights{why}: download or convert the model first")
     try:
-        vision = config["vision_config"]
+        vision = vision_config(config)
         text = config.get("text_config", config)  # Qwen2.5-VL's first files are flat
         text_keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
         shapes = {"model_type": model_type, **{f"text.{k}": text[k] for k in text_keys}}
@@ -49,6 +59,11 @@ def read_model_info(folder: str | Path, trust_remote_code: bool = False) -> Mode
     except KeyError as error:
         raise ModelError(f"{folder}/config.json lacks {error}: the model folder is damaged") from error
     return ModelInfo(str(folder), model_type, multiple, shapes)
+
+
+def vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The vision tower's part of a config.json of a supported type, whole. Raises KeyError without one."""
+    return _VISION_DEFAULTS[config["model_type"]] | dict(config["vision_config"])
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 
 from video_opd.answers import parse_span
 from video_opd.config import RolloutConfig, TeacherConfig
 from video_opd.errors import ParityError
 from video_opd.models.prompting import PromptEncoder, first_difference
+from video_opd.models.shared_gpu import is_shared, starting_alone
 from video_opd.types import EncodedPrompt, FailedPrompt, FinishReason, Prediction, Prompt
 
 EngineConfig = RolloutConfig | TeacherConfig
+LEAST_UTILIZATION = 0.01
 Seeds = Sequence[Sequence[int]] | None
 
 
@@ -25,28 +28,58 @@ def start_vllm(model: str, config: EngineConfig, seed: int, trust_remote_code: b
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM
 
-    if config.kv_cache_bytes:
-        options["kv_cache_memory_bytes"] = config.kv_cache_bytes
-    if config.num_gpus:
-        options["gpu_memory_utilization"] = config.gpu_memory_utilization
-    else:  # on a CPU a seeded request with a chunked prefill fails: its generator cannot be rewound
+    options |= memory_options(config) | parallel_options(config)
+    if not config.num_gpus:  # a seeded request with a chunked prefill fails: its generator cannot be rewound
         options["enable_chunked_prefill"] = False
         _register_architecture(model)
     gc.freeze()  # vLLM collects garbage five times while it starts: skip imported objects
-    return LLM(
-        model,
-        dtype=config.dtype,
-        load_format="safetensors",
-        generation_config="vllm",  # of the folder's generation_config.json only the end tokens count
-        trust_remote_code=trust_remote_code,
-        seed=seed,
-        max_model_len=config.max_model_len,
-        limit_mm_per_prompt={"video": 1, "image": 0},
-        skip_mm_profiling=True,
-        mm_processor_cache_gb=0,
-        disable_log_stats=True,
-        **options,
-    )
+    with starting_alone(config.num_gpus):
+        llm = LLM(
+            model,
+            dtype=config.dtype,
+            load_format="safetensors",
+            generation_config="vllm",  # of the folder's generation_config.json only the end tokens count
+            trust_remote_code=trust_remote_code,
+            seed=seed,
+            max_model_len=config.max_model_len,
+            limit_mm_per_prompt={"video": 1, "image": 0},
+            skip_mm_profiling=True,
+            mm_processor_cache_gb=0,
+            disable_log_stats=True,
+            **options,
+        )
+    if config.tensor_parallel > 1:  # a process that lost a shard must be lost itself, to be replaced
+        llm.llm_engine.model_executor.register_failure_callback(_end_process)
+    return llm
+
+
+def memory_options(config: EngineConfig) -> dict[str, Any]:
+    """vLLM's options for memory. On a shared GPU it may not measure, since its neighbours allocate too.
+
+    A given KV cache ends the measuring (vllm/v1/worker/gpu_worker.py), but not the check that the share
+    gpu_memory_utilization of the whole GPU is free (request_memory in vllm/v1/worker/utils.py)."""
+    options: dict[str, Any] = {}
+    if config.kv_cache_bytes:
+        options["kv_cache_memory_bytes"] = config.kv_cache_bytes
+    if config.num_gpus:
+        unmeasured = config.kv_cache_bytes and is_shared(config.num_gpus)
+        options["gpu_memory_utilization"] = LEAST_UTILIZATION if unmeasured else config.gpu_memory_utilization
+    return options
+
+
+def parallel_options(config: EngineConfig) -> dict[str, Any]:
+    """vLLM's options for tensor parallelism: Ray actors in the placement group, or processes of this one."""
+    if config.tensor_parallel == 1:
+        return {}
+    if not config.num_gpus:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else it wants a NUMA node per process
+    # mp on a CPU: its processes lack cpu_torch.py and need torch's own torchvision
+    backend = "ray" if config.num_gpus and ray.is_initialized() else "mp"
+    return {"tensor_parallel_size": config.tensor_parallel, "distributed_executor_backend": backend}
+
+
+def _end_process() -> None:
+    os._exit(1)
 
 
 def _register_architecture(model: str) -> None:
@@ -90,6 +123,7 @@ class SamplingEngine:
         """`banned_ids` are never sampled: the learner would take a sampled video pad for a video."""
         self._config = config
         self._banned = dict.fromkeys(banned_ids, -100.0)
+        self._adapter: Any = None  # a LoRARequest for what is sampled; None: the folder's weights alone
         options |= {"enforce_eager": config.enforce_eager, "max_num_seqs": config.max_num_seqs}
         self._llm: Any = start_vllm(model, config, seed, **options)
 
@@ -120,7 +154,7 @@ class SamplingEngine:
             for _, _, seed in wanted
         ]
         inputs = [vllm_prompt(prompts[place]) for place, _, _ in wanted]
-        names = self._llm.enqueue(inputs, parameters, use_tqdm=False)
+        names = self._llm.enqueue(inputs, parameters, lora_request=self._adapter, use_tqdm=False)
         of_request = {name.partition("-")[0]: request for name, request in zip(names, wanted, strict=True)}
         finished: list[dict[int, Completion]] = [{} for _ in prompts]
         engine = self._llm.llm_engine

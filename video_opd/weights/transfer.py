@@ -26,7 +26,7 @@ BACKENDS = {"object_store": OBJECT_STORE, "collective": "nccl", "ipc": "ipc"}
 
 @dataclass
 class BucketUpdateInfo(base.WeightTransferUpdateInfo):
-    """One whole version, as check_whole found it."""
+    """A part of a version that check_whole found whole."""
 
     buckets: list[WeightBucket]
 
@@ -67,14 +67,26 @@ class ObjectStoreEngine(base.WeightTransferEngine[base.WeightTransferInitInfo, B
 WeightTransferEngineFactory.register_engine(OBJECT_STORE, ObjectStoreEngine)
 
 
+class WorkerExtension:
+    """What the process of each vLLM worker imports, as `worker_extension_cls`: it registers the engine."""
+
+
+WORKER = f"{__name__}.{WorkerExtension.__name__}"
+
+
 class ActorsClient(RayVLLMWeightSyncClient):
     """vLLM's client for rollout actors, which are engines of their own rather than replicas of one."""
 
+    def __init__(self, actors: list[Any], shards: int):
+        super().__init__(actors)
+        self._shards = shards
+
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Gives each actor's worker a rank of its own: vLLM counts from `rank_offset` within one engine."""
+        """Gives each actor's shards ranks of their own: vLLM counts from `rank_offset` within one engine."""
         calls = []
         for number, handle in enumerate(self.handles):
-            of_actor = {k: v + number if k == "rank_offset" else v for k, v in init_info.items()}
+            before = number * self._shards
+            of_actor = {k: v + before if k == "rank_offset" else v for k, v in init_info.items()}
             calls.append(handle.init_weight_transfer_engine.remote(base.WeightTransferInitRequest(of_actor)))
         ray.get(calls)
 
@@ -114,8 +126,9 @@ class ParameterSource(base.WeightSource):
 class WeightSender:
     """A learner rank's side of vLLM's `nccl` and `ipc`. Rank 0 sends; all ranks make the same calls."""
 
-    def __init__(self, weight_transfer: str, rank: int, parameters: Callable[[], Named]):
-        self._is_ipc, self._rank = weight_transfer == "ipc", rank
+    def __init__(self, weight_transfer: str, rank: int, parameters: Callable[[], Named], shards: int = 1):
+        """`shards` of each actor, which all receive."""
+        self._is_ipc, self._rank, self._shards = weight_transfer == "ipc", rank, shards
         self._source = ParameterSource(parameters)
         self._actors: list[Any] = []
         self._engine: base.TrainerWeightTransferEngine | None = None
@@ -131,10 +144,11 @@ class WeightSender:
             if self._engine is None or self._actors != actors:
                 self._leave_group()
                 self._actors = actors
-                info = NCCLTrainerInitInfo(*address, world_size=1 + len(actors), rank=self._rank)
+                world_size = 1 + len(actors) * self._shards
+                info = NCCLTrainerInitInfo(*address, world_size=world_size, rank=self._rank)
                 self._engine = WeightTransferTrainerFactory.trainer_init(
                     IPCTrainerInitInfo(rank=self._rank) if self._is_ipc else info,
-                    client=ActorsClient(actors),
+                    client=ActorsClient(actors, self._shards),
                     source=self._source,
                 )
             self._engine.send_weights()
