@@ -2,9 +2,9 @@
 
 import importlib
 import os
-import shutil
 import socket
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -18,6 +18,8 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from learner.adapters import choose_trained, merge, merged_parameters
 from learner.batching import Row, plan_update
 from learner.diagnostics import TimestampTokens, TokenRecords, batch_diagnostics, policy_diagnostics
+from learner.export import write_student
+from learner.loading import load_student
 from learner.loss import ResponseTokens, loss_per_token
 from learner.safe_load import read_weights_only
 from learner.saving import writing_on_all_ranks
@@ -29,9 +31,7 @@ from video_opd.models.forward import (
     VideoLLM,
     collate,
     load_head,
-    load_model,
     token_entropy,
-    without_settings,
 )
 from video_opd.models.prompting import PromptEncoder, check_parity
 from video_opd.types import EncodedPrompt, FailedPrompt, ScoredGroup
@@ -59,7 +59,7 @@ class LearnerEngine:
         self._encoder = PromptEncoder(config.student, config.prompt, config.video, config.trust_remote_code)
         self._device = "cuda" if learner.num_gpus else "cpu"
         # ZeRO keeps float32 masters of bfloat16 weights
-        model = load_model(config.student, learner.dtype, config.trust_remote_code)
+        model = load_student(config, _deepspeed_config(config))
         if learner.lora_rank:
             torch.manual_seed(config.seed)  # every rank draws the same adapters
         choose_trained(model, learner)
@@ -203,16 +203,33 @@ class LearnerEngine:
     def _tensor(self, arrays: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(self._device)
 
-    def parameters(self, device: str | None = None) -> Named:
-        """Of the plain model: whole, adapters merged, on `device` or the rank's. All ranks must iterate."""
-        is_sharded = self._config.learner.zero_stage == 3
+    def parameters(self, on_host: bool = False) -> Named:
+        """Of the plain model: whole, adapters merged, on the rank's device. All ranks must iterate.
+
+        on_host: on the CPU, for rank 0 alone. The other ranks help it to gather, and get none.
+        """
+        is_sharded, device = self._config.learner.zero_stage == 3, "cpu" if on_host else self._device
         for name, parts, scaling in merged_parameters(self._model):
             with self._deepspeed.zero.GatheredParameters(parts, enabled=is_sharded):
-                yield name, merge(parts, scaling).to(device=device or self._device, copy=is_sharded)
+                if on_host and self._rank:
+                    continue
+                tensor = merge(parts, scaling).to(device=device, copy=is_sharded)
+            yield name, tensor
+
+    @contextmanager
+    def _parameters_on_host(self) -> Iterator[Named]:
+        """`parameters(on_host=True)`. When the block fails on rank 0, the other ranks still get through."""
+        named = self.parameters(on_host=True)
+        try:
+            yield named
+        finally:
+            for _ in named:
+                pass
 
     def buckets(self, policy_version: int) -> Iterator[WeightBucket]:
-        """The student's weights, for publication. All ranks must iterate together."""
-        return to_buckets(self.parameters("cpu"), policy_version, self._config.learner.bucket_bytes)
+        """The student's weights, for publication: rank 0 gets them. All ranks must iterate together."""
+        with self._parameters_on_host() as named:
+            yield from to_buckets(named, policy_version, self._config.learner.bucket_bytes)
 
     def save(self, folder: Path) -> None:
         """Writes the DeepSpeed state and `student/`, a transformers folder. Raises OSError on all ranks."""
@@ -221,13 +238,10 @@ class LearnerEngine:
         self.export(folder / "student")
 
     def export(self, folder: Path) -> None:
-        """Writes the student alone, for transformers and vLLM: new weights, other files as they were."""
-        state = {name: tensor.contiguous() for name, tensor in self.parameters("cpu")}
-        if self._rank == 0:
-            with without_settings(self._model):  # transformers refuses to write some that are published
-                self._model.save_pretrained(folder, state_dict=state)
-            others = shutil.ignore_patterns("*.safetensors*", "*.bin*", "config.json")
-            shutil.copytree(self._config.student, folder, ignore=others, dirs_exist_ok=True)
+        """Rank 0 writes the student alone, for transformers and vLLM."""
+        with self._parameters_on_host() as named:
+            if self._rank == 0:
+                write_student(self._model, named, self._config.student, folder)
 
     def load(self, folder: Path, universal: bool = False) -> None:
         """Restores weights and optimizer exactly, from a checkpoint of as many ranks or a universal one."""
