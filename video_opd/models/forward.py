@@ -91,8 +91,7 @@ class ResponseLogits(torch.nn.Module):
         """The head's input for the response rows, [R, hidden size] in the model's dtype."""
         seen: dict[str, Any] = {"mm_encoder_outputs": {"video": batch.video_features}}
         if batch.video_features is None:
-            dtype = self.model.get_input_embeddings().weight.dtype
-            seen = {"pixel_values_videos": batch.pixel_values.to(dtype)}
+            seen = {"pixel_values_videos": batch.pixel_values.to(self.model.dtype)}
         if batch.second_per_grid is not None:
             seen["second_per_grid_ts"] = batch.second_per_grid
         hidden = self.model.model(
