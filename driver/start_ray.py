@@ -12,12 +12,14 @@ import ray
 from ray.serve._private.long_poll import LongPollClient
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from preflight.options import asked_attention, lacks
 from teacher_service.scaling import delete_orphans
 from video_opd import ROOT
 from video_opd.cluster.join import cluster_to_join, join, start_local
 from video_opd.cluster.run_control import NAMESPACE, running_runs
 from video_opd.config import Config
-from video_opd.errors import ClusterError
+from video_opd.errors import ClusterError, ConfigError
+from video_opd.models.attention import PACKAGES, missing_for
 
 POLL_S = 2.0
 LOCAL_ROLES = 64  # rollout actors and teacher replicas that a local Ray admits: memory limits them, not Ray
@@ -118,6 +120,21 @@ def start_ray(config: Config, address: str | None) -> None:
         print(f"deleted the teacher {app}: its run is gone", flush=True)
     timeout_s = config.start_timeout_s if joined else min(config.start_timeout_s, LOCAL_TIMEOUT_S)
     wait_for_places(config, timeout_s)
+    if joined:
+        check_nodes(config)
+
+
+def check_nodes(config: Config) -> None:
+    """Asks one node of each role whether it has what the role's attention needs. Raises ConfigError."""
+    asked = ray.remote(missing_for)
+    for section, attention in asked_attention(config):
+        if attention in PACKAGES:
+            role = section.removesuffix("_pool")
+            options = {"num_cpus": 0, "resources": {role: 0.001}, "runtime_env": {"env_vars": config.worker_env}}
+            reference = asked.options(**options).remote(attention)
+            if missing := ray.get(reference, timeout=config.start_timeout_s):
+                key = f"{section}.attn_implementation={attention}"
+                raise ConfigError(lacks(key, missing, f"a node of the {role}"))
 
 
 def leave_ray() -> None:

@@ -4,7 +4,6 @@ import importlib
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -17,12 +16,13 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from learner.adapters import choose_trained, merge, merged_parameters
 from learner.batching import Row, plan_update
+from learner.deepspeed_config import deepspeed_config
 from learner.diagnostics import TimestampTokens, TokenRecords, batch_diagnostics, policy_diagnostics
 from learner.export import write_student
 from learner.loading import load_student
 from learner.loss import ResponseTokens, loss_per_token
 from learner.safe_load import read_weights_only
-from learner.saving import writing_on_all_ranks
+from learner.saving import taken_to_the_end, writing_on_all_ranks
 from learner.universal import TAG as universal_tag
 from learner.vision_cache import VisionCache
 from video_opd.config import Config
@@ -59,7 +59,7 @@ class LearnerEngine:
         self._encoder = PromptEncoder(config.student, config.prompt, config.video, config.trust_remote_code)
         self._device = "cuda" if learner.num_gpus else "cpu"
         # ZeRO keeps float32 masters of bfloat16 weights
-        model = load_student(config, _deepspeed_config(config))
+        model = load_student(config)
         if learner.lora_rank:
             torch.manual_seed(config.seed)  # every rank draws the same adapters
         choose_trained(model, learner)
@@ -74,7 +74,7 @@ class LearnerEngine:
             heads = {t.name: load_head(t.model, dtype).to(self._device) for t in teachers}
             shared = min(len(head) for head in heads.values())  # the rest are padded embeddings
             self._teacher_heads = {name: head[:shared] for name, head in heads.items()}
-        options: dict[str, Any] = {"optimizer": optimizer, "config": _deepspeed_config(config)}
+        options: dict[str, Any] = {"optimizer": optimizer, "config": deepspeed_config(learner)}
         self._engine: Any = self._deepspeed.initialize(model=module, **options)[0]
         self._is_time = TimestampTokens(self._encoder.tokenizer)
         num_bytes = learner.vision_cache_bytes
@@ -216,19 +216,9 @@ class LearnerEngine:
                 tensor = merge(parts, scaling).to(device=device, copy=is_sharded)
             yield name, tensor
 
-    @contextmanager
-    def _parameters_on_host(self) -> Iterator[Named]:
-        """`parameters(on_host=True)`. When the block fails on rank 0, the other ranks still get through."""
-        named = self.parameters(on_host=True)
-        try:
-            yield named
-        finally:
-            for _ in named:
-                pass
-
     def buckets(self, policy_version: int) -> Iterator[WeightBucket]:
         """The student's weights, for publication: rank 0 gets them. All ranks must iterate together."""
-        with self._parameters_on_host() as named:
+        with taken_to_the_end(self.parameters(on_host=True)) as named:
             yield from to_buckets(named, policy_version, self._config.learner.bucket_bytes)
 
     def save(self, folder: Path) -> None:
@@ -239,7 +229,7 @@ class LearnerEngine:
 
     def export(self, folder: Path) -> None:
         """Rank 0 writes the student alone, for transformers and vLLM."""
-        with self._parameters_on_host() as named:
+        with taken_to_the_end(self.parameters(on_host=True)) as named:
             if self._rank == 0:
                 write_student(self._model, named, self._config.student, folder)
 
@@ -265,19 +255,6 @@ def rows_of(runs: Sequence[tuple[torch.Tensor, torch.Tensor]], which: slice) -> 
         first += len(states)
         logits.append(rows.to(head.dtype).matmul(head.T).float())
     return logits[0] if len(logits) == 1 else torch.cat(logits)
-
-
-def _deepspeed_config(config: Config) -> dict[str, Any]:
-    learner = config.learner
-    return {
-        "train_micro_batch_size_per_gpu": learner.micro_batch,
-        "gradient_accumulation_steps": 1,  # update() sets the boundary: the number of micro-batches varies
-        "gradient_clipping": learner.max_grad_norm,
-        "bf16": {"enabled": learner.dtype == "bfloat16"},
-        "zero_optimization": {"stage": learner.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-    }
 
 
 def _init_deepspeed(config: Config, rank: int, world_size: int, master: tuple[str, int]):

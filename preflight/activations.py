@@ -34,6 +34,13 @@ def text_layer_saved(shapes: ModelShapes, e: int) -> int:
     return 2 * t.hidden * (4 + 2 * e) + head_norms + 4 * e * t.query + 4 * e * t.intermediate
 
 
+def eager_saved(shapes: ModelShapes, e: int) -> int:
+    """Bytes a pair of tokens that eager attention keeps in one decoder layer, for all heads.
+
+    The softmax in float32, and in the role's dtype if that differs."""
+    return shapes.text.query // shapes.text.head_dim * (4 if e == 4 else 4 + e)
+
+
 def text_layer_gradients(shapes: ModelShapes, e: int) -> int:
     """Bytes a token beyond what a layer keeps, while its MLP goes backward: 3eI + 2eH."""
     return 3 * e * shapes.text.intermediate + 2 * e * shapes.text.hidden

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preflight.model_shapes import ModelShapes, count, find_shapes, parameters, read_shapes
+from preflight.options import check_options
 from video_opd import ROOT
 from video_opd.config import Config, TeacherModel
 from video_opd.datasets import Split, read_split
@@ -52,6 +53,7 @@ def make_plan(config: Config, resumes: bool = False) -> Plan:
         read_model_info(teacher.model, config.trust_remote_code)
         check_same_tokenizer(config.student, teacher.model)
         check_teacher(config, read_shapes(config.student), read_shapes(teacher.model))
+    check_options(config)
     if config.loss.needs.rewards:
         load_rewards(config.loss.rewards)
     splits = {name: _read(config, name, student.size_multiple, resumes) for name in ("train", "eval")}
@@ -112,6 +114,7 @@ def make_draft(config: Config) -> Draft:
             check_same_tokenizer(config.student, folder)
     elif teachers:
         unchecked.append("tokenizers: a tokenizer.json is missing, so they were not compared")
+    unchecked += check_options(config)
     if config.loss.needs.rewards:
         load_rewards(config.loss.rewards)
     lengths = None

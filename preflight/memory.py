@@ -131,12 +131,44 @@ def optimizer_bytes(num_trained: int, learner: LearnerConfig) -> dict[str, int]:
 
 
 def gradient_bytes(num_trained: int, learner: LearnerConfig) -> dict[str, int]:
-    """One rank's gradients eT, with ZeRO-2 and 3 eT / n; with ZeRO also a bucket, e REDUCE_BUCKET."""
-    e = DTYPE_BYTES[learner.dtype]
+    """One rank's gradients aT, with ZeRO-2 and 3 aT / n, a: bytes in grad_accum_dtype; with ZeRO also a bucket.
+
+    The bucket has e reduce_bucket_size; twice with overlap_comm at stages 1 and 2. A rank's part of it is
+    converted if a is not e. offload_bytes has the gradients that are added on the host."""
+    e, a = DTYPE_BYTES[learner.dtype], DTYPE_BYTES[learner.accumulation_dtype]
     ranks = learner.world_size if learner.zero_stage >= 2 else 1
-    bucket = REDUCE_BUCKET if learner.num_gpus else min(REDUCE_BUCKET, num_trained)  # a CPU: as it fills
-    of_bucket = {"gradient bucket": e * bucket} if learner.zero_stage else {}
-    return {"gradients": e * num_trained // ranks} | of_bucket
+    gradients = {} if adds_on_host(learner) else {"gradients": a * num_trained // ranks}
+    if not learner.zero_stage:
+        return gradients
+    size = int(learner.zero_option("reduce_bucket_size", REDUCE_BUCKET))
+    bucket = size if learner.num_gpus else min(size, num_trained)  # a CPU: as it fills
+    copies = 2 if learner.zero_stage < 3 and learner.zero_option("overlap_comm", False) else 1
+    converted = a * bucket // ranks if a != e else 0
+    return gradients | {"gradient bucket": copies * e * bucket + converted}
+
+
+def adds_on_host(learner: LearnerConfig) -> bool:
+    """Whether offloaded gradients of micro-batches are added on the host; ZeRO-2 adds float32 on the device."""
+    converts = learner.accumulation_dtype != learner.dtype
+    on_host = learner.zero_stage == 3 or (learner.zero_stage == 2 and not converts)
+    return on_host and learner.offload("optimizer") != "none"
+
+
+def offload_bytes(num_trained: int, learner: LearnerConfig) -> dict[str, int]:
+    """One rank's host memory with offload_optimizer, each for T / n: states, gradients, AdamW's roots.
+
+    Gradients are float32, 4, and those added on the host, a. ZeRO-1 and 2 keep the new weights there too, e.
+    cpu: moments 8, masters 4, roots 4. nvme: states are files, of which buffer_count x 4 SUB_GROUP are here."""
+    part = num_trained // learner.world_size
+    at_once = min(part, int(learner.zero_option("sub_group_size", SUB_GROUP)))
+    summed = DTYPE_BYTES[learner.accumulation_dtype] if adds_on_host(learner) else 0
+    if learner.offload("optimizer") == "nvme":
+        buffers = int(learner.zero_option("offload_optimizer", {}).get("buffer_count", 4))
+        return {"offloaded gradients": summed * part, "swap buffers": 4 * buffers * at_once}
+    weights = 0 if learner.zero_stage == 3 else DTYPE_BYTES[learner.dtype]
+    states = optimizer_bytes(num_trained, learner)
+    roots = {"roots": 4 * (at_once if learner.zero_stage == 3 else part)}
+    return states | {"offloaded gradients": (4 + summed + weights) * part} | roots
 
 
 def weight_bytes(shapes: ModelShapes, learner: LearnerConfig) -> dict[str, int]:
@@ -146,17 +178,23 @@ def weight_bytes(shapes: ModelShapes, learner: LearnerConfig) -> dict[str, int]:
     if learner.zero_stage < 3:
         return {"weights": e * total}
     largest = max(count({n: s}) for n, s in of.items())
-    gathered = min(total, max(LIVE_PARAMETERS, largest))
+    live = int(learner.zero_option("stage3_max_live_parameters", LIVE_PARAMETERS))
+    gathered = min(total, max(live, largest))
     return {"weights": e * total // learner.world_size, "gathered weights": e * gathered}
 
 
 def step_bytes(num_trained: int, learner: LearnerConfig) -> int:
-    """The optimizer step's float32 gradients 4T / n and AdamW's roots 4T / n; ZeRO-3: SUB_GROUP at a time."""
+    """The optimizer step's float32 gradients 4T / n and AdamW's roots 4T / n; ZeRO-3: SUB_GROUP at a time.
+
+    Nothing with offload_optimizer; no gradients where the sum of the micro-batches' is used as it is."""
+    if learner.offload("optimizer") != "none":
+        return 0
     part = num_trained // (learner.world_size if learner.zero_stage else 1)
     if learner.zero_stage == 3:
-        part = min(part, SUB_GROUP)
-    gradients_exist = learner.dtype == "float32" and learner.zero_stage == 0
-    return part * (4 if gradients_exist else 8)
+        part = min(part, int(learner.zero_option("sub_group_size", SUB_GROUP)))
+    converts = learner.accumulation_dtype != learner.dtype
+    as_it_is = learner.dtype == "float32" if learner.zero_stage == 0 else learner.zero_stage == 2 and converts
+    return part * (4 if as_it_is else 8)
 
 
 def longest_sequence(config: Config, work: Workload, max_model_len: int) -> int:
@@ -175,26 +213,36 @@ def learner_memory(
     optimizer step: step_bytes.
 
     All layers keep L B S text_layer_saved, with gradient_checkpointing L B S eH; so does a trained tower.
-    With micro_batch over 1 the attention mask takes B S^2 (1 + e)."""
+    With micro_batch over 1, or eager attention, the mask takes B S^2 (1 + e); flash attention has none.
+    Eager attention keeps B S^2 eager_saved in a layer, and as much again for its gradients."""
     learner, e, batch = config.learner, DTYPE_BYTES[config.learner.dtype], config.learner.micro_batch
     text, vision, num_trained = student.text, student.vision, count(trained(student, learner))
     length = longest_sequence(config, train, config.rollout.max_model_len)
     tokens, patches = batch * length, batch * train.max_video_tokens * vision.patches_a_token
     depth = 0 if learner.freeze_vision or learner.lora_rank else vision.depth
-    layer = tokens * activations.text_layer_saved(student, e)
+    attention = learner.attn_implementation
+    eager = activations.eager_saved(student, e) if attention == "eager" else 0
+    layer = tokens * (activations.text_layer_saved(student, e) + eager * length)
     block = patches * activations.vision_block_saved(student, e)
     kept, recomputed = text.layers * layer + depth * block, 0
     if learner.gradient_checkpointing:
         recomputed = max(layer, block if depth else 0)
         kept = text.layers * tokens * text.hidden * e + depth * patches * vision.hidden * e
     video = activations.video_bytes(student, e, batch * train.max_video_tokens)
-    mask = {"attention mask": batch * length**2 * (1 + e) if batch > 1 else 0}
+    masked = attention == "eager" or (attention == "sdpa" and batch > 1)
+    mask = {"attention mask": batch * length**2 * (1 + e) if masked else 0}
     of_pass = {"activations kept": kept} | mask | video
     rows = min(learner.logit_rows, batch * config.rollout.max_response_tokens)
     logits = rows * text.vocab_size * 4 * activations.logit_copies(config.loss)
-    gradients = tokens * activations.text_layer_gradients(student, e)
+    gradients = tokens * (activations.text_layer_gradients(student, e) + eager * length)
     held = weight_bytes(student, learner) | gradient_bytes(num_trained, learner)
-    held |= optimizer_bytes(num_trained, learner)
+    host = _prompts_bytes(student, train, batch) | _bucket_bytes(config, student)
+    if learner.offload("optimizer") == "none":
+        held |= optimizer_bytes(num_trained, learner)
+    else:
+        host |= offload_bytes(num_trained, learner)
+    if learner.offload("param") != "none":
+        host["offloaded weights"], held["weights"] = held["weights"], 0
     if config.loss.needs.teacher == "hidden" and teacher:
         values = teacher.text.vocab_size * teacher.text.hidden * len(config.teacher_models)
         held["teacher's head"] = values * DTYPE_BYTES[config.teacher_pool.dtype]
@@ -204,7 +252,6 @@ def learner_memory(
         "backward": of_pass | {"activations again": recomputed, "their gradients": gradients},
         "optimizer step": {"float32 gradients and roots": step_bytes(num_trained, learner)},
     }
-    host = _prompts_bytes(student, train, batch) | _bucket_bytes(config, student)
     if learner.vision_cache_bytes:
         host["vision cache"] = learner.vision_cache_bytes
     return _place("learner", learner.world_size, learner.num_gpus, ProcessMemory(held, phases), host)
@@ -233,10 +280,15 @@ def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_byt
         logits = batch * config.rollout.max_response_tokens * teacher.text.vocab_size * 4
         answers = batch * (curriculum.num_teacher_predictions if curriculum.asks_teacher else 1)
         kv_cache = {"KV cache": answers * length * kv_bytes_per_token(teacher, pool.dtype)}
+        eager = activations.eager_saved(teacher, e) * length**2 if pool.attn_implementation == "eager" else 0
+        scoring, answering = (
+            activations.forward_bytes(teacher, e, n * length, n * video) | {"eager attention": n * eager}
+            for n in (batch, answers)
+        )
         phases = {
-            "scoring": activations.forward_bytes(teacher, e, batch * length, batch * video),
+            "scoring": scoring,
             "response rows": {"logits": logits * TEACHER_LOGIT_COPIES},
-            "answering": activations.forward_bytes(teacher, e, answers * length, answers * video) | kv_cache,
+            "answering": answering | kv_cache,
         }
         computing = ProcessMemory({"weights": e * count(parameters(teacher))}, phases)
     host = _prompts_bytes(teacher, work, pool.max_batch_requests * config.rollout.prompts_per_call)

@@ -72,7 +72,8 @@ class TransformersEngine(ScoringEngine):
     def __post_init__(self) -> None:
         torch.manual_seed(self.seed)
         self._device = "cuda" if self.config.num_gpus else "cpu"
-        self._model = forward.load_model(self.model, self.config.dtype, self.trust_remote_code)
+        dtype, attention = self.config.dtype, self.config.attn_implementation
+        self._model = forward.load_model(self.model, dtype, self.trust_remote_code, attention)
         self._model.eval().to(self._device)
         self._logits = forward.ResponseLogits(self._model)
 

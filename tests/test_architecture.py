@@ -122,8 +122,8 @@ def test_clips_are_decoded_in_one_file():
     assert importers_of("decord") == {"video_opd/video/decoders.py"}
 
 
-def test_deepspeed_is_imported_by_the_learners_engine_only():
-    assert importers_of("deepspeed") == {"learner/engine.py"}
+def test_deepspeed_is_imported_by_the_learner_only():
+    assert importers_of("deepspeed") == {"learner/engine.py", "learner/deepspeed_config.py"}
 
 
 def test_the_driver_starts_without_the_libraries_of_the_engines():

@@ -4,11 +4,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from video_opd import config_deepspeed
 from video_opd.config_data import (
+    Attention,
     ConfigSection,
     DataConfig,
     Dtype,
@@ -22,12 +24,14 @@ from video_opd.config_data import (
     PromptConfig,
     RegularExpression,
     VideoConfig,
+    attention_problem,
     key,
 )
 
 LossKind = Literal["opd", "opd_topk", "opd_full", "grpo", "off_policy_rkd", "off_policy_fkd", "sft"]
 ImportPaths = Annotated[tuple[str, ...], Field(min_length=1)]
 TEXT_LAYERS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+ATTENTION = "attention of transformers; flash_attention_* need their package on the nodes"
 TRANSFERS = "Ray's object store, NCCL between GPUs, or one GPU's memory; the last two never ran yet"
 
 
@@ -91,6 +95,7 @@ class TeacherConfig(ConfigSection):
     micro_batch: PositiveInt = key(8, "sequences in one forward pass")
     max_model_len: PositiveInt = 16000
     dtype: Dtype = "bfloat16"
+    attn_implementation: Attention = key("sdpa", f"transformers only: {ATTENTION}")
     kv_cache_bytes: PositiveInt | None = None
     gpu_memory_utilization: Fraction = 0.85
     tensor_parallel: PositiveInt = key(1, "shards of a replica, each on a GPU of one node; vllm only")
@@ -99,6 +104,10 @@ class TeacherConfig(ConfigSection):
 
     def problems(self) -> Iterator[str]:
         shards, fits = self.tensor_parallel, self.num_gpus <= 1 and (self.num_gpus or self.num_cpus)
+        if self.engine == "vllm" and self.attn_implementation != "sdpa":
+            yield f"attn_implementation={self.attn_implementation} does nothing for engine=vllm: leave it out"
+        if problem := attention_problem(self.attn_implementation, self.dtype, self.num_gpus):
+            yield problem
         if shards > 1 and self.engine != "vllm":
             yield f"tensor_parallel={shards} is vLLM's: use engine=vllm"
         if shards > 1 and not fits:
@@ -157,7 +166,10 @@ class LearnerConfig(ConfigSection):
 
     world_size: PositiveInt = key(1, "data-parallel ranks")
     zero_stage: Literal[0, 1, 2, 3] = 3
+    deepspeed: dict[str, Any] = key({}, "further keys of DeepSpeed's configuration; docs/operations.md")
     dtype: Dtype = "bfloat16"
+    grad_accum_dtype: Dtype | None = key(None, "sums gradients of micro-batches; None: float32 if it can")
+    attn_implementation: Attention = key("sdpa", ATTENTION)
     micro_batch: PositiveInt = key(1, "sequences in one forward and backward pass")
     logit_rows: PositiveInt = key(512, "response tokens whose logits are held at once")
     lr: PositiveFloat = 1e-6
@@ -177,7 +189,29 @@ class LearnerConfig(ConfigSection):
     num_gpus: NonNegativeFloat = key(1, "of one rank; 0 on a CPU machine")
     num_cpus: NonNegativeFloat = 1
 
+    @property
+    def accumulation_dtype(self) -> Dtype:
+        """In which gradients of micro-batches are added. ZeRO-2 and 3 add in another than that of weights.
+
+        DeepSpeed 0.19 has none at stage 0, and at stage 1 another optimizer with other checkpoint files."""
+        return self.grad_accum_dtype or ("float32" if self.zero_stage >= 2 else self.dtype)
+
+    def zero_option(self, name: str, default: Any) -> Any:
+        """A key of deepspeed.zero_optimization; `default` is DeepSpeed's."""
+        return self.deepspeed.get(config_deepspeed.ZERO, {}).get(name, default)
+
+    def offload(self, what: Literal["optimizer", "param"]) -> str:
+        """Where DeepSpeed keeps optimizer states, or weights: none (on the device), cpu or nvme."""
+        return (self.zero_option(f"offload_{what}", None) or {}).get("device", "none")
+
     def problems(self) -> Iterator[str]:
+        yield from config_deepspeed.problems(self.deepspeed, self.zero_stage)
+        if problem := attention_problem(self.attn_implementation, self.dtype, self.num_gpus):
+            yield problem
+        if self.grad_accum_dtype == "bfloat16" and self.dtype == "float32":
+            yield "grad_accum_dtype=bfloat16 would round gradients of dtype=float32: leave it out"
+        if self.accumulation_dtype != self.dtype and self.zero_stage < 2:
+            yield f"grad_accum_dtype=float32 needs zero_stage=2 or 3, not {self.zero_stage}"
         if self.vision_cache_bytes and not self.freeze_vision:
             yield "vision_cache_bytes keeps outputs of the vision tower: set freeze_vision, or leave it 0"
         if self.vision_cache_bytes and self.zero_stage == 3 and self.world_size > 1:
@@ -289,7 +323,7 @@ class Config(ConfigSection):
         return -(-self.num_slots // self.rollout.prompts_per_call)
 
     def warnings(self) -> Iterator[str]:
-        """Yields which processes would have no work: allowed, but wasted."""
+        """Yields what is allowed, but probably not meant: processes without work, imprecise gradients."""
         rollout, needs, replicas = self.rollout, self.loss.needs, self.teacher_pool.num_replicas
         slots, ranks = f"{self.num_slots} prompts in flight", self.learner.world_size
         if needs.rollouts and rollout.num_actors > self.most_actors:
@@ -304,6 +338,10 @@ class Config(ConfigSection):
         rows = self.groups_per_step * (rollout.rollouts_per_prompt if needs.rollouts else 1)
         if ranks > rows:
             yield f"learner.world_size={ranks}, but an update has {rows} responses: raise groups_per_step"
+        learner, num_batches = self.learner, -(-rows // (ranks * self.learner.micro_batch))
+        if num_batches > 1 and learner.accumulation_dtype == "bfloat16" and not learner.grad_accum_dtype:
+            adds = f"adds gradients of {num_batches} micro-batches in bfloat16"
+            yield f"learner.zero_stage={learner.zero_stage} {adds}: use zero_stage=2, which adds in float32"
 
     def problems(self) -> Iterator[str]:
         if self.teacher is not None and self.teachers:

@@ -37,6 +37,9 @@ OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 FileName = Annotated[str, AfterValidator(_file_name)]
 RegularExpression = Annotated[str, AfterValidator(_regular_expression)]
 Dtype = Literal["float32", "bfloat16"]
+Attention = Literal["sdpa", "flash_attention_2", "flash_attention_3", "eager"]
+"""As transformers names them; it has no flex_attention for Qwen-VL."""
+
 Cleaning = Literal["as_written", "strip", "parse_query", "time_r1"]
 Annotators = Literal["mean", "majority", "first", "all"]
 PromptStyle = Literal["timelens", "time_r1", "time_r1_think", "timelens2"]
@@ -65,6 +68,13 @@ class ConfigSection(BaseModel):
 def key(default: Any, description: str) -> Any:
     """A configuration key with a default; `python launch.py --help` prints both."""
     return Field(default=default, description=description)
+
+
+def attention_problem(attention: Attention, dtype: Dtype, num_gpus: float) -> str | None:
+    """Why a role cannot compute attention so."""
+    if not attention.startswith("flash") or (dtype == "bfloat16" and num_gpus):
+        return None
+    return f"attn_implementation={attention} computes in bfloat16 on a GPU: use sdpa"
 
 
 class DatasetConfig(ConfigSection):

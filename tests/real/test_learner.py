@@ -136,21 +136,21 @@ class Learners:
     """One learner of one rank and one of two, each trained as many configurations in turn as ask for it."""
 
     def __init__(self):
-        self._started: dict[int, Learner] = {}
+        self.started: dict[int, Learner] = {}
 
     async def __call__(self, config: Config) -> Learner:
         world_size = config.learner.world_size
-        if world_size in self._started:
-            kept = self._started[world_size]
+        if world_size in self.started:
+            kept = self.started[world_size]
             kept._config = config
             await kept._all("start_again", config)
             return kept
-        kept = self._started[world_size] = Learner(f"kept{world_size}", config, KeptRank)
+        kept = self.started[world_size] = Learner(f"kept{world_size}", config, KeptRank)
         await kept.start()
         return kept
 
     def stop(self) -> None:
-        for kept in self._started.values():
+        for kept in self.started.values():
             kept.stop()
 
 
@@ -350,6 +350,48 @@ def test_another_number_of_ranks_goes_on_exactly(
         largest_gap({n: s[0] for n, s in saved[0].items()}, {n: s[0] for n, s in saved[1].items()}) > 0.5 * LR
     )
     assert not list(tmp_path.glob(".*")), "nothing of the conversion is left"
+
+
+OFFLOAD = ("learner.deepspeed.zero_optimization.offload_optimizer.device=cpu",)
+
+
+@pytest.mark.parametrize(
+    ("stage", "saved", "loaded"), [(1, (), OFFLOAD), (2, (), OFFLOAD), (3, OFFLOAD, ())], ids=[1, 2, 3]
+)
+def test_many_micro_batches_add_up_in_float32_and_offloaded_states_are_the_same_states(
+    learners, overrides, prompts, encoder, tmp_path, stage, saved, loaded
+):
+    """16 times the same row: every gradient is 1/16 of the row's own, exactly, and so must be their sum."""
+    options = ("learner.dtype=bfloat16", "learner.micro_batch=1", "learner.max_grad_norm=1e9", "loss.kind=opd")
+    row, *others = scored_groups(prompts[:5], encoder, seed=0)
+
+    async def state(learner) -> dict[str, tuple[np.ndarray, ...]]:
+        return (await learner._all("__ray_call__", optimizer_state))[0]
+
+    async def gradient(groups, *more: str) -> np.ndarray:
+        """What Adam's first moment is made of, by a learner that is new but for its processes."""
+        learner = await learners(make_config(overrides, 2, stage, *options, *more))
+        await learner.update(groups, 0)
+        return np.concatenate([moment.ravel() for _, moment, _ in (await state(learner)).values()])
+
+    async def run():
+        alone = await gradient([row, row])
+        rounded = await gradient([row] * 16, "learner.grad_accum_dtype=bfloat16")
+        summed = await gradient([row] * 16, *saved)
+        learner = learners.started[2]
+        await learner.save(tmp_path)
+        await learner.update(others, 1)
+        before = await state(learner)
+        learner = await learners(make_config(overrides, 2, stage, *options, *loaded))
+        await learner.load(tmp_path)
+        await learner.update(others, 1)
+        return alone, rounded, summed, before, await state(learner)
+
+    alone, rounded, summed, before, after = asyncio.run(run())
+    errors = [np.linalg.norm(g - alone) / np.linalg.norm(alone) for g in (summed, rounded)]
+    assert errors[1] > 1e-3, "the bound below must mean anything"
+    assert errors[0] == (errors[1] if stage == 1 else 0)
+    assert all((a == b).all() for n in before for a, b in zip(before[n], after[n], strict=True))
 
 
 def test_a_frozen_vision_tower_keeps_its_weights(learners, overrides, prompts, encoder):

@@ -13,7 +13,9 @@ from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from video_opd.errors import ModelError
+from video_opd.config_data import Attention
+from video_opd.errors import ConfigError, ModelError
+from video_opd.models.attention import missing_for
 from video_opd.types import EncodedPrompt
 
 VideoLLM = Any
@@ -136,14 +138,20 @@ def by_chunks(head: Head, hidden: torch.Tensor, loss: RowLoss, chunk: int, most_
     return tuple(torch.cat(of_chunks) for of_chunks in zip(*parts, strict=True))
 
 
-def load_model(path: str, dtype: str, trust_remote_code: bool = False) -> VideoLLM:
-    """A transformers video LLM from a folder's safetensors, on the CPU, in `dtype`."""
+def load_model(
+    path: str, dtype: str, trust_remote_code: bool = False, attention: Attention = "sdpa"
+) -> VideoLLM:
+    """A transformers video LLM from a folder's safetensors, on the CPU, in `dtype`.
+
+    Raises ConfigError if this machine lacks the package of `attention`."""
     from transformers import AutoModelForImageTextToText
 
+    if missing := missing_for(attention):
+        raise ConfigError(f"attn_implementation={attention} needs {missing} on this node")
     model: VideoLLM = AutoModelForImageTextToText.from_pretrained(
         path,
         dtype=getattr(torch, dtype),
-        attn_implementation="sdpa",
+        attn_implementation=attention,
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
     )
