@@ -14,13 +14,11 @@ from learner.adapters import merged_parameters
 from video_opd.models.forward import VideoLLM, without_settings
 from video_opd.weights.buckets import Named
 
-FILE_BYTES = 2 << 30
+FILE_BYTES = 2 << 30  # of one file, and of rank 0's host memory while it is collected
 
 
-def write_student(
-    model: VideoLLM, parameters: Named, source: str, folder: Path, file_bytes: int = FILE_BYTES
-) -> None:
-    """New weights, in files of at most `file_bytes` (or one parameter); other files as they are in `source`.
+def write_student(model: VideoLLM, parameters: Named, source: str, folder: Path) -> None:
+    """New weights, in files of at most FILE_BYTES or one parameter; other files as they are in `source`.
 
     parameters: those of the plain model, on the CPU, in the order of merged_parameters(model).
     """
@@ -29,7 +27,7 @@ def write_student(
     layout = split_torch_state_dict_into_shards(
         {name: _empty(parts[0]) for name, parts, _ in merged_parameters(model)},
         filename_pattern="model{suffix}.safetensors",
-        max_shard_size=file_bytes,
+        max_shard_size=FILE_BYTES,
     )
     waiting: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     weight_map = {}
