@@ -70,5 +70,5 @@ def test_what_is_written_whole_raises_nothing_and_leaves_the_engine_as_it_was(tm
 def test_what_fails_on_one_rank_still_makes_the_passes_that_the_others_make():
     passes = iter(range(5))
     with pytest.raises(ZeroDivisionError), taken_to_the_end(passes) as named:
-        next(named) // 0
+        assert 1 // next(named)
     assert not list(passes)
