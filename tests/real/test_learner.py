@@ -14,6 +14,7 @@ import pytest
 import ray
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from learner import export
 from learner.adapters import add_adapters, choose_trained
@@ -23,7 +24,7 @@ from tests.real.conftest import DEMO, reference_logprobs, scored_groups
 from tests.real.test_qwen2_5 import build as build_qwen2_5
 from video_opd.config import Config
 from video_opd.config_file import load_config
-from video_opd.errors import ConfigError, SaveError
+from video_opd.errors import ConfigError, ModelError, SaveError
 from video_opd.models.forward import ResponseLogits, VideoLLM, collate, load_model
 from video_opd.types import ScoredGroup
 from video_opd.weights.buckets import unpack
@@ -559,6 +560,16 @@ def test_an_export_in_several_files_has_the_students_names(config, tmp_path, mon
     assert largest_gap(arrays(load_model(str(tmp_path / "out"), "float32")), expected) == 0
     others = {p.name for p in source.iterdir()} - {"model.safetensors"}
     assert others <= {p.name for p in (tmp_path / "out").iterdir()}
+
+
+def test_weights_that_a_folder_lacks_are_not_drawn(config, tmp_path):
+    shutil.copytree(config.student, tmp_path / "student")
+    path = tmp_path / "student" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.language_model.norm.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 weights, e\.g\. model\.language_model\.norm\.weight"):
+        load_model(str(tmp_path / "student"), "float32")
 
 
 def test_a_frozen_vision_tower_keeps_its_weights(learners, overrides, prompts, encoder):

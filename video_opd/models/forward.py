@@ -143,18 +143,23 @@ def load_model(
 ) -> VideoLLM:
     """A transformers video LLM from a folder's safetensors, on the CPU, in `dtype`.
 
-    Raises ConfigError if this machine lacks the package of `attention`."""
+    Raises ConfigError if this machine lacks the package of `attention`, ModelError if weights are missing."""
     from transformers import AutoModelForImageTextToText
 
     if missing := missing_for(attention):
         raise ConfigError(f"attn_implementation={attention} needs {missing} on this node")
-    model: VideoLLM = AutoModelForImageTextToText.from_pretrained(
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
         path,
         dtype=getattr(torch, dtype),
         attn_implementation=attention,
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
+        output_loading_info=True,
     )
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):  # transformers would draw them, each rank its own
+        why = f"{path} lacks {len(missing)} weights, e.g. {missing[0]}"
+        raise ModelError(f"{why}: the model folder is damaged")
     if model.config.model_type == "qwen2_5_vl":
         model.model.get_rope_index = MethodType(_qwen2_5_positions, model.model)
     return model
