@@ -126,12 +126,11 @@ def start_ray(config: Config, address: str | None) -> None:
 
 def check_nodes(config: Config) -> None:
     """Asks one node of each role whether it has what the role's attention needs. Raises ConfigError."""
-    asked = ray.remote(missing_for)
+    asked = ray.remote(num_cpus=0, runtime_env={"env_vars": config.worker_env})(missing_for)
     for section, attention in asked_attention(config):
         if attention in PACKAGES:
             role = section.removesuffix("_pool")
-            options = {"num_cpus": 0, "resources": {role: 0.001}, "runtime_env": {"env_vars": config.worker_env}}
-            reference = asked.options(**options).remote(attention)
+            reference = asked.options(resources={role: 0.001}).remote(attention)
             if missing := ray.get(reference, timeout=config.start_timeout_s):
                 key = f"{section}.attn_implementation={attention}"
                 raise ConfigError(lacks(key, missing, f"a node of the {role}"))

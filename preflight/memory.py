@@ -131,10 +131,10 @@ def optimizer_bytes(num_trained: int, learner: LearnerConfig) -> dict[str, int]:
 
 
 def gradient_bytes(num_trained: int, learner: LearnerConfig) -> dict[str, int]:
-    """One rank's gradients aT, with ZeRO-2 and 3 aT / n, a: bytes in grad_accum_dtype; with ZeRO also a bucket.
+    """One rank's gradients aT, with ZeRO-2 and 3 aT / n; with ZeRO also a bucket, e reduce_bucket_size.
 
-    The bucket has e reduce_bucket_size; twice with overlap_comm at stages 1 and 2. A rank's part of it is
-    converted if a is not e. offload_bytes has the gradients that are added on the host."""
+    a: bytes in grad_accum_dtype; if it is not e, a rank's part of the bucket is converted. At stages 1 and 2
+    overlap_comm takes two buckets. offload_bytes has the gradients that are added on the host."""
     e, a = DTYPE_BYTES[learner.dtype], DTYPE_BYTES[learner.accumulation_dtype]
     ranks = learner.world_size if learner.zero_stage >= 2 else 1
     gradients = {} if adds_on_host(learner) else {"gradients": a * num_trained // ranks}
@@ -148,27 +148,24 @@ def gradient_bytes(num_trained: int, learner: LearnerConfig) -> dict[str, int]:
 
 
 def adds_on_host(learner: LearnerConfig) -> bool:
-    """Whether offloaded gradients of micro-batches are added on the host; ZeRO-2 adds float32 on the device."""
+    """Whether gradients of micro-batches are added on the host; ZeRO-2 adds float32 on the device."""
     converts = learner.accumulation_dtype != learner.dtype
     on_host = learner.zero_stage == 3 or (learner.zero_stage == 2 and not converts)
     return on_host and learner.offload("optimizer") != "none"
 
 
 def offload_bytes(num_trained: int, learner: LearnerConfig) -> dict[str, int]:
-    """One rank's host memory with offload_optimizer, each for T / n: states, gradients, AdamW's roots.
+    """One rank's host memory with offload_optimizer, for each of T / n: moments 8, masters 4, and roots 4.
 
-    Gradients are float32, 4, and those added on the host, a. ZeRO-1 and 2 keep the new weights there too, e.
-    cpu: moments 8, masters 4, roots 4. nvme: states are files, of which buffer_count x 4 SUB_GROUP are here."""
+    Gradients are float32, 4, and those that are added on the host, a. ZeRO-1 and 2 keep the new weights there
+    too, e. ZeRO-3 steps SUB_GROUP at a time."""
     part = num_trained // learner.world_size
-    at_once = min(part, int(learner.zero_option("sub_group_size", SUB_GROUP)))
     summed = DTYPE_BYTES[learner.accumulation_dtype] if adds_on_host(learner) else 0
-    if learner.offload("optimizer") == "nvme":
-        buffers = int(learner.zero_option("offload_optimizer", {}).get("buffer_count", 4))
-        return {"offloaded gradients": summed * part, "swap buffers": 4 * buffers * at_once}
     weights = 0 if learner.zero_stage == 3 else DTYPE_BYTES[learner.dtype]
+    sub_group = int(learner.zero_option("sub_group_size", SUB_GROUP))
+    roots = 4 * (min(part, sub_group) if learner.zero_stage == 3 else part)
     states = optimizer_bytes(num_trained, learner)
-    roots = {"roots": 4 * (at_once if learner.zero_stage == 3 else part)}
-    return states | {"offloaded gradients": (4 + summed + weights) * part} | roots
+    return states | {"offloaded gradients": (4 + summed + weights) * part, "roots": roots}
 
 
 def weight_bytes(shapes: ModelShapes, learner: LearnerConfig) -> dict[str, int]:

@@ -18,6 +18,7 @@ from video_opd.errors import ConfigError
 DEFAULT_GPU_BYTES = 80 * GIB
 MAX_WORLD_SIZE = 64
 LORA_RANK = 16
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 SECTIONS = {"learner": ("learner",), "actors": ("rollout",), "teacher": ("teacher_pool", "curriculum")}
 
 Change = Mapping[str, object]
@@ -149,6 +150,7 @@ def _changes(config: Config, role: str) -> list[Change]:
         "learner.zero_stage": range(learner.zero_stage + 1, 4),
         "learner.micro_batch": _halves(learner.micro_batch),
         "learner.world_size": [n for n in doubled if n <= MAX_WORLD_SIZE],
+        "learner.deepspeed": [OFFLOAD] if many_ranks and learner.zero_stage and not learner.deepspeed else [],
         "learner.lora_rank": [] if learner.lora_rank else [LORA_RANK],
         "learner.num_gpus": _larger_shares(learner.num_gpus),
         "rollout.gpu_memory_utilization": [n / 20 for n in twentieths],

@@ -201,7 +201,7 @@ class LearnerConfig(ConfigSection):
         return self.deepspeed.get(config_deepspeed.ZERO, {}).get(name, default)
 
     def offload(self, what: Literal["optimizer", "param"]) -> str:
-        """Where DeepSpeed keeps optimizer states, or weights: none (on the device), cpu or nvme."""
+        """Where DeepSpeed keeps optimizer states, or weights: none (on the device) or cpu."""
         return (self.zero_option(f"offload_{what}", None) or {}).get("device", "none")
 
     def problems(self) -> Iterator[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 ZERO = "zero_optimization"
 # DeepSpeed ignores unknown keys beside its sections, and others would not act on this learner.
-PASSED = (ZERO, "aio", "comms_logger", "communication_data_type", "memory_breakdown", "wall_clock_breakdown")
+PASSED = (ZERO, "comms_logger", "communication_data_type", "memory_breakdown", "wall_clock_breakdown")
 OWN = {  # key -> the key of this project, or the reason
     "train_batch_size": "set groups_per_step",
     "train_micro_batch_size_per_gpu": "set learner.micro_batch",
@@ -33,7 +33,7 @@ NEEDED_STAGE = {"offload_optimizer": 1, "offload_param": 3}
 def problems(deepspeed: Mapping[str, Any], zero_stage: int) -> Iterator[str]:
     """Yields what cannot be passed on. DeepSpeed itself checks the rest: preflight/options.py."""
     name = "deepspeed"
-    for key in deepspeed.keys() - PASSED:
+    for key in [k for k in deepspeed if k not in PASSED]:
         near = difflib.get_close_matches(key, PASSED, n=1)
         other = f"did you mean {near[0]}?" if near else f"it passes on {', '.join(PASSED)}"
         yield f"{name}.{key}: {OWN.get(key, other)}"
@@ -41,7 +41,7 @@ def problems(deepspeed: Mapping[str, Any], zero_stage: int) -> Iterator[str]:
     if not isinstance(zero, Mapping):
         yield f"{name}.{ZERO}={zero!r} must be a mapping"
         return
-    for key in zero.keys() & OWN_ZERO:
+    for key in [k for k in zero if k in OWN_ZERO]:
         yield f"{name}.{ZERO}.{key}: {OWN_ZERO[key]}"
     for key, stage in NEEDED_STAGE.items():
         section = zero.get(key) or {}
@@ -51,10 +51,9 @@ def problems(deepspeed: Mapping[str, Any], zero_stage: int) -> Iterator[str]:
             continue
         if (device := section.get("device", "none")) == "none":
             continue
-        stage = 3 if device == "nvme" else stage  # below, DeepSpeed takes nvme for cpu
+        if device == "nvme":
+            yield f"{where}.device=nvme: a resume would lose states that DeepSpeed keeps there; use cpu"
         if zero_stage < stage:
             yield f"{where}.device={device} needs zero_stage={stage}, not {zero_stage}"
-        if device == "nvme" and not section.get("nvme_path"):
-            yield f"{where}.device=nvme needs nvme_path, a folder on each node's disk"
         if section.get("super_offload") or section.get("ratio", 1) != 1:
             yield f"{where}: ratio and super_offload step with an optimizer that learner.lr does not reach"

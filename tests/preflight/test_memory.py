@@ -21,6 +21,7 @@ from preflight.activations import (
 from preflight.inputs import SHAPES
 from preflight.memory import (
     DTYPE_BYTES,
+    RoleMemory,
     Workload,
     gradient_bytes,
     kv_bytes_per_token,
@@ -198,8 +199,53 @@ def test_zero_stages_divide_what_they_partition(stage, ranks):
         "optimizer moments": 8 * n // ranks,
         "float32 masters": 4 * n // ranks,
     }
-    assert gradient_bytes(n, learner)["gradients"] == 2 * n // (ranks if stage >= 2 else 1)
+    assert gradient_bytes(n, learner)["gradients"] == (4 * n // ranks if stage >= 2 else 2 * n)
     assert weight_bytes(shapes, learner)["weights"] == 2 * n // (ranks if stage == 3 else 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "gradients", "bucket"),
+    [
+        ({"zero_stage": 0}, 2, 0),
+        ({"zero_stage": 1}, 2, 2),
+        ({"zero_stage": 2}, 4 / 4, 2 + 4 / 4),
+        ({"zero_stage": 3}, 4 / 4, 2 + 4 / 4),
+        ({"zero_stage": 3, "grad_accum_dtype": "bfloat16"}, 2 / 4, 2),
+        ({"zero_stage": 3, "dtype": "float32"}, 4 / 4, 4),
+    ],
+)
+def test_gradients_take_the_bytes_that_they_are_added_in(options, gradients, bucket):
+    """A part of the bucket, this rank's, is converted."""
+    learner = LearnerConfig(
+        world_size=4, deepspeed={"zero_optimization": {"reduce_bucket_size": 40}}, **options
+    )
+    planned = gradient_bytes(1000, learner)
+    assert planned["gradients"] == 1000 * gradients and planned.get("gradient bucket", 0) == 40 * bucket
+
+
+def test_offloaded_states_are_planned_on_the_host_and_nowhere_else():
+    shapes = find_shapes("Qwen3-VL-8B-Instruct", SHAPES)
+    work = Workload(8192, 8192, 9000, 1 << 20)
+
+    def memory(stage: Any, zero: dict[str, Any]) -> RoleMemory:
+        learner = LearnerConfig(world_size=4, zero_stage=stage, deepspeed={"zero_optimization": zero})
+        config = load_demo().model_copy(update={"learner": learner})
+        return learner_memory(config, shapes, None, work)
+
+    part = count(trained(shapes, LearnerConfig())) // 4
+    to_cpu = {"offload_optimizer": {"device": "cpu"}}
+    for stage, on_host in ((1, 8 + 4 + 4 + 2 + 4), (2, 8 + 4 + 4 + 2 + 4), (3, 8 + 4 + 4 + 4)):
+        plain, offloaded = memory(stage, {}), memory(stage, to_cpu)
+        assert plain.device and offloaded.device
+        moved = {"optimizer moments", "float32 masters"} | ({"gradients"} if stage == 3 else set())
+        assert plain.device.held.keys() - offloaded.device.held.keys() == moved
+        assert offloaded.device.phases["optimizer step"] == {"float32 gradients and roots": 0}
+        more = sum(offloaded.host.held.values()) - sum(plain.host.held.values())
+        at_once = 4 * min(part, 10**9) if stage == 3 else 0
+        assert more == pytest.approx(on_host * part + at_once, abs=8)
+    weights = memory(3, {"offload_param": {"device": "cpu"}})
+    assert weights.device and weights.device.held["weights"] == 0
+    assert weights.host.held["offloaded weights"] == 2 * count(parameters(shapes)) // 4
 
 
 # --- activations, against the tensors of real passes ---
@@ -220,16 +266,18 @@ def test_what_layers_keep_for_the_backward_pass(model, dtype):
     assert kept == pytest.approx(layers + blocks, rel=0.15)
 
 
-@pytest.mark.parametrize("dtype", DTYPE_BYTES)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_peak_of_a_learners_pass(tokenizer, dtype, checkpointing):
+@pytest.mark.parametrize(
+    ("checkpointing", "dtype", "attention"),
+    [(c, dtype, "sdpa") for c in (False, True) for dtype in DTYPE_BYTES] + [(False, "bfloat16", "eager")],
+)
+def test_the_peak_of_a_learners_pass(tokenizer, dtype, checkpointing, attention):
     """Forward and backward beside whole gradients, as from an update's second micro-batch on."""
     size = Size(hidden=128, layers=8, vision_hidden=64)
     model = build_model(size, tokenizer, seed=0).to(getattr(torch, dtype)).train()
+    model.set_attn_implementation(attention)
     shapes, batch = shapes_of(model), batch_of(model, text=400)
-    learner = LearnerConfig(
-        dtype=dtype, gradient_checkpointing=checkpointing, zero_stage=0, num_gpus=0, micro_batch=2
-    )
+    options: dict[str, Any] = {"gradient_checkpointing": checkpointing, "attn_implementation": attention}
+    learner = LearnerConfig(dtype=dtype, zero_stage=0, num_gpus=0, micro_batch=2, **options)
     choose_trained(model, learner)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from driver.start_ray import check_nodes
 from learner import export
 from learner.adapters import add_adapters, choose_trained
 from learner.learner import Learner
@@ -386,10 +387,11 @@ def test_another_number_of_ranks_goes_on_exactly(
 
 
 OFFLOAD = ("learner.deepspeed.zero_optimization.offload_optimizer.device=cpu",)
+WEIGHTS_TOO = (*OFFLOAD, "learner.deepspeed.zero_optimization.offload_param.device=cpu")
 
 
 @pytest.mark.parametrize(
-    ("stage", "saved", "loaded"), [(1, (), OFFLOAD), (2, (), OFFLOAD), (3, OFFLOAD, ())], ids=[1, 2, 3]
+    ("stage", "saved", "loaded"), [(1, (), OFFLOAD), (2, (), OFFLOAD), (3, WEIGHTS_TOO, ())], ids=[1, 2, 3]
 )
 def test_many_micro_batches_add_up_in_float32_and_offloaded_states_are_the_same_states(
     learners, overrides, prompts, encoder, tmp_path, stage, saved, loaded
@@ -570,6 +572,14 @@ def test_weights_that_a_folder_lacks_are_not_drawn(config, tmp_path):
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(ModelError, match=r"lacks 1 weights, e\.g\. model\.language_model\.norm\.weight"):
         load_model(str(tmp_path / "student"), "float32")
+
+
+def test_a_node_without_the_package_of_an_attention_says_so_before_anything_starts(local_ray, config):
+    learner = config.learner.model_copy(update={"attn_implementation": "flash_attention_2"})
+    with pytest.raises(
+        ConfigError, match="flash-attn, and a node of the learner has none: install it, or use"
+    ):
+        check_nodes(config.model_copy(update={"learner": learner}))
 
 
 def test_a_frozen_vision_tower_keeps_its_weights(learners, overrides, prompts, encoder):

@@ -19,6 +19,7 @@ from transformers import (
 from demo.clips import write_mp4
 from demo.models import CHAT_TEMPLATE, SPECIAL, build_tokenizer
 from teacher_service.engine import TransformersEngine, Wanted
+from tests.attention import compare
 from tests.real.conftest import DEMO
 from tests.real.runs import GROUPS, SHRUNK, metrics_of, run_launch
 from video_opd.config import Config
@@ -204,6 +205,12 @@ def test_the_teacher_scores_what_a_plain_forward_over_one_sequence_gives(config,
                 logits = ResponseLogits(model)(collate([e], [answer[:n]], encoder.tokenizer.pad_token_id))
             logits[:, list(encoder.pad_ids)] = -torch.inf
             assert logits[-1].argmax().item() == answer[n - 1]
+
+
+def test_every_attention_implementation_computes_the_same(config, prompts, encoder, monkeypatch):
+    encoded = [encoder.encode(p) for p in prompts[:3]]
+    assert len({len(e.token_ids) for e in encoded}) > 1, "some are padded"
+    compare(config.student, encoded, encoder, monkeypatch)
 
 
 def test_a_run_samples_scores_learns_and_publishes(shared_ray, qwen2_5, config):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from teacher_service.engine import TransformersEngine, VllmEngine, Wanted
+from tests.attention import compare
 from tests.real.conftest import reference_logprobs
 from video_opd.models.forward import load_head, load_model
 from video_opd.models.prompting import PromptEncoder
@@ -42,6 +43,10 @@ def test_scores_match_transformers(engine, config, cases):
         assert top_k.ids.shape == top_k.logprobs.shape == (len(response), K)
         assert np.abs(top_k.logprobs - np.sort(exact, axis=1)[:, ::-1][:, :K]).max() < TOLERANCE
         assert np.abs(np.take_along_axis(exact, top_k.ids.astype(int), 1) - top_k.logprobs).max() < TOLERANCE
+
+
+def test_every_attention_implementation_computes_the_same(config, cases, teacher_encoder, monkeypatch):
+    compare(config.teacher, cases[0][:3], teacher_encoder, monkeypatch)
 
 
 def test_greedy_predictions_follow_the_argmax(engine, config, cases, teacher_encoder):
