@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import ray
 import torch
-from peft import PeftModel
 from safetensors.numpy import load_file
 
 from learner.adapters import add_adapters
@@ -385,6 +384,8 @@ def with_actor_logprobs(groups: list[ScoredGroup], model, encoder) -> list[Score
 def test_lora_trains_adapters_alone_and_publishes_and_exports_what_it_computes(
     learners, overrides, prompts, encoder, tmp_path
 ):
+    from peft import PeftModel  # not above: the ranks import this file, and must import video_opd first
+
     def loaded(folder: str) -> VideoLLM:
         return load_model(folder, "float32").eval()
 
