@@ -151,7 +151,8 @@ class ActorPool:
 
         Raises LearnerLostError, or ObjectLostError when the weights are gone.
         """
-        in_store = self._config.learner.weight_transfer == "object_store"
+        learner = self._config.learner
+        in_store = learner.weight_transfer == "object_store" or learner.publishes_adapters
         buckets, num_bytes = await publisher.put_weights(policy_version) if in_store else (None, 0)
         started = time.monotonic()
         async with self._publishing:

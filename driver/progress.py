@@ -13,6 +13,7 @@ from curriculum.scheduler import check_state
 from learner.safe_load import find_code
 from preflight.inputs import Plan
 from video_opd.config import Config, LearnerConfig
+from video_opd.content import folder_digest
 from video_opd.errors import CheckpointError
 from video_opd.files.checkpoint import damaged, find_checkpoint
 from video_opd.schemas import PREDICTIONS, answers_in, answers_table, write_parquet
@@ -49,6 +50,7 @@ def setup_of(config: Config, plan: Plan) -> dict[str, Any]:
     return {
         "shapes": plan.student.shapes,
         "learner": learner_settings(config.learner),
+        "student": folder_digest(config.student) if config.learner.lora_rank else None,  # adapters' base
         "eval_key": plan.eval.key,  # the same for held-out splits on which results can be compared
     }
 
@@ -99,6 +101,9 @@ def read_progress(folder: Path, setup: dict[str, Any]) -> SavedRun:
         raise damaged(folder, f"its state cannot be read ({error!r})") from error
     _check_same(folder, "model", "the student", shapes, setup["shapes"])
     _check_same(folder, "learner config", "the learner section", learner, setup["learner"])
+    if state.get("student", setup["student"]) != setup["student"]:
+        how = "has adapters of another student: resume with the student of the run's start"
+        raise CheckpointError(f"checkpoint {folder} {how}")
     if eval_key != setup["eval_key"]:
         split = "has evaluations on another held-out split"
         raise CheckpointError(f"checkpoint {folder} {split}: resume with the data.eval of the run's start")

@@ -1,4 +1,4 @@
-"""LoRA on the student (arXiv 2106.09685): adapters in its layers, merged where weights leave the learner."""
+"""LoRA on the student (arXiv 2106.09685): adapters in its layers, alone for actors, merged for exports."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,6 +10,10 @@ from peft.tuners.lora.layer import LoraLayer
 from video_opd.config import LearnerConfig
 from video_opd.errors import ConfigError
 from video_opd.models.forward import VideoLLM
+from video_opd.weights.adapters import PREFIX
+
+Parts = tuple[str, list[torch.nn.Parameter], float]
+"""A name in the plain model, [weight] or [weight, A, B], and their scaling: what merge() takes."""
 
 _ADAPTER = "default"
 VISION_PREFIX = "model.visual."
@@ -40,8 +44,15 @@ def add_adapters(model: VideoLLM, learner: LearnerConfig) -> None:
         raise ConfigError(f"{targets} takes no adapters: {error}") from error
 
 
-def merged_parameters(model: VideoLLM) -> Iterator[tuple[str, list[torch.nn.Parameter], float]]:
-    """(name in the plain model, [weight] or [weight, A, B], scaling) of each parameter, for merge()."""
+def adapter_parameters(model: VideoLLM) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(name in PEFT's files, A or B) of each adapter that is trained; the others add nothing: B is 0."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield PREFIX + name.replace(f".{_ADAPTER}.weight", ".weight"), parameter
+
+
+def merged_parameters(model: VideoLLM) -> Iterator[Parts]:
+    """Each parameter of the plain model, to be merged with its adapter."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     for name, parameter in model.named_parameters():
         owner, _, rest = name.partition(".base_layer.")

@@ -3,7 +3,7 @@
 import importlib
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from learner.adapters import choose_trained, merge, merged_parameters
+from learner.adapters import Parts, adapter_parameters, choose_trained, merge, merged_parameters
 from learner.batching import Row, plan_update
 from learner.deepspeed_config import deepspeed_config
 from learner.diagnostics import TimestampTokens, TokenRecords, batch_diagnostics, policy_diagnostics
@@ -36,6 +36,7 @@ from video_opd.models.forward import (
 from video_opd.models.prompting import PromptEncoder, check_parity
 from video_opd.types import EncodedPrompt, FailedPrompt, ScoredGroup
 from video_opd.video.clips import frames_key
+from video_opd.weights.adapters import write_adapter
 from video_opd.weights.buckets import Named, WeightBucket, to_buckets
 
 
@@ -208,8 +209,15 @@ class LearnerEngine:
 
         on_host: on the CPU, for rank 0 alone. The other ranks help it to gather, and get none.
         """
+        return self._gathered(merged_parameters(self._model), on_host)
+
+    def adapters(self) -> Named:
+        """A and B of the adapters as the forward pass has them; as parameters(on_host=True)."""
+        return self._gathered(((name, [p], 1.0) for name, p in adapter_parameters(self._model)), on_host=True)
+
+    def _gathered(self, named: Iterable[Parts], on_host: bool) -> Named:
         is_sharded, device = self._config.learner.zero_stage == 3, "cpu" if on_host else self._device
-        for name, parts, scaling in merged_parameters(self._model):
+        for name, parts, scaling in named:
             with self._deepspeed.zero.GatheredParameters(parts, enabled=is_sharded):
                 if on_host and self._rank:
                     continue
@@ -217,15 +225,24 @@ class LearnerEngine:
             yield name, tensor
 
     def buckets(self, policy_version: int) -> Iterator[WeightBucket]:
-        """The student's weights, for publication: rank 0 gets them. All ranks must iterate together."""
-        with taken_to_the_end(self.parameters(on_host=True)) as named:
-            yield from to_buckets(named, policy_version, self._config.learner.bucket_bytes)
+        """What actors get of the student: rank 0 gets it, for publication. All ranks must iterate."""
+        learner = self._config.learner
+        named = self.adapters() if learner.publishes_adapters else self.parameters(on_host=True)
+        with taken_to_the_end(named):
+            yield from to_buckets(named, policy_version, learner.bucket_bytes)
 
     def save(self, folder: Path) -> None:
-        """Writes the DeepSpeed state and `student/`, a transformers folder. Raises OSError on all ranks."""
+        """Writes the DeepSpeed state, `student/`, a transformers folder, and with LoRA `adapter/`, PEFT's.
+
+        Raises OSError on all ranks.
+        """
         with writing_on_all_ranks(self._engine, folder / "deepspeed" / "state"):
             self._engine.save_checkpoint(str(folder / "deepspeed"), tag="state", save_latest=False)
         self.export(folder / "student")
+        if self._config.learner.lora_rank:
+            adapters = dict(self.adapters())
+            if self._rank == 0:
+                write_adapter(folder / "adapter", adapters, self._config.learner, self._config.student)
 
     def export(self, folder: Path) -> None:
         """Rank 0 writes the student alone, for transformers and vLLM."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from preflight.adapters import check_targets
 from preflight.model_shapes import ModelShapes, count, find_shapes, parameters, read_shapes
 from preflight.options import check_options
 from video_opd import ROOT
@@ -49,6 +50,7 @@ def make_plan(config: Config, resumes: bool = False) -> Plan:
     evaluations they count as IoU 0.
     """
     student = read_model_info(config.student, config.trust_remote_code)
+    check_targets(config, read_shapes(config.student))
     for teacher in asked_teachers(config):
         read_model_info(teacher.model, config.trust_remote_code)
         check_same_tokenizer(config.student, teacher.model)
@@ -104,6 +106,7 @@ def make_draft(config: Config) -> Draft:
 
     Raises InputError for what is here and wrong, and for an absent model without committed shapes."""
     student = find_shapes(config.student, SHAPES)
+    check_targets(config, student)
     teachers = {t.model: find_shapes(t.model, SHAPES) for t in asked_teachers(config)}
     unchecked = _unchecked_model("student", Path(config.student), student)
     for folder, shapes in teachers.items():

@@ -4,11 +4,11 @@ Parameters, optimizer and KV cache are exact; preflight/activations.py explains 
 Not counted: fragmentation of the allocator and NCCL's buffers. No GPU has run these configurations.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from preflight import activations
+from preflight.adapters import VISION, adapters, slot_numbers
 from preflight.model_shapes import ModelShapes, Parameters, count, parameters
 from video_opd.config import Config, LearnerConfig, RolloutConfig, TeacherConfig
 from video_opd.config_data import VideoConfig
@@ -110,12 +110,17 @@ def workload_of_budget(video: VideoConfig, shapes: ModelShapes) -> Workload:
 
 def trained(shapes: ModelShapes, learner: LearnerConfig) -> Parameters:
     """All but a frozen vision tower; with lora_rank r only r (inputs + outputs) for each of lora_targets."""
-    of = parameters(shapes)
     if learner.lora_rank:
-        linear = {n.removesuffix(".weight"): s for n, s in of.items() if len(s) == 2 and "embed" not in n}
-        targets = {n: s for n, s in linear.items() if re.fullmatch(learner.lora_targets, n)}
-        of = {f"{n}.lora": (learner.lora_rank, sum(s)) for n, s in targets.items()}
-    return {n: s for n, s in of.items() if not (learner.freeze_vision and n.startswith("model.visual."))}
+        return adapters(shapes, learner)
+    of = parameters(shapes)
+    return {n: s for n, s in of.items() if not (learner.freeze_vision and n.startswith(VISION))}
+
+
+def published_bytes(config: Config, student: ModelShapes) -> int:
+    """Of one version: eP, or eT where adapters are published."""
+    learner = config.learner
+    of = trained(student, learner) if learner.publishes_adapters else parameters(student)
+    return DTYPE_BYTES[learner.dtype] * count(of)
 
 
 def kv_bytes_per_token(shapes: ModelShapes, dtype: str) -> int:
@@ -259,6 +264,8 @@ def actors_memory(config: Config, student: ModelShapes, work: Workload, gpu_byte
     rollout = config.rollout
     computing = vllm_memory(config, rollout, student, work, gpu_bytes)
     host = _prompts_bytes(student, work, rollout.prompts_per_call) | _bucket_bytes(config, student)
+    if config.learner.publishes_adapters:  # vLLM keeps what it loaded beside what it computes with
+        host["adapter"] = DTYPE_BYTES[rollout.dtype] * count(trained(student, config.learner))
     return _place("actors", rollout.num_actors, rollout.num_gpus, computing, host)
 
 
@@ -296,7 +303,7 @@ def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_byt
 def vllm_memory(
     config: Config, engine: RolloutConfig | TeacherConfig, shapes: ModelShapes, work: Workload, gpu_bytes: int
 ) -> ProcessMemory:
-    """A vLLM engine: weights eP, KV cache, and phases of N tokens a pass.
+    """A vLLM engine: weights eP, KV cache, an actor's adapter, and phases of N tokens a pass.
 
     N: the longest prompt, or as many prompts as GPU_BATCHED_TOKENS (CPU_BATCHED_TOKENS) hold.
     prefill: forward_bytes. vLLM plans for the language model alone (skip_mm_profiling): the vision tower
@@ -315,23 +322,25 @@ def vllm_memory(
     logits = shapes.text.vocab_size * values
     weights = e * count(parameters(shapes)) // parts
     graphs = CUDA_GRAPH_BYTES if engine.num_gpus and not eager else 0
+    adapts = not scores and config.learner.publishes_adapters
+    slot = {"adapter slot": e * slot_numbers(shapes, config.learner)} if adapts else {}
     kv_cache = engine.kv_cache_bytes or CPU_KV_CACHE_BYTES
     if engine.num_gpus and engine.kv_cache_bytes is None:
         passing = max(num_tokens * activations.text_layer_passing(shapes, e), logits)
-        planned = passing + weights + graphs + GPU_CONTEXT_BYTES
+        planned = passing + weights + sum(slot.values()) + graphs + GPU_CONTEXT_BYTES
         one_sequence = engine.max_model_len * kv_bytes_per_token(shapes, engine.dtype) // parts
         kv_cache = max(int(engine.gpu_memory_utilization * gpu_bytes) - planned, one_sequence)
-    held = {"weights": weights, "KV cache": kv_cache} | ({"CUDA graphs": graphs} if graphs else {})
+    held = {"weights": weights, "KV cache": kv_cache} | slot | ({"CUDA graphs": graphs} if graphs else {})
     prefill = activations.forward_bytes(shapes, e, num_tokens, video_tokens)
     return ProcessMemory(held, {"prefill": prefill, "logits": {"logits": logits}})
 
 
 def support_memory(config: Config, student: ModelShapes) -> list[RoleMemory]:
-    """Processes without a model, and the object store, which holds one published version, eP."""
+    """Processes without a model, and the object store, which holds one published version."""
     names = ["driver", "ray", "curriculum", *(["serve"] if config.needs_teacher else [])]
     held = {name: {"empty process": EMPTY_PROCESS_BYTES[name]} for name in names}
-    published = DTYPE_BYTES[config.learner.dtype] * count(parameters(student))
-    held["object store"] = {"published weights": published if config.rollout.num_actors else 0}
+    published = published_bytes(config, student) if config.rollout.num_actors else 0
+    held["object store"] = {"published weights": published}
     return [RoleMemory(name, 1, 0.0, None, ProcessMemory(terms, {})) for name, terms in held.items()]
 
 
@@ -343,8 +352,7 @@ def _prompts_bytes(shapes: ModelShapes, work: Workload, at_once: int) -> dict[st
 
 def _bucket_bytes(config: Config, student: ModelShapes) -> dict[str, int]:
     """On the host: one bucket of weights in transfer, at most learner.bucket_bytes."""
-    weights = DTYPE_BYTES[config.learner.dtype] * count(parameters(student))
-    return {"weight bucket": min(config.learner.bucket_bytes, weights)}
+    return {"weight bucket": min(config.learner.bucket_bytes, published_bytes(config, student))}
 
 
 def _place(

@@ -32,6 +32,7 @@ LossKind = Literal["opd", "opd_topk", "opd_full", "grpo", "off_policy_rkd", "off
 ImportPaths = Annotated[tuple[str, ...], Field(min_length=1)]
 TEXT_LAYERS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 ATTENTION = "attention of transformers; flash_attention_* need their package on the nodes"
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's max_lora_rank: vllm/config/lora.py
 TRANSFERS = "Ray's object store, NCCL between GPUs, or one GPU's memory; the last two never ran yet"
 
 
@@ -183,6 +184,7 @@ class LearnerConfig(ConfigSection):
     lora_rank: NonNegativeInt = key(0, "train only low-rank adapters of this rank; 0: train the weights")
     lora_alpha: PositiveFloat = key(32.0, "adapters are scaled by lora_alpha / lora_rank")
     lora_targets: RegularExpression = key(TEXT_LAYERS, "regular expression: linear layers with adapters")
+    lora_publish: Literal["adapters", "merged"] = key("adapters", "to actors: these alone, or merged weights")
     gradient_checkpointing: bool = True
     bucket_bytes: PositiveInt = key(256 << 20, "weights travel in buckets of about this size")
     weight_transfer: Literal["object_store", "collective", "ipc"] = key("object_store", TRANSFERS)
@@ -216,6 +218,19 @@ class LearnerConfig(ConfigSection):
             yield "vision_cache_bytes keeps outputs of the vision tower: set freeze_vision, or leave it 0"
         if self.vision_cache_bytes and self.zero_stage == 3 and self.world_size > 1:
             yield "vision_cache_bytes would block ranks that wait for each other's tower: use zero_stage=2"
+        if self.publishes_adapters and self.lora_rank > LORA_RANKS[-1]:
+            most = f"vLLM takes {LORA_RANKS[-1]} at most"
+            yield f"lora_rank={self.lora_rank}: {most}; lower it, or use lora_publish=merged"
+
+    @property
+    def publishes_adapters(self) -> bool:
+        """Whether actors get adapters, through the object store, instead of weights by weight_transfer."""
+        return bool(self.lora_rank) and self.lora_publish == "adapters"
+
+    @property
+    def lora_slot_rank(self) -> int:
+        """The rank that vLLM reserves memory for."""
+        return next(rank for rank in LORA_RANKS if rank >= self.lora_rank)
 
 
 class CurriculumConfig(ConfigSection):
@@ -358,6 +373,9 @@ class Config(ConfigSection):
             yield f"{transfer} needs whole GPUs: set both num_gpus to 1 or more, or use object_store"
         if way == "ipc" and not all(0 < n < 1 for n in num_gpus):
             yield f"{transfer} needs a shared GPU: set both num_gpus between 0 and 1, or use object_store"
+        if self.learner.publishes_adapters and self.rollout.num_gpus and self.rollout.dtype == "float32":
+            bf16 = "vLLM's adapters on GPUs are bfloat16"
+            yield f"rollout.dtype=float32, but {bf16}: set that, or learner.lora_publish=merged"
         if self.loss.kind == "grpo" and self.rollout.rollouts_per_prompt < 2:
             yield "loss.kind=grpo compares responses to one prompt: set rollout.rollouts_per_prompt >= 2"
         needs, loss = self.loss.needs, f"loss.kind={self.loss.kind}"

@@ -32,7 +32,9 @@ def weights(version: int) -> list[tuple[str, torch.Tensor]]:
 NUM_BYTES = sum(t.nbytes for _, t in weights(0))
 
 
-def config(num_actors: int, way: str = "collective", timeout_s: float = PATIENCE_S) -> Config:
+def config(
+    num_actors: int, way: str = "collective", timeout_s: float = PATIENCE_S, **learner: object
+) -> Config:
     num_gpus = 1 if way == "collective" else 0
     return Config.model_validate(
         {
@@ -44,7 +46,7 @@ def config(num_actors: int, way: str = "collective", timeout_s: float = PATIENCE
             "video": {"decode_timeout_s": 0.5},
             "rollout": {"num_actors": num_actors, "num_gpus": num_gpus},
             "max_retries": 0,
-            "learner": {"num_gpus": num_gpus, "weight_transfer": way},
+            "learner": {"num_gpus": num_gpus, "weight_transfer": way} | learner,
         }
     )
 
@@ -255,6 +257,19 @@ def test_every_actor_gets_every_version_and_one_that_joins_has_it_before_it_is_c
         assert learner.sent == ([2, 2, 1, 3] if way == "collective" else [])
 
     run(test)
+
+
+def test_adapters_go_by_the_object_store_whatever_would_carry_weights():
+    async def test():
+        pool, learner = Pool(config(2, "collective", lora_rank=4)), Learner()
+        await pool.start()
+        await pool.publish(1, learner)
+        await pool.scale(3)
+        assert await pool.names(3) and pool.holds(1) and learner.sent == []
+
+    run(test)
+    merged = config(1, "collective", lora_rank=4, lora_publish="merged").learner
+    assert not merged.publishes_adapters and not config(1, "collective").learner.publishes_adapters
 
 
 def test_an_actor_that_is_dead_is_replaced_and_the_others_get_the_version():

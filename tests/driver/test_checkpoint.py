@@ -52,7 +52,7 @@ from video_opd.types import Prediction
 
 SHAPES = {"model_type": "qwen3_vl", "text.hidden_size": 8, "vision.depth": 1}
 LEARNER = learner_settings(LearnerConfig(world_size=2, zero_stage=2))
-SETUP = {"shapes": SHAPES, "learner": LEARNER, "eval_key": "the split"}
+SETUP = {"shapes": SHAPES, "learner": LEARNER, "eval_key": "the split", "student": None}
 RECORDS = pa.Table.from_pylist(
     [
         {
@@ -162,6 +162,14 @@ def test_another_learner_is_refused_with_what_differs(tmp_path, changes, named):
 def test_another_world_size_and_a_stage_that_writes_the_same_are_no_other_learner(tmp_path):
     learner = learner_settings(LearnerConfig(world_size=8, zero_stage=1))
     assert read_all(write_checkpoint(tmp_path, 1), learner=learner).world_size == 2
+
+
+def test_adapters_of_another_student_are_refused(tmp_path):
+    """Actors add the checkpoint's adapters to the folder's weights."""
+    folder = write_checkpoint(tmp_path, 1)
+    with pytest.raises(CheckpointError) as caught:
+        read(folder, student="digest")
+    one_line(caught.value, str(folder), "adapters of another student")
 
 
 def test_another_held_out_split_is_refused(tmp_path):

@@ -331,8 +331,11 @@ def test_grpo_makes_the_teacher_of_the_next_run(overrides):
     first, second = metrics_of(runs / "taught")
     assert 0 < first["learner/loss"] < 0.5, "two steps away from its student, the teacher is near"
     assert first["learner/grad_norm"] > 0 and second["learner/logprob_gap_p99"] < 1e-3, (
-        "the actors sample from merged adapters"
+        "the actors sample with the learner's adapters"
     )
+    published = json.loads((runs / "taught" / "summary.json").read_text())["published_bytes"]
+    student = runs / "taught" / "checkpoints" / "step-2" / "student" / "model.safetensors"
+    assert 0 < published < student.stat().st_size / 2, "adapters, not weights"
     assert first["teacher/entropy"] > 0 and first["learner/entropy"] > 0 and first["tokens_per_s/score"] > 0
 
 

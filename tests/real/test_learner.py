@@ -14,7 +14,7 @@ import pytest
 import ray
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import load_file, save_file
 
 from driver.start_ray import check_nodes
 from learner import export
@@ -22,7 +22,6 @@ from learner.adapters import add_adapters, choose_trained
 from learner.learner import Learner
 from learner.rank import LearnerRank
 from tests.real.conftest import DEMO, reference_logprobs, scored_groups
-from tests.real.test_qwen2_5 import build as build_qwen2_5
 from video_opd.config import Config
 from video_opd.config_file import load_config
 from video_opd.errors import ConfigError, ModelError, SaveError
@@ -42,8 +41,8 @@ SHARDED = (
     "learner.deepspeed.zero_optimization.stage3_param_persistence_threshold=0",
     "learner.gradient_checkpointing=true",
 )
-LORA = ("learner.lora_rank=4", "learner.lora_alpha=8")
-AT_SCALE = (*SHARDED, *LORA, "learner.freeze_vision=true", "learner.dtype=bfloat16")
+LORA, MERGED = ("learner.lora_rank=4", "learner.lora_alpha=8"), "learner.lora_publish=merged"
+AT_SCALE = (*SHARDED, *LORA, MERGED, "learner.freeze_vision=true", "learner.dtype=bfloat16")
 
 
 def make_config(overrides, world_size: int, stage: int, *more: str):
@@ -528,6 +527,8 @@ def problems_of_a_share(rank: Any, folder: str) -> list[str]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_each_rank_reads_its_share_of_the_student(learners, overrides, config, tmp_path, dtype):
     """Of both families; the files' dtype and another."""
+    from tests.real.test_qwen2_5 import build as build_qwen2_5  # not above: ranks import this file
+
     shutil.copytree(config.student, tmp_path / "qwen3")
     build_qwen2_5(tmp_path / "qwen2_5", hidden=64, padded=5, seed=0)
     sharded = make_config(overrides, 2, 3, f"learner.dtype={dtype}")
@@ -545,6 +546,8 @@ def test_an_export_in_several_files_has_the_students_names(config, tmp_path, mon
     monkeypatch.setattr(export, "FILE_BYTES", 100_000)
     source = Path(config.student)
     if family == "qwen2_5":  # transformers 5 has other names in memory
+        from tests.real.test_qwen2_5 import build as build_qwen2_5
+
         source = tmp_path / "source"
         build_qwen2_5(source, hidden=64, padded=5, seed=0)
     model = load_model(str(source), "float32")
@@ -610,16 +613,21 @@ def with_actor_logprobs(groups: list[ScoredGroup], model, encoder) -> list[Score
     return changed
 
 
-def test_lora_trains_adapters_alone_and_publishes_what_it_computes(
+def test_lora_trains_adapters_alone_and_publishes_and_exports_what_it_computes(
     learners, overrides, prompts, encoder, tmp_path
 ):
-    config = make_config(overrides, 2, 3, "loss.kind=opd", *LORA)
-    start = {n: p.detach().numpy() for n, p in load_model(config.student, "float32").named_parameters()}
+    from peft import PeftModel  # not above: the ranks import this file, and must import video_opd first
+
+    def loaded(folder: str) -> VideoLLM:
+        return load_model(folder, "float32").eval()
+
+    config = make_config(overrides, 2, 3, "loss.kind=opd", *LORA, *SHARDED)
+    start = arrays(loaded(config.student))
 
     async def run():
         learner = await learners(config)
         published, _ = await train(learner, config, prompts, encoder, tmp_path)
-        plain = load_model(str(tmp_path / "student"), "float32").eval()
+        plain = loaded(str(tmp_path / "student"))
         again = with_actor_logprobs(scored_groups(prompts[:6], encoder, seed=3), plain, encoder)
         report = await learner.update(again, STEPS)
         single = make_config(overrides, 1, 2, "loss.kind=opd", *LORA)
@@ -627,15 +635,19 @@ def test_lora_trains_adapters_alone_and_publishes_what_it_computes(
         return published, report.metrics, alone
 
     published, metrics, alone = asyncio.run(run())
-    assert published.keys() == start.keys(), "the plain model's names and no others"
-    changes = {n: published[n] - start[n] for n in start if (published[n] != start[n]).any()}
+    exported = arrays(loaded(str(tmp_path / "student")))
+    assert exported.keys() == start.keys(), "the plain model's names and no others"
+    changes = {n: exported[n] - start[n] for n in start if (exported[n] != start[n]).any()}
     assert changes and all(
         re.fullmatch(config.learner.lora_targets, n.removesuffix(".weight")) for n in changes
     )
     assert {np.linalg.matrix_rank(c, tol=1e-6) for c in changes.values()} <= {1, 2, 3, 4}
     assert max(np.abs(c).max() for c in changes.values()) > 0.1 * LR
-    assert metrics["learner/logprob_gap_max"] < 1e-4, "learner and published weights are one model"
+    assert metrics["learner/logprob_gap_max"] < 1e-4, "learner and exported weights are one model"
     assert largest_gap(published, alone) < WORST, "ranks draw the same adapters"
+    assert largest_gap(load_file(tmp_path / "adapter" / "adapter_model.safetensors"), published) == 0
+    by_peft: Any = PeftModel.from_pretrained(loaded(config.student), str(tmp_path / "adapter"))
+    assert largest_gap(arrays(by_peft.merge_and_unload()), exported) < 1e-6
 
 
 def test_lora_targets_that_name_no_layer_are_one_line(config):

@@ -16,10 +16,12 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from actors.engine import PolicyEngine
 from demo.clips import write_mp4
 from demo.models import CHAT_TEMPLATE, SPECIAL, build_tokenizer
 from teacher_service.engine import TransformersEngine, Wanted
 from tests.attention import compare
+from tests.real.adapters import LORA, adapted, gaps, published
 from tests.real.conftest import DEMO
 from tests.real.runs import GROUPS, SHRUNK, metrics_of, run_launch
 from video_opd.config import Config
@@ -211,6 +213,17 @@ def test_every_attention_implementation_computes_the_same(config, prompts, encod
     encoded = [encoder.encode(p) for p in prompts[:3]]
     assert len({len(e.token_ids) for e in encoded}) > 1, "some are padded"
     compare(config.student, encoded, encoder, monkeypatch)
+
+
+def test_an_actor_samples_from_adapters_in_bfloat16(qwen2_5, prompts, encoder):
+    """Of the arithmetic of bfloat16 it differs from the learner, by less than the update changes."""
+    more = [*LORA, "rollout.dtype=bfloat16", "learner.dtype=bfloat16"]
+    config = load_config(DEMO, [*qwen2_5, *more])
+    base, model = load_model(config.student, "bfloat16").eval(), adapted(config, "bfloat16", b=0.05, seed=0)
+    engine = PolicyEngine(config, encoder.pad_ids)
+    engine.load_weights(1, published(model, 1, config))
+    own, of_base = gaps(engine, [model, base], [encoder.encode(p) for p in prompts[:6]]).mean(1)
+    assert own < 0.01 and of_base > 10 * own
 
 
 def test_a_run_samples_scores_learns_and_publishes(shared_ray, qwen2_5, config):

@@ -81,6 +81,7 @@ def test_a_missing_key_is_named_in_full(path, section, key):
         "learner.freeze_vision=sometimes",
         "learner=3",
         "learner.lora_targets=(",
+        "learner.lora_rank=513",
         "loss.kind=grpo",
         "loss.kl_coef=0.1",
         "rollout.num_actors=0",
@@ -129,6 +130,13 @@ def test_cached_vision_features_ask_for_a_frozen_tower(path):
         "learner.world_size=2",
         "learner.freeze_vision=true",
     )
+
+
+def test_adapters_that_vllm_cannot_take_are_refused_unless_they_are_merged(path):
+    on_gpu = ("learner.lora_rank=4", "rollout.num_gpus=1", "rollout.dtype=float32")
+    assert "adapters on GPUs are bfloat16" in problem(path, *on_gpu)
+    assert load_config(path, [*on_gpu, "learner.lora_publish=merged"])
+    assert load_config(path, ["learner.lora_rank=513", "learner.lora_publish=merged"])
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,7 @@ class SamplingEngine:
         """`banned_ids` are never sampled: the learner would take a sampled video pad for a video."""
         self._config = config
         self._banned = dict.fromkeys(banned_ids, -100.0)
+        self._adapter: Any = None  # a LoRARequest for what is sampled; None: the folder's weights alone
         options |= {"enforce_eager": config.enforce_eager, "max_num_seqs": config.max_num_seqs}
         self._llm: Any = start_vllm(model, config, seed, **options)
 
@@ -120,7 +121,7 @@ class SamplingEngine:
             for _, _, seed in wanted
         ]
         inputs = [vllm_prompt(prompts[place]) for place, _, _ in wanted]
-        names = self._llm.enqueue(inputs, parameters, use_tqdm=False)
+        names = self._llm.enqueue(inputs, parameters, lora_request=self._adapter, use_tqdm=False)
         of_request = {name.partition("-")[0]: request for name, request in zip(names, wanted, strict=True)}
         finished: list[dict[int, Completion]] = [{} for _ in prompts]
         engine = self._llm.llm_engine
