@@ -12,6 +12,9 @@ from video_opd.errors import ConfigError
 from video_opd.models.forward import VideoLLM
 from video_opd.weights.adapters import PREFIX
 
+Parts = tuple[str, list[torch.nn.Parameter], float]
+"""A name in the plain model, [weight] or [weight, A, B], and their scaling: what merge() takes."""
+
 _ADAPTER = "default"
 VISION_PREFIX = "model.visual."
 
@@ -48,8 +51,8 @@ def adapter_parameters(model: VideoLLM) -> Iterator[tuple[str, torch.nn.Paramete
             yield PREFIX + name.replace(f".{_ADAPTER}.weight", ".weight"), parameter
 
 
-def merged_parameters(model: VideoLLM) -> Iterator[tuple[str, list[torch.nn.Parameter], float]]:
-    """(name in the plain model, [weight] or [weight, A, B], scaling) of each parameter, for merge()."""
+def merged_parameters(model: VideoLLM) -> Iterator[Parts]:
+    """Each parameter of the plain model, to be merged with its adapter."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     for name, parameter in model.named_parameters():
         owner, _, rest = name.partition(".base_layer.")

@@ -2,9 +2,8 @@
 
 import importlib
 import os
-import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -15,13 +14,15 @@ import numpy as np
 import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from learner.adapters import adapter_parameters, choose_trained, merge, merged_parameters
+from learner.adapters import Parts, adapter_parameters, choose_trained, merge, merged_parameters
 from learner.batching import Row, plan_update
 from learner.deepspeed_config import deepspeed_config
 from learner.diagnostics import TimestampTokens, TokenRecords, batch_diagnostics, policy_diagnostics
+from learner.export import write_student
+from learner.loading import load_student
 from learner.loss import ResponseTokens, loss_per_token
 from learner.safe_load import read_weights_only
-from learner.saving import writing_on_all_ranks
+from learner.saving import taken_to_the_end, writing_on_all_ranks
 from learner.universal import TAG as universal_tag
 from learner.vision_cache import VisionCache
 from video_opd.config import Config
@@ -30,9 +31,7 @@ from video_opd.models.forward import (
     VideoLLM,
     collate,
     load_head,
-    load_model,
     token_entropy,
-    without_settings,
 )
 from video_opd.models.prompting import PromptEncoder, check_parity
 from video_opd.types import EncodedPrompt, FailedPrompt, ScoredGroup
@@ -61,9 +60,7 @@ class LearnerEngine:
         self._encoder = PromptEncoder(config.student, config.prompt, config.video, config.trust_remote_code)
         self._device = "cuda" if learner.num_gpus else "cpu"
         # ZeRO keeps float32 masters of bfloat16 weights
-        model = load_model(
-            config.student, learner.dtype, config.trust_remote_code, learner.attn_implementation
-        )
+        model = load_student(config)
         if learner.lora_rank:
             torch.manual_seed(config.seed)  # every rank draws the same adapters
         choose_trained(model, learner)
@@ -207,25 +204,32 @@ class LearnerEngine:
     def _tensor(self, arrays: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(self._device)
 
-    def parameters(self, device: str | None = None) -> Named:
-        """Of the plain model: whole, adapters merged, on `device` or the rank's. All ranks must iterate."""
-        is_sharded = self._config.learner.zero_stage == 3
-        for name, parts, scaling in merged_parameters(self._model):
-            with self._deepspeed.zero.GatheredParameters(parts, enabled=is_sharded):
-                yield name, merge(parts, scaling).to(device=device or self._device, copy=is_sharded)
+    def parameters(self, on_host: bool = False) -> Named:
+        """Of the plain model: whole, adapters merged, on the rank's device. All ranks must iterate.
+
+        on_host: on the CPU, for rank 0 alone. The other ranks help it to gather, and get none.
+        """
+        return self._gathered(merged_parameters(self._model), on_host)
 
     def adapters(self) -> Named:
-        """A and B of the adapters as the forward pass has them, on the CPU. All ranks must iterate."""
-        is_sharded = self._config.learner.zero_stage == 3
-        for name, parameter in adapter_parameters(self._model):
-            with self._deepspeed.zero.GatheredParameters([parameter], enabled=is_sharded):
-                yield name, parameter.detach().to("cpu", copy=is_sharded)
+        """A and B of the adapters as the forward pass has them; as parameters(on_host=True)."""
+        return self._gathered(((name, [p], 1.0) for name, p in adapter_parameters(self._model)), on_host=True)
+
+    def _gathered(self, named: Iterable[Parts], on_host: bool) -> Named:
+        is_sharded, device = self._config.learner.zero_stage == 3, "cpu" if on_host else self._device
+        for name, parts, scaling in named:
+            with self._deepspeed.zero.GatheredParameters(parts, enabled=is_sharded):
+                if on_host and self._rank:
+                    continue
+                tensor = merge(parts, scaling).to(device=device, copy=is_sharded)
+            yield name, tensor
 
     def buckets(self, policy_version: int) -> Iterator[WeightBucket]:
-        """What actors get of the student, for publication. All ranks must iterate together."""
+        """What actors get of the student: rank 0 gets it, for publication. All ranks must iterate."""
         learner = self._config.learner
-        named = self.adapters() if learner.publishes_adapters else self.parameters("cpu")
-        return to_buckets(named, policy_version, learner.bucket_bytes)
+        named = self.adapters() if learner.publishes_adapters else self.parameters(on_host=True)
+        with taken_to_the_end(named):
+            yield from to_buckets(named, policy_version, learner.bucket_bytes)
 
     def save(self, folder: Path) -> None:
         """Writes the DeepSpeed state, `student/`, a transformers folder, and with LoRA `adapter/`, PEFT's.
@@ -241,13 +245,10 @@ class LearnerEngine:
                 write_adapter(folder / "adapter", adapters, self._config.learner, self._config.student)
 
     def export(self, folder: Path) -> None:
-        """Writes the student alone, for transformers and vLLM: new weights, other files as they were."""
-        state = {name: tensor.contiguous() for name, tensor in self.parameters("cpu")}
-        if self._rank == 0:
-            with without_settings(self._model):  # transformers refuses to write some that are published
-                self._model.save_pretrained(folder, state_dict=state)
-            others = shutil.ignore_patterns("*.safetensors*", "*.bin*", "config.json")
-            shutil.copytree(self._config.student, folder, ignore=others, dirs_exist_ok=True)
+        """Rank 0 writes the student alone, for transformers and vLLM."""
+        with taken_to_the_end(self.parameters(on_host=True)) as named:
+            if self._rank == 0:
+                write_student(self._model, named, self._config.student, folder)
 
     def load(self, folder: Path, universal: bool = False) -> None:
         """Restores weights and optimizer exactly, from a checkpoint of as many ranks or a universal one."""

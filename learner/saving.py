@@ -1,12 +1,24 @@
-"""A checkpoint that one rank cannot write fails on all ranks: DeepSpeed's own barriers would wait for it."""
+"""What fails on one rank leaves no other waiting for it in a barrier of DeepSpeed or in a collective."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 from torch import distributed
+
+T = TypeVar("T")
+
+
+@contextmanager
+def taken_to_the_end(collective: Iterator[T]) -> Iterator[Iterator[T]]:
+    """An iterator whose every item is a collective of all ranks: when the block fails, the rest is passed."""
+    try:
+        yield collective
+    finally:
+        for _ in collective:
+            pass
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from learner import saving
-from learner.saving import writing_on_all_ranks
+from learner.saving import taken_to_the_end, writing_on_all_ranks
 
 
 class Engine:
@@ -65,3 +65,10 @@ def test_what_is_written_whole_raises_nothing_and_leaves_the_engine_as_it_was(tm
         engine.save_checkpoint()
     assert engine.passed == ["barrier"] and (tmp_path / "state").is_dir()
     assert vars(engine).keys() == vars(Engine("")).keys()
+
+
+def test_what_fails_on_one_rank_still_makes_the_passes_that_the_others_make():
+    passes = iter(range(5))
+    with pytest.raises(ZeroDivisionError), taken_to_the_end(passes) as named:
+        assert 1 // next(named)
+    assert not list(passes)

@@ -1,7 +1,9 @@
 """DeepSpeed ranks as Ray actors against one plain torch process on the same batch."""
 
 import asyncio
+import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,17 +13,18 @@ import numpy as np
 import pytest
 import ray
 import torch
-from peft import PeftModel
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from driver.start_ray import check_nodes
-from learner.adapters import add_adapters
+from learner import export
+from learner.adapters import add_adapters, choose_trained
 from learner.learner import Learner
 from learner.rank import LearnerRank
 from tests.real.conftest import DEMO, reference_logprobs, scored_groups
 from video_opd.config import Config
 from video_opd.config_file import load_config
-from video_opd.errors import ConfigError, SaveError
+from video_opd.errors import ConfigError, ModelError, SaveError
 from video_opd.models.forward import ResponseLogits, VideoLLM, collate, load_model
 from video_opd.types import ScoredGroup
 from video_opd.weights.buckets import unpack
@@ -31,6 +34,15 @@ from video_opd.weights.buckets import unpack
 # for all of them.
 LR, STEPS = 1e-3, 2
 WORST, RMS = 0.2 * LR, 0.002 * LR
+
+
+# DeepSpeed keeps parameters of up to 1e5 elements whole, so all of these models'.
+SHARDED = (
+    "learner.deepspeed.zero_optimization.stage3_param_persistence_threshold=0",
+    "learner.gradient_checkpointing=true",
+)
+LORA, MERGED = ("learner.lora_rank=4", "learner.lora_alpha=8"), "learner.lora_publish=merged"
+AT_SCALE = (*SHARDED, *LORA, MERGED, "learner.freeze_vision=true", "learner.dtype=bfloat16")
 
 
 def make_config(overrides, world_size: int, stage: int, *more: str):
@@ -105,11 +117,20 @@ def literal_loss(config, groups, logits: torch.Tensor, targets: torch.Tensor) ->
     raise AssertionError(loss.kind)
 
 
-def reference_parameters(config, prompts, encoder) -> dict[str, np.ndarray]:
+def untrained(config) -> VideoLLM:
+    """The whole student in this process, in float32, with the adapters that ranks draw."""
+    model = load_model(config.student, "float32")
+    torch.manual_seed(config.seed)
+    choose_trained(model, config.learner)
+    return model
+
+
+def reference(config, prompts, encoder) -> dict[str, np.ndarray]:
     """Plain torch: the literal loss over the whole batch at once, clipped, AdamW."""
-    model = load_model(config.student, "float32").train()
+    model = untrained(config).train()
     logits_of = ResponseLogits(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=config.learner.betas, weight_decay=0.0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LR, betas=config.learner.betas, weight_decay=0.0)
     for groups in batches(config, prompts, encoder):
         rows = [(g.group.prompt, t) for g in groups for t in g.group.trajectories]
         encoded, responses = [encoder.encode(p) for p, _ in rows], [t.response_token_ids for _, t in rows]
@@ -117,9 +138,13 @@ def reference_parameters(config, prompts, encoder) -> dict[str, np.ndarray]:
         loss = literal_loss(config, groups, logits_of(batch), batch.targets)
         optimizer.zero_grad()
         (loss / len(batch.targets)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.learner.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(trained, config.learner.max_grad_norm)
         optimizer.step()
-    return {n: p.detach().numpy().copy() for n, p in model.named_parameters()}
+    return arrays(model)
+
+
+def arrays(model: VideoLLM) -> dict[str, np.ndarray]:
+    return {n: p.detach().float().numpy() for n, p in model.named_parameters()}
 
 
 class KeptRank(LearnerRank):
@@ -167,7 +192,7 @@ def learners(local_ray) -> Iterator[Learners]:
 async def parameters_of(learner: Learner, version: int) -> dict[str, np.ndarray]:
     """As they are published."""
     references, _ = await learner.put_weights(version)
-    return {n: t.numpy().copy() for n, t in unpack(ray.get(references, timeout=60))}
+    return {n: t.float().numpy().copy() for n, t in unpack(ray.get(references, timeout=60))}
 
 
 async def train(learner: Learner, config, prompts, encoder, folder=None):
@@ -198,8 +223,9 @@ EVERY_OBJECTIVE = [
 @pytest.mark.parametrize(("world_size", "stage", "loss"), EVERY_OBJECTIVE)
 def test_ranks_compute_what_one_process_does(learners, overrides, prompts, encoder, world_size, stage, loss):
     grpo = ["rollout.rollouts_per_prompt=2", "loss.kl_coef=0.5"] if loss == "grpo" else []
-    config = make_config(overrides, world_size, stage, f"loss.kind={loss}", *grpo)
-    expected = reference_parameters(config, prompts, encoder)
+    options = (*grpo, *SHARDED) if stage == 3 else grpo
+    config = make_config(overrides, world_size, stage, f"loss.kind={loss}", *options)
+    expected = reference(config, prompts, encoder)
 
     async def run():
         return await train(await learners(config), config, prompts, encoder)
@@ -220,9 +246,6 @@ def test_ranks_compute_what_one_process_does(learners, overrides, prompts, encod
         assert all(m["learner/grad_norm"] > 0 for m in metrics)
 
 
-LORA, MERGED = ("learner.lora_rank=4", "learner.lora_alpha=8"), "learner.lora_publish=merged"
-
-
 def fill_disk(rank: Any) -> None:
     def save(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -241,7 +264,7 @@ class RankElsewhere(LearnerRank):
         return "elsewhere", False
 
 
-@pytest.mark.parametrize("more_options", [(2,), (3, *LORA, MERGED)], ids=["whole", "lora"])
+@pytest.mark.parametrize("more_options", [(2,), (3, *AT_SCALE)], ids=["whole", "at scale"])
 def test_a_checkpoint_restores_weights_and_optimizer_exactly_and_its_student_loads(
     learners, overrides, prompts, encoder, tmp_path, tmp_path_factory, more_options
 ):
@@ -255,7 +278,7 @@ def test_a_checkpoint_restores_weights_and_optimizer_exactly_and_its_student_loa
 
     async def go_on(learner):
         await learner.update(more, STEPS)
-        return await parameters_of(learner, STEPS + 1)
+        return await parameters_of(learner, STEPS + 1) | await state_of(learner)
 
     async def run():
         learner = await learners(config)
@@ -279,7 +302,7 @@ def test_a_checkpoint_restores_weights_and_optimizer_exactly_and_its_student_loa
 
     saved, uninterrupted, resumed, from_start = asyncio.run(run())
     assert largest_gap(from_start, saved) == 0
-    assert largest_gap(uninterrupted, saved) > 0.1 * LR
+    assert largest_gap({n: uninterrupted[n] for n in saved}, saved) > 0.1 * LR
     assert largest_gap(uninterrupted, resumed) == 0
     exported = {
         n: p.detach().numpy() for n, p in load_model(str(end / "student"), "float32").named_parameters()
@@ -306,13 +329,20 @@ def optimizer_state(rank: Any) -> dict[str, tuple[np.ndarray, ...]]:
     return state
 
 
+async def state_of(learner: Learner) -> dict[str, np.ndarray]:
+    """optimizer_state, as one array for each name and part."""
+    state = (await learner._all("__ray_call__", optimizer_state))[0]
+    return {f"{name} {i}": part for name, parts in state.items() for i, part in enumerate(parts)}
+
+
 @pytest.mark.parametrize(
     ("stage", "before", "after", "dtype"), [(0, 2, 1, "float32"), (2, 2, 1, "float32"), (3, 1, 2, "bfloat16")]
 )
 def test_another_number_of_ranks_goes_on_exactly(
     learners, overrides, prompts, encoder, tmp_path, stage, before, after, dtype
 ):
-    options = ("loss.kind=opd", f"learner.dtype={dtype}", "learner.freeze_vision=true")
+    scale = AT_SCALE if stage == 3 else (f"learner.dtype={dtype}", "learner.freeze_vision=true")
+    options = ("loss.kind=opd", *scale)
     more = scored_groups(prompts[20:26], encoder, seed=9)
 
     async def state(learner):
@@ -403,6 +433,150 @@ def test_many_micro_batches_add_up_in_float32_and_offloaded_states_are_the_same_
     assert all((a == b).all() for n in before for a, b in zip(before[n], after[n], strict=True))
 
 
+def whole_parameters(rank: Any) -> list[str]:
+    """Parameters that are not sharded between updates, or that a pass gathers before it needs them."""
+    module = rank._engine._engine.module
+    whole = [name for name, p in module.named_parameters() if p.ds_status.name != "NOT_AVAILABLE"]
+    return whole + [f"external {p.ds_shape}" for p in module._external_params.values()]
+
+
+def small_files(rank: Any) -> None:
+    from learner import export
+
+    export.FILE_BYTES = 100_000
+
+
+def usual_files(rank: Any) -> None:
+    from learner import export
+
+    export.FILE_BYTES = 2 << 30
+
+
+def test_a_sharded_learner_in_bfloat16_moves_as_one_float32_process_does(
+    learners, overrides, prompts, encoder, tmp_path
+):
+    """Compares directions: Adam's first steps move a weight by about lr whatever the size of its gradient.
+
+    bfloat16 has 8 bits, so a gradient below 1 / 256 of what it is summed from may have the other sign.
+    """
+    config = make_config(overrides, 2, 3, "loss.kind=opd", *AT_SCALE)
+    start, end = arrays(untrained(config)), reference(config, prompts, encoder)
+    (tmp_path / "file").touch()
+
+    async def run():
+        learner = await learners(config)
+        await train(learner, config, prompts, encoder)
+        moved, whole = await state_of(learner), await learner._all("__ray_call__", whole_parameters)
+        await learner._all("__ray_call__", small_files)
+        with pytest.raises(SaveError):  # rank 0 cannot write the first file, and ranks gather to the last
+            await learner.export(tmp_path / "file")
+        await learner.export(tmp_path / "student")
+        await learner._all("__ray_call__", usual_files)
+        return moved, whole, await parameters_of(learner, STEPS)
+
+    moved, whole, published = asyncio.run(run())
+    names = [n for n in start if f"{n} 0" in moved]
+    assert names and all(".lora_" in n for n in names)
+    rounded = {n: torch.from_numpy(start[n]).bfloat16().float().numpy() for n in names}
+    ours = np.concatenate([(moved[f"{n} 0"] - rounded[n]).ravel() for n in names])
+    theirs = np.concatenate([(end[n] - start[n]).ravel() for n in names])
+    assert ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs) > 0.95
+    assert np.linalg.norm(ours) == pytest.approx(np.linalg.norm(theirs), rel=0.01)
+    assert whole == [[], []]
+    assert (tmp_path / "student" / "model.safetensors.index.json").exists()
+    assert largest_gap(arrays(load_model(str(tmp_path / "student"), "bfloat16")), published) == 0
+
+
+def problems_of_a_share(rank: Any, folder: str) -> list[str]:
+    """What is wrong with what this rank holds of a student that it loads anew."""
+    from learner import loading
+
+    config = rank._config.model_copy(update={"student": folder})
+    shard, problems = loading.shard, []
+
+    def unread(model: VideoLLM, learner: Any) -> None:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        ends = [line.split()[0].split("-") for line in maps if folder in line]
+        spans = [range(int(first, 16), int(last, 16)) for first, last in ends]
+        for name, parameter in model.named_parameters():
+            if not any(parameter.data_ptr() in span for span in spans):
+                problems.append(f"{name} is a copy of the file before it is sharded")
+        shard(model, learner)
+
+    loading.shard = unread
+    ours = loading.load_student(config)
+    loading.shard = shard
+    if folder in Path("/proc/self/maps").read_text():
+        problems.append("a part of the file is still in use")
+    plain = load_model(folder, config.learner.dtype)
+    for (name, parameter), whole in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        share, kept = -(-whole.numel() // 2), parameter.ds_tensor
+        part = whole.detach().flatten()[rank._rank * share :][:share]
+        if parameter.numel() or len(kept) != share or not torch.equal(kept[: len(part)], part):
+            problems.append(f"{name} is not this rank's half")
+    for (name, ours_), theirs in zip(ours.named_buffers(), plain.buffers(), strict=True):
+        if ours_.dtype != theirs.dtype or not torch.equal(ours_, theirs):
+            problems.append(f"buffer {name} differs")
+    if (ours.lm_head.weight is ours.get_input_embeddings().weight) != plain.config.tie_word_embeddings:
+        problems.append("the head is not tied as it should be")
+    if ours.config.to_dict() != plain.config.to_dict():
+        problems.append("the model's config differs")
+    return problems
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_each_rank_reads_its_share_of_the_student(learners, overrides, config, tmp_path, dtype):
+    """Of both families; the files' dtype and another."""
+    from tests.real.test_qwen2_5 import build as build_qwen2_5  # not above: ranks import this file
+
+    shutil.copytree(config.student, tmp_path / "qwen3")
+    build_qwen2_5(tmp_path / "qwen2_5", hidden=64, padded=5, seed=0)
+    sharded = make_config(overrides, 2, 3, f"learner.dtype={dtype}")
+
+    async def run():
+        learner = await learners(sharded)
+        folders = [str(tmp_path / family) for family in ("qwen3", "qwen2_5")]
+        return [await learner._all("__ray_call__", problems_of_a_share, folder) for folder in folders]
+
+    assert asyncio.run(run()) == [[[], []], [[], []]]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_5"])
+def test_an_export_in_several_files_has_the_students_names(config, tmp_path, monkeypatch, family):
+    monkeypatch.setattr(export, "FILE_BYTES", 100_000)
+    source = Path(config.student)
+    if family == "qwen2_5":  # transformers 5 has other names in memory
+        from tests.real.test_qwen2_5 import build as build_qwen2_5
+
+        source = tmp_path / "source"
+        build_qwen2_5(source, hidden=64, padded=5, seed=0)
+    model = load_model(str(source), "float32")
+    changed = {n: p.detach() + 1 for n, p in model.named_parameters()}
+    expected = {n: t.numpy() for n, t in changed.items()}
+    export.write_student(model, iter(changed.items()), str(source), tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    names = {}
+    for path in sorted((tmp_path / "out").glob("*.safetensors")):
+        with safe_open(str(path), "pt") as tensors:
+            names |= dict.fromkeys(tensors.keys(), path.name)
+    assert names == index["weight_map"] and len(set(names.values())) > 5
+    with safe_open(str(source / "model.safetensors"), "pt") as tensors:
+        assert set(tensors.keys()) == names.keys()
+    assert largest_gap(arrays(load_model(str(tmp_path / "out"), "float32")), expected) == 0
+    others = {p.name for p in source.iterdir()} - {"model.safetensors"}
+    assert others <= {p.name for p in (tmp_path / "out").iterdir()}
+
+
+def test_weights_that_a_folder_lacks_are_not_drawn(config, tmp_path):
+    shutil.copytree(config.student, tmp_path / "student")
+    path = tmp_path / "student" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.language_model.norm.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 weights, e\.g\. model\.language_model\.norm\.weight"):
+        load_model(str(tmp_path / "student"), "float32")
+
+
 def test_a_node_without_the_package_of_an_attention_says_so_before_anything_starts(local_ray, config):
     learner = config.learner.model_copy(update={"attn_implementation": "flash_attention_2"})
     with pytest.raises(
@@ -442,13 +616,12 @@ def with_actor_logprobs(groups: list[ScoredGroup], model, encoder) -> list[Score
 def test_lora_trains_adapters_alone_and_publishes_and_exports_what_it_computes(
     learners, overrides, prompts, encoder, tmp_path
 ):
+    from peft import PeftModel  # not above: the ranks import this file, and must import video_opd first
+
     def loaded(folder: str) -> VideoLLM:
         return load_model(folder, "float32").eval()
 
-    def arrays(model: VideoLLM) -> dict[str, np.ndarray]:
-        return {n: p.detach().numpy() for n, p in model.named_parameters()}
-
-    config = make_config(overrides, 2, 3, "loss.kind=opd", *LORA)
+    config = make_config(overrides, 2, 3, "loss.kind=opd", *LORA, *SHARDED)
     start = arrays(loaded(config.student))
 
     async def run():
@@ -525,7 +698,8 @@ def test_lost_rollouts_never_scale_up_what_is_left_and_alone_they_leave_everythi
     learners, overrides, prompts, encoder, lose, stage
 ):
     """Two ranks in two micro-batches: some of them have lost one row, some all."""
-    config = make_config(overrides, 2, stage, "loss.kind=opd", "learner.weight_decay=0.1")
+    sharded = SHARDED if stage == 3 else ()
+    config = make_config(overrides, 2, stage, "loss.kind=opd", "learner.weight_decay=0.1", *sharded)
     groups = scored_groups(prompts[:7], encoder, seed=0)
 
     async def run():

@@ -93,8 +93,7 @@ class ResponseLogits(torch.nn.Module):
         """The head's input for the response rows, [R, hidden size] in the model's dtype."""
         seen: dict[str, Any] = {"mm_encoder_outputs": {"video": batch.video_features}}
         if batch.video_features is None:
-            dtype = self.model.get_input_embeddings().weight.dtype
-            seen = {"pixel_values_videos": batch.pixel_values.to(dtype)}
+            seen = {"pixel_values_videos": batch.pixel_values.to(self.model.dtype)}
         if batch.second_per_grid is not None:
             seen["second_per_grid_ts"] = batch.second_per_grid
         hidden = self.model.model(
@@ -144,18 +143,23 @@ def load_model(
 ) -> VideoLLM:
     """A transformers video LLM from a folder's safetensors, on the CPU, in `dtype`.
 
-    Raises ConfigError if this machine lacks the package of `attention`."""
+    Raises ConfigError if this machine lacks the package of `attention`, ModelError if weights are missing."""
     from transformers import AutoModelForImageTextToText
 
     if missing := missing_for(attention):
         raise ConfigError(f"attn_implementation={attention} needs {missing} on this node")
-    model: VideoLLM = AutoModelForImageTextToText.from_pretrained(
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
         path,
         dtype=getattr(torch, dtype),
         attn_implementation=attention,
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
+        output_loading_info=True,
     )
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):  # transformers would draw them, each rank its own
+        why = f"{path} lacks {len(missing)} weights, e.g. {missing[0]}"
+        raise ModelError(f"{why}: the model folder is damaged")
     if model.config.model_type == "qwen2_5_vl":
         model.model.get_rope_index = MethodType(_qwen2_5_positions, model.model)
     return model
