@@ -67,7 +67,7 @@ def test_a_file_that_only_a_whole_pass_describes_has_the_time_of_that_pass(monke
 def test_a_clip_has_the_time_of_what_is_decoded_for_it_and_no_more(monkeypatch):
     worker = Worker(slow="read")
     pool = pool_of(worker, monkeypatch)
-    with pytest.raises(BrokenVideo, match="a.mp4 was not decoded within 200 s") as e:
+    with pytest.raises(BrokenVideo, match=r"a.mp4 was not decoded within 200 s") as e:
         next(pool.read("a.mp4", np.arange(4), 8, BIG))
     assert e.value.kind == FailureKind.TOO_SLOW
     assert worker.given_s["read"] == pytest.approx(200)
