@@ -12,6 +12,8 @@ import ray
 from ray.serve._private.long_poll import LongPollClient
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from preflight.memory_fit import MemoryPlan
+from preflight.object_store import small_stores, store_plan
 from teacher_service.scaling import delete_orphans
 from video_opd import ROOT
 from video_opd.cluster.join import cluster_to_join, join, start_local
@@ -118,6 +120,12 @@ def start_ray(config: Config, address: str | None) -> None:
         print(f"deleted the teacher {app}: its run is gone", flush=True)
     timeout_s = config.start_timeout_s if joined else min(config.start_timeout_s, LOCAL_TIMEOUT_S)
     wait_for_places(config, timeout_s)
+
+
+def warn_of_small_stores(plan: MemoryPlan) -> None:
+    """Prints one line where nodes have a smaller object store than the run fills."""
+    if small := small_stores(store_plan(plan), ray.nodes()):
+        print(f"warning: {small}", flush=True)
 
 
 def leave_ray() -> None:

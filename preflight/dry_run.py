@@ -1,8 +1,10 @@
 """`--dry-run`: checks the inputs and prints the plan; starts nothing."""
 
 import video_opd  # noqa: F401  # first: makes transformers importable
+from preflight.disk import describe_disk, disk_plan
 from preflight.inputs import Draft, asked_teachers, make_draft
 from preflight.memory_fit import check_fits, describe_memory, memory_plan
+from preflight.object_store import describe_store, store_plan
 from video_opd.config import Config, TeacherModel
 from video_opd.datasets import Split
 from video_opd.video.clips import num_video_tokens
@@ -16,6 +18,8 @@ def dry_run(config: Config, gpu_memory_gib: float | None) -> None:
     memory = memory_plan(config, draft, gpu_memory_gib)
     print(describe(config, draft))
     print(describe_memory(memory))
+    print(describe_store(store_plan(memory)))
+    print(describe_disk(disk_plan(config, memory.student, draft, None)))
     check_fits(memory, one_machine=True)
 
 
