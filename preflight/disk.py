@@ -11,6 +11,7 @@ from preflight.memory import DTYPE_BYTES, GIB, trained
 from preflight.model_shapes import ModelShapes, count, parameters
 from video_opd.config import Config
 from video_opd.errors import ConfigError
+from video_opd.files.checkpoint import CHECKPOINTS
 from video_opd.video.clips import frames_key
 from video_opd.video.frame_cache import cache_folder
 
@@ -65,6 +66,7 @@ def disk_plan(config: Config, student: ModelShapes, draft: Plan | Draft, resumed
     runs = _existing(resumed or Path(config.runs_dir))
     total, _, free = shutil.disk_usage(runs)
     cache = _existing(cache_folder(config.video))
+    own = [resumed / name for name in (CHECKPOINTS, "snapshots", "student")] if resumed else []
     return DiskPlan(
         config=config,
         checkpoint_bytes=checkpoint_bytes(config, student),
@@ -72,7 +74,7 @@ def disk_plan(config: Config, student: ModelShapes, draft: Plan | Draft, resumed
         student_bytes=DTYPE_BYTES[config.learner.dtype] * count(parameters(student)),
         num_students=snapshots + (2 if config.eval_every else 1),
         frame_bytes=_frame_bytes(config, draft) if os.stat(cache).st_dev == os.stat(runs).st_dev else 0,
-        free_bytes=free + (_bytes_below(resumed) if resumed else 0) if total else None,
+        free_bytes=free + sum(map(_bytes_below, own)) if total else None,
     )
 
 
@@ -82,17 +84,18 @@ def _existing(path: Path) -> Path:
 
 
 def _frame_bytes(config: Config, draft: Plan | Draft) -> int:
-    """Of all clips' decoded frames, as far as the cache keeps them."""
+    """By which the cache of decoded frames may grow: all clips', up to its bound."""
     splits = (draft.train, draft.eval)
+    room = max(0, config.video.cache_bytes - _bytes_below(cache_folder(config.video)))
     if not all(splits):
-        return config.video.cache_bytes
+        return room
     clips = {frames_key(p.clip): p.clip for split in splits if split for p in split.prompts}.values()
-    return min(config.video.cache_bytes, sum(3 * len(c.frame_indices) * prod(c.frame_size) for c in clips))
+    return min(room, sum(3 * len(c.frame_indices) * prod(c.frame_size) for c in clips))
 
 
 def _bytes_below(folder: Path) -> int:
-    """Of all files; of several names of one file once."""
-    found = (os.stat(Path(parent, name)) for parent, _, names in os.walk(folder) for name in names)
+    """Of all files below it, once where one has several names; 0: it is not there."""
+    found = (os.lstat(Path(parent, name)) for parent, _, names in os.walk(folder) for name in names)
     return sum({s.st_ino: s.st_size for s in found}.values())
 
 

@@ -74,19 +74,27 @@ def test_frames_count_once_a_clip_and_where_their_cache_is(tmp_path, monkeypatch
     assert disk_plan(config, STUDENT, draft, None).frame_bytes == 2 * 24 * 32 * 32 * 3
     assert disk_plan(config, STUDENT, NO_SPLITS, None).frame_bytes == config.video.cache_bytes
     devices = {tmp_path: 1, Path(tmp_path.anchor): 2}
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "frames" / "other.arrow").write_bytes(bytes(1000))
+    grows = disk_plan(config, STUDENT, NO_SPLITS, None).frame_bytes
+    assert grows == config.video.cache_bytes - 1000
     monkeypatch.setattr(disk.os, "stat", lambda path: SimpleNamespace(st_dev=devices.get(path, 3)))
     monkeypatch.setattr(disk, "_existing", lambda path: tmp_path if "runs" in path.parts else path)
     assert disk_plan(config, STUDENT, draft, None).frame_bytes == 0
 
 
-def test_what_a_resumed_run_has_already_is_its_own(tmp_path):
+def test_what_a_resumed_run_has_already_is_its_own(tmp_path, monkeypatch):
     config = load_demo([f"runs_dir={tmp_path}"])
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (weights := tmp_path / "run" / "checkpoints" / "a").write_bytes(bytes(3 << 20))
-    (tmp_path / "run" / "b").hardlink_to(weights)
+    (tmp_path / "run" / "checkpoints" / "b").hardlink_to(weights)
+    (tmp_path / "run" / "set-aside").mkdir()
+    (tmp_path / "run" / "set-aside" / "c").write_bytes(bytes(1 << 20))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: (1 << 40, 0, 5 << 20))
     free = [disk_plan(config, STUDENT, NO_SPLITS, run).free_bytes for run in (None, tmp_path / "run")]
-    assert free[0] is not None and free[1] is not None
-    assert disk._bytes_below(tmp_path / "run") == 3 << 20
+    assert free == [5 << 20, 8 << 20]
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: (0, 0, 0))
+    assert disk_plan(config, STUDENT, NO_SPLITS, None).free_bytes is None
 
 
 def planned(free_gib: int | None, *options: str) -> Any:

@@ -30,7 +30,7 @@ END_TIMEOUT_S = 5.0
 # What video.decode_timeout_s is for: at its default 20 ms a megapixel, and 17 MB/s. One thread decoded 1080p
 # h264 in 3 ms of CPU time a megapixel, vp9 in 2.1, mpeg4 in 0.6; on busy cores, in 10 by the clock.
 MEGAPIXELS, GIGABYTES = 3000.0, 1.0
-MOST_THREADS = 8  # of a worker: more gain little
+MOST_THREADS = 8  # of a worker, however many CPUs there are
 _OF_DECODERS = {signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}  # others come from outside
 _MAIN = "from video_opd.video.decode_worker import main; main()"  # with -m its classes would be __main__'s
 
