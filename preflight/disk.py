@@ -15,8 +15,6 @@ from video_opd.files.checkpoint import CHECKPOINTS
 from video_opd.video.clips import frames_key
 from video_opd.video.frame_cache import cache_folder
 
-RESIDENT = 100_000  # elements: parameters of up to so many are whole on every rank (DeepSpeed 0.19's ZeRO-3)
-
 
 @dataclass(frozen=True)
 class DiskPlan:
@@ -39,16 +37,14 @@ class DiskPlan:
 def checkpoint_bytes(config: Config, student: ModelShapes) -> int:
     """The student eP, and what DeepSpeed writes of T trained and F frozen parameters and adapters:
 
-    moments and masters 12T (8T in float32 without ZeRO); weights e(P + adapters), with ZeRO-3 eF and, of each
-    rank, its resident parameters; with ZeRO-2 on GPUs the frozen ones a second time, eF.
+    moments and masters 12T (8T in float32 without ZeRO); weights e(P + adapters), with ZeRO-3 eF alone; with
+    ZeRO-2 on GPUs the frozen ones a second time, eF.
     """
     learner, of = config.learner, parameters(student)
     of_trained, e = trained(student, learner), DTYPE_BYTES[learner.dtype]
     frozen = {n: s for n, s in of.items() if n not in of_trained}
-    whole = count(of | of_trained)
-    resident = learner.world_size * sum(n for n in map(prod, (of | of_trained).values()) if n <= RESIDENT)
     has_masters = learner.zero_stage or learner.dtype == "bfloat16"
-    written = count(frozen) + resident if learner.zero_stage == 3 else whole
+    written = count(frozen) if learner.zero_stage == 3 else count(of | of_trained)
     if learner.zero_stage == 2 and learner.num_gpus:
         written += count(frozen)
     return e * count(of) + e * written + count(of_trained) * (12 if has_masters else 8)

@@ -237,12 +237,6 @@ def check_planned_bytes(config: Config, folder: Path) -> None:
     """Of tensors: the headers of tiny ones and text files do not grow with the model."""
     files = [path for suffix in ("pt", "safetensors") for path in folder.rglob(f"*.{suffix}")]
     written = sum(path.stat().st_size for path in files)
-    print(
-        config.learner.zero_stage,
-        written,
-        checkpoint_bytes(config, read_shapes(config.student)),
-        {p.name: p.stat().st_size for p in files},
-    )
     assert written == pytest.approx(checkpoint_bytes(config, read_shapes(config.student)), rel=0.1)
 
 
