@@ -33,10 +33,11 @@ from driver.run import Run, create_parts, publish_weights, start_parts
 from driver.run_state import Phase
 from driver.scoring import roll_out, score
 from driver.signals import stopped_by_signals
-from driver.start_ray import leave_ray, start_ray
+from driver.start_ray import leave_ray, start_ray, warn_of_small_stores
 from driver.stopping import ended_with_ray, how_to_resume, shutdown_at_end
 from driver.upload import check_writable
 from preflight.cluster_file import check_cluster
+from preflight.disk import check_disk, disk_plan
 from preflight.dry_run import dry_run
 from preflight.inputs import Plan
 from preflight.memory_fit import MemoryPlan, check_fits, memory_plan
@@ -196,6 +197,7 @@ def launch(
         plan = prepare(config, resumes=resume is not None)
         memory = memory_plan(config, plan, gpu_memory_gib)
         check_fits(memory, one_machine=False)
+        check_disk(disk_plan(config, memory.student, plan, resume))
         if config.checkpoint_url:
             check_writable(config.checkpoint_url)
         with locked(resume) if resume else new_run_folder(config) as folder:
@@ -203,6 +205,7 @@ def launch(
             try:
                 start_ray(config, address)
                 check_gpus(memory)
+                warn_of_small_stores(memory)
                 if saved is None:
                     write_config(folder, config)
                 said.text = f": {how_to_resume(folder)}"

@@ -41,7 +41,7 @@ class Published:
 
     policy_version: int
     publisher: WeightPublisher
-    buckets: list[ray.ObjectRef] | None  # None: the learner sends it
+    buckets: list[ray.ObjectRef] | None  # None: the learner sends it; empty: not in the object store now
 
 
 class ActorPool:
@@ -161,15 +161,18 @@ class ActorPool:
         """
         learner = self._config.learner
         in_store = learner.weight_transfer == "object_store" or learner.publishes_adapters
-        buckets, num_bytes = await publisher.put_weights(policy_version) if in_store else (None, 0)
-        started = time.monotonic()
+        num_bytes = 0
         async with self._publishing:
-            self._published = Published(policy_version, publisher, buckets)
+            # lets go of the version before first: the object store has room for one
+            published = self._published = Published(policy_version, publisher, [] if in_store else None)
+            if in_store:
+                published.buckets, num_bytes = await publisher.put_weights(policy_version)
             self._members.learner_lost = None
-            if buckets is None:
-                num_bytes = await self._send_to_all(self._published)
+            started = time.monotonic()
+            if published.buckets is None:
+                num_bytes = await self._send_to_all(published)
             else:
-                load = ("load_weights", policy_version, buckets)
+                load = ("load_weights", policy_version, published.buckets)
                 await asyncio.gather(*(self._ask_or_lose(m, *load) for m in self._members.alive))
             for member in self._members.aside.copy():
                 self._members.add(member)
@@ -191,13 +194,14 @@ class ActorPool:
     async def _load_published(self, member: Member, published: Published) -> bool:
         """Returns False where neither the object store nor the learner holds the version any more."""
         version, publisher = published.policy_version, published.publisher
-        if published.buckets is not None:
+        if published.buckets:
             with suppress(ObjectLostError):  # with the node that held it
                 await self._ask(member, "load_weights", version, published.buckets)
                 return True
         if not publisher.holds(version):
             return False
         if published.buckets is not None:
+            published.buckets = []  # as in `publish`
             published.buckets, _ = await publisher.put_weights(version)
             await self._ask(member, "load_weights", version, published.buckets)
             return True

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from curriculum.answers import forget_student_answers
-from driver.export import STUDENT, export_student, exported_step
+from driver.export import SNAPSHOTS, STUDENT, export_snapshot, export_student, exported_step, snapshot_steps
 from driver.held_out import AFTER, BEFORE, NO_VIDEO, TEACHER, at_step, best_step, miou_by_step
 from driver.progress import find_saved_run, setup_of, write_progress
 from driver.run import Run
 from driver.run_state import Phase
 from driver.saving import removed_if_unfinished, try_to_save
 from video_opd.files import checkpoint as on_disk
+from video_opd.files.durable import remove_folder
 from video_opd.files.run_folder import write_config
 from video_opd.logs import log, work
 
@@ -43,9 +44,11 @@ async def checkpoint(run: Run) -> None:
 
 
 async def save_if_due(run: Run) -> None:
-    """Writes the checkpoint that is due at this step, and RUN/student if it is the best so far."""
+    """Writes the checkpoint and the snapshot that are due, and RUN/student if it is the best so far."""
     if run.config.checkpoint_every and run.step % run.config.checkpoint_every == 0:
         await try_to_save(run, checkpoint, "checkpoint")
+    if run.config.snapshot_every and run.step % run.config.snapshot_every == 0:
+        await try_to_save(run, export_snapshot, "snapshot")
     if run.config.eval_every and best_step(miou_by_step(run)) == run.step:
         await try_to_save(run, export_student, STUDENT)
 
@@ -95,8 +98,11 @@ async def start_over(run: Run) -> None:
 
 
 def remove_rounds_after(run: Run, num_rounds: int) -> None:
-    """Removes the curriculum's snapshots that the run will write again."""
+    """Removes snapshots, of the curriculum and of the student, that the run will write again."""
     forget_student_answers(run.folder, but_of=run.step)
+    for step in snapshot_steps(run.folder):
+        if step > run.step:
+            remove_folder(run.folder / SNAPSHOTS / f"step-{step}")
     for snapshot in (run.folder / "curriculum").glob("*.parquet"):
         number = snapshot.stem.removeprefix("round-")
         if snapshot.stem == "records" or (number.isdigit() and int(number) > num_rounds):
@@ -104,7 +110,10 @@ def remove_rounds_after(run: Run, num_rounds: int) -> None:
 
 
 def set_aside_after(run_dir: Path, step: int) -> Path | None:
-    """Moves later checkpoints and copies what the resumed run cuts back to a new folder, if any are later."""
+    """Moves later checkpoints and snapshots, and copies what the resumed run cuts back, to a new folder.
+
+    Without later checkpoints nothing is set aside: None.
+    """
     steps = on_disk.checkpoint_steps(run_dir)
     later = [s for s in steps if s > step and not on_disk.is_partial(run_dir, s)]
     if not later:
@@ -122,4 +131,7 @@ def set_aside_after(run_dir: Path, step: int) -> Path | None:
     for number in later:
         source = on_disk.checkpoint_folder(run_dir, number)
         source.rename(folder / on_disk.CHECKPOINTS / source.name)
+    for number in [s for s in snapshot_steps(run_dir) if s > step]:
+        (folder / SNAPSHOTS).mkdir(exist_ok=True)
+        (run_dir / SNAPSHOTS / f"step-{number}").rename(folder / SNAPSHOTS / f"step-{number}")
     return folder

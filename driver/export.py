@@ -1,4 +1,4 @@
-"""`student/` of a run: the trained model, a whole transformers folder at any time."""
+"""The student alone: `student/` of a run, and `snapshots/step-N`; whole transformers folders at any time."""
 
 import asyncio
 import json
@@ -10,10 +10,10 @@ from pathlib import Path
 from driver.held_out import best_step, miou_by_step
 from driver.run import Run
 from driver.saving import removed_if_unfinished
-from video_opd.files.checkpoint import checkpoint_folder
-from video_opd.files.durable import fsync_tree, replace_folder
+from video_opd.files.checkpoint import checkpoint_folder, steps_in
+from video_opd.files.durable import finish_interrupted_writes, fsync_tree, remove_folder, replace_folder
 
-STUDENT, CARD = "student", "export.json"
+STUDENT, SNAPSHOTS, CARD = "student", "snapshots", "export.json"
 
 
 async def export_student(run: Run) -> None:
@@ -21,25 +21,53 @@ async def export_student(run: Run) -> None:
 
     Raises OSError, SaveError when it cannot be written.
     """
-    miou = miou_by_step(run)
-    best = best_step(miou) if run.config.eval_every else None
+    best = best_step(miou_by_step(run)) if run.config.eval_every else None
     step = run.step if best is None else best
     if step != run.step and exported_step(run.folder) == step:
         return
-    if not (checkpoint_folder(run.folder, step) / STUDENT).is_dir():  # resumed from a copy without it
+    if not _written(run.folder, step):  # resumed from a copy without it
         step = run.step
-    temporary = run.folder / f".{STUDENT}.tmp"
+    await _export(run, step, run.folder / STUDENT)
+
+
+async def export_snapshot(run: Run) -> None:
+    """Writes the current student to RUN/snapshots/step-N; removes all but the newest snapshot_keep_last.
+
+    Raises OSError, SaveError when it cannot be written.
+    """
+    folder = run.folder / SNAPSHOTS / f"step-{run.step}"
+    folder.parent.mkdir(exist_ok=True)
+    finish_interrupted_writes(folder.parent)
+    await _export(run, run.step, folder)
+    for step in snapshot_steps(run.folder)[: -run.config.snapshot_keep_last]:
+        await asyncio.to_thread(remove_folder, folder.with_name(f"step-{step}"))
+
+
+def snapshot_steps(run_dir: Path) -> list[int]:
+    """The steps of all snapshots of a run, in order."""
+    return steps_in(folder.name for folder in (run_dir / SNAPSHOTS).glob("step-*"))
+
+
+async def _export(run: Run, step: int, folder: Path) -> None:
+    """Makes `folder` the student of `step`, which is the current one or was written before."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
     with run.state.saving(), removed_if_unfinished(temporary):
         await run.learner.earlier_saves()
         shutil.rmtree(temporary, ignore_errors=True)
-        source = checkpoint_folder(run.folder, step) / STUDENT
-        if source.is_dir():
+        if source := _written(run.folder, step):
             await asyncio.to_thread(shutil.copytree, source, temporary, copy_function=_link_or_copy)
         else:
             await run.learner.export(temporary)
-        (temporary / CARD).write_text(json.dumps({"step": step, "miou": miou.get(step)}) + "\n")
+        card = {"step": step, "miou": miou_by_step(run).get(step)}
+        (temporary / CARD).write_text(json.dumps(card) + "\n")
         await asyncio.to_thread(fsync_tree, temporary)
-        await asyncio.to_thread(replace_folder, temporary, run.folder / STUDENT)
+        await asyncio.to_thread(replace_folder, temporary, folder)
+
+
+def _written(run_dir: Path, step: int) -> Path | None:
+    """Where that step's student is already; None: nowhere."""
+    places = checkpoint_folder(run_dir, step) / STUDENT, run_dir / SNAPSHOTS / f"step-{step}"
+    return next((place for place in places if place.is_dir()), None)
 
 
 def exported_step(run_dir: Path) -> int | None:

@@ -12,6 +12,8 @@ import ray
 from ray.serve._private.long_poll import LongPollClient
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from preflight.memory_fit import MemoryPlan
+from preflight.object_store import small_stores, store_plan
 from preflight.options import asked_attention, lacks
 from teacher_service.scaling import delete_orphans
 from video_opd import ROOT
@@ -143,6 +145,12 @@ def check_nodes(config: Config) -> None:
             if missing := ray.get(reference, timeout=config.start_timeout_s):
                 key = f"{section}.attn_implementation={attention}"
                 raise ConfigError(lacks(key, missing, f"a node of the {role}"))
+
+
+def warn_of_small_stores(plan: MemoryPlan) -> None:
+    """Prints one line where nodes have a smaller object store than the run fills."""
+    if small := small_stores(store_plan(plan), ray.nodes()):
+        print(f"warning: {small}", flush=True)
 
 
 def leave_ray() -> None:

@@ -1,10 +1,12 @@
 """`--dry-run`: checks the inputs and prints the plan; starts nothing."""
 
 import video_opd  # noqa: F401  # first: makes transformers importable
+from preflight.disk import describe_disk, disk_plan
 from preflight.gpus import read_machine
 from preflight.inputs import Draft, asked_teachers, make_draft
 from preflight.memory_fit import check_fits, describe_memory, memory_plan
 from preflight.nodes import problems
+from preflight.object_store import describe_store, store_plan
 from video_opd.config import Config, TeacherModel
 from video_opd.datasets import Split
 from video_opd.video.clips import num_video_tokens
@@ -18,6 +20,8 @@ def dry_run(config: Config, gpu_memory_gib: float | None) -> None:
     memory = memory_plan(config, draft, gpu_memory_gib)
     print(describe(config, draft))
     print(describe_memory(memory))
+    print(describe_store(store_plan(memory)))
+    print(describe_disk(disk_plan(config, memory.student, draft, None)))
     machine = read_machine()
     for problem in problems(machine, memory) if machine.gpus and memory.on_gpu else ():
         print(f"WARNING   this machine cannot run it: {problem}")

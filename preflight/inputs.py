@@ -16,6 +16,7 @@ from video_opd.models.lengths import PromptLengths, limits, too_long
 from video_opd.models.model_files import ModelInfo, check_same_tokenizer, read_model_info
 from video_opd.rewards import load_rewards
 from video_opd.types import Prompt
+from video_opd.video.decode_pool import deadline_s
 from video_opd.video.descriptions import end_workers
 
 SHAPES = ROOT / "configs" / "shapes"  # the fields that matter of published models' config.json
@@ -77,12 +78,23 @@ def _read(config: Config, name: str, multiple: int, resumes: bool = False) -> Sp
     if resumes:
         dataset = dataset.model_copy(update={"unreadable": "drop"})
     split = read_split(dataset, config.video, multiple, name == "eval", config.runs_dir)
+    check_decoding(config, split.prompts)
     if split.failed:
         first, reason = next(iter(split.failed.items()))
         counts = "dropped" if name == "train" else "IoU 0"
         found = f"data.{name}: {len(split.failed)} of {len(split)} prompts are {counts}"
         log.warning("%s, first %s: %s", found, first, reason)
     return split
+
+
+def check_decoding(config: Config, prompts: Sequence[Prompt]) -> None:
+    """A clip must fail before the call that wants it, or a process counts as lost. Raises ConfigError."""
+    for prompt in prompts:
+        clip_s = deadline_s(config.video.decode_timeout_s, prompt.clip.decode_megapixels)
+        if clip_s >= config.request_timeout_s:
+            bound = f"its clip may take {clip_s:.0f} s to decode (video.decode_timeout_s)"
+            remedy = f"raise request_timeout_s={config.request_timeout_s:g} well above it, or cut the video"
+            raise ConfigError(f"prompt {prompt.prompt_id}: {bound}: {remedy}")
 
 
 def fit_lengths(config: Config, name: str, split: Split, lengths: PromptLengths) -> tuple[Split, int]:

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ class Opens:
 
     size = (32, 32)
     info = VideoInfo(num_frames=48, fps=4.0, size=size, times_s=None)
+    unseen_megapixels = 0.0
 
     def __init__(self, path: str):
         self.path = path
@@ -57,3 +59,13 @@ class IsSignalled(Opens):
         number = signal.Signals[Path(self.path).stem]
         signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP
         os.kill(os.getpid(), number)
+
+
+class Slow(Opens):
+    """Takes two seconds for many frames."""
+
+    info = VideoInfo(num_frames=48_000_000, fps=4_000_000.0, size=(32, 32), times_s=None)
+
+    def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
+        time.sleep(2.0)
+        super().read(indices, frames)

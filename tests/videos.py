@@ -9,10 +9,18 @@ import numpy as np
 RATE = 30
 
 
-def write_video(path: Path, frames: np.ndarray, rate: int = RATE, times_ms: np.ndarray | None = None) -> None:
+def write_video(
+    path: Path,
+    frames: np.ndarray,
+    rate: int = RATE,
+    times_ms: np.ndarray | None = None,
+    key_gap: int | None = None,
+) -> None:
     """Frames at a constant rate, or each at its own time in milliseconds. h264 has B-frames."""
+    options = {"crf": "18", "preset": "veryfast"}
+    options |= {"g": str(key_gap), "sc_threshold": "0"} if key_gap else {}
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "18", "preset": "veryfast"})
+        stream = container.add_stream("libx264", rate=rate, options=options)
         stream.codec_context.thread_count = 1
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         if times_ms is not None:

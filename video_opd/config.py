@@ -303,6 +303,8 @@ class Config(ConfigSection):
     checkpoint_every: NonNegativeInt = key(0, "steps between checkpoints; 0: after selections, at the end")
     checkpoint_keep_last: PositiveInt = key(3, "newest checkpoints that are kept")
     checkpoint_keep_best: NonNegativeInt = key(1, "checkpoints of best eval mIoU also kept; needs eval_every")
+    snapshot_every: NonNegativeInt = key(0, "steps between snapshots, the student's weights alone; 0: none")
+    snapshot_keep_last: PositiveInt = key(3, "newest snapshots that are kept")
     checkpoint_url: str | None = key(None, "copy checkpoints to URL/run_name; any fsspec URL: s3://...")
     checkpoint_timeout_s: PositiveFloat = key(3600.0, "bound on writing or loading a checkpoint")
     upload_timeout_s: PositiveFloat = key(3600.0, "bound on the copy of one checkpoint to checkpoint_url")

@@ -34,6 +34,7 @@ class Clip:
     frame_size: tuple[int, int]  # (H, W) after resizing
     frame_times_s: np.ndarray | None = None  # float64[F] in the video; None: frame_indices / video_fps
     start_s: float = 0.0  # of the clip in the video
+    decode_megapixels: float = 0.0  # frames times pixels, in millions, that are decoded to read it, at most
 
     @property
     def timestamps_s(self) -> np.ndarray:

@@ -401,6 +401,32 @@ def test_who_joins_while_the_weights_are_about_to_change_waits_for_the_next_publ
     run(test)
 
 
+def test_the_store_is_empty_when_a_version_enters_and_who_joins_meanwhile_gets_that_version():
+    async def test():
+        pool, learner = Pool(config(1, "object_store")), Learner()
+        await pool.start()
+        await pool.publish(1, learner)
+        put, entering, enter = learner.do_put, threading.Event(), threading.Event()
+
+        def put_later(version: int):
+            entering.set()
+            assert enter.wait(PATIENCE_S)
+            return put(version)
+
+        learner.do_put = put_later
+        publication = asyncio.ensure_future(pool.publish(2, learner))
+        await asyncio.to_thread(entering.wait, PATIENCE_S)
+        assert pool._published and pool._published.buckets == []
+        await pool.scale(2)
+        await asyncio.sleep(0.1)
+        assert await pool.names(1) == ["actor-0"] and pool.created[1].version == -1
+        enter.set()
+        await publication
+        assert await pool.names(2) == ["actor-0", "actor-1"] and pool.holds(2)
+
+    run(test)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_without_actors_a_publication_waits_for_those_to_come(way):
     async def test():

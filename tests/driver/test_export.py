@@ -4,14 +4,15 @@ import asyncio
 import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from driver.checkpoints import save_if_due, set_aside_after
-from driver.export import export_student, exported_step
+from driver.checkpoints import remove_rounds_after, save_if_due, set_aside_after
+from driver.export import export_student, exported_step, snapshot_steps
 from driver.held_out import best_step
 from driver.run_state import RunState
 from tests.driver.test_checkpoint import write_checkpoint
@@ -32,10 +33,14 @@ class Learner:
         (folder / "model.safetensors").write_text(f"learner at {self.step}")
 
 
-def make_run(folder: Path, step: int, miou: dict[int, float], eval_every: int = 1) -> Any:
+def make_run(
+    folder: Path, step: int, miou: dict[int, float], eval_every: int = 1, snapshot_every: int = 0
+) -> Any:
     learner = Learner()
     learner.step = step
-    config = SimpleNamespace(eval_every=eval_every, checkpoint_every=0)
+    config = SimpleNamespace(
+        eval_every=eval_every, checkpoint_every=0, snapshot_every=snapshot_every, snapshot_keep_last=2
+    )
     evaluations = {f"step_{n}": {"miou": value} for n, value in miou.items()} | {
         "student_before": {"miou": 0.99}
     }
@@ -130,3 +135,58 @@ def test_a_student_of_a_later_step_is_set_aside(tmp_path, step, stays):
     asyncio.run(export_student(run))
     folder = set_aside_after(tmp_path, 2)
     assert folder and (exported_step(tmp_path) == step) == stays and (exported_step(folder) == step) != stays
+
+
+def snapshot(folder: Path, step: int) -> Path:
+    """The folder of the snapshot that the run writes at that step."""
+    asyncio.run(save_if_due(make_run(folder, step, {}, eval_every=0, snapshot_every=2)))
+    return folder / "snapshots" / f"step-{step}"
+
+
+def test_snapshots_are_whole_students_and_the_newest_ones_stay(tmp_path):
+    for step in range(1, 8):
+        snapshot(tmp_path, step)
+    assert sorted(os.listdir(tmp_path / "snapshots")) == ["step-4", "step-6"]
+    folder = tmp_path / "snapshots" / "step-6"
+    assert (folder / "model.safetensors").read_text() == "learner at 6"
+    assert json.loads((folder / "export.json").read_text()) == {"step": 6, "miou": None}
+
+
+def test_a_snapshot_beside_a_checkpoint_takes_no_room_and_outlives_it(tmp_path):
+    checkpoint = write_checkpoint(tmp_path, 2, "weights of 2")
+    weights = snapshot(tmp_path, 2) / "model.safetensors"
+    assert os.path.samefile(weights, checkpoint / "student" / "model.safetensors")
+    shutil.rmtree(checkpoint)
+    assert weights.read_text() == "weights of 2"
+    asyncio.run(export_student(make_run(tmp_path, 4, {2: 0.5, 4: 0.1})))
+    assert exported(make_run(tmp_path, 4, {})) == ("weights of 2", {"step": 2, "miou": 0.5})
+
+
+def test_a_snapshot_that_cannot_be_written_leaves_nothing_and_the_run_goes_on(tmp_path):
+    run = make_run(tmp_path, 2, {}, eval_every=0, snapshot_every=2)
+    run.totals, write = Counter(), run.learner.export
+
+    async def export(folder: Path) -> None:
+        await write(folder)
+        raise OSError(28, "No space left on device")
+
+    run.learner.export = export
+    asyncio.run(save_if_due(run))
+    assert run.totals["failed_saves"] == 1 and not os.listdir(tmp_path / "snapshots")
+
+
+def test_a_run_that_goes_back_writes_later_snapshots_again(tmp_path):
+    (tmp_path / "snapshots" / ".step-4.tmp").mkdir(parents=True)
+    for step in (2, 4):
+        snapshot(tmp_path, step)
+    run = make_run(tmp_path, 3, {})
+    remove_rounds_after(run, 0)
+    assert os.listdir(tmp_path / "snapshots") == ["step-2"]
+
+
+def test_later_snapshots_are_set_aside_with_later_checkpoints(tmp_path):
+    for step in (2, 4):
+        write_checkpoint(tmp_path, step)
+        snapshot(tmp_path, step)
+    folder = set_aside_after(tmp_path, 2)
+    assert folder and snapshot_steps(folder) == [4] and snapshot_steps(tmp_path) == [2]

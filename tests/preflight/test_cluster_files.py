@@ -8,8 +8,13 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from preflight.cluster_file import ROLES
+from preflight.disk import disk_plan
+from preflight.inputs import make_draft
+from preflight.memory_fit import memory_plan
+from preflight.object_store import store_plan
 from tests.preflight.cluster_files import CLOUDS, FILES, RAY_UP, load
 from video_opd import ROOT
+from video_opd.config_file import load_config
 
 
 @pytest.mark.parametrize("name", RAY_UP)
@@ -119,6 +124,37 @@ def test_the_object_store_fits_into_shared_memory_of_pods():
             < int(shm["sizeLimit"].removesuffix("Gi")) * 2**30
         )
         assert {"name": "shm", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
+
+
+def starts(name: str) -> dict[str, str]:
+    """What starts Ray on the head, and on those that have a learner or an actor."""
+    if name in CLOUDS:
+        config = load(name)
+        return {node: config[f"{node}_start_ray_commands"][1] for node in ("head", "worker")}
+    spec = load(name)[0]["spec"]
+    groups = {g["groupName"]: g["rayStartParams"] for g in spec["workerGroupSpecs"]}
+    stores = {"head": spec["headGroupSpec"]["rayStartParams"], **groups}
+    return {n: f"--object-store-memory={params['object-store-memory']}" for n, params in stores.items()}
+
+
+@pytest.mark.parametrize("name", [*CLOUDS, "deploy/kuberay.yaml"])
+def test_the_object_stores_hold_what_the_run_of_8_gpus_keeps_there(name: str):
+    config = load_config(ROOT / "configs/qwen3vl_8b.yaml", [])
+    plan = store_plan(memory_plan(config, make_draft(config), 80))
+    for node, start in starts(name).items():
+        (store,) = re.findall(r"--object-store-memory=(\d+)", start)
+        assert int(store) >= plan.trajectories + (plan.weights if node != "head" else 0), node
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_the_heads_disk_holds_the_checkpoints_of_the_run_of_8_gpus(name: str):
+    config = load_config(ROOT / "configs/qwen3vl_8b.yaml", [])
+    draft = make_draft(config)
+    needed = disk_plan(config, draft.student, draft, None).needed_bytes
+    sizes = re.findall(
+        r"(?:VolumeSize|diskSizeGb)['\"]?: (\d+)", str(load(name)["available_node_types"]["head"])
+    )
+    assert [int(size) * 10**9 >= needed + 60 * 10**9 for size in sizes] == [True], "and the image"
 
 
 @pytest.mark.parametrize("name", CLOUDS)

@@ -60,7 +60,7 @@ def finished(shared_ray, overrides, broken_clips) -> Path:
     whole = path.read_bytes()
     more = [f"num_steps={STEPS}", "run_name=lag1", "max_policy_lag=1"]
     command = [sys.executable, "-c", BREAKING.format(path=str(path)), *overrides, *SHRUNK, *data, *more]
-    command.append("checkpoint_every=2")
+    command += ["checkpoint_every=2", "snapshot_every=3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, cwd=ROOT, check=False)
     path.write_bytes(whole)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -149,6 +149,11 @@ def test_the_exported_student_has_the_updated_weights(finished, config):
     end = dict(load_model(str(finished / "checkpoints" / "step-4" / "student"), "float32").named_parameters())
     assert start.keys() == end.keys()
     assert any((start[n] != end[n]).any() for n in start)
+    assert [f.name for f in (finished / "snapshots").iterdir()] == ["step-3"]
+    between = finished / "snapshots" / "step-3"
+    before_end = dict(load_model(str(between), "float32").named_parameters())
+    assert start.keys() == before_end.keys() and any((before_end[n] != end[n]).any() for n in end)
+    assert {f.name for f in between.iterdir()} == {f.name for f in (finished / "student").iterdir()}
 
 
 TVDF = [

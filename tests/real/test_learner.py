@@ -21,6 +21,8 @@ from learner import export
 from learner.adapters import add_adapters, choose_trained
 from learner.learner import Learner
 from learner.rank import LearnerRank
+from preflight.disk import checkpoint_bytes
+from preflight.model_shapes import read_shapes
 from tests.real.conftest import DEMO, reference_logprobs, scored_groups
 from video_opd.config import Config
 from video_opd.config_file import load_config
@@ -257,6 +259,13 @@ def make_room(rank: Any) -> None:
     del rank._engine._engine.checkpoint_engine.save
 
 
+def check_planned_bytes(config: Config, folder: Path) -> None:
+    """Of tensors: the headers of tiny ones and text files do not grow with the model."""
+    files = [path for suffix in ("pt", "safetensors") for path in folder.rglob(f"*.{suffix}")]
+    written = sum(path.stat().st_size for path in files)
+    assert written == pytest.approx(checkpoint_bytes(config, read_shapes(config.student)), rel=0.1)
+
+
 class RankElsewhere(LearnerRank):
     """On a node that sees nothing of what the driver has."""
 
@@ -301,6 +310,7 @@ def test_a_checkpoint_restores_weights_and_optimizer_exactly_and_its_student_loa
         return saved, after, resumed, from_start
 
     saved, uninterrupted, resumed, from_start = asyncio.run(run())
+    check_planned_bytes(config, end)
     assert largest_gap(from_start, saved) == 0
     assert largest_gap({n: uninterrupted[n] for n in saved}, saved) > 0.1 * LR
     assert largest_gap(uninterrupted, resumed) == 0
@@ -371,6 +381,7 @@ def test_another_number_of_ranks_goes_on_exactly(
         return saved, loaded
 
     saved, loaded = asyncio.run(run())
+    check_planned_bytes(make_config(overrides, before, stage, *options), tmp_path / "c")
     bounds = (LR, 1e-3, 1e-5) if dtype == "bfloat16" else (WORST / 100, 1e-7, 1e-9)
     for when, exact in ((0, True), (1, False)):
         assert saved[when].keys() == loaded[when].keys() and saved[when]

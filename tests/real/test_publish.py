@@ -4,12 +4,15 @@ import asyncio
 import hashlib
 import itertools
 import os
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import ray
 import torch
+from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from ray.util.placement_group import get_current_placement_group, placement_group_table
 
 from actors.actor_pool import ActorPool
@@ -25,6 +28,7 @@ from video_opd.weights.buckets import to_buckets, unpack
 
 BUCKET_BYTES = 1 << 16
 PATIENCE_S = 60.0
+RELEASE_S = 10.0
 TOLERANCE = 1e-4
 
 
@@ -47,9 +51,32 @@ class MadeUpWeights:
         return to_buckets(parameters(self._student, version), version, BUCKET_BYTES)
 
 
+def bytes_in_store() -> int:
+    """Of all objects that are in use in the object store of this node."""
+    state = get_state_from_address(ray.get_runtime_context().gcs_address)
+    return get_memory_info_reply(state).store_stats.object_store_bytes_used
+
+
 class Rank(LearnerRank):
+    """One that notes what is left of earlier versions in the object store when it is to put a new one."""
+
     def start(self, master) -> None:
         self._engine = MadeUpWeights(self._config.student)
+        self._left: list[int] = []
+
+    def put_weights(self, policy_version):
+        give_up = time.monotonic() + RELEASE_S  # Ray removes what nobody holds a moment later
+        while (left := bytes_in_store()) > num_bytes(self._config.student) / 2 and time.monotonic() < give_up:
+            time.sleep(0.05)
+        self._left.append(left)
+        return super().put_weights(policy_version)
+
+    def left(self) -> list[int]:
+        return self._left
+
+
+def num_bytes(student: str) -> int:
+    return sum(p.nbytes for _, p in parameters(student, 0))
 
 
 def bits(tensor: torch.Tensor) -> bytes:
@@ -118,6 +145,7 @@ def published(local_ray, overrides, prompts, tmp_path_factory):
         seen["joined"] = await look(pool)
         await pool.publish(1, learner)
         seen["again"] = await look(pool)
+        seen["left"] = await learner._ranks[0].left.remote()
         pool.stop()
         learner.stop()
         return seen
@@ -182,3 +210,9 @@ def test_an_actor_in_shards_is_in_the_placement_group_that_vllm_uses_and_gives_i
     assert placement_group_table(member.places)["strategy"] == "STRICT_PACK"
     pool.stop()
     assert placement_group_table(member.places)["state"] == "REMOVED"
+
+
+def test_a_version_leaves_the_object_store_before_the_next_one_enters(published, config):
+    """Neither the pool nor an actor, which loads from the store's memory in place, holds it any longer."""
+    assert len(published["left"]) == 4
+    assert max(published["left"]) <= num_bytes(config.student) / 2

@@ -4,14 +4,19 @@ A checkpoint is whole when every file is as its manifest says. The manifest is w
 """
 
 import json
-import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from video_opd.content import file_digest, is_inside
 from video_opd.errors import CheckpointError, PartialCheckpointError
-from video_opd.files.durable import finish_interrupted_writes, fsync_path, fsync_tree, replace_folder
+from video_opd.files.durable import (
+    finish_interrupted_writes,
+    fsync_path,
+    fsync_tree,
+    remove_folder,
+    replace_folder,
+)
 
 T = TypeVar("T")
 CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"
@@ -157,7 +162,4 @@ def retain(run_dir: Path, last: int, best: int, miou: Mapping[int, float], spare
     whole = [s for s in steps if not is_partial(run_dir, s)]
     best_steps = sorted((s for s in whole if s in miou), key=lambda s: (-miou[s], s))[:best]
     for step in set(steps) - {*whole[-last:], *best_steps, *spare}:
-        folder = checkpoint_folder(run_dir, step)
-        leftover = folder.with_name(f".{folder.name}.tmp")  # what a crash leaves is no partial checkpoint
-        folder.rename(leftover)
-        shutil.rmtree(leftover)
+        remove_folder(checkpoint_folder(run_dir, step))

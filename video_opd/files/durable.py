@@ -58,6 +58,13 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(one), None, str(other))
 
 
+def remove_folder(folder: Path) -> None:
+    """Of its own name there is the whole folder, or none: a crash leaves a `.NAME.tmp`."""
+    leftover = folder.with_name(f".{folder.name}.tmp")
+    folder.rename(leftover)
+    shutil.rmtree(leftover)
+
+
 def finish_interrupted_writes(folder: Path) -> None:
     """Cleans up after a crash: undoes interrupted replacements in `folder`, removes leftovers `.*.tmp`."""
     for old in folder.glob(".*.old"):

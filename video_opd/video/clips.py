@@ -137,7 +137,15 @@ def plan_clip(
         frame_size=choose_frame_size(*info.size, len(indices), video, multiple),
         frame_times_s=None if info.times_s is None else times[indices],
         start_s=start_s,
+        decode_megapixels=_num_decoded(info, indices) * math.prod(info.size) / 1e6,
     )
+
+
+def _num_decoded(info: VideoInfo, indices: np.ndarray) -> int:
+    """Frames that are decoded, at most, to read those at int64[F], ascending."""
+    if info.key_gap is None:
+        return info.num_frames
+    return info.key_gap + int(np.minimum(np.diff(indices), info.key_gap).sum())
 
 
 def num_video_tokens(clip: Clip, multiple: int) -> int:
@@ -154,7 +162,8 @@ def read_frames(clip: Clip, video: VideoConfig) -> np.ndarray:
     frames = np.empty((len(clip.frame_indices), *clip.frame_size, 3), np.uint8)
     done = 0
     with quarantine(video.quarantine, video.decoder).watch(clip.video_path):
-        for part in shared_pool(video).read(clip.video_path, clip.frame_indices, clip.num_video_frames):
+        asked = clip.frame_indices, clip.num_video_frames, clip.decode_megapixels
+        for part in shared_pool(video).read(clip.video_path, *asked):
             same_size = part.shape[1:3] == clip.frame_size
             frames[done : done + len(part)] = part if same_size else _resize(part, clip.frame_size)
             done += len(part)

@@ -22,10 +22,15 @@ from video_opd import ROOT
 from video_opd.config_data import VideoConfig
 from video_opd.errors import BrokenVideo, ClipError, ConfigError, FailureKind, RunError, storage_error
 from video_opd.video.decode_worker import Answer, Buffer, Request, Shape
+from video_opd.video.decoders import THREADS
 from video_opd.video.video_file import VideoInfo
 
 START_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 5.0
+# What video.decode_timeout_s is for: at its default 20 ms a megapixel, and 17 MB/s. One thread decoded 1080p
+# h264 in 3 ms of CPU time a megapixel, vp9 in 2.1, mpeg4 in 0.6; on busy cores, in 10 by the clock.
+MEGAPIXELS, GIGABYTES = 3000.0, 1.0
+MOST_THREADS = 8  # of a worker, however many CPUs there are
 _OF_DECODERS = {signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}  # others come from outside
 _MAIN = "from video_opd.video.decode_worker import main; main()"  # with -m its classes would be __main__'s
 
@@ -36,7 +41,7 @@ class _Worker:
     It has a session of its own: a signal that stops the group of this process is not for a clip's decoding.
     """
 
-    def __init__(self, decoder: str):
+    def __init__(self, decoder: str, num_threads: int):
         """Raises ConfigError if the decoder cannot be imported."""
         self.buffer = Buffer(os.memfd_create("video_opd-frames"))
         self._connection, theirs = Pipe()
@@ -44,7 +49,7 @@ class _Worker:
             fds = (theirs.fileno(), self.buffer.file.fileno())
             command = [sys.executable, "-c", _MAIN, decoder, *map(str, fds)]
             paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-            env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+            env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), THREADS: str(num_threads)}
             options: dict[str, Any] = {"env": env, "pass_fds": fds, "start_new_session": True}
             self._process = Popen(command, stdin=DEVNULL, stdout=DEVNULL, **options)
         self._busy = True
@@ -98,46 +103,81 @@ def _if_usable(worker: _Worker | None) -> _Worker | None:
     return None
 
 
+def deadline_s(timeout_s: float, megapixels: float, num_bytes: int = 0) -> float:
+    """Seconds for decoding so many megapixels, frames times pixels, of a file of so many bytes.
+
+    `timeout_s`, in proportion more for more than MEGAPIXELS of pictures or GIGABYTES of file.
+    """
+    return timeout_s * max(1.0, megapixels / MEGAPIXELS, num_bytes / 1e9 / GIGABYTES)
+
+
+def threads_of_a_worker(num_workers: int) -> int:
+    """Its share of this process's CPUs: OMP_NUM_THREADS, which is `num_cpus` in Ray's processes, or all."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    num_cpus = int(said) if said.isdecimal() else len(os.sched_getaffinity(0))
+    return min(max(1, num_cpus // num_workers), MOST_THREADS)
+
+
 class DecodePool:
-    """At most `num_workers` workers, shared by threads. A clip has `timeout_s` seconds of a worker's time."""
+    """At most `num_workers` workers, shared by threads. A clip has deadline_s() of a worker's time."""
 
     def __init__(self, decoder: str, num_workers: int, timeout_s: float):
         self._decoder, self._timeout_s = decoder, timeout_s
+        self._num_threads = threads_of_a_worker(num_workers)
         self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()  # None: may be started
         for _ in range(num_workers):
             self._idle.put(None)
 
     def describe(self, path: str) -> VideoInfo:
-        """Opens the file and reads its first frame. Raises ClipError, and ConfigError as _Worker does."""
+        """Opens the file and, where only that tells, decodes all of it.
+
+        Raises ClipError, and ConfigError as _Worker does.
+        """
+        nothing = path, np.zeros(0, np.int64), 0
         with self._worker() as worker:
-            info = self._ask(worker, (path, np.zeros(0, np.int64), 0, self._timeout_s))
+            allowed_s = self._deadline_s(path, 0.0)
+            megapixels = self._ask(worker, ("open", *nothing, allowed_s), allowed_s)
+            assert isinstance(megapixels, float)
+            allowed_s = self._deadline_s(path, megapixels)
+            info = self._ask(worker, ("describe", *nothing, allowed_s), allowed_s)
         assert isinstance(info, VideoInfo)
         return info
 
-    def read(self, path: str, indices: np.ndarray, num_video_frames: int) -> Iterator[np.ndarray]:
+    def read(
+        self, path: str, indices: np.ndarray, num_video_frames: int, megapixels: float
+    ) -> Iterator[np.ndarray]:
         """uint8[part of F, H, W, 3]: the frames at int64[F], in parts; each is overwritten by the next.
 
-        Raises ClipError, also if the file does not hold `num_video_frames` frames.
+        megapixels: as Clip.decode_megapixels. Raises ClipError, also if the file does not hold
+        `num_video_frames` frames.
         """
-        left_s = self._timeout_s
+        left_s = allowed_s = self._deadline_s(path, megapixels)
         with self._worker() as worker:
             while len(indices):
                 asked = time.monotonic()
-                answer = self._ask(worker, (path, indices, num_video_frames, left_s))
+                request: Request = ("read", path, indices, num_video_frames, left_s)
+                answer = self._ask(worker, request, allowed_s)
                 left_s = max(0.0, left_s - (time.monotonic() - asked))
                 if isinstance(answer, VideoInfo):
                     found = f"had {num_video_frames} frames, now {answer.num_frames}"
                     raise ClipError(f"video {path} {found}: it was replaced", FailureKind.REPLACED)
+                assert isinstance(answer, tuple)
                 yield worker.buffer.frames(answer)
                 indices = indices[answer[0] :]
 
-    def _ask(self, worker: _Worker, request: Request) -> VideoInfo | Shape:
-        """Raises ClipError."""
-        path = request[0]
+    def _deadline_s(self, path: str, megapixels: float) -> float:
+        num_bytes = 0
+        with suppress(OSError):  # the worker says what is wrong
+            num_bytes = os.stat(path).st_size
+        return deadline_s(self._timeout_s, megapixels, num_bytes)
+
+    def _ask(self, worker: _Worker, request: Request, allowed_s: float) -> float | VideoInfo | Shape:
+        """Raises ClipError. allowed_s: for all of the clip."""
+        path = request[1]
         try:
             answer = worker.ask(request)
         except TimeoutError:
-            reason = f"was not decoded within {self._timeout_s:g} s (video.decode_timeout_s)"
+            reason = f"was not decoded within {allowed_s:g} s (video.decode_timeout_s)"
             raise BrokenVideo(path, reason, FailureKind.TOO_SLOW) from None
         except CalledProcessError as error:
             if error.returncode < 0 and -error.returncode not in _OF_DECODERS:  # the file may be sound
@@ -156,7 +196,7 @@ class DecodePool:
     def _worker(self) -> Iterator[_Worker]:
         worker = self._idle.get()
         try:
-            worker = _if_usable(worker) or _Worker(self._decoder)  # it may have died while idle
+            worker = _if_usable(worker) or _Worker(self._decoder, self._num_threads)  # it may be dead
             yield worker
         finally:
             self._idle.put(_if_usable(worker))

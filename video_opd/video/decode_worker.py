@@ -12,6 +12,7 @@ import signal
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -22,12 +23,15 @@ PART_BYTES = 64 << 20  # of frames in one answer: bounds the memory of a worker 
 READ_BYTES = 1 << 20
 ALARM_SLACK_S = 5.0  # the parent kills at the deadline; the alarm follows if there is no parent
 
-Request = tuple[str, np.ndarray, int, float]
-"""Path, indices of frames int64[F], frames that the file should have, seconds after which the worker dies."""
+Request = tuple[Literal["open", "describe", "read"], str, np.ndarray, int, float]
+"""Question, path, to read: indices of frames int64[F] and how many the file should have; seconds after which
+the worker dies.
+"""
 Shape = tuple[int, int, int, int]
-Answer = Shape | VideoInfo | str | OSError
-"""(F, H, W, 3) of the first F requested frames, which are in the buffer as uint8; what the file holds, if no
-frames were requested or their number changed; why the file is broken; or what storage or memory refused.
+Answer = float | Shape | VideoInfo | str | OSError
+"""To open: the megapixels that a description has yet to decode. To describe: what the file holds. To read:
+(F, H, W, 3) of the first F requested frames, which are in the buffer as uint8; or what the file holds, if the
+number of its frames changed. To any: why the file is broken; or what storage or memory refused.
 """
 _NO_ROOM = {errno.ENOMEM, errno.ENOSPC, errno.EMFILE, errno.ENFILE}
 
@@ -69,10 +73,12 @@ class DecodeWorker:
         self._decoder, self._buffer = decoder, buffer
         self._open: tuple[tuple, Decoder] | None = None
 
-    def answer(self, path: str, indices: np.ndarray, num_video_frames: int) -> Answer:
+    def answer(self, question: str, path: str, indices: np.ndarray, num_video_frames: int) -> Answer:
         try:
             decoder = self._decoder_of(path)
-            if not len(indices):
+            if question == "open":
+                return decoder.unseen_megapixels
+            if question == "describe":
                 return decoder.info
             height, width = decoder.size
             part = indices[: max(1, PART_BYTES // (height * width * 3))]

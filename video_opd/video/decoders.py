@@ -3,6 +3,7 @@
 All decoders agree: the frames that a player shows, in order, upright, RGB, at the size of the first one.
 """
 
+import os
 import re
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from video_opd.video.video_file import PyAVDecoder, VideoInfo
 
 _NO_NEIGHBOURS = 1e-9  # share of a file's frames that decord may replace before it fails; 0 would mean all
+THREADS = "VIDEO_OPD_DECODE_THREADS"  # environment variable, of the worker alone
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp"))
 
 
@@ -26,6 +28,11 @@ class Decoder(Protocol):
     @property
     def info(self) -> VideoInfo:
         """May decode all of the file, or what `read` has left of it."""
+        ...
+
+    @property
+    def unseen_megapixels(self) -> float:
+        """What `info` has yet to decode: frames times pixels, in millions."""
         ...
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
@@ -46,6 +53,10 @@ class _LibraryDecoder:
     @property
     def info(self) -> VideoInfo:
         return self._av.info
+
+    @property
+    def unseen_megapixels(self) -> float:
+        return self._av.unseen_megapixels
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
         try:
@@ -80,7 +91,7 @@ class DecordDecoder(_LibraryDecoder):
     def _open(self, path: str) -> Any:
         decord = import_module("decord")
         decord.logging.set_level(decord.logging.QUIET)  # errors are raised anyway
-        return decord.VideoReader(path, num_threads=1, fault_tol=_NO_NEIGHBOURS)
+        return decord.VideoReader(path, num_threads=_num_threads(), fault_tol=_NO_NEIGHBOURS)
 
     def _key_indices(self, reader: Any) -> list[int]:
         return reader.get_key_indices()
@@ -92,7 +103,8 @@ class DecordDecoder(_LibraryDecoder):
 class TorchcodecDecoder(_LibraryDecoder):
     def _open(self, path: str) -> Any:
         decoders = import_module("torchcodec.decoders")
-        return decoders.VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
+        options: Any = {"num_ffmpeg_threads": _num_threads(), "seek_mode": "exact"}
+        return decoders.VideoDecoder(path, dimension_order="NHWC", **options)
 
     def _key_indices(self, reader: Any) -> list[int]:
         return reader._get_key_frame_indices()
@@ -103,6 +115,8 @@ class TorchcodecDecoder(_LibraryDecoder):
 
 class FrameFolder:
     """A folder of images, one a frame, whose names end in consecutive numbers. Other files are ignored."""
+
+    unseen_megapixels = 0.0
 
     def __init__(self, path: str):
         images: dict[int, Path] = {}
@@ -119,7 +133,7 @@ class FrameFolder:
             raise ValueError(f"it has no image {min(missing)}, {len(missing)} of its numbers are missing")
         self._paths = [images[number] for number in sorted(images)]
         self.size: tuple[int, int] = self._image(0).shape[:2]
-        self.info = VideoInfo(num_frames=len(self._paths), fps=None, size=self.size, times_s=None)
+        self.info = VideoInfo(num_frames=len(self._paths), fps=None, size=self.size, times_s=None, key_gap=1)
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
         for place, index in enumerate(indices):
@@ -140,6 +154,11 @@ DECODERS: dict[str, tuple[type[Decoder], str]] = {  # and the module that must i
     "pyav": (PyAVDecoder, "av"),
     "torchcodec": (TorchcodecDecoder, "torchcodec.decoders"),
 }
+
+
+def _num_threads() -> int:
+    """Of a library. PyAV has one: with several, the errors of a damaged file come late and out of place."""
+    return int(os.environ.get(THREADS, "1"))
 
 
 def load_decoder(name: str) -> type[Decoder]:

@@ -32,6 +32,10 @@ CHECKS = 64  # a process evicts each time it has written cache_bytes / CHECKS
 _log = logging.getLogger(__name__)
 
 
+def cache_folder(video: VideoConfig) -> Path:
+    return Path(video.cache_dir or f"{tempfile.gettempdir()}/video_opd-{os.getuid()}/frames")
+
+
 class FrameCache:
     """Every clip is decoded once, by the first process of the node that needs it, while others wait.
 
@@ -41,8 +45,7 @@ class FrameCache:
 
     def __init__(self, video: VideoConfig):
         self._video = video
-        default = f"{tempfile.gettempdir()}/video_opd-{os.getuid()}/frames"
-        self._folder = Path(video.cache_dir or default)
+        self._folder = cache_folder(video)
         try:
             (self._folder / "locks").mkdir(mode=0o700, parents=True, exist_ok=True)
             why = "belongs to another user" if self._folder.stat().st_uid != os.getuid() else ""

@@ -1,5 +1,6 @@
 """A video file as PyAV reads it: what it shows and when, and its pictures."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,7 @@ class VideoInfo:
     times_s: np.ndarray | None  # float64[num_frames] of display, ascending from 0; None: a constant rate
     num_hidden: int = 0  # pictures in the file before the first one that is shown
     late_s: float = 0.0  # from the start of the file, its sound's for example, to the first picture
+    key_gap: int | None = None  # most frames from one to begin at to the next; None: all are decoded in turn
 
 
 def check_container(path: str) -> None:
@@ -104,7 +106,14 @@ class PyAVDecoder:
             times_s=times_s,
             num_hidden=len([p for p in self._packets if p.pts is not None and p.pts < pts[0]]),  # NaN: none
             late_s=0.0 if np.isnan(pts[0]) else max(0.0, float(pts[0]) * unit - start_s),
+            key_gap=int(np.diff([*self.key_indices, len(pictures)]).max()) if self._is_sure else None,
         )
+
+    @property
+    def unseen_megapixels(self) -> float:
+        if self._pictures is not None:
+            return 0.0
+        return len(self._packets) * math.prod(self.size) / 1e6
 
     def read(self, indices: np.ndarray, frames: np.ndarray) -> None:
         for index in np.unique(indices):

@@ -179,7 +179,7 @@ def test_a_long_clip_comes_in_parts(suffix, tmp_path):
     write_video(path, noise(8, 240, 320))
     pool = DecodePool("decord", 1, 60.0)
     indices = np.arange(8).repeat(40)  # 70 MiB, PART_BYTES are 64 MiB
-    parts = [part.copy() for part in pool.read(str(path), indices, 8)]
+    parts = [part.copy() for part in pool.read(str(path), indices, 8, 0.0)]
     pool.close()
     assert len(parts) == 2
     np.testing.assert_array_equal(np.concatenate(parts), decode_all(path)[indices])
@@ -210,8 +210,8 @@ def test_every_decoder_gives_the_same_frames_in_any_order(decoder, seed, tmp_pat
     indices = np.random.default_rng(seed).integers(0, 60, 20)
     pool = DecodePool(decoder, 1, 30.0)
     info = pool.describe(str(tmp_path / "a.mp4"))
-    assert info == VideoInfo(num_frames=60, fps=30.0, size=(32, 32), times_s=None)
-    read = np.concatenate([part.copy() for part in pool.read(str(tmp_path / "a.mp4"), indices, 60)])
+    assert info == VideoInfo(num_frames=60, fps=30.0, size=(32, 32), times_s=None, key_gap=info.key_gap)
+    read = np.concatenate([part.copy() for part in pool.read(str(tmp_path / "a.mp4"), indices, 60, 0.0)])
     pool.close()
     np.testing.assert_array_equal(read, decode_all(tmp_path / "a.mp4")[indices])
 

@@ -91,7 +91,7 @@ def test_a_lack_of_memory_does_not_condemn_the_video(error):
             raise error
 
     worker = decode_worker.DecodeWorker(Greedy, buffer=None)  # pyright: ignore[reportArgumentType]
-    answer = worker.answer(__file__, indices=[], num_video_frames=0)  # pyright: ignore[reportArgumentType]
+    answer = worker.answer("describe", __file__, indices=[], num_video_frames=0)  # pyright: ignore[reportArgumentType]
     assert isinstance(answer, OSError) and answer.errno == errno.ENOMEM
 
 
