@@ -1,9 +1,9 @@
-"""Whether this machine's GPU does all that a run needs. No weights or data are needed.
+"""Whether this machine's GPU does all that a run needs. No weights and no data are needed.
 
-`python -m benchmarks.gpu_check [--device cpu] [--quick] [--models ...] [--only ...]`: models of random weights
-at published widths and a clip at 8,192 video tokens go through the project's own engines; transformers in
-float32 says what must come out. Every part has a process and a deadline of its own. The last line is one JSON
-object; exit code 1 if a check failed.
+`python -m benchmarks.gpu_check [--device cpu] [--quick] [--models NAME ...] [--only PART ...]`: models of
+random weights at published widths and clips at 8,192 video tokens go through the project's own engines;
+transformers in float32 says what must come out. Each part has a process and a deadline of its own. The last
+line is one JSON object; exit code 1 if a check failed. See docs/hardware.md.
 """
 
 import sys
@@ -11,47 +11,56 @@ import tempfile
 
 from benchmarks.command import Row, in_new_process, make_parser, print_result
 from benchmarks.gpu_check.interpreter import interpret_kernels
-from benchmarks.gpu_check.process import describe_device, has_gpu, run_stage
-from benchmarks.gpu_check.stage import STAGES, TRANSFERS, Bench
+from benchmarks.gpu_check.part import PARTS, TRANSFERS, Bench
+from benchmarks.gpu_check.process import describe_machine, has_gpu, import_once, run_part
+from preflight.inputs import SHAPES
 
 MODELS = ("Qwen3-VL-8B-Instruct", "Qwen2.5-VL-3B-Instruct")
-
-QUICK = {MODELS[0]: ("models", "rollout", "learner"), MODELS[1]: ("models", "teacher")}
+QUICK = (("models", "rollout", "learner"), ("models", "teacher"))  # of the first model, of others
 MARKS = {True: "ok", False: "FAILED", None: "left out"}
 
 
-def stages_of(model: str, is_first: bool, quick: bool, only: list[str] | None) -> list[str]:
-    """With --quick each part runs for one model, and without Ray unless it is asked for."""
+def parts_of(is_first: bool, quick: bool, only: list[str] | None) -> list[str]:
+    """The parts for the first model, or for another one."""
     if only:
         return ["models", *only]
-    if quick and model in QUICK:
-        return list(QUICK[model])
+    if quick:
+        return list(QUICK[0 if is_first else 1])
     return ["models", "rollout", "teacher", "learner", *(TRANSFERS if is_first else ())]
 
 
-def main() -> None:
-    parser = make_parser("gpu_check", __doc__, "tiny models and clips; no Ray")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="files of configs/shapes")
-    parser.add_argument("--only", nargs="+", choices=tuple(STAGES), help="run these parts alone")
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not in_new_process(has_gpu):
-        parser.error("torch sees no GPU: use --device cpu --quick")
-    if arguments.device == "cpu":
+def run(device: str, quick: bool, models: list[str], only: list[str] | None) -> list[Row]:
+    """Runs all parts in turn; says how each check ended as soon as its part has."""
+    import_once()
+    if device == "cpu":
         interpret_kernels()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        for model in arguments.models:
-            bench = Bench(model, folder, arguments.device, arguments.quick)
-            for stage in stages_of(model, model == arguments.models[0], arguments.quick, arguments.only):
-                for row in run_stage(stage, bench):
-                    rows.append(row)
+        for model in models:
+            for name in parts_of(model == models[0], quick, only):
+                for row in run_part(PARTS[name], Bench(model, folder, device, quick)):
                     print(f"{row['check']}: {MARKS[row['ok']]}", flush=True)
-    device = in_new_process(describe_device, arguments.device)
+                    rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = make_parser("gpu_check", __doc__, "tiny models and clips, each part once, without Ray")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    known = sorted(path.stem for path in SHAPES.glob("*.json"))
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=known, metavar="NAME")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(PARTS)[1:], metavar="PART", help="these parts alone"
+    )
+    asked = parser.parse_args()
+    if asked.device == "cuda" and not in_new_process(has_gpu):
+        parser.error("torch sees no GPU here: use --device cpu --quick")
+    rows = run(asked.device, asked.quick, list(asked.models), asked.only)
+    machine = in_new_process(describe_machine, asked.device)
     failed = [row for row in rows if row["ok"] is False]
-    notes = [f"FAILED {row['check']}: {row['detail']}" for row in failed]
     shown = [row | {"ok": MARKS[row["ok"]]} for row in rows]
-    print_result({"rows": rows, "ok": not failed} | device, f"checks on {device['device']}", shown, *notes)
+    notes = [f"FAILED {row['check']}: {row['detail']}" for row in failed]
+    print_result({"rows": rows, "ok": not failed} | machine, f"checks on {machine['device']}", shown, *notes)
     sys.exit(bool(failed))
 
 

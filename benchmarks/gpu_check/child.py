@@ -9,33 +9,35 @@ from pathlib import Path
 
 from benchmarks.command import append_row
 from benchmarks.gpu_check.interpreter import use_second_runner
-from benchmarks.gpu_check.stage import STAGES, Bench, CheckError, NotHere, module_of, row_name
+from benchmarks.gpu_check.part import Bench, CheckError, NotHere, Part, row_name
+
+Outcome = tuple[bool | None, str]
+"""Whether a check passed (None: it does not apply), and what it says."""
 
 
-def run_checks(stage: str, bench: Bench, rows: Path, log: Path) -> None:
+def run_checks(part: Part, bench: Bench, rows: Path, log: Path) -> None:
     """Writes a row for each check, whatever happened to those before it; without the first, none can run."""
     os.setsid()
     written = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(written, 1)
     os.dup2(written, 2)
-    if bench.device == "cpu" and stage in ("rollout", "teacher"):
+    if bench.device == "cpu" and part.name in ("rollout", "teacher"):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         use_second_runner()
-    part, first = importlib.import_module(module_of(stage)).Stage(bench, stage), STAGES[stage][0]
-    broken = False
-    for check in STAGES[stage]:
+    checks = importlib.import_module(part.module).Checks(bench, part.name)
+    first_failed = False
+    for check in part.checks:
         started = time.perf_counter()
-        if broken:
-            ok, detail = False, f"not run, since {first} failed"
+        if first_failed:
+            ok, detail = False, f"not run, since {part.checks[0]} failed"
         else:
-            ok, detail = outcome(getattr(part, check))
-        broken = broken or (check == first and ok is False)
-        row = {"check": row_name(stage, bench, check), "ok": ok, "seconds": time.perf_counter() - started}
+            ok, detail = outcome(getattr(checks, check))
+        first_failed = first_failed or (check == part.checks[0] and ok is False)
+        row = {"check": row_name(part, bench, check), "ok": ok, "seconds": time.perf_counter() - started}
         append_row(rows, row | {"detail": detail})
 
 
-def outcome(check: Callable[[], str]) -> tuple[bool | None, str]:
-    """Whether a check passed (None: it does not apply), and what it says."""
+def outcome(check: Callable[[], str]) -> Outcome:
     try:
         return True, check()
     except NotHere as reason:
@@ -44,5 +46,4 @@ def outcome(check: Callable[[], str]) -> tuple[bool | None, str]:
         return False, str(error)
     except Exception as error:  # a row, and the next check
         traceback.print_exc()
-        lines = str(error).strip().splitlines()
-        return False, f"{type(error).__name__}: {lines[0] if lines else ''}"
+        return False, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

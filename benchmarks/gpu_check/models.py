@@ -20,74 +20,100 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from demo.clips import VIDEO_FPS, write_mp4
+from benchmarks.gpu_check.part import Bench
+from demo.clips import SPLIT_FILES, VIDEO_FPS, write_mp4
 from demo.models import CHAT_TEMPLATE, SPECIAL, build_tokenizer
-from benchmarks.gpu_check.stage import Bench
 from preflight.inputs import SHAPES
-from video_opd.models.model_files import read_json
 from video_opd.config import Config
 from video_opd.config_file import load_demo
+from video_opd.models.model_files import read_json
 
-QWEN3, QWEN2_5 = "Qwen3-VL-8B-Instruct", "Qwen2.5-VL-3B-Instruct"
-LAYERS = 4  # of the language model and of the vision tower
+LAYERS = {"text": 4, "vision": 4}
+ROPE_PARTS = {"qwen3_vl": (24, 20, 20), "qwen2_5_vl": (16, 24, 24)}  # of time, height and width, of 64
+TINY_LAYERS = {"text": 3, "vision": 3}
 TINY_TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
-TINY_TEXT |= {"vocab_size": 1024, "num_hidden_layers": 3}
-TINY_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64, "depth": 3}
-ROPE_SHARES = {"qwen3_vl": (24, 20, 20), "qwen2_5_vl": (16, 24, 24)}  # of time, height, width in 64
-QUERY = "the red square is visible " + "From to seconds the " * 24  # longer than a block of the KV cache
-PIXEL = 8  # of the picture that is encoded
-LR = 1e-3
+TINY_TEXT |= {"vocab_size": 1024}
+TINY_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+TINY_HEAD_DIM = 32  # the smallest that vLLM runs on a CPU
+QUERY = "the red square is visible " + "From to seconds the " * 24  # longer than a block of a KV cache
+PIXEL = 8  # a square of the clips' noise
+LR = 1e-3  # a step that is seen in bfloat16
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large everything is."""
+    """How large everything is but the model."""
 
-    seconds: int  # of a clip
+    clip_s: int
     frame: tuple[int, int]  # height, width
-    video_tokens: int  # the budget
+    num_clips: int  # with two prompts each
+    video_tokens: int  # the budget of a clip
     max_model_len: int
     response_tokens: int
     kv_cache_bytes: int
-    clips: int = 2
-
-    @property
-    def prompts(self) -> int:
-        return 2 * self.clips
 
 
-REAL = Size(36, (360, 640), 8192, 9216, 16, 2 << 30)
-TINY = Size(4, (56, 96), 64, 256, 3, 64 << 20, clips=1)
+REAL = Size(36, (360, 640), 2, 8192, 9216, 16, 2 << 30)
+TINY = Size(4, (56, 96), 1, 64, 256, 3, 64 << 20)
 
 
 def size_of(bench: Bench) -> Size:
     return TINY if bench.tiny else REAL
 
 
-def build_folder(bench: Bench) -> None:
-    """A model folder with the widths of the published model, LAYERS deep, of random weights."""
-    folder = Path(bench.folder) / bench.model
-    shapes: dict[str, Any] = read_json(SHAPES / f"{bench.model}.json")
-    text, vision = dict(shapes["text_config"]), dict(shapes["vision_config"])
-    text["num_hidden_layers"] = vision["depth"] = LAYERS
-    if bench.tiny:
-        text, vision = text | TINY_TEXT, vision | TINY_VISION
-        text |= {"head_dim": 32} if "head_dim" in text else {}
-    depth, is_qwen3 = vision["depth"], shapes["model_type"] == "qwen3_vl"
-    if is_qwen3:
-        vision |= {"deepstack_visual_indexes": list(range(depth - 3, depth))}
-    else:
-        vision |= {"fullatt_block_indexes": [depth - 1], "tokens_per_second": 2}
-    half = text.get("head_dim", text["hidden_size"] // text["num_attention_heads"]) // 2
-    sections = [share * half // 64 for share in ROPE_SHARES[shapes["model_type"]]]
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
-    rope |= {"mrope_interleaved": True} if is_qwen3 else {}
-    tokenizer = build_tokenizer()
+class Checks:
+    """Prepares the other parts."""
+
+    def __init__(self, bench: Bench, _: str):
+        self._bench = bench
+
+    def build(self) -> str:
+        """Writes the model, and the clips if they are not there."""
+        folder = Path(self._bench.folder)
+        if not (folder / "clips").exists():
+            write_clips(folder / "clips", size_of(self._bench))
+        build_model(self._bench, folder / self._bench.model)
+        num_bytes = sum(path.stat().st_size for path in (folder / self._bench.model).glob("*.safetensors"))
+        return f"{num_bytes / 1e9:.2f} GB of random weights in {self._bench.dtype}"
+
+
+def build_model(bench: Bench, folder: Path) -> None:
+    """A model folder: random weights, the published widths, a few layers, the demo's tokenizer."""
+    shapes, tokenizer = read_json(SHAPES / f"{bench.model}.json"), build_tokenizer()
     ids: dict[str, Any] = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL}
+    config = model_config(shapes, bench.tiny, ids)
+    torch.manual_seed(0)
+    with torch.device(bench.device):
+        model: Any = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, bench.dtype))
+        draw_weights(model, size_of(bench).video_tokens)
+    end = [ids["<|im_end|>"], ids["<|endoftext|>"]]
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=ids["<|endoftext|>"])
+    model.save_pretrained(folder)
+    build_processor(shapes, tokenizer).save_pretrained(folder)
+    pad_vocabulary(folder / "tokenizer.json", config.text_config.vocab_size)
+
+
+def model_config(shapes: dict[str, Any], tiny: bool, ids: dict[str, int]) -> Any:
+    """transformers' config of a model with the widths of `shapes`, a file of configs/shapes."""
+    kind, layers = shapes["model_type"], TINY_LAYERS if tiny else LAYERS
+    text = shapes["text_config"] | {"num_hidden_layers": layers["text"]}
+    vision = shapes["vision_config"] | {"depth": layers["vision"]}
+    if tiny:
+        text, vision = text | TINY_TEXT, vision | TINY_VISION
+        text |= {"head_dim": TINY_HEAD_DIM} if "head_dim" in text else {}
+    if kind == "qwen3_vl":
+        vision["deepstack_visual_indexes"] = list(range(layers["vision"]))[-3:]
+    else:
+        vision |= {"fullatt_block_indexes": [layers["vision"] - 1], "tokens_per_second": 2}
+    half = text.get("head_dim", text["hidden_size"] // text["num_attention_heads"]) // 2
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    rope |= {"mrope_section": [part * half // 64 for part in ROPE_PARTS[kind]]}
+    rope |= {"mrope_interleaved": True} if kind == "qwen3_vl" else {}
+    text |= {"rope_parameters": rope, "max_position_embeddings": 32768}
     tied = {"tie_word_embeddings": shapes["tie_word_embeddings"]}
     config = AutoConfig.for_model(
-        shapes["model_type"],
-        text_config=text | tied | {"rope_parameters": rope, "max_position_embeddings": 32768, "bos_token_id": None, "eos_token_id": ids["<|im_end|>"]},
+        kind,
+        text_config=text | tied | {"bos_token_id": None, "eos_token_id": ids["<|im_end|>"]},
         vision_config=vision,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -96,22 +122,14 @@ def build_folder(bench: Bench) -> None:
         **tied,
     )
     config.architectures = shapes["architectures"]
-    torch.manual_seed(0)
-    with torch.device(bench.device):
-        model: Any = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, bench.dtype))
-        draw_weights(model, size_of(bench).video_tokens)
-    end = [ids["<|im_end|>"], ids["<|endoftext|>"]]
-    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=ids["<|endoftext|>"])
-    model.save_pretrained(folder)
-    build_processor(tokenizer, is_qwen3, vision["patch_size"]).save_pretrained(folder)
-    pad_vocabulary(folder / "tokenizer.json", text["vocab_size"])
+    return config
 
 
 @torch.no_grad()
 def draw_weights(model: torch.nn.Module, num_tokens: int) -> None:
     """Weights that keep the size of what passes through, so that answers depend on every part.
 
-    Attention over n random tokens averages to 1 / sqrt(n), which its output layer makes up for.
+    Attention over n tokens averages random values to 1 / sqrt(n), which its output layer makes up for.
     """
     gains = {"embed_tokens": 2.0, "lm_head": 2.0, "pos_embed": 16.0, "o_proj": math.sqrt(num_tokens) / 4}
     for name, weight in model.named_parameters():
@@ -122,76 +140,67 @@ def draw_weights(model: torch.nn.Module, num_tokens: int) -> None:
         weight.normal_(0.0, gain / math.sqrt(weight[0].numel()))
 
 
-def pad_vocabulary(path: Path, vocab_size: int) -> None:
-    """Gives a tokenizer.json words that no text has, so that every id of a published vocabulary has a text."""
-    tokenizer = read_json(path)
-    words = tokenizer["model"]["vocab"]
-    words |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}  # else they move to its end
-    words |= {f"unused{i}": i for i in range(len(words), vocab_size)}
-    path.write_text(json.dumps(tokenizer))
-
-
-def build_processor(tokenizer: PreTrainedTokenizerFast, is_qwen3: bool, patch: int) -> Any:
+def build_processor(shapes: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> Any:
+    """A processor that resizes nothing, with one normalisation: vLLM uses the image's for videos too."""
+    patch = shapes["vision_config"]["patch_size"]
     pixels = {"shortest_edge": (2 * patch) ** 2, "longest_edge": (2 * patch) ** 2 * 2**16}
     options: dict[str, Any] = {"size": pixels, "patch_size": patch, "merge_size": 2, "temporal_patch_size": 2}
     options |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     image = Qwen2VLImageProcessor(**options)
-    if is_qwen3:
+    if shapes["model_type"] == "qwen3_vl":
         video = Qwen3VLVideoProcessor(**options, cap_pixels_per_frame=False)
         return Qwen3VLProcessor(image, tokenizer, video, chat_template=CHAT_TEMPLATE)
     video = Qwen2VLVideoProcessor(**options)
     return Qwen2_5_VLProcessor(image, tokenizer, video, chat_template=CHAT_TEMPLATE)
 
 
+def pad_vocabulary(path: Path, vocab_size: int) -> None:
+    """Gives a tokenizer.json words that no text has, so that every id of the model has a text."""
+    tokenizer = read_json(path)
+    words = tokenizer["model"]["vocab"]
+    words |= {
+        token["content"]: token["id"] for token in tokenizer["added_tokens"]
+    }  # else they move to its end
+    words |= {f"unused{i}": i for i in range(len(words), vocab_size)}
+    path.write_text(json.dumps(tokenizer))
+
+
 def write_clips(folder: Path, size: Size) -> None:
-    """One split in Charades-STA layout: clips of coloured noise, with two queries each."""
+    """A split in Charades-STA layout: clips of coloured noise, with two queries each."""
     (folder / "videos").mkdir(parents=True)
-    rng = np.random.default_rng(0)
+    rng, squares = np.random.default_rng(0), np.ones((1, PIXEL, PIXEL, 1), np.uint8)
     height, width = (side // PIXEL for side in size.frame)
     lines, lengths = [], ["id,length"]
-    for number in range(size.clips):
-        pictures = rng.integers(0, 256, (size.seconds * VIDEO_FPS, height, width, 3), dtype=np.uint8)
-        write_mp4(folder / "videos" / f"clip{number}.mp4", np.kron(pictures, np.ones((1, PIXEL, PIXEL, 1), np.uint8)))
-        lines += [f"clip{number} 0.5 {size.seconds - 0.5}##{QUERY}{end}" for end in ("first", "second")]
-        lengths.append(f"clip{number},{size.seconds}")
-    (folder / "annotations.txt").write_text("\n".join(lines))
-    (folder / "lengths.csv").write_text("\n".join(lengths))
+    for number in range(size.num_clips):
+        noise = rng.integers(0, 256, (size.clip_s * VIDEO_FPS, height, width, 3), dtype=np.uint8)
+        write_mp4(folder / "videos" / f"clip{number}.mp4", np.kron(noise, squares))
+        lines += [f"clip{number} 0.5 {size.clip_s - 0.5}##{QUERY}{end}" for end in ("first", "second")]
+        lengths.append(f"clip{number},{size.clip_s}")
+    (folder / SPLIT_FILES["annotations"]).write_text("\n".join(lines))
+    (folder / SPLIT_FILES["lengths"]).write_text("\n".join(lengths))
 
 
 def make_config(bench: Bench, *overrides: str) -> Config:
-    """A run on the bench's model as student and teacher, and on its clips."""
-    folder, size, num_gpus = Path(bench.folder), size_of(bench), float(bench.device == "cuda")
+    """A run with the bench's model as student and teacher, on its clips."""
+    folder, size, num_gpus = Path(bench.folder), size_of(bench), int(bench.device == "cuda")
     engine = {"max_model_len": size.max_model_len, "dtype": bench.dtype, "num_gpus": num_gpus}
     engine |= {"kv_cache_bytes": size.kv_cache_bytes}
-    split = {"annotations": "annotations.txt", "lengths": "lengths.csv", "videos": "videos"}
+    data = {key: folder / "clips" / name for key, name in SPLIT_FILES.items()}
+    num_prompts = 2 * size.num_clips
     sections: dict[str, dict[str, Any]] = {
-        "data.train": {key: folder / "clips" / path for key, path in split.items()},
-        "data.eval": {key: folder / "clips" / path for key, path in split.items()},
+        "data.train": data,
+        "data.eval": data,
         "video": {"max_video_tokens": size.video_tokens, "max_frames": 768, "cache_dir": folder / "frames"},
-        "prompt": {"video_first": "true"},
+        "prompt": {"video_first": True},
         "rollout": engine | {"max_response_tokens": size.response_tokens, "enforce_eager": not num_gpus},
         "teacher_pool": engine | {"micro_batch": 1},
-        "learner": {"dtype": bench.dtype, "num_gpus": num_gpus, "zero_stage": 3, "gradient_checkpointing": True},
+        "learner": {"dtype": bench.dtype, "num_gpus": num_gpus, "zero_stage": 3, "micro_batch": 1, "lr": LR},
+        "loss": {"kind": "opd", "clamp": "null"},
     }
-    sections["learner"] |= {"freeze_vision": True, "micro_batch": 1, "lr": LR, "warmup_frac": 0}
-    sections["rollout"] |= {"max_num_seqs": 8, "prompts_per_call": size.prompts}
+    sections["rollout"] |= {"max_num_seqs": 8, "prompts_per_call": num_prompts}
+    sections["learner"] |= {"gradient_checkpointing": True, "freeze_vision": True, "warmup_frac": 0}
     made = [f"{section}.{key}={value}" for section, of in sections.items() for key, value in of.items()]
     model = folder / bench.model
-    top = {"student": model, "teacher": model, "runs_dir": folder / "runs", "run_name": "check"}
-    top |= {"loss.kind": "opd", "loss.clamp": "null", "groups_per_step": size.prompts, "max_policy_lag": 0}
+    top = {"student": model, "teacher": model, "runs_dir": folder / "runs", "run_name": "gpu_check"}
+    top |= {"groups_per_step": num_prompts, "max_policy_lag": 0}
     return load_demo([*made, *(f"{key}={value}" for key, value in top.items()), *overrides])
-
-
-class Stage:
-    """Builds both."""
-
-    def __init__(self, bench: Bench, _: str):
-        self._bench = bench
-
-    def build(self) -> str:
-        clips = Path(self._bench.folder) / "clips"
-        if not clips.exists():
-            write_clips(clips, size_of(self._bench))
-        build_folder(self._bench)
-        num_bytes = sum(path.stat().st_size for path in (clips.parent / self._bench.model).glob("*.safetensors"))
-        return f"{num_bytes / 1e9:.2f} GB of random weights in {self._bench.dtype}"

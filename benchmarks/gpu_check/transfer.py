@@ -1,66 +1,78 @@
-"""A publication between processes: a learner rank trains, actors take its weights and sample from them."""
+"""A publication between processes: a learner rank trains, an actor takes its weights and samples."""
 
 import asyncio
 from pathlib import Path
 
+import numpy as np
 import ray
 import torch
 
 from actors.actor_pool import ActorPool
 from benchmarks.gpu_check.learner import made_up_groups
-from benchmarks.gpu_check.measure import Arrays, Setting, within
-from benchmarks.gpu_check.stage import Bench, NotHere
+from benchmarks.gpu_check.measure import NOTICED, Arrays, Setting, gap, within
+from benchmarks.gpu_check.part import Bench, CheckError, NotHere
 from driver.start_ray import start_ray
 from learner.learner import Learner
-from video_opd.types import Trajectory, TrajectoryGroup
+from video_opd.types import Trajectory, TrajectoryGroup, WeightUpdate
 
-NUM_GPUS = {"object_store": 1, "ipc": 1, "collective": 2}  # that it needs
-SHARE = 0.4  # of one GPU, for the learner and for the actor
+SHARE = 0.4  # of one GPU, for each of the two
 
 
-class Stage(Setting):
+def overrides_for(way: str, device: str) -> list[str]:
+    """What makes of a bench's config one that publishes in this way."""
+    if device == "cpu":
+        return []
+    share = 1 if way == "collective" else SHARE
+    gpus = [f"{part}.num_gpus={share}" for part in ("learner", "rollout")]
+    return [*gpus, f"rollout.gpu_memory_utilization={0.9 * share}", f"learner.weight_transfer={way}"]
+
+
+class Checks(Setting):
     def __init__(self, bench: Bench, way: str):
+        super().__init__(bench, *overrides_for(way, bench.device))
         self._way = way
-        on_gpu = bench.device == "cuda"
-        share = 0 if not on_gpu else 1 if way == "collective" else SHARE
-        parts = [f"{part}.num_gpus={share}" for part in ("learner", "rollout")]
-        is_here = on_gpu or way == "object_store"
-        super().__init__(bench, *parts, *([f"learner.weight_transfer={way}"] if is_here else []))
+        self._exported = Path(bench.folder) / f"exported-{way}"
 
     def publication(self) -> str:
-        found = torch.cuda.device_count() if self.bench.device == "cuda" else 0
-        needed = NUM_GPUS[self._way]
-        if found < needed and (self._way != "object_store" or self.bench.device == "cuda"):
-            raise NotHere(f"needs {needed} GPU(s), here are {found}")
-        exported = Path(self.bench.folder) / f"exported-{self._way}"
+        """The actor's log-probs before and after it, both against the weights that the learner exports."""
+        if self.bench.device == "cpu" and self._way != "object_store":
+            raise NotHere("needs a GPU")
+        if self._way == "collective" and torch.cuda.device_count() < 2:
+            raise NotHere("needs two GPUs")
         start_ray(self.config, address="local")
         try:
-            trajectories, told = asyncio.run(self._publish(exported))
+            before, after, update = asyncio.run(self._publish())
         finally:
             ray.shutdown()
-        rows = {p.prompt_id: e for p, e in zip(self.prompts, self.encoded, strict=True)}
-        exact = self.exact(
-            self.float32_model(str(exported)),
-            [t.response_token_ids for t in trajectories],
-            [rows[t.prompt_id] for t in trajectories],
-        )
-        return f"{told}; {within([t.actor_logprobs for t in trajectories], exact, self.tolerance, 'log-probs')}"
+        model = self.float32_model(str(self._exported))
+        of_prompt = {p.prompt_id: e for p, e in zip(self.prompts, self.encoded, strict=True)}
 
-    async def _publish(self, exported: Path) -> tuple[list[Trajectory], str]:
-        """The actors sample before and after a step that moves all weights far; the latter are returned."""
-        pool = ActorPool("check", self.config)
+        def both(rows: list[Trajectory]) -> tuple[Arrays, Arrays]:
+            encoded = [of_prompt[t.prompt_id] for t in rows]
+            return [t.actor_logprobs for t in rows], self.exact(
+                model, encoded, [t.response_token_ids for t in rows]
+            )
+
+        if (moved := gap(*both(before))) < NOTICED * self.tolerance:
+            raise CheckError(f"the step changes log-probs by {moved:.2g} only: old weights would pass")
+        told = within(*both(after), self.tolerance)
+        return f"{update.num_bytes / 1e9:.2f} GB in {update.duration_s:.2f} s; {told}, {moved:.2g} before"
+
+    async def _publish(self) -> tuple[list[Trajectory], list[Trajectory], WeightUpdate]:
+        """Engines start one after the other: vLLM measures the memory that is free."""
+        pool = ActorPool("gpu_check", self.config)
         await pool.start()
-        learner = Learner("check", self.config)
+        learner = Learner("gpu_check", self.config)
         await learner.start()
-        await self._sample(pool)  # fills the caches
+        before = await self._sample(pool)
         responses = self.random_responses()
-        zeros: Arrays = [0.0 * r - 6.0 for r in responses]
-        await learner.update(made_up_groups(self, responses, zeros, [0 * z + 1 for z in zeros]), 0)
+        ones = [np.ones(len(r), np.float32) for r in responses]
+        await learner.update(made_up_groups(self, responses, [-6 * one for one in ones], ones), 0)
         update = await pool.publish(1, learner)
-        trajectories = await self._sample(pool)
-        await learner.export(exported)
-        return trajectories, f"{update.num_bytes / 1e9:.2f} GB in {update.duration_s:.2f} s"
+        after = await self._sample(pool)
+        await learner.export(self._exported)
+        return before, after, update
 
     async def _sample(self, pool: ActorPool) -> list[Trajectory]:
-        groups = [g async for _, results in pool.rollout(self.prompts) for g in results]
-        return [t for g in groups if isinstance(g, TrajectoryGroup) for t in g.trajectories]
+        groups = [group async for _, results in pool.rollout(self.prompts) for group in results]
+        return [t for group in groups if isinstance(group, TrajectoryGroup) for t in group.trajectories]
