@@ -31,9 +31,9 @@ def parts_of(is_first: bool, quick: bool, only: list[str] | None) -> list[str]:
 
 def run(device: str, quick: bool, models: list[str], only: list[str] | None) -> list[Row]:
     """Runs all parts in turn; says how each check ended as soon as its part has."""
-    import_once()
     if device == "cpu":
         interpret_kernels()
+        import_once()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for model in models:

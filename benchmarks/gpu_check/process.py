@@ -18,7 +18,10 @@ PROCESSES = multiprocessing.get_context("forkserver")
 
 
 def import_once() -> None:
-    """From now on processes start with torch and transformers imported, and with no GPU in use."""
+    """From now on processes start with torch and transformers imported. Not for processes that use CUDA.
+
+    What these imports ask CUDA could not be asked again after a fork.
+    """
     PROCESSES.set_forkserver_preload(["benchmarks.gpu_check.measure"])
 
 

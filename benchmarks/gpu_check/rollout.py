@@ -100,17 +100,21 @@ class Checks(Setting):
         return f"none of {len(tokens)} tokens, against a probability of {wanted:.2f}; {told}"
 
     def given_tokens(self) -> str:
-        """vLLM's prompt_logprob_token_ids: the head on response rows alone, prompts from the prefix cache."""
+        """vLLM's prompt_logprob_token_ids: the head on response rows alone, prompts from the prefix cache.
+
+        vLLM leaves out all scores of a prompt whose last token is cached too, at the end of a block.
+        """
         from vllm import SamplingParams
 
         self._sample(5)  # fills the cache
+        block = self._engine._llm.llm_engine.vllm_config.cache_config.block_size
         responses = self.random_responses()
         pairs = list(zip(self.encoded, responses, strict=True))
         parameters = [
             SamplingParams(
                 max_tokens=1,
                 detokenize=False,
-                skip_reading_prefix_cache=False,
+                skip_reading_prefix_cache=len(prompt.token_ids) % block == 0,
                 prompt_logprob_start=len(prompt.token_ids) - 1,
                 prompt_logprob_token_ids=response[:, None].tolist(),
             )
@@ -121,12 +125,12 @@ class Checks(Setting):
         found = [output.prompt_token_id_logprobs for output in outputs]
         if any(scores is None for scores in found):
             raise CheckError("vLLM left out the scores of a prompt")
-        if not (cached := min(output.num_cached_tokens for output in outputs)):
+        if not (cached := max(output.num_cached_tokens for output in outputs)):
             raise CheckError("vLLM did not use its prefix cache")
         told = within(
             [s[:, 0] for s in found], self.exact(self._model, self.encoded, responses), self.tolerance
         )
-        return f"{told}; in {seconds:.2f} s with {cached} tokens of each prompt cached"
+        return f"{told}; in {seconds:.2f} s with up to {cached} tokens of a prompt cached"
 
     def _sample(self, seed: int) -> list[Completion]:
         return [answer for (answer,) in self._engine.generate(self.encoded, [[seed]] * len(self.encoded))]
