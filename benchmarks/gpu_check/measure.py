@@ -19,7 +19,7 @@ from video_opd.models.model_files import read_model_info
 from video_opd.models.prompting import PromptEncoder
 from video_opd.types import EncodedPrompt, Prompt
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15}
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 """Of a log-prob, by the dtype that is compared with float32. Over the vocabulary they deviate by about 2."""
 NOTICED = 5  # a change that must be noticed is this many tolerances
 MEMORY_SHARE = 0.15  # of the plan

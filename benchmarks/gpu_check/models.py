@@ -37,6 +37,7 @@ TINY_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_
 TINY_HEAD_DIM = 32  # the smallest that vLLM runs on a CPU
 QUERY = "the red square is visible " + "From to seconds the " * 24  # longer than a block of a KV cache
 PIXEL = 8  # a square of the clips' noise
+MAX_POSITIONS = 32768
 LR = 1e-3  # a step that is seen in bfloat16
 
 
@@ -80,6 +81,7 @@ class Checks:
 def build_model(bench: Bench, folder: Path) -> None:
     """A model folder: random weights, the published widths, a few layers, the demo's tokenizer."""
     shapes, tokenizer = read_json(SHAPES / f"{bench.model}.json"), build_tokenizer()
+    tokenizer.model_max_length = MAX_POSITIONS
     ids: dict[str, Any] = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL}
     config = model_config(shapes, bench.tiny, ids)
     torch.manual_seed(0)
@@ -109,7 +111,7 @@ def model_config(shapes: dict[str, Any], tiny: bool, ids: dict[str, int]) -> Any
     rope = {"rope_type": "default", "rope_theta": 1e6}
     rope |= {"mrope_section": [part * half // 64 for part in ROPE_PARTS[kind]]}
     rope |= {"mrope_interleaved": True} if kind == "qwen3_vl" else {}
-    text |= {"rope_parameters": rope, "max_position_embeddings": 32768}
+    text |= {"rope_parameters": rope, "max_position_embeddings": MAX_POSITIONS}
     tied = {"tie_word_embeddings": shapes["tie_word_embeddings"]}
     config = AutoConfig.for_model(
         kind,
