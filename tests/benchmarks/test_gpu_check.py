@@ -1,9 +1,5 @@
-"""make gpu-check: its checks on the CPU, and what it says of those that end badly."""
+"""make gpu-check: what it says of checks that end badly, and its configs for GPUs."""
 
-import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,44 +7,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.gpu_check.__main__ import MODELS, parts_of
-from benchmarks.gpu_check.part import PARTS, TRANSFERS, Bench, Part
+from benchmarks.gpu_check.__main__ import MODELS
+from benchmarks.gpu_check.part import TRANSFERS, Bench, Part
 from benchmarks.gpu_check.process import PROCESSES, run_part
-from video_opd import ROOT
-
-
-@pytest.fixture(scope="module")
-def quick() -> tuple[int, dict]:
-    """Exit code and result of the command, on the second model runner of vLLM with interpreted kernels."""
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--quick"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    *shown, last = done.stdout.splitlines() or [""]
-    assert last.startswith("{"), done.stderr[-3000:]
-    print("\n".join(shown))
-    return done.returncode, json.loads(last)
-
-
-@pytest.mark.engine
-def test_every_check_passes_on_a_cpu_but_those_of_memory_which_are_left_out(quick):
-    code, result = quick
-    assert (code, result["ok"]) == (0, True), result["rows"]
-    expected = [
-        f"{model} {name} {check}".replace("_", " ")
-        for model in MODELS
-        for name in parts_of(model == MODELS[0], True, None)
-        for check in PARTS[name].checks
-    ]
-    assert [row["check"] for row in result["rows"]] == expected
-    assert all(row["ok"] or "memory" in row["check"] for row in result["rows"])
-    assert all(row["seconds"] >= 0 and row["detail"] for row in result["rows"])
-
-
-@pytest.mark.engine
-def test_vllm_ran_on_the_model_runner_of_gpus_and_scored_given_tokens_with_cached_prompts(quick):
-    details = {row["check"].removeprefix(MODELS[0]).strip(): row["detail"] for row in quick[1]["rows"]}
-    assert details["rollout start"].startswith("second model runner")
-    assert "with up to 128 tokens of a prompt cached" in details["rollout given tokens"]
 
 
 def rows_of(tmp_path: Path, deadline_s: float, *checks: str) -> dict[str, tuple[bool | None, str]]:
@@ -116,6 +77,7 @@ def test_without_a_gpu_it_says_so_in_one_line(monkeypatch, capsys):
     )
 
 
+@pytest.mark.engine  # imports transformers
 @pytest.mark.parametrize("model", MODELS)
 def test_on_a_gpu_every_part_has_a_config_whose_memory_is_planned(model, tmp_path):
     from benchmarks.gpu_check.models import make_config
