@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-fast check bench lock
+.PHONY: demo test test-fast check bench gpu-check lock
 
 demo: $(VENV)/.$(EXTRA)
 	$(BIN)/python launch.py
@@ -28,6 +28,10 @@ check: $(VENV)/.$(EXTRA)-dev
 
 bench: $(VENV)/.$(EXTRA)
 	$(BIN)/python -m benchmarks.step --quick
+
+# On a machine with a GPU: make gpu-check EXTRA=gpu
+gpu-check: $(VENV)/.$(EXTRA)
+	$(BIN)/python -m benchmarks.gpu_check
 
 # Writes constraints.txt anew: the newest versions that pyproject.toml allows. Run `make test` before
 # committing it.

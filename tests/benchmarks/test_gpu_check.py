@@ -1,0 +1,93 @@
+"""make gpu-check: what it says of checks that end badly, and its configs for GPUs."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks.gpu_check.__main__ import MODELS
+from benchmarks.gpu_check.part import TRANSFERS, Bench, Part
+from benchmarks.gpu_check.process import PROCESSES, run_part
+
+
+def rows_of(tmp_path: Path, deadline_s: float, *checks: str) -> dict[str, tuple[bool | None, str]]:
+    part = Part("broken", "tests.benchmarks.broken_part", checks)
+    rows = run_part(part, Bench("model", str(tmp_path), "cpu", True), deadline_s)
+    assert [row["check"] for row in rows] == [f"model broken {check.replace('_', ' ')}" for check in checks]
+    return {check: (row["ok"], row["detail"]) for check, row in zip(checks, rows, strict=True)}
+
+
+def test_a_check_that_fails_leaves_the_others_and_one_that_crashes_ends_its_process(tmp_path, capfd):
+    checks = ("passes", "finds", "raises", "does_not_apply", "crashes", "hangs")
+    rows = rows_of(tmp_path, 120, *checks)
+    assert rows["passes"] == (True, "all is well")
+    assert rows["finds"] == (False, "0.3 from float32's")
+    assert rows["raises"] == (False, "ValueError: a first line")
+    assert rows["does_not_apply"] == (None, "needs a GPU")
+    assert rows["crashes"] == (False, "its process ended with code -6; the last line: the last words")
+    assert rows["hangs"] == rows["crashes"], "it was never come to"
+    assert "a second line" in capfd.readouterr().out, "the end of the process's log is shown"
+
+
+def test_without_the_first_check_none_can_run(tmp_path):
+    rows = rows_of(tmp_path, 120, "finds", "passes")
+    assert rows["passes"] == (False, "not run, since finds failed")
+
+
+def test_a_check_that_hangs_is_ended_with_all_that_it_started(tmp_path, monkeypatch):
+    process, started = PROCESSES.Process, tmp_path / "child"
+    join = process.join
+
+    def join_until_it_hangs(self, timeout: float | None = None) -> None:
+        join(self, None) if timeout is None else wait_until(started.exists)
+
+    monkeypatch.setattr(process, "join", join_until_it_hangs)
+    rows = rows_of(tmp_path, 7, "passes", "hangs")
+    assert rows["passes"][0] and rows["hangs"] == (False, "no end within 7 s; the last line: none")
+    sleeper = int(started.read_text())
+    wait_until(lambda: not psutil.pid_exists(sleeper) or psutil.Process(sleeper).status() == "zombie")
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if holds():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it never came true")
+
+
+def test_a_part_that_cannot_be_imported_is_a_failure(tmp_path):
+    rows = run_part(Part("gone", "tests.nowhere", ("a", "b")), Bench("model", str(tmp_path), "cpu", True))
+    assert [row["ok"] for row in rows] == [False, False]
+    assert "No module named 'tests.nowhere'" in rows[0]["detail"]
+
+
+def test_without_a_gpu_it_says_so_in_one_line(monkeypatch, capsys):
+    from benchmarks.gpu_check import __main__ as command
+
+    monkeypatch.setattr(command, "in_new_process", lambda *_: False)
+    monkeypatch.setattr("sys.argv", ["gpu_check"])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 2
+    assert (
+        capsys.readouterr().err.splitlines()[-1].endswith("torch sees no GPU here: use --device cpu --quick")
+    )
+
+
+@pytest.mark.engine  # imports transformers
+@pytest.mark.parametrize("model", MODELS)
+def test_on_a_gpu_every_part_has_a_config_whose_memory_is_planned(model, tmp_path):
+    from benchmarks.gpu_check.models import make_config
+    from benchmarks.gpu_check.transfer import overrides_for
+    from preflight.inputs import make_draft
+    from preflight.memory_fit import memory_plan
+
+    bench = Bench(model, str(tmp_path), "cuda", False)
+    plan = memory_plan(config := make_config(bench), make_draft(config), 80)
+    on_gpu = {role.role for role in plan.roles if role.device}
+    assert on_gpu == {"learner", "actors", "teacher"} and config.rollout.dtype == "bfloat16"
+    for way in TRANSFERS:
+        assert make_config(bench, *overrides_for(way, "cuda")).learner.weight_transfer == way
