@@ -12,7 +12,7 @@ import torch
 from benchmarks.command import Row, in_new_process, make_parser, print_result
 from benchmarks.memory import peak_bytes, reset_peak
 from learner.loss import ResponseTokens, loss_per_token
-from video_opd.config import LearnerConfig, LossConfig
+from video_opd.config_learner import LearnerConfig, LossConfig
 from video_opd.models.forward import by_chunks
 
 VOCABULARY, HIDDEN = 151_936, 128  # the hidden size is small: what is measured is the loss, not the head

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 from curriculum.scheduler import check_state
 from learner.safe_load import find_code
 from preflight.inputs import Plan
-from video_opd.config import Config, LearnerConfig
+from video_opd.config import Config
+from video_opd.config_learner import LearnerConfig
 from video_opd.content import folder_digest
 from video_opd.errors import CheckpointError
 from video_opd.files.checkpoint import damaged, find_checkpoint

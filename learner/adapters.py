@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import LoraLayer
 
-from video_opd.config import LearnerConfig
+from video_opd.config_learner import LearnerConfig
 from video_opd.errors import ConfigError
 from video_opd.models.forward import VideoLLM
 from video_opd.weights.adapters import PREFIX

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from learner.loss import group_advantages, sampled_advantage
-from video_opd.config import LossConfig
+from video_opd.config_learner import LossConfig
 from video_opd.types import Prompt, ScoredGroup, TeacherScores, Trajectory
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from video_opd.config import LearnerConfig
+from video_opd.config_learner import LearnerConfig
 
 
 def deepspeed_config(learner: LearnerConfig) -> dict[str, Any]:

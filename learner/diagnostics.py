@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from video_opd.config import Config, LossConfig
+from video_opd.config import Config
+from video_opd.config_learner import LossConfig
 from video_opd.types import ScoredGroup
 
 _LEVELS = {"min": 0.0, "p01": 0.01, "p50": 0.5, "p99": 0.99, "max": 1.0}

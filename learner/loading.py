@@ -7,7 +7,8 @@ import torch
 from safetensors import safe_open
 
 from learner.deepspeed_config import deepspeed_config
-from video_opd.config import Config, LearnerConfig
+from video_opd.config import Config
+from video_opd.config_learner import LearnerConfig
 from video_opd.models.forward import VideoLLM, load_model
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # in safetensors -> in torch

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from video_opd.config import LossConfig
+from video_opd.config_learner import LossConfig
 from video_opd.models.forward import token_logprobs
 
 MIN_TAIL = 1e-6  # floor of the teacher's tail mass: float32 top-K log-probs do not resolve it further

@@ -14,7 +14,7 @@ They count the tensors of transformers' modules; tests/preflight/test_memory.py 
 """
 
 from preflight.model_shapes import ModelShapes
-from video_opd.config import LossConfig
+from video_opd.config_learner import LossConfig
 
 
 def logit_copies(loss: LossConfig) -> int:

@@ -3,7 +3,8 @@
 import re
 
 from preflight.model_shapes import ModelShapes, Parameters, parameters
-from video_opd.config import Config, LearnerConfig
+from video_opd.config import Config
+from video_opd.config_learner import LearnerConfig
 from video_opd.errors import ConfigError
 
 TEXT_LAYER = "model.language_model.layers."

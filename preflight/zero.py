@@ -5,7 +5,7 @@ preflight/activations.py explains the letters.
 
 from preflight.adapters import VISION, adapters
 from preflight.model_shapes import DTYPE_BYTES, ModelShapes, Parameters, count, parameters
-from video_opd.config import LearnerConfig
+from video_opd.config_learner import LearnerConfig
 
 # DeepSpeed 0.19's defaults, in numbers rather than bytes (deepspeed/runtime/zero/config.py).
 REDUCE_BUCKET = 500_000_000

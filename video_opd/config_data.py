@@ -38,6 +38,7 @@ FileName = Annotated[str, AfterValidator(_file_name)]
 RegularExpression = Annotated[str, AfterValidator(_regular_expression)]
 Dtype = Literal["float32", "bfloat16"]
 Attention = Literal["sdpa", "flash_attention_2", "flash_attention_3", "eager"]
+ATTENTION = "attention of transformers; flash_attention_* need their package on the nodes"
 """As transformers names them; it has no flex_attention for Qwen-VL."""
 
 Cleaning = Literal["as_written", "strip", "parse_query", "time_r1"]

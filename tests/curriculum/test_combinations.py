@@ -16,8 +16,9 @@ from curriculum.tvdf import SAMPLERS
 from driver.scoring import score
 from learner.batching import plan_update
 from tests.fakes import make_group, make_prompt
-from video_opd.config import OBJECTIVES, Config
+from video_opd.config import Config
 from video_opd.config_file import load_demo
+from video_opd.config_learner import OBJECTIVES
 from video_opd.errors import ConfigError
 from video_opd.rewards import load_rewards
 from video_opd.types import TrajectoryGroup

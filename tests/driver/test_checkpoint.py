@@ -32,8 +32,8 @@ from driver.progress import (
 )
 from driver.run import Run
 from driver.run_state import Phase
-from video_opd.config import LearnerConfig
 from video_opd.config_file import load_demo
+from video_opd.config_learner import LearnerConfig
 from video_opd.content import file_digest
 from video_opd.datasets import Split
 from video_opd.errors import CheckpointError, PartialCheckpointError

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from learner.batching import UpdatePlan, plan_update
 from tests.fakes import make_group
-from video_opd.config import LossConfig
+from video_opd.config_learner import LossConfig
 from video_opd.types import ScoredGroup, TopK
 
 groups_of_lengths = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=9)

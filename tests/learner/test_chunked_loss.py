@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from learner.loss import ResponseTokens, loss_per_token
-from video_opd.config import OBJECTIVES, LossConfig
+from video_opd.config_learner import OBJECTIVES, LossConfig
 from video_opd.models.forward import by_chunks
 
 ROWS, HIDDEN, V, K = 13, 8, 40, 5

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from learner.deepspeed_config import deepspeed_config, refusal
-from video_opd.config import LearnerConfig
 from video_opd.config_file import load_config
+from video_opd.config_learner import LearnerConfig
 from video_opd.errors import ConfigError
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"

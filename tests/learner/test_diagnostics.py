@@ -15,8 +15,9 @@ from learner.diagnostics import (
     reverse_kl,
 )
 from tests.fakes import make_group
-from video_opd.config import Config, LossConfig
+from video_opd.config import Config
 from video_opd.config_file import load_config
+from video_opd.config_learner import LossConfig
 from video_opd.models.forward import token_entropy
 
 VOCABULARY = ["From", "Ġ", "1", "23", ".", "Ġ4", "Ġseconds", "<|im_end|>"]

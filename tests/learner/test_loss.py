@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from learner.loss import MIN_TAIL, ResponseTokens, loss_per_token, sampled_advantage, sampled_loss, topk_loss
-from video_opd.config import LossConfig
+from video_opd.config_learner import LossConfig
 
 V = 6
 ALL = slice(None)

@@ -11,7 +11,7 @@ import torch
 from learner.batching import advantages_of, plan_update
 from learner.loss import ResponseTokens, full_loss, group_advantages, grpo_loss, loss_per_token
 from tests.fakes import make_group, make_prompt
-from video_opd.config import OBJECTIVES, LossConfig, LossKind
+from video_opd.config_learner import OBJECTIVES, LossConfig, LossKind
 from video_opd.errors import ConfigError
 from video_opd.rewards import answer_format, iou, load_rewards, time_r1, total_reward
 from video_opd.types import ScoredGroup

@@ -29,8 +29,8 @@ from preflight.memory import (
 from preflight.model_shapes import count, find_shapes, model_bytes, parameters, parse_shapes
 from preflight.zero import REDUCE_BUCKET, gradient_bytes, optimizer_bytes, trained, weight_bytes
 from tests.live_bytes import LiveBytes
-from video_opd.config import LearnerConfig, LossConfig
 from video_opd.config_file import load_demo
+from video_opd.config_learner import LearnerConfig, LossConfig
 from video_opd.errors import ModelError
 from video_opd.models.forward import ResponseBatch, ResponseLoss, by_chunks, token_entropy
 

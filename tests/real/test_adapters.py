@@ -20,8 +20,8 @@ from preflight.inputs import SHAPES
 from preflight.model_shapes import find_shapes
 from tests.real.adapters import LORA, adapted, gaps, published
 from tests.real.conftest import DEMO
-from video_opd.config import LORA_RANKS, LearnerConfig
 from video_opd.config_file import load_config
+from video_opd.config_learner import LORA_RANKS, LearnerConfig
 from video_opd.errors import WeightsLostError
 from video_opd.models.forward import load_model, without_settings
 from video_opd.weights.adapters import LAYERS, PREFIX

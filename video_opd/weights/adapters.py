@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from video_opd.config import LearnerConfig
+from video_opd.config_learner import LearnerConfig
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of the language models; those that LoRA may reach in actors."""

@@ -1,0 +1,154 @@
+"""The learner's part of the configuration: the objective, and how it is computed."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from video_opd import config_deepspeed
+from video_opd.config_data import (
+    ATTENTION,
+    Attention,
+    ConfigSection,
+    Dtype,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OpenFraction,
+    PositiveFloat,
+    PositiveInt,
+    RegularExpression,
+    attention_problem,
+    key,
+)
+
+LossKind = Literal["opd", "opd_topk", "opd_full", "grpo", "off_policy_rkd", "off_policy_fkd", "sft"]
+ImportPaths = Annotated[tuple[str, ...], Field(min_length=1)]
+TEXT_LAYERS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's max_lora_rank: vllm/config/lora.py
+TRANSFERS = "Ray's object store, NCCL between GPUs, or one GPU's memory; the last two never ran yet"
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The inputs that an objective of learner/loss.py needs."""
+
+    rollouts: bool  # the student's responses; False: the ground truth, written as an answer
+    teacher: Literal["none", "logprobs", "top_k", "hidden"]  # of response tokens; each includes the former
+    rewards: bool = False  # one per response
+
+
+OBJECTIVES: dict[LossKind, Objective] = {
+    "opd": Objective(rollouts=True, teacher="logprobs"),
+    "opd_topk": Objective(rollouts=True, teacher="top_k"),
+    "opd_full": Objective(rollouts=True, teacher="hidden"),
+    "grpo": Objective(rollouts=True, teacher="none", rewards=True),
+    "off_policy_rkd": Objective(rollouts=False, teacher="logprobs"),
+    "off_policy_fkd": Objective(rollouts=False, teacher="hidden"),
+    "sft": Objective(rollouts=False, teacher="none"),
+}
+
+
+class LossConfig(ConfigSection):
+    """The objective: docs/algorithm.md and learner/loss.py."""
+
+    kind: LossKind = key("opd", "on-policy distillation, or one of its baselines; see docs/algorithm.md")
+    top_k: PositiveInt = key(64, "opd_topk: teacher tokens kept at each position")
+    center: Literal["none", "batch"] = key("none", "opd: subtract the batch mean from the signal r")
+    clamp: PositiveFloat | None = key(None, "opd, opd_topk, off_policy_rkd: bound of |log-ratio|")
+    max_ratio: PositiveFloat | None = key(None, "opd: truncate importance ratios; None: no bound")
+    divergence: Literal["reverse", "forward", "jsd"] = key("reverse", "opd_full: KL(student || teacher), ...")
+    beta: OpenFraction = key(0.5, "opd_full, divergence=jsd: weight of the teacher")
+    clip: OpenFraction = key(0.2, "grpo: importance ratios count within 1 +- clip")
+    kl_coef: NonNegativeFloat = key(0.0, "grpo: weight of the KL to a reference, the model `teacher`")
+    advantage_std: bool = key(True, "grpo: divide a group's advantages by their standard deviation")
+    rewards: ImportPaths = key(("video_opd.rewards:iou",), "grpo: import paths of reward functions; summed")
+    reduction: Literal["token_mean", "sum"] = "token_mean"
+
+    @property
+    def needs(self) -> Objective:
+        needs = OBJECTIVES[self.kind]
+        return replace(needs, teacher="logprobs") if self.kl_coef else needs
+
+    def problems(self) -> Iterator[str]:
+        if self.kind != "grpo" and self.kl_coef:
+            yield f"kl_coef does nothing for kind={self.kind}: it is an option of grpo"
+        if self.kind != "opd" and (self.center != "none" or self.max_ratio is not None):
+            yield f"center and max_ratio do nothing for kind={self.kind}: they are options of opd"
+        if self.kind not in ("opd", "opd_topk", "off_policy_rkd") and self.clamp is not None:
+            yield f"clamp does nothing for kind={self.kind}: it is an option of opd, opd_topk, off_policy_rkd"
+
+
+class LearnerConfig(ConfigSection):
+    """The DeepSpeed learner."""
+
+    world_size: PositiveInt = key(1, "data-parallel ranks")
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    deepspeed: dict[str, Any] = key({}, "further keys of DeepSpeed's configuration; docs/operations.md")
+    dtype: Dtype = "bfloat16"
+    grad_accum_dtype: Dtype | None = key(None, "sums gradients of micro-batches; None: float32 if it can")
+    attn_implementation: Attention = key("sdpa", ATTENTION)
+    micro_batch: PositiveInt = key(1, "sequences in one forward and backward pass")
+    logit_rows: PositiveInt = key(512, "response tokens whose logits are held at once")
+    lr: PositiveFloat = 1e-6
+    weight_decay: NonNegativeFloat = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    warmup_frac: Fraction = key(0.03, "share of num_steps over which lr rises linearly")
+    final_lr_frac: Fraction = key(1.0, "lr falls linearly to this share of itself; 1: constant")
+    max_grad_norm: PositiveFloat = 1.0
+    freeze_vision: bool = key(True, "vision tower and merger keep their weights")
+    vision_cache_bytes: NonNegativeInt = key(0, "cache of vision features in each rank's memory; 0: none")
+    lora_rank: NonNegativeInt = key(0, "train only low-rank adapters of this rank; 0: train the weights")
+    lora_alpha: PositiveFloat = key(32.0, "adapters are scaled by lora_alpha / lora_rank")
+    lora_targets: RegularExpression = key(TEXT_LAYERS, "regular expression: linear layers with adapters")
+    lora_publish: Literal["adapters", "merged"] = key("adapters", "to actors: these alone, or merged weights")
+    gradient_checkpointing: bool = True
+    bucket_bytes: PositiveInt = key(256 << 20, "weights travel in buckets of about this size")
+    weight_transfer: Literal["object_store", "collective", "ipc"] = key("object_store", TRANSFERS)
+    num_gpus: NonNegativeFloat = key(1, "of one rank; 0 on a CPU machine")
+    num_cpus: NonNegativeFloat = 1
+
+    @property
+    def accumulation_dtype(self) -> Dtype:
+        """In which gradients of micro-batches are added. ZeRO-2 and 3 add in another than that of weights.
+
+        DeepSpeed 0.19 has none at stage 0, and at stage 1 another optimizer with other checkpoint files."""
+        return self.grad_accum_dtype or ("float32" if self.zero_stage >= 2 else self.dtype)
+
+    def zero_option(self, name: str, default: Any) -> Any:
+        """A key of deepspeed.zero_optimization; `default` is DeepSpeed's, which "auto" means too."""
+        value = self.deepspeed.get(config_deepspeed.ZERO, {}).get(name, default)
+        return default if value == "auto" else value
+
+    def offload(self, what: Literal["optimizer", "param"]) -> str:
+        """Where DeepSpeed keeps optimizer states, or weights: none (on the device) or cpu."""
+        return (self.zero_option(f"offload_{what}", None) or {}).get("device", "none")
+
+    def problems(self) -> Iterator[str]:
+        yield from config_deepspeed.problems(self.deepspeed, self.zero_stage)
+        if problem := attention_problem(self.attn_implementation, self.dtype, self.num_gpus):
+            yield problem
+        if self.grad_accum_dtype == "bfloat16" and self.dtype == "float32":
+            yield "grad_accum_dtype=bfloat16 would round gradients of dtype=float32: leave it out"
+        if self.accumulation_dtype != self.dtype and self.zero_stage < 2:
+            yield f"grad_accum_dtype=float32 needs zero_stage=2 or 3, not {self.zero_stage}"
+        if self.vision_cache_bytes and not self.freeze_vision:
+            yield "vision_cache_bytes keeps outputs of the vision tower: set freeze_vision, or leave it 0"
+        if self.vision_cache_bytes and self.zero_stage == 3 and self.world_size > 1:
+            yield "vision_cache_bytes would block ranks that wait for each other's tower: use zero_stage=2"
+        if self.publishes_adapters and self.lora_rank > LORA_RANKS[-1]:
+            most = f"vLLM takes {LORA_RANKS[-1]} at most"
+            yield f"lora_rank={self.lora_rank}: {most}; lower it, or use lora_publish=merged"
+        if self.num_gpus > 1:
+            yield f"num_gpus={self.num_gpus:g}, but a rank uses one GPU: set num_gpus=1, and world_size"
+
+    @property
+    def publishes_adapters(self) -> bool:
+        """Whether actors get adapters, through the object store, instead of weights by weight_transfer."""
+        return bool(self.lora_rank) and self.lora_publish == "adapters"
+
+    @property
+    def lora_slot_rank(self) -> int:
+        """The rank that vLLM reserves memory for."""
+        return next(rank for rank in LORA_RANKS if rank >= self.lora_rank)
