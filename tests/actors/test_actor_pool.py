@@ -246,8 +246,10 @@ def test_more_actors_than_have_work_are_warned_of(caplog, monkeypatch):
 
 
 def test_an_actor_that_goes_ends_its_calls_first(killed):
+    config = make_config(2).model_copy(update={"request_timeout_s": 60.0})
+
     async def run() -> None:
-        pool = await started(FakePool(make_config(2), random.Random(0), 0.0))
+        pool = await started(FakePool(config, random.Random(0), 0.0))
         first = [
             asyncio.ensure_future(sampled(pool, [make_prompt(f"p{i}{k}") for k in range(3)]))
             for i in range(2)
