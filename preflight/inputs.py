@@ -187,6 +187,8 @@ def check_teacher(config: Config, student: ModelShapes, teacher: ModelShapes) ->
     Raises ConfigError."""
     pool = config.teacher_pool
     check_shards("teacher_pool", pool.tensor_parallel, teacher)
+    if teacher.fp8 and not pool.num_gpus:
+        raise ConfigError(f"teacher {teacher.name} is in FP8, which needs GPUs: use it in bfloat16")
     if teacher.fp8 and (pool.engine, pool.dtype) != ("vllm", "bfloat16"):
         how = "set teacher_pool.engine=vllm and teacher_pool.dtype=bfloat16"
         raise ConfigError(f"teacher {teacher.name} is in FP8: {how}")

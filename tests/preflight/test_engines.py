@@ -33,6 +33,7 @@ VLLM = ("teacher_pool.engine=vllm",)
     ("overrides", "teacher", "block", "named"),
     [
         ((), FP8, None, f"teacher {FP8} is in FP8: set teacher_pool.engine=vllm"),
+        ((*VLLM, "teacher_pool.num_gpus=0"), FP8, None, "is in FP8, which needs GPUs: use it in bfloat16"),
         ((*VLLM, "teacher_pool.dtype=float32"), FP8, None, "teacher_pool.dtype=bfloat16"),
         ((f"student=models/{FP8}",), FP8, None, f"student {FP8} is in FP8, which cannot be trained"),
         (
