@@ -141,6 +141,9 @@ def stores(*options: str):
 def test_the_store_is_planned_for_one_version_of_the_weights():
     assert stores().weights / 1e9 == pytest.approx(1.25 * 2 * 8.767, rel=0.01)
     assert stores("learner.weight_transfer=collective").weights == 0
+    for way in ("object_store", "collective"):  # adapters are small, and always go through the store
+        adapters = stores(f"learner.weight_transfer={way}", "learner.lora_rank=16").weights
+        assert 0 < adapters < stores().weights / 100
     lagging, sampled = stores("max_policy_lag=2"), stores("rollout.rollouts_per_prompt=3")
     assert lagging.weights == stores().weights
     assert lagging.trajectories == sampled.trajectories == 3 * stores().trajectories
