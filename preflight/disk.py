@@ -35,7 +35,7 @@ class DiskPlan:
 
 
 def checkpoint_bytes(config: Config, student: ModelShapes) -> int:
-    """The student eP, and what DeepSpeed writes of T trained and F frozen parameters and adapters:
+    """The student eP, its adapters eT, and what DeepSpeed writes of T trained and F frozen parameters:
 
     moments and masters 12T (8T in float32 without ZeRO); weights e(P + adapters), with ZeRO-3 eF alone; with
     ZeRO-2 on GPUs the frozen ones a second time, eF.
@@ -47,7 +47,8 @@ def checkpoint_bytes(config: Config, student: ModelShapes) -> int:
     written = count(frozen) if learner.zero_stage == 3 else count(of | of_trained)
     if learner.zero_stage == 2 and learner.num_gpus:
         written += count(frozen)
-    return e * count(of) + e * written + count(of_trained) * (12 if has_masters else 8)
+    student_bytes = e * count(of) + (e * count(of_trained) if learner.lora_rank else 0)
+    return student_bytes + e * written + count(of_trained) * (12 if has_masters else 8)
 
 
 def disk_plan(config: Config, student: ModelShapes, draft: Plan | Draft, resumed: Path | None) -> DiskPlan:
