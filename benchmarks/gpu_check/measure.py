@@ -65,8 +65,7 @@ class Setting:
 def with_as_many_keys(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A pass in which attention gets as many key heads as heads, repeated.
 
-    On a GPU torch 2.13 has no fused attention for float32 with fewer: it would keep each layer's scores of all
-    pairs of tokens, 8 GiB (can_use_mem_efficient_attention in ATen/native/transformers/cuda/sdp_utils.cpp).
+    With fewer, float32 attention would keep 8 GiB of scores in each layer: preflight/activations.py.
     """
 
     def passed(*arguments: Any, **options: Any) -> Any:
