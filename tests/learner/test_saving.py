@@ -77,6 +77,7 @@ def test_what_fails_on_one_rank_still_makes_the_passes_that_the_others_make():
     assert not list(passes)
 
 
+@pytest.mark.engine  # imports transformers
 def test_no_rank_gives_up_while_another_writes_for_longer_than_nccl_waits(monkeypatch):
     """Ranks wait for the slowest in the barrier of a save, which checkpoint_timeout_s bounds."""
     from learner import engine
@@ -95,6 +96,7 @@ def test_no_rank_gives_up_while_another_writes_for_longer_than_nccl_waits(monkey
     assert len(waits) == 2 and min(waits).total_seconds() > 2 * most_s
 
 
+@pytest.mark.engine  # imports transformers
 @pytest.mark.parametrize(("stage", "universal", "held"), [(3, False, 0), (3, True, 1), (2, False, 1)])
 def test_before_a_zero3_rank_reads_moments_it_drops_those_it_holds(stage, universal, held, tmp_path):
     """At stages 1 and 2, and from a universal checkpoint, DeepSpeed writes into those that are there."""
