@@ -5,6 +5,7 @@ import os
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -38,6 +39,8 @@ from video_opd.types import EncodedPrompt, FailedPrompt, ScoredGroup
 from video_opd.video.clips import frames_key
 from video_opd.weights.adapters import write_adapter
 from video_opd.weights.buckets import Named, WeightBucket, to_buckets
+
+PATIENCE = timedelta(days=1)  # of ranks for a slower one: the driver's deadlines end a wait, not NCCL's
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -253,6 +256,8 @@ class LearnerEngine:
     def load(self, folder: Path, universal: bool = False) -> None:
         """Restores weights and optimizer exactly, from a checkpoint of as many ranks or a universal one."""
         self._engine._config.load_universal_checkpoint = universal  # DeepSpeed reads it only while it loads
+        if self._config.learner.zero_stage == 3 and not universal:
+            self._engine.optimizer.optimizer.state.clear()  # else torch has them beside those that it reads
         where, tag = (folder, universal_tag) if universal else (folder / "deepspeed", "state")
         path, _ = self._engine.load_checkpoint(str(where), tag=tag)
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
@@ -296,6 +301,9 @@ def _init_deepspeed(config: Config, rank: int, world_size: int, master: tuple[st
         family, *_ = socket.getaddrinfo(*master, type=socket.SOCK_STREAM)[0]
         listening = socket.create_server(master, family=family).detach()
     store = TCPStore(*master, world_size, is_master=rank == 0, master_listen_fd=listening)
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    store.set_timeout(PATIENCE)
+    torch.distributed.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE
+    )
     deepspeed.init_distributed(dist_backend=backend, verbose=False)  # finds that group
     return deepspeed

@@ -13,8 +13,9 @@ Letters in the formulas, here and in preflight/memory.py:
 They count the tensors of transformers' modules; tests/preflight/test_memory.py compares with real passes.
 """
 
-from preflight.model_shapes import ModelShapes
-from video_opd.config_learner import LossConfig
+from preflight.model_shapes import DTYPE_BYTES, ModelShapes
+from video_opd.config import TeacherConfig
+from video_opd.config_learner import LearnerConfig, LossConfig
 
 
 def logit_copies(loss: LossConfig) -> int:
@@ -34,11 +35,21 @@ def text_layer_saved(shapes: ModelShapes, e: int) -> int:
     return 2 * t.hidden * (4 + 2 * e) + head_norms + 4 * e * t.query + 4 * e * t.intermediate
 
 
-def eager_saved(shapes: ModelShapes, e: int) -> int:
-    """Bytes a pair of tokens that eager attention keeps in one decoder layer, for all heads.
+def score_bytes(
+    shapes: ModelShapes, role: LearnerConfig | TeacherConfig, sequences: int, length: int, padded: bool
+) -> tuple[int, int]:
+    """Bytes for pairs of tokens: what attention keeps in a layer, for all heads, and its mask.
 
-    The softmax in float32, and in the role's dtype if that differs."""
-    return shapes.text.query // shapes.text.head_dim * (4 if e == 4 else 4 + e)
+    Scores are a softmax in float32, and in the role's dtype if that differs. Eager attention keeps them. So
+    does sdpa on a GPU for float32 with fewer key heads than heads: torch 2.13 has no fused kernel for it
+    (can_use_mem_efficient_attention in ATen/native/transformers/cuda/sdp_utils.cpp). `padded` sequences get
+    a mask, and so transformers repeats key heads (integrations/sdpa_attention.py); but one may be alone."""
+    e, how, text = DTYPE_BYTES[role.dtype], role.attn_implementation, shapes.text
+    unfused = how == "sdpa" and e == 4 and role.num_gpus > 0 and text.key_heads < text.heads
+    scored = sequences if how == "eager" or (unfused and not padded) else int(unfused)
+    masked = sequences if how == "eager" or (how == "sdpa" and padded) else 0
+    pair = text.heads * (4 if e == 4 else 4 + e)
+    return scored * length**2 * pair, masked * length**2 * (1 + e)
 
 
 def text_layer_gradients(shapes: ModelShapes, e: int) -> int:

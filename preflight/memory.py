@@ -136,33 +136,30 @@ def learner_memory(
     optimizer step: step_bytes.
 
     All layers keep L B S text_layer_saved, with gradient_checkpointing L B S eH; so does a trained tower.
-    With micro_batch over 1, or eager attention, the mask takes B S^2 (1 + e); flash attention has none.
-    Eager attention keeps B S^2 eager_saved in a layer, and as much again for its gradients."""
+    score_bytes: what attention may keep in a layer, with as much again for gradients, and its mask."""
     learner, e, batch = config.learner, DTYPE_BYTES[config.learner.dtype], config.learner.micro_batch
     text, vision, of = student.text, student.vision, trained(student, learner)
     num_trained = count(of)
     length = longest_sequence(config, train, config.rollout.max_model_len)
     tokens, patches = batch * length, batch * train.max_video_tokens * vision.patches_a_token
     depth = 0 if learner.freeze_vision or learner.lora_rank else vision.depth
-    attention = learner.attn_implementation
-    eager = activations.eager_saved(student, e) if attention == "eager" else 0
-    layer = tokens * (activations.text_layer_saved(student, e) + eager * length)
+    scores, mask = activations.score_bytes(student, learner, batch, length, batch > 1)
+    layer = tokens * activations.text_layer_saved(student, e) + scores
     block = patches * activations.vision_block_saved(student, e)
     kept, recomputed = text.layers * layer + depth * block, 0
     if learner.gradient_checkpointing:
         recomputed = max(layer, block if depth else 0)
         kept = text.layers * tokens * text.hidden * e + depth * patches * vision.hidden * e
     video = activations.video_bytes(student, e, batch * train.max_video_tokens)
-    masked = attention == "eager" or (attention == "sdpa" and batch > 1)
-    mask = {"attention mask": batch * length**2 * (1 + e) if masked else 0}
-    of_pass = {"activations kept": kept} | mask | video
+    of_pass = {"activations kept": kept, "attention mask": mask} | video
     rows = min(learner.logit_rows, batch * config.rollout.max_response_tokens)
     logits = rows * text.vocab_size * 4 * activations.logit_copies(config.loss)
-    gradients = tokens * (activations.text_layer_gradients(student, e) + eager * length)
+    gradients = tokens * activations.text_layer_gradients(student, e) + scores
     held = weight_bytes(student, learner) | gradient_bytes(of, learner)
     host = _prompts_bytes(student, train, batch) | _bucket_bytes(config, student)
+    states = optimizer_bytes(num_trained, learner)
     if learner.offload("optimizer") == "none":
-        held |= optimizer_bytes(num_trained, learner)
+        held |= states
     else:
         host |= offload_bytes(num_trained, learner)
     if learner.offload("param") != "none":
@@ -179,8 +176,11 @@ def learner_memory(
     if learner.vision_cache_bytes:
         host["vision cache"] = learner.vision_cache_bytes
     loading = e * count(parameters(student))
-    if learner.zero_stage == 3:  # a rank takes its share of one parameter after the other
-        loading = _largest_tensor(student, learner.dtype)
+    if learner.zero_stage == 3:  # a rank takes its shares in turn; DeepSpeed joins them on the host
+        loading = max(_largest_tensor(student, learner.dtype), e * num_trained // learner.world_size)
+        if learner.offload("optimizer") != "none":
+            states["optimizer moments"] = 0  # on a resume those that are read replace those that are held
+    loading = max(loading, sum(states.values()))  # on a resume torch.load reads all to the host
     computing = ProcessMemory(held, phases)
     return _place("learner", learner.world_size, learner.num_gpus, computing, host, loading)
 
@@ -213,9 +213,9 @@ def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_byt
         logits = batch * config.rollout.max_response_tokens * teacher.text.vocab_size * 4
         answers = batch * (curriculum.num_teacher_predictions if curriculum.asks_teacher else 1)
         kv_cache = {"KV cache": answers * length * kv_bytes_per_token(teacher, pool.dtype)}
-        eager = activations.eager_saved(teacher, e) * length**2 if pool.attn_implementation == "eager" else 0
         scoring, answering = (
-            activations.forward_bytes(teacher, e, n * length, n * video) | {"eager attention": n * eager}
+            activations.forward_bytes(teacher, e, n * length, n * video)
+            | {"scores and mask": sum(activations.score_bytes(teacher, pool, n, length, batch > 1))}
             for n in (batch, answers)
         )
         phases = {
@@ -305,11 +305,11 @@ def _largest_tensor(shapes: ModelShapes, dtype: str) -> int:
 def _place(
     role: str, processes: int, num_gpus: float, computing: ProcessMemory, host: dict[str, int], loading: int
 ) -> RoleMemory:
-    """With a GPU the host holds weights only while they load; without one it holds everything."""
+    """With a GPU the host holds what a role loads only meanwhile; without one it holds everything."""
     host = {"empty process": EMPTY_PROCESS_BYTES[role]} | host
     if not num_gpus:
         return RoleMemory(role, processes, 0.0, None, ProcessMemory(host | computing.held, computing.phases))
     device = ProcessMemory(computing.held | {"CUDA context": GPU_CONTEXT_BYTES}, computing.phases)
     return RoleMemory(
-        role, processes, min(1.0, num_gpus), device, ProcessMemory(host, {"loading": {"weights": loading}})
+        role, processes, min(1.0, num_gpus), device, ProcessMemory(host, {"loading": {"from files": loading}})
     )

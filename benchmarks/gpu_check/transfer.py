@@ -15,16 +15,15 @@ from driver.start_ray import start_ray
 from learner.learner import Learner
 from video_opd.types import Trajectory, TrajectoryGroup, WeightUpdate
 
-SHARE = 0.4  # of one GPU, for each of the two
+SHARES = {"learner": 0.7, "rollout": 0.2}  # of one GPU of 80 GB
 
 
 def overrides_for(way: str, device: str) -> list[str]:
     """What makes of a bench's config one that publishes in this way."""
     if device == "cpu":
         return []
-    share = 1 if way == "collective" else SHARE
-    gpus = [f"{part}.num_gpus={share}" for part in ("learner", "rollout")]
-    return [*gpus, f"rollout.gpu_memory_utilization={0.9 * share}", f"learner.weight_transfer={way}"]
+    gpus = [f"{part}.num_gpus={1 if way == 'collective' else share}" for part, share in SHARES.items()]
+    return [*gpus, f"learner.weight_transfer={way}"]
 
 
 class Checks(Setting):

@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from benchmarks.gpu_check.__main__ import MODELS
 from benchmarks.gpu_check.part import TRANSFERS, Bench, Part
@@ -80,14 +82,58 @@ def test_without_a_gpu_it_says_so_in_one_line(monkeypatch, capsys):
 @pytest.mark.engine  # imports transformers
 @pytest.mark.parametrize("model", MODELS)
 def test_on_a_gpu_every_part_has_a_config_whose_memory_is_planned(model, tmp_path):
-    from benchmarks.gpu_check.models import make_config
+    from benchmarks.gpu_check.models import LAYERS, make_config
     from benchmarks.gpu_check.transfer import overrides_for
     from preflight.inputs import make_draft
-    from preflight.memory_fit import memory_plan
+    from preflight.memory_fit import memory_plan, misfit
 
     bench = Bench(model, str(tmp_path), "cuda", False)
     plan = memory_plan(config := make_config(bench), make_draft(config), 80)
     on_gpu = {role.role for role in plan.roles if role.device}
     assert on_gpu == {"learner", "actors", "teacher"} and config.rollout.dtype == "bfloat16"
+    text, vision = plan.student.text, plan.student.vision
+    shallow = replace(
+        plan.student,
+        text=replace(text, layers=LAYERS["text"]),
+        vision=replace(vision, depth=LAYERS["vision"]),
+    )
     for way in TRANSFERS:
-        assert make_config(bench, *overrides_for(way, "cuda")).learner.weight_transfer == way
+        config = make_config(bench, *overrides_for(way, "cuda"))
+        here = replace(plan, config=config, student=shallow, teacher=shallow)
+        assert config.learner.weight_transfer == way
+        assert not [problem for role in here.roles if (problem := misfit(here, role))]
+
+
+@pytest.mark.engine  # imports transformers
+def test_the_float32_pass_repeats_key_heads_since_no_gpu_kernel_takes_fewer(monkeypatch):
+    from transformers import AutoModelForImageTextToText
+
+    from benchmarks.gpu_check.measure import with_as_many_keys
+    from benchmarks.gpu_check.models import model_config
+    from preflight.inputs import SHAPES
+    from video_opd.models.model_files import read_json
+
+    ids = {
+        "<|im_end|>": 1,
+        "<|image_pad|>": 2,
+        "<|video_pad|>": 3,
+        "<|vision_start|>": 4,
+        "<|vision_end|>": 5,
+    }
+    config = model_config(read_json(SHAPES / f"{MODELS[0]}.json"), True, ids)
+    model, heads = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval(), []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def noting(query, key, value, **options):
+        heads.append((query.shape[1], key.shape[1], bool(options.get("enable_gqa"))))
+        return attend(query, key, value, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noting)
+    words = torch.arange(10, 20)[None]
+    with torch.no_grad():
+        grouped = model.model(input_ids=words).last_hidden_state
+        assert set(heads) == {(2, 1, True)}
+        heads.clear()
+        repeated = with_as_many_keys(model.model.forward)(input_ids=words).last_hidden_state
+    assert set(heads) == {(2, 2, False)}
+    assert torch.allclose(grouped, repeated, atol=1e-5)

@@ -1,12 +1,15 @@
 """A rank that cannot write goes through DeepSpeed's save all the same, since the others wait for it there."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from learner import saving
 from learner.saving import taken_to_the_end, writing_on_all_ranks
+from video_opd.config_file import load_demo
 
 
 class Engine:
@@ -72,3 +75,44 @@ def test_what_fails_on_one_rank_still_makes_the_passes_that_the_others_make():
     with pytest.raises(ZeroDivisionError), taken_to_the_end(passes) as named:
         assert 1 // next(named)
     assert not list(passes)
+
+
+@pytest.mark.engine  # imports transformers
+def test_no_rank_gives_up_while_another_writes_for_longer_than_nccl_waits(monkeypatch):
+    """Ranks wait for the slowest in the barrier of a save, which checkpoint_timeout_s bounds."""
+    from learner import engine
+
+    config, waits = load_demo(["learner.num_gpus=1", "learner.dtype=float32"]), []
+    store = SimpleNamespace(set_timeout=waits.append)
+    monkeypatch.setattr(engine, "TCPStore", lambda *_, **__: store)
+    monkeypatch.setattr(engine, "read_weights_only", lambda: None)
+    monkeypatch.setattr(
+        "torch.distributed.init_process_group", lambda *_, **options: waits.append(options["timeout"])
+    )
+    monkeypatch.setattr(engine.os, "environ", {})
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(init_distributed=lambda **_: None))
+    engine._init_deepspeed(config, 1, 2, ("127.0.0.1", 1))
+    most_s = max(config.checkpoint_timeout_s, config.request_timeout_s, config.start_timeout_s)
+    assert len(waits) == 2 and min(waits).total_seconds() > 2 * most_s
+
+
+@pytest.mark.engine  # imports transformers
+@pytest.mark.parametrize(("stage", "universal", "held"), [(3, False, 0), (3, True, 1), (2, False, 1)])
+def test_before_a_zero3_rank_reads_moments_it_drops_those_it_holds(stage, universal, held, tmp_path):
+    """At stages 1 and 2, and from a universal checkpoint, DeepSpeed writes into those that are there."""
+    from learner.engine import LearnerEngine
+
+    found, state = [], {"master": "moments"}
+
+    def load_checkpoint(*_: Any, **__: Any) -> tuple[str, dict]:
+        found.append(len(state))
+        return "path", {}
+
+    rank: Any = LearnerEngine.__new__(LearnerEngine)
+    rank._config = load_demo([f"learner.zero_stage={stage}"])
+    optimizer = SimpleNamespace(optimizer=SimpleNamespace(state=state))
+    rank._engine = SimpleNamespace(
+        optimizer=optimizer, _config=SimpleNamespace(), load_checkpoint=load_checkpoint
+    )
+    rank.load(tmp_path, universal)
+    assert found == [held]

@@ -1,6 +1,7 @@
 """The memory model against published totals and against real tensors."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from learner.adapters import choose_trained
 from learner.loss import ResponseTokens, loss_per_token
 from preflight.activations import (
     logit_copies,
+    score_bytes,
     text_layer_passing,
     text_layer_saved,
     video_bytes,
@@ -25,10 +27,12 @@ from preflight.memory import (
     Workload,
     kv_bytes_per_token,
     learner_memory,
+    teacher_memory,
 )
 from preflight.model_shapes import count, find_shapes, model_bytes, parameters, parse_shapes
 from preflight.zero import REDUCE_BUCKET, gradient_bytes, optimizer_bytes, trained, weight_bytes
 from tests.live_bytes import LiveBytes
+from video_opd.config import TeacherConfig
 from video_opd.config_file import load_demo
 from video_opd.config_learner import LearnerConfig, LossConfig
 from video_opd.errors import ModelError
@@ -320,7 +324,53 @@ def test_offloaded_states_are_planned_on_the_host_and_nowhere_else():
     assert weights.host.held["offloaded weights"] == 2 * count(parameters(shapes)) // 4
 
 
+def test_a_learners_host_takes_its_share_while_it_loads_and_its_states_on_a_resume():
+    shapes = find_shapes("Qwen3-VL-8B-Instruct", SHAPES)
+    work, part = Workload(8192, 8192, 9000, 1 << 20), count(trained(shapes, LearnerConfig())) // 4
+    plain, float32 = LearnerConfig(world_size=4), LearnerConfig(world_size=4, dtype="float32")
+    for learner, states in ((plain, 12), (float32, 8)):
+        host = learner_memory(load_demo().model_copy(update={"learner": learner}), shapes, None, work).host
+        assert host.phases["loading"] == {"from files": pytest.approx(states * part, abs=8)}
+    zero = {"offload_optimizer": {"device": "cpu"}}
+    offloaded = LearnerConfig(world_size=4, deepspeed={"zero_optimization": zero})
+    adapters = LearnerConfig(world_size=4, lora_rank=16)
+    masters, largest_tensor = 4 * part, 2 * 151936 * 4096
+    for learner, read in ((offloaded, masters), (adapters, largest_tensor)):
+        host = learner_memory(load_demo().model_copy(update={"learner": learner}), shapes, None, work).host
+        assert host.phases["loading"]["from files"] == pytest.approx(read, abs=8)
+
+
 # --- activations, against the tensors of real passes ---
+
+
+def test_sdpa_keeps_scores_in_float32_on_a_gpu_where_no_fused_kernel_takes_fewer_key_heads():
+    """The rule of torch 2.13 and transformers; a CPU has a fused kernel for it."""
+    grouped = find_shapes("Qwen3-VL-8B-Instruct", SHAPES)
+    alike = replace(grouped, text=replace(grouped.text, key=grouped.text.query))
+    scores = 4 * 32 * 100**2
+
+    def of(shapes, sequences, padded, **options: Any) -> tuple[int, int]:
+        return score_bytes(shapes, LearnerConfig(**options), sequences, 100, padded)
+
+    assert of(grouped, 1, False, dtype="float32") == (scores, 0)
+    assert of(grouped, 2, False, dtype="float32") == (2 * scores, 0)
+    assert of(grouped, 3, True, dtype="float32") == (scores, 3 * 5 * 100**2)  # a batch may end with one
+    assert of(grouped, 1, False, dtype="float32", num_gpus=0) == (0, 0)
+    assert of(alike, 1, False, dtype="float32") == of(grouped, 1, False) == (0, 0)
+    assert of(grouped, 2, True, attn_implementation="flash_attention_2") == (0, 0)
+    assert of(grouped, 2, False, attn_implementation="eager") == (2 * 6 * 32 * 100**2, 2 * 3 * 100**2)
+
+
+def test_a_teachers_padded_batch_has_a_mask():
+    shapes, demo = find_shapes("Qwen3-VL-8B-Instruct", SHAPES), load_demo()
+    work = Workload(8192, 8192, 9000, 1 << 20)
+    for micro_batch, masked in ((1, 0), (2, 2)):
+        pool = TeacherConfig(micro_batch=micro_batch)
+        memory = teacher_memory(demo.model_copy(update={"teacher_pool": pool}), shapes, work, 80 << 30)
+        assert memory.device
+        length = 9000 + demo.rollout.max_response_tokens
+        assert memory.device.phases["scoring"]["scores and mask"] == masked * 3 * length**2
+        assert memory.device.phases["answering"]["scores and mask"] == masked * 3 * length**2
 
 
 @pytest.mark.parametrize("dtype", DTYPE_BYTES)
