@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from preflight.memory import DTYPE_BYTES, GIB, longest_sequence
+from preflight.memory import GIB, longest_sequence, published_bytes
 from preflight.memory_fit import MemoryPlan
-from preflight.model_shapes import count, parameters
 
 ROOM = 1.25  # for weights: what is let go of leaves a moment later, and memory is lost between objects
 COPIES = 2  # of a trajectory: as it came, and in the learner's batch
@@ -21,10 +20,7 @@ class StorePlan:
 
 
 def store_plan(plan: MemoryPlan) -> StorePlan:
-    config = plan.config
-    travels = config.learner.weight_transfer == "object_store" and config.rollout.num_actors
-    version = DTYPE_BYTES[config.learner.dtype] * count(parameters(plan.student))
-    return StorePlan(int(ROOM * version) if travels else 0, _trajectories_bytes(plan))
+    return StorePlan(int(ROOM * published_bytes(plan.config, plan.student)), _trajectories_bytes(plan))
 
 
 def _trajectories_bytes(plan: MemoryPlan) -> int:
