@@ -38,7 +38,7 @@ class TeacherReplica:
         started, pool = time.monotonic(), config.teacher_pool
         self._teacher_id = teacher.name
         self._max_tokens = config.rollout.max_response_tokens
-        # All of an engine's work is in one thread, one call after the other: CUDA's streams are a thread's own
+        # One call after the other, and all in one thread: CUDA's streams are those of a thread
         self._thread = ThreadPoolExecutor(1, "engine")
         self._encoder, self._engine = self._thread.submit(self._load, config, teacher.model).result()
         batching: Any = self._score_batch  # serve.batch adds setters
