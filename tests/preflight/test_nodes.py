@@ -116,6 +116,11 @@ def test_a_driver_too_old_to_say_the_capability_is_still_refused(nvidia_smi, tmp
         check(read_machine())
 
 
+def test_a_gpu_that_shares_the_hosts_memory_is_not_planned_for(nvidia_smi, tmp_path):
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA GB10, [N/A], 580.95.05, 12.1'\n")
+    assert not read_machine().gpus
+
+
 def test_a_machine_without_gpus_has_none(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert read_machine() == Machine((), 0, None)
