@@ -60,7 +60,7 @@ def check_gpus(plan: MemoryPlan) -> None:
     if not plan.on_gpu:
         return
     nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("GPU")]
-    asked = ray.remote(read_machine).options(num_cpus=0, runtime_env={"env_vars": plan.config.worker_env})
+    asked = ray.remote(num_cpus=0, runtime_env={"env_vars": plan.config.worker_env})(read_machine)
     strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
     answers = [asked.options(scheduling_strategy=strategy).remote() for strategy in strategies]
     try:
