@@ -159,9 +159,7 @@ class ActorPool:
 
         Raises LearnerLostError, or ObjectLostError when the weights are gone.
         """
-        learner = self._config.learner
-        in_store = learner.weight_transfer == "object_store" or learner.publishes_adapters
-        num_bytes = 0
+        in_store, num_bytes = self._config.learner.publishes_in_store, 0
         async with self._publishing:
             # lets go of the version before first: the object store has room for one
             published = self._published = Published(policy_version, publisher, [] if in_store else None)

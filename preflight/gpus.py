@@ -50,8 +50,9 @@ def _read_gpus(fields: str) -> tuple[Gpu, ...]:
         return ()
     rows = [[part.strip() for part in line.split(",")] for line in lines.splitlines() if line.strip()]
     return tuple(
-        Gpu(name, int(float(mib)) << 20, driver, *map(float, capability))
+        Gpu(name, int(mib) << 20, driver, *map(float, capability))
         for name, mib, driver, *capability in rows
+        if mib.isdecimal()  # [N/A]: a GPU without memory of its own
     )
 
 

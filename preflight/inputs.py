@@ -16,7 +16,7 @@ from video_opd.models.lengths import PromptLengths, limits, too_long
 from video_opd.models.model_files import ModelInfo, check_same_tokenizer, read_model_info
 from video_opd.rewards import load_rewards
 from video_opd.types import Prompt
-from video_opd.video.decode_pool import deadline_s
+from video_opd.video.decode_pool import deadline_of_file_s
 from video_opd.video.descriptions import end_workers
 
 SHAPES = ROOT / "configs" / "shapes"  # the fields that matter of published models' config.json
@@ -90,7 +90,8 @@ def _read(config: Config, name: str, multiple: int, resumes: bool = False) -> Sp
 def check_decoding(config: Config, prompts: Sequence[Prompt]) -> None:
     """A clip must fail before the call that wants it, or a process counts as lost. Raises ConfigError."""
     for prompt in prompts:
-        clip_s = deadline_s(config.video.decode_timeout_s, prompt.clip.decode_megapixels)
+        clip, timeout_s = prompt.clip, config.video.decode_timeout_s
+        clip_s = deadline_of_file_s(timeout_s, clip.video_path, clip.decode_megapixels)
         if clip_s >= config.request_timeout_s:
             bound = f"its clip may take {clip_s:.0f} s to decode (video.decode_timeout_s)"
             remedy = f"raise request_timeout_s={config.request_timeout_s:g} well above it, or cut the video"

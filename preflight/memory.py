@@ -108,8 +108,10 @@ def workload_of_budget(video: VideoConfig, shapes: ModelShapes) -> Workload:
 
 
 def published_bytes(config: Config, student: ModelShapes) -> int:
-    """Of one version: eP, or eT where adapters are published."""
+    """Of one version in the object store: eP, eT where adapters are published, 0 where it is not used."""
     learner = config.learner
+    if not (config.rollout.num_actors and learner.publishes_in_store):
+        return 0
     of = trained(student, learner) if learner.publishes_adapters else parameters(student)
     return DTYPE_BYTES[learner.dtype] * count(of)
 
@@ -281,8 +283,7 @@ def support_memory(config: Config, student: ModelShapes) -> list[RoleMemory]:
     """Processes without a model, and the object store, which holds one published version."""
     names = ["driver", "ray", "curriculum", *(["serve"] if config.needs_teacher else [])]
     held = {name: {"empty process": EMPTY_PROCESS_BYTES[name]} for name in names}
-    published = published_bytes(config, student) if config.rollout.num_actors else 0
-    held["object store"] = {"published weights": published}
+    held["object store"] = {"published weights": published_bytes(config, student)}
     return [RoleMemory(name, 1, 0.0, None, ProcessMemory(terms, {})) for name, terms in held.items()]
 
 

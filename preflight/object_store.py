@@ -20,11 +20,7 @@ class StorePlan:
 
 
 def store_plan(plan: MemoryPlan) -> StorePlan:
-    config, learner = plan.config, plan.config.learner
-    in_store = learner.weight_transfer == "object_store" or learner.publishes_adapters
-    travels = in_store and config.rollout.num_actors
-    version = published_bytes(config, plan.student)
-    return StorePlan(int(ROOM * version) if travels else 0, _trajectories_bytes(plan))
+    return StorePlan(int(ROOM * published_bytes(plan.config, plan.student)), _trajectories_bytes(plan))
 
 
 def _trajectories_bytes(plan: MemoryPlan) -> int:

@@ -149,6 +149,11 @@ class LearnerConfig(ConfigSection):
         return bool(self.lora_rank) and self.lora_publish == "adapters"
 
     @property
+    def publishes_in_store(self) -> bool:
+        """Whether actors get what they get through Ray's object store."""
+        return self.weight_transfer == "object_store" or self.publishes_adapters
+
+    @property
     def lora_slot_rank(self) -> int:
         """The rank that vLLM reserves memory for."""
         return next(rank for rank in LORA_RANKS if rank >= self.lora_rank)

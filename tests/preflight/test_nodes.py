@@ -116,6 +116,11 @@ def test_a_driver_too_old_to_say_the_capability_is_still_refused(nvidia_smi, tmp
         check(read_machine())
 
 
+def test_a_gpu_that_shares_the_hosts_memory_is_not_planned_for(nvidia_smi, tmp_path):
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA GB10, [N/A], 580.95.05, 12.1'\n")
+    assert not read_machine().gpus
+
+
 def test_a_machine_without_gpus_has_none(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert read_machine() == Machine((), 0, None)
@@ -128,6 +133,29 @@ def test_a_dry_run_plans_for_the_gpu_that_is_here_and_warns(nvidia_smi, capsys, 
     out = capsys.readouterr().out
     assert "of  40.0 a GPU" in out
     assert "WARNING   this machine cannot run it: driver 535.104.05 runs CUDA 12" in out
+
+
+def test_each_node_that_has_gpus_is_asked_without_taking_one(monkeypatch):
+    nodes = [{"NodeID": f"{n:056x}", "NodeManagerHostname": f"node-{n}", "Alive": True} for n in range(3)]
+    has = ({"GPU": 8.0, "rollout": 1}, {"CPU": 4.0}, {"GPU": 1.0, "teacher": 1})
+    asked = []
+    monkeypatch.setattr(
+        "ray.remote_function.RemoteFunction._remote", lambda _, **options: asked.append(options)
+    )
+    monkeypatch.setattr(
+        preflight.nodes.ray, "nodes", lambda: [n | {"Resources": r} for n, r in zip(nodes, has, strict=True)]
+    )
+    small = machine(memory_bytes=40 << 30)
+    monkeypatch.setattr(
+        preflight.nodes.ray, "get", lambda answers, timeout: [machine(), small][: len(answers)]
+    )
+    with pytest.raises(ClusterError, match=r"^node-2, .*: teacher: 75 GiB of 40 GiB"):
+        check_gpus(plan_of(config_of("qwen3vl_8b.yaml")))
+    assert [options["scheduling_strategy"].node_id for options in asked] == [
+        nodes[0]["NodeID"],
+        nodes[2]["NodeID"],
+    ]
+    assert all(options["num_cpus"] == 0 and not options.get("num_gpus") for options in asked)
 
 
 def test_a_run_without_gpus_asks_no_node(monkeypatch):

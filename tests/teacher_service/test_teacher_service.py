@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from teacher_service.scaling import Bounds, PoolStatus, app_name
 from tests.video_opd.test_config import MINIMAL
 from video_opd.cluster import command_line as shared_command_line
 from video_opd.cluster import join
-from video_opd.config import Config
+from video_opd.config import Config, TeacherModel
 from video_opd.config_file import parse_config
 from video_opd.errors import ConfigError, DeadlineError, PartLostError
 
@@ -79,6 +80,32 @@ def test_what_serve_does_not_say_is_left_out():
     ]
     usage.add(3.0, Reply([], 2.0, 1))
     assert usage.take_metrics(2.0, 2, 2)["utilisation"] == 1.0
+
+
+# --- how a replica works ---
+
+
+def test_an_engine_starts_and_works_in_one_thread_and_a_call_that_is_given_up_is_waited_for():
+    begun, end = threading.Event(), threading.Event()
+
+    class Replica(TeacherReplica):
+        def _load(self, config: Config, model: str) -> Any:
+            return threading.get_ident(), None
+
+    def given_up() -> list:
+        begun.set()
+        return [end.wait(60)]
+
+    async def go() -> None:
+        replica = Replica(config_with(), TeacherModel(name="t", model="m"))
+        call = asyncio.ensure_future(replica._in_turn(given_up))
+        assert await asyncio.to_thread(begun.wait, 60)
+        call.cancel()
+        asyncio.get_running_loop().call_later(0.1, end.set)
+        seen, _ = await replica._in_turn(lambda: [threading.get_ident(), end.is_set()])
+        assert seen == [replica._encoder, True]
+
+    asyncio.run(go())
 
 
 # --- what is repeated ---

@@ -111,6 +111,14 @@ def deadline_s(timeout_s: float, megapixels: float, num_bytes: int = 0) -> float
     return timeout_s * max(1.0, megapixels / MEGAPIXELS, num_bytes / 1e9 / GIGABYTES)
 
 
+def deadline_of_file_s(timeout_s: float, path: str, megapixels: float) -> float:
+    """The same for a file, or a folder of frames, at `path`."""
+    num_bytes = 0
+    with suppress(OSError):  # the worker says what is wrong
+        num_bytes = os.stat(path).st_size
+    return deadline_s(timeout_s, megapixels, num_bytes)
+
+
 def threads_of_a_worker(num_workers: int) -> int:
     """Its share of this process's CPUs: OMP_NUM_THREADS, which is `num_cpus` in Ray's processes, or all."""
     said = os.environ.get("OMP_NUM_THREADS", "")
@@ -135,10 +143,10 @@ class DecodePool:
         """
         nothing = path, np.zeros(0, np.int64), 0
         with self._worker() as worker:
-            allowed_s = self._deadline_s(path, 0.0)
+            allowed_s = deadline_of_file_s(self._timeout_s, path, 0.0)
             megapixels = self._ask(worker, ("open", *nothing, allowed_s), allowed_s)
             assert isinstance(megapixels, float)
-            allowed_s = self._deadline_s(path, megapixels)
+            allowed_s = deadline_of_file_s(self._timeout_s, path, megapixels)
             info = self._ask(worker, ("describe", *nothing, allowed_s), allowed_s)
         assert isinstance(info, VideoInfo)
         return info
@@ -151,7 +159,7 @@ class DecodePool:
         megapixels: as Clip.decode_megapixels. Raises ClipError, also if the file does not hold
         `num_video_frames` frames.
         """
-        left_s = allowed_s = self._deadline_s(path, megapixels)
+        left_s = allowed_s = deadline_of_file_s(self._timeout_s, path, megapixels)
         with self._worker() as worker:
             while len(indices):
                 asked = time.monotonic()
@@ -164,12 +172,6 @@ class DecodePool:
                 assert isinstance(answer, tuple)
                 yield worker.buffer.frames(answer)
                 indices = indices[answer[0] :]
-
-    def _deadline_s(self, path: str, megapixels: float) -> float:
-        num_bytes = 0
-        with suppress(OSError):  # the worker says what is wrong
-            num_bytes = os.stat(path).st_size
-        return deadline_s(self._timeout_s, megapixels, num_bytes)
 
     def _ask(self, worker: _Worker, request: Request, allowed_s: float) -> float | VideoInfo | Shape:
         """Raises ClipError. allowed_s: for all of the clip."""

@@ -133,10 +133,16 @@ def test_a_library_decodes_with_the_workers_threads_and_shows_the_same(tmp_path,
     assert np.array_equal(*read)
 
 
-def test_a_clip_whose_deadline_is_beyond_that_of_its_call_is_refused():
+def test_a_clip_whose_deadline_is_beyond_that_of_its_call_is_refused(tmp_path):
     prompt = make_prompt("p7")
     longest = replace(prompt, clip=replace(prompt.clip, decode_megapixels=29_000.0))
     check_decoding(load_config(DEMO, []), [prompt, longest])
     longest = replace(prompt, clip=replace(prompt.clip, decode_megapixels=30_000.0))
     with pytest.raises(ConfigError, match=r"p7: its clip may take 600 s to decode .*request_timeout_s=600"):
         check_decoding(load_config(DEMO, []), [prompt, longest])
+    file = tmp_path / "11 GB.mp4"
+    with file.open("wb") as sparse:
+        sparse.truncate(11 * 10**9)
+    large = replace(prompt, clip=replace(prompt.clip, video_path=str(file)))
+    with pytest.raises(ConfigError, match=r"p7: its clip may take 660 s to decode"):
+        check_decoding(load_config(DEMO, []), [prompt, large])
