@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from video_opd import ROOT
 from video_opd.config import Config
@@ -45,8 +46,13 @@ def check_deepspeed(config: Config) -> None:
     if not config.learner.deepspeed:
         return
     asked = config.learner.model_dump_json()
-    timeout_s = config.start_timeout_s
-    done = subprocess.run(CHECK, cwd=ROOT, input=asked, capture_output=True, text=True, timeout=timeout_s)
+    given: dict[str, Any] = {"cwd": ROOT, "input": asked, "timeout": config.start_timeout_s}
+    try:
+        done = subprocess.run(CHECK, capture_output=True, text=True, **given)
+    except subprocess.TimeoutExpired as late:
+        raise ConfigError(
+            f"learner.deepspeed: DeepSpeed's check of it took over {late.timeout:g} s"
+        ) from late
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ConfigError(f"learner.deepspeed: DeepSpeed refuses it, {last}")
