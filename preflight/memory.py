@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from preflight import activations
 from preflight.adapters import slot_numbers
 from preflight.model_shapes import DTYPE_BYTES, ModelShapes, count, model_bytes, parameters
-from preflight.zero import gradient_bytes, offload_bytes, optimizer_bytes, step_bytes, trained, weight_bytes
+from preflight.zero import (
+    gradient_bytes,
+    offload_bytes,
+    optimizer_bytes,
+    sending_bytes,
+    step_bytes,
+    trained,
+    weight_bytes,
+)
 from video_opd.config import Config, RolloutConfig, TeacherConfig
 from video_opd.config_data import VideoConfig
 from video_opd.models.shared_gpu import CONTEXT_BYTES as GPU_CONTEXT_BYTES
@@ -135,7 +143,7 @@ def learner_memory(
     vision: the pass of the vision tower, vision_block_passing p.
     loss: what all layers keep, and 4V logit_copies for each of min(R, logit_rows) rows.
     backward: what all layers keep, a recomputed layer with gradient_checkpointing, and text_layer_gradients.
-    optimizer step: step_bytes.
+    optimizer step: step_bytes. publishing: sending_bytes.
 
     All layers keep L B S text_layer_saved, with gradient_checkpointing L B S eH; so does a trained tower.
     score_bytes: what attention may keep in a layer, with as much again for gradients, and its mask."""
@@ -174,6 +182,7 @@ def learner_memory(
         "loss": of_pass | {"logits": logits},
         "backward": of_pass | {"activations again": recomputed, "their gradients": gradients},
         "optimizer step": {"float32 gradients and roots": step_bytes(num_trained, learner)},
+        "publishing": {"weights sent": sending_bytes(student, learner)},
     }
     if learner.vision_cache_bytes:
         host["vision cache"] = learner.vision_cache_bytes

@@ -89,6 +89,16 @@ def weight_bytes(shapes: ModelShapes, learner: LearnerConfig) -> dict[str, int]:
     return {"weights": e * total // learner.world_size, "gathered weights": e * gathered}
 
 
+def sending_bytes(shapes: ModelShapes, learner: LearnerConfig) -> int:
+    """What a rank's GPU holds beside its weights while `ipc` publishes: eP if they are gathered or merged.
+
+    vLLM keeps every tensor until the actors have read all (_send_unpacked in
+    vllm/distributed/weight_transfer/ipc_engine.py); weights that are whole are lent as they are."""
+    copies = learner.zero_stage == 3 or learner.lora_rank
+    by_ipc = learner.weight_transfer == "ipc" and not learner.publishes_adapters
+    return DTYPE_BYTES[learner.dtype] * count(parameters(shapes)) if by_ipc and copies else 0
+
+
 def step_bytes(num_trained: int, learner: LearnerConfig) -> int:
     """The optimizer step's float32 gradients 4T / n and AdamW's roots 4T / n; ZeRO-3: SUB_GROUP at a time.
 

@@ -63,6 +63,23 @@ def test_what_cannot_fit_is_refused_with_the_smallest_change_that_would(override
     assert named in message, message
 
 
+def test_weights_that_ipc_lends_out_count_where_they_are_copies():
+    def learner(*overrides: str) -> ProcessMemory:
+        roles = plan_of(config_of("qwen3vl_4b_2gpu.yaml", "learner.weight_transfer=ipc", *overrides)).roles
+        return next(r.device for r in roles if r.role == "learner" and r.device)
+
+    assert learner().largest_phase == "publishing"
+    assert learner().terms["weights sent"] == learner("learner.zero_stage=2").terms["weights"]
+    for whole in (
+        ["learner.zero_stage=2"],
+        ["learner.lora_rank=16"],
+        ["learner.weight_transfer=object_store"],
+    ):
+        assert learner(*whole).phases["publishing"] == {"weights sent": 0}
+    message = refusal(plan_of(config_of("qwen3vl_4b_2gpu.yaml", "learner.weight_transfer=ipc"), 75.5))
+    assert 'learner.weight_transfer="object_store" would need' in message
+
+
 def test_a_teacher_in_parts_has_a_share_of_the_weights_in_each():
     def teacher(*overrides: str) -> RoleMemory:
         roles = plan_of(config_of("qwen3vl_8b.yaml", "teacher_pool.engine=vllm", *overrides)).roles
