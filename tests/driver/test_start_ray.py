@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ from learner.file_transfer import PART_BYTES, FilePart, read_parts, write_part
 from tests.real.runs import wait_until_gone
 from video_opd.cluster import join as cluster
 from video_opd.config_file import load_config
-from video_opd.errors import ConfigError
+from video_opd.errors import ClusterError, ConfigError
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 
@@ -217,3 +217,61 @@ def test_a_folder_goes_to_another_place_in_parts(tmp_path, monkeypatch):
     for part in parts:
         write_part(target, part)
     assert {str(p.relative_to(target)): p.read_bytes() for p in target.rglob("*") if p.is_file()} == files
+
+
+class SlowRay:
+    """Starts a process, as Ray does, and is too slow `times` times."""
+
+    def __init__(self, times: int, message: str = "The current node timed out during startup. This could"):
+        self.times, self.message, self.processes = times, message, list[subprocess.Popen]()
+
+    def __call__(self) -> str:
+        self.processes.append(subprocess.Popen(["sleep", "600"]))
+        if len(self.processes) <= self.times:
+            raise Exception(self.message)  # as Ray does
+        return "started"
+
+    def running(self) -> list[bool]:
+        return [psutil.Process(p.pid).status() != psutil.STATUS_ZOMBIE for p in self.processes]
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def test_a_ray_that_was_too_slow_is_ended_and_started_again(capsys):
+    ray, others = SlowRay(2), subprocess.Popen(["sleep", "600"])
+    try:
+        assert cluster.started_in_time(ray) == "started"
+        wait_until(lambda: ray.running() == [False, False, True])
+        assert others.poll() is None
+    finally:
+        ray.end()
+        others.kill()
+        others.wait()
+    assert capsys.readouterr().out.count("started again") == 2
+
+
+@pytest.mark.parametrize(
+    ("message", "raised", "times"),
+    [
+        ("The current node timed out during startup.", ClusterError, cluster.START_ATTEMPTS),
+        ("no memory", Exception, 1),
+    ],
+)
+def test_a_ray_that_never_starts_is_one_line_and_another_error_is_its_own(message, raised, times):
+    ray = SlowRay(99, message)
+    try:
+        with pytest.raises(raised, match="too busy" if raised is ClusterError else message) as caught:
+            cluster.started_in_time(ray)
+    finally:
+        ray.end()
+    assert len(ray.processes) == times and "\n" not in str(caught.value)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

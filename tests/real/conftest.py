@@ -18,6 +18,7 @@ import torch
 
 from demo.clips import write_split
 from demo.models import Size, build_model, build_processor
+from video_opd.cluster.join import started_in_time
 from video_opd.config import Config
 from video_opd.config_file import load_config
 from video_opd.datasets import read_prompts
@@ -205,7 +206,8 @@ def shared_ray():
             "resources": {"learner": 2, "rollout": 2, "teacher": 2},
             "object_store_memory": 1 << 30,
         }
-        cluster = Cluster(initialize_head=True, head_node_args=head | {"include_dashboard": False})
+        head_node = {"initialize_head": True, "head_node_args": head | {"include_dashboard": False}}
+        cluster = started_in_time(lambda: Cluster(**head_node))
         environment.setenv("RAY_ADDRESS", str(cluster.address))
         yield
         cluster.shutdown()

@@ -16,6 +16,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from tests.real.runs import GROUPS, PATIENCE_S, SMALL, last_step, metrics_of, trajectories_of
 from video_opd import ROOT
+from video_opd.cluster.join import started_in_time
 
 STEPS = 12
 RAY = Path(sys.executable).with_name("ray")
@@ -34,7 +35,7 @@ def cluster(monkeypatch):
         port = free.getsockname()[1]
     head = {"num_cpus": 4, "resources": roles, "object_store_memory": 200 << 20}
     head |= {"include_dashboard": True, "dashboard_port": 0, "dashboard_agent_listen_port": port}
-    started = Cluster(initialize_head=True, head_node_args=head)
+    started = started_in_time(lambda: Cluster(initialize_head=True, head_node_args=head))
     yield started
     started.shutdown()
 

@@ -6,10 +6,10 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import grpc
@@ -25,9 +25,11 @@ from ray.core.generated.gcs_service_pb2 import CheckAliveRequest  # pyright: ign
 from ray.exceptions import AuthenticationError
 from ray.util import get_node_ip_address
 
-from video_opd.errors import ConfigError
+from video_opd.errors import ClusterError, ConfigError
 
+T = TypeVar("T")
 CONNECT_TIMEOUT_S = 5.0
+START_ATTEMPTS = 4
 HEAD_PATIENCE_S = 30.0  # a head may be restarted; Ray itself aborts this process after 60 s
 AUTH_MODE, GLOO_INTERFACE = "RAY_AUTH_MODE", "GLOO_SOCKET_IFNAME"
 ESSENTIAL = (ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERVER)
@@ -90,8 +92,9 @@ def join(address: str, **options: Any) -> Any:
 
 
 def start_local(**options: Any) -> Any:
-    """ray.init of a new Ray of this machine, on loopback but for Serve's replicas. Raises ConfigError.
+    """ray.init of a new Ray of this machine, on loopback but for Serve's replicas.
 
+    Raises ConfigError, and ClusterError if this machine is too busy for Ray to start.
     It asks for a token unless RAY_AUTH_MODE=disabled; a missing one is made, readable by this user alone."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     if _auth_mode() == "disabled":
@@ -107,7 +110,28 @@ def start_local(**options: Any) -> Any:
         os.umask(umask)
     _use_loopback(True)
     with _apart():
-        return ray.init(address="local", **options)
+        return started_in_time(lambda: ray.init(address="local", **options))
+
+
+def started_in_time(start: Callable[[], T]) -> T:
+    """Starts Ray, again if its processes were too slow for its own deadlines. Raises ClusterError.
+
+    Ray's raylet ends when its agent takes over 15 s to start, which a busy machine makes it take; no setting
+    moves that. The driver then waits for 30 s and raises a plain Exception (ray/_private/node.py).
+    """
+    before = set(psutil.Process().children(recursive=True))
+    for _ in range(START_ATTEMPTS):
+        try:
+            return start()
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+            for left in set(psutil.Process().children(recursive=True)) - before:
+                with suppress(psutil.NoSuchProcess):
+                    left.kill()
+            print("warning: Ray did not start in time, and is started again", flush=True)
+    busy = f"Ray did not start in time, {START_ATTEMPTS} times"
+    raise ClusterError(f"{busy}: this machine is too busy; its logs are below /tmp/ray: try again later")
 
 
 @contextmanager
