@@ -67,7 +67,8 @@ def test_vllm_cuts_a_model_where_the_bundles_are(monkeypatch, section):
     assert parallel_options(section()) == {}
     more: dict[str, Any] = {"engine": "vllm"} if section is TeacherConfig else {}
     in_parts = section(tensor_parallel=2, **more)
-    assert parallel_options(in_parts)["distributed_executor_backend"] == "mp", "outside of Ray"
+    monkeypatch.setattr(vllm_engine.ray, "is_initialized", lambda: False)
+    assert parallel_options(in_parts)["distributed_executor_backend"] == "mp"
     monkeypatch.setattr(vllm_engine.ray, "is_initialized", lambda: True)
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
     assert parallel_options(in_parts) == options
