@@ -117,12 +117,12 @@ def test_a_disk_that_is_too_small_is_one_line_with_what_would_fit():
         assert str(caught.value).endswith(found) and "runs_dir=" in str(caught.value)
 
 
-def test_a_launch_ends_before_anything_starts_where_the_disk_is_too_small(
-    overrides, tmp_path, monkeypatch, capsys
-):
+def test_a_launch_ends_before_anything_starts_where_the_disk_is_too_small(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: (1 << 40, 0, 1 << 20))
     monkeypatch.setattr(launch, "start_ray", lambda *_: pytest.fail("Ray was started"))
-    assert launch.main([*overrides, f"runs_dir={tmp_path}/runs"]) == 2
+    monkeypatch.setattr(launch, "prepare", lambda config, resumes: make_draft(config))
+    config = ["--config", str(ROOT / "configs" / "qwen3vl_8b.yaml"), "--gpu-memory-gib", "80"]
+    assert launch.main([*config, f"runs_dir={tmp_path}/runs"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: runs_dir=") and not (tmp_path / "runs" / "x").exists()
 

@@ -119,18 +119,18 @@ def test_engines_of_one_gpu_start_one_after_another_and_those_of_another_do_not_
     threads = [threading.Thread(target=first), threading.Thread(target=second)]
     threads[0].start()
     assert begun.wait(PATIENCE_S)
-    threads[1].start()
     with starting_alone(1), starting_alone(0):
         events.append("a whole GPU")
     with monkeypatch.context() as other:
         other.setattr(os, "environ", {"CUDA_VISIBLE_DEVICES": "4"})
         with starting_alone(0.5):
             events.append("another GPU")
+    threads[1].start()  # only now: environ is that of all threads
+    threads[1].join(0.2)  # room to begin too early
     end.set()
     for thread in threads:
         thread.join(PATIENCE_S)
-    assert sorted(events[1:3]) == ["a whole GPU", "another GPU"]
-    assert events[3:] == ["first ends", "second begins"]
+    assert events[1:] == ["a whole GPU", "another GPU", "first ends", "second begins"]
 
 
 def test_a_whole_gpu_is_not_limited(gpu):
