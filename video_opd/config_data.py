@@ -121,6 +121,7 @@ class VideoConfig(ConfigSection):
     frame_folder_fps: PositiveFloat | None = key(None, "frames per second of videos that are image folders")
     decoder: Literal["decord", "pyav", "torchcodec"] = "decord"
     decode_workers: PositiveInt = key(4, "decoding processes of each process, started when first needed")
+    feed_bytes: PositiveInt = key(1 << 30, "frames that a process reads ahead of its engine, at most")
     decode_timeout_s: PositiveFloat = key(60.0, "bound on decoding 3,000 megapixels; in proportion for more")
     quarantine: str | None = key(None, "JSON lines file of broken videos for all runs; None: one per process")
     cache_dir: str | None = key(None, "folder of the node's cache of frames; None: in the temporary folder")

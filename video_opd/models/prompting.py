@@ -1,8 +1,8 @@
 """The one prompt encoding of rollout, scoring and learning."""
 
 import hashlib
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from video_opd.answers import opened_thought
 from video_opd.config_data import PromptConfig, VideoConfig
 from video_opd.errors import ClipError, ModelError, ParityError
 from video_opd.logs import log
+from video_opd.models.feed import Feed
 from video_opd.types import Clip, EncodedPrompt, FailedPrompt, Prompt, Span, Trajectory
 from video_opd.video.frame_cache import FrameCache
 
@@ -45,6 +46,11 @@ def video_metadata(clip: Clip) -> dict[str, Any]:
     }
 
 
+def _num_frame_bytes(prompt: Prompt) -> int:
+    height, width = prompt.clip.frame_size
+    return len(prompt.clip.frame_indices) * height * width * 3
+
+
 def fingerprint(
     token_ids: np.ndarray,
     grid_thw: Sequence[int],
@@ -75,7 +81,8 @@ class PromptEncoder:
         self._config = config
         self.tokenizer = self._processor.tokenizer
         self.frame_cache = FrameCache(video)
-        self._num_readers = video.decode_workers
+        self._one_at_a_time = threading.Lock()
+        self._feed = Feed[Prompt](video.decode_workers, video.feed_bytes, _num_frame_bytes)
         asked = [{"role": "user", "content": [{"type": "text", "text": ""}]}]
         asked = self._processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
         self._thought = opened_thought(asked)
@@ -96,17 +103,19 @@ class PromptEncoder:
 
     def encode_all(self, prompts: Sequence[Prompt], blank_video: bool = False) -> list[Encoded]:
         """encode for each, in order, or a FailedPrompt. video.decode_workers clips are read at once."""
+        return list(self.encode_ahead(prompts, blank_video))
 
-        def read(prompt: Prompt) -> np.ndarray | FailedPrompt:
+    def encode_ahead(self, prompts: Sequence[Prompt], blank_video: bool = False) -> Iterator[Encoded]:
+        """The same, while the caller works on earlier ones, video.feed_bytes of frames ahead of it."""
+
+        def encode(prompt: Prompt) -> Encoded:
             try:
-                return self.frame_cache.read(prompt.clip)
+                return self.encode(prompt, blank_video)
             except ClipError as error:
                 log.info("clip %s: %s", prompt.clip.clip_id, error)
                 return FailedPrompt(prompt_id=prompt.prompt_id, reason=str(error), kind=error.kind)
 
-        with ThreadPoolExecutor(self._num_readers) as readers:
-            clips = zip(prompts, list(readers.map(read, prompts)), strict=True)
-        return [c if isinstance(c, FailedPrompt) else self.encode(p, blank_video, c) for p, c in clips]
+        return self._feed.ahead(encode, prompts)
 
     def encode(
         self, prompt: Prompt, blank_video: bool = False, frames: np.ndarray | None = None
@@ -121,15 +130,17 @@ class PromptEncoder:
         if blank_video:
             frames = np.full_like(frames, 128)
         messages = chat_messages(self._config, prompt.query)
-        text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         metadata = video_metadata(clip)
-        inputs = self._processor(
-            text=[text],
-            videos=[frames.copy()],  # the cached frames are read-only
-            video_metadata=[metadata],
-            do_sample_frames=False,
-            return_tensors="np",
-        )
+        with self._one_at_a_time:  # tokenizers of transformers are not thread-safe
+            text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            unexpanded = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            inputs = self._processor(
+                text=[text],
+                videos=[frames.copy()],  # the cached frames are read-only
+                video_metadata=[metadata],
+                do_sample_frames=False,
+                return_tensors="np",
+            )
         time, rows, columns = grid = tuple(int(n) for n in inputs["video_grid_thw"][0])
         patch = self._processor.video_processor.patch_size
         if (rows * patch, columns * patch) != clip.frame_size:
@@ -144,7 +155,7 @@ class PromptEncoder:
         return EncodedPrompt(
             prompt_id=prompt.prompt_id,
             token_ids=token_ids,
-            unexpanded_token_ids=self.tokenizer(text, add_special_tokens=False)["input_ids"],
+            unexpanded_token_ids=unexpanded,
             frames=frames,
             video_metadata=metadata | {"do_sample_frames": False},
             pixel_values=np.asarray(inputs["pixel_values_videos"], dtype=np.float32),
