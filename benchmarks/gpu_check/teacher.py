@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks.command import timed
-from benchmarks.gpu_check.measure import Setting, check_memory, release, within
+from benchmarks.gpu_check.measure import Setting, check_memory, planned, release, within
 from benchmarks.gpu_check.part import Bench
 from teacher_service.engine import ENGINES, Wanted
 from video_opd.config import Config
@@ -34,11 +34,12 @@ class Checks(Setting):
     def _scores(self, engine: str) -> str:
         self._engine = None
         release()
-        pool = self._with(engine).teacher_pool
-        self._engine = ENGINES[engine](self.config.student, pool, Wanted(), 0, self.encoder)
+        config = self._with(engine)
+        self._engine = ENGINES[engine](config.student, config.teacher_pool, Wanted(), 0, self.encoder)
         seconds, scores = timed(self._engine.score, self.encoded, self._responses)
         told = within([s.logprobs for s in scores], self._expected, self.tolerance)
-        return f"{told}; {len(scores)} responses in {seconds:.2f} s"
+        how_long = planned(config, lambda plan: plan.phases["score"].seconds)
+        return f"{told}; {len(scores)} responses in {seconds:.2f} s ({how_long})"
 
     def _with(self, engine: str) -> Config:
         pool = self.config.teacher_pool.model_copy(update={"engine": engine})
