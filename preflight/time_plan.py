@@ -235,7 +235,7 @@ class TimePlan:
         return self._feed_s(pool.student, num_cpus, a_token_s, pool.megapixels) / pool.prompts_a_video
 
     def _by_video(self, shapes: ModelShapes, pool: Pool, size: Sizes) -> Operations:
-        """A prompt's. vLLM keeps the tower's output for a video's other prompts, and a prefix that they share."""
+        """A prompt's. vLLM keeps the tower's output for a video's other prompts, and a prefix if shared."""
         first, whole = 1 / pool.prompts_a_video, time.prefill(shapes, size)
         if self.config.prompt.video_first:
             return whole * first + time.prefill_cached(shapes, size, TEXT_TOKENS) * (1 - first)
