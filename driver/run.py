@@ -28,6 +28,7 @@ from video_opd.cluster.run_control import create_control
 from video_opd.config import Config
 from video_opd.errors import LearnerLostError
 from video_opd.logs import log
+from video_opd.passes import Arrived
 from video_opd.prometheus import Gauges, count
 from video_opd.rewards import Reward, load_rewards
 from video_opd.types import FailedPrompt, Prediction, Prompt
@@ -150,9 +151,9 @@ async def unless_stopped(run: Run, call: Awaitable[T]) -> T | None:
 
 
 async def ask_student(
-    run: Run, prompts: Sequence[Prompt], blank_video: bool = False
+    run: Run, prompts: Sequence[Prompt], arrived: Arrived, blank_video: bool = False
 ) -> list[Prediction | FailedPrompt]:
     """The student's greedy answers with the weights of the current step."""
     if run.published != run.step:  # an objective without rollouts does not publish every step
         await publish_weights(run, run.step)
-    return await run.actors.predict(prompts, blank_video)
+    return await run.actors.predict(prompts, blank_video, arrived)

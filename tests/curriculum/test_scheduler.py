@@ -275,7 +275,7 @@ def test_what_cannot_be_used_has_its_place_and_reason_and_is_never_issued():
         "video 4 is missing",
         "",
     ]
-    assert scheduler.alive().tolist() == [0, 2, 3, 5]
+    assert scheduler.to_ask(0).tolist() == [0, 2, 3, 5]
     assert sorted(issue_and_train(scheduler, 2, 4)) == sorted(["p0", "p2", "p3", "p5"] * 2)
 
 

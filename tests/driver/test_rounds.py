@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from tests.fakes import make_prompt
 from video_opd.config import Config
 from video_opd.config_file import load_demo
 from video_opd.errors import ConfigError, StoppedError
+from video_opd.passes import ask_by_video
 from video_opd.types import FailedPrompt, Prediction, Prompt
 
 POOL = [make_prompt(f"p{i}") for i in range(10)]
@@ -41,14 +43,20 @@ class Model:
         self.hangs = asyncio.Event()
 
     async def predict(self, prompts: Sequence[Prompt], *arguments: Any) -> list[Any]:
+        async def at_once() -> int:
+            return 1
+
+        answer = partial(self._answer, num_answers=arguments[0] if len(arguments) == 3 else None)
+        return await ask_by_video(prompts, PART, answer, at_once, arguments[-1])
+
+    async def _answer(self, prompts: Sequence[Prompt], num_answers: int | None) -> list[Any]:
         if self._left < 1:
             self.hangs.set()
             await asyncio.Event().wait()
         self._left -= 1
         self.asked += [p.prompt_id for p in prompts]
         answers = [Prediction(prompt_id=p.prompt_id, text="", span_s=self._span) for p in prompts]
-        of_teacher = len(arguments) == 2  # several answers to a prompt, and a temperature
-        results: list[Any] = [[a] * arguments[0] for a in answers] if of_teacher else [*answers]
+        results: list[Any] = [[a] * num_answers for a in answers] if num_answers else [*answers]
         failed = [p.prompt_id in self._broken for p in prompts]
         reasons = [FailedPrompt(prompt_id=p.prompt_id, reason="broken") for p in prompts]
         return [f if fails else r for f, fails, r in zip(reasons, failed, results, strict=True)]
