@@ -76,9 +76,7 @@ class Scheduler:
         """
         if self._asked_at != step:
             alive, self._asked_at = np.flatnonzero(self._dropped == ""), step
-            rng = np.random.default_rng(
-                (self._config.seed, step)
-            )  # an interrupted round: the same
+            rng = np.random.default_rng((self._config.seed, step))  # an interrupted round: the same
             self._asked = np.sort(rng.permutation(alive)[: self._curriculum.pool_sample])
         return self._asked[self._dropped[self._asked] == ""]
 

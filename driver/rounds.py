@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from curriculum import answers as on_disk
 from driver.checkpoints import checkpoint
+from driver.idle_gpus import more_replicas
 from driver.passes import shown
 from driver.run import Run, ask_student
 from driver.saving import try_to_save
@@ -69,6 +70,16 @@ async def validate(run: Run) -> bool:
     return len(asked) > 0
 
 
+async def validate_first(run: Run) -> None:
+    """TRPV of the first round, where the learner's GPUs can help, and then the start of the learner."""
+    if run.idle_replicas:
+        started = time.monotonic()
+        await validate(run)
+        run.totals.update({"select_s": time.monotonic() - started})
+        run.idle_replicas = 0
+        await run.learner.start()
+
+
 async def teacher_ious(run: Run, asked: np.ndarray) -> np.ndarray:
     """float64[P]: tau of the prompts at the places `asked`, NaN where a clip cannot be read.
 
@@ -88,7 +99,8 @@ async def teacher_ious(run: Run, asked: np.ndarray) -> np.ndarray:
             arrived(prompts, results)
 
         number = config.curriculum.num_teacher_predictions
-        return await teacher.predict(prompts, number, on_disk.TEMPERATURE, count)
+        async with more_replicas(run, len(prompts)):
+            return await teacher.predict(prompts, number, on_disk.TEMPERATURE, count)
 
     parts = run.folder / on_disk.PARTS
     answers = await ask_the_rest(run, dict(zip(keys, pool, strict=True)), answers, (parts, settings), ask)

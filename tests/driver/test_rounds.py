@@ -210,6 +210,36 @@ def test_prompts_that_a_model_cannot_read_are_dropped_and_not_asked_again(config
     assert (records["p1"]["teacher_iou"], records["p2"]["student_iou"]) == (None, [None])
 
 
+def test_answers_arrive_as_calls_end_and_an_interruption_keeps_those_of_less_than_a_part(
+    config, written, monkeypatch
+):
+    monkeypatch.setattr(driver.rounds, "ANSWERS_A_PART", 100)
+    run = make_run(config, teacher := Model((2.0, 5.0), num_calls=1), bad())
+    interrupted(run, teacher)
+    assert rows_of(run.folder / PARTS) == [PART * config.curriculum.num_teacher_predictions]
+
+
+def test_a_sampled_round_asks_the_teacher_what_it_has_not_answered_and_the_student_what_is_left(
+    config, written
+):
+    curriculum = config.curriculum.model_copy(update={"pool_sample": 6, "num_selected": 3})
+    config = config.model_copy(update={"curriculum": curriculum, "groups_per_step": 1})
+    run = make_run(config, Model((2.0, 5.0), broken=["p4"]), bad())
+    known: set[str] = set()
+    for step in (0, 3, 6):
+        run.progress.step = run.published = step
+        asked = {f"p{i}" for i in run.curriculum.scheduler.to_ask(step)}
+        run.teacher.asked, run.actors.asked = [], []
+        asyncio.run(start_round(run))
+        assert len(asked) == 6 and set(run.teacher.asked) == asked - known
+        known |= asked
+        assert set(run.actors.asked) == asked - {"p4"}, "the teacher could not read it"
+    assert pq.read_metadata(run.folder / FILE).num_rows == len(known - {"p4"}) * 4, "of all rounds"
+    again = make_run(config, good(), bad(), "again")
+    asyncio.run(start_round(again))
+    assert again.teacher.asked in ([], ["p4"])
+
+
 def test_when_nothing_can_be_selected_the_records_say_why(config, written):
     run = make_run(config, bad(), good())
     with pytest.raises(ConfigError, match=r"0 of 10 prompts are left, .*: 10 dropped, teacher IoU is"):
