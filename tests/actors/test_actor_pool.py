@@ -245,7 +245,7 @@ def test_predictions_keep_two_calls_at_each_actor_and_a_video_in_one():
         assert sorted(arrived) == sorted(p.prompt_id for p in prompts)
         pool.stop()
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 60))
     assert calls == [[f"v{i}"] * 2 for i in range(6)], "3 prompts fit in a call, and two videos do not"
 
 

@@ -41,7 +41,7 @@ SHARDS = ["teacher_pool.engine=vllm", "teacher_pool.tensor_parallel=2", "teacher
         (SHARDS, [MACHINE], 2),
         ([], [MACHINE | {"teacher": 2.0}], 0),  # the learner's node is no teacher's
         ([], [MACHINE | {"CPU": 4.0}], 0),
-        ([], [{"GPU": 4.0, "learner": 4.0, "CPU": 64.0}, {"GPU": 4.0, "CPU": 64.0} | ROLES], 0),
+        ([], [{"GPU": 4.0, "learner": 4.0, "CPU": 64.0}, {"GPU": 8.0, "CPU": 64.0} | ROLES], 0),
         (["curriculum.kind=uniform"], [MACHINE], 0),
         (["curriculum={trpv: false, dbtp: false}"], [MACHINE], 0),
         (["teacher_pool.max_replicas=3"], [MACHINE], 0),  # Serve decides
