@@ -22,6 +22,7 @@ from video_opd.cluster.placement import bundles_of
 from video_opd.config import Config
 from video_opd.errors import LearnerLostError, PartLostError, WeightsLostError
 from video_opd.logs import log
+from video_opd.passes import CALLS_AN_ENGINE, Arrived, ask_by_video
 from video_opd.types import FailedPrompt, Prompt, WeightUpdate
 
 Streamed = tuple[ray.ObjectRef, list[RolloutResult]]
@@ -120,24 +121,25 @@ class ActorPool:
                 timeout_s = self._config.request_timeout_s  # earlier calls have ended
                 yield item
 
-    async def predict(self, prompts: Sequence[Prompt], blank_video: bool = False) -> Answers:
-        """The student's greedy answers, the work spread over the actors; see RolloutActor.predict."""
-        size = self._config.rollout.prompts_per_call
-        slots = asyncio.Semaphore(max(1, len(self._members.ready)))  # as many calls as actors
+    async def predict(
+        self, prompts: Sequence[Prompt], blank_video: bool = False, arrived: Arrived | None = None
+    ) -> Answers:
+        """The student's greedy answers, by all actors; see RolloutActor.predict and passes.ask_by_video."""
         what = "the student's predictions"
 
-        async def ask(chunk: Sequence[Prompt]) -> Answers:
+        async def ask(call: Sequence[Prompt]) -> Answers:
             member = await self._members.choose()
             with self._calling(member) as timeout_s:
-                call = member.handle.predict.remote(chunk, blank_video)
-                return await with_deadline(timeout_s, call, f"{what}, by {member.name}")
+                answers = member.handle.predict.remote(call, blank_video)
+                return await with_deadline(timeout_s, answers, f"{what}, by {member.name}")
 
-        async def answers(chunk: Sequence[Prompt]) -> Answers:
-            async with slots:
-                return await retried(partial(ask, chunk), self._config.max_retries, what)
+        async def answers(call: Sequence[Prompt]) -> Answers:
+            return await retried(partial(ask, call), self._config.max_retries, what)
 
-        chunks = (prompts[i : i + size] for i in range(0, len(prompts), size))
-        return list(itertools.chain(*await asyncio.gather(*map(answers, chunks))))
+        async def at_once() -> int:
+            return CALLS_AN_ENGINE * len(self._members.ready)
+
+        return await ask_by_video(prompts, self._config.rollout.prompts_per_call, answers, at_once, arrived)
 
     @contextmanager
     def _calling(self, member: Member) -> Iterator[float]:

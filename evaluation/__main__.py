@@ -35,6 +35,7 @@ from video_opd.files.run_folder import write_json
 from video_opd.grounding import describe_odd, odd_truth
 from video_opd.models.lengths import PromptLengths, rollout_limit, too_long
 from video_opd.models.model_files import read_model_info
+from video_opd.passes import calls_by_video
 from video_opd.types import FailedPrompt, Prediction, Prompt
 from video_opd.video.descriptions import end_workers
 
@@ -59,7 +60,7 @@ class Answers:
 def ask_model(config: Config, prompts: Sequence[Prompt], blanks: bool) -> list[list[Answer]]:
     """The greedy answers of `config.student`; with `blanks`, a second list of its answers on grey frames.
 
-    Prompts go in calls of rollout.prompts_per_call, as in the rollout actors. Starts vLLM in this process.
+    Prompts go in calls as in the rollout actors. Starts vLLM in this process.
     """
     from video_opd.models.prompting import PromptEncoder
     from video_opd.models.vllm_engine import SamplingEngine, predict
@@ -69,9 +70,11 @@ def ask_model(config: Config, prompts: Sequence[Prompt], blanks: bool) -> list[l
     engine = SamplingEngine(student, rollout, config.seed, encoder.pad_ids, trust_remote_code=trust)
     size, passes = rollout.prompts_per_call, []
     for blank_video in (False, True) if blanks else (False,):
-        calls = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-        shown = track(calls, "grey frames" if blank_video else "answers", console=Console(stderr=True))
-        passes.append([answer for call in shown for answer in predict(encoder, engine, call, blank_video)])
+        calls, answers = calls_by_video(prompts, size), {}
+        for call in track(calls, "grey frames" if blank_video else "answers", console=Console(stderr=True)):
+            of_call = predict(encoder, engine, [prompts[i] for i in call], blank_video)
+            answers.update(zip(call, of_call, strict=True))
+        passes.append([answers[i] for i in range(len(prompts))])
     return passes
 
 

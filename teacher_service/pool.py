@@ -6,7 +6,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import chain, count
+from itertools import count
 from typing import Any
 
 import ray
@@ -22,11 +22,13 @@ from video_opd.cluster.faults import retried
 from video_opd.cluster.placement import bundles_of
 from video_opd.config import Config, TeacherConfig, TeacherModel
 from video_opd.errors import RunError
+from video_opd.passes import CALLS_AN_ENGINE, Arrived, ask_by_video
 from video_opd.types import TrajectoryGroup
 
 Replica = type[TeacherReplica]
 BACK_PRESSURE_PAUSE_S = 0.2
 START_POLL_S = 0.2
+MOST_TURNS = 2 * CALLS_AN_ENGINE  # Serve compares two replicas, so one may have more calls than the others
 
 
 class Usage:
@@ -131,22 +133,31 @@ class TeacherPool:
         """
         return await self._call("score", groups)
 
-    async def predict(self, prompts: Prompts, num_answers: int = 1, temperature: float = 0.0) -> Answers:
-        """See TeacherReplica.predict. Spreads the prompts over the replicas."""
-        size, pool = self._config.rollout.prompts_per_call, self._config.teacher_pool
-        running, _ = await self._replicas()
-        replicas = pool.num_replicas if math.isnan(running) else int(running)
-        slots = asyncio.Semaphore(max(replicas, pool.max_replicas or 1))  # waits here have no deadline
+    async def predict(
+        self,
+        prompts: Prompts,
+        num_answers: int = 1,
+        temperature: float = 0.0,
+        arrived: Arrived | None = None,
+    ) -> Answers:
+        """See TeacherReplica.predict and passes.ask_by_video. Spreads the prompts over the replicas."""
+        pool = self._config.teacher_pool
 
-        async def predict(chunk: Prompts) -> Answers:
-            async with slots:
-                return await self._call("predict", chunk, num_answers, temperature)
+        async def ask(call: Prompts) -> Answers:
+            return await self._call("predict", call, num_answers, temperature, turns=MOST_TURNS)
 
-        chunks = (prompts[i : i + size] for i in range(0, len(prompts), size))
-        return list(chain.from_iterable(await asyncio.gather(*map(predict, chunks))))
+        async def at_once() -> int:  # calls wait here, without a deadline, rather than at the replicas
+            running, _ = await self._replicas()
+            replicas = pool.num_replicas if math.isnan(running) else int(running)
+            return CALLS_AN_ENGINE * max(replicas, pool.max_replicas or 1)
 
-    async def _call(self, method: str, *arguments: Any) -> Any:
-        """The results of a call, repeated when lost. What the replica raises is final, even a LOST error."""
+        return await ask_by_video(prompts, self._config.rollout.prompts_per_call, ask, at_once, arrived)
+
+    async def _call(self, method: str, *arguments: Any, turns: int = 1) -> Any:
+        """The results of a call, repeated when lost. What the replica raises is final, even a LOST error.
+
+        turns: of as many calls, each with its own deadline, this one may be the last.
+        """
         started, attempts = time.monotonic(), count()
         what = f"a {method} call to teacher {self._teacher.name}"
 
@@ -154,7 +165,7 @@ class TeacherPool:
             if next(attempts):
                 self._usage.add_retry()
             try:
-                return await self._attempt(method, arguments, what)
+                return await self._attempt(method, arguments, what, turns)
             except RayTaskError as raised:  # `retried` would repeat one that is also a LOST error
                 return raised
 
@@ -168,8 +179,8 @@ class TeacherPool:
         self._usage.add(time.monotonic() - started, reply)
         return reply.results
 
-    async def _attempt(self, method: str, arguments: Sequence[Any], what: str) -> Reply:
-        deadline = time.monotonic() + self._config.request_timeout_s
+    async def _attempt(self, method: str, arguments: Sequence[Any], what: str, turns: int) -> Reply:
+        deadline = time.monotonic() + turns * self._config.request_timeout_s
         while True:
             response = getattr(self._handle, method).remote(*arguments)
             try:

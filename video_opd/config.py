@@ -127,6 +127,7 @@ class CurriculumConfig(ConfigSection):
     dbtp: bool = key(True, "tvdf: ask the student, select by disagreement; false: select at random")
     sampler: Literal["top_k", "dsus", "bbds", "gwds", "uniform"] = key("top_k", "tvdf: how dbtp selects")
     num_selected: PositiveInt | None = key(None, "prompts of a round; None: all that may be selected")
+    pool_sample: PositiveInt | None = key(None, "prompts asked in a round, at random; None: the whole pool")
     passes_per_round: PositiveInt = key(1, "tvdf: how often a selected prompt is sampled in a round")
     teacher_threshold: Fraction = key(0.7, "TRPV: drop prompts whose teacher IoU is lower")
     num_teacher_predictions: PositiveInt = key(4, "TRPV: teacher answers for each prompt")
@@ -140,6 +141,9 @@ class CurriculumConfig(ConfigSection):
     def problems(self) -> Iterator[str]:
         if self.frontier_iou > self.anchor_iou:
             yield f"frontier_iou={self.frontier_iou} is above anchor_iou={self.anchor_iou}: lower it"
+        if self.pool_sample and self.num_selected and self.pool_sample < self.num_selected:
+            asked = f"pool_sample={self.pool_sample} is below num_selected={self.num_selected}"
+            yield f"{asked}: a round selects from the prompts that are asked; raise pool_sample"
 
     @property
     def asks_teacher(self) -> bool:

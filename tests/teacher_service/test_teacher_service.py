@@ -20,6 +20,7 @@ from benchmarks.teacher_scaling import CALL_S, calls_within
 from teacher_service.pool import TeacherPool, Usage, deployment_options
 from teacher_service.replica import Reply, TeacherReplica
 from teacher_service.scaling import Bounds, PoolStatus, app_name
+from tests.fakes import make_prompt
 from tests.video_opd.test_config import MINIMAL
 from video_opd.cluster import command_line as shared_command_line
 from video_opd.cluster import join
@@ -169,6 +170,35 @@ def test_what_a_replica_raises_itself_is_the_callers_matter(cause):
     with pytest.raises(type(cause)):
         score_with(handle)
     assert handle.num_calls == 1
+
+
+def test_predictions_keep_two_calls_at_each_replica_and_a_video_in_one(monkeypatch):
+    config = config_with().model_copy(
+        update={"rollout": config_with().rollout.model_copy(update={"prompts_per_call": 3})}
+    )
+    pool = TeacherPool("video_opd/r", config, config.teacher_models[0])
+    running, most, calls, turns = 0, 0, [], set()
+
+    async def replicas() -> tuple[float, float]:
+        return 2.0, 2.0
+
+    async def attempt(method: str, arguments: Any, what: str, of: int) -> Reply:
+        nonlocal running, most
+        prompts, number, temperature = arguments
+        assert (method, number, temperature) == ("predict", 4, 1.0)
+        running, most = running + 1, max(most, running + 1)
+        calls.append([p.clip.clip_id for p in prompts])
+        turns.add(of)
+        await asyncio.sleep(0.001)
+        running -= 1
+        return Reply([p.prompt_id for p in prompts], 0.0, 1)
+
+    monkeypatch.setattr(pool, "_replicas", replicas)
+    monkeypatch.setattr(pool, "_attempt", attempt)
+    prompts = [make_prompt(f"p{i}", clip_id=f"v{i % 6}") for i in range(12)]
+    assert asyncio.run(pool.predict(prompts, 4, 1.0)) == [p.prompt_id for p in prompts]
+    assert calls == [[f"v{i}"] * 2 for i in range(6)] and most == 4
+    assert turns == {4}, "a call may wait for others at its replica, so it has their time too"
 
 
 def test_back_pressure_is_a_pause_and_no_retry(monkeypatch):

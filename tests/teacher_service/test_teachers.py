@@ -185,7 +185,7 @@ class FakePool:
         ]
 
     async def predict(
-        self, prompts: Sequence[Prompt], num_answers: int, temperature: float
+        self, prompts: Sequence[Prompt], num_answers: int, temperature: float, arrived: Any
     ) -> list[list[Prediction]]:
         self.asked += [p.prompt_id for p in prompts]
         return [

@@ -90,6 +90,7 @@ def test_a_missing_key_is_named_in_full(path, section, key):
         "rollout.num_actors=0",
         "rollout.temperature=0.7",
         "curriculum.teacher_threshold=1.5",
+        "curriculum={pool_sample: 10, num_selected: 11}",
         "prompt.template=When?",
         "prompt.answer_template={begin}",
         "prompt.style=own",
