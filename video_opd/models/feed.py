@@ -4,7 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -29,7 +29,9 @@ class Feed(Generic[Item]):
         """
         left, begun = deque(items), deque[tuple[Future[Result], int]]()
         self._begin(work, left, begun)
-        return self._results(work, left, begun)
+        results: Any = self._results(work, left, begun)
+        next(results)  # to its `try`: a caller may drop it before it asks for a result
+        return results
 
     def _begin(
         self, work: Callable[[Item], Result], left: deque[Item], begun: deque[tuple[Future[Result], int]]
@@ -44,8 +46,9 @@ class Feed(Generic[Item]):
 
     def _results(
         self, work: Callable[[Item], Result], left: deque[Item], begun: deque[tuple[Future[Result], int]]
-    ) -> Iterator[Result]:
+    ) -> Iterator[Result | None]:
         try:
+            yield None
             while begun:
                 result = begun[0][0].result()
                 yield result

@@ -46,6 +46,14 @@ def test_a_caller_that_stops_early_gives_its_bytes_back():
     assert feed._free_bytes == 20
 
 
+def test_a_caller_that_asks_for_nothing_gives_its_bytes_back():
+    feed = Feed[int](2, 20, lambda i: 10)
+    results = feed.ahead(lambda i: i, range(9))
+    assert feed._free_bytes == 0
+    del results
+    assert feed._free_bytes == 20
+
+
 def test_the_error_of_an_item_is_raised_where_its_result_is_asked_for():
     def work(i: int) -> float:
         return 1 / i
