@@ -38,19 +38,25 @@ class Gate(dict):
 
 
 class Parts:
-    """Encoder and engine. `before` is called with what the engine is asked for, before it answers."""
+    """Encoder and engine. `before` is called with the prompts of a pass, `before_encode` with one."""
 
-    def __init__(self, before: Callable[[list[str]], None] = lambda names: None, broken: str = ""):
+    def __init__(
+        self,
+        before: Callable[[list[str]], None] = lambda names: None,
+        before_encode: Callable[[str], None] = lambda name: None,
+        broken: str = "",
+    ):
         self.events, self.num_encoded = Gate(), Counter[str]()
         self.passes: list[list[str]] = []
         self.threads: set[int] = set()
-        self._before, self._broken = before, broken
+        self._before, self._before_encode, self._broken = before, before_encode, broken
         self.feed = Feed[Prompt](2, 1000, lambda prompt: 100)
 
     def encode_ahead(self, prompts: Sequence[Prompt]) -> Iterator[Encoded]:
         return self.feed.ahead(self._encode, prompts)
 
     def _encode(self, prompt: Prompt) -> Encoded:
+        self._before_encode(prompt.prompt_id)
         self.num_encoded[prompt.prompt_id] += 1
         self.events[f"{prompt.prompt_id} encoded"].set()
         if prompt.prompt_id == self._broken:
@@ -148,10 +154,15 @@ def test_the_engine_works_on_the_first_prompts_of_a_call_while_the_later_ones_ar
     names = list("abcdef")
 
     def before(asked: list[str]) -> None:
+        parts.events[f"{asked[0]} asked"].set()
         upcoming = names[names.index(asked[-1]) + 1 :][:2]  # of the next pass
         parts.events.wait(*(f"{name} encoded" for name in upcoming))
 
-    parts = Parts(before)
+    def before_encode(name: str) -> None:
+        if name == "c":  # the engine has begun by then
+            parts.events.wait("a asked")
+
+    parts = Parts(before, before_encode)
     parts.feed = Feed[Prompt](1, 300, lambda prompt: 100)  # the last one of a pass, and the next pass
     replica = replica_of(parts, micro_batch=2)
     groups = [group(name) for name in names]
