@@ -30,12 +30,12 @@ def time_plan(memory: MemoryPlan, draft: Draft, device: str | None, use: Utilisa
         device = device_name(machine.best.name) if machine.gpus else DEFAULT
         if device is None:
             return f"not planned: {machine.best.name} is not in the table of GPUs; plan for one: {OPTION}"
-    splits = ((draft.train, memory.train), (draft.eval, memory.evaluation))
-    pools = [pool_of(split, work, config, memory.student, memory.teacher) for split, work in splits]
+    both = ((draft.train, memory.train), (draft.eval, memory.evaluation))
+    train, held_out = (pool_of(s, work, config, memory.student, memory.teacher) for s, work in both)
     kv_caches = {
         name: role.device.held.get("KV cache", math.inf) for name, role in roles.items() if role.device
     }
-    return TimePlan(config, memory, device, DEVICES[device], use, *pools, kv_caches)
+    return TimePlan(config, memory, device, DEVICES[device], use, train, held_out, kv_caches)
 
 
 def utilisation(shares: list[float] | None) -> Utilisation:
@@ -110,7 +110,7 @@ def _source(plan: TimePlan) -> str:
 
 def _describe_phase(phase: Phase) -> str:
     parts = [f"{name} {s:.2f}" for name, s in phase.terms.items() if s >= 0.005]
-    parts += [f"feed {phase.feed:.2f} meanwhile, on CPUs"] if phase.feed else []
+    parts += [f"CPUs {phase.feed:.2f} meanwhile"] if phase.feed > 0.1 * phase.unit_s else []
     once = "".join(f", {name} {s:.1f} s" for name, s in phase.once.items() if s >= 0.05)
     many = "s" if phase.num_units > 1 else ""
     who = f"in each of {phase.processes} processes" if phase.processes > 1 else "in one process"

@@ -29,7 +29,7 @@ ADAM_BYTES = 28  # moments and masters read and written, a float32 gradient read
 # transformers' video processor, which vLLM calls; without it, frames from the node's cache and token ids.
 DECODE_S_A_MEGAPIXEL = 1.0e-3
 PIXELS_S_A_TOKEN = 4.8e-5
-READ_S_A_TOKEN = 5e-6
+READ_S_A_TOKEN = 1e-6
 
 
 @dataclass(frozen=True)
@@ -217,17 +217,18 @@ class TimePlan:
         decode_s = self._decode_s(engine, shapes, size, ceil(each), engine.max_num_seqs)
         return max(prefill_s + decode_s, each * self._pass_feed_s(pool, engine.num_cpus, PIXELS_S_A_TOKEN))
 
-    def teacher_answers_s(self, pool: Pool, num_prompts: int, number: int) -> float:
+    def teacher_answers_s(self, pool: Pool, num_prompts: int, number: int, more_replicas: int = 0) -> float:
         """`number` answers of the replicas to each prompt; transformers computes a prompt for each answer."""
         engine, shapes, size = self.config.teacher_pool, self.memory.teacher, pool.teacher
         assert shapes and size, "asked only where there is a teacher"
-        each = num_prompts / engine.num_replicas
+        each = num_prompts / (engine.num_replicas + more_replicas)
         if self.config.teacher_engine == "vllm":
             operations = self._by_video(shapes, pool, size)
         else:
             operations = time.prefill(shapes, size, masked=time.is_masked(shapes, engine)) * number
         prefill_s = each * self._prefill_s(engine, shapes, operations, size)
-        decode_s = self._decode_s(engine, shapes, size, ceil(each) * number, engine.micro_batch * number)
+        at_once = engine.micro_batch * (1 if self.config.teacher_engine == "vllm" else number)
+        decode_s = self._decode_s(engine, shapes, size, ceil(each) * number, at_once)
         feed_s = each * self._pass_feed_s(pool, engine.num_cpus, self._teacher_pixels_s)
         return max(prefill_s + decode_s, feed_s)
 
@@ -243,13 +244,14 @@ class TimePlan:
 
     @property
     def passes(self) -> list[Pass]:
-        """Over the pools, or SAMPLE prompts where a pool is not here. All prompts, dropped ones too."""
+        """Over the pools, or SAMPLE prompts where a pool is not here; at most: no prompt is dropped."""
         config, curriculum = self.config, self.config.curriculum
         pool, held_out = (of.num_prompts or SAMPLE for of in (self.train, self.evaluation))
+        pool = min(pool, curriculum.pool_sample or pool)
         found = []
         if self.memory.teacher and curriculum.asks_teacher:
-            number = curriculum.num_teacher_predictions
-            found.append(Pass("teacher (TRPV)", 1, pool, self.teacher_answers_s(self.train, pool, number)))
+            answers = pool, curriculum.num_teacher_predictions, self._idle_replicas()
+            found.append(Pass("teacher (TRPV)", 1, pool, self.teacher_answers_s(self.train, *answers)))
         if curriculum.asks_student:
             found.append(
                 Pass("student (DBTP)", self._rounds(), pool, self.student_answers_s(self.train, pool))
@@ -265,9 +267,17 @@ class TimePlan:
             found.append(Pass("teacher's evaluation", 1, held_out, seconds))
         return found
 
+    def _idle_replicas(self) -> int:
+        """More replicas, on the GPUs of a learner that waits for TRPV: where one node has all of them."""
+        learner, rollout, pool = self.config.learner, self.config.rollout, self.config.teacher_pool
+        shards = rollout.num_actors * rollout.tensor_parallel + pool.num_replicas * pool.tensor_parallel
+        one_node = learner.world_size + shards <= GPUS_A_NODE and not self.config.shares_gpus
+        fixed = len(self.config.teacher_models) == 1 and pool.max_replicas is None
+        return learner.world_size // pool.tensor_parallel if one_node and fixed else 0
+
     def _rounds(self) -> int:
         config, curriculum = self.config, self.config.curriculum
-        selected = curriculum.num_selected or self.train.num_prompts
+        selected = curriculum.num_selected or curriculum.pool_sample or self.train.num_prompts
         if curriculum.kind != "tvdf" or not selected:
             return 1
         steps = max(selected * curriculum.passes_per_round // config.groups_per_step, 1)
