@@ -8,6 +8,7 @@ of its forward pass. tests/preflight/test_time.py compares with torch's count of
 
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
+from functools import cache
 from math import ceil, prod
 
 from preflight.activations import score_bytes
@@ -20,6 +21,7 @@ from video_opd.config_learner import LearnerConfig
 
 BACKWARD_ATTENTION = 2.5
 BLOCKS = f"{VISION}blocks."
+PATCHES, MERGERS = (BLOCKS, f"{VISION}patch_embed."), (f"{VISION}merger", f"{VISION}deepstack")
 LAST_MATRICES = ("mlp.down_proj.weight", "mlp.linear_fc2.weight")  # of a layer: not computed again
 
 Grid = tuple[int, int, int]
@@ -84,11 +86,14 @@ def _numbers(of: Parameters, *prefixes: str) -> int:
     return sum(prod(s) for n, s in of.items() if len(s) > 1 and n.startswith(prefixes))
 
 
+@cache
+def _all_numbers(shapes: ModelShapes, *prefixes: str) -> int:
+    return _numbers(parameters(shapes), *prefixes)
+
+
 def _vision_matrices(shapes: ModelShapes, of: Parameters, patches: float) -> float:
     """2 operations for each patch and number of the blocks, and for each video token and one of mergers."""
-    of_patches = _numbers(of, BLOCKS, f"{VISION}patch_embed.")
-    of_tokens = _numbers(of, f"{VISION}merger", f"{VISION}deepstack")
-    return 2 * patches * (of_patches + of_tokens / shapes.vision.patches_a_token)
+    return 2 * patches * (_numbers(of, *PATCHES) + _numbers(of, *MERGERS) / shapes.vision.patches_a_token)
 
 
 def vision_forward(shapes: ModelShapes, size: Sizes) -> Operations:
@@ -96,13 +101,13 @@ def vision_forward(shapes: ModelShapes, size: Sizes) -> Operations:
     v = shapes.vision
     in_windows = v.depth - v.full_blocks if v.window else 0
     pairs = (v.depth - in_windows) * size.pairs + in_windows * size.windowed
-    matrices = _vision_matrices(shapes, parameters(shapes), size.patches)
-    return Operations(matrices, 4 * v.hidden * pairs)
+    numbers = _all_numbers(shapes, *PATCHES) + _all_numbers(shapes, *MERGERS) / v.patches_a_token
+    return Operations(2 * size.patches * numbers, 4 * v.hidden * pairs)
 
 
 def text_forward(shapes: ModelShapes, tokens: float, pairs: float) -> Operations:
     """The layers for `tokens` new ones that attend to `pairs` tokens in all: 4Q a pair and layer."""
-    matrices = 2 * tokens * _numbers(parameters(shapes), TEXT_LAYER)
+    matrices = 2 * tokens * _all_numbers(shapes, TEXT_LAYER)
     return Operations(matrices, 4 * shapes.text.query * shapes.text.layers * pairs)
 
 
@@ -149,16 +154,15 @@ def update(shapes: ModelShapes, learner: LearnerConfig, size: Sizes, response: i
     text = text_forward(shapes, tokens, _pairs(size, response, is_masked(shapes, learner)))
     text += Operations(2 * tokens * _numbers(added, TEXT_LAYER), 0)
     text_again = text + Operations(-2 * tokens * _last_of_layers(shapes, added, TEXT_LAYER), 0)
-    total = (
-        text + _backward(text, 2 * tokens * _numbers(own, TEXT_LAYER)) + (text_again if again else NOTHING)
-    )
+    total = text + _backward(text, 2 * tokens * _numbers(own, TEXT_LAYER))
+    total += text_again if again else NOTHING
     chunked = learner.micro_batch * response > learner.logit_rows
     total += head_forward(shapes, response) * (2 + (not learner.lora_rank) + chunked)
     vision = vision_forward(shapes, size)
     if not any(n.startswith(VISION) for n in own):
         return total + vision
     vision += Operations(_vision_matrices(shapes, added, size.patches), 0)
-    blocks = _numbers(parameters(shapes), BLOCKS) - _last_of_layers(shapes, added, BLOCKS)
+    blocks = _all_numbers(shapes, BLOCKS) - _last_of_layers(shapes, added, BLOCKS)
     vision_again = Operations(2 * size.patches * blocks, vision.attention)
     of_weights = _vision_matrices(shapes, own, size.patches)
     return total + vision + _backward(vision, of_weights) + (vision_again if again else NOTHING)

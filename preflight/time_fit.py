@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterator
+from operator import itemgetter
 
 from preflight.devices import DEFAULT, DEVICES, Utilisation, device_name
 from preflight.gpus import read_machine
 from preflight.inputs import Draft
-from preflight.memory_fit import MemoryPlan
+from preflight.memory_fit import SECTIONS, MemoryPlan
 from preflight.pools import pool_of
 from preflight.time_plan import SAMPLE, Phase, TimePlan
 from video_opd.config import Config
@@ -19,11 +20,8 @@ HOUR_S = 3600
 
 def time_plan(memory: MemoryPlan, draft: Draft, device: str | None, use: Utilisation) -> TimePlan | str:
     """The plan, or why there is none. device: a key of DEVICES; None: this machine's GPU, else DEFAULT."""
-    config, roles = (
-        memory.config,
-        {r.role: r for r in memory.roles if r.role in ("learner", "actors", "teacher")},
-    )
-    if on_cpu := [name for name, role in roles.items() if not role.device]:
+    config, roles = memory.config, [r for r in memory.roles if r.role in SECTIONS]
+    if on_cpu := [r.role for r in roles if not r.device]:
         return f"not planned: {', '.join(on_cpu)} on CPUs"
     if device is None:
         machine = read_machine()
@@ -32,9 +30,7 @@ def time_plan(memory: MemoryPlan, draft: Draft, device: str | None, use: Utilisa
             return f"not planned: {machine.best.name} is not in the table of GPUs; plan for one: {OPTION}"
     both = ((draft.train, memory.train), (draft.eval, memory.evaluation))
     train, held_out = (pool_of(s, work, config, memory.student, memory.teacher) for s, work in both)
-    kv_caches = {
-        name: role.device.held.get("KV cache", math.inf) for name, role in roles.items() if role.device
-    }
+    kv_caches = {r.role: r.device.held.get("KV cache", math.inf) for r in roles if r.device}
     return TimePlan(config, memory, device, DEVICES[device], use, train, held_out, kv_caches)
 
 
@@ -50,9 +46,16 @@ def utilisation(shares: list[float] | None) -> Utilisation:
 
 def faster_split(plan: TimePlan) -> TimePlan | None:
     """The fastest variant of as many GPUs that fits in them, if it saves more than GAIN. Whole GPUs only."""
-    limit = (1 - GAIN) * plan.run_s
-    variants = sorted((plan.of(c) for c in splits(plan)), key=lambda variant: variant.run_s)
-    return next((v for v in variants if v.run_s < limit and _fits(plan.memory, v.config)), None)
+    limit, known = (1 - GAIN) * plan.run_s, dict[int, bool]()
+    for seconds, config in sorted(((plan.of(c).run_s, c) for c in splits(plan)), key=itemgetter(0)):
+        if seconds >= limit:
+            return None
+        ranks = config.learner.world_size  # what actors and replicas need does not depend on their number
+        if ranks not in known:
+            known[ranks] = _fits(plan.memory, config)
+        if known[ranks]:
+            return plan.of(config)
+    return None
 
 
 def splits(plan: TimePlan) -> Iterator[Config]:
@@ -157,4 +160,6 @@ def _describe_split(plan: TimePlan) -> str:
     keys = [f"learner.world_size={config.learner.world_size}"]
     keys += [f"rollout.num_actors={config.rollout.num_actors}"] if config.rollout.num_actors else []
     keys += [f"teacher_pool.num_replicas={config.teacher_pool.num_replicas}"] if plan.memory.teacher else []
+    if plan.knows_pools:
+        both += f", {best.run_s / HOUR_S:.1f} h in all instead of {plan.run_s / HOUR_S:.1f}"
     return f"{' '.join(keys)} would take {both}"

@@ -253,15 +253,13 @@ class TimePlan:
             answers = pool, curriculum.num_teacher_predictions, self._idle_replicas()
             found.append(Pass("teacher (TRPV)", 1, pool, self.teacher_answers_s(self.train, *answers)))
         if curriculum.asks_student:
-            found.append(
-                Pass("student (DBTP)", self._rounds(), pool, self.student_answers_s(self.train, pool))
-            )
+            seconds = self.student_answers_s(self.train, pool)
+            found.append(Pass("student (DBTP)", self._rounds(), pool, seconds))
         if config.rollout.num_actors:  # before, after, without video, and every eval_every steps
             every = config.eval_every
             times = 3 + (config.num_steps // every - (config.num_steps % every == 0) if every else 0)
-            found.append(
-                Pass("evaluation", times, held_out, self.student_answers_s(self.evaluation, held_out))
-            )
+            seconds = self.student_answers_s(self.evaluation, held_out)
+            found.append(Pass("evaluation", times, held_out, seconds))
         if self.memory.teacher:
             seconds = self.teacher_answers_s(self.evaluation, held_out, 1)
             found.append(Pass("teacher's evaluation", 1, held_out, seconds))

@@ -236,6 +236,10 @@ def test_the_gpus_go_to_the_slowest_phase_and_only_as_memory_allows():
     tight = replace(plan, memory=replace(plan.memory, gpu_bytes=60 * GIB))
     assert faster_split(tight) is None, "a 32B teacher does not fit"
     assert faster_split(best) is None, "nothing is better than the best"
+    known = plan_of("max_policy_lag=1", num_prompts=100)
+    assert f"{known.run_s / 3600:.1f}" in describe_time(known).splitlines()[-1], (
+        "passes count where they are known"
+    )
 
 
 def test_shards_stay_as_they_are_when_the_gpus_are_shared_out():
