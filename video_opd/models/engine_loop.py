@@ -252,11 +252,13 @@ async def predict(
     prompts: Sequence[Prompt],
     blank_video: bool = False,
     admit: Admit = lambda _: GREEDY,
+    on_answer: Callable[[], None] = lambda: None,
 ) -> list[Prediction | FailedPrompt]:
     """The greedy answer to each prompt, in order, or a FailedPrompt. `blank_video`: with grey frames."""
     answers: dict[str, Prediction | FailedPrompt] = {}
     async with aclosing(loop.sample(encoder, prompts, admit, blank_video)) as results:
         async for result in results:
+            on_answer()
             if isinstance(result, FailedPrompt):
                 answers[result.prompt_id] = result
             else:

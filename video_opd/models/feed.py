@@ -9,7 +9,6 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-
 Begun = tuple[Future[Result], int]
 """A result under way and its bytes."""
 
@@ -37,6 +36,7 @@ class Feed(Generic[Item]):
 
         The first ones are begun at the call, before the first result is asked for. A thread of the feed calls
         `on_ready` after each result. Raises what work raises.
+        An iterator that is dropped, even before its first result, gives its bytes back.
         """
         return Ahead(self, work, items, on_ready)
 

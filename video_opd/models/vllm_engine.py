@@ -102,7 +102,7 @@ def vllm_prompt(encoded: EncodedPrompt, response: np.ndarray | None = None) -> d
     because the processor's cache holds the timestamps' text, too.
     """
     ids = encoded.unexpanded_token_ids + ([] if response is None else response.tolist())
-    seen = json.dumps([encoded.fingerprint, encoded.frames.shape, encoded.video_metadata])
+    seen = json.dumps([encoded.frames_digest, encoded.video_metadata])
     return {
         "prompt_token_ids": ids,
         "multi_modal_data": {"video": [(encoded.frames, encoded.video_metadata)]},
