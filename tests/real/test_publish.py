@@ -99,17 +99,18 @@ class Seen(NamedTuple):
 class Actor(RolloutActor):
     """One that can be looked into. It dies in the middle of a version while the file DEADLY names it."""
 
-    def look(self, prompts) -> Seen:
-        digests = self._engine._llm.collective_rpc(worker_digests)[0]
+    async def look(self, prompts) -> Seen:
+        digests = await self._loop.command(lambda: self._engine._llm.collective_rpc(worker_digests)[0])
         assert self._policy_version is not None
-        groups = [g for results in self.rollout(prompts) for g in results if isinstance(g, TrajectoryGroup)]
+        results = [result async for part in self.rollout(prompts) for result in part]
+        groups = [g for g in results if isinstance(g, TrajectoryGroup)]
         trajectories = [
             t for group in sorted(groups, key=lambda g: g.prompt.prompt_id) for t in group.trajectories
         ]
         responses = [(t.response_token_ids.tolist(), t.actor_logprobs.tolist()) for t in trajectories]
         return Seen(self._policy_version, digests, responses)
 
-    def load_weights(self, policy_version, buckets):
+    async def load_weights(self, policy_version, buckets):
         if (deadly := Path(os.environ["DEADLY"])).exists() and deadly.read_text() == self._name:
 
             def unpack_or_die(buckets):
@@ -117,7 +118,7 @@ class Actor(RolloutActor):
                 os.kill(os.getpid(), 9)
 
             transfer.unpack = unpack_or_die
-        return super().load_weights(policy_version, buckets)
+        await super().load_weights(policy_version, buckets)
 
 
 @pytest.fixture(scope="module")

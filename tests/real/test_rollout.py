@@ -17,6 +17,7 @@ from tests.videos import noise, write_video
 from video_opd import ROOT
 from video_opd.answers import parse_span
 from video_opd.models.forward import load_model
+from video_opd.models.patches import pixel_values
 from video_opd.models.prompting import PromptEncoder
 from video_opd.types import EncodedPrompt, Prompt
 from video_opd.video.clips import plan_clip
@@ -52,7 +53,7 @@ def encoded(prompts, encoder) -> list[EncodedPrompt]:
 
 
 def max_gap(engine, model, encoded, seed: int) -> float:
-    answers = engine.generate(encoded, [[seed]] * len(encoded))
+    answers = engine.generate(encoded, [seed] * len(encoded))
     gaps = []
     for prompt, (answer,) in zip(encoded, answers, strict=True):
         exact = reference_logprobs(model, prompt, answer.token_ids)
@@ -95,15 +96,14 @@ def test_logprobs_match_transformers_before_and_after_a_publication(engine, mode
 
 def test_sampling_is_seeded_and_greedy_is_the_argmax(engine, encoded):
     first, second, other = (
-        [a.token_ids.tolist() for (a,) in engine.generate(encoded, [[s]] * len(encoded))]
-        for s in (11, 11, 12)
+        [a.token_ids.tolist() for (a,) in engine.generate(encoded, [s] * len(encoded))] for s in (11, 11, 12)
     )
     assert first == second
     assert first != other
-    two = engine.generate(encoded[:1], [[11, 12]])[0]
+    two = engine.generate(encoded[:1], [11], 2)[0]
     assert [a.token_ids.tolist() for a in two] == [first[0], other[0]]
     greedy = [a for (a,) in engine.generate(encoded, None)]
-    sampled = [a for (a,) in engine.generate(encoded, [[11]] * len(encoded))]
+    sampled = [a for (a,) in engine.generate(encoded, [11] * len(encoded))]
     assert all(g.logprobs[0] >= s.logprobs[0] - 1e-6 for g, s in zip(greedy, sampled, strict=True))
 
 
@@ -116,13 +116,13 @@ def test_video_pads_are_never_sampled_even_when_the_model_wants_them(engine, mod
         hidden = model.model(
             input_ids=torch.tensor(prompt.token_ids[None].astype(np.int64)),
             mm_token_type_ids=torch.tensor(prompt.token_types[None].astype(np.int64)),
-            pixel_values_videos=torch.from_numpy(prompt.pixel_values),
+            pixel_values_videos=pixel_values([prompt], "cpu"),
             video_grid_thw=torch.tensor([prompt.video_grid_thw]),
         ).last_hidden_state[0, -1]
         model.get_input_embeddings().weight[list(encoder.pad_ids)] = 3 * hidden / hidden.norm()
     wanted = np.exp(reference_logprobs(model, prompt, np.zeros(1, np.int32))[0, list(encoder.pad_ids)]).sum()
     engine.load_weights(3, list(to_buckets(model.named_parameters(), 3, bucket_bytes=1 << 30)))
-    (answers,) = engine.generate([prompt], [list(range(32))])
+    (answers,) = engine.generate([prompt], [0], 32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(original[name])
@@ -191,7 +191,7 @@ def test_an_engine_in_two_shards_samples_as_one_process_does_before_and_after_a_
         engine.load_weights(version, buckets)
         if version > 5:  # the first are those of the folder
             shards.load_weights(version, buckets)
-        one, same = (e.generate(encoded, [[version]] * len(encoded)) for e in (engine, shards))
+        one, same = (e.generate(encoded, [version] * len(encoded)) for e in (engine, shards))
         for (expected,), (answer,) in zip(one, same, strict=True):
             assert answer.token_ids.tolist() == expected.token_ids.tolist()
             assert np.abs(answer.logprobs - expected.logprobs).max() < TOLERANCE
