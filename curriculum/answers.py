@@ -32,7 +32,7 @@ def settings_key(config: Config) -> str:
     # With several teachers, the one that answers is part of the prompt's key instead.
     folder = "" if config.teachers else folder_digest(config.teacher_models[0].model)
     lengths = (config.curriculum.num_teacher_predictions, config.rollout.max_response_tokens)
-    return _digest((FORMAT, folder, pool.engine, pool.dtype, TEMPERATURE, *lengths))
+    return _digest((FORMAT, folder, config.teacher_engine, pool.dtype, TEMPERATURE, *lengths))
 
 
 def student_settings_key(config: Config, step: int) -> str:

@@ -190,7 +190,7 @@ def check_teacher(config: Config, student: ModelShapes, teacher: ModelShapes) ->
     check_shards("teacher_pool", pool.tensor_parallel, teacher)
     if teacher.fp8 and not pool.num_gpus:
         raise ConfigError(f"teacher {teacher.name} is in FP8, which needs GPUs: use it in bfloat16")
-    if teacher.fp8 and (pool.engine, pool.dtype) != ("vllm", "bfloat16"):
+    if teacher.fp8 and (config.teacher_engine, pool.dtype) != ("vllm", "bfloat16"):
         how = "set teacher_pool.engine=vllm and teacher_pool.dtype=bfloat16"
         raise ConfigError(f"teacher {teacher.name} is in FP8: {how}")
     if (own := student.size_multiple) != (others := teacher.size_multiple):

@@ -3,12 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from video_opd.config import TeacherConfig
+from video_opd.errors import RunError
 from video_opd.models import forward
 from video_opd.models.prompting import PromptEncoder
 from video_opd.models.shared_gpu import starting_alone
@@ -16,6 +18,7 @@ from video_opd.models.vllm_engine import check_expansion, start_vllm, vllm_promp
 from video_opd.types import EncodedPrompt, TopK
 
 Encoded = Sequence[EncodedPrompt]
+Pair = tuple[EncodedPrompt, np.ndarray]  # with a response int32[N]
 Texts = list[list[str]]  # the answers to each prompt
 
 
@@ -116,29 +119,76 @@ class TransformersEngine(ScoringEngine):
 
 
 class VllmEngine(ScoringEngine):
-    """Prefill with vLLM's prompt_logprobs; prefer `transformers` for long videos.
+    """Prefill with vLLM.
 
-    vLLM then computes logits for every prompt position, video tokens included, and bypasses its prefix cache.
+    Its second model runner, which GPUs use, computes logits of response rows alone and takes the video from
+    the prefix cache. Its first one computes logits of every prompt position, video tokens included.
     """
 
     def __post_init__(self) -> None:
         limits = {"max_num_seqs": self.config.micro_batch, "max_logprobs": max(self.wanted.top_k, 1)}
         options = {"enforce_eager": not self.config.num_gpus} | limits
         self._llm: Any = start_vllm(self.model, self.config, self.seed, self.trust_remote_code, **options)
+        self._second_runner = self._llm.llm_engine.vllm_config.use_v2_model_runner
 
     def score(self, prompts: Encoded, responses: Sequence[np.ndarray]) -> list[TokenScores]:
+        pairs = list(zip(prompts, responses, strict=True))
+        found: list[TokenScores | None] = [None] * len(pairs)
+        if self._second_runner:
+            found = self._score_top_k(pairs) if self.wanted.top_k else self._ask(pairs, cached=True)
+        missing = [pair for pair, scores in zip(pairs, found, strict=True) if scores is None]
+        again = iter(self._ask(missing, cached=False) if missing else [])
+        scores = [of_pair or next(again) for of_pair in found]
+        if None in scores:
+            raise RunError(f"vLLM gave no scores for prompt {pairs[scores.index(None)][0].prompt_id}")
+        return [of_pair for of_pair in scores if of_pair]
+
+    def _score_top_k(self, pairs: Sequence[Pair]) -> list[TokenScores | None]:
+        """Puts each prompt but its last token into the prefix cache: what is then computed is a block or two.
+
+        prompt_logprobs returns the log-probs of all positions that are computed.
+        """
         from vllm import SamplingParams
 
-        parameters = SamplingParams(max_tokens=1, prompt_logprobs=self.wanted.top_k, detokenize=False)
-        inputs = [vllm_prompt(p, r) for p, r in zip(prompts, responses, strict=True)]
-        outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
-        scores = []
-        for prompt, response, output in zip(prompts, responses, outputs, strict=True):
-            check_expansion(prompt, output.prompt_token_ids[: -len(response)], "the teacher")
-            positions = output.prompt_logprobs[-len(response) :]
-            logprobs = [p[token].logprob for p, token in zip(positions, response.tolist(), strict=True)]
-            scores.append(TokenScores(np.asarray(logprobs, np.float32), self._top_k_of(positions)))
+        scores: list[TokenScores | None] = []
+        for _, of_prompt in groupby(pairs, key=lambda pair: pair[0].fingerprint):
+            own = list(of_prompt)
+            prefix = vllm_prompt(own[0][0])
+            prefix["prompt_token_ids"] = prefix["prompt_token_ids"][:-1]
+            self._llm.generate([prefix], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
+            scores += self._ask(own, cached=True)
         return scores
+
+    def _ask(self, pairs: Sequence[Pair], cached: bool) -> list[TokenScores | None]:
+        """None: the prefix cache held rows whose scores are asked for, so vLLM did not compute them.
+
+        That happens when a block of the cache ends in the response, or with the prompt's last token.
+        """
+        from vllm import SamplingParams
+
+        how: dict[str, Any] = {"max_tokens": 1, "detokenize": False, "skip_reading_prefix_cache": not cached}
+        parameters = [SamplingParams(**how, **self._rows(prompt, response)) for prompt, response in pairs]
+        inputs = [vllm_prompt(p, r) for p, r in pairs]
+        outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
+        return [self._read(*pair, output) for pair, output in zip(pairs, outputs, strict=True)]
+
+    def _rows(self, prompt: EncodedPrompt, response: np.ndarray) -> dict[str, Any]:
+        """SamplingParams for the response rows; prompt_logprob_start has no effect on prompt_logprobs."""
+        if self.wanted.top_k or not self._second_runner:
+            return {"prompt_logprobs": self.wanted.top_k}
+        given = response[:, None].astype(np.int32)
+        return {"prompt_logprob_start": len(prompt.token_ids) - 1, "prompt_logprob_token_ids": given}
+
+    def _read(self, prompt: EncodedPrompt, response: np.ndarray, output: Any) -> TokenScores | None:
+        check_expansion(prompt, output.prompt_token_ids[: -len(response)], "the teacher")
+        if self.wanted.top_k or not self._second_runner:
+            positions = output.prompt_logprobs[1:][-len(response) :]  # of the first token nothing is known
+            if len(positions) < len(response):
+                return None
+            logprobs = [p[token].logprob for p, token in zip(positions, response.tolist(), strict=True)]
+            return TokenScores(np.asarray(logprobs, np.float32), self._top_k_of(positions))
+        given = output.prompt_token_id_logprobs
+        return None if given is None else TokenScores(np.array(given[:, 0], np.float32))
 
     def _top_k_of(self, positions: list[dict]) -> TopK | None:
         """Each position maps the K most likely tokens and the response's own to a log-prob with its rank."""

@@ -16,7 +16,8 @@ from ray.exceptions import RayTaskError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ApplicationStatus
 
-from teacher_service.replica import Answers, Prompts, Reply, ScoreResult, TeacherReplica
+from teacher_service.calls import Reply, ScoreResult
+from teacher_service.replica import Answers, Prompts, TeacherReplica
 from teacher_service.scaling import DEPLOYMENT, GONE_WRONG, Bounds, app_name, autoscaling, read_pool
 from video_opd.cluster.deadline import with_deadline
 from video_opd.cluster.faults import retried
@@ -107,6 +108,7 @@ class TeacherPool:
         self._handle: Any = None
         self._usage = Usage(time.monotonic(), config.teacher_pool.num_replicas)
         self._outstanding = self._waiting = 0
+        self._known = (float(config.teacher_pool.num_replicas),) * 2  # running and wanted, when last asked
 
     async def start(self) -> None:
         """Returns when every replica answers. Raises RunError after config.start_timeout_s."""
@@ -206,9 +208,10 @@ class TeacherPool:
         """(running, wanted); NaN where Serve does not answer, which must not end a run."""
         try:
             pool = await asyncio.to_thread(read_pool, self.app)
+            self._known = float(pool.running), float(pool.wanted)
         except RunError:
-            return math.nan, math.nan
-        return float(pool.running), float(pool.wanted)
+            self._known = math.nan, math.nan
+        return self._known
 
     async def counts(self) -> dict[str, float]:
         """Now: unanswered calls, those of them held back because every queue is full, and replicas."""
@@ -217,9 +220,11 @@ class TeacherPool:
         return calls | {"teacher/replicas": running, "teacher/replicas_wanted": wanted}
 
     async def take_metrics(self) -> dict[str, float]:
-        """teacher/queue_s, /utilisation, /replicas, /replicas_wanted and /retries; see Usage."""
-        running, wanted = await self._replicas()
-        metrics = self._usage.take_metrics(time.monotonic(), running, wanted)
+        """teacher/queue_s, /utilisation, /replicas, /replicas_wanted and /retries; see Usage.
+
+        Serve is not asked, for a step would wait for it: the replicas are those of the last `counts`.
+        """
+        metrics = self._usage.take_metrics(time.monotonic(), *self._known)
         return {f"teacher/{name}": value for name, value in metrics.items()}
 
     def stop(self) -> None:

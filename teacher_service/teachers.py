@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import ray
 
+from teacher_service.calls import ScoreResult
 from teacher_service.pool import TeacherPool
-from teacher_service.replica import Answers, Prompts, ScoreResult, TeacherReplica
+from teacher_service.replica import Answers, Prompts, TeacherReplica
 from video_opd.cluster.deadline import with_deadline
 from video_opd.config import Config, TeacherModel
 from video_opd.passes import Arrived

@@ -147,6 +147,7 @@ def test_scaling_from_another_terminal_disturbs_no_call_and_restarts_no_replica(
         grown = read_pool(pool.app)
         assert len(set(grown.pids)) == 4 and pid in grown.pids
         await asyncio.sleep(2 * CALL_S)
+        await pool.counts()  # asks Serve
         metrics = await pool.take_metrics()
         assert (
             metrics["teacher/replicas"],

@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -17,14 +16,15 @@ from ray.serve.schema import ApplicationStatus
 import teacher_service.__main__ as command_line
 import teacher_service.pool
 from benchmarks.teacher_scaling import CALL_S, calls_within
+from teacher_service.calls import Reply
 from teacher_service.pool import TeacherPool, Usage, deployment_options
-from teacher_service.replica import Reply, TeacherReplica
+from teacher_service.replica import TeacherReplica
 from teacher_service.scaling import Bounds, PoolStatus, app_name
 from tests.fakes import make_prompt
 from tests.video_opd.test_config import MINIMAL
 from video_opd.cluster import command_line as shared_command_line
 from video_opd.cluster import join
-from video_opd.config import Config, TeacherModel
+from video_opd.config import Config
 from video_opd.config_file import parse_config
 from video_opd.errors import ConfigError, DeadlineError, PartLostError
 
@@ -83,30 +83,18 @@ def test_what_serve_does_not_say_is_left_out():
     assert usage.take_metrics(2.0, 2, 2)["utilisation"] == 1.0
 
 
-# --- how a replica works ---
-
-
-def test_an_engine_starts_and_works_in_one_thread_and_a_call_that_is_given_up_is_waited_for():
-    begun, end = threading.Event(), threading.Event()
-
-    class Replica(TeacherReplica):
-        def _load(self, config: Config, model: str) -> Any:
-            return threading.get_ident(), None
-
-    def given_up() -> list:
-        begun.set()
-        return [end.wait(60)]
-
-    async def go() -> None:
-        replica = Replica(config_with(), TeacherModel(name="t", model="m"))
-        call = asyncio.ensure_future(replica._in_turn(given_up))
-        assert await asyncio.to_thread(begun.wait, 60)
-        call.cancel()
-        asyncio.get_running_loop().call_later(0.1, end.set)
-        seen, _ = await replica._in_turn(lambda: [threading.get_ident(), end.is_set()])
-        assert seen == [replica._encoder, True]
-
-    asyncio.run(go())
+def test_metrics_of_a_step_have_the_replicas_that_serve_told_last_and_do_not_ask_it(monkeypatch):
+    told = [pool_status("r", wanted=3, actors=("a", "b")), pool_status("r", wanted=1)]
+    monkeypatch.setattr(teacher_service.pool, "read_pool", lambda app: told.pop(0))
+    config = config_with(num_replicas=2)
+    pool = TeacherPool("video_opd/r", config, config.teacher_models[0])
+    seen = []
+    for asks in (False, True, False, True):
+        if asks:
+            asyncio.run(pool.counts())
+        metrics = asyncio.run(pool.take_metrics())
+        seen.append((metrics["teacher/replicas"], metrics["teacher/replicas_wanted"]))
+    assert seen == [(2, 2), (2, 3), (2, 3), (1, 1)] and not told
 
 
 # --- what is repeated ---
@@ -311,7 +299,8 @@ def test_a_replica_in_parts_has_a_bundle_for_each_on_one_node():
 @pytest.mark.parametrize(
     ("pool", "said"),
     [
-        ({"tensor_parallel": 2}, "tensor_parallel=2 is vLLM's: use engine=vllm"),
+        ({"tensor_parallel": 2, "engine": "transformers"}, "tensor_parallel=2 is vLLM's: use engine=vllm"),
+        ({"tensor_parallel": 2, "attn_implementation": "eager"}, "is vLLM's: leave one of them out"),
         ({"tensor_parallel": 0, "engine": "vllm"}, "tensor_parallel"),
         ({"num_gpus": 2}, "num_gpus=2, but a process uses one GPU"),
         ({"tensor_parallel": 2, "engine": "vllm", "num_gpus": 0.6}, "a whole GPU for each shard"),

@@ -15,7 +15,7 @@ from curriculum.answers import prompt_keys, settings_key
 from learner.engine import rows_of
 from learner.loss import sampled_advantage
 from preflight.inputs import check_routes
-from teacher_service.replica import ScoreResult
+from teacher_service.calls import ScoreResult
 from teacher_service.teachers import Teachers, combine, combine_results, create_teacher
 from tests.fakes import make_group, make_prompt
 from tests.video_opd.test_config import MINIMAL
