@@ -58,9 +58,7 @@ class Run:
     resume_from: SavedRun | None = None  # the checkpoint of a resume, until it is restored
     newest_checkpoint: int | None = None  # its step; None: there is no whole checkpoint
     next_selection: int | None = None  # the step before whose update prompts are selected next; None: never
-    idle_replicas: int = (
-        0  # of the teacher, more until the learner starts, which waits for TRPV; 0: it does not
-    )
+    idle_replicas: int = 0  # more of the teacher, until the learner starts; 0: it does not wait for TRPV
     published: int = -1  # the version of the actors' weights
     buffer: TrajectoryBuffer | None = None  # of the round; None: none has begun
     gap_is_checked: bool = False  # see check_logprob_gap
