@@ -97,6 +97,7 @@ def test_the_settings_key_follows_what_decides_the_answers_and_nothing_else(conf
         )
         == key
     )
+    assert settings_key(overridden(config, teacher_pool={"engine": config.teacher_engine})) == key
     others = [
         overridden(config, curriculum={"num_teacher_predictions": 2}),
         overridden(config, rollout={"max_response_tokens": 5}),

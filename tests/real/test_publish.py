@@ -99,6 +99,13 @@ class Seen(NamedTuple):
 class Actor(RolloutActor):
     """One that can be looked into. It dies in the middle of a version while the file DEADLY names it."""
 
+    async def hold(self) -> None:
+        """From now on prompts wait."""
+        await self._loop.command(lambda: setattr(self._loop, "is_held", True))
+
+    async def num_calls(self) -> int:
+        return len(self._loop._calls)
+
     async def look(self, prompts) -> Seen:
         digests = await self._loop.command(lambda: self._engine._llm.collective_rpc(worker_digests)[0])
         assert self._policy_version is not None
@@ -131,6 +138,18 @@ def published(local_ray, overrides, prompts, tmp_path_factory):
     async def look(pool) -> dict[str, Seen]:
         return {m.name: await m.handle.look.remote(prompts[:3]) for m in pool._members.ready}
 
+    async def stop_early(pool, prompts) -> list[int]:
+        """The calls that an actor has before and after a caller of one stops."""
+        for member in pool._members.ready:
+            await member.handle.hold.remote()
+        caller, counts = asyncio.ensure_future(anext(pool.rollout(prompts[:2]))), []
+        for count in (1, 0):
+            while sum([await m.handle.num_calls.remote() for m in pool._members.ready]) != count:
+                await asyncio.sleep(0.01)
+            counts.append(count)
+            caller.cancel()
+        return counts
+
     async def go() -> dict[str, Any]:
         pool, learner = ActorPool("publish", config, Actor), Learner("publish", config, Rank)
         await asyncio.gather(pool.start(), learner.start())
@@ -146,6 +165,7 @@ def published(local_ray, overrides, prompts, tmp_path_factory):
         seen["joined"] = await look(pool)
         await pool.publish(1, learner)
         seen["again"] = await look(pool)
+        seen["stopped"] = await stop_early(pool, prompts)
         seen["left"] = await learner._ranks[0].left.remote()
         pool.stop()
         learner.stop()
@@ -211,6 +231,11 @@ def test_an_actor_in_shards_is_in_the_placement_group_that_vllm_uses_and_gives_i
     assert placement_group_table(member.places)["strategy"] == "STRICT_PACK"
     pool.stop()
     assert placement_group_table(member.places)["state"] == "REMOVED"
+
+
+def test_an_actor_drops_a_call_whose_caller_stopped(published):
+    """Its prompts would have waited for ever."""
+    assert published["stopped"] == [1, 0]
 
 
 def test_a_version_leaves_the_object_store_before_the_next_one_enters(published, config):

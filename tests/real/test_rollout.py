@@ -1,5 +1,6 @@
 """vLLM against transformers in fp32: log-probs before and after a weight publication."""
 
+import asyncio
 import dataclasses
 import os
 import re
@@ -11,7 +12,10 @@ import pytest
 import torch
 import vllm.envs
 
+import actors.engine
+import actors.rollout_actor as rollout_actor
 from actors.engine import PolicyEngine
+from actors.rollout_actor import RolloutActor
 from tests.real.conftest import reference_logprobs
 from tests.videos import noise, write_video
 from video_opd import ROOT
@@ -19,9 +23,9 @@ from video_opd.answers import parse_span
 from video_opd.models.forward import load_model
 from video_opd.models.patches import pixel_values
 from video_opd.models.prompting import PromptEncoder
-from video_opd.types import EncodedPrompt, Prompt
+from video_opd.types import EncodedPrompt, Prompt, Trajectory, TrajectoryGroup
 from video_opd.video.clips import plan_clip
-from video_opd.weights.buckets import to_buckets
+from video_opd.weights.buckets import WeightBucket, to_buckets
 
 KV_BLOCK_TOKENS = 128  # of vLLM on a CPU
 TOLERANCE = 1e-4
@@ -105,6 +109,85 @@ def test_sampling_is_seeded_and_greedy_is_the_argmax(engine, encoded):
     greedy = [a for (a,) in engine.generate(encoded, None)]
     sampled = [a for (a,) in engine.generate(encoded, [11] * len(encoded))]
     assert all(g.logprobs[0] >= s.logprobs[0] - 1e-6 for g, s in zip(greedy, sampled, strict=True))
+
+
+def test_the_videos_of_several_prompts_are_processed_once_and_as_bytes(engine, encoded):
+    """encoded[6:] are of one video; a video cut elsewhere has other pixels or times, so another name."""
+    rendered = [engine.render(e) for e in (*encoded[6:], encoded[1])]
+    (items, names) = zip(
+        *((r["mm_kwargs"]["video"][0], r["mm_hashes"]["video"][0]) for r in rendered), strict=True
+    )
+    assert items[0]["pixel_values_videos"].data.dtype == torch.uint8, "no float32 patches travel"
+    assert items[1] is items[0] and items[2] is items[0] and items[3] is not items[0]
+    assert len({*names[:3]}) == 1 and names[3] != names[0]
+    moved = dict(
+        encoded[6].video_metadata, frames_indices=[i + 4 for i in encoded[6].video_metadata["frames_indices"]]
+    )
+    later = dataclasses.replace(encoded[6], video_metadata=moved)
+    assert engine.render(later)["mm_hashes"]["video"][0] != names[0], "its timestamps are other text"
+
+
+def test_overlapping_calls_with_publications_between_sample_each_answer_from_its_one_version(
+    engine, model, config, encoder, prompts, monkeypatch
+):
+    """Its log-probs are those of a transformers forward with that version's weights."""
+    monkeypatch.setattr(actors.engine, "PolicyEngine", lambda *_: engine)
+    monkeypatch.setattr(rollout_actor, "start_role_log", lambda *_: None)
+    sizes = {"rollouts_per_prompt": 2, "max_num_seqs": 6, "prompts_per_result": 1}
+    actor = RolloutActor(
+        "actor", config.model_copy(update={"rollout": config.rollout.model_copy(update=sizes)})
+    )
+    torch.manual_seed(5)
+    named = {n: p.detach().clone() for n, p in model.named_parameters()}
+    weights = {-1: named} | {
+        v: {n: p + torch.randn_like(p) * 0.05 for n, p in named.items()} for v in (20, 21)
+    }
+
+    async def buckets(version: int) -> list[WeightBucket]:
+        return list(to_buckets(weights[version].items(), version, bucket_bytes=1 << 30))
+
+    async def publish(version: int) -> None:
+        await actor.load_weights(version, cast(Any, [as_reference(b) for b in await buckets(version)]))
+
+    async def as_reference(bucket: WeightBucket) -> WeightBucket:
+        return bucket
+
+    async def sampled(some: list[Prompt], publishes: int | None = None) -> list[Trajectory]:
+        """`publishes` a version when the first result is here."""
+        found, publication = [], None
+        async for results in actor.rollout(some):
+            found += [t for r in results if isinstance(r, TrajectoryGroup) for t in r.trajectories]
+            if publishes and publication is None:
+                publication = asyncio.ensure_future(publish(publishes))
+        await (publication or asyncio.sleep(0))
+        return found
+
+    async def overlapping() -> list[list[Trajectory]]:
+        calls = [
+            sampled(prompts[:8], publishes=20),
+            sampled(prompts[8:12]),
+            sampled(prompts[4:10], publishes=21),
+        ]
+        return await asyncio.gather(*calls)
+
+    calls = asyncio.run(overlapping())
+    assert [len(found) for found in calls] == [16, 8, 12]
+    seen = [t for found in calls for t in found]
+    assert {-1, 20} <= {t.policy_version for t in calls[0]}, "the version changed within a call"
+    assert {t.policy_version for t in seen} == {-1, 20, 21}
+    encoded = {p.prompt_id: encoder.encode(p) for p in prompts}
+    gaps: dict[int, list[float]] = {}
+    for of in weights:
+        model.load_state_dict(weights[of], strict=False)
+        for t in seen:
+            ids = t.response_token_ids
+            exact = reference_logprobs(model, encoded[t.prompt_id], ids)[np.arange(len(ids)), ids]
+            gap = float(np.abs(exact - t.actor_logprobs).max())
+            gaps.setdefault(of == t.policy_version, []).append(gap)
+    assert max(gaps[True]) < TOLERANCE < np.median(gaps[False]) / 100
+    model.load_state_dict(named, strict=False)
+    asyncio.run(publish(-1))
+    actor._loop.close()
 
 
 def test_video_pads_are_never_sampled_even_when_the_model_wants_them(engine, model, encoded, encoder):

@@ -195,13 +195,17 @@ def test_an_error_of_the_engine_reaches_every_call_every_command_and_all_that_co
         await until(lambda: len(loop._calls) == 2)
 
         def fail() -> None:
+            wait_for(asked)
             raise RuntimeError("no memory left")
 
-        engine.before_step = fail
+        engine.before_step, asked = fail, threading.Event()
         with pytest.raises(LookupError):  # of a command, it reaches its caller alone
             await loop.command({}.popitem)
         await loop.command(lambda: setattr(loop, "is_held", False))
-        work.append(asyncio.ensure_future(loop.command(fail)))
+        await until(lambda: engine.inside)
+        work.append(asyncio.ensure_future(loop.command(lambda: None)))
+        await until(lambda: loop._commands)
+        asked.set()
         for failed in await asyncio.gather(*work, return_exceptions=True):
             assert repr(failed) == "RuntimeError('no memory left')"
         for late in (answers(loop, FakeEncoder(), "c"), loop.command(lambda: None)):
