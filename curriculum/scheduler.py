@@ -88,10 +88,9 @@ class Scheduler:
     def validate(self, teacher_iou: np.ndarray, asked: np.ndarray | None = None) -> None:
         """TRPV: drops the prompts whose tau float64[P] is NaN (unreadable) or too small.
 
-        asked: places of the prompts that the teacher was asked; None: all. The others stay as they are.
+        asked: places of the prompts that were asked; None: all. The others stay as they are.
         """
-        which = np.zeros(len(self._prompts), bool)
-        which[slice(None) if asked is None else asked] = True
+        which = self._among(asked)
         self._teacher_iou = np.where(which, np.asarray(teacher_iou, np.float64), self._teacher_iou)
         self._drop(which & np.isnan(self._teacher_iou), UNREADABLE)
         if self._curriculum.trpv:
@@ -99,18 +98,20 @@ class Scheduler:
             too_small = which & ~reaches(self._teacher_iou, threshold)
             self._drop(too_small, f"teacher IoU is below {threshold}")
 
-    def start_round(self, student_iou: np.ndarray | None, step: int) -> int | None:
+    def start_round(
+        self, student_iou: np.ndarray | None, step: int, asked: np.ndarray | None = None
+    ) -> int | None:
         """DBTP: selects the round's prompts and clears the queue. Returns `next_selection`.
 
-        student_iou: sigma, float64[P], NaN for an unreadable clip, a dropped prompt, or one that was not
-        asked; None where the config does not ask the student. Raises ConfigError when too few prompts can be
-        selected.
+        student_iou: sigma, float64[P], NaN for an unreadable clip or a prompt that was not asked; None where
+        the config does not ask the student. asked: as in `validate`. Raises ConfigError when too few prompts
+        can be selected.
         """
-        size, asked = len(self._prompts), self.to_ask(step)
+        size = len(self._prompts)
         sigma = np.full(size, np.nan) if student_iou is None else np.asarray(student_iou, np.float64)
         self._student_iou = np.column_stack([self._student_iou, sigma])
         if student_iou is not None:
-            self._drop(np.isnan(sigma) & np.isin(np.arange(size), asked), UNREADABLE)
+            self._drop(np.isnan(sigma) & self._among(asked), UNREADABLE)
         chosen = self._select_round(np.flatnonzero(self._selectable()))
         self._selected = np.zeros(size, bool)
         self._selected[chosen] = True
@@ -121,6 +122,12 @@ class Scheduler:
         counts = (self._student_iou.shape[1], len(chosen), size, self._describe_dropped())
         log.info("round %d: %d of %d prompts; %s", *counts)
         return self._next_selection
+
+    def _among(self, places: np.ndarray | None) -> np.ndarray:
+        """bool[P]: the prompts at these places; None: all."""
+        which = np.zeros(len(self._prompts), bool)
+        which[slice(None) if places is None else places] = True
+        return which
 
     def _selectable(self) -> np.ndarray:
         """bool[P]: not dropped, and answered by teacher and student where the config asks them."""

@@ -38,9 +38,10 @@ async def start_round(run: Run) -> None:
     if config.pool_sample and len(asked) == config.pool_sample:
         log.info("curriculum.pool_sample: %d of %d prompts are asked in this round", len(asked), size)
     asks_teacher = config.asks_teacher and await validate(run)
-    student_iou = await student_ious(run) if config.asks_student else None
+    asked = await run.curriculum.to_ask(run.step)
+    student_iou = await student_ious(run, asked) if config.asks_student else None
     try:
-        run.next_selection = await run.curriculum.start_round(student_iou, run.step)
+        run.next_selection = await run.curriculum.start_round(student_iou, run.step, asked)
     except ConfigError:
         await write_records(run)  # they say why each prompt was dropped
         raise
@@ -110,9 +111,8 @@ async def teacher_ious(run: Run, asked: np.ndarray) -> np.ndarray:
     return mean_ious(run, asked, keys, answers)
 
 
-async def student_ious(run: Run) -> np.ndarray:
-    """float64[P]: sigma of the current student, NaN where it is not asked or a clip cannot be read."""
-    asked = await run.curriculum.to_ask(run.step)
+async def student_ious(run: Run, asked: np.ndarray) -> np.ndarray:
+    """float64[P]: sigma of the current student at the places `asked`, NaN where a clip cannot be read."""
     prompts = [run.plan.train[i] for i in asked]
     parts = on_disk.student_parts(run.folder, run.step)
     settings = on_disk.student_settings_key(run.config, run.step)

@@ -58,9 +58,7 @@ class Run:
     resume_from: SavedRun | None = None  # the checkpoint of a resume, until it is restored
     newest_checkpoint: int | None = None  # its step; None: there is no whole checkpoint
     next_selection: int | None = None  # the step before whose update prompts are selected next; None: never
-    idle_replicas: int = (
-        0  # of the teacher, more until the learner starts, which waits for TRPV; 0: it does not
-    )
+    idle_replicas: int = 0  # more of the teacher, until the learner starts; 0: it does not wait for TRPV
     published: int = -1  # the version of the actors' weights
     buffer: TrajectoryBuffer | None = None  # of the round; None: none has begun
     gap_is_checked: bool = False  # see check_logprob_gap
@@ -124,14 +122,14 @@ async def start_parts(run: Run) -> None:
     Engines of one GPU start one after another by themselves (video_opd/models/shared_gpu.py). A learner on
     whose GPUs the teacher answers first is left to rounds.validate_first.
     """
-    engines = [part.start() for part in (run.actors, run.teacher) if part is not None]
-    if run.idle_replicas:
-        await asyncio.gather(*engines)
-    elif run.config.shares_gpus:
-        await asyncio.gather(*engines)
+    async with asyncio.TaskGroup() as starts:  # one that fails ends the others
+        for part in (run.actors, run.teacher):
+            if part is not None:
+                starts.create_task(part.start())
+        if not (run.idle_replicas or run.config.shares_gpus):
+            starts.create_task(run.learner.start())
+    if run.config.shares_gpus and not run.idle_replicas:
         await run.learner.start()
-    else:
-        await asyncio.gather(*engines, run.learner.start())
 
 
 async def publish_weights(run: Run, policy_version: int) -> None:

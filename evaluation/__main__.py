@@ -8,15 +8,17 @@ The questions are those of the config's data.eval. docs/evaluation.md says what 
 """
 
 import argparse
+import asyncio
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 
 import video_opd  # noqa: F401  # first: makes transformers importable
@@ -35,7 +37,7 @@ from video_opd.files.run_folder import write_json
 from video_opd.grounding import describe_odd, odd_truth
 from video_opd.models.lengths import PromptLengths, rollout_limit, too_long
 from video_opd.models.model_files import read_model_info
-from video_opd.passes import calls_by_video
+from video_opd.passes import by_video
 from video_opd.types import FailedPrompt, Prediction, Prompt
 from video_opd.video.descriptions import end_workers
 
@@ -60,21 +62,26 @@ class Answers:
 def ask_model(config: Config, prompts: Sequence[Prompt], blanks: bool) -> list[list[Answer]]:
     """The greedy answers of `config.student`; with `blanks`, a second list of its answers on grey frames.
 
-    Prompts go in calls as in the rollout actors. Starts vLLM in this process.
+    Starts vLLM in this process.
     """
+    from video_opd.models.engine_loop import EngineLoop, predict
     from video_opd.models.prompting import PromptEncoder
-    from video_opd.models.vllm_engine import SamplingEngine, predict
+    from video_opd.models.vllm_engine import SamplingEngine
 
     student, rollout, trust = config.student, config.rollout, config.trust_remote_code
     encoder = PromptEncoder(student, config.prompt, config.video, trust)
-    engine = SamplingEngine(student, rollout, config.seed, encoder.pad_ids, trust_remote_code=trust)
-    size, passes = rollout.prompts_per_call, []
-    for blank_video in (False, True) if blanks else (False,):
-        calls, answers = calls_by_video(prompts, size), {}
-        for call in track(calls, "grey frames" if blank_video else "answers", console=Console(stderr=True)):
-            of_call = predict(encoder, engine, [prompts[i] for i in call], blank_video)
-            answers.update(zip(call, of_call, strict=True))
-        passes.append([answers[i] for i in range(len(prompts))])
+    how = (student, rollout, config.seed, encoder.pad_ids)
+    start = partial(SamplingEngine, *how, trust_remote_code=trust)
+    loop, passes = EngineLoop(start, rollout.max_num_seqs), []
+    order = by_video(prompts)
+    with Progress(console=Console(stderr=True)) as progress:
+        for blank_video in (False, True) if blanks else (False,):
+            shown = progress.add_task("grey frames" if blank_video else "answers", total=len(prompts))
+            asked, on_answer = [prompts[i] for i in order], partial(progress.advance, shown)
+            answers = asyncio.run(predict(loop, encoder, asked, blank_video, on_answer=on_answer))
+            placed = dict(zip(order, answers, strict=True))
+            passes.append([placed[i] for i in range(len(prompts))])
+    loop.close()
     return passes
 
 

@@ -1,13 +1,13 @@
 """A call on its way to the engine: its prompts are read and encoded while the engine works on other calls."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
-from video_opd.models.prompting import Encoded, PromptEncoder, check_parity
+from video_opd.models.prompting import check_parity
 from video_opd.types import EncodedPrompt, FailedPrompt, Prompt, TeacherScores, Trajectory, TrajectoryGroup
 from video_opd.video.clips import num_video_tokens
 
@@ -34,18 +34,28 @@ class Row:
     num_tokens: int  # of prompt and response; about, for the ground truth
 
 
-class EncodedRow(NamedTuple):
+class Ready(NamedTuple):
+    """A prompt for the engine."""
+
+    prompt: EncodedPrompt
+    prepared: Any  # ScoringEngine.prepare's
+
+
+MakeReady = Callable[[Sequence[Prompt]], Iterator[Ready | FailedPrompt]]
+
+
+class ReadyRow(NamedTuple):
     """What the engine needs to score a row, and the call it belongs to."""
 
     call: "ScoreCall"
     row: Row
-    prompt: EncodedPrompt
+    ready: Ready
 
 
 class ScoreCall:
     """The trajectories of a call, the shortest first. Each prompt is encoded once."""
 
-    def __init__(self, groups: Sequence[TrajectoryGroup], encoder: PromptEncoder):
+    def __init__(self, groups: Sequence[TrajectoryGroup], make_ready: MakeReady):
         """Begins to encode."""
         self.answer: Future[Reply] = Future()
         self._groups = groups
@@ -54,24 +64,24 @@ class ScoreCall:
         self.rows = sorted(rows, key=lambda row: row.num_tokens)  # a pass takes similar lengths
         prompts = {row.prompt.prompt_id: row.prompt for row in self.rows}
         self._num_left = Counter(row.prompt.prompt_id for row in self.rows)
-        self._encoded = encoder.encode_ahead(list(prompts.values()))
-        self._held: dict[str, Encoded] = {}
+        self._coming = make_ready(list(prompts.values()))
+        self._held: dict[str, Ready | FailedPrompt] = {}
         self._scores: dict[int, TeacherScores] = {}
 
-    def encoded_rows(self) -> Iterator[EncodedRow]:
-        """The rows whose clip can be read, each as soon as its prompt is encoded. Raises ParityError."""
+    def ready_rows(self) -> Iterator[ReadyRow]:
+        """The rows whose clip can be read, each as soon as its prompt is ready. Raises ParityError."""
         for row in self.rows:
             name = row.prompt.prompt_id
             if name not in self._held:
-                self._held[name] = next(self._encoded)
-            encoded = self._held[name]
-            if isinstance(encoded, FailedPrompt):
+                self._held[name] = next(self._coming)
+            ready = self._held[name]
+            if isinstance(ready, FailedPrompt):
                 continue
             self._num_left[name] -= 1
             if not self._num_left[name]:
                 del self._held[name]
-            check_parity(encoded, row.trajectory, "the teacher")
-            yield EncodedRow(self, row, encoded)
+            check_parity(ready.prompt, row.trajectory, "the teacher")
+            yield ReadyRow(self, row, ready)
 
     def add(self, row: Row, scores: TeacherScores) -> None:
         self._scores[row.place] = scores

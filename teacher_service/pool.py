@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from video_opd.types import TrajectoryGroup
 Replica = type[TeacherReplica]
 BACK_PRESSURE_PAUSE_S = 0.2
 START_POLL_S = 0.2
+_one_at_a_time = threading.Lock()  # Serve's functions are not for several threads
 MOST_TURNS = 2 * CALLS_AN_ENGINE  # Serve compares two replicas, so one may have more calls than the others
 
 
@@ -111,14 +113,22 @@ class TeacherPool:
     async def start(self) -> None:
         """Returns when every replica answers. Raises RunError after config.start_timeout_s."""
         logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it warns of each probe of a hanging replica
-        serve.start(proxy_location="Disabled")
-        deployment = serve.deployment(self._replica, name=DEPLOYMENT, **deployment_options(self._config))
-        application = deployment.bind(self._config, self._teacher)
-        target = serve.RunTarget(application, name=self.app, route_prefix=None)
-        serve.run_many([target], wait_for_applications_running=False)
+        deploying = asyncio.ensure_future(asyncio.to_thread(self._deploy))  # takes seconds: others start
+        try:
+            await asyncio.shield(deploying)
+        finally:
+            await asyncio.wait([deploying])  # also when this is cancelled: `stop` deletes what was deployed
         self._handle = serve.get_app_handle(self.app)
         await with_deadline(self._config.start_timeout_s, self._running(), "the start of the teacher service")
         self._usage = Usage(time.monotonic(), self._config.teacher_pool.num_replicas)
+
+    def _deploy(self) -> None:
+        with _one_at_a_time:
+            serve.start(proxy_location="Disabled")
+            deployment = serve.deployment(self._replica, name=DEPLOYMENT, **deployment_options(self._config))
+            application = deployment.bind(self._config, self._teacher)
+            target = serve.RunTarget(application, name=self.app, route_prefix=None)
+            serve.run_many([target], wait_for_applications_running=False)
 
     async def _running(self) -> None:
         """Waits until the application runs. Raises RunError when Serve gives up on it."""

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from teacher_service.calls import Reply, ScoreCall, in_batches
+from teacher_service.calls import Ready, Reply, ScoreCall, in_batches
 from video_opd.answers import parse_span
 from video_opd.config import Config, TeacherModel
 from video_opd.logs import log, start_role_log
-from video_opd.models.prompting import Encoded, PromptEncoder
+from video_opd.models.prompting import PromptEncoder
 from video_opd.types import (
     EncodedPrompt,
     FailedPrompt,
@@ -62,7 +62,7 @@ class TeacherReplica:
 
         When the engine is free it takes as many of the waiting calls as fill a pass.
         """
-        call = ScoreCall(groups, self._encoder)
+        call = ScoreCall(groups, self._make_ready)
         await asyncio.sleep(self._pool.batch_wait_s)
         self._waiting.append(call)
         self._thread.submit(self._score_waiting)
@@ -70,8 +70,16 @@ class TeacherReplica:
 
     async def predict(self, prompts: Prompts, num_answers: int, temperature: float) -> Reply:
         """The teacher's own answers to each prompt, for evaluation and for the curriculum."""
-        work = self._predict, self._encoder.encode_ahead(prompts), num_answers, temperature
+        work = self._predict, self._make_ready(prompts), num_answers, temperature
         return await asyncio.get_running_loop().run_in_executor(self._thread, *work)
+
+    def _make_ready(self, prompts: Prompts) -> Iterator[Ready | FailedPrompt]:
+        """Each prompt, in order, encoded and prepared ahead of the caller."""
+
+        def ready(encoded: EncodedPrompt) -> Ready:
+            return Ready(encoded, self._engine.prepare(encoded))
+
+        return self._encoder.prepare_ahead(prompts, ready)
 
     def _score_waiting(self) -> None:
         """Answers the calls that it takes, if an earlier turn has left any."""
@@ -98,14 +106,15 @@ class TeacherReplica:
 
     def _score(self, calls: Sequence[ScoreCall]) -> list[Reply]:
         engine_s = 0.0
-        shortest_first = heapq.merge(*(c.encoded_rows() for c in calls), key=lambda e: e.row.num_tokens)
+        shortest_first = heapq.merge(*(c.ready_rows() for c in calls), key=lambda r: r.row.num_tokens)
         for batch in in_batches(shortest_first, self._pool.micro_batch):
-            responses = [e.row.trajectory.response_token_ids for e in batch]
+            responses = [r.row.trajectory.response_token_ids for r in batch]
+            prompts, prepared = zip(*(r.ready for r in batch), strict=True)
             started = time.perf_counter()
-            scored = self._engine.score([e.prompt for e in batch], responses)
+            scored = self._engine.score(prompts, responses, prepared)
             engine_s += time.perf_counter() - started
-            for encoded, scores in zip(batch, scored, strict=True):
-                encoded.call.add(encoded.row, self._named(encoded.row.trajectory, scores))
+            for (call, row, _), scores in zip(batch, scored, strict=True):
+                call.add(row, self._named(row.trajectory, scores))
         return [Reply(call.results(), engine_s, len(calls)) for call in calls]
 
     def _named(self, trajectory: Trajectory, scores: "TokenScores") -> TeacherScores:
@@ -118,16 +127,19 @@ class TeacherReplica:
             entropy=scores.entropy,
         )
 
-    def _predict(self, encoded: Iterator[Encoded], num_answers: int, temperature: float) -> Reply:
+    def _predict(self, coming: Iterator[Ready | FailedPrompt], num_answers: int, temperature: float) -> Reply:
         answers: Answers = []
         engine_s = 0.0
-        for batch in in_batches(encoded, self._pool.micro_batch):
-            readable = [e for e in batch if isinstance(e, EncodedPrompt)]
+        sampling = num_answers, temperature, self._max_tokens
+        for batch in in_batches(coming, self._pool.micro_batch):
+            ready = [r for r in batch if isinstance(r, Ready)]
+            prompts, prepared = [r.prompt for r in ready], [r.prepared for r in ready]
             started = time.perf_counter()
-            sampling = (num_answers, temperature, self._max_tokens)
-            texts = iter(self._engine.predict(readable, *sampling) if readable else [])
+            texts = iter(self._engine.predict(prompts, *sampling, prepared) if ready else [])
             engine_s += time.perf_counter() - started
-            answers += [e if isinstance(e, FailedPrompt) else self._read(e, next(texts)) for e in batch]
+            answers += [
+                r if isinstance(r, FailedPrompt) else self._read(r.prompt, next(texts)) for r in batch
+            ]
         return Reply(answers, engine_s, num_calls=1)
 
     def _read(self, prompt: EncodedPrompt, texts: Sequence[str]) -> list[Prediction]:

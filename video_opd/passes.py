@@ -13,17 +13,19 @@ Results = Sequence[Any]
 Arrived = Callable[[Sequence[Prompt], Results], None]  # is told the results of each call as it ends
 
 
-def calls_by_video(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
-    """The places of `prompts` in calls of at most `size`. Prompts of one video go together.
+def by_video(prompts: Sequence[Prompt]) -> list[int]:
+    """The places of `prompts`, those of one video, and of one cut of it, next to each other.
 
-    So a clip is read once, and the engines' caches serve its prompts. A video of more prompts is split.
+    So a clip is read once, and the engines' caches serve its prompts.
     """
-    clips = [p.clip for p in prompts]
-    order = sorted(
-        range(len(clips)), key=lambda i: (clips[i].video_path, clips[i].start_s, clips[i].duration_s)
-    )
+    cuts = [(p.clip.video_path, p.clip.start_s, p.clip.duration_s) for p in prompts]
+    return sorted(range(len(cuts)), key=cuts.__getitem__)
+
+
+def calls_by_video(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
+    """The places of `prompts` in calls of at most `size`. A video is split only if it has more prompts."""
     calls: list[list[int]] = []
-    for _, group in groupby(order, key=lambda i: clips[i].video_path):
+    for _, group in groupby(by_video(prompts), key=lambda i: prompts[i].clip.video_path):
         of_video = list(group)
         for first in range(0, len(of_video), size):
             part = of_video[first : first + size]

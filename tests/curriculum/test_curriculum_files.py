@@ -97,6 +97,7 @@ def test_the_settings_key_follows_what_decides_the_answers_and_nothing_else(conf
         )
         == key
     )
+    assert settings_key(overridden(config, teacher_pool={"engine": config.teacher_engine})) == key
     others = [
         overridden(config, curriculum={"num_teacher_predictions": 2}),
         overridden(config, rollout={"max_response_tokens": 5}),
@@ -221,7 +222,7 @@ def test_show_says_who_was_not_asked(config, tmp_path, capsys, kind):
     scheduler.validate(np.full(5, 0.9), np.array([first, second, third]))
     sigma = np.full(5, np.nan)
     sigma[[first, second, third]] = [0.1, 0.9, 0.2]
-    scheduler.start_round(sigma, 0)
+    scheduler.start_round(sigma, 0, np.array([first, second, third]))
     write_parquet(scheduler.records(), tmp_path / "run" / "curriculum" / "round-1.parquet")
     (tmp_path / "run" / "config.yaml").write_text(dump_config(config, {}))
     (other, _) = set(range(5)) - {first, second, third}

@@ -495,8 +495,9 @@ def sampled_round(scheduler: Scheduler, step: int, tau: np.ndarray, sigma: np.nd
         known[lacking] = tau[lacking]
         scheduler.validate(known, lacking)
     of_student = np.full(len(sigma), np.nan)
-    of_student[scheduler.to_ask(step)] = sigma[scheduler.to_ask(step)]
-    scheduler.start_round(of_student, step)
+    left = scheduler.to_ask(step)
+    of_student[left] = sigma[left]
+    scheduler.start_round(of_student, step, left)
     return set(asked.tolist())
 
 

@@ -19,6 +19,7 @@ from preflight.model_shapes import find_shapes
 from video_opd import ROOT
 from video_opd.config import Config
 from video_opd.config_file import load_config
+from video_opd.errors import RunError, first_error
 
 VLLM = "teacher_pool.engine=vllm"
 
@@ -68,6 +69,30 @@ def test_on_shared_gpus_the_learner_starts_after_the_engines():
 @pytest.mark.parametrize("name", ["qwen3vl_8b.yaml", "demo.yaml"])
 def test_elsewhere_all_start_at_once(name):
     assert len(starts(config_of(name), learner_first=True)) == 6
+
+
+def test_a_part_that_fails_to_start_ends_the_starts_of_the_others():
+    events: list[str] = []
+
+    class Failing(Part):
+        async def start(self) -> None:
+            await super().start()
+            raise RunError("no memory")
+
+    class Waiting(Part):
+        async def start(self) -> None:
+            try:
+                await super().start()
+            finally:
+                events.append(f"{self._name} is over")
+
+    teacher, ranks = Waiting("teacher", events, "nobody"), Waiting("learner", events, "nobody")
+    parts = {"actors": Failing("actors", events, "teacher", "learner"), "teacher": teacher, "learner": ranks}
+    run: Any = SimpleNamespace(config=config_of("demo.yaml"), idle_replicas=0, **parts)
+    with pytest.raises(ExceptionGroup) as caught:
+        asyncio.run(asyncio.wait_for(start_parts(run), 60))
+    assert str(first_error(caught.value)) == "no memory"
+    assert {"teacher is over", "learner is over"} <= set(events), "before the parts are stopped"
 
 
 def test_a_learner_on_whose_gpus_the_teacher_answers_first_is_left_out():

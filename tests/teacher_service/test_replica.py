@@ -20,7 +20,6 @@ from tests.teacher_service.test_teacher_service import config_with
 from video_opd.config import Config, TeacherModel
 from video_opd.errors import ParityError
 from video_opd.models.feed import Feed
-from video_opd.models.prompting import Encoded
 from video_opd.types import EncodedPrompt, FailedPrompt, Prompt, TrajectoryGroup
 
 TIMEOUT_S = 60
@@ -52,31 +51,46 @@ class Parts:
         self._before, self._before_encode, self._broken = before, before_encode, broken
         self.feed = Feed[Prompt](2, 1000, lambda prompt: 100)
 
-    def encode_ahead(self, prompts: Sequence[Prompt]) -> Iterator[Encoded]:
-        return self.feed.ahead(self._encode, prompts)
+    def prepare_ahead(
+        self, prompts: Sequence[Prompt], prepare: Callable[[EncodedPrompt], Any]
+    ) -> Iterator[Any]:
+        return self.feed.ahead(lambda prompt: self._encode(prompt, prepare), prompts)
 
-    def _encode(self, prompt: Prompt) -> Encoded:
+    def _encode(self, prompt: Prompt, prepare: Callable[[EncodedPrompt], Any]) -> Any:
         self._before_encode(prompt.prompt_id)
         self.num_encoded[prompt.prompt_id] += 1
-        self.events[f"{prompt.prompt_id} encoded"].set()
         if prompt.prompt_id == self._broken:
             return FailedPrompt(prompt_id=prompt.prompt_id, reason="broken")
-        (encoded,) = EmulatedTeacher().encode_ahead([prompt])
-        return encoded
+        (ready,) = EmulatedTeacher().prepare_ahead([prompt], prepare)
+        return ready
 
-    def _asked(self, prompts: Sequence[EncodedPrompt]) -> None:
+    def prepare(self, prompt: EncodedPrompt) -> str:
+        self.events[f"{prompt.prompt_id} encoded"].set()
+        return f"{prompt.prompt_id} prepared"
+
+    def _asked(self, prompts: Sequence[EncodedPrompt], prepared: Sequence[str]) -> None:
         names = [p.prompt_id for p in prompts]
+        assert list(prepared) == [f"{name} prepared" for name in names]
         self.passes.append(names)
         self.threads.add(threading.get_ident())
         self._before(names)
 
-    def score(self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray]) -> list[Any]:
-        self._asked(prompts)
+    def score(
+        self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray], prepared: Sequence[str]
+    ) -> list[Any]:
+        self._asked(prompts, prepared)
         unasked = dict.fromkeys(("top_k", "hidden", "entropy"))
         return [SimpleNamespace(logprobs=-r.astype(np.float32), **unasked) for r in responses]
 
-    def predict(self, prompts: Sequence[EncodedPrompt], num_answers: int, *_: Any) -> list[list[str]]:
-        self._asked(prompts)
+    def predict(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        num_answers: int,
+        temperature: float,
+        max_tokens: int,
+        prepared: Sequence[str],
+    ) -> list[list[str]]:
+        self._asked(prompts, prepared)
         return [[p.prompt_id] * num_answers for p in prompts]
 
     def written(self, text: str) -> str:
@@ -266,13 +280,21 @@ def test_an_error_reaches_every_call_of_the_batch_and_the_replica_goes_on():
 
 def test_the_engines_seconds_do_not_count_the_wait_for_an_encode(monkeypatch):
     """A clock that only encodes and passes move."""
-    now = [0.0]
-    parts = Parts(lambda names: now.__setitem__(0, now[0] + 1.0))
-    monkeypatch.setattr("teacher_service.replica.time.perf_counter", lambda: now[0])
-    parts.encode_ahead = lambda prompts: (
-        now.__setitem__(0, now[0] + 50) or parts._encode(p) for p in prompts
-    )
-    replica = replica_of(parts, micro_batch=2)
+    clock = SimpleNamespace(now=0.0)
+
+    def pass_of(names: list[str]) -> None:
+        clock.now += 1.0
+
+    class Slow(Parts):
+        def prepare_ahead(
+            self, prompts: Sequence[Prompt], prepare: Callable[[EncodedPrompt], Any]
+        ) -> Iterator[Any]:
+            for prompt in prompts:
+                clock.now += 50.0
+                yield self._encode(prompt, prepare)
+
+    monkeypatch.setattr("teacher_service.replica.time.perf_counter", lambda: clock.now)
+    replica = replica_of(Slow(pass_of), micro_batch=2)
     groups = [group(name) for name in "abc"]
     scored, answered = asyncio.run(
         all_of(replica.score(groups), replica.predict([g.prompt for g in groups], 1, 0.0))

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ from tests.fakes import make_prompt
 from tests.video_opd.test_config import MINIMAL
 from video_opd.cluster import command_line as shared_command_line
 from video_opd.cluster import join
-from video_opd.config import Config
+from video_opd.config import Config, TeacherModel
 from video_opd.config_file import parse_config
 from video_opd.errors import ConfigError, DeadlineError, PartLostError
 
@@ -158,6 +159,38 @@ def test_what_a_replica_raises_itself_is_the_callers_matter(cause):
     with pytest.raises(type(cause)):
         score_with(handle)
     assert handle.num_calls == 1
+
+
+def test_others_go_on_while_serve_starts_and_a_stop_waits_for_what_it_deploys(monkeypatch):
+    """Two teachers: Serve's functions are called by one thread at a time, and hold up no loop."""
+    config, events = config_with(), []
+    pools = [TeacherPool("video_opd/r", config, TeacherModel(name=n, model=n)) for n in ("a", "b")]
+    begun, may_go_on = threading.Event(), threading.Event()
+
+    def start(proxy_location: str) -> None:
+        events.append("start")
+        begun.set()
+        assert may_go_on.wait(60), "the loop went on and let it"
+
+    def run_many(targets: list, wait_for_applications_running: bool) -> None:
+        events.append(targets[0].name.rpartition("/")[2])
+
+    monkeypatch.setattr(teacher_service.pool.serve, "start", start)
+    monkeypatch.setattr(teacher_service.pool.serve, "run_many", run_many)
+
+    async def go() -> None:
+        starts = asyncio.gather(*(pool.start() for pool in pools))
+        while not begun.is_set():
+            await asyncio.sleep(0)
+        starts.cancel()
+        await asyncio.sleep(0)
+        assert events == ["start"] and not starts.done()
+        may_go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await starts
+
+    asyncio.run(asyncio.wait_for(go(), 120))
+    assert sorted(events[1::2]) == ["a", "b"] and events[::2] == ["start", "start"]
 
 
 def test_predictions_keep_two_calls_at_each_replica_and_a_video_in_one(monkeypatch):
