@@ -3,11 +3,11 @@
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import ray
 from ray.exceptions import ObjectLostError
@@ -24,6 +24,10 @@ from video_opd.errors import LearnerLostError, PartLostError, WeightsLostError
 from video_opd.logs import log
 from video_opd.types import FailedPrompt, Prompt, WeightUpdate
 
+CALLS_AHEAD = 2  # predictions of an actor: while it answers one call, it encodes the next
+ABANDON = "abandon_weight_update"
+
+T = TypeVar("T")
 Streamed = tuple[ray.ObjectRef, list[RolloutResult]]
 
 
@@ -114,23 +118,24 @@ class ActorPool:
 
     async def _stream(self, prompts: Sequence[Prompt]) -> AsyncIterator[Streamed]:
         member = await self._members.choose()
-        with self._calling(member) as timeout_s:
-            references = member.handle.rollout.options(num_returns="streaming").remote(prompts)
-            while item := await with_deadline(timeout_s, _next(references), f"a rollout of {member.name}"):
-                timeout_s = self._config.request_timeout_s  # earlier calls have ended
-                yield item
+        with self._calling(member):
+            call = member.handle.rollout.options(num_returns="streaming").remote(prompts)
+            with _cancelled_unless_ended(call):
+                while item := await self._in_time(member, _next(call), f"a rollout of {member.name}"):
+                    yield item
 
     async def predict(self, prompts: Sequence[Prompt], blank_video: bool = False) -> Answers:
         """The student's greedy answers, the work spread over the actors; see RolloutActor.predict."""
         size = self._config.rollout.prompts_per_call
-        slots = asyncio.Semaphore(max(1, len(self._members.ready)))  # as many calls as actors
+        slots = asyncio.Semaphore(CALLS_AHEAD * max(1, len(self._members.ready)))
         what = "the student's predictions"
 
         async def ask(chunk: Sequence[Prompt]) -> Answers:
             member = await self._members.choose()
-            with self._calling(member) as timeout_s:
+            with self._calling(member):
                 call = member.handle.predict.remote(chunk, blank_video)
-                return await with_deadline(timeout_s, call, f"{what}, by {member.name}")
+                with _cancelled_unless_ended(call):
+                    return await self._in_time(member, call, f"{what}, by {member.name}")
 
         async def answers(chunk: Sequence[Prompt]) -> Answers:
             async with slots:
@@ -139,13 +144,17 @@ class ActorPool:
         chunks = (prompts[i : i + size] for i in range(0, len(prompts), size))
         return list(itertools.chain(*await asyncio.gather(*map(answers, chunks))))
 
+    async def _in_time(self, member: Member, answer: Awaitable[T], what: str) -> T:
+        """The member's next answer. It is due when all its calls could have been served one after another."""
+        return await with_deadline(member.calls * self._config.request_timeout_s, answer, what)
+
     @contextmanager
-    def _calling(self, member: Member) -> Iterator[float]:
-        """Yields the seconds within which an answer is due."""
+    def _calling(self, member: Member) -> Iterator[None]:
+        """Sets aside or replaces a member that does not answer."""
         num_answers = member.num_answers
         try:
-            with member.called() as num_calls:
-                yield num_calls * self._config.request_timeout_s
+            with member.called():
+                yield
         except WeightsLostError:
             if member in self._members.ready and member.num_answers == num_answers:  # no load since
                 self._members.set_aside(member)
@@ -206,7 +215,7 @@ class ActorPool:
         try:
             await self._send([member], published)
         except WeightsLostError:
-            await self._ask(member, "pid")  # raises the actor's own loss, if that is why
+            await self._ask(member, ABANDON)  # raises the actor's own loss, if that is why
             raise
         return True
 
@@ -219,7 +228,7 @@ class ActorPool:
             try:
                 return await self._send(members, published)
             except (WeightsLostError, LearnerLostError, *LOST) as error:
-                await asyncio.gather(*(self._ask_or_lose(member, "pid") for member in members))
+                await asyncio.gather(*(self._ask_or_lose(member, ABANDON) for member in members))
                 if isinstance(error, LearnerLostError) or members == self._members.aside:
                     raise
                 log.warning("sending weights %d failed: %s", published.policy_version, cause_of(error))
@@ -244,11 +253,10 @@ class ActorPool:
             self._members.lose(member, error)
 
     async def _ask(self, member: Member, method: str, *arguments: Any) -> None:
-        """Waits for one call, and for the calls before it."""
+        """Waits for one call, which may wait for the rollouts under way."""
         call = getattr(member.handle, method).remote(*arguments)
-        with member.called() as num_calls:
-            timeout_s = num_calls * self._config.request_timeout_s
-            await with_deadline(timeout_s, call, f"{method} of {member.name}")
+        with member.called():
+            await self._in_time(member, call, f"{method} of {member.name}")
         member.num_answers += 1
 
     def take_metrics(self) -> dict[str, float]:
@@ -272,6 +280,16 @@ class ActorPool:
             "actors/wanted": self._members.num_wanted,
             "actors/lost": self._members.num_lost,
         }
+
+
+@contextmanager
+def _cancelled_unless_ended(call: Any) -> Iterator[None]:
+    """Ends the actor's work for a call whose caller stops early."""
+    try:
+        yield
+    except BaseException:
+        ray.cancel(call)
+        raise
 
 
 async def _next(references: Any) -> Streamed | None:

@@ -43,12 +43,12 @@ class Member:
         self.since_s = now
 
     @contextmanager
-    def called(self) -> Iterator[int]:
-        """Counts a call; yields the number under way. They are served in turn: a deadline covers all."""
+    def called(self) -> Iterator[None]:
+        """Counts a call. Those under way share the engine: a deadline covers all."""
         self.advance()
         self.calls += 1
         try:
-            yield self.calls
+            yield
         finally:
             self.advance()
             self.calls -= 1

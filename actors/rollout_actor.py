@@ -1,9 +1,12 @@
 """The rollout actor: prompts in, trajectories of the current policy version out."""
 
+import asyncio
 import os
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,8 +16,8 @@ from video_opd.answers import parse_span
 from video_opd.config import Config
 from video_opd.errors import WeightsLostError
 from video_opd.logs import log, start_role_log, work
+from video_opd.models.engine_loop import Answered, EngineLoop, Request, predict
 from video_opd.models.prompting import PromptEncoder
-from video_opd.models.vllm_engine import Completion, predict
 from video_opd.types import EncodedPrompt, FailedPrompt, Prediction, Prompt, Trajectory, TrajectoryGroup
 
 RolloutResult = TrajectoryGroup | FailedPrompt
@@ -22,7 +25,10 @@ Answers = list[Prediction | FailedPrompt]
 
 
 class RolloutActor:
-    """Runs one call at a time, in order of arrival, so that a trajectory comes from one policy version."""
+    """Calls overlap: their prompts enter one running engine. New weights wait until it is empty.
+
+    So all tokens of a trajectory come from one policy version: that of the moment when its prompt entered.
+    """
 
     def __init__(self, name: str, config: Config):
         from actors.engine import PolicyEngine  # not above: the driver imports this file and needs no torch
@@ -31,7 +37,9 @@ class RolloutActor:
         started = time.monotonic()
         self._name, self._config = name, config
         self._encoder = PromptEncoder(config.student, config.prompt, config.video, config.trust_remote_code)
-        self._engine = PolicyEngine(config, self._encoder.pad_ids)
+        start = partial(PolicyEngine, config, self._encoder.pad_ids)
+        self._loop = EngineLoop(start, config.rollout.max_num_seqs)
+        self._engine = self._loop.engine
         # -1: the folder's weights, before the first publication; None: no whole version
         self._policy_version: int | None = -1
         log.info("started in %.1f s", time.monotonic() - started)
@@ -39,81 +47,121 @@ class RolloutActor:
     def __repr__(self) -> str:  # what the Ray dashboard and the log lines show
         return self._name
 
-    def pid(self) -> int:
+    async def pid(self) -> int:
         return os.getpid()
 
-    def rollout(self, prompts: Sequence[Prompt]) -> Iterator[list[RolloutResult]]:
+    async def rollout(self, prompts: Sequence[Prompt]) -> AsyncIterator[list[RolloutResult]]:
         """Samples rollouts_per_prompt trajectories a prompt; a FailedPrompt where the clip cannot be read.
 
         Results come as prompts finish, `rollout.prompts_per_result` at a time. Sampling is seeded by
-        config.seed and the trajectory's id. Raises WeightsLostError without a whole version of the weights.
+        config.seed and the first trajectory's id. Raises WeightsLostError without a whole version of the
+        weights.
         """
-        self._check_whole()
-        encoded, failed = self._encoder.encode_readable(prompts)
-        ready: list[RolloutResult] = list(failed.values())
         by_id = {p.prompt_id: p for p in prompts}
-        numbers = range(self._config.rollout.rollouts_per_prompt)
-        ids = [[f"{e.prompt_id}@{self._policy_version}#{i}" for i in numbers] for e in encoded]
-        seeds = [[zlib.crc32(f"{self._config.seed}:{t}".encode()) for t in row] for row in ids]
-        for place, completions in self._engine.stream(encoded, seeds) if encoded else ():
-            prompt = encoded[place]
-            named = zip(ids[place], completions, strict=True)
-            trajectories = tuple(self._trajectory(prompt, trajectory_id, c) for trajectory_id, c in named)
-            ready.append(TrajectoryGroup(prompt=by_id[prompt.prompt_id], trajectories=trajectories))
-            if len(ready) >= self._config.rollout.prompts_per_result:
-                yield ready
-                ready = []
+        ready: list[RolloutResult] = []
+        async with aclosing(self._loop.sample(self._encoder, prompts, self._sampling)) as results:
+            async for result in results:
+                is_failed = isinstance(result, FailedPrompt)
+                ready.append(result if is_failed else self._group(by_id[result.prompt.prompt_id], result))
+                if len(ready) >= self._config.rollout.prompts_per_result:
+                    yield ready
+                    ready = []
         if ready:
             yield ready
 
-    def predict(self, prompts: Sequence[Prompt], blank_video: bool = False) -> Answers:
+    async def predict(self, prompts: Sequence[Prompt], blank_video: bool = False) -> Answers:
         """The greedy answer to each prompt, on grey frames with `blank_video`. Raises WeightsLostError."""
-        self._check_whole()
-        return predict(self._encoder, self._engine, prompts, blank_video)
+        return await predict(self._loop, self._encoder, prompts, blank_video, self._greedy)
 
-    def load_weights(self, policy_version: int, buckets: Sequence[ray.ObjectRef]) -> None:
-        """Loads one version from the object store. Raises WeightsLostError unless it is whole."""
-        fetched = ray.get(list(buckets), timeout=self._config.request_timeout_s)
+    async def load_weights(self, policy_version: int, buckets: Sequence[ray.ObjectRef]) -> None:
+        """Loads one version from the object store. Raises WeightsLostError unless it is whole.
+
+        Sampling goes on until the version is here and whole.
+        """
+        from video_opd.weights.buckets import check_whole
+
+        fetched = await asyncio.wait_for(asyncio.gather(*buckets), self._config.request_timeout_s)
+        check_whole(fetched, policy_version)
+        await self._loop.command(partial(self._load, policy_version, fetched))
+
+    def _load(self, policy_version: int, fetched: Sequence[Any]) -> None:
         self._policy_version = None  # nothing is sampled from a mixture
         self._engine.load_weights(policy_version, fetched)
-        self.update_weight_version(str(policy_version))
+        self._begin_version(policy_version)
 
-    # The learner calls the next four through vLLM's RayVLLMWeightSyncClient, then the driver the fifth.
+    # The learner calls the next four through vLLM's RayVLLMWeightSyncClient, then the driver one of two.
 
-    def init_weight_transfer_engine(self, request: Any) -> None:
-        self._engine.init_weight_transfer_engine(request)
+    async def init_weight_transfer_engine(self, request: Any) -> None:
+        await self._loop.command(partial(self._engine.init_weight_transfer_engine, request), drained=False)
 
-    def start_weight_update(self) -> None:
-        self._policy_version = None
+    async def start_weight_update(self) -> None:
+        """From now on prompts wait, until one of the last two."""
+        await self._loop.command(self._start_update)
+
+    def _start_update(self) -> None:
+        self._policy_version, self._loop.is_held = None, True
         self._engine.start_weight_update()
 
-    def update_weights(self, request: Any) -> None:
-        self._engine.update_weights(request)
+    async def update_weights(self, request: Any) -> None:
+        await self._loop.command(partial(self._engine.update_weights, request))
 
-    def finish_weight_update(self) -> None:
-        self._engine.finish_weight_update()
+    async def finish_weight_update(self) -> None:
+        await self._loop.command(self._engine.finish_weight_update)
 
-    def update_weight_version(self, policy_version: str) -> None:
+    async def update_weight_version(self, policy_version: str) -> None:
         """From now on, samples come from the version that was just loaded."""
-        self._policy_version = work.step = int(policy_version)
-        log.info("samples from weights %d now", self._policy_version)
+        await self._loop.command(partial(self._begin_version, int(policy_version)))
 
-    def _check_whole(self) -> None:
+    async def abandon_weight_update(self) -> None:
+        """Where an update began, it is not to end: prompts that wait raise WeightsLostError.
+
+        Returns when the engine's thread answers: it does not while it hangs in a transfer.
+        """
+        await self._loop.command(self._release, drained=False)
+
+    def _begin_version(self, policy_version: int) -> None:
+        self._policy_version = work.step = policy_version
+        self._release()
+        log.info("samples from weights %d now", policy_version)
+
+    def _release(self) -> None:
+        self._loop.is_held = False
+
+    # The engine's thread calls the next three when a prompt enters.
+
+    def _sampling(self, prompt: EncodedPrompt) -> Request:
+        version = self._whole_version()
+        seed = zlib.crc32(f"{self._config.seed}:{_trajectory_id(prompt.prompt_id, version, 0)}".encode())
+        return Request(seed, self._config.rollout.rollouts_per_prompt, version)
+
+    def _greedy(self, prompt: EncodedPrompt) -> Request:
+        return Request(None, policy_version=self._whole_version())
+
+    def _whole_version(self) -> int:
         if self._policy_version is None:
             raise WeightsLostError(f"{self._name} holds no whole version of the weights")
+        return self._policy_version
 
-    def _trajectory(self, prompt: EncodedPrompt, trajectory_id: str, completion: Completion) -> Trajectory:
-        assert self._policy_version is not None
-        text = self._encoder.written(completion.text)
-        return Trajectory(
-            trajectory_id=trajectory_id,
-            prompt_id=prompt.prompt_id,
-            policy_version=self._policy_version,
-            prompt_token_ids=np.asarray(prompt.token_ids),
-            prompt_fingerprint=prompt.fingerprint,
-            response_token_ids=completion.token_ids,
-            actor_logprobs=completion.logprobs,
-            finish_reason=completion.finish_reason,
-            text=text,
-            predicted_span_s=parse_span(text),
-        )
+    def _group(self, prompt: Prompt, answered: Answered) -> TrajectoryGroup:
+        encoded, version = answered.prompt, answered.request.policy_version
+        trajectories = []
+        for number, completion in enumerate(answered.completions):
+            text = self._encoder.written(completion.text)
+            trajectory = Trajectory(
+                trajectory_id=_trajectory_id(prompt.prompt_id, version, number),
+                prompt_id=prompt.prompt_id,
+                policy_version=version,
+                prompt_token_ids=np.asarray(encoded.token_ids),
+                prompt_fingerprint=encoded.fingerprint,
+                response_token_ids=completion.token_ids,
+                actor_logprobs=completion.logprobs,
+                finish_reason=completion.finish_reason,
+                text=text,
+                predicted_span_s=parse_span(text),
+            )
+            trajectories.append(trajectory)
+        return TrajectoryGroup(prompt=prompt, trajectories=tuple(trajectories))
+
+
+def _trajectory_id(prompt_id: str, policy_version: int, number: int) -> str:
+    return f"{prompt_id}@{policy_version}#{number}"

@@ -8,15 +8,17 @@ The questions are those of the config's data.eval. docs/evaluation.md says what 
 """
 
 import argparse
+import asyncio
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 
 import video_opd  # noqa: F401  # first: makes transformers importable
@@ -59,19 +61,23 @@ class Answers:
 def ask_model(config: Config, prompts: Sequence[Prompt], blanks: bool) -> list[list[Answer]]:
     """The greedy answers of `config.student`; with `blanks`, a second list of its answers on grey frames.
 
-    Prompts go in calls of rollout.prompts_per_call, as in the rollout actors. Starts vLLM in this process.
+    Starts vLLM in this process.
     """
+    from video_opd.models.engine_loop import EngineLoop, predict
     from video_opd.models.prompting import PromptEncoder
-    from video_opd.models.vllm_engine import SamplingEngine, predict
+    from video_opd.models.vllm_engine import SamplingEngine
 
     student, rollout, trust = config.student, config.rollout, config.trust_remote_code
     encoder = PromptEncoder(student, config.prompt, config.video, trust)
-    engine = SamplingEngine(student, rollout, config.seed, encoder.pad_ids, trust_remote_code=trust)
-    size, passes = rollout.prompts_per_call, []
-    for blank_video in (False, True) if blanks else (False,):
-        calls = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-        shown = track(calls, "grey frames" if blank_video else "answers", console=Console(stderr=True))
-        passes.append([answer for call in shown for answer in predict(encoder, engine, call, blank_video)])
+    how = (student, rollout, config.seed, encoder.pad_ids)
+    start = partial(SamplingEngine, *how, trust_remote_code=trust)
+    loop, passes = EngineLoop(start, rollout.max_num_seqs), []
+    with Progress(console=Console(stderr=True)) as progress:
+        for blank_video in (False, True) if blanks else (False,):
+            shown = progress.add_task("grey frames" if blank_video else "answers", total=len(prompts))
+            answers = predict(loop, encoder, prompts, blank_video, on_answer=partial(progress.advance, shown))
+            passes.append(asyncio.run(answers))
+    loop.close()
     return passes
 
 

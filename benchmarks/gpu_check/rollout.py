@@ -91,7 +91,7 @@ class Checks(Setting):
         if wanted < 0.9:
             raise CheckError(f"the banned tokens' probability is {wanted:.2f} only: no ban would pass")
         self._publish(2)
-        (answers,) = self._engine.generate([prompt], [list(range(NUM_BANNED_ANSWERS))])
+        (answers,) = self._engine.generate([prompt], [0], NUM_BANNED_ANSWERS)
         tokens = np.concatenate([a.token_ids for a in answers])
         if np.isin(tokens, pads).any():
             raise CheckError("a banned token was sampled")
@@ -133,7 +133,7 @@ class Checks(Setting):
         return f"{told}; in {seconds:.2f} s with up to {cached} tokens of a prompt cached"
 
     def _sample(self, seed: int) -> list[Completion]:
-        return [answer for (answer,) in self._engine.generate(self.encoded, [[seed]] * len(self.encoded))]
+        return [answer for (answer,) in self._engine.generate(self.encoded, [seed] * len(self.encoded))]
 
     def _exact(self, answers: Sequence[Completion], encoded: Sequence[EncodedPrompt]) -> Arrays:
         return self.exact(self._model, encoded, [a.token_ids for a in answers])

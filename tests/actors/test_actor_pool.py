@@ -134,6 +134,14 @@ class FakePool(ActorPool):
 
 
 @pytest.fixture(autouse=True)
+def cancelled(monkeypatch) -> list[Any]:
+    """The calls that were told to end."""
+    calls: list[Any] = []
+    monkeypatch.setattr(actor_pool.ray, "cancel", calls.append)
+    return calls
+
+
+@pytest.fixture(autouse=True)
 def killed(monkeypatch) -> list[FakeActor]:
     dead: list[FakeActor] = []
 
@@ -323,9 +331,33 @@ def test_an_actor_that_cannot_take_the_weights_is_said_and_tried_again(monkeypat
     )
 
 
+@pytest.mark.parametrize("what", ["rollout", "predict"])
+def test_an_actor_hears_of_a_caller_that_stops_and_of_no_other(what, cancelled, monkeypatch):
+    async def run() -> None:
+        pool = await started(FakePool(make_config(1), random.Random(0), 0.0))
+        assert await sampled(pool, [make_prompt("p")]) and await pool.predict([make_prompt("p")])
+        assert not cancelled
+        asked = asyncio.Event()
+
+        async def act(actor: FakeActor, can_fail: bool = True) -> None:
+            asked.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(FakeActor, "_act", act)
+        calls = {"rollout": sampled, "predict": FakePool.predict}
+        stopping = asyncio.ensure_future(calls[what](pool, [make_prompt("q")]))
+        await asked.wait()
+        stopping.cancel()
+        await asyncio.wait([stopping])
+        assert len(cancelled) == 1 and pool.counts()["actors/lost"] == 0
+        assert pool._members.ready[0].calls == 0
+
+    asyncio.run(asyncio.wait_for(run(), 200))
+
+
 @pytest.mark.engine
 def test_a_deadline_covers_the_calls_before_it(killed, monkeypatch):
-    """An actor serves one call at a time: three calls that together outlast a deadline lose nobody."""
+    """Calls share an actor's engine: three that together outlast a deadline lose nobody."""
 
     async def run() -> None:
         config = make_config(1).model_copy(update={"request_timeout_s": 4.0})

@@ -98,6 +98,9 @@ class Actor(Served):
     def do_pid(self) -> int:
         return 0
 
+    def do_abandon_weight_update(self) -> None:
+        pass
+
     def do_wait(self, event: threading.Event) -> None:
         assert event.wait(PATIENCE_S)
 
@@ -221,6 +224,7 @@ def is_whole(actor: Actor) -> bool:
 @pytest.fixture(autouse=True)
 def without_ray(monkeypatch):
     monkeypatch.setattr("ray.kill", lambda handle: handle.dead.set())
+    monkeypatch.setattr("ray.cancel", lambda call: None)
     monkeypatch.setattr("actors.actor_pool._next", one_result)
 
 

@@ -34,7 +34,7 @@ def published(model: VideoLLM, version: int, config: Config) -> list[WeightBucke
 def gaps(engine: PolicyEngine, models: list[VideoLLM], encoded: list[EncodedPrompt]) -> np.ndarray:
     """float[models, tokens]: |actor's log-prob - the model's| of each token that the actor samples."""
     found = []
-    for prompt, (answer,) in zip(encoded, engine.generate(encoded, [[7]] * len(encoded)), strict=True):
+    for prompt, (answer,) in zip(encoded, engine.generate(encoded, [7] * len(encoded)), strict=True):
         batch = collate([prompt], [answer.token_ids], 0)
         rows = torch.arange(len(batch.targets))
         exact = [ResponseLogits(m)(batch).log_softmax(-1)[rows, batch.targets].numpy() for m in models]

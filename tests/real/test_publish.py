@@ -99,17 +99,25 @@ class Seen(NamedTuple):
 class Actor(RolloutActor):
     """One that can be looked into. It dies in the middle of a version while the file DEADLY names it."""
 
-    def look(self, prompts) -> Seen:
-        digests = self._engine._llm.collective_rpc(worker_digests)[0]
+    async def hold(self) -> None:
+        """From now on prompts wait."""
+        await self._loop.command(lambda: setattr(self._loop, "is_held", True))
+
+    async def num_calls(self) -> int:
+        return len(self._loop._calls)
+
+    async def look(self, prompts) -> Seen:
+        digests = await self._loop.command(lambda: self._engine._llm.collective_rpc(worker_digests)[0])
         assert self._policy_version is not None
-        groups = [g for results in self.rollout(prompts) for g in results if isinstance(g, TrajectoryGroup)]
+        results = [result async for part in self.rollout(prompts) for result in part]
+        groups = [g for g in results if isinstance(g, TrajectoryGroup)]
         trajectories = [
             t for group in sorted(groups, key=lambda g: g.prompt.prompt_id) for t in group.trajectories
         ]
         responses = [(t.response_token_ids.tolist(), t.actor_logprobs.tolist()) for t in trajectories]
         return Seen(self._policy_version, digests, responses)
 
-    def load_weights(self, policy_version, buckets):
+    async def load_weights(self, policy_version, buckets):
         if (deadly := Path(os.environ["DEADLY"])).exists() and deadly.read_text() == self._name:
 
             def unpack_or_die(buckets):
@@ -117,7 +125,7 @@ class Actor(RolloutActor):
                 os.kill(os.getpid(), 9)
 
             transfer.unpack = unpack_or_die
-        return super().load_weights(policy_version, buckets)
+        await super().load_weights(policy_version, buckets)
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +137,18 @@ def published(local_ray, overrides, prompts, tmp_path_factory):
 
     async def look(pool) -> dict[str, Seen]:
         return {m.name: await m.handle.look.remote(prompts[:3]) for m in pool._members.ready}
+
+    async def stop_early(pool, prompts) -> list[int]:
+        """The calls that an actor has before and after a caller of one stops."""
+        for member in pool._members.ready:
+            await member.handle.hold.remote()
+        caller, counts = asyncio.ensure_future(anext(pool.rollout(prompts[:2]))), []
+        for count in (1, 0):
+            while sum([await m.handle.num_calls.remote() for m in pool._members.ready]) != count:
+                await asyncio.sleep(0.01)
+            counts.append(count)
+            caller.cancel()
+        return counts
 
     async def go() -> dict[str, Any]:
         pool, learner = ActorPool("publish", config, Actor), Learner("publish", config, Rank)
@@ -145,6 +165,7 @@ def published(local_ray, overrides, prompts, tmp_path_factory):
         seen["joined"] = await look(pool)
         await pool.publish(1, learner)
         seen["again"] = await look(pool)
+        seen["stopped"] = await stop_early(pool, prompts)
         seen["left"] = await learner._ranks[0].left.remote()
         pool.stop()
         learner.stop()
@@ -210,6 +231,11 @@ def test_an_actor_in_shards_is_in_the_placement_group_that_vllm_uses_and_gives_i
     assert placement_group_table(member.places)["strategy"] == "STRICT_PACK"
     pool.stop()
     assert placement_group_table(member.places)["state"] == "REMOVED"
+
+
+def test_an_actor_drops_a_call_whose_caller_stopped(published):
+    """Its prompts would have waited for ever."""
+    assert published["stopped"] == [1, 0]
 
 
 def test_a_version_leaves_the_object_store_before_the_next_one_enters(published, config):

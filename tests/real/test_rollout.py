@@ -1,5 +1,6 @@
 """vLLM against transformers in fp32: log-probs before and after a weight publication."""
 
+import asyncio
 import dataclasses
 import os
 import re
@@ -11,7 +12,10 @@ import pytest
 import torch
 import vllm.envs
 
+import actors.engine
+import actors.rollout_actor as rollout_actor
 from actors.engine import PolicyEngine
+from actors.rollout_actor import RolloutActor
 from tests.real.conftest import reference_logprobs
 from tests.videos import noise, write_video
 from video_opd import ROOT
@@ -19,9 +23,9 @@ from video_opd.answers import parse_span
 from video_opd.models.forward import load_model
 from video_opd.models.patches import pixel_values
 from video_opd.models.prompting import PromptEncoder
-from video_opd.types import EncodedPrompt, Prompt
+from video_opd.types import EncodedPrompt, Prompt, Trajectory, TrajectoryGroup
 from video_opd.video.clips import plan_clip
-from video_opd.weights.buckets import to_buckets
+from video_opd.weights.buckets import WeightBucket, to_buckets
 
 KV_BLOCK_TOKENS = 128  # of vLLM on a CPU
 TOLERANCE = 1e-4
@@ -53,7 +57,7 @@ def encoded(prompts, encoder) -> list[EncodedPrompt]:
 
 
 def max_gap(engine, model, encoded, seed: int) -> float:
-    answers = engine.generate(encoded, [[seed]] * len(encoded))
+    answers = engine.generate(encoded, [seed] * len(encoded))
     gaps = []
     for prompt, (answer,) in zip(encoded, answers, strict=True):
         exact = reference_logprobs(model, prompt, answer.token_ids)
@@ -96,16 +100,94 @@ def test_logprobs_match_transformers_before_and_after_a_publication(engine, mode
 
 def test_sampling_is_seeded_and_greedy_is_the_argmax(engine, encoded):
     first, second, other = (
-        [a.token_ids.tolist() for (a,) in engine.generate(encoded, [[s]] * len(encoded))]
-        for s in (11, 11, 12)
+        [a.token_ids.tolist() for (a,) in engine.generate(encoded, [s] * len(encoded))] for s in (11, 11, 12)
     )
     assert first == second
     assert first != other
-    two = engine.generate(encoded[:1], [[11, 12]])[0]
+    two = engine.generate(encoded[:1], [11], 2)[0]
     assert [a.token_ids.tolist() for a in two] == [first[0], other[0]]
     greedy = [a for (a,) in engine.generate(encoded, None)]
-    sampled = [a for (a,) in engine.generate(encoded, [[11]] * len(encoded))]
+    sampled = [a for (a,) in engine.generate(encoded, [11] * len(encoded))]
     assert all(g.logprobs[0] >= s.logprobs[0] - 1e-6 for g, s in zip(greedy, sampled, strict=True))
+
+
+def test_the_videos_of_several_prompts_are_processed_once_and_as_bytes(engine, encoded):
+    """encoded[6:] are of one video; a video cut elsewhere has other pixels or times, so another name."""
+    rendered = [engine.render(e) for e in (*encoded[6:], encoded[1])]
+    (items, names) = zip(
+        *((r["mm_kwargs"]["video"][0], r["mm_hashes"]["video"][0]) for r in rendered), strict=True
+    )
+    assert items[0]["pixel_values_videos"].data.dtype == torch.uint8, "no float32 patches travel"
+    assert items[1] is items[0] and items[2] is items[0] and items[3] is not items[0]
+    assert len({*names[:3]}) == 1 and names[3] != names[0]
+    moved = dict(
+        encoded[6].video_metadata, frames_indices=[i + 4 for i in encoded[6].video_metadata["frames_indices"]]
+    )
+    later = dataclasses.replace(encoded[6], video_metadata=moved)
+    assert engine.render(later)["mm_hashes"]["video"][0] != names[0], "its timestamps are other text"
+
+
+def test_overlapping_calls_with_publications_between_sample_each_answer_from_its_one_version(
+    engine, model, config, encoder, prompts, monkeypatch
+):
+    """Its log-probs are those of a transformers forward with that version's weights."""
+    monkeypatch.setattr(actors.engine, "PolicyEngine", lambda *_: engine)
+    monkeypatch.setattr(rollout_actor, "start_role_log", lambda *_: None)
+    sizes = {"rollouts_per_prompt": 2, "max_num_seqs": 6, "prompts_per_result": 1}
+    actor = RolloutActor(
+        "actor", config.model_copy(update={"rollout": config.rollout.model_copy(update=sizes)})
+    )
+    torch.manual_seed(5)
+    named = {n: p.detach().clone() for n, p in model.named_parameters()}
+    weights = {-1: named} | {
+        v: {n: p + torch.randn_like(p) * 0.05 for n, p in named.items()} for v in (20, 21)
+    }
+
+    async def buckets(version: int) -> list[WeightBucket]:
+        return list(to_buckets(weights[version].items(), version, bucket_bytes=1 << 30))
+
+    async def publish(version: int) -> None:
+        await actor.load_weights(version, cast(Any, [as_reference(b) for b in await buckets(version)]))
+
+    async def as_reference(bucket: WeightBucket) -> WeightBucket:
+        return bucket
+
+    async def sampled(some: list[Prompt], publishes: int | None = None) -> list[Trajectory]:
+        """`publishes` a version when the first result is here."""
+        found, publication = [], None
+        async for results in actor.rollout(some):
+            found += [t for r in results if isinstance(r, TrajectoryGroup) for t in r.trajectories]
+            if publishes and publication is None:
+                publication = asyncio.ensure_future(publish(publishes))
+        await (publication or asyncio.sleep(0))
+        return found
+
+    async def overlapping() -> list[list[Trajectory]]:
+        calls = [
+            sampled(prompts[:8], publishes=20),
+            sampled(prompts[8:12]),
+            sampled(prompts[4:10], publishes=21),
+        ]
+        return await asyncio.gather(*calls)
+
+    calls = asyncio.run(overlapping())
+    assert [len(found) for found in calls] == [16, 8, 12]
+    seen = [t for found in calls for t in found]
+    assert {-1, 20} <= {t.policy_version for t in calls[0]}, "the version changed within a call"
+    assert {t.policy_version for t in seen} == {-1, 20, 21}
+    encoded = {p.prompt_id: encoder.encode(p) for p in prompts}
+    gaps: dict[int, list[float]] = {}
+    for of in weights:
+        model.load_state_dict(weights[of], strict=False)
+        for t in seen:
+            ids = t.response_token_ids
+            exact = reference_logprobs(model, encoded[t.prompt_id], ids)[np.arange(len(ids)), ids]
+            gap = float(np.abs(exact - t.actor_logprobs).max())
+            gaps.setdefault(of == t.policy_version, []).append(gap)
+    assert max(gaps[True]) < TOLERANCE < np.median(gaps[False]) / 100
+    model.load_state_dict(named, strict=False)
+    asyncio.run(publish(-1))
+    actor._loop.close()
 
 
 def test_video_pads_are_never_sampled_even_when_the_model_wants_them(engine, model, encoded, encoder):
@@ -123,7 +205,7 @@ def test_video_pads_are_never_sampled_even_when_the_model_wants_them(engine, mod
         model.get_input_embeddings().weight[list(encoder.pad_ids)] = 3 * hidden / hidden.norm()
     wanted = np.exp(reference_logprobs(model, prompt, np.zeros(1, np.int32))[0, list(encoder.pad_ids)]).sum()
     engine.load_weights(3, list(to_buckets(model.named_parameters(), 3, bucket_bytes=1 << 30)))
-    (answers,) = engine.generate([prompt], [list(range(32))])
+    (answers,) = engine.generate([prompt], [0], 32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(original[name])
@@ -192,7 +274,7 @@ def test_an_engine_in_two_shards_samples_as_one_process_does_before_and_after_a_
         engine.load_weights(version, buckets)
         if version > 5:  # the first are those of the folder
             shards.load_weights(version, buckets)
-        one, same = (e.generate(encoded, [[version]] * len(encoded)) for e in (engine, shards))
+        one, same = (e.generate(encoded, [version] * len(encoded)) for e in (engine, shards))
         for (expected,), (answer,) in zip(one, same, strict=True):
             assert answer.token_ids.tolist() == expected.token_ids.tolist()
             assert np.abs(answer.logprobs - expected.logprobs).max() < TOLERANCE

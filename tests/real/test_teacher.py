@@ -80,7 +80,7 @@ def test_a_teacher_that_is_the_student_gives_no_signal(config, prompts, encoder)
 
     encoded = [encoder.encode(p) for p in prompts[:8]]
     policy = PolicyEngine(config, encoder.pad_ids)
-    answers = [row[0] for row in policy.generate(encoded, [[s] for s in range(8)])]
+    answers = [row[0] for row in policy.generate(encoded, list(range(8)))]
     for kind in (TransformersEngine, VllmEngine):
         teacher = kind(config.student, config.teacher_pool, Wanted(), 0, encoder)
         scores = teacher.score(encoded, [a.token_ids for a in answers])

@@ -3,10 +3,10 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -14,11 +14,12 @@ from video_opd.answers import opened_thought
 from video_opd.config_data import PromptConfig, VideoConfig
 from video_opd.errors import ClipError, DataError, ModelError, ParityError
 from video_opd.logs import log
-from video_opd.models.feed import Feed
+from video_opd.models.feed import Ahead, Feed
 from video_opd.types import Clip, EncodedPrompt, FailedPrompt, Prompt, Span, Trajectory
 from video_opd.video.frame_cache import FrameCache, digest_of
 
 Encoded = EncodedPrompt | FailedPrompt
+T = TypeVar("T")
 VIDEO_PAD = "<|video_pad|>"  # stands for the video in a text
 VIDEOS_KEPT = 512  # VideoTexts that an encoder remembers, 55 KiB each at 7,000 tokens
 GREY = 128  # every pixel of a blank video
@@ -131,15 +132,25 @@ class PromptEncoder:
 
     def encode_ahead(self, prompts: Sequence[Prompt], blank_video: bool = False) -> Iterator[Encoded]:
         """The same, while the caller works on earlier ones, video.feed_bytes of frames ahead of it."""
+        return self.prepare_ahead(prompts, lambda encoded: encoded, blank_video)
 
-        def encode(prompt: Prompt) -> Encoded:
+    def prepare_ahead(
+        self,
+        prompts: Sequence[Prompt],
+        prepare: Callable[[EncodedPrompt], T],
+        blank_video: bool = False,
+        on_ready: Callable[[], None] = lambda: None,
+    ) -> Ahead[Prompt, T | FailedPrompt]:
+        """encode_ahead, with `prepare` of each encoded prompt in the feed's threads; see Feed.ahead."""
+
+        def encode(prompt: Prompt) -> T | FailedPrompt:
             try:
-                return self.encode(prompt, blank_video)
+                return prepare(self.encode(prompt, blank_video))
             except ClipError as error:
                 log.info("clip %s: %s", prompt.clip.clip_id, error)
                 return FailedPrompt(prompt_id=prompt.prompt_id, reason=str(error), kind=error.kind)
 
-        return self._feed.ahead(encode, prompts)
+        return self._feed.ahead(encode, prompts, on_ready)
 
     def encode(
         self, prompt: Prompt, blank_video: bool = False, frames: np.ndarray | None = None
@@ -226,14 +237,6 @@ class PromptEncoder:
             raise ModelError(
                 f"clip {clip.clip_id}: {resized}: bring video.max_video_tokens within its limits"
             )
-
-    def encode_readable(
-        self, prompts: Sequence[Prompt], blank_video: bool = False
-    ) -> tuple[list[EncodedPrompt], dict[str, FailedPrompt]]:
-        """The prompts whose clips can be read, and by prompt id a FailedPrompt for each other."""
-        encoded = self.encode_all(prompts, blank_video)
-        failed = {e.prompt_id: e for e in encoded if isinstance(e, FailedPrompt)}
-        return [e for e in encoded if isinstance(e, EncodedPrompt)], failed
 
 
 def check_parity(encoded: EncodedPrompt, trajectory: Trajectory, party: str) -> None:

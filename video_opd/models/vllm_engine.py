@@ -1,26 +1,29 @@
 """vLLM for rollout, evaluation and the teacher: starting it, and giving it encoded prompts."""
 
 import gc
+import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+import threading
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
 
-from video_opd.answers import parse_span
 from video_opd.config import RolloutConfig, TeacherConfig
 from video_opd.errors import ParityError
-from video_opd.models.prompting import PromptEncoder, first_difference
+from video_opd.models.prompting import first_difference
 from video_opd.models.shared_gpu import is_shared, starting_alone
-from video_opd.types import EncodedPrompt, FailedPrompt, FinishReason, Prediction, Prompt
+from video_opd.types import EncodedPrompt, FinishReason
 
 EngineConfig = RolloutConfig | TeacherConfig
 LEAST_UTILIZATION = 0.01
-Seeds = Sequence[Sequence[int]] | None
+PROCESSED_GIB = 1.0  # videos that vLLM has processed and keeps on the host, for prompts of the same video
 
 
 def start_vllm(model: str, config: EngineConfig, seed: int, trust_remote_code: bool = False, **options: Any):
@@ -32,6 +35,8 @@ def start_vllm(model: str, config: EngineConfig, seed: int, trust_remote_code: b
     if not config.num_gpus:  # a seeded request with a chunked prefill fails: its generator cannot be rewound
         options["enable_chunked_prefill"] = False
         _register_architecture(model)
+    # frames are read-only, and nobody writes to them
+    warnings.filterwarnings("ignore", "The given NumPy array is not writ")
     gc.freeze()  # vLLM collects garbage five times while it starts: skip imported objects
     with starting_alone(config.num_gpus):
         llm = LLM(
@@ -44,7 +49,7 @@ def start_vllm(model: str, config: EngineConfig, seed: int, trust_remote_code: b
             max_model_len=config.max_model_len,
             limit_mm_per_prompt={"video": 1, "image": 0},
             skip_mm_profiling=True,
-            mm_processor_cache_gb=0,
+            mm_processor_cache_gb=PROCESSED_GIB,
             disable_log_stats=True,
             **options,
         )
@@ -91,10 +96,18 @@ def _register_architecture(model: str) -> None:
 
 
 def vllm_prompt(encoded: EncodedPrompt, response: np.ndarray | None = None) -> dict[str, Any]:
-    """vLLM's input: UNEXPANDED prompt ids (vLLM expands the video pad), the response, and the frames."""
+    """vLLM's input: UNEXPANDED prompt ids (vLLM expands the video pad), the response, and the frames.
+
+    The video's name stands for its pixels in vLLM's caches, so that vLLM hashes none, and for its times,
+    because the processor's cache holds the timestamps' text, too.
+    """
     ids = encoded.unexpanded_token_ids + ([] if response is None else response.tolist())
-    video = (encoded.frames.copy(), encoded.video_metadata)  # vLLM warns of read-only arrays
-    return {"prompt_token_ids": ids, "multi_modal_data": {"video": [video]}}
+    seen = json.dumps([encoded.frames_digest, encoded.video_metadata])
+    return {
+        "prompt_token_ids": ids,
+        "multi_modal_data": {"video": [(encoded.frames, encoded.video_metadata)]},
+        "multi_modal_uuids": {"video": [hashlib.blake2b(seen.encode(), digest_size=16).hexdigest()]},
+    }
 
 
 def check_expansion(encoded: EncodedPrompt, seen: list[int], party: str) -> None:
@@ -102,6 +115,13 @@ def check_expansion(encoded: EncodedPrompt, seen: list[int], party: str) -> None
     if where := first_difference(encoded.token_ids, np.asarray(seen)):
         what = f"{party}'s vLLM does not expand it as the processor does"
         raise ParityError(f"prompt {encoded.prompt_id}: {what}: {where}")
+
+
+class Added(NamedTuple):
+    """A prompt in the engine."""
+
+    name: str  # of its output
+    internal_name: str
 
 
 @dataclass(frozen=True)
@@ -115,7 +135,7 @@ class Completion:
 
 
 class SamplingEngine:
-    """Samples from a student's folder with vLLM."""
+    """Samples from a student's folder with vLLM. For one thread, except `render`."""
 
     def __init__(
         self, model: str, config: RolloutConfig, seed: int, banned_ids: Sequence[int], **options: Any
@@ -124,66 +144,72 @@ class SamplingEngine:
         self._config = config
         self._banned = dict.fromkeys(banned_ids, -100.0)
         self._adapter: Any = None  # a LoRARequest for what is sampled; None: the folder's weights alone
+        self._numbers = itertools.count()
+        self._one_at_a_time = threading.Lock()
         options |= {"enforce_eager": config.enforce_eager, "max_num_seqs": config.max_num_seqs}
         self._llm: Any = start_vllm(model, config, seed, **options)
 
-    def generate(self, prompts: Sequence[EncodedPrompt], seeds: Seeds) -> list[list[Completion]]:
-        """Responses to each prompt: one per seed, sampled; one, greedy, if `seeds` is None.
+    def render(self, encoded: EncodedPrompt) -> Any:
+        """vLLM's processing of a prompt, all that is slow: patches from frames, and ids. From any thread.
 
-        Log-probs are those of the model itself, before the ban.
+        Not by vLLM's cache of what the engine holds, which breaks when a rendered prompt is never added.
         """
-        finished = dict(self.stream(prompts, seeds))
-        return [finished[place] for place in range(len(prompts))]
+        with self._one_at_a_time:  # neither the processor nor its cache is thread-safe
+            prompts = self._llm.llm_engine.renderer.render_cmpl([vllm_prompt(encoded)], skip_mm_cache=True)
+        return prompts[0]
 
-    def stream(
-        self, prompts: Sequence[EncodedPrompt], seeds: Seeds
-    ) -> Iterator[tuple[int, list[Completion]]]:
-        """The same as (index of the prompt, its responses), when the prompt's last response is finished."""
+    def add(self, rendered: Any, seed: int | None, num_answers: int = 1) -> Added:
+        """Begins answers to a rendered prompt: sampled, the i-th by seed + i; with None one, greedy.
+
+        Raises ValueError for a prompt that vLLM refuses.
+        """
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        rows = seeds or [[None]] * len(prompts)
-        wanted = [(place, number, seed) for place, row in enumerate(rows) for number, seed in enumerate(row)]
-        parameters = [
-            SamplingParams(
-                temperature=0.0 if seed is None else self._config.temperature,
-                seed=seed,
-                max_tokens=self._config.max_response_tokens,
-                logprobs=0,
-                logit_bias=self._banned,
-            )
-            for _, _, seed in wanted
-        ]
-        inputs = [vllm_prompt(prompts[place]) for place, _, _ in wanted]
-        names = self._llm.enqueue(inputs, parameters, lora_request=self._adapter, use_tqdm=False)
-        of_request = {name.partition("-")[0]: request for name, request in zip(names, wanted, strict=True)}
-        finished: list[dict[int, Completion]] = [{} for _ in prompts]
-        engine = self._llm.llm_engine
-        try:
-            while engine.has_unfinished_requests():
-                for output in engine.step():  # only finished requests
-                    place, number, _ = of_request.pop(output.request_id)
-                    check_expansion(prompts[place], output.prompt_token_ids, "the actor")
-                    finished[place][number] = self._completion(output.outputs[0])
-                    if len(finished[place]) == len(rows[place]):
-                        yield place, [finished[place][n] for n in range(len(rows[place]))]
-        finally:  # a caller may stop early
-            engine.abort_request(names, internal=True)
+        parameters = SamplingParams(
+            n=num_answers,
+            temperature=0.0 if seed is None else self._config.temperature,
+            seed=seed,
+            max_tokens=self._config.max_response_tokens,
+            logprobs=0,
+            logit_bias=self._banned,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        name, engine = str(next(self._numbers)), self._llm.llm_engine
+        return Added(name, engine.add_request(name, rendered, parameters, lora_request=self._adapter))
 
-    def _completion(self, output) -> Completion:
-        ids = np.asarray(output.token_ids, dtype=np.int32)
+    def step(self) -> list[Any]:
+        """One pass of the model. Returns vLLM's output of each prompt whose last answer is finished."""
+        return self._llm.llm_engine.step()
+
+    def settle(self) -> None:
+        """Ends the pass that vLLM, on GPUs, has begun before it knew that nothing is left to sample."""
+        core = self._llm.llm_engine.engine_core.engine_core
+        while core.batch_queue:
+            self.step()
+
+    def abort(self, added: Sequence[Added]) -> None:
+        self._llm.llm_engine.abort_request([a.internal_name for a in added], internal=True)
+
+    def completions(self, encoded: EncodedPrompt, output: Any) -> list[Completion]:
+        """The answers in an output of `step`. Log-probs are those of the model itself, before the ban."""
+        check_expansion(encoded, output.prompt_token_ids, "the actor")
+        return [self._completion(answer) for answer in output.outputs]
+
+    def generate(
+        self, prompts: Sequence[EncodedPrompt], seeds: Sequence[int] | None, num_answers: int = 1
+    ) -> list[list[Completion]]:
+        """num_answers to each prompt, one after another; see `add`. `seeds`: one per prompt."""
+        of_prompt = zip(prompts, seeds or [None] * len(prompts), strict=True)
+        names = [self.add(self.render(prompt), seed, num_answers).name for prompt, seed in of_prompt]
+        outputs: dict[str, Any] = {}
+        while len(outputs) < len(prompts):
+            outputs |= {output.request_id: output for output in self.step()}
+        return [self.completions(p, outputs[name]) for p, name in zip(prompts, names, strict=True)]
+
+    def _completion(self, answer: Any) -> Completion:
+        ids = np.asarray(answer.token_ids, dtype=np.int32)
         assert not np.isin(ids, list(self._banned)).any(), f"a banned token was sampled: {ids}"
-        steps = zip(output.logprobs, output.token_ids, strict=True)
+        steps = zip(answer.logprobs, answer.token_ids, strict=True)
         logprobs = np.asarray([step[token].logprob for step, token in steps], np.float32)
-        return Completion(ids, logprobs, FinishReason(output.finish_reason), output.text)
-
-
-def predict(
-    encoder: PromptEncoder, engine: SamplingEngine, prompts: Sequence[Prompt], blank_video: bool = False
-) -> list[Prediction | FailedPrompt]:
-    """The greedy answer to each prompt, in order, or a FailedPrompt. `blank_video`: with grey frames."""
-    encoded, failed = encoder.encode_readable(prompts, blank_video)
-    texts = [completion.text for (completion,) in engine.generate(encoded, None)] if encoded else []
-    answers: dict[str, Prediction | FailedPrompt] = dict(failed)
-    for name, text in zip([e.prompt_id for e in encoded], map(encoder.written, texts), strict=True):
-        answers[name] = Prediction(prompt_id=name, text=text, span_s=parse_span(text))
-    return [answers[p.prompt_id] for p in prompts]
+        return Completion(ids, logprobs, FinishReason(answer.finish_reason), answer.text)
