@@ -116,7 +116,7 @@ def test_every_scheduled_prompt_is_trained_on_exactly_once(survived):
 
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "2"))
-KILLED_STEPS, STARTING_S, STEPPING_S = 8, 8.0, 1.0
+KILLED_STEPS, STARTING_S, STEPPING_S = 12, 8.0, 1.0
 
 
 def test_a_run_killed_again_and_again_ends_as_an_undisturbed_one_does(overrides, pool, tmp_path):
