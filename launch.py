@@ -28,7 +28,7 @@ from driver.records.sinks import MetricSinks, TrajectoryLog
 from driver.records.step import Outputs, num_tokens, record
 from driver.records.summary import summarise
 from driver.recovery import learner_lost, poll_control, recover, watch
-from driver.rounds import start_round
+from driver.rounds import start_round, validate_first
 from driver.run import Run, create_parts, publish_weights, start_parts
 from driver.run_state import Phase
 from driver.scoring import roll_out, score
@@ -136,6 +136,7 @@ async def learn_step(run: Run, buffer: TrajectoryBuffer, outputs: Outputs) -> No
 
 async def train_to_the_end(run: Run) -> None:
     """Evaluates, trains, evaluates, exports; again from the newest checkpoint when the learner is lost."""
+    await validate_first(run)
     if run.resume_from is None:
         remove_rounds_after(run, 0)  # of an attempt that ended before its first checkpoint
         run.next_selection = await run.curriculum.next_selection()

@@ -22,9 +22,9 @@ from video_opd.cluster.placement import bundles_of
 from video_opd.config import Config
 from video_opd.errors import LearnerLostError, PartLostError, WeightsLostError
 from video_opd.logs import log
+from video_opd.passes import CALLS_AN_ENGINE, Arrived, ask_by_video
 from video_opd.types import FailedPrompt, Prompt, WeightUpdate
 
-CALLS_AHEAD = 2  # predictions of an actor: while it answers one call, it encodes the next
 ABANDON = "abandon_weight_update"
 
 T = TypeVar("T")
@@ -124,10 +124,10 @@ class ActorPool:
                 while item := await self._in_time(member, _next(call), f"a rollout of {member.name}"):
                     yield item
 
-    async def predict(self, prompts: Sequence[Prompt], blank_video: bool = False) -> Answers:
-        """The student's greedy answers, the work spread over the actors; see RolloutActor.predict."""
-        size = self._config.rollout.prompts_per_call
-        slots = asyncio.Semaphore(CALLS_AHEAD * max(1, len(self._members.ready)))
+    async def predict(
+        self, prompts: Sequence[Prompt], blank_video: bool = False, arrived: Arrived | None = None
+    ) -> Answers:
+        """The student's greedy answers, by all actors; see RolloutActor.predict and passes.ask_by_video."""
         what = "the student's predictions"
 
         async def ask(chunk: Sequence[Prompt]) -> Answers:
@@ -138,11 +138,12 @@ class ActorPool:
                     return await self._in_time(member, call, f"{what}, by {member.name}")
 
         async def answers(chunk: Sequence[Prompt]) -> Answers:
-            async with slots:
-                return await retried(partial(ask, chunk), self._config.max_retries, what)
+            return await retried(partial(ask, chunk), self._config.max_retries, what)
 
-        chunks = (prompts[i : i + size] for i in range(0, len(prompts), size))
-        return list(itertools.chain(*await asyncio.gather(*map(answers, chunks))))
+        async def at_once() -> int:
+            return CALLS_AN_ENGINE * len(self._members.ready)
+
+        return await ask_by_video(prompts, self._config.rollout.prompts_per_call, answers, at_once, arrived)
 
     async def _in_time(self, member: Member, answer: Awaitable[T], what: str) -> T:
         """The member's next answer. It is due when all its calls could have been served one after another."""

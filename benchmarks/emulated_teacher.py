@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,13 +19,22 @@ CALL_S = "EMULATED_CALL_S"  # in config.worker_env: how many seconds the engine 
 class EmulatedTeacher:
     """Encoder and engine in one: ignores the prompt; the log-prob of a token is minus its id."""
 
-    def encode_all(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
+    def prepare_ahead(
+        self, prompts: Sequence[Prompt], prepare: Callable[[EncodedPrompt], Any]
+    ) -> Iterator[Any]:
         unused: Any = dict.fromkeys(("frames", "frames_digest", "patching", "token_types", "second_per_grid"))
         unused |= {"unexpanded_token_ids": [], "video_metadata": {}, "video_grid_thw": (0, 0, 0)}
         unused["token_ids"] = np.zeros(0, np.int32)
-        return [EncodedPrompt(prompt_id=p.prompt_id, fingerprint=p.prompt_id, **unused) for p in prompts]
+        for prompt in prompts:
+            name = prompt.prompt_id
+            yield prepare(EncodedPrompt(prompt_id=name, fingerprint=name, **unused))
 
-    def score(self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray]) -> list[Any]:
+    def prepare(self, prompt: EncodedPrompt) -> None:
+        """Nothing."""
+
+    def score(
+        self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray], prepared: Any = None
+    ) -> list[Any]:
         """Has the fields of engine.TokenScores, whose module imports torch."""
         time.sleep(float(os.environ[CALL_S]))
         unasked = dict.fromkeys(("top_k", "hidden", "entropy"))

@@ -101,6 +101,8 @@ def explain(records: pa.Table, prompt_id: str, config: Config) -> list[str]:
 def _why(record: dict, records: pa.Table, config: Config) -> list[str]:
     """What decided whether a prompt that is not dropped was selected."""
     curriculum = config.curriculum
+    if curriculum.asks_student and record["student_iou"] and record["student_iou"][-1] is None:
+        return [f"not asked in round {len(record['student_iou'])}: pool_sample={curriculum.pool_sample}"]
     selected = f"{int(records['selected'].to_numpy().sum())} selected"
     if curriculum.kind == "scc":
         sigma, kind = record["student_iou"][0], "neither kind"
@@ -114,7 +116,7 @@ def _why(record: dict, records: pa.Table, config: Config) -> list[str]:
         return [f"drawn at random: {selected}"]
     if record["disagreement"] is None:
         return []
-    alive = records.filter(pc.field("dropped") == "")["disagreement"].to_numpy()
+    alive = records.filter(pc.field("dropped") == "")["disagreement"].drop_null().to_numpy()
     rank = int(np.count_nonzero(alive > record["disagreement"])) + 1
     place = f"disagreement {record['disagreement']:.3f}, rank {rank} of {len(alive)}"
     return [f"{place}; {selected} ({curriculum.sampler})"]

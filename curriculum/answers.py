@@ -32,7 +32,7 @@ def settings_key(config: Config) -> str:
     # With several teachers, the one that answers is part of the prompt's key instead.
     folder = "" if config.teachers else folder_digest(config.teacher_models[0].model)
     lengths = (config.curriculum.num_teacher_predictions, config.rollout.max_response_tokens)
-    return _digest((FORMAT, folder, pool.engine, pool.dtype, TEMPERATURE, *lengths))
+    return _digest((FORMAT, folder, config.teacher_engine, pool.dtype, TEMPERATURE, *lengths))
 
 
 def student_settings_key(config: Config, step: int) -> str:
@@ -93,8 +93,13 @@ def find_answers(runs: Iterable[Path], settings: str, wanted: Set[str]) -> dict[
     return read_answers(files, settings, wanted)
 
 
-def read_answers(files: Iterable[Path], settings: str, wanted: Set[str]) -> dict[str, list[Prediction]]:
-    """Prompt key -> answers, from the files with the same settings; a prompt's are those of one file."""
+def read_answers(
+    files: Iterable[Path], settings: str, wanted: Set[str] | None = None
+) -> dict[str, list[Prediction]]:
+    """Prompt key -> answers, from the files with the same settings; a prompt's are those of one file.
+
+    wanted: the keys of the prompts; None: all.
+    """
     found: dict[str, list[Prediction]] = {}
     for path in files:
         try:
@@ -103,8 +108,9 @@ def read_answers(files: Iterable[Path], settings: str, wanted: Set[str]) -> dict
             table = pq.read_table(path)
         except (OSError, pa.ArrowInvalid):  # no answers in this run, or not a file of answers
             continue
-        asked = [key in wanted for key in table["prompt_key"].to_pylist()]
-        for key, answers in answers_in(table.filter(asked)).items():
+        if wanted is not None:
+            table = table.filter([key in wanted for key in table["prompt_key"].to_pylist()])
+        for key, answers in answers_in(table).items():
             found.setdefault(key, answers)
     return found
 

@@ -93,14 +93,17 @@ class Curriculum:
         ious = [prompt_iou(t.predicted_span_s, prompt, reading) for t in group.trajectories]
         return suspend(group, ious, config.suspend_iou)
 
-    async def validate(self, teacher_iou: np.ndarray) -> None:
-        await self._change("validate", teacher_iou)
+    async def to_ask(self, step: int) -> np.ndarray:
+        return await self._change("to_ask", step)
 
-    async def alive(self) -> np.ndarray:
-        return await self._ask("alive")
+    async def not_validated(self, step: int) -> np.ndarray:
+        return await self._change("not_validated", step)
 
-    async def start_round(self, student_iou: np.ndarray | None, step: int) -> int | None:
-        return await self._change("start_round", student_iou, step)
+    async def validate(self, teacher_iou: np.ndarray, asked: np.ndarray) -> None:
+        await self._change("validate", teacher_iou, asked)
+
+    async def start_round(self, student_iou: np.ndarray | None, step: int, asked: np.ndarray) -> int | None:
+        return await self._change("start_round", student_iou, step, asked)
 
     async def next_selection(self) -> int | None:
         return await self._ask("next_selection")

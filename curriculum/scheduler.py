@@ -66,28 +66,53 @@ class Scheduler:
         self._queue: deque[int] = deque()
         self._in_flight: dict[int, None] = {}
         self._next_selection = None if config.curriculum.kind == "uniform" else 0  # see next_selection()
+        self._asked, self._asked_at = np.zeros(0, np.int64), -1  # see to_ask()
         self._drop_unusable()
 
-    def validate(self, teacher_iou: np.ndarray) -> None:
-        """TRPV, once a run: drops the prompts whose tau float64[P] is NaN (unreadable) or too small."""
-        self._teacher_iou = np.asarray(teacher_iou, np.float64)
-        self._drop(np.isnan(self._teacher_iou), UNREADABLE)
+    def to_ask(self, step: int) -> np.ndarray:
+        """int64: places in the pool of the prompts that are asked in the round that starts at `step`.
+
+        All that are not dropped; with pool_sample, as many of them at random, the same ones at each call.
+        """
+        if self._asked_at != step:
+            alive, self._asked_at = np.flatnonzero(self._dropped == ""), step
+            rng = np.random.default_rng((self._config.seed, step))  # an interrupted round: the same
+            self._asked = np.sort(rng.permutation(alive)[: self._curriculum.pool_sample])
+        return self._asked[self._dropped[self._asked] == ""]
+
+    def not_validated(self, step: int) -> np.ndarray:
+        """int64: those of to_ask(step) that the teacher has not answered."""
+        asked = self.to_ask(step)
+        return asked[np.isnan(self._teacher_iou[asked])]
+
+    def validate(self, teacher_iou: np.ndarray, asked: np.ndarray | None = None) -> None:
+        """TRPV: drops the prompts whose tau float64[P] is NaN (unreadable) or too small.
+
+        asked: places of the prompts that were asked; None: all. The others stay as they are.
+        """
+        which = self._among(asked)
+        self._teacher_iou = np.where(which, np.asarray(teacher_iou, np.float64), self._teacher_iou)
+        self._drop(which & np.isnan(self._teacher_iou), UNREADABLE)
         if self._curriculum.trpv:
             threshold = self._curriculum.teacher_threshold
-            self._drop(~reaches(self._teacher_iou, threshold), f"teacher IoU is below {threshold}")
+            too_small = which & ~reaches(self._teacher_iou, threshold)
+            self._drop(too_small, f"teacher IoU is below {threshold}")
 
-    def start_round(self, student_iou: np.ndarray | None, step: int) -> int | None:
+    def start_round(
+        self, student_iou: np.ndarray | None, step: int, asked: np.ndarray | None = None
+    ) -> int | None:
         """DBTP: selects the round's prompts and clears the queue. Returns `next_selection`.
 
-        student_iou: sigma, float64[P], NaN for an unreadable clip or a dropped prompt; None where the config
-        does not ask the student. Raises ConfigError when too few prompts can be selected.
+        student_iou: sigma, float64[P], NaN for an unreadable clip or a prompt that was not asked; None where
+        the config does not ask the student. asked: as in `validate`. Raises ConfigError when too few prompts
+        can be selected.
         """
         size = len(self._prompts)
         sigma = np.full(size, np.nan) if student_iou is None else np.asarray(student_iou, np.float64)
         self._student_iou = np.column_stack([self._student_iou, sigma])
         if student_iou is not None:
-            self._drop(np.isnan(sigma), UNREADABLE)
-        chosen = self._select_round(self.alive())
+            self._drop(np.isnan(sigma) & self._among(asked), UNREADABLE)
+        chosen = self._select_round(np.flatnonzero(self._selectable()))
         self._selected = np.zeros(size, bool)
         self._selected[chosen] = True
         self._queue.clear()
@@ -98,9 +123,20 @@ class Scheduler:
         log.info("round %d: %d of %d prompts; %s", *counts)
         return self._next_selection
 
-    def alive(self) -> np.ndarray:
-        """int64: indices into the pool of the prompts that are not dropped."""
-        return np.flatnonzero(self._dropped == "")
+    def _among(self, places: np.ndarray | None) -> np.ndarray:
+        """bool[P]: the prompts at these places; None: all."""
+        which = np.zeros(len(self._prompts), bool)
+        which[slice(None) if places is None else places] = True
+        return which
+
+    def _selectable(self) -> np.ndarray:
+        """bool[P]: not dropped, and answered by teacher and student where the config asks them."""
+        usable = self._dropped == ""
+        if self._curriculum.asks_teacher:
+            usable &= np.isfinite(self._teacher_iou)
+        if self._curriculum.asks_student:
+            usable &= np.isfinite(self._student_iou[:, -1])
+        return usable
 
     def _drop_unusable(self) -> None:
         """Retires what cannot be used today, if it is not dropped already."""
@@ -112,7 +148,7 @@ class Scheduler:
         self._dropped[which & (self._dropped == "")] = reason
 
     def _select_round(self, alive: np.ndarray) -> np.ndarray:
-        """Selects the round's prompts from `alive`. Raises ConfigError when there are too few."""
+        """Selects the round's prompts from `alive`, places. Raises ConfigError when there are too few."""
         curriculum, size, k = self._curriculum, len(self._prompts), self._curriculum.num_selected
         if k and self._student_iou.shape[1] > 1:  # prompts that failed since round 1 must not end the run
             k = min(k, len(alive))
@@ -146,6 +182,8 @@ class Scheduler:
 
     def _too_few(self, problem: str) -> ConfigError:
         advice = "lower teacher_threshold, num_selected or groups_per_step, or add data"
+        if self._curriculum.pool_sample:
+            advice = f"raise pool_sample={self._curriculum.pool_sample}, {advice}"
         return ConfigError(f"curriculum: {problem}: {self._describe_dropped()}; {advice}")
 
     def _describe_dropped(self) -> str:
@@ -228,7 +266,7 @@ class Scheduler:
             lost += bool(self._selected[i] and not self._dropped[i])
             self._dropped[i] = failure.reason
         if self._student_iou.size and self._next_selection is not None:
-            spare = np.flatnonzero(~self._selected & (self._dropped == ""))
+            spare = np.flatnonzero(~self._selected & self._selectable())
             taken = self._sample(spare, min(lost, len(spare)))
             self._selected[taken] = True
             self._queue.extend(taken.tolist())
@@ -271,7 +309,7 @@ class Scheduler:
         names = ("selected", "suspended", "num_rollouts", "last_step", "dropped")
         columns = [records[name].to_numpy().copy() for name in names]
         self._selected, self._suspended, self._num_rollouts, self._last_step, self._dropped = columns
-        self._queue = deque(state["queue"])
+        self._asked_at, self._queue = -1, deque(state["queue"])
         self._in_flight = dict.fromkeys(state["in_flight"])
         self._next_selection = state["round_end"]
         self._rng.bit_generator.state = state["random_state"]

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 
+from driver.passes import shown
 from driver.run import Run, ask_student, unless_stopped
 from video_opd.grounding import evaluate
 from video_opd.logs import log
@@ -37,7 +38,9 @@ async def evaluate_student(run: Run, name: str, blank_video: bool = False) -> No
     """Does nothing in a run without actors, and in one that is told to stop."""
     if not run.actors.num_wanted:
         return
-    results = await unless_stopped(run, ask_student(run, run.plan.eval.prompts, blank_video))
+    prompts = run.plan.eval.prompts
+    with shown(f"evaluation {name}", len(prompts)) as arrived:
+        results = await unless_stopped(run, ask_student(run, prompts, arrived, blank_video))
     if results is None:
         return
     failed = {f.prompt_id: f.reason for f in results if isinstance(f, FailedPrompt)}
@@ -78,7 +81,9 @@ async def evaluate_if_due(run: Run) -> dict[str, float]:
 
 async def evaluate_teacher(run: Run) -> None:
     if run.teacher is not None:
-        results = await run.teacher.predict(run.plan.eval.prompts)
+        prompts = run.plan.eval.prompts
+        with shown(f"evaluation {TEACHER}", len(prompts)) as arrived:
+            results = await run.teacher.predict(prompts, arrived=arrived)
         _record(run, TEACHER, [r if isinstance(r, FailedPrompt) else r[0] for r in results])
 
 

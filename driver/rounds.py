@@ -5,36 +5,43 @@ import shutil
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from curriculum import answers as on_disk
 from driver.checkpoints import checkpoint
+from driver.idle_gpus import more_replicas
+from driver.passes import shown
 from driver.run import Run, ask_student
 from driver.saving import try_to_save
 from video_opd.errors import ConfigError
 from video_opd.grounding import prompt_iou
 from video_opd.logs import log
+from video_opd.passes import Arrived
 from video_opd.schemas import write_parquet
 from video_opd.types import FailedPrompt, Prediction, Prompt
 
-ANSWERS_A_PART = 512  # prompts; an interrupted run loses the answers to fewer
+ANSWERS_A_PART = 512  # prompts; a run that is killed loses the answers to fewer
 Answers = dict[str, list[Prediction]]  # by prompt key
-Ask = Callable[[Sequence[Prompt]], Awaitable[Sequence[list[Prediction] | FailedPrompt]]]
+Ask = Callable[[Sequence[Prompt], Arrived], Awaitable[Sequence[Any]]]
 
 
 async def start_round(run: Run) -> None:
-    """Starts the next round. The teacher answers the pool once a run, the student once a round.
+    """Starts the next round: the teacher answers what it has not answered yet, the student everything asked.
 
     Then writes a checkpoint: asking again would take longer. Raises ConfigError: too few can be selected.
     """
     config, started = run.config.curriculum, time.monotonic()
-    if asks_teacher := run.step == 0 and config.asks_teacher:
-        await run.curriculum.validate(await teacher_ious(run))
-    student_iou = await student_ious(run) if config.asks_student else None
+    asked, size = await run.curriculum.to_ask(run.step), len(run.plan.train)
+    if config.pool_sample and len(asked) == config.pool_sample:
+        log.info("curriculum.pool_sample: %d of %d prompts are asked in this round", len(asked), size)
+    asks_teacher = config.asks_teacher and await validate(run)
+    asked = await run.curriculum.to_ask(run.step)
+    student_iou = await student_ious(run, asked) if config.asks_student else None
     try:
-        run.next_selection = await run.curriculum.start_round(student_iou, run.step)
+        run.next_selection = await run.curriculum.start_round(student_iou, run.step, asked)
     except ConfigError:
         await write_records(run)  # they say why each prompt was dropped
         raise
@@ -56,65 +63,103 @@ async def write_records(run: Run) -> pa.Table:
     return records
 
 
-async def teacher_ious(run: Run) -> np.ndarray:
-    """float64[P]: tau, NaN where a clip cannot be read or the prompt is dropped.
+async def validate(run: Run) -> bool:
+    """TRPV: the teacher answers the prompts of the round that it has not answered; False: there are none."""
+    asked = await run.curriculum.not_validated(run.step)
+    if len(asked):
+        await run.curriculum.validate(await teacher_ious(run, asked), asked)
+    return len(asked) > 0
+
+
+async def validate_first(run: Run) -> None:
+    """TRPV of the first round, where the learner's GPUs can help, and then the start of the learner."""
+    if run.idle_replicas:
+        started = time.monotonic()
+        await validate(run)
+        run.totals.update({"select_s": time.monotonic() - started})
+        run.idle_replicas = 0
+        await run.learner.start()
+
+
+async def teacher_ious(run: Run, asked: np.ndarray) -> np.ndarray:
+    """float64[P]: tau of the prompts at the places `asked`, NaN where a clip cannot be read.
 
     Reuses the answers of earlier runs in runs_dir.
     """
     config, teacher, runs_dir = run.config, run.teacher, Path(run.config.runs_dir)
     assert teacher, "the curriculum asks one"
-    alive = await run.curriculum.alive()
-    pool = [run.plan.train[i] for i in alive]
+    pool = [run.plan.train[i] for i in asked]
     settings, keys = on_disk.settings_key(config), await asyncio.to_thread(on_disk.prompt_keys, pool, config)
     runs = [run.folder, *sorted(runs_dir.glob("*"))]
     answers = await asyncio.to_thread(on_disk.find_answers, runs, settings, set(keys))
     log.info("teacher answers: %d of %d found in %s", len(answers), len(set(keys)), config.runs_dir)
 
-    async def ask(prompts: Sequence[Prompt]) -> Sequence[list[Prediction] | FailedPrompt]:
-        number, temperature = config.curriculum.num_teacher_predictions, on_disk.TEMPERATURE
-        results = await teacher.predict(prompts, number, temperature)
-        run.totals["teacher_answers"] += sum(len(r) for r in results if not isinstance(r, FailedPrompt))
-        return results
+    async def ask(prompts: Sequence[Prompt], arrived: Arrived) -> Sequence[Any]:
+        def count(prompts: Sequence[Prompt], results: Sequence[Any]) -> None:
+            run.totals["teacher_answers"] += sum(len(r) for r in results if not isinstance(r, FailedPrompt))
+            arrived(prompts, results)
+
+        number = config.curriculum.num_teacher_predictions
+        async with more_replicas(run, len(prompts)):
+            return await teacher.predict(prompts, number, on_disk.TEMPERATURE, count)
 
     parts = run.folder / on_disk.PARTS
-    answers = await answer_in_parts(run, dict(zip(keys, pool, strict=True)), answers, (parts, settings), ask)
-    on_disk.write_answers(run.folder / on_disk.FILE, settings, answers)
+    answers = await ask_the_rest(run, dict(zip(keys, pool, strict=True)), answers, (parts, settings), ask)
+    file = run.folder / on_disk.FILE
+    on_disk.write_answers(file, settings, on_disk.read_answers([file], settings) | answers)
     shutil.rmtree(parts, ignore_errors=True)
-    return mean_ious(run, alive, keys, answers)
+    return mean_ious(run, asked, keys, answers)
 
 
-async def student_ious(run: Run) -> np.ndarray:
-    """float64[P]: sigma of the current student, NaN where a clip cannot be read or the prompt is dropped."""
-    alive = await run.curriculum.alive()
-    prompts = [run.plan.train[i] for i in alive]
+async def student_ious(run: Run, asked: np.ndarray) -> np.ndarray:
+    """float64[P]: sigma of the current student at the places `asked`, NaN where a clip cannot be read."""
+    prompts = [run.plan.train[i] for i in asked]
     parts = on_disk.student_parts(run.folder, run.step)
     settings = on_disk.student_settings_key(run.config, run.step)
     keys = await asyncio.to_thread(on_disk.student_prompt_keys, prompts, run.config)
     answers = on_disk.read_answers(sorted(parts.glob("part-*.parquet")), settings, set(keys))
 
-    async def ask(prompts: Sequence[Prompt]) -> Sequence[list[Prediction] | FailedPrompt]:
-        return [r if isinstance(r, FailedPrompt) else [r] for r in await ask_student(run, prompts)]
+    async def ask(prompts: Sequence[Prompt], arrived: Arrived) -> Sequence[Any]:
+        def listed(prompts: Sequence[Prompt], results: Sequence[Any]) -> None:
+            arrived(prompts, [r if isinstance(r, FailedPrompt) else [r] for r in results])
+
+        return await ask_student(run, prompts, listed)
 
     prompt_of = dict(zip(keys, prompts, strict=True))
-    answers = await answer_in_parts(run, prompt_of, answers, (parts, settings), ask)
-    return mean_ious(run, alive, keys, answers)
+    answers = await ask_the_rest(run, prompt_of, answers, (parts, settings), ask)
+    return mean_ious(run, asked, keys, answers)
 
 
-async def answer_in_parts(
+async def ask_the_rest(
     run: Run, prompt_of: Mapping[str, Prompt], answers: Answers, kept: tuple[Path, str], ask: Ask
 ) -> Answers:
     """`answers` and, by `ask`, what they lack of `prompt_of`; drops prompts whose clips cannot be read.
 
-    kept: the folder and the settings key under which each part stays until the answers are used.
+    kept: the folder and the settings key under which answers stay until they are used, as they arrive and
+    when the pass is interrupted.
     """
-    missing = [key for key in prompt_of if key not in answers]
-    for first in range(0, len(missing), ANSWERS_A_PART):
-        part = missing[first : first + ANSWERS_A_PART]
-        results = await ask([prompt_of[key] for key in part])
-        new = {k: r for k, r in zip(part, results, strict=True) if not isinstance(r, FailedPrompt)}
-        on_disk.write_part(*kept, new)
-        answers |= new
-        await run.curriculum.retire([r for r in results if isinstance(r, FailedPrompt)])
+    missing = {prompt.prompt_id: key for key, prompt in prompt_of.items() if key not in answers}
+    part: Answers = {}
+
+    def keep() -> None:
+        if part:
+            on_disk.write_part(*kept, part)
+            answers.update(part)
+            part.clear()
+
+    def arrived(prompts: Sequence[Prompt], results: Sequence[Any]) -> None:
+        show(prompts, results)
+        answered = zip(prompts, results, strict=True)
+        part.update({missing[p.prompt_id]: r for p, r in answered if not isinstance(r, FailedPrompt)})
+        if len(part) >= ANSWERS_A_PART:
+            keep()
+
+    with shown("answers to the pool", len(missing)) as show:
+        try:
+            results = await ask([prompt_of[key] for key in missing.values()], arrived) if missing else []
+        finally:
+            keep()
+    await run.curriculum.retire([r for r in results if isinstance(r, FailedPrompt)])
     return answers
 
 

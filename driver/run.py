@@ -16,7 +16,7 @@ from driver.buffer import TrajectoryBuffer
 from driver.clock import PhaseClock
 from driver.progress import Progress, SavedRun
 from driver.run_state import RunState
-from driver.start_ray import python_path
+from driver.start_ray import idle_replicas, python_path
 from driver.upload import Uploads
 from learner.learner import Learner
 from preflight.inputs import Plan
@@ -28,6 +28,7 @@ from video_opd.cluster.run_control import create_control
 from video_opd.config import Config
 from video_opd.errors import LearnerLostError
 from video_opd.logs import log
+from video_opd.passes import Arrived
 from video_opd.prometheus import Gauges, count
 from video_opd.rewards import Reward, load_rewards
 from video_opd.types import FailedPrompt, Prediction, Prompt
@@ -57,6 +58,7 @@ class Run:
     resume_from: SavedRun | None = None  # the checkpoint of a resume, until it is restored
     newest_checkpoint: int | None = None  # its step; None: there is no whole checkpoint
     next_selection: int | None = None  # the step before whose update prompts are selected next; None: never
+    idle_replicas: int = 0  # more of the teacher, until the learner starts; 0: it does not wait for TRPV
     published: int = -1  # the version of the actors' weights
     buffer: TrajectoryBuffer | None = None  # of the round; None: none has begun
     gap_is_checked: bool = False  # see check_logprob_gap
@@ -92,7 +94,7 @@ def create_parts(
     config = with_kv_caches(memory).model_copy(update={"run_name": folder.name, "worker_env": env})
     url, limits = config.checkpoint_url, (config.max_retries, config.upload_timeout_s)
     progress = resume_from.progress if resume_from else Progress()
-    return Run(
+    run = Run(
         folder=folder,
         config=config,
         given=given,
@@ -107,19 +109,27 @@ def create_parts(
         progress=progress,
         resume_from=resume_from,
         newest_checkpoint=progress.step if resume_from else None,
+        idle_replicas=0 if resume_from else idle_replicas(config),
     )
+    if not run.idle_replicas:
+        run.learner.reserve()
+    return run
 
 
 async def start_parts(run: Run) -> None:
     """Returns when all are up. On shared GPUs the learner is last: its memory grows as it trains.
 
-    Engines of one GPU start one after another by themselves (video_opd/models/shared_gpu.py)."""
-    engines = [part.start() for part in (run.actors, run.teacher) if part is not None]
-    if run.config.shares_gpus:
-        await asyncio.gather(*engines)
+    Engines of one GPU start one after another by themselves (video_opd/models/shared_gpu.py). A learner on
+    whose GPUs the teacher answers first is left to rounds.validate_first.
+    """
+    async with asyncio.TaskGroup() as starts:  # one that fails ends the others
+        for part in (run.actors, run.teacher):
+            if part is not None:
+                starts.create_task(part.start())
+        if not (run.idle_replicas or run.config.shares_gpus):
+            starts.create_task(run.learner.start())
+    if run.config.shares_gpus and not run.idle_replicas:
         await run.learner.start()
-    else:
-        await asyncio.gather(*engines, run.learner.start())
 
 
 async def publish_weights(run: Run, policy_version: int) -> None:
@@ -150,9 +160,9 @@ async def unless_stopped(run: Run, call: Awaitable[T]) -> T | None:
 
 
 async def ask_student(
-    run: Run, prompts: Sequence[Prompt], blank_video: bool = False
+    run: Run, prompts: Sequence[Prompt], arrived: Arrived, blank_video: bool = False
 ) -> list[Prediction | FailedPrompt]:
     """The student's greedy answers with the weights of the current step."""
     if run.published != run.step:  # an objective without rollouts does not publish every step
         await publish_weights(run, run.step)
-    return await run.actors.predict(prompts, blank_video)
+    return await run.actors.predict(prompts, blank_video, arrived)

@@ -11,7 +11,7 @@ from actors.actor_pool import RolloutResult
 from driver.demonstrations import demonstrations
 from driver.records.step import num_tokens
 from driver.run import Run
-from teacher_service.replica import ScoreResult
+from teacher_service.calls import ScoreResult
 from video_opd.rewards import total_reward
 from video_opd.types import FailedPrompt, Prompt, ScoredGroup, TrajectoryGroup
 

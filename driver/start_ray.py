@@ -60,23 +60,49 @@ def needs_of(config: Config) -> list[Need]:
     return [need for need in needs if need.count]
 
 
-def describe_missing(needs: Sequence[Need], nodes: Sequence[Resources]) -> str:
-    """The roles that lack places, such as "teacher: 2 of 4"; empty: none.
+def placed(needs: Sequence[Need], nodes: Sequence[Resources]) -> Counter[str]:
+    """How many processes of each role have a place. nodes: what each has.
 
-    nodes: what each has free. Each process goes to the first node with room: an estimate, Ray itself decides.
+    Each process goes to the first node with room: an estimate, Ray itself decides.
     """
-    free, placed = [dict(node) for node in nodes], Counter[str]()
+    free, found = [dict(node) for node in nodes], Counter[str]()
     for need in [n for n in needs for _ in range(n.count)]:
         room = (node for node in free if all(node.get(k, 0.0) >= v for k, v in need.each.items()))
         if node := next(room, None):
-            placed[need.role] += 1
+            found[need.role] += 1
             node.update({name: node[name] - amount for name, amount in need.each.items()})
-    return ", ".join(f"{n.role}: {placed[n.role]} of {n.count}" for n in needs if placed[n.role] < n.count)
+    return found
+
+
+def describe_missing(needs: Sequence[Need], nodes: Sequence[Resources]) -> str:
+    """The roles that lack places, such as "teacher: 2 of 4"; empty: none. See `placed`."""
+    found = placed(needs, nodes)
+    return ", ".join(f"{n.role}: {found[n.role]} of {n.count}" for n in needs if found[n.role] < n.count)
 
 
 def too_large(needs: Sequence[Need], nodes: Sequence[Resources]) -> str:
     """The processes that no node could hold even if it were empty; empty: none. nodes: all each has."""
     return "; ".join(str(need) for need in needs if describe_missing([replace(need, count=1)], nodes))
+
+
+def idle_replicas(config: Config) -> int:
+    """How many more replicas fit on the GPUs that wait for the learner; 0: the learner starts at once.
+
+    Only on one machine with whole GPUs: Serve chooses which replicas end, so on several they could leave the
+    learner's ranks without a node. Only one teacher, of a fixed number of replicas.
+    """
+    pool, learner = config.teacher_pool, config.learner
+    on_gpus = pool.num_gpus == learner.num_gpus == 1 and not config.shares_gpus
+    fixed = len(config.teacher_models) == 1 and pool.max_replicas is None
+    if not (config.curriculum.asks_teacher and on_gpus and fixed):
+        return 0
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if sum(node.get("GPU", 0) > 0 for node in nodes) != 1:
+        return 0
+    most = pool.num_replicas + learner.world_size // pool.tensor_parallel
+    needs = [need for need in needs_of(config) if need.role != "learner"]
+    needs = [replace(need, count=most) if need.role == "teacher" else need for need in needs]
+    return max(0, placed(needs, nodes)["teacher"] - pool.num_replicas)
 
 
 def wait_for_places(config: Config, timeout_s: float) -> None:

@@ -37,6 +37,7 @@ from video_opd.files.run_folder import write_json
 from video_opd.grounding import describe_odd, odd_truth
 from video_opd.models.lengths import PromptLengths, rollout_limit, too_long
 from video_opd.models.model_files import read_model_info
+from video_opd.passes import by_video
 from video_opd.types import FailedPrompt, Prediction, Prompt
 from video_opd.video.descriptions import end_workers
 
@@ -72,11 +73,14 @@ def ask_model(config: Config, prompts: Sequence[Prompt], blanks: bool) -> list[l
     how = (student, rollout, config.seed, encoder.pad_ids)
     start = partial(SamplingEngine, *how, trust_remote_code=trust)
     loop, passes = EngineLoop(start, rollout.max_num_seqs), []
+    order = by_video(prompts)
     with Progress(console=Console(stderr=True)) as progress:
         for blank_video in (False, True) if blanks else (False,):
             shown = progress.add_task("grey frames" if blank_video else "answers", total=len(prompts))
-            answers = predict(loop, encoder, prompts, blank_video, on_answer=partial(progress.advance, shown))
-            passes.append(asyncio.run(answers))
+            asked, on_answer = [prompts[i] for i in order], partial(progress.advance, shown)
+            answers = asyncio.run(predict(loop, encoder, asked, blank_video, on_answer=on_answer))
+            placed = dict(zip(order, answers, strict=True))
+            passes.append([placed[i] for i in range(len(prompts))])
     loop.close()
     return passes
 

@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import ray
 from ray.exceptions import RayTaskError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from learner.file_transfer import read_parts, write_part
@@ -40,13 +40,19 @@ class Learner:
         self._turn = asyncio.Lock()  # an actor that joins asks for weights while ranks may be saving
         self._writing: list[Any] = []  # calls of file work that were given up, but may still go on
         self._published: int | None = None  # version of the ranks' weights; None: changed since
-        learner = config.learner
+        self._bundles: PlacementGroup | None = None  # None: nothing is reserved yet
+        self._ranks: list[Any] = []
+
+    def reserve(self) -> None:
+        """Reserves the ranks' resources and lets their processes start in the background."""
+        learner = self._config.learner
         amounts = {"learner": 1, "CPU": learner.num_cpus, "GPU": learner.num_gpus}
         bundle = {resource: float(amount) for resource, amount in amounts.items() if amount}
         self._bundles = placement_group([bundle] * learner.world_size, strategy="PACK")
         self._ranks = self._create()
 
     def _create(self) -> list[Any]:
+        assert self._bundles, "they are reserved first"
         learner, suffix = self._config.learner, f"-{self._num_starts}" if self._num_starts else ""
         self._num_starts += 1
         return [
@@ -65,6 +71,9 @@ class Learner:
         ]
 
     async def start(self) -> None:
+        """Returns when every rank is up; reserves first, unless that is done."""
+        if self._bundles is None:
+            self.reserve()
         addresses = await self._all("address", timeout_s=self._config.start_timeout_s)
         await self._all("start", addresses[0], timeout_s=self._config.start_timeout_s)
 
@@ -80,7 +89,8 @@ class Learner:
         """Ends the ranks and releases their resources."""
         for rank in self._ranks:
             ray.kill(rank)
-        remove_placement_group(self._bundles)
+        if self._bundles:
+            remove_placement_group(self._bundles)
 
     async def update(self, groups: list[ScoredGroup], step: int) -> StepReport:
         """One optimizer step; the weights after it are version step + 1."""

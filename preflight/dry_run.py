@@ -61,7 +61,7 @@ def _describe_split(name: str, split: Split | None, longest: int | None) -> str:
 
 def _describe_teacher(config: Config, teacher: TeacherModel) -> str:
     pool = config.teacher_pool
-    line = f"teacher   {teacher.model}, {pool.num_replicas} replica(s) on {pool.engine}"
+    line = f"teacher   {teacher.model}, {pool.num_replicas} replica(s) on {config.teacher_engine}"
     if pool.max_replicas:
         line += f", {pool.min_replicas or 1} to {pool.max_replicas} as calls queue"
     if config.teachers:

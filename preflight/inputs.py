@@ -190,7 +190,7 @@ def check_teacher(config: Config, student: ModelShapes, teacher: ModelShapes) ->
     check_shards("teacher_pool", pool.tensor_parallel, teacher)
     if teacher.fp8 and not pool.num_gpus:
         raise ConfigError(f"teacher {teacher.name} is in FP8, which needs GPUs: use it in bfloat16")
-    if teacher.fp8 and (pool.engine, pool.dtype) != ("vllm", "bfloat16"):
+    if teacher.fp8 and (config.teacher_engine, pool.dtype) != ("vllm", "bfloat16"):
         how = "set teacher_pool.engine=vllm and teacher_pool.dtype=bfloat16"
         raise ConfigError(f"teacher {teacher.name} is in FP8: {how}")
     if (own := student.size_multiple) != (others := teacher.size_multiple):
@@ -227,9 +227,11 @@ def check_pool(config: Config, split: Split, resumes: bool = False) -> None:
     selected = curriculum.num_selected if curriculum.kind != "uniform" else None
     if selected and selected > len(train) and not resumes:  # later rounds select among those that are left
         raise ConfigError(f"curriculum.num_selected={selected} of {len(train)} training prompts: lower it")
-    pool = min(selected or len(train), len(train))
+    sample = curriculum.pool_sample if curriculum.kind != "uniform" else None
+    pool = min(selected or len(train), sample or len(train), len(train))
     if pool < config.num_slots:
         remedy = "raise curriculum.num_selected" if selected else "add data"
+        remedy = "raise curriculum.pool_sample" if pool == sample else remedy
         slots = f"(max_policy_lag + 1) * groups_per_step = {config.num_slots} slots"
         raise ConfigError(f"{pool} training prompts cannot fill {slots}: {remedy} or lower groups_per_step")
 

@@ -215,7 +215,7 @@ def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_byt
     answering: A answers to each prompt are A sequences; as scoring, and 2 L K e A B S of KV cache."""
     pool, e = config.teacher_pool, DTYPE_BYTES[config.teacher_pool.dtype]
     loading = e * count(parameters(teacher))
-    if pool.engine == "vllm":
+    if config.teacher_engine == "vllm":
         computing = vllm_memory(config, pool, teacher, work, gpu_bytes)
         loading = _largest_tensor(teacher, pool.dtype)
     else:

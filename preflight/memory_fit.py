@@ -172,9 +172,8 @@ def _needed(plan: MemoryPlan, change: Change, role: str) -> int | None:
 def _changes(config: Config, role: str) -> list[Change]:
     """Single changes that could make a role fit, the least costly first."""
     learner, rollout, pool = config.learner, config.rollout, config.teacher_pool
+    vllm_teacher = config.teacher_engine == "vllm"
     many_ranks = learner.num_gpus > 0  # on a CPU all ranks share one memory
-    kv_cache_fills_gpu = rollout.num_gpus and rollout.kv_cache_bytes is None
-    twentieths = range(int(rollout.gpu_memory_utilization * 20), 1, -1) if kv_cache_fills_gpu else []
     predictions = config.curriculum.num_teacher_predictions if config.curriculum.asks_teacher else 0
     doubled = [learner.world_size << n for n in range(1, 7)] if many_ranks else []
     options: dict[str, Iterable[object]] = {
@@ -186,15 +185,16 @@ def _changes(config: Config, role: str) -> list[Change]:
         "learner.deepspeed": [OFFLOAD] if many_ranks and learner.zero_stage and not learner.deepspeed else [],
         "learner.lora_rank": [] if learner.lora_rank else [LORA_RANK],
         "learner.num_gpus": _larger_shares(learner.num_gpus),
-        "rollout.gpu_memory_utilization": [n / 20 for n in twentieths],
+        "rollout.gpu_memory_utilization": _smaller_kv_caches(rollout),
         "rollout.kv_cache_bytes": [n for n in _halves(rollout.kv_cache_bytes or 0) if n >= 1 << 20],
         "rollout.max_num_seqs": _halves(rollout.max_num_seqs),
         "rollout.num_gpus": _larger_shares(rollout.num_gpus),
         "rollout.tensor_parallel": _more_shards(rollout),
         "teacher_pool.micro_batch": _halves(pool.micro_batch),
         "curriculum.num_teacher_predictions": _halves(predictions),
+        "teacher_pool.gpu_memory_utilization": _smaller_kv_caches(pool) if vllm_teacher else [],
         "teacher_pool.num_gpus": _larger_shares(pool.num_gpus),
-        "teacher_pool.tensor_parallel": _more_shards(pool) if pool.engine == "vllm" else [],
+        "teacher_pool.tensor_parallel": _more_shards(pool) if vllm_teacher else [],
     }
     sections = SECTIONS.get(role, ())
     return [{key: v} for key, values in options.items() if key.startswith(sections) for v in values]
@@ -202,6 +202,12 @@ def _changes(config: Config, role: str) -> list[Change]:
 
 def _halves(value: int) -> list[int]:
     return [value >> n for n in range(1, value.bit_length())]
+
+
+def _smaller_kv_caches(engine: RolloutConfig | TeacherConfig) -> list[float]:
+    """Twentieths of a GPU up to the present share, where the KV cache takes what is left of it."""
+    fills_gpu = engine.num_gpus and engine.kv_cache_bytes is None
+    return [n / 20 for n in range(int(engine.gpu_memory_utilization * 20), 1, -1)] if fills_gpu else []
 
 
 def _more_shards(engine: RolloutConfig | TeacherConfig) -> list[int]:

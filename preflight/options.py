@@ -19,7 +19,7 @@ CHECK = (sys.executable, "-m", "learner.deepspeed_config")
 def asked_attention(config: Config) -> Iterator[tuple[str, Attention]]:
     """(section, implementation) of each role that computes attention with transformers."""
     yield "learner", config.learner.attn_implementation
-    if config.needs_teacher and config.teacher_pool.engine == "transformers":
+    if config.needs_teacher and config.teacher_engine == "transformers":
         yield "teacher_pool", config.teacher_pool.attn_implementation
 
 

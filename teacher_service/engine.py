@@ -1,5 +1,7 @@
 """Scoring engines: tokens in, the teacher's log-probs out. Two engines with one interface."""
 
+import itertools
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ import numpy as np
 import torch
 
 from video_opd.config import TeacherConfig
+from video_opd.errors import RunError
 from video_opd.models import forward
 from video_opd.models.prompting import PromptEncoder
 from video_opd.models.shared_gpu import starting_alone
@@ -16,6 +19,9 @@ from video_opd.models.vllm_engine import check_expansion, start_vllm, vllm_promp
 from video_opd.types import EncodedPrompt, TopK
 
 Encoded = Sequence[EncodedPrompt]
+Prepared = Sequence[Any] | None
+Rendered = dict[str, Any]  # vLLM's input
+Pair = tuple[Rendered, np.ndarray]  # a prompt with a response int32[N]
 Texts = list[list[str]]  # the answers to each prompt
 
 
@@ -51,12 +57,25 @@ class ScoringEngine(ABC):
     def __post_init__(self) -> None:
         """Loads the model."""
 
-    @abstractmethod
-    def score(self, prompts: Encoded, responses: Sequence[np.ndarray]) -> list[TokenScores]:
-        """The scores of each response int32[N], with all that is wanted."""
+    def prepare(self, prompt: EncodedPrompt) -> Any:
+        """What `score` and `predict` otherwise make of the prompt first; from any thread."""
+        return None
 
     @abstractmethod
-    def predict(self, prompts: Encoded, num_answers: int, temperature: float, max_tokens: int) -> Texts:
+    def score(
+        self, prompts: Encoded, responses: Sequence[np.ndarray], prepared: Prepared = None
+    ) -> list[TokenScores]:
+        """The scores of each response int32[N], with all that is wanted; prepared: of each prompt."""
+
+    @abstractmethod
+    def predict(
+        self,
+        prompts: Encoded,
+        num_answers: int,
+        temperature: float,
+        max_tokens: int,
+        prepared: Prepared = None,
+    ) -> Texts:
         """`num_answers` texts for each prompt; temperature 0 is greedy."""
 
 
@@ -79,7 +98,9 @@ class TransformersEngine(ScoringEngine):
         self._logits = forward.ResponseLogits(self._model)
 
     @torch.inference_mode()
-    def score(self, prompts: Encoded, responses: Sequence[np.ndarray]) -> list[TokenScores]:
+    def score(
+        self, prompts: Encoded, responses: Sequence[np.ndarray], prepared: Prepared = None
+    ) -> list[TokenScores]:
         lengths = [len(p.token_ids) + len(r) for p, r in zip(prompts, responses, strict=True)]
         order = np.argsort(lengths, kind="stable").tolist()  # a pass takes similar lengths
         scores: dict[int, TokenScores] = {}
@@ -105,7 +126,14 @@ class TransformersEngine(ScoringEngine):
             scores.append(TokenScores(logprobs[rows], of_rows, states, entropy[rows]))
         return scores
 
-    def predict(self, prompts: Encoded, num_answers: int, temperature: float, max_tokens: int) -> Texts:
+    def predict(
+        self,
+        prompts: Encoded,
+        num_answers: int,
+        temperature: float,
+        max_tokens: int,
+        prepared: Prepared = None,
+    ) -> Texts:
         tokenizer, size, texts = self.encoder.tokenizer, self.config.micro_batch, []
         how: dict[str, Any] = {"pad_id": tokenizer.pad_token_id, "banned_ids": self.encoder.pad_ids}
         how |= {"max_tokens": max_tokens, "temperature": temperature, "num_answers": num_answers}
@@ -116,29 +144,99 @@ class TransformersEngine(ScoringEngine):
 
 
 class VllmEngine(ScoringEngine):
-    """Prefill with vLLM's prompt_logprobs; prefer `transformers` for long videos.
+    """Prefill with vLLM.
 
-    vLLM then computes logits for every prompt position, video tokens included, and bypasses its prefix cache.
+    Its second model runner, which GPUs use, computes logits of response rows alone and takes the video from
+    the prefix cache. Its first one computes logits of every prompt position, video tokens included.
     """
 
     def __post_init__(self) -> None:
         limits = {"max_num_seqs": self.config.micro_batch, "max_logprobs": max(self.wanted.top_k, 1)}
         options = {"enforce_eager": not self.config.num_gpus} | limits
         self._llm: Any = start_vllm(self.model, self.config, self.seed, self.trust_remote_code, **options)
+        self._second_runner = self._llm.llm_engine.vllm_config.use_v2_model_runner
+        self._numbers, self._one_at_a_time = itertools.count(), threading.Lock()
 
-    def score(self, prompts: Encoded, responses: Sequence[np.ndarray]) -> list[TokenScores]:
-        from vllm import SamplingParams
+    def prepare(self, prompt: EncodedPrompt) -> Rendered:
+        """vLLM's processing of a prompt: patches from frames, and expanded ids. Raises ParityError."""
+        with self._one_at_a_time:  # vLLM's processor is not thread-safe
+            (rendered,) = self._llm.llm_engine.renderer.render_cmpl([vllm_prompt(prompt)], skip_mm_cache=True)
+        check_expansion(prompt, rendered["prompt_token_ids"], "the teacher")
+        return rendered
 
-        parameters = SamplingParams(max_tokens=1, prompt_logprobs=self.wanted.top_k, detokenize=False)
-        inputs = [vllm_prompt(p, r) for p, r in zip(prompts, responses, strict=True)]
-        outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
-        scores = []
-        for prompt, response, output in zip(prompts, responses, outputs, strict=True):
-            check_expansion(prompt, output.prompt_token_ids[: -len(response)], "the teacher")
-            positions = output.prompt_logprobs[-len(response) :]
-            logprobs = [p[token].logprob for p, token in zip(positions, response.tolist(), strict=True)]
-            scores.append(TokenScores(np.asarray(logprobs, np.float32), self._top_k_of(positions)))
+    def score(
+        self, prompts: Encoded, responses: Sequence[np.ndarray], prepared: Prepared = None
+    ) -> list[TokenScores]:
+        rendered = prepared or [self.prepare(p) for p in prompts]
+        pairs = list(zip(rendered, responses, strict=True))
+        found: list[TokenScores | None] = [None] * len(pairs)
+        if self._second_runner:
+            found = self._score_top_k(pairs) if self.wanted.top_k else self._ask(pairs, cached=True)
+        missing = [pair for pair, scores in zip(pairs, found, strict=True) if scores is None]
+        again = iter(self._ask(missing, cached=False))
+        scores = [of_pair or next(again) for of_pair in found]
+        if None in scores:
+            raise RunError(f"vLLM gave no scores for prompt {prompts[scores.index(None)].prompt_id}")
+        return [of_pair for of_pair in scores if of_pair]
+
+    def _score_top_k(self, pairs: Sequence[Pair]) -> list[TokenScores | None]:
+        """Puts each prompt but its last token into the prefix cache: what is then computed is a block or two.
+
+        prompt_logprobs returns the log-probs of all positions that are computed.
+        """
+        scores: list[TokenScores | None] = []
+        for _, of_prompt in itertools.groupby(pairs, key=lambda pair: id(pair[0])):
+            own = list(of_prompt)
+            rendered = own[0][0]
+            prefix = rendered | {"prompt_token_ids": rendered["prompt_token_ids"][:-1]}
+            self._run([prefix], [{"max_tokens": 1, "detokenize": False}])
+            scores += self._ask(own, cached=True)
         return scores
+
+    def _ask(self, pairs: Sequence[Pair], cached: bool) -> list[TokenScores | None]:
+        """None: the prefix cache held rows whose scores are asked for, so vLLM did not compute them.
+
+        That happens when a block of the cache ends in the response, or with the prompt's last token.
+        """
+        inputs, sampling = [], []
+        for rendered, response in pairs:
+            ids = rendered["prompt_token_ids"]
+            inputs.append(rendered | {"prompt_token_ids": ids + response.tolist()})
+            how = {"max_tokens": 1, "detokenize": False, "skip_reading_prefix_cache": not cached}
+            sampling.append(how | self._rows(len(ids), response))
+        outputs = self._run(inputs, sampling)
+        return [self._read(pair[1], output) for pair, output in zip(pairs, outputs, strict=True)]
+
+    def _rows(self, num_prompt_tokens: int, response: np.ndarray) -> dict[str, Any]:
+        """What to ask for; prompt_logprob_start has no effect on prompt_logprobs."""
+        if self.wanted.top_k or not self._second_runner:
+            return {"prompt_logprobs": self.wanted.top_k}
+        given = response[:, None].astype(np.int32)
+        return {"prompt_logprob_start": num_prompt_tokens - 1, "prompt_logprob_token_ids": given}
+
+    def _read(self, response: np.ndarray, output: Any) -> TokenScores | None:
+        if self.wanted.top_k or not self._second_runner:
+            positions = output.prompt_logprobs[1:][-len(response) :]  # of the first token nothing is known
+            if len(positions) < len(response):
+                return None
+            logprobs = [p[token].logprob for p, token in zip(positions, response.tolist(), strict=True)]
+            return TokenScores(np.asarray(logprobs, np.float32), self._top_k_of(positions))
+        given = output.prompt_token_id_logprobs
+        return None if given is None else TokenScores(np.array(given[:, 0], np.float32))
+
+    def _run(self, inputs: Sequence[Rendered], sampling: Sequence[dict[str, Any]]) -> list[Any]:
+        """vLLM's finished output of each, in order; `sampling`: of SamplingParams."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        engine, outputs = self._llm.llm_engine, dict[str, Any]()
+        names = [str(next(self._numbers)) for _ in inputs]
+        for name, rendered, how in zip(names, inputs, sampling, strict=True):
+            parameters = SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **how)
+            engine.add_request(name, rendered, parameters)
+        while len(outputs) < len(names):
+            outputs |= {output.request_id: output for output in engine.step()}
+        return [outputs[name] for name in names]
 
     def _top_k_of(self, positions: list[dict]) -> TopK | None:
         """Each position maps the K most likely tokens and the response's own to a log-prob with its rank."""
@@ -150,14 +248,17 @@ class VllmEngine(ScoringEngine):
         logprobs = np.asarray([[entry.logprob for _, entry in row] for row in best], np.float32)
         return TopK(ids=ids, logprobs=logprobs)
 
-    def predict(self, prompts: Encoded, num_answers: int, temperature: float, max_tokens: int) -> Texts:
-        from vllm import SamplingParams
-
-        never = dict.fromkeys(self.encoder.pad_ids, -100.0)
-        parameters = SamplingParams(
-            n=num_answers, temperature=temperature, max_tokens=max_tokens, logit_bias=never, seed=self.seed
-        )
-        outputs = self._llm.generate([vllm_prompt(p) for p in prompts], parameters, use_tqdm=False)
+    def predict(
+        self,
+        prompts: Encoded,
+        num_answers: int,
+        temperature: float,
+        max_tokens: int,
+        prepared: Prepared = None,
+    ) -> Texts:
+        how: dict[str, Any] = {"n": num_answers, "temperature": temperature, "max_tokens": max_tokens}
+        how |= {"seed": self.seed, "logit_bias": dict.fromkeys(self.encoder.pad_ids, -100.0)}
+        outputs = self._run(prepared or [self.prepare(p) for p in prompts], [how] * len(prompts))
         return [[answer.text for answer in output.outputs] for output in outputs]
 
 

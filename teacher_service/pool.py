@@ -3,10 +3,11 @@
 import asyncio
 import logging
 import math
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import chain, count
+from itertools import count
 from typing import Any
 
 import ray
@@ -15,18 +16,22 @@ from ray.exceptions import RayTaskError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ApplicationStatus
 
-from teacher_service.replica import Answers, Prompts, Reply, ScoreResult, TeacherReplica
+from teacher_service.calls import Reply, ScoreResult
+from teacher_service.replica import Answers, Prompts, TeacherReplica
 from teacher_service.scaling import DEPLOYMENT, GONE_WRONG, Bounds, app_name, autoscaling, read_pool
 from video_opd.cluster.deadline import with_deadline
 from video_opd.cluster.faults import retried
 from video_opd.cluster.placement import bundles_of
 from video_opd.config import Config, TeacherConfig, TeacherModel
 from video_opd.errors import RunError
+from video_opd.passes import CALLS_AN_ENGINE, Arrived, ask_by_video
 from video_opd.types import TrajectoryGroup
 
 Replica = type[TeacherReplica]
 BACK_PRESSURE_PAUSE_S = 0.2
 START_POLL_S = 0.2
+_one_at_a_time = threading.Lock()  # Serve's functions are not for several threads
+MOST_TURNS = 2 * CALLS_AN_ENGINE  # Serve compares two replicas, so one may have more calls than the others
 
 
 class Usage:
@@ -103,18 +108,27 @@ class TeacherPool:
         self._handle: Any = None
         self._usage = Usage(time.monotonic(), config.teacher_pool.num_replicas)
         self._outstanding = self._waiting = 0
+        self._known = (float(config.teacher_pool.num_replicas),) * 2  # running and wanted, when last asked
 
     async def start(self) -> None:
         """Returns when every replica answers. Raises RunError after config.start_timeout_s."""
         logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it warns of each probe of a hanging replica
-        serve.start(proxy_location="Disabled")
-        deployment = serve.deployment(self._replica, name=DEPLOYMENT, **deployment_options(self._config))
-        application = deployment.bind(self._config, self._teacher)
-        target = serve.RunTarget(application, name=self.app, route_prefix=None)
-        serve.run_many([target], wait_for_applications_running=False)
+        deploying = asyncio.ensure_future(asyncio.to_thread(self._deploy))  # takes seconds: others start
+        try:
+            await asyncio.shield(deploying)
+        finally:
+            await asyncio.wait([deploying])  # also when this is cancelled: `stop` deletes what was deployed
         self._handle = serve.get_app_handle(self.app)
         await with_deadline(self._config.start_timeout_s, self._running(), "the start of the teacher service")
         self._usage = Usage(time.monotonic(), self._config.teacher_pool.num_replicas)
+
+    def _deploy(self) -> None:
+        with _one_at_a_time:
+            serve.start(proxy_location="Disabled")
+            deployment = serve.deployment(self._replica, name=DEPLOYMENT, **deployment_options(self._config))
+            application = deployment.bind(self._config, self._teacher)
+            target = serve.RunTarget(application, name=self.app, route_prefix=None)
+            serve.run_many([target], wait_for_applications_running=False)
 
     async def _running(self) -> None:
         """Waits until the application runs. Raises RunError when Serve gives up on it."""
@@ -131,22 +145,31 @@ class TeacherPool:
         """
         return await self._call("score", groups)
 
-    async def predict(self, prompts: Prompts, num_answers: int = 1, temperature: float = 0.0) -> Answers:
-        """See TeacherReplica.predict. Spreads the prompts over the replicas."""
-        size, pool = self._config.rollout.prompts_per_call, self._config.teacher_pool
-        running, _ = await self._replicas()
-        replicas = pool.num_replicas if math.isnan(running) else int(running)
-        slots = asyncio.Semaphore(max(replicas, pool.max_replicas or 1))  # waits here have no deadline
+    async def predict(
+        self,
+        prompts: Prompts,
+        num_answers: int = 1,
+        temperature: float = 0.0,
+        arrived: Arrived | None = None,
+    ) -> Answers:
+        """See TeacherReplica.predict and passes.ask_by_video. Spreads the prompts over the replicas."""
+        pool = self._config.teacher_pool
 
-        async def predict(chunk: Prompts) -> Answers:
-            async with slots:
-                return await self._call("predict", chunk, num_answers, temperature)
+        async def ask(call: Prompts) -> Answers:
+            return await self._call("predict", call, num_answers, temperature, turns=MOST_TURNS)
 
-        chunks = (prompts[i : i + size] for i in range(0, len(prompts), size))
-        return list(chain.from_iterable(await asyncio.gather(*map(predict, chunks))))
+        async def at_once() -> int:  # calls wait here, without a deadline, rather than at the replicas
+            running, _ = await self._replicas()
+            replicas = pool.num_replicas if math.isnan(running) else int(running)
+            return CALLS_AN_ENGINE * max(replicas, pool.max_replicas or 1)
 
-    async def _call(self, method: str, *arguments: Any) -> Any:
-        """The results of a call, repeated when lost. What the replica raises is final, even a LOST error."""
+        return await ask_by_video(prompts, self._config.rollout.prompts_per_call, ask, at_once, arrived)
+
+    async def _call(self, method: str, *arguments: Any, turns: int = 1) -> Any:
+        """The results of a call, repeated when lost. What the replica raises is final, even a LOST error.
+
+        turns: of as many calls, each with its own deadline, this one may be the last.
+        """
         started, attempts = time.monotonic(), count()
         what = f"a {method} call to teacher {self._teacher.name}"
 
@@ -154,7 +177,7 @@ class TeacherPool:
             if next(attempts):
                 self._usage.add_retry()
             try:
-                return await self._attempt(method, arguments, what)
+                return await self._attempt(method, arguments, what, turns)
             except RayTaskError as raised:  # `retried` would repeat one that is also a LOST error
                 return raised
 
@@ -168,8 +191,8 @@ class TeacherPool:
         self._usage.add(time.monotonic() - started, reply)
         return reply.results
 
-    async def _attempt(self, method: str, arguments: Sequence[Any], what: str) -> Reply:
-        deadline = time.monotonic() + self._config.request_timeout_s
+    async def _attempt(self, method: str, arguments: Sequence[Any], what: str, turns: int) -> Reply:
+        deadline = time.monotonic() + turns * self._config.request_timeout_s
         while True:
             response = getattr(self._handle, method).remote(*arguments)
             try:
@@ -185,9 +208,10 @@ class TeacherPool:
         """(running, wanted); NaN where Serve does not answer, which must not end a run."""
         try:
             pool = await asyncio.to_thread(read_pool, self.app)
+            self._known = float(pool.running), float(pool.wanted)
         except RunError:
-            return math.nan, math.nan
-        return float(pool.running), float(pool.wanted)
+            self._known = math.nan, math.nan
+        return self._known
 
     async def counts(self) -> dict[str, float]:
         """Now: unanswered calls, those of them held back because every queue is full, and replicas."""
@@ -196,9 +220,11 @@ class TeacherPool:
         return calls | {"teacher/replicas": running, "teacher/replicas_wanted": wanted}
 
     async def take_metrics(self) -> dict[str, float]:
-        """teacher/queue_s, /utilisation, /replicas, /replicas_wanted and /retries; see Usage."""
-        running, wanted = await self._replicas()
-        metrics = self._usage.take_metrics(time.monotonic(), running, wanted)
+        """teacher/queue_s, /utilisation, /replicas, /replicas_wanted and /retries; see Usage.
+
+        Serve is not asked, for a step would wait for it: the replicas are those of the last `counts`.
+        """
+        metrics = self._usage.take_metrics(time.monotonic(), *self._known)
         return {f"teacher/{name}": value for name, value in metrics.items()}
 
     def stop(self) -> None:

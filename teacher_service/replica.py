@@ -1,49 +1,51 @@
 """A replica of a teacher: what runs in the processes of its Ray Serve deployment."""
 
 import asyncio
+import heapq
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
-from ray import serve
-
+from teacher_service.calls import Ready, Reply, ScoreCall, in_batches
 from video_opd.answers import parse_span
 from video_opd.config import Config, TeacherModel
 from video_opd.logs import log, start_role_log
-from video_opd.models.prompting import PromptEncoder, check_parity
-from video_opd.types import EncodedPrompt, FailedPrompt, Prediction, Prompt, TeacherScores, TrajectoryGroup
+from video_opd.models.prompting import PromptEncoder
+from video_opd.types import (
+    EncodedPrompt,
+    FailedPrompt,
+    Prediction,
+    Prompt,
+    TeacherScores,
+    Trajectory,
+    TrajectoryGroup,
+)
 
 if TYPE_CHECKING:
-    from teacher_service.engine import ScoringEngine
+    from teacher_service.engine import ScoringEngine, TokenScores
 
-ScoreResult = tuple[TeacherScores, ...] | FailedPrompt
 Prompts = Sequence[Prompt]
 Answers = list[list[Prediction] | FailedPrompt]  # one per prompt
 
 
-class Reply(NamedTuple):
-    """The results of one call, and the cost of the batch it was merged into."""
-
-    results: list[Any]
-    engine_s: float  # seconds that the replica worked on the batch: encoding and forward passes
-    num_calls: int  # in the batch
-
-
 class TeacherReplica:
-    """Encodes each prompt, checks that it sees what the actor saw, and scores."""
+    """Encodes each prompt, checks that it sees what the actor saw, and scores.
+
+    A call's prompts are encoded from its arrival on, by the threads of the encoder's feed. The engine has a
+    thread of its own, which takes the encoded prompts of the calls that wait.
+    """
 
     def __init__(self, config: Config, teacher: TeacherModel):
         start_role_log(config.run_name, f"teacher-{teacher.name}")
-        started, pool = time.monotonic(), config.teacher_pool
+        started, self._pool = time.monotonic(), config.teacher_pool
         self._teacher_id = teacher.name
         self._max_tokens = config.rollout.max_response_tokens
+        self._waiting: deque[ScoreCall] = deque()
         # One call after the other, and all in one thread: CUDA's streams are those of a thread
         self._thread = ThreadPoolExecutor(1, "engine")
         self._encoder, self._engine = self._thread.submit(self._load, config, teacher.model).result()
-        batching: Any = self._score_batch  # serve.batch adds setters
-        batching.set_max_batch_size(pool.max_batch_requests)
-        batching.set_batch_wait_timeout_s(pool.batch_wait_s)
         log.info("started in %.1f s", time.monotonic() - started)
 
     def _load(self, config: Config, model: str) -> tuple[PromptEncoder, "ScoringEngine"]:
@@ -53,63 +55,93 @@ class TeacherReplica:
         pool, needs, trust = config.teacher_pool, config.loss.needs.teacher, config.trust_remote_code
         encoder = PromptEncoder(model, config.prompt, config.video, trust)
         wanted = Wanted(top_k=config.loss.top_k if needs == "top_k" else 0, hidden=needs == "hidden")
-        return encoder, ENGINES[pool.engine](model, pool, wanted, config.seed, encoder, trust)
+        return encoder, ENGINES[config.teacher_engine](model, pool, wanted, config.seed, encoder, trust)
 
     async def score(self, groups: Sequence[TrajectoryGroup]) -> Reply:
-        """A ScoreResult per group, in order: scores, or a FailedPrompt where the clip cannot be read."""
-        return await self._score_batch(groups)
+        """A ScoreResult per group, in order: scores, or a FailedPrompt where the clip cannot be read.
 
-    @serve.batch
-    async def _score_batch(self, requests: list[Sequence[TrajectoryGroup]]) -> list[Reply]:
-        flat, engine_s = await self._in_turn(self._score, [g for groups in requests for g in groups])
-        results = iter(flat)
-        return [Reply([next(results) for _ in groups], engine_s, len(requests)) for groups in requests]
+        When the engine is free it takes as many of the waiting calls as fill a pass.
+        """
+        call = ScoreCall(groups, self._make_ready)
+        await asyncio.sleep(self._pool.batch_wait_s)
+        self._waiting.append(call)
+        self._thread.submit(self._score_waiting)
+        return await asyncio.wrap_future(call.answer)
 
     async def predict(self, prompts: Prompts, num_answers: int, temperature: float) -> Reply:
         """The teacher's own answers to each prompt, for evaluation and for the curriculum."""
-        return Reply(*await self._in_turn(self._predict, prompts, num_answers, temperature), num_calls=1)
+        work = self._predict, self._make_ready(prompts), num_answers, temperature
+        return await asyncio.get_running_loop().run_in_executor(self._thread, *work)
 
-    async def _in_turn(self, work: Callable[..., list], *arguments: Any) -> tuple[list, float]:
-        """Runs the work when the engine is free; its result, and the seconds it took."""
+    def _make_ready(self, prompts: Prompts) -> Iterator[Ready | FailedPrompt]:
+        """Each prompt, in order, encoded and prepared ahead of the caller."""
 
-        def timed() -> tuple[list, float]:
+        def ready(encoded: EncodedPrompt) -> Ready:
+            return Ready(encoded, self._engine.prepare(encoded))
+
+        return self._encoder.prepare_ahead(prompts, ready)
+
+    def _score_waiting(self) -> None:
+        """Answers the calls that it takes, if an earlier turn has left any."""
+        if not (calls := self._take_calls()):
+            return
+        try:
+            replies = self._score(calls)
+        except BaseException as error:  # it is the callers'
+            for call in calls:
+                call.answer.set_exception(error)
+        else:
+            for call, reply in zip(calls, replies, strict=True):
+                call.answer.set_result(reply)
+
+    def _take_calls(self) -> list[ScoreCall]:
+        """Waiting calls that nobody has given up, until their rows fill a pass."""
+        calls: list[ScoreCall] = []
+        most, size = self._pool.max_batch_requests, self._pool.micro_batch
+        while self._waiting and len(calls) < most and sum(len(c.rows) for c in calls) < size:
+            call = self._waiting.popleft()
+            if call.answer.set_running_or_notify_cancel():
+                calls.append(call)
+        return calls
+
+    def _score(self, calls: Sequence[ScoreCall]) -> list[Reply]:
+        engine_s = 0.0
+        shortest_first = heapq.merge(*(c.ready_rows() for c in calls), key=lambda r: r.row.num_tokens)
+        for batch in in_batches(shortest_first, self._pool.micro_batch):
+            responses = [r.row.trajectory.response_token_ids for r in batch]
+            prompts, prepared = zip(*(r.ready for r in batch), strict=True)
             started = time.perf_counter()
-            return work(*arguments), time.perf_counter() - started
+            scored = self._engine.score(prompts, responses, prepared)
+            engine_s += time.perf_counter() - started
+            for (call, row, _), scores in zip(batch, scored, strict=True):
+                call.add(row, self._named(row.trajectory, scores))
+        return [Reply(call.results(), engine_s, len(calls)) for call in calls]
 
-        return await asyncio.get_running_loop().run_in_executor(self._thread, timed)
-
-    def _score(self, groups: list[TrajectoryGroup]) -> list[ScoreResult]:
-        encoded = self._encoder.encode_all([g.prompt for g in groups])
-        readable = [(e, g) for e, g in zip(encoded, groups, strict=True) if isinstance(e, EncodedPrompt)]
-        pairs = [(e, t) for e, g in readable for t in g.trajectories]
-        for prompt, trajectory in pairs:
-            check_parity(prompt, trajectory, "the teacher")
-        responses = [t.response_token_ids for _, t in pairs]
-        scored = self._engine.score([e for e, _ in pairs], responses) if pairs else []
-        scores = iter(
-            TeacherScores(
-                trajectory_id=t.trajectory_id,
-                teacher_id=self._teacher_id,
-                teacher_logprobs=s.logprobs,
-                top_k=s.top_k,
-                hidden=s.hidden,
-                entropy=s.entropy,
-            )
-            for (_, t), s in zip(pairs, scored, strict=True)
+    def _named(self, trajectory: Trajectory, scores: "TokenScores") -> TeacherScores:
+        return TeacherScores(
+            trajectory_id=trajectory.trajectory_id,
+            teacher_id=self._teacher_id,
+            teacher_logprobs=scores.logprobs,
+            top_k=scores.top_k,
+            hidden=scores.hidden,
+            entropy=scores.entropy,
         )
-        return [
-            e if isinstance(e, FailedPrompt) else tuple(next(scores) for _ in g.trajectories)
-            for e, g in zip(encoded, groups, strict=True)
-        ]
 
-    def _predict(self, prompts: Prompts, num_answers: int, temperature: float) -> Answers:
-        encoded = self._encoder.encode_all(prompts)
-        readable = [e for e in encoded if isinstance(e, EncodedPrompt)]
-        sampling = (num_answers, temperature, self._max_tokens)
-        texts = iter(self._engine.predict(readable, *sampling) if readable else [])
+    def _predict(self, coming: Iterator[Ready | FailedPrompt], num_answers: int, temperature: float) -> Reply:
+        answers: Answers = []
+        engine_s = 0.0
+        sampling = num_answers, temperature, self._max_tokens
+        for batch in in_batches(coming, self._pool.micro_batch):
+            ready = [r for r in batch if isinstance(r, Ready)]
+            prompts, prepared = [r.prompt for r in ready], [r.prepared for r in ready]
+            started = time.perf_counter()
+            texts = iter(self._engine.predict(prompts, *sampling, prepared) if ready else [])
+            engine_s += time.perf_counter() - started
+            answers += [
+                r if isinstance(r, FailedPrompt) else self._read(r.prompt, next(texts)) for r in batch
+            ]
+        return Reply(answers, engine_s, num_calls=1)
 
-        def answers(prompt_id: str) -> list[Prediction]:
-            of_prompt = map(self._encoder.written, next(texts))
-            return [Prediction(prompt_id=prompt_id, text=t, span_s=parse_span(t)) for t in of_prompt]
-
-        return [e if isinstance(e, FailedPrompt) else answers(e.prompt_id) for e in encoded]
+    def _read(self, prompt: EncodedPrompt, texts: Sequence[str]) -> list[Prediction]:
+        written = map(self._encoder.written, texts)
+        return [Prediction(prompt_id=prompt.prompt_id, text=t, span_s=parse_span(t)) for t in written]

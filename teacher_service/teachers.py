@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import ray
 
+from teacher_service.calls import ScoreResult
 from teacher_service.pool import TeacherPool
-from teacher_service.replica import Answers, Prompts, ScoreResult, TeacherReplica
+from teacher_service.replica import Answers, Prompts, TeacherReplica
 from video_opd.cluster.deadline import with_deadline
 from video_opd.config import Config, TeacherModel
+from video_opd.passes import Arrived
 from video_opd.types import FailedPrompt, TeacherScores, TrajectoryGroup
 
 
@@ -71,13 +73,19 @@ class Teachers:
         by_name = dict(zip(self.pools, results, strict=True))
         return [combine_results(own, [by_name[t.name][i] for t in own]) for i, own in enumerate(teachers)]
 
-    async def predict(self, prompts: Prompts, num_answers: int = 1, temperature: float = 0.0) -> Answers:
+    async def predict(
+        self,
+        prompts: Prompts,
+        num_answers: int = 1,
+        temperature: float = 0.0,
+        arrived: Arrived | None = None,
+    ) -> Answers:
         """The first of its teachers answers each prompt."""
         teachers = [self._config.teachers_of(p.prompt_id)[0].name for p in prompts]
 
         async def predict(name: str) -> Answers:
             part = [p for p, own in zip(prompts, teachers, strict=True) if own == name]
-            return await self.pools[name].predict(part, num_answers, temperature) if part else []
+            return await self.pools[name].predict(part, num_answers, temperature, arrived) if part else []
 
         results = await asyncio.gather(*map(predict, self.pools))
         answers = {name: iter(of_pool) for name, of_pool in zip(self.pools, results, strict=True)}

@@ -66,7 +66,9 @@ class RolloutConfig(ConfigSection):
 class TeacherConfig(ConfigSection):
     """The teacher service, a Ray Serve deployment."""
 
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Literal["auto", "transformers", "vllm"] = key(
+        "auto", "vllm on GPUs; transformers on CPUs, for hidden states or another attn_implementation"
+    )
     num_replicas: PositiveInt = key(1, "at the start; `python -m teacher_service scale N` changes it")
     max_replicas: PositiveInt | None = key(None, "autoscale up to this; None: fixed, unless `scale` sets it")
     min_replicas: PositiveInt | None = key(None, "autoscale down to this; None: 1")
@@ -76,7 +78,7 @@ class TeacherConfig(ConfigSection):
     health_check_s: PositiveFloat = key(10.0, "period and timeout of health checks; 3 failures: replaced")
     max_queued_requests: PositiveInt = key(256, "beyond this callers are told to wait")
     max_batch_requests: PositiveInt = key(4, "concurrent calls merged into one forward pass")
-    batch_wait_s: NonNegativeFloat = 0.01
+    batch_wait_s: NonNegativeFloat = key(0.0, "how long a call waits for others that it is merged with")
     micro_batch: PositiveInt = key(8, "sequences in one forward pass")
     max_model_len: PositiveInt = 16000
     dtype: Dtype = "bfloat16"
@@ -92,8 +94,11 @@ class TeacherConfig(ConfigSection):
             yield f"attn_implementation={self.attn_implementation} does nothing for engine=vllm: leave it out"
         if problem := attention_problem(self.attn_implementation, self.dtype, self.num_gpus):
             yield problem
-        if self.tensor_parallel > 1 and self.engine != "vllm":
+        if self.tensor_parallel > 1 and self.engine == "transformers":
             yield f"tensor_parallel={self.tensor_parallel} is vLLM's: use engine=vllm"
+        if self.tensor_parallel > 1 and self.engine == "auto" and self.attn_implementation != "sdpa":
+            ours = f"attn_implementation={self.attn_implementation} is transformers'"
+            yield f"{ours}, tensor_parallel={self.tensor_parallel} is vLLM's: leave one of them out"
         yield from engine_problems(self.tensor_parallel, self.num_gpus, self.num_cpus)
         low, high = self.min_replicas or 1, self.max_replicas
         if high is None and self.min_replicas is not None:
@@ -122,6 +127,7 @@ class CurriculumConfig(ConfigSection):
     dbtp: bool = key(True, "tvdf: ask the student, select by disagreement; false: select at random")
     sampler: Literal["top_k", "dsus", "bbds", "gwds", "uniform"] = key("top_k", "tvdf: how dbtp selects")
     num_selected: PositiveInt | None = key(None, "prompts of a round; None: all that may be selected")
+    pool_sample: PositiveInt | None = key(None, "prompts asked in a round, at random; None: the whole pool")
     passes_per_round: PositiveInt = key(1, "tvdf: how often a selected prompt is sampled in a round")
     teacher_threshold: Fraction = key(0.7, "TRPV: drop prompts whose teacher IoU is lower")
     num_teacher_predictions: PositiveInt = key(4, "TRPV: teacher answers for each prompt")
@@ -135,6 +141,9 @@ class CurriculumConfig(ConfigSection):
     def problems(self) -> Iterator[str]:
         if self.frontier_iou > self.anchor_iou:
             yield f"frontier_iou={self.frontier_iou} is above anchor_iou={self.anchor_iou}: lower it"
+        if self.pool_sample and self.num_selected and self.pool_sample < self.num_selected:
+            asked = f"pool_sample={self.pool_sample} is below num_selected={self.num_selected}"
+            yield f"{asked}: a round selects from the prompts that are asked; raise pool_sample"
 
     @property
     def asks_teacher(self) -> bool:
@@ -197,6 +206,16 @@ class Config(ConfigSection):
     def needs_teacher(self) -> bool:
         """Whether the objective or the curriculum needs a teacher."""
         return self.loss.needs.teacher != "none" or self.curriculum.asks_teacher
+
+    @property
+    def teacher_engine(self) -> Literal["transformers", "vllm"]:
+        """teacher_pool.engine, or the one that `auto` stands for."""
+        pool = self.teacher_pool
+        if pool.engine != "auto":
+            return pool.engine
+        if self.loss.needs.teacher == "hidden" or pool.attn_implementation != "sdpa":
+            return "transformers"
+        return "vllm" if pool.num_gpus or pool.tensor_parallel > 1 else "transformers"
 
     @property
     def shares_gpus(self) -> bool:
@@ -266,12 +285,13 @@ class Config(ConfigSection):
             yield f"rollout.dtype=float32, but {bf16}: set that, or learner.lora_publish=merged"
         if self.loss.kind == "grpo" and self.rollout.rollouts_per_prompt < 2:
             yield "loss.kind=grpo compares responses to one prompt: set rollout.rollouts_per_prompt >= 2"
-        needs, loss = self.loss.needs, f"loss.kind={self.loss.kind}"
+        needs, loss, pool = self.loss.needs, f"loss.kind={self.loss.kind}", self.teacher_pool
         kinds = f"{loss} with curriculum.kind={self.curriculum.kind}"
         if (needs.rollouts or self.curriculum.asks_student) and not self.rollout.num_actors:
             yield f"rollout.num_actors=0, but {kinds} asks the student: set 1 or more"
-        if needs.teacher == "hidden" and self.teacher_pool.engine == "vllm":
-            yield f"{loss} needs the teacher's hidden states: use teacher_pool.engine=transformers"
+        if needs.teacher == "hidden" and (pool.engine == "vllm" or pool.tensor_parallel > 1):
+            how = "use teacher_pool.engine=transformers and tensor_parallel=1"
+            yield f"{loss} needs the teacher's hidden states: {how}"
         if not needs.rollouts and self.curriculum.kind == "scc":
             yield f"curriculum.kind=scc suspends rollouts, {loss} has none: use tvdf or uniform"
         if needs.rewards and self.curriculum.kind == "scc":

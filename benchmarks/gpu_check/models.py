@@ -55,7 +55,7 @@ class Size:
 
 
 REAL = Size(36, (360, 640), 2, 8192, 9216, 16, 2 << 30)
-TINY = Size(4, (56, 96), 1, 64, 256, 3, 64 << 20)
+TINY = Size(4, (56, 96), 1, 64, 384, 3, 64 << 20)
 
 
 def size_of(bench: Bench) -> Size:

@@ -26,7 +26,11 @@ PARTS = {
         _part(
             "rollout", "start", "sampling", "memory", "log_probs", "reload", "banned_tokens", "given_tokens"
         ),
-        _part("teacher", "reference", "transformers", "transformers_memory", "vllm", "vllm_memory"),
+        _part(
+            "teacher",
+            *("reference", "transformers", "transformers_memory"),
+            *("vllm", "vllm_alike", "vllm_top_k", "vllm_memory"),
+        ),
         _part("learner", "reference", "step", "weights", "memory"),
         _part("object_store", "publication", module="transfer"),
         _part("ipc", "publication", module="transfer"),

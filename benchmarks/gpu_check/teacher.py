@@ -1,12 +1,22 @@
 """Both engines of the teacher against transformers in float32."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import torch
+
 from benchmarks.command import timed
-from benchmarks.gpu_check.measure import Setting, check_memory, release, within
+from benchmarks.gpu_check.measure import Arrays, Setting, check_memory, release, within
 from benchmarks.gpu_check.part import Bench
-from teacher_service.engine import ENGINES, Wanted
+from teacher_service.engine import ENGINES, Wanted, top_k_of
 from video_opd.config import Config
+from video_opd.models.forward import ResponseLogits, VideoLLM, collate
+from video_opd.types import EncodedPrompt
+
+Cases = tuple[Sequence[EncodedPrompt], Arrays]  # prompts, and a response to each
+TOP_K = 5
+ALIKE = 130  # tokens that responses to one prompt begin with: more than a block of a KV cache
 
 
 class Checks(Setting):
@@ -16,8 +26,13 @@ class Checks(Setting):
         self._engine: Any = None
 
     def reference(self) -> str:
-        seconds, self._expected = timed(self.exact, self.float32_model(), self.encoded, self._responses)
-        return f"{len(self._expected)} responses in {seconds:.2f} s"
+        shared = np.random.default_rng(1).integers(0, 500, ALIKE).astype(np.int32)
+        alike = [shared, shared, *(np.append(shared, response) for response in self._responses)]
+        self._cases = [(self.encoded, self._responses), ([self.encoded[0]] * len(alike), alike)]
+        model = self.float32_model()
+        seconds, self._expected = timed(lambda: [self.exact(model, *cases) for cases in self._cases])
+        self._expected_best = [self._best(model, cases) for cases in self._cases]
+        return f"{sum(map(len, self._expected))} responses in {seconds:.2f} s"
 
     def transformers(self) -> str:
         return self._scores("transformers")
@@ -28,6 +43,18 @@ class Checks(Setting):
     def vllm(self) -> str:
         return self._scores("vllm")
 
+    def vllm_alike(self) -> str:
+        """Responses to one prompt that begin alike: vLLM gives no scores of what its prefix cache holds."""
+        scores = self._engine.score(*self._cases[1])
+        return within([s.logprobs for s in scores], self._expected[1], self.tolerance)
+
+    def vllm_top_k(self) -> str:
+        """With an empty prefix cache, with a full one, and with responses that begin alike."""
+        self._engine.wanted = Wanted(top_k=TOP_K)
+        self._engine._llm.reset_prefix_cache()
+        told = [self._top_k(self._cases[i], self._expected[i], self._expected_best[i]) for i in (0, 0, 1)]
+        return "; ".join(told)
+
     def vllm_memory(self) -> str:
         return check_memory(self._with("vllm"), "teacher")
 
@@ -35,10 +62,23 @@ class Checks(Setting):
         self._engine = None
         release()
         pool = self._with(engine).teacher_pool
-        self._engine = ENGINES[engine](self.config.student, pool, Wanted(), 0, self.encoder)
+        wanted = Wanted(top_k=TOP_K if engine == "vllm" else 0)  # vLLM is told the most it will give
+        self._engine = ENGINES[engine](self.config.student, pool, wanted, 0, self.encoder)
+        self._engine.wanted = Wanted()
         seconds, scores = timed(self._engine.score, self.encoded, self._responses)
-        told = within([s.logprobs for s in scores], self._expected, self.tolerance)
+        told = within([s.logprobs for s in scores], self._expected[0], self.tolerance)
         return f"{told}; {len(scores)} responses in {seconds:.2f} s"
+
+    def _top_k(self, cases: Cases, expected: Arrays, best: Arrays) -> str:
+        scores = self._engine.score(*cases)
+        within([s.logprobs for s in scores], expected, self.tolerance)
+        return within([s.top_k.logprobs.ravel() for s in scores], best, self.tolerance)
+
+    @torch.no_grad()
+    def _best(self, model: VideoLLM, cases: Cases) -> Arrays:
+        """float32[N * K] of each response: the K highest log-probs at each of its tokens."""
+        batches = (collate([p], [r], 0, self.bench.device) for p, r in zip(*cases, strict=True))
+        return [top_k_of(ResponseLogits(model)(batch), TOP_K).logprobs.ravel() for batch in batches]
 
     def _with(self, engine: str) -> Config:
         pool = self.config.teacher_pool.model_copy(update={"engine": engine})

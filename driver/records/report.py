@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from driver.clock import PHASES
+from driver.passes import TERMINAL
 from driver.records.sinks import read_metrics
 from video_opd.answers import parse_span
 from video_opd.config import Config
@@ -57,7 +58,7 @@ def progress_bar(num_steps: int, done: int) -> Iterator[ShowStep]:
     """A progress bar over the run's steps on stderr."""
     columns = "step", bars.MofNCompleteColumn(), bars.BarColumn(), "{task.fields[numbers]}"
     times = bars.TimeElapsedColumn(), bars.TimeRemainingColumn()
-    with bars.Progress(*columns, *times, console=Console(stderr=True)) as progress:
+    with bars.Progress(*columns, *times, console=TERMINAL) as progress:
         task = progress.add_task("train", total=num_steps, completed=done, numbers="")
 
         def show(metrics: Mapping[str, float]) -> None:

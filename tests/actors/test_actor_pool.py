@@ -226,6 +226,37 @@ def test_every_prompt_is_sampled_once_from_the_published_weights_whatever_dies(s
     asyncio.run(run())
 
 
+def test_predictions_keep_two_calls_at_each_actor_and_a_video_in_one():
+    config = make_config(2).model_copy(update={"request_timeout_s": 60.0})
+    calls: list[list[str]] = []
+    held = asyncio.Event()
+
+    async def predict(prompts: Sequence[Prompt], blank_video: bool) -> list[Prediction]:
+        calls.append([p.clip.clip_id for p in prompts])
+        await held.wait()
+        return [Prediction(prompt_id=p.prompt_id, text="", span_s=None) for p in prompts]
+
+    async def run() -> None:
+        pool = await started(FakePool(config, random.Random(0), 0.0))
+        for actor in pool.made:
+            actor.predict = Method(predict)
+        prompts = [make_prompt(f"p{i}", clip_id=f"v{i % 6}") for i in range(12)]
+        arrived: list[str] = []
+        asked = asyncio.ensure_future(
+            pool.predict(prompts, arrived=lambda of, _: arrived.extend(p.prompt_id for p in of))
+        )
+        while len(calls) < 4:
+            await asyncio.sleep(0.001)
+        assert [m.calls for m in pool._members.ready] == [2, 2] and not arrived
+        held.set()
+        assert [a.prompt_id for a in await asked] == [p.prompt_id for p in prompts] != arrived
+        assert sorted(arrived) == sorted(p.prompt_id for p in prompts)
+        pool.stop()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+    assert calls == [[f"v{i}"] * 2 for i in range(6)], "3 prompts fit in a call, and two videos do not"
+
+
 def test_a_joining_actor_has_the_weights_before_it_is_called():
     async def run() -> None:
         pool = await started(FakePool(make_config(1), random.Random(0), 0.0))

@@ -97,6 +97,7 @@ def test_the_settings_key_follows_what_decides_the_answers_and_nothing_else(conf
         )
         == key
     )
+    assert settings_key(overridden(config, teacher_pool={"engine": config.teacher_engine})) == key
     others = [
         overridden(config, curriculum={"num_teacher_predictions": 2}),
         overridden(config, rollout={"max_response_tokens": 5}),
@@ -208,6 +209,27 @@ def run(config, tmp_path) -> Path:
     write_parquet(scheduler.records(), folder / "checkpoints" / "step-2" / "curriculum.parquet")
     (folder / "config.yaml").write_text(dump_config(config, {}))
     return folder
+
+
+@pytest.mark.parametrize("kind", ["tvdf", "scc"])
+def test_show_says_who_was_not_asked(config, tmp_path, capsys, kind):
+    options = {"kind": kind, "pool_sample": 3, "anchor_frac": 0.5}
+    config = config.model_copy(update={"curriculum": CurriculumConfig(**options), "groups_per_step": 2})
+    scheduler = Scheduler(
+        [make_prompt(f"p{i}") for i in range(5)], config.model_copy(update={"max_policy_lag": 0})
+    )
+    first, second, third = scheduler.to_ask(0)
+    scheduler.validate(np.full(5, 0.9), np.array([first, second, third]))
+    sigma = np.full(5, np.nan)
+    sigma[[first, second, third]] = [0.1, 0.9, 0.2]
+    scheduler.start_round(sigma, 0, np.array([first, second, third]))
+    write_parquet(scheduler.records(), tmp_path / "run" / "curriculum" / "round-1.parquet")
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(config, {}))
+    (other, _) = set(range(5)) - {first, second, third}
+    assert main(["show", str(tmp_path / "run"), "--prompt", f"p{other}"]) == 0
+    assert "not asked in round 1: pool_sample=3" in capsys.readouterr().out
+    assert main(["show", str(tmp_path / "run"), "--prompt", f"p{first}"]) == 0
+    assert ("rank 1 of 3" if kind == "tvdf" else "Frontier") in capsys.readouterr().out
 
 
 def test_show_lists_prompts_by_state_from_the_newest_records(run, capsys, monkeypatch):

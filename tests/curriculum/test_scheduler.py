@@ -275,7 +275,7 @@ def test_what_cannot_be_used_has_its_place_and_reason_and_is_never_issued():
         "video 4 is missing",
         "",
     ]
-    assert scheduler.alive().tolist() == [0, 2, 3, 5]
+    assert scheduler.to_ask(0).tolist() == [0, 2, 3, 5]
     assert sorted(issue_and_train(scheduler, 2, 4)) == sorted(["p0", "p2", "p3", "p5"] * 2)
 
 
@@ -485,6 +485,79 @@ def test_a_prompt_without_a_prediction_is_dropped():
     assert start_round(scheduler, [0.9, 0.9, np.nan], [0.1, np.nan, 0.1]) == 1
     assert [r["dropped"] for r in records_of(scheduler)] == ["", *["no answer: its clip cannot be read"] * 2]
     assert [r["teacher_iou"] for r in records_of(scheduler)] == [0.9, 0.9, None]
+
+
+def sampled_round(scheduler: Scheduler, step: int, tau: np.ndarray, sigma: np.ndarray) -> set[int]:
+    """A round as driver/rounds.py makes it; returns the places that were asked."""
+    asked = scheduler.to_ask(step)
+    if len(lacking := scheduler.not_validated(step)):
+        known = np.full(len(tau), np.nan)
+        known[lacking] = tau[lacking]
+        scheduler.validate(known, lacking)
+    of_student = np.full(len(sigma), np.nan)
+    left = scheduler.to_ask(step)
+    of_student[left] = sigma[left]
+    scheduler.start_round(of_student, step, left)
+    return set(asked.tolist())
+
+
+@pytest.mark.parametrize("sampler", ["top_k", "gwds", "uniform"])
+def test_prompts_that_a_round_did_not_ask_stay_for_later_ones_and_are_not_selected(sampler):
+    rng = np.random.default_rng(0)
+    scheduler = make_scheduler(60, kind="tvdf", num_selected=8, pool_sample=20, sampler=sampler)
+    tau, validated, of_rounds = rng.uniform(0.4, 1.0, 60), set[int](), []
+    for step in range(6):
+        lacking = set(scheduler.not_validated(step).tolist())
+        assert not lacking & validated, "a teacher's answer is asked for once"
+        of_rounds.append(asked := sampled_round(scheduler, step, tau, rng.uniform(0, 1, 60)))
+        validated |= lacking
+        records = records_of(scheduler)
+        selected = {i for i, r in enumerate(records) if r["selected"]}
+        assert len(asked) == 20 and len(selected) == 8 and selected <= asked & validated
+        dropped = {i for i, r in enumerate(records) if r["dropped"]}
+        assert dropped == {i for i in validated if tau[i] < 0.7}, "what was not asked is not dropped"
+    assert len(set(map(frozenset, of_rounds))) == 6 and len(validated) > 40
+
+
+def test_a_prompt_that_fails_is_not_replaced_by_one_that_was_not_asked():
+    scheduler = make_scheduler(30, kind="tvdf", num_selected=4, pool_sample=6, teacher_threshold=0.5)
+    asked = sampled_round(scheduler, 0, np.ones(30), np.linspace(0, 1, 30))
+    for _ in range(3):
+        selected = [r["prompt_id"] for r in records_of(scheduler) if r["selected"] and not r["dropped"]]
+        scheduler.retire([FailedPrompt(prompt_id=selected[0], reason="broken")])
+    left = {int(r["prompt_id"][1:]) for r in records_of(scheduler) if r["selected"] and not r["dropped"]}
+    assert len(left) == 3 and left < asked, "6 were asked, 3 of them broke"
+
+
+def test_a_sample_is_drawn_once_a_round_and_again_alike_after_an_interruption():
+    def make() -> Scheduler:
+        return make_scheduler(40, kind="tvdf", num_selected=4, pool_sample=10)
+
+    scheduler, tau = make(), np.where(np.arange(40) % 2, 1.0, 0.0)
+    first = scheduler.to_ask(0)
+    scheduler.validate(tau, first)
+    assert scheduler.to_ask(0).tolist() == [i for i in first if i % 2], (
+        "nobody takes the places of the dropped"
+    )
+    assert make().to_ask(0).tolist() == first.tolist() != make().to_ask(1).tolist()
+    whole = make_scheduler(40, kind="tvdf", num_selected=4)
+    assert whole.to_ask(0).tolist() == list(range(40))
+
+
+def test_an_unreadable_clip_is_dropped_if_it_was_asked():
+    scheduler = make_scheduler(12, kind="tvdf", pool_sample=4)
+    tau, sigma = np.full(12, 0.9), np.full(12, 0.1)
+    no_tau, no_sigma, *_ = scheduler.to_ask(0)
+    tau[no_tau], sigma[no_sigma] = np.nan, np.nan
+    sampled_round(scheduler, 0, tau, sigma)
+    dropped = {i for i, r in enumerate(records_of(scheduler)) if r["dropped"]}
+    assert dropped == {no_tau, no_sigma}
+
+
+def test_too_small_a_sample_is_named():
+    scheduler = make_scheduler(20, kind="tvdf", num_selected=5, pool_sample=5)
+    with pytest.raises(ConfigError, match=r"below 0.7 .*; raise pool_sample=5, lower"):
+        sampled_round(scheduler, 0, np.zeros(20), np.zeros(20))
 
 
 def test_rounds_are_as_long_as_their_passes_and_sample_nothing_twice_unless_asked():

@@ -22,14 +22,14 @@ class Actors:
 
     num_wanted, num_right = 1, 0
 
-    async def predict(self, prompts: Any, *_: Any) -> list[Prediction]:
+    async def predict(self, prompts: Any, *_: Any, **__: Any) -> list[Prediction]:
         spans = [(2.0, 5.0) if i < self.num_right else None for i in range(len(prompts))]
         pairs = zip(prompts, spans, strict=True)
         return [Prediction(prompt_id=p.prompt_id, text=str(s), span_s=s) for p, s in pairs]
 
 
 class Teacher(Actors):
-    async def predict(self, prompts: Any, *_: Any) -> Any:
+    async def predict(self, prompts: Any, *_: Any, **__: Any) -> Any:
         return [[answer] for answer in await super().predict(prompts)]
 
 

@@ -24,7 +24,7 @@ class Answering:
     def __init__(self, num_wanted: int = 1, nested: bool = False):
         self.num_wanted, self._nested, self.asked = num_wanted, nested, []
 
-    async def predict(self, prompts: list, blank_video: bool = False) -> list:
+    async def predict(self, prompts: list, blank_video: bool = False, arrived: Any = None) -> list:
         self.asked.append(blank_video)
         answers = [Prediction(prompt_id=p.prompt_id, text="", span_s=p.answer_spans_s[0]) for p in prompts]
         return [[a] for a in answers] if self._nested else answers

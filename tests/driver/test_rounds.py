@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from tests.fakes import make_prompt
 from video_opd.config import Config
 from video_opd.config_file import load_demo
 from video_opd.errors import ConfigError, StoppedError
+from video_opd.passes import ask_by_video
 from video_opd.types import FailedPrompt, Prediction, Prompt
 
 POOL = [make_prompt(f"p{i}") for i in range(10)]
@@ -41,14 +43,20 @@ class Model:
         self.hangs = asyncio.Event()
 
     async def predict(self, prompts: Sequence[Prompt], *arguments: Any) -> list[Any]:
+        async def at_once() -> int:
+            return 1
+
+        answer = partial(self._answer, num_answers=arguments[0] if len(arguments) == 3 else None)
+        return await ask_by_video(prompts, PART, answer, at_once, arguments[-1])
+
+    async def _answer(self, prompts: Sequence[Prompt], num_answers: int | None) -> list[Any]:
         if self._left < 1:
             self.hangs.set()
             await asyncio.Event().wait()
         self._left -= 1
         self.asked += [p.prompt_id for p in prompts]
         answers = [Prediction(prompt_id=p.prompt_id, text="", span_s=self._span) for p in prompts]
-        of_teacher = len(arguments) == 2  # several answers to a prompt, and a temperature
-        results: list[Any] = [[a] * arguments[0] for a in answers] if of_teacher else [*answers]
+        results: list[Any] = [[a] * num_answers for a in answers] if num_answers else [*answers]
         failed = [p.prompt_id in self._broken for p in prompts]
         reasons = [FailedPrompt(prompt_id=p.prompt_id, reason="broken") for p in prompts]
         return [f if fails else r for f, fails, r in zip(reasons, failed, results, strict=True)]
@@ -200,6 +208,36 @@ def test_prompts_that_a_model_cannot_read_are_dropped_and_not_asked_again(config
     }
     assert "p0" not in run.teacher.asked and not {"p0", "p1"} & {*student.asked}
     assert (records["p1"]["teacher_iou"], records["p2"]["student_iou"]) == (None, [None])
+
+
+def test_answers_arrive_as_calls_end_and_an_interruption_keeps_those_of_less_than_a_part(
+    config, written, monkeypatch
+):
+    monkeypatch.setattr(driver.rounds, "ANSWERS_A_PART", 100)
+    run = make_run(config, teacher := Model((2.0, 5.0), num_calls=1), bad())
+    interrupted(run, teacher)
+    assert rows_of(run.folder / PARTS) == [PART * config.curriculum.num_teacher_predictions]
+
+
+def test_a_sampled_round_asks_the_teacher_what_it_has_not_answered_and_the_student_what_is_left(
+    config, written
+):
+    curriculum = config.curriculum.model_copy(update={"pool_sample": 6, "num_selected": 3})
+    config = config.model_copy(update={"curriculum": curriculum, "groups_per_step": 1})
+    run = make_run(config, Model((2.0, 5.0), broken=["p4"]), bad())
+    known: set[str] = set()
+    for step in (0, 3, 6):
+        run.progress.step = run.published = step
+        asked = {f"p{i}" for i in run.curriculum.scheduler.to_ask(step)}
+        run.teacher.asked, run.actors.asked = [], []
+        asyncio.run(start_round(run))
+        assert len(asked) == 6 and set(run.teacher.asked) == asked - known
+        known |= asked
+        assert set(run.actors.asked) == asked - {"p4"}, "the teacher could not read it"
+    assert pq.read_metadata(run.folder / FILE).num_rows == len(known - {"p4"}) * 4, "of all rounds"
+    again = make_run(config, good(), bad(), "again")
+    asyncio.run(start_round(again))
+    assert again.teacher.asked in ([], ["p4"])
 
 
 def test_when_nothing_can_be_selected_the_records_say_why(config, written):

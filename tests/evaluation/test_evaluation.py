@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from evaluation import scoring
-from evaluation.__main__ import main
+from evaluation.__main__ import ask_model, main
 from evaluation.predictions import read_answers, read_questions, write_answers
 from evaluation.protocols import PROTOCOLS
 from evaluation.scoring import (
@@ -25,6 +26,7 @@ from evaluation.scoring import (
 from evaluation.timelines import NUM_SHOWN, draw_timelines
 from tests.fakes import make_prompt
 from video_opd.answers import parse_span
+from video_opd.config_file import load_config
 from video_opd.errors import DataError, ParityError
 from video_opd.grounding import blind_baselines, evaluate
 from video_opd.schemas import EVALUATION
@@ -360,6 +362,24 @@ def test_a_models_failures_count_and_an_engines_error_is_exit_code_1(config, tmp
     monkeypatch.setattr("evaluation.__main__.ask_model", fail)
     assert main(model) == 1
     assert capsys.readouterr().err == "error: the processor sees 7 tokens\n"
+
+
+def test_a_model_is_asked_video_by_video_and_answers_are_in_the_callers_order(monkeypatch):
+    """Without vLLM: its loop and the encoder are stand-ins."""
+    asked: list[str] = []
+
+    async def predict(loop, encoder, prompts, blank_video, on_answer):
+        asked.extend(p.clip.clip_id for p in prompts)
+        return [Prediction(prompt_id=p.prompt_id, text=str(blank_video), span_s=None) for p in prompts]
+
+    stand_in = SimpleNamespace(pad_ids=[], close=lambda: None)
+    for name in ("engine_loop.EngineLoop", "prompting.PromptEncoder", "vllm_engine.SamplingEngine"):
+        monkeypatch.setattr(f"video_opd.models.{name}", lambda *_, **__: stand_in)
+    monkeypatch.setattr("video_opd.models.engine_loop.predict", predict)
+    prompts = [make_prompt(f"p{i}", clip_id=f"v{i % 2}") for i in range(4)]
+    passes = ask_model(load_config(DEMO), prompts, blanks=True)
+    assert [[a.prompt_id for a in answers] for answers in passes] == [["p0", "p1", "p2", "p3"]] * 2
+    assert asked == ["v0", "v0", "v1", "v1"] * 2
 
 
 def bad(capsys, *arguments: str) -> str:

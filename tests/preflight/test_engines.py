@@ -27,12 +27,13 @@ def check(*overrides: str, teacher: str = "Qwen3-VL-32B-Instruct", block: tuple[
 
 
 VLLM = ("teacher_pool.engine=vllm",)
+TRANSFORMERS = "teacher_pool.engine=transformers"
 
 
 @pytest.mark.parametrize(
     ("overrides", "teacher", "block", "named"),
     [
-        ((), FP8, None, f"teacher {FP8} is in FP8: set teacher_pool.engine=vllm"),
+        ((TRANSFORMERS,), FP8, None, f"teacher {FP8} is in FP8: set teacher_pool.engine=vllm"),
         ((*VLLM, "teacher_pool.num_gpus=0"), FP8, None, "is in FP8, which needs GPUs: use it in bfloat16"),
         ((*VLLM, "teacher_pool.dtype=float32"), FP8, None, "teacher_pool.dtype=bfloat16"),
         ((f"student=models/{FP8}",), FP8, None, f"student {FP8} is in FP8, which cannot be trained"),
@@ -67,7 +68,7 @@ def test_what_vllm_can_load_passes(parts, teacher):
 def test_a_dry_run_refuses_it_too(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     config = str(ROOT / "configs" / "qwen3vl_8b.yaml")
-    assert launch.main(["--config", config, "--dry-run", f"teacher=models/{FP8}"]) == 2
+    assert launch.main(["--config", config, "--dry-run", TRANSFORMERS, f"teacher=models/{FP8}"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "set teacher_pool.engine=vllm" in line
 

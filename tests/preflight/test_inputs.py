@@ -15,7 +15,7 @@ from tests.fakes import make_prompt
 from video_opd import ROOT
 from video_opd.config import Config, TeacherModel
 from video_opd.config_file import load_demo
-from video_opd.errors import ClipError, DataError
+from video_opd.errors import ClipError, ConfigError, DataError
 from video_opd.grounding import blind_baselines, evaluate
 from video_opd.types import FailedPrompt, Prediction
 from video_opd.video import descriptions
@@ -81,6 +81,14 @@ def test_a_resume_needs_no_more_prompts_than_are_left(run):
     options = ("curriculum.kind=tvdf", f"curriculum.num_selected={len(make_plan(run.config()).train)}")
     run.video("train", 2).unlink()
     make_plan(run.config(*options), resumes=True)
+
+
+def test_a_sample_of_the_pool_must_fill_the_slots(run):
+    with pytest.raises(
+        ConfigError, match=r"^1 training prompts cannot fill .*: raise curriculum.pool_sample"
+    ):
+        make_plan(run.config("curriculum.kind=tvdf", "curriculum.pool_sample=1"))
+    make_plan(run.config("curriculum.pool_sample=1"))  # uniform asks nobody
 
 
 def long_query(run: Run, split: str) -> str:

@@ -11,10 +11,12 @@ from preflight.inputs import SHAPES, check_shards
 from preflight.memory import GIB, ProcessMemory, RoleMemory, workload_of_budget
 from preflight.memory_fit import MemoryPlan, check_fits, host_total
 from preflight.model_shapes import find_shapes, parse_shapes
+from preflight.options import asked_attention
 from video_opd import ROOT
 from video_opd.config import Config, TeacherModel
 from video_opd.config_file import load_config
 from video_opd.errors import ConfigError, InputError
+from video_opd.models.lengths import limits
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 VLLM_TEACHER = ("teacher_pool.engine=vllm",)
@@ -53,7 +55,16 @@ def refusal(plan: MemoryPlan) -> str:
             'learner.deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}} would need',
         ),
         (["learner.world_size=1", "learner.zero_stage=0"], 48, "learner.lora_rank=16 would need"),
-        (["curriculum.num_teacher_predictions=4"], 80, "curriculum.num_teacher_predictions=2 would need"),
+        (
+            ["teacher_pool.engine=transformers", "teacher_pool.micro_batch=1"],
+            80,
+            "curriculum.num_teacher_predictions=2 would need",
+        ),
+        (
+            ["teacher_pool.num_gpus=0.97", "teacher_pool.gpu_memory_utilization=0.98"],
+            80,
+            "teacher_pool.gpu_memory_utilization=0.9 would need",
+        ),
         (["rollout.gpu_memory_utilization=1.0"], 80, "rollout.gpu_memory_utilization=0.95 would need"),
         (["rollout.num_gpus=0.5"], 80, "rollout.gpu_memory_utilization=0.45 would need"),
     ],
@@ -90,6 +101,19 @@ def test_a_teacher_in_parts_has_a_share_of_the_weights_in_each():
     assert parts.processes == 4 * whole.processes
     assert parts.device.held["weights"] == whole.device.held["weights"] // 4
     assert parts.device.held["KV cache"] > whole.device.held["KV cache"]  # what the weights leave
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "engine", "other"), [(1, "vllm", "transformers"), (0, "transformers", "vllm")]
+)
+def test_what_is_known_before_a_start_is_known_of_the_engine_that_auto_stands_for(num_gpus, engine, other):
+    def known(*chosen: str) -> list:
+        config = config_of("qwen3vl_8b.yaml", f"teacher_pool.num_gpus={num_gpus}", *chosen)
+        return [plan_of(config).roles, limits(config, True), list(asked_attention(config))]
+
+    assert known() == known(f"teacher_pool.engine={engine}")
+    differ = zip(known(), known(f"teacher_pool.engine={other}"), strict=True)
+    assert all(a != b for a, b in differ)
 
 
 def test_an_actor_in_shards_is_planned_as_a_teacher_is_and_advised():
@@ -221,9 +245,9 @@ def test_a_32b_student_needs_offload_or_adapters():
         host_total(plan_of(config_of("qwen3vl_32b.yaml", *overrides)).roles)
         for overrides in ([], ["learner.deepspeed={}", "learner.lora_rank=16"])
     ]
-    assert [round(n / GIB) for n in hosts] == [1019, 216]
+    assert [round(n / GIB) for n in hosts] == [897, 94]
     text = " ".join(HARDWARE.read_text().split())
-    assert "needs 35.7 GiB and the hosts 216 GiB instead of 1,019" in text and "158 GiB of 80" in text
+    assert "needs 35.7 GiB and the hosts 94 GiB instead of 897" in text and "158 GiB of 80" in text
 
 
 def test_a_peak_is_what_is_held_and_the_largest_phase():

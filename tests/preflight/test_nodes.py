@@ -70,7 +70,7 @@ def test_a_node_of_one_role_needs_memory_for_that_alone():
     """As in cluster.yaml: learner and teacher on 80 GB, actors on 48."""
     l40s = machine(name="L40S", capability=8.9, memory_bytes=46068 << 20)
     check(l40s, rollout=1)
-    with pytest.raises(ClusterError, match="node-7, L40S: teacher: 75 GiB of 45 GiB a GPU"):
+    with pytest.raises(ClusterError, match="node-7, L40S: teacher: 70 GiB of 45 GiB a GPU"):
         check(l40s, teacher=1)
 
 
@@ -149,7 +149,7 @@ def test_each_node_that_has_gpus_is_asked_without_taking_one(monkeypatch):
     monkeypatch.setattr(
         preflight.nodes.ray, "get", lambda answers, timeout: [machine(), small][: len(answers)]
     )
-    with pytest.raises(ClusterError, match=r"^node-2, .*: teacher: 75 GiB of 40 GiB"):
+    with pytest.raises(ClusterError, match=r"^node-2, .*: teacher: 70 GiB of 40 GiB"):
         check_gpus(plan_of(config_of("qwen3vl_8b.yaml")))
     assert [options["scheduling_strategy"].node_id for options in asked] == [
         nodes[0]["NodeID"],

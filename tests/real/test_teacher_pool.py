@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from ray.exceptions import ObjectLostError
 import preflight.nodes
 from benchmarks import emulated_teacher
 from benchmarks.emulated_teacher import EmulatedReplica, make_groups
+from driver.idle_gpus import FEWEST_PROMPTS, more_replicas
 from preflight.gpus import read_machine
 from teacher_service.engine import TransformersEngine, Wanted
 from teacher_service.pool import TeacherPool
@@ -145,6 +147,7 @@ def test_scaling_from_another_terminal_disturbs_no_call_and_restarts_no_replica(
         grown = read_pool(pool.app)
         assert len(set(grown.pids)) == 4 and pid in grown.pids
         await asyncio.sleep(2 * CALL_S)
+        await pool.counts()  # asks Serve
         metrics = await pool.take_metrics()
         assert (
             metrics["teacher/replicas"],
@@ -158,6 +161,19 @@ def test_scaling_from_another_terminal_disturbs_no_call_and_restarts_no_replica(
         assert psutil.Process(pid).is_running()
 
     asyncio.run(Load(pool).during(scale()))
+
+
+def test_further_replicas_help_until_a_pass_is_over_and_then_have_ended(pool):
+    run: Any = SimpleNamespace(teacher=pool, config=pool._config, idle_replicas=2)
+
+    async def go() -> tuple[PoolStatus, PoolStatus]:
+        async with more_replicas(run, FEWEST_PROMPTS):
+            during = await until(pool, lambda status: status.running == 3)
+        return during, read_pool(pool.app)
+
+    during, after = asyncio.run(go())
+    assert after.reached and after.running == 1 and set(after.pids) < set(during.pids)
+    assert all(not psutil.pid_exists(pid) for pid in set(during.pids) - set(after.pids))
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])

@@ -17,9 +17,11 @@ from ray.serve.schema import ApplicationStatus
 import teacher_service.__main__ as command_line
 import teacher_service.pool
 from benchmarks.teacher_scaling import CALL_S, calls_within
+from teacher_service.calls import Reply
 from teacher_service.pool import TeacherPool, Usage, deployment_options
-from teacher_service.replica import Reply, TeacherReplica
+from teacher_service.replica import TeacherReplica
 from teacher_service.scaling import Bounds, PoolStatus, app_name
+from tests.fakes import make_prompt
 from tests.video_opd.test_config import MINIMAL
 from video_opd.cluster import command_line as shared_command_line
 from video_opd.cluster import join
@@ -82,30 +84,18 @@ def test_what_serve_does_not_say_is_left_out():
     assert usage.take_metrics(2.0, 2, 2)["utilisation"] == 1.0
 
 
-# --- how a replica works ---
-
-
-def test_an_engine_starts_and_works_in_one_thread_and_a_call_that_is_given_up_is_waited_for():
-    begun, end = threading.Event(), threading.Event()
-
-    class Replica(TeacherReplica):
-        def _load(self, config: Config, model: str) -> Any:
-            return threading.get_ident(), None
-
-    def given_up() -> list:
-        begun.set()
-        return [end.wait(60)]
-
-    async def go() -> None:
-        replica = Replica(config_with(), TeacherModel(name="t", model="m"))
-        call = asyncio.ensure_future(replica._in_turn(given_up))
-        assert await asyncio.to_thread(begun.wait, 60)
-        call.cancel()
-        asyncio.get_running_loop().call_later(0.1, end.set)
-        seen, _ = await replica._in_turn(lambda: [threading.get_ident(), end.is_set()])
-        assert seen == [replica._encoder, True]
-
-    asyncio.run(go())
+def test_metrics_of_a_step_have_the_replicas_that_serve_told_last_and_do_not_ask_it(monkeypatch):
+    told = [pool_status("r", wanted=3, actors=("a", "b")), pool_status("r", wanted=1)]
+    monkeypatch.setattr(teacher_service.pool, "read_pool", lambda app: told.pop(0))
+    config = config_with(num_replicas=2)
+    pool = TeacherPool("video_opd/r", config, config.teacher_models[0])
+    seen = []
+    for asks in (False, True, False, True):
+        if asks:
+            asyncio.run(pool.counts())
+        metrics = asyncio.run(pool.take_metrics())
+        seen.append((metrics["teacher/replicas"], metrics["teacher/replicas_wanted"]))
+    assert seen == [(2, 2), (2, 3), (2, 3), (1, 1)] and not told
 
 
 # --- what is repeated ---
@@ -169,6 +159,67 @@ def test_what_a_replica_raises_itself_is_the_callers_matter(cause):
     with pytest.raises(type(cause)):
         score_with(handle)
     assert handle.num_calls == 1
+
+
+def test_others_go_on_while_serve_starts_and_a_stop_waits_for_what_it_deploys(monkeypatch):
+    """Two teachers: Serve's functions are called by one thread at a time, and hold up no loop."""
+    config, events = config_with(), []
+    pools = [TeacherPool("video_opd/r", config, TeacherModel(name=n, model=n)) for n in ("a", "b")]
+    begun, may_go_on = threading.Event(), threading.Event()
+
+    def start(proxy_location: str) -> None:
+        events.append("start")
+        begun.set()
+        assert may_go_on.wait(60), "the loop went on and let it"
+
+    def run_many(targets: list, wait_for_applications_running: bool) -> None:
+        events.append(targets[0].name.rpartition("/")[2])
+
+    monkeypatch.setattr(teacher_service.pool.serve, "start", start)
+    monkeypatch.setattr(teacher_service.pool.serve, "run_many", run_many)
+
+    async def go() -> None:
+        starts = asyncio.gather(*(pool.start() for pool in pools))
+        while not begun.is_set():
+            await asyncio.sleep(0)
+        starts.cancel()
+        await asyncio.sleep(0)
+        assert events == ["start"] and not starts.done()
+        may_go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await starts
+
+    asyncio.run(asyncio.wait_for(go(), 120))
+    assert sorted(events[1::2]) == ["a", "b"] and events[::2] == ["start", "start"]
+
+
+def test_predictions_keep_two_calls_at_each_replica_and_a_video_in_one(monkeypatch):
+    config = config_with().model_copy(
+        update={"rollout": config_with().rollout.model_copy(update={"prompts_per_call": 3})}
+    )
+    pool = TeacherPool("video_opd/r", config, config.teacher_models[0])
+    running, most, calls, turns = 0, 0, [], set()
+
+    async def replicas() -> tuple[float, float]:
+        return 2.0, 2.0
+
+    async def attempt(method: str, arguments: Any, what: str, of: int) -> Reply:
+        nonlocal running, most
+        prompts, number, temperature = arguments
+        assert (method, number, temperature) == ("predict", 4, 1.0)
+        running, most = running + 1, max(most, running + 1)
+        calls.append([p.clip.clip_id for p in prompts])
+        turns.add(of)
+        await asyncio.sleep(0.001)
+        running -= 1
+        return Reply([p.prompt_id for p in prompts], 0.0, 1)
+
+    monkeypatch.setattr(pool, "_replicas", replicas)
+    monkeypatch.setattr(pool, "_attempt", attempt)
+    prompts = [make_prompt(f"p{i}", clip_id=f"v{i % 6}") for i in range(12)]
+    assert asyncio.run(pool.predict(prompts, 4, 1.0)) == [p.prompt_id for p in prompts]
+    assert calls == [[f"v{i}"] * 2 for i in range(6)] and most == 4
+    assert turns == {4}, "a call may wait for others at its replica, so it has their time too"
 
 
 def test_back_pressure_is_a_pause_and_no_retry(monkeypatch):
@@ -249,7 +300,8 @@ def test_a_replica_in_parts_has_a_bundle_for_each_on_one_node():
 @pytest.mark.parametrize(
     ("pool", "said"),
     [
-        ({"tensor_parallel": 2}, "tensor_parallel=2 is vLLM's: use engine=vllm"),
+        ({"tensor_parallel": 2, "engine": "transformers"}, "tensor_parallel=2 is vLLM's: use engine=vllm"),
+        ({"tensor_parallel": 2, "attn_implementation": "eager"}, "is vLLM's: leave one of them out"),
         ({"tensor_parallel": 0, "engine": "vllm"}, "tensor_parallel"),
         ({"num_gpus": 2}, "num_gpus=2, but a process uses one GPU"),
         ({"tensor_parallel": 2, "engine": "vllm", "num_gpus": 0.6}, "a whole GPU for each shard"),

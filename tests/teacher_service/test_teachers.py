@@ -15,7 +15,7 @@ from curriculum.answers import prompt_keys, settings_key
 from learner.engine import rows_of
 from learner.loss import sampled_advantage
 from preflight.inputs import check_routes
-from teacher_service.replica import ScoreResult
+from teacher_service.calls import ScoreResult
 from teacher_service.teachers import Teachers, combine, combine_results, create_teacher
 from tests.fakes import make_group, make_prompt
 from tests.video_opd.test_config import MINIMAL
@@ -185,7 +185,7 @@ class FakePool:
         ]
 
     async def predict(
-        self, prompts: Sequence[Prompt], num_answers: int, temperature: float
+        self, prompts: Sequence[Prompt], num_answers: int, temperature: float, arrived: Any
     ) -> list[list[Prediction]]:
         self.asked += [p.prompt_id for p in prompts]
         return [

@@ -90,6 +90,7 @@ def test_a_missing_key_is_named_in_full(path, section, key):
         "rollout.num_actors=0",
         "rollout.temperature=0.7",
         "curriculum.teacher_threshold=1.5",
+        "curriculum={pool_sample: 10, num_selected: 11}",
         "prompt.template=When?",
         "prompt.answer_template={begin}",
         "prompt.style=own",
@@ -419,3 +420,31 @@ def test_help_lists_every_key_once_with_its_default(capsys):
 def test_every_described_key_can_be_overridden(path):
     described = [line.strip().partition("=")[0] for line in describe_keys()]
     assert sorted(described) == sorted(leaves())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "engine"),
+    [
+        ([], "vllm"),
+        (["num_gpus=0.25"], "vllm"),
+        (["num_gpus=0"], "transformers"),
+        (["num_gpus=0", "tensor_parallel=2"], "vllm"),
+        (["num_gpus=0", "engine=vllm"], "vllm"),
+        (["engine=transformers"], "transformers"),
+        (["attn_implementation=flash_attention_2"], "transformers"),
+        (["engine=transformers", "attn_implementation=eager"], "transformers"),
+    ],
+)
+def test_auto_is_vllm_on_gpus_and_transformers_where_that_alone_can(path, overrides, engine):
+    config = load_config(path, [f"teacher_pool.{o}" for o in overrides])
+    assert config.teacher_engine == engine
+    for loss, can_choose in (("opd_full", False), ("off_policy_fkd", False), ("opd_topk", True)):
+        if overrides in ([], ["num_gpus=0"]):
+            other = load_config(path, [*(f"teacher_pool.{o}" for o in overrides), f"loss.kind={loss}"])
+            assert other.teacher_engine == (engine if can_choose else "transformers")
+
+
+@pytest.mark.parametrize("pool", ["engine=vllm", "tensor_parallel=2"])
+def test_hidden_states_and_vllm_are_refused_in_one_line(path, pool):
+    message = problem(path, "loss.kind=opd_full", f"teacher_pool.{pool}")
+    assert message.count("use teacher_pool.engine=transformers and tensor_parallel=1") == 1

@@ -131,7 +131,7 @@ def limits(config: Config, trained: bool) -> list[Limit]:
     sampled = config.loss.needs.rollouts or config.curriculum.asks_student if trained else True
     if config.rollout.num_actors and sampled:
         found.append(rollout_limit(config))
-    if config.needs_teacher and config.teacher_pool.engine == "vllm":  # which samples one more token
+    if config.needs_teacher and config.teacher_engine == "vllm":  # which samples one more token
         response = config.rollout.max_response_tokens + 1
         found.append(Limit("teacher_pool.max_model_len", config.teacher_pool.max_model_len, response))
     return found
