@@ -120,10 +120,11 @@ async def learn_step(run: Run, buffer: TrajectoryBuffer, outputs: Outputs) -> No
     check_finite(report)
     check_logprob_gap(run, report)
     await run.curriculum.retire(report.failed)  # first: what was observed can be issued again at once
-    await run.curriculum.observe(groups, step)
-    if config.loss.needs.rollouts:
-        with run.clock("publish"):
-            await publish_weights(run, policy_version=step + 1)
+    async with asyncio.TaskGroup() as beside:
+        beside.create_task(run.curriculum.observe(groups, step))
+        if config.loss.needs.rollouts:
+            with run.clock("publish"):
+                await publish_weights(run, policy_version=step + 1)
     run.progress.step = work.step = step + 1
     await buffer.release()  # only now may new prompts enter
     report.metrics.update({"time/step_s": time.monotonic() - started, "learner/wait_s": wait_s})

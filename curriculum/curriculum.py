@@ -34,6 +34,7 @@ class Curriculum:
         self._name, self._config = name, config
         self._pool = ray.put(pool)
         self._next_prompts_s = 0.0
+        self._observed: dict[str, float] = {}
         self._num_starts = 0
         self._num_failed = Counter(dict.fromkeys(FailureKind, 0))
         self._turn = asyncio.Lock()
@@ -114,7 +115,7 @@ class Curriculum:
         return prompts
 
     async def observe(self, groups: Sequence[ScoredGroup], step: int) -> None:
-        await self._change("observe", [observation(g) for g in groups], step)
+        self._observed = await self._change("observe", [observation(g) for g in groups], step)
 
     async def retire(self, failed: Sequence[FailedPrompt]) -> None:
         self._num_failed.update(failure.kind for failure in failed)
@@ -149,8 +150,8 @@ class Curriculum:
         """Prompts retired by this process so far, by FailureKind."""
         return {kind.value: number for kind, number in self._num_failed.items()}
 
-    async def metrics(self) -> dict[str, float]:
-        """The scheduler's; seconds that callers waited for next_prompts since the last call; restarts."""
+    def take_metrics(self) -> dict[str, float]:
+        """The scheduler's, as it observed a step; seconds that callers waited for next_prompts; restarts."""
         waited, self._next_prompts_s = self._next_prompts_s, 0.0
         starts = float(self._num_starts - 1)
-        return {**await self._ask("metrics"), "curriculum/next_prompts_s": waited, "curriculum/lost": starts}
+        return {**self._observed, "curriculum/next_prompts_s": waited, "curriculum/lost": starts}

@@ -239,8 +239,10 @@ class Scheduler:
         _, first, video = np.unique(self._video[which], return_index=True, return_inverse=True)
         return which[np.argsort(first[video], kind="stable")]
 
-    def observe(self, observations: Sequence[Observation], step: int) -> None:
-        """Records groups that were trained on or suspended at `step`: their prompts leave flight."""
+    def observe(self, observations: Sequence[Observation], step: int) -> dict[str, float]:
+        """Records groups that were trained on or suspended at `step`: their prompts leave flight.
+
+        Returns the step's metrics."""
         work.step = step
         for prompt_id, num_rollouts, suspended in observations:
             i = self._index[prompt_id]
@@ -248,6 +250,7 @@ class Scheduler:
             self._num_rollouts[i] += num_rollouts
             self._last_step[i] = step
             self._suspended[i] = suspended
+        return self.metrics()
 
     def reissue(self) -> None:
         """Issues the prompts in flight again, first: their rollouts were lost with the process that asked."""

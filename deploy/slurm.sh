@@ -28,6 +28,7 @@ fi
 # This job's own token, in a file that the nodes share.
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$PWD/.ray_token_$SLURM_JOB_ID
 export RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS=1
+export RAY_prestart_worker_first_driver=0  # a process for each CPU, which nothing would use
 steps=() run=
 # shellcheck disable=SC2329  # the trap calls it
 clean() {

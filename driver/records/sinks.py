@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,14 +20,16 @@ class MetricSinks:
     """Writes metrics.jsonl, one line per step, and TensorBoard, finite values only. A resumed run appends."""
 
     def __init__(self, run_dir: Path, start_step: int):
-        from tensorboard.summary import Writer
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         path = run_dir / "metrics.jsonl"
         if path.exists():
             kept = [line for line in _whole_lines(path) if json.loads(line)["step"] < start_step]
             write_atomically(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a")
-        self._board = Writer(str(run_dir / "tensorboard"))
+        self._board = EventFileWriter(str(run_dir / "tensorboard"))
+        self._event: Any = vars(event_pb2)["Event"]  # one a step: tensorboard's Writer takes 20 times as long
 
     def write(self, report: StepReport, wall_s: float) -> None:
         """`wall_s`: seconds since the epoch."""
@@ -34,8 +37,8 @@ class MetricSinks:
         line = {"step": report.step, "policy_version": report.policy_version, "wall_s": wall_s, **known}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        for name, value in known.items():
-            self._board.add_scalar(name, value, report.step)
+        scalars = [{"tag": name, "simple_value": value} for name, value in known.items()]
+        self._board.add_event(self._event(step=report.step, wall_time=wall_s, summary={"value": scalars}))
 
     def close(self) -> None:
         self._file.close()

@@ -56,7 +56,7 @@ async def record(
         "curriculum/suspended_frac": num_suspended / max(1, len(sampled)),
         "learner/utilisation": seconds["update"] / wall_s,
         **run.actors.take_metrics(),
-        **await run.curriculum.metrics(),
+        **run.curriculum.take_metrics(),
         **(await run.teacher.take_metrics() if run.teacher else {}),
         **{f"time/{phase}_s": s for phase, s in seconds.items()},
         **{f"tokens_per_s/{phase}": rate for phase, rate in tokens_per_s.items()},

@@ -78,6 +78,9 @@ async def story(curriculum: Curriculum, seed: int) -> list[Any]:
             seen.append([p.prompt_id for prompts in issued for p in prompts])
         done = [waiting.pop(rng.randrange(len(waiting))) for _ in range(2)]
         await curriculum.observe([make_group(p.prompt_id, [2]) for p in done], step)
+        of_scheduler = curriculum.take_metrics()
+        seen.append({name: of_scheduler[f"curriculum/{name}"] for name in ("in_flight", "seen_frac")})
+        assert of_scheduler["curriculum/in_flight"] == len(waiting)
         if step == 9:
             await curriculum.retire([FailedPrompt(prompt_id=waiting.pop().prompt_id, reason="broken")])
         if step == 12:

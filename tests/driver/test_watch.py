@@ -106,17 +106,20 @@ def test_counters_only_grow_and_name_the_kind_of_role(exported):
     ]
 
 
-def test_phases_are_counted_as_they_go_on(exported):
+def test_phases_are_counted_as_they_go_on_each_second_and_token_once(exported):
     clock = PhaseClock()
     with clock("update"):
         clock.count("update", 5)
+        clock.count("update", 2)
+        assert not exported, "a counter costs more than a call's ends"
         clock.advance()
         seconds = exported["Counter", "video_opd_phase_seconds", ("run", "role", "phase")].told
         assert [tags["phase"] for _, tags in seconds] == ["idle", "update"]
     assert clock.take_times()[0]["update"] == pytest.approx(
         sum(s for s, tags in seconds if tags["phase"] == "update")
     )
-    assert exported["Counter", "video_opd_tokens", ("run", "role", "phase")].told[0][0] == 5
+    tokens = exported["Counter", "video_opd_tokens", ("run", "role", "phase")].told
+    assert [(n, tags["phase"]) for n, tags in tokens] == [(7, "update")]
 
 
 def test_reads_of_the_frame_cache_are_counted(exported, split_folder, tmp_path):

@@ -90,6 +90,7 @@ def test_every_start_has_token_metrics_port_and_serves_health_check(name: str):
         for part in (
             "RAY_AUTH_MODE=token",
             "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS=1",
+            "RAY_prestart_worker_first_driver=0",
             "--metrics-export-port=8080",
         ):
             assert part in start, (node, part)

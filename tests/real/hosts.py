@@ -185,7 +185,7 @@ def _wait_for_ssh(host: Host, log: Path) -> None:
 
 def _end(process: subprocess.Popen) -> None:
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait(30)
+    process.wait(START_S)
 
 
 def _ip(command: str) -> None:

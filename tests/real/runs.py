@@ -164,7 +164,7 @@ def kill_all(run: subprocess.Popen) -> None:
             process.kill()
         except psutil.NoSuchProcess:
             continue
-    run.wait(30)
+    run.wait(PATIENCE_S)
 
 
 def environment(**changes: str) -> dict[str, str]:

@@ -29,6 +29,8 @@ def cluster(monkeypatch):
 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_worker_niceness", "0")  # as in a Ray that launch.py starts
+    monkeypatch.setenv("RAY_prestart_worker_first_driver", "0")  # as in cluster.yaml
+    monkeypatch.setenv("RAY_health_check_period_ms", "500")  # five in vain, and a node is lost
     roles = {"rollout": 1, "teacher": 1, "learner": 1}
     with socket.socket() as free:  # where the node takes jobs; the default may be another Ray's
         free.bind(("", 0))

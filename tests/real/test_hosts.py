@@ -119,11 +119,12 @@ def test_a_run_on_four_hosts_outlives_the_loss_of_one_and_leaves_nothing_behind(
     assert not [p for p in left.rglob("*") if p.is_file()]
 
     teacher.set_link(up=True)
-    at(desk, output, "ray", "down", "--yes", FILE)
     stop = "source ~/.video_opd.sh && ray stop"  # as docs/clusters.md says
     workers = machines[1:4]
+    down = begin(desk, output, "ray", "down", "--yes", FILE)
+    wait_for(lambda: not any("monitor.py" in line for line in head.processes()), down, "the autoscaler's end")
     stops = [begin(desk, tmp_path / f"{w.name}.stop", "ssh", w.address, stop) for w in workers]
-    assert [of_one.wait(PATIENCE_S) for of_one in stops] == [0, 0, 0]
+    assert [of_one.wait(PATIENCE_S) for of_one in (down, *stops)] == [0, 0, 0, 0]
     assert not [line for host in machines[:4] for line in host.processes() if "ray" in line]
     assert nobody.wait(PATIENCE_S) == 1, "it ends by itself where ssh reaches nobody"
     assert (

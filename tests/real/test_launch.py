@@ -15,13 +15,14 @@ import yaml
 
 import launch
 from preflight.inputs import make_plan
-from tests.real.conftest import DEMO
+from tests.real.conftest import DEMO, reference_logprobs
 from tests.real.runs import GROUPS, PATIENCE_S, SHRUNK, metrics_of, run_launch, trajectories_of, write_data
 from tests.videos import write_audio
 from video_opd import ROOT
 from video_opd.config_file import load_config
 from video_opd.datasets import read_prompts
 from video_opd.files.checkpoint import check_whole, checkpoint_steps
+from video_opd.models.forward import load_model
 
 pytestmark = pytest.mark.usefixtures("shared_ray")
 STEPS = 4
@@ -143,8 +144,6 @@ def test_the_run_folder_is_complete(finished):
 
 
 def test_the_exported_student_has_the_updated_weights(finished, config):
-    from video_opd.models.forward import load_model
-
     start = dict(load_model(config.student, "float32").named_parameters())
     end = dict(load_model(str(finished / "checkpoints" / "step-4" / "student"), "float32").named_parameters())
     assert start.keys() == end.keys()
@@ -166,13 +165,14 @@ TVDF = [
 
 @pytest.fixture(scope="module")
 def tvdf(shared_ray, overrides) -> Path:
-    """Two rounds of two steps, the second selected with the student of then; a vLLM teacher."""
+    """Two rounds of two steps, the second selected with the student of then; a vLLM teacher; by LoRA."""
     more = [
         "num_steps=4",
         "checkpoint_every=3",
         "run_name=tvdf",
         "curriculum.kind=tvdf",
         "curriculum.num_selected=12",
+        "learner.lora_rank=4",
     ]
     done = run_launch(*overrides, *SHRUNK, *TVDF, *more)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -209,6 +209,14 @@ def test_every_round_selects_the_largest_disagreements_and_trains_on_each_once(t
     assert (state["step"], state["curriculum"]["round_end"]) == (2, 4)
     report = (tvdf / "report.html").read_text()
     assert "teacher IoU, kept and dropped" in report and "disagreement by round" in report
+
+
+def test_actors_sample_with_the_learners_adapters(tvdf):
+    metrics = metrics_of(tvdf)
+    assert all(m["learner/grad_norm"] > 0 and m["learner/logprob_gap_p99"] < 1e-3 for m in metrics)
+    published = json.loads((tvdf / "summary.json").read_text())["published_bytes"]
+    student = tvdf / "checkpoints" / "step-4" / "student" / "model.safetensors"
+    assert 0 < published < STEPS * student.stat().st_size / 4, "adapters, not weights"
 
 
 def test_a_run_that_goes_back_into_a_round_does_what_is_left_of_it_and_ends_with_its_budget_of_tokens(
@@ -279,8 +287,6 @@ def test_coupling_suspends_before_scoring_and_a_second_run_generates_no_teacher_
     assert [(m["curriculum/suspended_frac"], m["learner/skipped"]) for m in metrics_of(run)] == [
         (1.0, 1.0)
     ] * 2
-    from video_opd.models.forward import load_model
-
     start, end = (
         dict(load_model(str(f), "float32").named_parameters())
         for f in (config.student, run / "checkpoints/step-2/student")
@@ -307,39 +313,29 @@ def longer(trajectory, prompt) -> float:
     return float(len(trajectory.text))
 
 
-def test_grpo_makes_the_teacher_of_the_next_run(overrides):
-    """Two commands: the first run has no teacher; its student teaches the second, which trains by LoRA."""
-    runs = Path(load_config(DEMO, overrides).runs_dir)
-    made = run_launch(*overrides, *SHRUNK, *GRPO, "teacher=null", "num_steps=2", "run_name=grpo")
-    assert made.returncode == 0, made.stderr[-4000:]
-    summary = json.loads((runs / "grpo" / "summary.json").read_text())
+def test_grpo_needs_no_teacher_and_makes_that_of_the_next_run(overrides, config, encoder, prompts):
+    done = run_launch(*overrides, *SHRUNK, *GRPO, "teacher=null", "num_steps=2", "run_name=grpo")
+    assert done.returncode == 0, done.stderr[-4000:]
+    run = Path(config.runs_dir) / "grpo"
+    summary = json.loads((run / "summary.json").read_text())
+    metrics, rows = metrics_of(run), trajectories_of(run)
     assert (
         summary["teacher"] is None and summary["teacher_calls"] == 0 and summary["rollouts"] == 2 * 2 * GROUPS
     )
-    assert all(
-        m["learner/reward"] > 0 and m["learner/flat_groups_frac"] < 1 for m in metrics_of(runs / "grpo")
-    )
-    assert all(r["teacher_logprobs"] is None for r in trajectories_of(runs / "grpo"))
-    teacher = runs / "grpo" / "checkpoints" / "step-2" / "student"
-    more = [
-        "loss.kind=opd_full",
-        "loss.clamp=null",
-        f"teacher={teacher}",
-        "num_steps=2",
-        "run_name=taught",
-        "learner.lora_rank=4",
-    ]
-    taught = run_launch(*overrides, *SHRUNK, *more)
-    assert taught.returncode == 0, taught.stderr[-4000:]
-    first, second = metrics_of(runs / "taught")
-    assert 0 < first["learner/loss"] < 0.5, "two steps away from its student, the teacher is near"
-    assert first["learner/grad_norm"] > 0 and second["learner/logprob_gap_p99"] < 1e-3, (
-        "the actors sample with the learner's adapters"
-    )
-    published = json.loads((runs / "taught" / "summary.json").read_text())["published_bytes"]
-    student = runs / "taught" / "checkpoints" / "step-2" / "student" / "model.safetensors"
-    assert 0 < published < student.stat().st_size / 2, "adapters, not weights"
-    assert first["teacher/entropy"] > 0 and first["learner/entropy"] > 0 and first["tokens_per_s/score"] > 0
+    assert all(m["learner/reward"] > 0 and m["learner/flat_groups_frac"] < 1 for m in metrics)
+    assert metrics[1]["learner/logprob_gap_p99"] < 1e-3, "the actors sample with the published weights"
+    assert all(r["teacher_logprobs"] is None for r in rows)
+
+    student = run / "checkpoints" / "step-2" / "student"
+    taught = ["loss.kind=opd_full", "loss.clamp=null", f"teacher={student}"]
+    assert make_plan(load_config(DEMO, [*overrides, *SHRUNK, *taught])).train.prompts, "a launch would begin"
+    models = [load_model(str(folder), "float32").eval() for folder in (config.student, student)]
+    of_id, kl = {p.prompt_id: p for p in prompts}, []
+    for row in [r for r in rows if r["policy_version"] == 0]:
+        prompt, response = encoder.encode(of_id[row["prompt_id"]]), np.array(row["response_token_ids"])
+        before, after = (reference_logprobs(model, prompt, response) for model in models)
+        kl.extend((np.exp(before) * (before - after)).sum(-1))
+    assert 0 < np.mean(kl) < 0.5, "two steps away from its student, the teacher is near"
 
 
 def test_sft_learns_the_ground_truth_with_neither_teacher_nor_actors(overrides, config):

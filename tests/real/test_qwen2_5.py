@@ -241,6 +241,7 @@ def test_a_run_samples_scores_learns_and_publishes(shared_ray, qwen2_5, config):
     run = Path(config.runs_dir) / "both"
     first, second = metrics_of(run)
     assert first["learner/loss"] > 0 and first["learner/grad_norm"] > 0
+    assert first["teacher/entropy"] > 0 and first["learner/entropy"] > 0 and first["tokens_per_s/score"] > 0
     assert first["learner/logprob_gap_max"] < 1e-3 and second["learner/logprob_gap_max"] < 1e-3
     assert json.loads((run / "summary.json").read_text())["student_after"]["n"] == 2
     assert (run / "checkpoints" / "step-2" / "student" / "config.json").is_file()

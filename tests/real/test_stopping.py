@@ -48,6 +48,7 @@ class Stopped(NamedTuple):
     lost: str  # what it said when it lost its Ray
     resumed_s: float  # when it began anew
     said: str  # then
+    everybody: list[psutil.Process]  # its processes, of both times
 
     @property
     def step(self) -> int:
@@ -103,7 +104,6 @@ def stopped(tmp_path_factory, orphans) -> Stopped:
     everybody = family(run.pid)
     next(p for p in everybody if p.name() == "gcs_server").kill()
     lost = end(run, folder, 1)
-    wait_until_gone(everybody)
     assert checkpoint_steps(of_run) == []
     (of_run / "curriculum").mkdir()
     (of_run / "curriculum" / "round-9.parquet").touch()
@@ -113,13 +113,12 @@ def stopped(tmp_path_factory, orphans) -> Stopped:
     wait_for(
         lambda: last_step(of_run) >= 1 and metrics_of(of_run)[0]["wall_s"] > resumed_s, run, "step 1 again"
     )
-    everybody = family(run.pid)
+    everybody += family(run.pid)
     for _ in range(2):  # as `timeout` does
         os.killpg(run.pid, signal.SIGTERM)
     said = end(run, folder, 128 + signal.SIGTERM)
-    wait_until_gone(everybody)
     url = f"file://{folder / 'store'}/stopped"
-    return Stopped(of_run, url, lost, resumed_s, said.removeprefix(lost))
+    return Stopped(of_run, url, lost, resumed_s, said.removeprefix(lost), everybody)
 
 
 def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint_and_one_line(stopped):
@@ -214,5 +213,6 @@ def test_vllm_loads_the_exported_student_and_finds_the_numbers_it_was_exported_w
     assert json.loads((tmp_path / "strict.json").read_text())["result"]["miou"] == exported["miou"] > 0.3
 
 
-def test_no_process_of_ray_is_in_the_drivers_session_or_survives_it(orphans):
-    wait_until_gone(orphans)
+def test_no_process_of_a_run_or_of_a_ray_in_a_session_of_its_own_survives_the_driver(stopped, orphans):
+    """Last: it takes them a while to notice."""
+    wait_until_gone(stopped.everybody + orphans)
