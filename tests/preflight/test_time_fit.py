@@ -170,7 +170,8 @@ def test_the_passes_over_the_pools():
     assert plan.run_s == pytest.approx(234 * plan.step_s + passes)
     assert f"passes {passes / 3600:.1f} h" in describe_time(plan)
     first, *_ = plan.passes
-    assert first.seconds == pytest.approx(plan.teacher_answers_s(plan.train, 12408, 2) / 3), (
+    number = plan.config.curriculum.num_teacher_predictions
+    assert first.seconds == pytest.approx(plan.teacher_answers_s(plan.train, 12408, number) / 3), (
         "learner's GPUs too"
     )
     sampled = plan_of("curriculum.pool_sample=3000", num_prompts=12408).passes
