@@ -19,6 +19,7 @@ from learner.adapters import Parts, adapter_parameters, choose_trained, merge, m
 from learner.batching import Row, plan_update
 from learner.deepspeed_config import deepspeed_config
 from learner.diagnostics import TimestampTokens, TokenRecords, batch_diagnostics, policy_diagnostics
+from learner.encoding import encoded_rows
 from learner.export import write_student
 from learner.loading import load_student
 from learner.loss import ResponseTokens, loss_per_token
@@ -34,7 +35,7 @@ from video_opd.models.forward import (
     load_head,
     token_entropy,
 )
-from video_opd.models.prompting import PromptEncoder, check_parity
+from video_opd.models.prompting import PromptEncoder
 from video_opd.types import EncodedPrompt, FailedPrompt, ScoredGroup
 from video_opd.video.clips import frames_key
 from video_opd.weights.adapters import write_adapter
@@ -103,34 +104,36 @@ class LearnerEngine:
         self._model.train()
         # DeepSpeed averages gradients over ranks; the loss needs their sum over one global denominator.
         denominator = plan.num_tokens if config.loss.reduction == "token_mean" else 1
-        total, records = torch.zeros((), dtype=torch.float64), []
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        records: list[torch.Tensor] = []  # fetched at the end: nothing waits for the device meanwhile
         failed: list[FailedPrompt] = []  # one for each dropped row
         num_trained = num_dropped = 0
-        for i, (planned, most_tokens) in enumerate(zip(plan.micro_batches, plan.most_tokens, strict=True)):
+        micro_batches = encoded_rows(self._encoder, plan.micro_batches)
+        for i, (batch, most_tokens) in enumerate(zip(micro_batches, plan.most_tokens, strict=True)):
             is_last = i == len(plan.micro_batches) - 1
-            rows, encoded, of_rows = self._encode(planned)
-            failed += of_rows
-            num_trained += sum(row.weight > 0 for row in rows)
+            failed += batch.failed
+            num_trained += sum(row.weight > 0 for row in batch.rows)
             if is_last:
                 num_trained, num_dropped = self._over_ranks(num_trained, len(failed))
                 if not num_trained:  # gradients so far are zeros
                     return _skipped(num_dropped), failed
             engine.set_gradient_accumulation_boundary(is_last)
-            loss, of_tokens = self._loss_sum(rows, encoded, most_tokens)
+            loss, of_tokens = self._loss_sum(batch.rows, batch.prompts, most_tokens)
             engine.backward(loss * (self._world_size / denominator))
             engine.step()
-            total += loss.detach().double().cpu()
+            total += loss.detach()
             records.append(of_tokens)
         if self._world_size > 1:
-            total = total.to(self._device)
             torch.distributed.all_reduce(total)
+        records_and_weights = torch.cat(records, dim=1).cpu().numpy()
+        mine = TokenRecords(*records_and_weights[:3, records_and_weights[3] > 0])
         metrics = {
             "learner/loss": float(total) / denominator,
             "learner/grad_norm": float(engine.get_global_grad_norm() or 0.0),
             "learner/lr": lr,
             "learner/skipped": 0.0,
             "learner/dropped_rows": float(num_dropped),
-            **policy_diagnostics(TokenRecords.of_all_ranks(records, self._world_size), config.loss),
+            **policy_diagnostics(TokenRecords.of_all_ranks([mine], self._world_size), config.loss),
             **batch_diagnostics(groups, config, self._is_time),
             **(self._vision_cache.take_metrics() if self._vision_cache else {}),
         }
@@ -139,32 +142,14 @@ class LearnerEngine:
     def _over_ranks(self, *counts: int) -> list[int]:
         """Their sums over all ranks."""
         sums = torch.tensor(counts, device=self._device)
-        torch.distributed.all_reduce(sums)
+        if self._world_size > 1:
+            torch.distributed.all_reduce(sums)
         return sums.tolist()
-
-    def _encode(self, rows: list[Row]) -> tuple[list[Row], list[EncodedPrompt], list[FailedPrompt]]:
-        """The rows and their encoded prompts. A row whose clip cannot be read is dropped: it gets weight 0.
-
-        Grey frames then stand in for the clip's, so that every rank makes the same passes.
-        """
-        kept, encoded, failed = [], [], []
-        for row, prompt in zip(rows, self._encoder.encode_all([row.prompt for row in rows]), strict=True):
-            if isinstance(prompt, FailedPrompt):
-                failed += [prompt] if row.weight else []
-                clip = replace(row.prompt.clip, video_path="")  # of no video: no cache takes it for the clip
-                row = replace(row, prompt=replace(row.prompt, clip=clip), weight=0.0)
-                grey = np.full((len(clip.frame_indices), *clip.frame_size, 3), 128, np.uint8)
-                prompt = self._encoder.encode(row.prompt, frames=grey)
-            else:
-                check_parity(prompt, row.trajectory, "the learner")
-            kept.append(row)
-            encoded.append(prompt)
-        return kept, encoded, failed
 
     def _loss_sum(
         self, rows: list[Row], encoded: list[EncodedPrompt], most_tokens: int
-    ) -> tuple[torch.Tensor, TokenRecords]:
-        """The summed loss of a micro-batch, and records of its tokens (none for weight 0)."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed loss of a micro-batch; float32[4, tokens]: TokenRecords, and the weights of tokens."""
         responses = [row.trajectory.response_token_ids for row in rows]
         batch = collate(encoded, responses, self._encoder.tokenizer.pad_token_id, self._device)
         if self._vision_cache is not None:
@@ -179,9 +164,8 @@ class LearnerEngine:
 
         per_token, learner, entropy = self._engine(batch, loss, most_tokens)
         weights = self._tensor([np.full(len(row.advantage), row.weight, np.float32) for row in rows])
-        trained = weights > 0
-        records = (values[trained].cpu().numpy() for values in (learner, tokens.actor_logprobs, entropy))
-        return (per_token * weights).sum(), TokenRecords(*records)
+        records = torch.stack([learner, tokens.actor_logprobs, entropy, weights])
+        return (per_token * weights).sum(), records
 
     def _response_tokens(self, rows: list[Row], targets: torch.Tensor) -> ResponseTokens:
         top_k = teacher_logits = None
