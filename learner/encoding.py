@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from learner.batching import Row
-from video_opd.models.prompting import PromptEncoder, check_parity
+from video_opd.models.prompting import GREY, PromptEncoder, check_parity
 from video_opd.types import EncodedPrompt, FailedPrompt
 
 
@@ -46,7 +46,7 @@ def _micro_batch(
         if isinstance(prompt, FailedPrompt):
             batch.failed.extend([prompt] if row.weight else [])
             clip, row = row.prompt.clip, replace(row, weight=0.0)
-            grey = np.full((len(clip.frame_indices), *clip.frame_size, 3), 128, np.uint8)
+            grey = np.full((len(clip.frame_indices), *clip.frame_size, 3), GREY, np.uint8)
             prompt = encoder.encode(row.prompt, frames=grey)
         else:
             check_parity(prompt, row.trajectory, "the learner")

@@ -37,7 +37,6 @@ from video_opd.models.forward import (
 )
 from video_opd.models.prompting import PromptEncoder
 from video_opd.types import EncodedPrompt, FailedPrompt, ScoredGroup
-from video_opd.video.clips import frames_key
 from video_opd.weights.adapters import write_adapter
 from video_opd.weights.buckets import Named, WeightBucket, to_buckets
 
@@ -151,11 +150,10 @@ class LearnerEngine:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The summed loss of a micro-batch; float32[4, tokens]: TokenRecords, and the weights of tokens."""
         responses = [row.trajectory.response_token_ids for row in rows]
-        batch = collate(encoded, responses, self._encoder.tokenizer.pad_token_id, self._device)
-        if self._vision_cache is not None:
-            keys = [frames_key(row.prompt.clip) for row in rows]
-            pixels = batch.pixel_values.split([len(p.pixel_values) for p in encoded])
-            features = self._vision_cache.features(keys, pixels, batch.video_grid_thw)
+        pad_id, cache = self._encoder.tokenizer.pad_token_id, self._vision_cache
+        batch = collate(encoded, responses, pad_id, self._device, with_pixels=cache is None)
+        if cache is not None:
+            features = cache.features(encoded, batch.video_grid_thw)
             batch = replace(batch, video_features=features)
         tokens = self._response_tokens(rows, batch.targets)
 
