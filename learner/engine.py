@@ -189,22 +189,22 @@ class LearnerEngine:
     def _tensor(self, arrays: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(self._device)
 
-    def parameters(self, on_host: bool = False) -> Named:
+    def parameters(self, alone_on: str | None = None) -> Named:
         """Of the plain model: whole, adapters merged, on the rank's device. All ranks must iterate.
 
-        on_host: on the CPU, for rank 0 alone. The other ranks help it to gather, and get none.
+        alone_on: for rank 0 alone, on that device. The other ranks help it to gather, and get none.
         """
-        return self._gathered(merged_parameters(self._model), on_host)
+        return self._gathered(merged_parameters(self._model), alone_on)
 
-    def adapters(self) -> Named:
-        """A and B of the adapters as the forward pass has them; as parameters(on_host=True)."""
-        return self._gathered(((name, [p], 1.0) for name, p in adapter_parameters(self._model)), on_host=True)
+    def adapters(self, alone_on: str) -> Named:
+        """A and B of the adapters as the forward pass has them; as `parameters`."""
+        return self._gathered(((name, [p], 1.0) for name, p in adapter_parameters(self._model)), alone_on)
 
-    def _gathered(self, named: Iterable[Parts], on_host: bool) -> Named:
-        is_sharded, device = self._config.learner.zero_stage == 3, "cpu" if on_host else self._device
+    def _gathered(self, named: Iterable[Parts], alone_on: str | None) -> Named:
+        is_sharded, device = self._config.learner.zero_stage == 3, alone_on or self._device
         for name, parts, scaling in named:
             with self._deepspeed.zero.GatheredParameters(parts, enabled=is_sharded):
-                if on_host and self._rank:
+                if alone_on and self._rank:
                     continue
                 tensor = merge(parts, scaling).to(device=device, copy=is_sharded)
             yield name, tensor
@@ -212,9 +212,9 @@ class LearnerEngine:
     def buckets(self, policy_version: int) -> Iterator[WeightBucket]:
         """What actors get of the student: rank 0 gets it, for publication. All ranks must iterate."""
         learner = self._config.learner
-        named = self.adapters() if learner.publishes_adapters else self.parameters(on_host=True)
-        with taken_to_the_end(named):
-            yield from to_buckets(named, policy_version, learner.bucket_bytes)
+        named = self.adapters if learner.publishes_adapters else self.parameters
+        with taken_to_the_end(named(alone_on=self._device)) as tensors:
+            yield from to_buckets(tensors, policy_version, learner.bucket_bytes)
 
     def save(self, folder: Path) -> None:
         """Writes the DeepSpeed state, `student/`, a transformers folder, and with LoRA `adapter/`, PEFT's.
@@ -225,13 +225,13 @@ class LearnerEngine:
             self._engine.save_checkpoint(str(folder / "deepspeed"), tag="state", save_latest=False)
         self.export(folder / "student")
         if self._config.learner.lora_rank:
-            adapters = dict(self.adapters())
+            adapters = dict(self.adapters(alone_on="cpu"))
             if self._rank == 0:
                 write_adapter(folder / "adapter", adapters, self._config.learner, self._config.student)
 
     def export(self, folder: Path) -> None:
         """Rank 0 writes the student alone, for transformers and vLLM."""
-        with taken_to_the_end(self.parameters(on_host=True)) as named:
+        with taken_to_the_end(self.parameters(alone_on="cpu")) as named:
             if self._rank == 0:
                 write_student(self._model, named, self._config.student, folder)
 

@@ -11,8 +11,8 @@ from preflight import activations
 from preflight.adapters import slot_numbers
 from preflight.model_shapes import DTYPE_BYTES, ModelShapes, count, model_bytes, parameters
 from preflight.zero import (
+    buffer_bytes,
     gradient_bytes,
-    nccl_buffer_bytes,
     offload_bytes,
     optimizer_bytes,
     sending_bytes,
@@ -256,7 +256,7 @@ def vllm_memory(
     input buffers, on a GPU: e N H (1 + D), embeddings and deepstack (vllm/model_executor/models/qwen3_vl.py).
     KV cache: kv_cache_bytes, or what gpu_memory_utilization leaves of a GPU, at least a max_model_len. On a
     shared GPU vLLM is given it (with_kv_caches).
-    new weights: of an actor that gets them by NCCL, two nccl_buffer_bytes.
+    new weights: of an actor that gets them by NCCL, two buffer_bytes.
     With tensor_parallel, one shard: weights, KV cache, heads and MLPs are divided."""
     scores = isinstance(engine, TeacherConfig)
     on_gpu = engine.num_gpus > 0
@@ -289,7 +289,7 @@ def vllm_memory(
     prefill = activations.forward_bytes(shapes, e, num_tokens, video_tokens, shards)
     phases = {"prefill": prefill, "logits": {"logits": logits}}
     if not scores and config.weight_transfer == "collective":
-        phases["new weights"] = {"NCCL's buffers": 2 * nccl_buffer_bytes(shapes, config.learner)}
+        phases["new weights"] = {"NCCL's buffers": 2 * buffer_bytes(shapes, config.learner)}
     return ProcessMemory(held | {"KV cache": kv_cache}, phases)
 
 

@@ -91,22 +91,32 @@ def weight_bytes(shapes: ModelShapes, learner: LearnerConfig) -> dict[str, int]:
 
 
 def sending_bytes(shapes: ModelShapes, config: Config) -> int:
-    """What a rank's GPU holds beside its weights while it publishes. collective: three nccl_buffer_bytes.
+    """What a rank's GPU holds beside its weights while it publishes. collective: three buffer_bytes.
 
-    ipc: eP if they are gathered or merged. vLLM keeps every tensor until the actors have read all
-    (_send_unpacked in vllm/distributed/weight_transfer/ipc_engine.py); whole weights are lent as they are."""
-    learner = config.learner
-    if config.weight_transfer == "collective":
-        return 3 * nccl_buffer_bytes(shapes, learner)
-    copies = config.weight_transfer == "ipc" and (learner.zero_stage == 3 or learner.lora_rank)
-    return DTYPE_BYTES[learner.dtype] * count(parameters(shapes)) if copies else 0
+    Of weights that are gathered or merged, object_store: one buffer_bytes; ipc: eP, since vLLM keeps every
+    tensor until the actors have read all (_send_unpacked in vllm/distributed/weight_transfer/ipc_engine.py).
+    Others are read where they are."""
+    learner, way = config.learner, config.weight_transfer
+    if way == "collective":
+        return 3 * buffer_bytes(shapes, learner)
+    if (
+        not learner.num_gpus
+        or learner.publishes_adapters
+        or (learner.zero_stage < 3 and not learner.lora_rank)
+    ):
+        return 0
+    return (
+        DTYPE_BYTES[learner.dtype] * count(parameters(shapes))
+        if way == "ipc"
+        else buffer_bytes(shapes, learner)
+    )
 
 
-def nccl_buffer_bytes(shapes: ModelShapes, learner: LearnerConfig) -> int:
+def buffer_bytes(shapes: ModelShapes, learner: LearnerConfig) -> int:
     """Tensors until they exceed bucket_bytes: at most that and the largest, or eP.
 
-    Both sides fill two such buffers in turn; the sender holds the tensors of one, too (pack_tensors in
-    vllm/distributed/weight_transfer/packed_tensor.py)."""
+    By NCCL both sides fill two such buffers in turn; the sender holds the tensors of one, too (pack_tensors
+    in vllm/distributed/weight_transfer/packed_tensor.py)."""
     e, of = DTYPE_BYTES[learner.dtype], parameters(shapes)
     return min(learner.bucket_bytes + e * max(count({n: s}) for n, s in of.items()), e * count(of))
 

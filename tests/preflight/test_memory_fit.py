@@ -70,10 +70,12 @@ def test_weights_that_ipc_lends_out_count_where_they_are_copies():
 
     assert learner().largest_phase == "publishing"
     assert learner().terms["weights sent"] == learner("learner.zero_stage=2").terms["weights"]
+    in_parts = learner("learner.weight_transfer=object_store").phases["publishing"]["weights sent"]
+    assert in_parts == (256 << 20) + 2 * 151_936 * 2560  # a bucket, and the embeddings
     for whole in (
         ["learner.zero_stage=2"],
         ["learner.lora_rank=16"],
-        ["learner.weight_transfer=object_store"],
+        ["learner.weight_transfer=object_store", "learner.zero_stage=2"],
     ):
         assert learner(*whole).phases["publishing"] == {"weights sent": 0}
     message = refusal(plan_of(config_of("qwen3vl_4b_2gpu.yaml", "learner.weight_transfer=ipc"), 75.5))

@@ -95,8 +95,8 @@ def attend(
 
     def inside(which: slice | torch.Tensor, length: int) -> torch.Tensor:
         """Of patches [n * length], [n * length, hidden size]."""
-        states = (s[which].unflatten(0, (-1, length)).transpose(1, 2) for s in (query, key, value))
-        attended = scaled_dot_product_attention(*states, scale=attention.scaling)
+        q, k, v = (s[which].unflatten(0, (-1, length)).transpose(1, 2) for s in (query, key, value))
+        attended = scaled_dot_product_attention(q, k, v, scale=attention.scaling)
         return attended.transpose(1, 2).flatten(0, 1).flatten(1)
 
     lengths = cu_seqlens.diff()
