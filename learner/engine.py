@@ -10,6 +10,7 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -78,6 +79,7 @@ class LearnerEngine:
             heads = {t.name: load_head(t.model, dtype).to(self._device) for t in teachers}
             shared = min(len(head) for head in heads.values())  # the rest are padded embeddings
             self._teacher_heads = {name: head[:shared] for name, head in heads.items()}
+        _import_without_compiler()
         options: dict[str, Any] = {"optimizer": optimizer, "config": deepspeed_config(learner)}
         self._engine: Any = self._deepspeed.initialize(model=module, **options)[0]
         self._is_time = TimestampTokens(self._encoder.tokenizer)
@@ -259,6 +261,12 @@ def rows_of(runs: Sequence[tuple[torch.Tensor, torch.Tensor]], which: slice) -> 
         first += len(states)
         logits.append(rows.to(head.dtype).matmul(head.T).float())
     return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+
+def _import_without_compiler() -> None:
+    """DeepSpeed compiles functions of an optimizer that is not used here: 1.7 s of CPU time, and 57 MiB."""
+    with patch("deepspeed.runtime.compiler.compile", lambda: lambda function: function):
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
 
 
 def _init_deepspeed(config: Config, rank: int, world_size: int, master: tuple[str, int]):

@@ -309,10 +309,9 @@ def test_when_the_learner_is_lost_in_the_first_transfer_it_publishes_in_the_obje
     async def test():
         pool, learner = Pool(config(2, "auto")), Learner()
         await pool.start()
-        hung = [actor for actor in pool.created if actor.fails is None]
         learner.fails = True
-        for actor in hung:  # the collective ends with the learner
-            actor.do_update_weights = lambda *_: None
+        for actor in pool.created:  # nobody hangs in the collective when the learner is lost
+            vars(actor)["do_update_weights"] = lambda *_: None
         with pytest.raises(LearnerLostError):
             await pool.publish(1, learner)
         learner.restart()

@@ -82,7 +82,9 @@ def test_a_prompt_is_encoded_once_for_all_its_rows():
 def test_an_unreadable_clip_gives_all_its_rows_weight_0_and_grey_frames():
     encoder = Encoder(unreadable=("p1",))
     batches = list(encoded_rows(encoder, planned([make_group(n, lengths=(4, 3)) for n in NAMES[:2]])))
-    rows = [(r.prompt.prompt_id, r.weight, p.grey) for b in batches for r, p in zip(*b[:2], strict=True)]
+    prompts: list[Any] = [prompt for batch in batches for prompt in batch.prompts]
+    weights = [row.weight for batch in batches for row in batch.rows]
+    rows = [(p.prompt_id, weight, p.grey) for p, weight in zip(prompts, weights, strict=True)]
     assert sorted(set(rows)) == [("p0", 1.0, False), ("p1", 0.0, True)] and len(rows) == 4
     assert [f.prompt_id for batch in batches for f in batch.failed] == ["p1", "p1"]
 
