@@ -20,7 +20,7 @@ class EmulatedTeacher:
     """Encoder and engine in one: ignores the prompt; the log-prob of a token is minus its id."""
 
     def encode_all(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
-        unused: Any = dict.fromkeys(("frames", "pixel_values", "token_types", "second_per_grid"))
+        unused: Any = dict.fromkeys(("frames", "frames_digest", "patching", "token_types", "second_per_grid"))
         unused |= {"unexpanded_token_ids": [], "video_metadata": {}, "video_grid_thw": (0, 0, 0)}
         unused["token_ids"] = np.zeros(0, np.int32)
         return [EncodedPrompt(prompt_id=p.prompt_id, fingerprint=p.prompt_id, **unused) for p in prompts]

@@ -55,15 +55,15 @@ class Example(NamedTuple):
 
 
 def build_examples(prompts: Sequence[Prompt], encoder: PromptEncoder) -> list[Example]:
-    """One example for each prompt, in order; all queries of a clip share one copy of its pixels."""
+    """One example for each prompt, in order; all queries of a clip share one copy of its frames."""
     of_clip: defaultdict[str, list[Prompt]] = defaultdict(list)
     for prompt in prompts:
         of_clip[prompt.clip.clip_id].append(prompt)
-    pixels: dict[str, np.ndarray] = {}
+    frames: dict[str, np.ndarray] = {}
     examples = []
     for prompt in prompts:
         clip_id, encoded = prompt.clip.clip_id, encoder.encode(prompt)
-        encoded = replace(encoded, pixel_values=pixels.setdefault(clip_id, encoded.pixel_values))
+        encoded = replace(encoded, frames=frames.setdefault(clip_id, encoded.frames))
         answer = encoder.answer_ids(_answer(prompt))
         examples.append(Example(prompt, encoded, answer, _labels(prompt, of_clip[clip_id])))
     return examples

@@ -36,7 +36,6 @@ from video_opd.models.forward import (
 )
 from video_opd.models.prompting import PromptEncoder, check_parity
 from video_opd.types import EncodedPrompt, FailedPrompt, ScoredGroup
-from video_opd.video.clips import frames_key
 from video_opd.weights.adapters import write_adapter
 from video_opd.weights.buckets import Named, WeightBucket, to_buckets
 
@@ -151,8 +150,7 @@ class LearnerEngine:
         for row, prompt in zip(rows, self._encoder.encode_all([row.prompt for row in rows]), strict=True):
             if isinstance(prompt, FailedPrompt):
                 failed += [prompt] if row.weight else []
-                clip = replace(row.prompt.clip, video_path="")  # of no video: no cache takes it for the clip
-                row = replace(row, prompt=replace(row.prompt, clip=clip), weight=0.0)
+                clip, row = row.prompt.clip, replace(row, weight=0.0)
                 grey = np.full((len(clip.frame_indices), *clip.frame_size, 3), 128, np.uint8)
                 prompt = self._encoder.encode(row.prompt, frames=grey)
             else:
@@ -166,11 +164,10 @@ class LearnerEngine:
     ) -> tuple[torch.Tensor, TokenRecords]:
         """The summed loss of a micro-batch, and records of its tokens (none for weight 0)."""
         responses = [row.trajectory.response_token_ids for row in rows]
-        batch = collate(encoded, responses, self._encoder.tokenizer.pad_token_id, self._device)
-        if self._vision_cache is not None:
-            keys = [frames_key(row.prompt.clip) for row in rows]
-            pixels = batch.pixel_values.split([len(p.pixel_values) for p in encoded])
-            features = self._vision_cache.features(keys, pixels, batch.video_grid_thw)
+        pad_id, cache = self._encoder.tokenizer.pad_token_id, self._vision_cache
+        batch = collate(encoded, responses, pad_id, self._device, with_pixels=cache is None)
+        if cache is not None:
+            features = cache.features(encoded, batch.video_grid_thw)
             batch = replace(batch, video_features=features)
         tokens = self._response_tokens(rows, batch.targets)
 

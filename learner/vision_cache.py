@@ -1,12 +1,14 @@
 """Caches a frozen vision tower's features of a clip: they are the same in every epoch, rollout and step."""
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from video_opd.models.forward import VideoLLM
+from video_opd.models.patches import pixel_values
+from video_opd.types import EncodedPrompt
 
 
 class VisionCache:
@@ -14,24 +16,25 @@ class VisionCache:
 
     def __init__(self, model: VideoLLM, max_bytes: int):
         self._model, self._max_bytes, self._bytes = model, max_bytes, 0
-        self._features: OrderedDict[Hashable, list[torch.Tensor]] = OrderedDict()
+        self._features: OrderedDict[str, list[torch.Tensor]] = OrderedDict()
         self._asked = self._computed = 0
 
     @torch.no_grad()
     def features(
-        self, keys: Sequence[Hashable], pixel_values: Sequence[torch.Tensor], grids: torch.Tensor
+        self, prompts: Sequence[EncodedPrompt], grids: torch.Tensor
     ) -> BaseModelOutputWithDeepstackFeatures:
-        """The tower's output for B videos, as the model's forward takes it in place of pixels.
+        """The tower's output for the videos of B prompts, as the model's forward takes it in place of pixels.
 
-        keys: equal where the pixels are; pixel_values: [patches, patch_dim] of each; grids: int64[B, 3].
+        grids: int64[B, 3], on the model's device.
         """
+        keys = [p.frames_digest for p in prompts]
         unknown = {key: i for i, key in enumerate(keys) if key not in self._features}
         self._asked += len(keys)
         self._computed += len(unknown)
         known = {key: self._features[key] for key in keys if key in self._features}
         if unknown:
             chosen = list(unknown.values())
-            pixels = torch.cat([pixel_values[i] for i in chosen])
+            pixels = pixel_values([prompts[i] for i in chosen], grids.device)
             output = self._model.model.get_video_features(pixels, grids[chosen])
             outputs = (output.pooler_output, *getattr(output, "deepstack_features", ()))
             for i, key in enumerate(unknown):

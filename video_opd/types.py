@@ -65,6 +65,17 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Patching:
+    """How a model's processor makes patches of frames: (pixel - mean) / std of each channel, then blocks."""
+
+    mean: tuple[float, ...]  # of pixels from 0 to 255; all are float32
+    std: tuple[float, ...]
+    patch_size: int  # pixels
+    merge_size: int  # patches along a side of a video token; those of one token follow each other
+    temporal_patch_size: int  # frames
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedPrompt:
     """A prompt as models see it, made by prompting.PromptEncoder."""
 
@@ -72,8 +83,9 @@ class EncodedPrompt:
     token_ids: np.ndarray  # int32[M], with timestamps
     unexpanded_token_ids: list[int]  # with one video pad, for vLLM
     frames: np.ndarray  # uint8[F, H, W, 3], RGB
+    frames_digest: str  # equal where the frames are
+    patching: Patching  # of the frames, for models that take patches
     video_metadata: dict[str, Any]  # second input of both processors
-    pixel_values: np.ndarray  # float32[patches, patch_dim], normalised
     video_grid_thw: tuple[int, int, int]  # patches along time, height, width
     token_types: np.ndarray  # int32[M], transformers' mm_token_type_ids
     second_per_grid: float | None  # seconds between token grids (Qwen2.5-VL); None: times are text (Qwen3-VL)

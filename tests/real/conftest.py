@@ -22,6 +22,7 @@ from video_opd.cluster.join import started_in_time
 from video_opd.config import Config
 from video_opd.config_file import load_config
 from video_opd.datasets import read_prompts
+from video_opd.models.patches import pixel_values
 from video_opd.models.prompting import PromptEncoder
 from video_opd.types import (
     EncodedPrompt,
@@ -121,7 +122,7 @@ def reference_logprobs(model, prompt: EncodedPrompt, response: np.ndarray) -> np
     logits = model(
         input_ids=ids,
         mm_token_type_ids=types,
-        pixel_values_videos=torch.from_numpy(prompt.pixel_values),
+        pixel_values_videos=pixel_values([prompt], "cpu"),
         video_grid_thw=torch.tensor([prompt.video_grid_thw]),
     ).logits[0]
     return logits[len(prompt.token_ids) - 1 : -1].log_softmax(-1).numpy()

@@ -17,6 +17,7 @@ from tests.videos import noise, write_video
 from video_opd import ROOT
 from video_opd.answers import parse_span
 from video_opd.models.forward import load_model
+from video_opd.models.patches import pixel_values
 from video_opd.models.prompting import PromptEncoder
 from video_opd.types import EncodedPrompt, Prompt
 from video_opd.video.clips import plan_clip
@@ -116,7 +117,7 @@ def test_video_pads_are_never_sampled_even_when_the_model_wants_them(engine, mod
         hidden = model.model(
             input_ids=torch.tensor(prompt.token_ids[None].astype(np.int64)),
             mm_token_type_ids=torch.tensor(prompt.token_types[None].astype(np.int64)),
-            pixel_values_videos=torch.from_numpy(prompt.pixel_values),
+            pixel_values_videos=pixel_values([prompt], "cpu"),
             video_grid_thw=torch.tensor([prompt.video_grid_thw]),
         ).last_hidden_state[0, -1]
         model.get_input_embeddings().weight[list(encoder.pad_ids)] = 3 * hidden / hidden.norm()

@@ -3,14 +3,13 @@
 import subprocess
 import sys
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
-from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-from demo.models import CHAT_TEMPLATE, build_processor, build_tokenizer
-from tests.fakes import make_clip, make_prompt
+from demo.models import build_processor
+from tests.fakes import make_prompt
+from tests.processors import FAMILIES, clips_of
 from video_opd import ROOT
 from video_opd.config import Config
 from video_opd.config_data import PromptConfig, VideoConfig
@@ -18,7 +17,6 @@ from video_opd.config_file import load_demo
 from video_opd.errors import DataError, ModelError
 from video_opd.models.lengths import Limit, PromptLengths, limits, too_long
 from video_opd.models.prompting import PromptEncoder
-from video_opd.types import Clip
 
 QUERIES = (
     "the red square is visible",
@@ -27,31 +25,6 @@ QUERIES = (
     "ends <|im_end|> itself<",
     "When? " * 739,
 )
-
-
-def qwen2_5_processor() -> Qwen2_5_VLProcessor:
-    options: dict[str, Any] = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
-    options |= {"size": {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 4096}}
-    image, video = Qwen2VLImageProcessor(**options), Qwen2VLVideoProcessor(**options)
-    return Qwen2_5_VLProcessor(image, build_tokenizer(), video, chat_template=CHAT_TEMPLATE)
-
-
-FAMILIES = {"qwen3_vl": (build_processor, 32), "qwen2_5_vl": (qwen2_5_processor, 28)}
-
-
-def clips_of(multiple: int) -> list[Clip]:
-    """A plain one, a cut, one of a variable rate beyond 100 s, and one of many tokens."""
-    times = np.array([0.0, 0.4, 9.96, 9.99, 100.0, 123.4])
-    size = (multiple, multiple)
-    uneven = replace(make_clip(), frame_indices=np.array([0, 3, 9, 10, 30, 40]), frame_times_s=times)
-    return [
-        replace(make_clip(), frame_size=size),
-        replace(
-            make_clip(), start_s=3.0, duration_s=4.0, frame_indices=np.arange(12, 28, 2), frame_size=size
-        ),
-        replace(uneven, duration_s=130.0, frame_size=size),
-        replace(make_clip(), frame_size=(2 * multiple, 3 * multiple)),
-    ]
 
 
 @pytest.mark.parametrize("video_first", [True, False])

@@ -7,9 +7,10 @@ import pytest
 
 from tests.fakes import make_clip
 from video_opd.models.prompting import fingerprint, video_metadata
+from video_opd.video.frame_cache import digest_of
 
 IDS, GRID, INDICES = np.arange(5), (2, 2, 2), np.array([0, 2, 4, 6])
-FRAMES = np.arange(4 * 2 * 2 * 3, dtype=np.uint8).reshape(4, 2, 2, 3)
+DIGEST = digest_of(np.arange(4 * 2 * 2 * 3, dtype=np.uint8).reshape(4, 2, 2, 3))
 
 
 def test_metadata_of_a_plain_video_is_of_its_frames():
@@ -54,18 +55,18 @@ def test_metadata_of_a_variable_rate_has_the_frames_own_times():
 
 
 def test_the_fingerprint_of_a_plain_clip_stays_what_it_is():
-    assert fingerprint(IDS, GRID, INDICES, FRAMES) == "5f16f57830dc88562d3c33b0697295a1"
+    assert fingerprint(IDS, GRID, INDICES, DIGEST) == "e2618f245b0525f099c4b62d8b354a89"
 
 
 def test_the_fingerprint_tells_apart_all_that_a_model_sees():
     clip = make_clip()
     prints = [
-        fingerprint(IDS, GRID, INDICES, FRAMES),
-        fingerprint(IDS + 1, GRID, INDICES, FRAMES),
-        fingerprint(IDS, (2, 4, 1), INDICES, FRAMES),
-        fingerprint(IDS, GRID, INDICES + 1, FRAMES),
-        fingerprint(IDS, GRID, INDICES, FRAMES + 1),
-        fingerprint(IDS, GRID, INDICES, FRAMES, clip.timestamps_s.tolist()),
-        fingerprint(IDS, GRID, INDICES, FRAMES, (clip.timestamps_s + 1e-6).tolist()),
+        fingerprint(IDS, GRID, INDICES, DIGEST),
+        fingerprint(IDS + 1, GRID, INDICES, DIGEST),
+        fingerprint(IDS, (2, 4, 1), INDICES, DIGEST),
+        fingerprint(IDS, GRID, INDICES + 1, DIGEST),
+        fingerprint(IDS, GRID, INDICES, DIGEST[::-1]),
+        fingerprint(IDS, GRID, INDICES, DIGEST, clip.timestamps_s.tolist()),
+        fingerprint(IDS, GRID, INDICES, DIGEST, (clip.timestamps_s + 1e-6).tolist()),
     ]
     assert len(set(prints)) == len(prints)

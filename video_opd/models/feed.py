@@ -4,7 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -26,10 +26,11 @@ class Feed(Generic[Item]):
         """work(item) for each, in order. The next ones are made while the caller uses one.
 
         The first ones are begun at the call, before the first result is asked for. Raises what work raises.
+        An iterator that is dropped, even before its first result, gives its bytes back.
         """
-        left, begun = deque(items), deque[tuple[Future[Result], int]]()
-        self._begin(work, left, begun)
-        return self._results(work, left, begun)
+        results = self._results(work, deque(items))
+        next(results)  # a generator that has not started would clean nothing up
+        return cast(Iterator[Result], results)
 
     def _begin(
         self, work: Callable[[Item], Result], left: deque[Item], begun: deque[tuple[Future[Result], int]]
@@ -42,10 +43,12 @@ class Feed(Generic[Item]):
                 self._free_bytes -= size
             begun.append((self._threads.submit(work, left.popleft()), size))
 
-    def _results(
-        self, work: Callable[[Item], Result], left: deque[Item], begun: deque[tuple[Future[Result], int]]
-    ) -> Iterator[Result]:
+    def _results(self, work: Callable[[Item], Result], left: deque[Item]) -> Iterator[Result | None]:
+        """None when the first ones are begun, then the results."""
+        begun = deque[tuple[Future[Result], int]]()
         try:
+            self._begin(work, left, begun)
+            yield None
             while begun:
                 result = begun[0][0].result()
                 yield result

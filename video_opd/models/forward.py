@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from video_opd.config_data import Attention
 from video_opd.errors import ConfigError, ModelError
 from video_opd.models.attention import missing_for
+from video_opd.models.patches import pixel_values
 from video_opd.types import EncodedPrompt
 
 VideoLLM = Any
@@ -35,7 +36,7 @@ class ResponseBatch:
     input_ids: torch.Tensor  # int64[B, S]
     attention_mask: torch.Tensor  # int64[B, S]
     token_types: torch.Tensor  # int64[B, S]
-    pixel_values: torch.Tensor  # float[patches of all videos, patch_dim]
+    pixel_values: torch.Tensor  # float32[patches of all videos, patch_dim], or empty
     video_grid_thw: torch.Tensor  # int64[B, 3]
     rows: torch.Tensor  # int64[R], flat positions whose logits predict the response tokens
     targets: torch.Tensor  # int64[R], the response tokens
@@ -45,15 +46,24 @@ class ResponseBatch:
 
 
 def collate(
-    prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray], pad_id: int, device: Device = "cpu"
+    prompts: Sequence[EncodedPrompt],
+    responses: Sequence[np.ndarray],
+    pad_id: int,
+    device: Device = "cpu",
+    with_pixels: bool = True,
 ) -> ResponseBatch:
-    """Builds the batch. Masks come from lengths, never from the padding id."""
+    """Builds the batch. Masks come from lengths, never from the padding id.
+
+    Patches are made on the device. with_pixels false: none are, since the video features will be given.
+    """
     inputs = _padded(prompts, responses, pad_id, device, "right")
+    pixels = pixel_values(prompts, device) if with_pixels else torch.empty(0)
     ends = [(len(p.token_ids) - 1, len(r)) for p, r in zip(prompts, responses, strict=True)]
     width = inputs["input_ids"].shape[1]
     rows = [torch.arange(last, last + length) + i * width for i, (last, length) in enumerate(ends)]
     return ResponseBatch(
         **inputs,
+        pixel_values=pixels,
         rows=torch.cat(rows).to(device),
         targets=torch.from_numpy(np.concatenate(responses).astype(np.int64)).to(device),
         lengths=tuple(len(r) for r in responses),
@@ -63,7 +73,7 @@ def collate(
 def _padded(
     prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray], pad_id: int, device: Device, side: str
 ) -> dict[str, Any]:
-    """The fields of a ResponseBatch that a model sees."""
+    """The fields of a ResponseBatch that a model sees, pixels excepted."""
 
     def pad(rows: Sequence[np.ndarray], value: int) -> torch.Tensor:
         tensors = [torch.from_numpy(row.astype(np.int64)) for row in rows]
@@ -76,7 +86,6 @@ def _padded(
         "input_ids": pad(sequences, pad_id),
         "attention_mask": pad([np.ones_like(s) for s in sequences], 0),
         "token_types": pad([np.concatenate([p.token_types, np.zeros_like(r)]) for p, r in pairs], 0),
-        "pixel_values": torch.from_numpy(np.concatenate([p.pixel_values for p in prompts])).to(device),
         "video_grid_thw": torch.tensor([p.video_grid_thw for p in prompts], device=device),
         "second_per_grid": torch.tensor(seconds) if seconds else None,
     }
@@ -263,7 +272,7 @@ def generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             mm_token_type_ids=batch["token_types"],
-            pixel_values_videos=batch["pixel_values"].to(weight.dtype),
+            pixel_values_videos=pixel_values(prompts, weight.device).to(weight.dtype),
             video_grid_thw=batch["video_grid_thw"],
             max_new_tokens=max_tokens,
             suppress_tokens=list(banned_ids),

@@ -1,23 +1,28 @@
 """The one prompt encoding of rollout, scoring and learning."""
 
 import hashlib
-import threading
+import json
+import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from video_opd.answers import opened_thought
 from video_opd.config_data import PromptConfig, VideoConfig
-from video_opd.errors import ClipError, ModelError, ParityError
+from video_opd.errors import ClipError, DataError, ModelError, ParityError
 from video_opd.logs import log
 from video_opd.models.feed import Feed
 from video_opd.types import Clip, EncodedPrompt, FailedPrompt, Prompt, Span, Trajectory
-from video_opd.video.frame_cache import FrameCache
+from video_opd.video.frame_cache import FrameCache, digest_of
 
 Encoded = EncodedPrompt | FailedPrompt
 VIDEO_PAD = "<|video_pad|>"  # stands for the video in a text
+VIDEOS_KEPT = 512  # VideoTexts that an encoder remembers, 55 KiB each at 7,000 tokens
+GREY = 128  # every pixel of a blank video
+_PADS = re.compile(f"(?:{re.escape(VIDEO_PAD)})+")
 
 
 def chat_messages(config: PromptConfig, query: str) -> list[dict[str, Any]]:
@@ -46,6 +51,15 @@ def video_metadata(clip: Clip) -> dict[str, Any]:
     }
 
 
+class VideoText(NamedTuple):
+    """What stands in a prompt in the place of its video's pad, V tokens, and what belongs to it."""
+
+    token_ids: np.ndarray  # int32[V]
+    token_types: np.ndarray  # int32[V]
+    grid_thw: tuple[int, int, int]
+    second_per_grid: float | None
+
+
 def _num_frame_bytes(prompt: Prompt) -> int:
     height, width = prompt.clip.frame_size
     return len(prompt.clip.frame_indices) * height * width * 3
@@ -55,34 +69,41 @@ def fingerprint(
     token_ids: np.ndarray,
     grid_thw: Sequence[int],
     frame_indices: np.ndarray,
-    frames: np.ndarray,
+    frames_digest: str,
     timing: Sequence[float] = (),
 ) -> str:
     """Identifies all that a model sees of a prompt: ids, video grid, frame indices, pixels and times.
 
     timing, in seconds: between token grids (Qwen2.5-VL); timestamps and duration of a clip that is not plain.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    parts = ((token_ids, np.int32), (grid_thw, np.int64), (frame_indices, np.int64), (frames, np.uint8))
-    for values, dtype in (*parts, (timing, np.float64)):
+    digest = hashlib.blake2b(frames_digest.encode(), digest_size=16)
+    parts = ((token_ids, np.int32), (grid_thw, np.int64), (frame_indices, np.int64), (timing, np.float64))
+    for values, dtype in parts:
         digest.update(np.asarray(values, dtype=dtype).tobytes())
     return digest.hexdigest()
 
 
 class PromptEncoder:
-    """Prompt -> EncodedPrompt, with a model folder's processor. Every process that sees prompts holds one."""
+    """Prompt -> EncodedPrompt, with a model folder's processor. Every process that sees prompts holds one.
+
+    No method computes with pixels: models/patches.py does, where the model is. Thread-safe: after the first
+    call, transformers sets nothing in the tokenizer, which is what its threads could disturb each other by.
+    """
 
     def __init__(
         self, model: str | Path, config: PromptConfig, video: VideoConfig, trust_remote_code: bool = False
     ):
         from transformers import AutoProcessor
 
+        from video_opd.models.patches import patching_of
+
         self._processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
         self._config = config
         self.tokenizer = self._processor.tokenizer
         self.frame_cache = FrameCache(video)
-        self._one_at_a_time = threading.Lock()
+        self._patching = patching_of(self._processor.video_processor)
         self._feed = Feed[Prompt](video.decode_workers, video.feed_bytes, _num_frame_bytes)
+        self._video_text = lru_cache(VIDEOS_KEPT)(self._text_of_video)
         asked = [{"role": "user", "content": [{"type": "text", "text": ""}]}]
         asked = self._processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
         self._thought = opened_thought(asked)
@@ -91,11 +112,15 @@ class PromptEncoder:
         if None in self.pad_ids or self.tokenizer.unk_token_id in self.pad_ids:
             why = f"the tokenizer of {model} has no <|video_pad|>"
             raise ModelError(f"{why}: use a Qwen-VL model folder")
+        self._to_ids(asked)
+
+    def _to_ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def answer_ids(self, span: Span) -> np.ndarray:
         """int32[N]: an interval written by prompt.answer_template, with the end token."""
         text = self._config.answer_template.format(start=span[0], end=span[1]) + self.tokenizer.eos_token
-        return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+        return np.asarray(self._to_ids(text), dtype=np.int32)
 
     def written(self, response: str) -> str:
         """The response with the tag of the thought that its prompt, and not the response, has opened."""
@@ -120,50 +145,88 @@ class PromptEncoder:
     def encode(
         self, prompt: Prompt, blank_video: bool = False, frames: np.ndarray | None = None
     ) -> EncodedPrompt:
-        """Expands the video into timestamps and pads, and normalises pixels. Raises ClipError.
+        """Reads the clip and expands its place in the text into timestamps and pads. Raises ClipError.
 
         `blank_video` replaces the frames by mid-grey ones, to test what can be answered without seeing.
         `frames`: the clip's, if already read.
         """
         clip = prompt.clip
-        frames = self.frame_cache.read(clip) if frames is None else frames
+        if frames is None:
+            frames, digest = self.frame_cache.read_with_digest(clip)
+        else:
+            digest = digest_of(frames)
         if blank_video:
-            frames = np.full_like(frames, 128)
-        messages = chat_messages(self._config, prompt.query)
-        metadata = video_metadata(clip)
-        with self._one_at_a_time:  # tokenizers of transformers are not thread-safe
-            text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            unexpanded = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            inputs = self._processor(
-                text=[text],
-                videos=[frames.copy()],  # the cached frames are read-only
-                video_metadata=[metadata],
-                do_sample_frames=False,
-                return_tensors="np",
-            )
-        time, rows, columns = grid = tuple(int(n) for n in inputs["video_grid_thw"][0])
-        patch = self._processor.video_processor.patch_size
-        if (rows * patch, columns * patch) != clip.frame_size:
-            resized = f"the processor resizes {clip.frame_size} frames to {grid[1:]} patches of {patch}"
-            raise ModelError(
-                f"clip {clip.clip_id}: {resized}: bring video.max_video_tokens within its limits"
-            )
-        token_ids = np.asarray(inputs["input_ids"][0], dtype=np.int32)
-        second_per_grid = float(inputs["second_per_grid_ts"][0]) if "second_per_grid_ts" in inputs else None
-        timing = [] if second_per_grid is None else [second_per_grid]
+            frames, digest = np.full_like(frames, GREY), f"grey {frames.shape}"
+        metadata, unexpanded = video_metadata(clip), self._unexpanded(prompt)
+        video = self._video_text(json.dumps(metadata))
+        self._check_size(clip, video)
+        text, place = np.asarray(unexpanded, np.int32), unexpanded.index(self.pad_ids[0])
+        token_ids = np.concatenate([text[:place], video.token_ids, text[place + 1 :]])
+        token_types = np.zeros_like(token_ids)
+        token_types[place : place + len(video.token_types)] = video.token_types
+        timing = [] if video.second_per_grid is None else [video.second_per_grid]
         timing += [] if clip.is_plain else [*clip.timestamps_s.tolist(), clip.duration_s]
         return EncodedPrompt(
             prompt_id=prompt.prompt_id,
             token_ids=token_ids,
             unexpanded_token_ids=unexpanded,
             frames=frames,
+            frames_digest=digest,
+            patching=self._patching,
             video_metadata=metadata | {"do_sample_frames": False},
-            pixel_values=np.asarray(inputs["pixel_values_videos"], dtype=np.float32),
-            video_grid_thw=(time, rows, columns),
-            token_types=np.asarray(inputs["mm_token_type_ids"][0], dtype=np.int32),
-            second_per_grid=second_per_grid,
-            fingerprint=fingerprint(token_ids, grid, clip.frame_indices, frames, timing),
+            video_grid_thw=video.grid_thw,
+            token_types=token_types,
+            second_per_grid=video.second_per_grid,
+            fingerprint=fingerprint(token_ids, video.grid_thw, clip.frame_indices, digest, timing),
         )
+
+    def _unexpanded(self, prompt: Prompt) -> list[int]:
+        """Token ids of the prompt, its video one pad. Raises DataError unless it has one video."""
+        messages = chat_messages(self._config, prompt.query)
+        text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = self._to_ids(text)
+        if (found := [ids.count(pad) for pad in self.pad_ids]) != [1, 0]:
+            what = f"its text has {found[0]} video pads and {found[1]} image pads instead of 1 and 0"
+            raise DataError(f"prompt {prompt.prompt_id}: {what}: reword its query or the chat template")
+        return ids
+
+    def _text_of_video(self, metadata_json: str) -> VideoText:
+        """What the processor itself writes for frames of this number, size and time, without any pixel."""
+        import torch
+
+        metadata = json.loads(metadata_json)
+        shape = len(metadata["frames_indices"]), metadata["height"], metadata["width"], 3
+        found, (text,) = self._processor._process_videos(
+            [torch.empty(shape, dtype=torch.uint8, device="meta")],  # has a shape and no pixels
+            video_metadata=[metadata],
+            do_sample_frames=False,
+            do_rescale=False,
+            do_normalize=False,
+            return_metadata=True,
+        )
+        runs = [len(run) // len(VIDEO_PAD) for run in _PADS.findall(text)]
+        ids = np.asarray(self._to_ids(_PADS.sub(VIDEO_PAD, text)))  # a run of pads is tokenized as one
+        is_pad = ids == self.pad_ids[0]
+        repeats = np.ones(len(ids), np.int64)
+        repeats[is_pad] = runs
+        (types,) = self._processor.create_mm_token_type_ids([ids.tolist()])
+        seconds = found.get("second_per_grid_ts")
+        return VideoText(
+            token_ids=np.repeat(ids, repeats).astype(np.int32),
+            token_types=np.repeat(types, repeats).astype(np.int32),
+            grid_thw=tuple(found["video_grid_thw"][0].tolist()),
+            second_per_grid=seconds and float(seconds[0]),
+        )
+
+    def _check_size(self, clip: Clip, video: VideoText) -> None:
+        """Raises ModelError if the processor would resize the frames."""
+        _, rows, columns = video.grid_thw
+        patch = self._patching.patch_size
+        if (rows * patch, columns * patch) != clip.frame_size:
+            resized = f"the processor resizes {clip.frame_size} frames to {rows, columns} patches of {patch}"
+            raise ModelError(
+                f"clip {clip.clip_id}: {resized}: bring video.max_video_tokens within its limits"
+            )
 
     def encode_readable(
         self, prompts: Sequence[Prompt], blank_video: bool = False

@@ -1,8 +1,8 @@
 """The node's cache of decoded clips: files that all its processes map into memory.
 
-A file holds two Arrow tensors: float64[F], the frames' times in seconds from the start of their clip, and
-uint8[F, H, W, 3]. It is renamed into place when complete and never changed, so readers need no lock. An
-evicted file stays readable where it is mapped.
+A file holds three Arrow tensors: uint8[16], the frames' digest; float64[F], their times in seconds from the
+start of their clip; uint8[F, H, W, 3]. It is renamed into place when complete and never changed, so readers
+need no lock. An evicted file stays readable where it is mapped.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ from video_opd.types import Clip
 from video_opd.video.clips import read_frames
 from video_opd.video.quarantine import video_stamp
 
-FORMAT = 2  # changes whenever the same clip gives other pixels
+FORMAT = 3  # changes whenever the same clip gives other pixels, or a file holds them otherwise
 CHECKS = 64  # a process evicts each time it has written cache_bytes / CHECKS
 
 _log = logging.getLogger(__name__)
@@ -34,6 +34,13 @@ _log = logging.getLogger(__name__)
 
 def cache_folder(video: VideoConfig) -> Path:
     return Path(video.cache_dir or f"{tempfile.gettempdir()}/video_opd-{os.getuid()}/frames")
+
+
+def digest_of(frames: np.ndarray) -> str:
+    """Identifies uint8[F, H, W, 3] by pixels and shape: 32 hexadecimal digits."""
+    digest = hashlib.blake2b(repr(frames.shape).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(frames).data)
+    return digest.hexdigest()
 
 
 class FrameCache:
@@ -59,15 +66,19 @@ class FrameCache:
 
     def read(self, clip: Clip) -> np.ndarray:
         """uint8[F, H, W, 3], read-only. Raises ClipError."""
+        return self.read_with_digest(clip)[0]
+
+    def read_with_digest(self, clip: Clip) -> tuple[np.ndarray, str]:
+        """The same, and its digest_of, which was computed when the clip was decoded."""
         path = self._folder / f"{self._key(clip)}.arrow"
-        if (frames := self._load(path)) is None:
+        if (found := self._load(path)) is None:
             with self._locked(path.name[:2]):
-                if (frames := self._load(path)) is None:  # another process may have been faster
+                if (found := self._load(path)) is None:  # another process may have been faster
                     return self._decode(clip, path)
         count("frame_cache_reads", result="hit")
-        return frames
+        return found
 
-    def _decode(self, clip: Clip, path: Path) -> np.ndarray:
+    def _decode(self, clip: Clip, path: Path) -> tuple[np.ndarray, str]:
         count("frame_cache_reads", result="miss")
         started = time.monotonic()
         frames = read_frames(clip, self._video)
@@ -76,8 +87,9 @@ class FrameCache:
         frames.flags.writeable = False
         with self._lock:
             self.num_decodes += 1
-        self._store(path, clip.timestamps_s, frames)
-        return frames
+        digest = digest_of(frames)
+        self._store(path, np.frombuffer(bytes.fromhex(digest), np.uint8), clip.timestamps_s, frames)
+        return frames, digest
 
     def _key(self, clip: Clip) -> str:
         file = (self._video.decoder, clip.video_path, video_stamp(clip.video_path), clip.num_video_frames)
@@ -86,13 +98,12 @@ class FrameCache:
         digest.update(clip.timestamps_s.tobytes())
         return digest.hexdigest()
 
-    def _load(self, path: Path) -> np.ndarray | None:
+    def _load(self, path: Path) -> tuple[np.ndarray, str] | None:
         try:
             with pa.memory_map(str(path)) as file:
-                pa.ipc.read_tensor(file)
-                frames = pa.ipc.read_tensor(file).to_numpy()
+                digest, _, frames = (pa.ipc.read_tensor(file).to_numpy() for _ in range(3))
             _touch(path)
-            return frames
+            return frames, digest.tobytes().hex()
         except FileNotFoundError:
             pass
         except (pa.ArrowInvalid, OSError) as error:  # the machine went down before the disk had all of it
@@ -101,12 +112,12 @@ class FrameCache:
                 path.unlink()
         return None
 
-    def _store(self, path: Path, times_s: np.ndarray, frames: np.ndarray) -> None:
+    def _store(self, path: Path, digest: np.ndarray, times_s: np.ndarray, frames: np.ndarray) -> None:
         temporary = path.with_name(f"{path.stem}.{os.getpid()}-{threading.get_ident()}.tmp")
         try:
             with pa.OSFile(str(temporary), "wb") as file:
-                pa.ipc.write_tensor(pa.Tensor.from_numpy(times_s), file)
-                pa.ipc.write_tensor(pa.Tensor.from_numpy(frames), file)
+                for values in (digest, times_s, frames):
+                    pa.ipc.write_tensor(pa.Tensor.from_numpy(values), file)
             _touch(temporary)
             os.replace(temporary, path)
         except OSError as error:  # the caller has the frames all the same

@@ -46,6 +46,21 @@ def test_a_caller_that_stops_early_gives_its_bytes_back():
     assert feed._free_bytes == 20
 
 
+def test_a_caller_that_never_asks_gives_its_bytes_back_and_what_has_not_begun_is_not_made():
+    feed, made, free = Feed[int](1, 30, lambda i: 10), [], threading.Event()
+
+    def work(i: int) -> None:
+        wait_for(free)
+        made.append(i)
+
+    begun = feed.ahead(work, range(9))
+    del begun
+    assert feed._free_bytes == 30
+    free.set()
+    assert list(feed.ahead(lambda i: i, [7])) == [7]
+    assert made in ([], [0]), "the one thread may have begun the first"
+
+
 def test_the_error_of_an_item_is_raised_where_its_result_is_asked_for():
     def work(i: int) -> float:
         return 1 / i

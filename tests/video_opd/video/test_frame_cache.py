@@ -18,7 +18,7 @@ from tests.videos import noise, write_video
 from video_opd.config_data import VideoConfig
 from video_opd.errors import ClipError, ConfigError
 from video_opd.video.clips import plan_clip, read_frames
-from video_opd.video.frame_cache import FrameCache
+from video_opd.video.frame_cache import FrameCache, digest_of
 
 CLIP_BYTES = 24 * 32 * 32 * 3
 ENTRY_BYTES = CLIP_BYTES + 2048  # with times and headers
@@ -66,14 +66,36 @@ def test_each_clip_is_decoded_once_and_its_frames_are_those_decoded(planned, dec
     assert [cache.num_decodes for cache in caches] == [4, 0]
 
 
-def test_timestamps_lie_beside_the_frames(planned, tmp_path):
+def test_timestamps_and_digest_lie_beside_the_frames(planned, tmp_path):
     clip = planned[0]
     frames = FrameCache(settings(tmp_path)).read(clip)
     (path,) = kept(tmp_path)
     with pa.memory_map(str(path)) as file:
-        times, pixels = pa.ipc.read_tensor(file).to_numpy(), pa.ipc.read_tensor(file).to_numpy()
+        digest, times, pixels = (pa.ipc.read_tensor(file).to_numpy() for _ in range(3))
+    assert digest.tobytes().hex() == digest_of(frames)
     np.testing.assert_array_equal(times, clip.timestamps_s)
     np.testing.assert_array_equal(pixels, frames)
+
+
+def test_frames_are_hashed_when_they_are_decoded_and_never_again(planned, tmp_path, monkeypatch):
+    hashed = []
+
+    def counting(frames):
+        hashed.append(frames.shape)
+        return digest_of(frames)
+
+    monkeypatch.setattr(video_opd.video.frame_cache, "digest_of", counting)
+    caches = [FrameCache(settings(tmp_path)) for _ in range(3)]
+    digests = {cache.read_with_digest(clip)[1] for cache in caches for clip in planned}
+    assert digests == {digest_of(caches[0].read(clip)) for clip in planned}
+    assert len(hashed) == len(digests) == len(planned)
+
+
+def test_a_digest_tells_pixels_and_shapes_apart():
+    frames = np.arange(24 * 4 * 4 * 3).astype(np.uint8).reshape(24, 4, 4, 3)
+    others = frames, frames + 1, frames[::-1], frames.reshape(24, 2, 8, 3), frames[:, ::-1], frames[:12]
+    assert len({digest_of(other) for other in others}) == len(others)
+    assert digest_of(frames[:, ::-1]) == digest_of(frames[:, ::-1].copy())
 
 
 def test_frames_cannot_be_changed_whether_decoded_or_mapped(planned, tmp_path):
@@ -206,7 +228,8 @@ def test_without_room_the_frames_are_there_all_the_same(planned, tmp_path, caplo
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(video_opd.video.frame_cache.os, "replace", full)
-        assert cache.read(planned[0]).shape == (24, 32, 32, 3)
+        frames, digest = cache.read_with_digest(planned[0])
+    assert frames.shape == (24, 32, 32, 3) and digest == digest_of(frames)
     assert "No space left" in caplog.text
     assert not [p for p in tmp_path.iterdir() if p.is_file()], "nothing is left lying about"
 
