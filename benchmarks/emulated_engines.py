@@ -4,11 +4,7 @@ All that surrounds a model's passes is real: encoding, parity checks, vLLM's sch
 """
 
 import os
-import time
-from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from actors.rollout_actor import RolloutActor
 from benchmarks.events import ROLE, record_calls
@@ -16,7 +12,6 @@ from learner.rank import LearnerRank
 from teacher_service.replica import TeacherReplica
 from video_opd.config import Config
 from video_opd.models.prompting import PromptEncoder
-from video_opd.types import EncodedPrompt
 from video_opd.video import frame_cache
 
 SLEEPS = ROLLOUT, SCORE, UPDATE = "EMULATED_ROLLOUT", "EMULATED_SCORE", "EMULATED_UPDATE"
@@ -25,17 +20,17 @@ SLEEPS = ROLLOUT, SCORE, UPDATE = "EMULATED_ROLLOUT", "EMULATED_SCORE", "EMULATE
 
 def record_inputs(role: str) -> None:
     """Records what this process does to clips and prompts from now on."""
+    from transformers import BaseVideoProcessor  # whose call turns frames into patches
+
     os.environ[ROLE] = role
     record_calls(PromptEncoder, "encode", "encode")
     record_calls(frame_cache, "read_frames", "decode")
-    record_calls(_video_processor(), "__call__", "pixels")
+    record_calls(BaseVideoProcessor, "__call__", "pixels", has_pixels)
 
 
-def _video_processor() -> type:
-    """Whose call turns frames into patches, on behalf of the encoder or of vLLM."""
-    from transformers import BaseVideoProcessor
-
-    return BaseVideoProcessor
+def has_pixels(_: Any, videos: Any, *__: Any, **___: Any) -> bool:
+    """Tensors on torch's meta device have a shape alone."""
+    return str(getattr(videos[0], "device", "")) != "meta"
 
 
 class SleepyActor(RolloutActor):
@@ -45,27 +40,19 @@ class SleepyActor(RolloutActor):
         from benchmarks.emulated_vllm import emulate_vllm
 
         record_inputs("actor")
-        emulate_vllm()
+        emulate_vllm(ROLLOUT)
         super().__init__(name, config)
 
 
 class SleepyReplica(TeacherReplica):
-    """The encoder is real."""
+    """vLLM's own engine, whose model sleeps."""
 
     def _load(self, config: Config, model: str) -> Any:
+        from benchmarks.emulated_vllm import emulate_vllm
+
         record_inputs("teacher")
-        encoder = PromptEncoder(model, config.prompt, config.video)
-        return encoder, SleepyTeacher()
-
-
-class SleepyTeacher:
-    """A scoring engine; the log-prob of every token is 0."""
-
-    def score(self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray]) -> list[Any]:
-        from teacher_service.engine import TokenScores
-
-        time.sleep(float(os.environ[SCORE]) * len(prompts))
-        return [TokenScores(np.zeros(len(r), np.float32)) for r in responses]
+        emulate_vllm(SCORE)
+        return super()._load(config, model)
 
 
 class SleepyRank(LearnerRank):

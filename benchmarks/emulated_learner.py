@@ -3,7 +3,8 @@
 import os
 import time
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import fields
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,7 +12,6 @@ import torch
 from benchmarks.emulated_engines import UPDATE
 from learner import engine
 from video_opd.models.forward import ResponseBatch, ResponseLoss
-from video_opd.types import EncodedPrompt
 
 
 class SleepyLoss(ResponseLoss):
@@ -22,16 +22,12 @@ class SleepyLoss(ResponseLoss):
         return self.model.lm_head.weight.new_zeros(len(batch.targets), self.model.lm_head.in_features)
 
 
-def _collate(
-    prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray], pad_id: int, device: Any = "cpu"
-) -> ResponseBatch:
-    """What the loss needs; a GPU would make the rest."""
-    nothing = torch.empty(0)
-    unseen = dict.fromkeys(
-        ("input_ids", "attention_mask", "token_types", "pixel_values", "video_grid_thw", "rows"), nothing
-    )
+def _collate(_: Any, responses: Sequence[np.ndarray], *__: Any, **___: Any) -> ResponseBatch:
+    """What the loss needs; the rest would be made on a GPU."""
+    lengths = tuple(len(r) for r in responses)
     targets = torch.from_numpy(np.concatenate(responses).astype(np.int64))
-    return ResponseBatch(**unseen, targets=targets, lengths=tuple(len(r) for r in responses))
+    unused = {f.name: None for f in fields(ResponseBatch) if f.name not in ("targets", "lengths")}
+    return ResponseBatch(**cast(Any, unused), targets=targets, lengths=lengths)
 
 
 def emulate_passes() -> None:

@@ -24,14 +24,21 @@ class Event(NamedTuple):
     cpu_s: float
 
 
-def record_calls(owner: Any, name: str, kind: str) -> None:
-    """Replaces the function `name` of a class or module by one that records each call. Once a process."""
+def record_calls(
+    owner: Any, name: str, kind: str, counts: Callable[..., bool] = lambda *_, **__: True
+) -> None:
+    """Replaces the function `name` of a class or module by one that records the calls whose arguments count.
+
+    Once a process.
+    """
     work: Callable[..., Any] = getattr(owner, name)
     if hasattr(work, "__wrapped__"):
         return
 
     @wraps(work)
     def recorded(*arguments: Any, **options: Any) -> Any:
+        if not counts(*arguments, **options):
+            return work(*arguments, **options)
         outside, _nested.cpu_s = getattr(_nested, "cpu_s", 0.0), 0.0
         began, wall_s, cpu_s = time.time(), time.perf_counter(), time.thread_time()
         try:

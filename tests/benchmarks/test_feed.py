@@ -3,9 +3,11 @@
 import threading
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from benchmarks import clips, events
+from benchmarks.emulated_engines import has_pixels
 from benchmarks.events import FOLDER, ROLE, Event, read_events, record_calls
 from benchmarks.feed import GROUPS, slowest_s, summary
 from video_opd.config_data import VideoConfig
@@ -46,6 +48,18 @@ def test_calls_that_raise_and_calls_of_other_threads_are_recorded(folder):
     for thread in threads:
         thread.join()
     assert [e.kind for e in read_events(folder)] == ["fail", "work", "work", "work"]
+
+
+def test_calls_whose_arguments_do_not_count_are_not_recorded(folder):
+    module = SimpleNamespace(double=lambda number: 2 * number)
+    record_calls(module, "double", "double", lambda number: number > 1)
+    assert [module.double(n) for n in (1, 2, 3)] == [2, 4, 6]
+    assert len(read_events(folder)) == 2
+
+
+def test_a_processor_that_only_asks_for_sizes_makes_no_pass_over_pixels():
+    assert has_pixels(None, [np.zeros((2, 4, 4, 3), np.uint8)])
+    assert not has_pixels(None, [SimpleNamespace(device="meta")])
 
 
 def event(kind: str, role: str, began: float, cpu_s: float) -> Event:
