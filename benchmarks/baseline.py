@@ -7,7 +7,8 @@ the same order, frames and micro-batches, in float32 with one OpenMP thread a pr
 Start-up and the first steps are left out, and the last ones, in which less is sampled.
 
 A row for each case and way: seconds, and core-seconds of all processes, a trajectory; response tokens a
-trajectory, which must agree. Medians over the repeats. A clip is "seen" if its frames are in the cache (of
+trajectory, which must agree; the system's core-seconds by role, decode workers and Ray's own processes as
+"ray". Medians over the repeats. A clip is "seen" if its frames are in the cache (of
 the node, or of the plain loop) before the first step, and unseen if its first prompt decodes it. The last
 line is one JSON object: `rows`, and by case `core_over_plain` and `seconds_over_plain`, those of each lag.
 """
@@ -32,7 +33,9 @@ from video_opd.types import Prompt
 from video_opd.video.frame_cache import FrameCache
 
 WAYS = ("plain", "lag 0", "lag 1")
+ROLES = ("actors", "teacher", "learner", "driver", "serve", "curriculum", "ray")
 LEFT_OUT_STEPS = 2  # at the end: a run samples nothing for the step after its last one
+LR = "learner.lr=1e-5"  # responses keep their length
 MAX_LENGTH_GAP = 0.02  # between the response tokens of both, or they did not do the same work
 
 
@@ -70,16 +73,17 @@ def measure(name: str, way: str, num_steps: int, inputs: Sequence[str]) -> Row:
     with tempfile.TemporaryDirectory() as scratch:
         overrides = [*inputs, *case.overrides, f"groups_per_step={case.groups}", f"num_steps={all_steps}"]
         overrides += [f"max_policy_lag={lag}", f"video.cache_dir={scratch}/frames", "data.eval.max_prompts=2"]
-        overrides += [f"video.max_frames={case.frames}", f"video.max_video_tokens={case.video_tokens}"]
+        overrides += [LR, f"video.max_frames={case.frames}", f"video.max_video_tokens={case.video_tokens}"]
         with temporary_demo(*overrides) as (config, folder):
             run = measure_plain if way == "plain" else measure_system
             steps, wall_s, cpu_s, tokens = run(config, case, folder)
     trajectories = steps * case.groups
-    row: Row = {"case": name, "way": way, "seconds": wall_s / trajectories, "core_s": cpu_s / trajectories}
-    return row | {"response_tokens": tokens / trajectories, "trajectories": trajectories}
+    row: Row = {"case": name, "way": way, "seconds": wall_s / trajectories}
+    row |= {"core_s": sum(cpu_s.values()) / trajectories, "response_tokens": tokens / trajectories}
+    return row | {role: cpu_s.get(role, 0.0) / trajectories for role in ROLES}
 
 
-Measured = tuple[int, float, float, float]  # steps, seconds, CPU seconds, response tokens of these steps
+Measured = tuple[int, float, dict[str, float], float]  # steps, seconds, CPU seconds by role, response tokens
 
 
 def measure_system(config: Config, case: Case, folder: Path) -> Measured:
@@ -113,7 +117,7 @@ def measure_plain(config: Config, case: Case, _: Path) -> Measured:
         prompts = scheduler.next_prompts(config.groups_per_step)
         tokens += loop.step(prompts)[1]
         scheduler.observe([(p.prompt_id, 1, False) for p in prompts], step)
-    return steps, time.monotonic() - wall_s, time.process_time() - cpu_s, tokens
+    return steps, time.monotonic() - wall_s, {"plain": time.process_time() - cpu_s}, tokens
 
 
 def prompts_of(plan: Plan) -> list[Prompt]:

@@ -2,10 +2,13 @@
 
 import threading
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+
+from benchmarks.memory import role_of
 
 LOOK_EVERY_S = 0.02
 
@@ -15,15 +18,18 @@ class Mark(NamedTuple):
 
     num_steps: int
     wall_s: float
-    cpu_s: float
+    cpu_s: dict[str, float]  # by role
 
 
-def cpu_seconds() -> float:
-    """Of this process and its descendants, those that have ended too."""
-    me, total = psutil.Process(), 0.0
-    for process in [me, *me.children(recursive=True)]:
+def cpu_seconds() -> dict[str, float]:
+    """Of this process and its descendants, those that have ended too, by role; see benchmarks/memory.py."""
+    me = psutil.Process()
+    total = Counter(
+        {"driver": sum(me.cpu_times()[:4])}
+    )  # user and system, its own and of children that ended
+    for process in me.children(recursive=True):
         try:
-            total += sum(process.cpu_times()[:4])  # user and system, its own and of children that ended
+            total[role_of(process)] += sum(process.cpu_times()[:4])
         except psutil.NoSuchProcess:  # it has just ended
             continue
     return total
@@ -54,8 +60,9 @@ class StepMarks:
                 self.marks.append(Mark(num_steps, time.monotonic(), cpu_seconds()))
 
 
-def between(marks: list[Mark], first: int, last: int) -> tuple[int, float, float]:
+def between(marks: list[Mark], first: int, last: int) -> tuple[int, float, dict[str, float]]:
     """(steps, seconds, CPU seconds) between the marks nearest to steps `first` and `last`, inside of them."""
     inside = [mark for mark in marks if first <= mark.num_steps <= last]
     begin, end = inside[0], inside[-1]
-    return end.num_steps - begin.num_steps, end.wall_s - begin.wall_s, end.cpu_s - begin.cpu_s
+    spent = {role: cpu_s - begin.cpu_s.get(role, 0.0) for role, cpu_s in end.cpu_s.items()}
+    return end.num_steps - begin.num_steps, end.wall_s - begin.wall_s, spent
