@@ -23,10 +23,8 @@ class Mark(NamedTuple):
 
 def cpu_seconds() -> dict[str, float]:
     """Of this process and its descendants, those that have ended too, by role; see benchmarks/memory.py."""
-    me = psutil.Process()
-    total = Counter(
-        {"driver": sum(me.cpu_times()[:4])}
-    )  # user and system, its own and of children that ended
+    me, total = psutil.Process(), defaultdict[str, float](float)
+    total["driver"] = sum(me.cpu_times()[:4])  # user and system, its own and of children that ended
     for process in me.children(recursive=True):
         try:
             total[role_of(process)] += sum(process.cpu_times()[:4])
