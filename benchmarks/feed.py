@@ -65,10 +65,9 @@ def measure(lag: int, num_steps: int, times: float, inputs: Sequence[str]) -> Ro
     with tempfile.TemporaryDirectory() as scratch:
         happened = Path(scratch) / "events"
         happened.mkdir()
-        sleeps = dict(zip(SLEEPS, (ROLLOUT_S, SCORE_S, UPDATE_S), strict=True))
-        env = {name: str(seconds * times) for name, seconds in sleeps.items()} | {
-            events.FOLDER: str(happened)
-        }
+        env: dict[str, Any] = {events.FOLDER: happened}
+        for name, seconds in zip(SLEEPS, (ROLLOUT_S, SCORE_S, UPDATE_S), strict=True):
+            env[name] = seconds * times
         overrides = [*inputs, *CONFIG, *(f"worker_env.{name}='{value}'" for name, value in env.items())]
         overrides += [f"max_policy_lag={lag}", f"num_steps={num_steps}", f"video.cache_dir={scratch}/frames"]
         with temporary_demo(*overrides) as (config, folder):
@@ -129,10 +128,8 @@ def main() -> None:
     result = {"rows": rows, "one_encode_cpu_s": encode_s, "cores": arguments.cores, "times": times}
     result |= {"lag1_over_slowest": rows[1]["over_slowest"], "slowest_phase_s": slowest_s(times)}
     result |= {"over_one_encode": max(row["over_one_encode"] for row in rows)}
-    slept = (
-        f"models sleep {times:g} times as long as an H100 computes: {here} CPUs stand for {arguments.cores:g}"
-    )
-    note = f"{slept}; slowest phase {slowest_s(times):.2f} s; one encode {encode_s:.3f} CPU seconds"
+    stand_for = f"{here} CPUs stand for {arguments.cores:g}: models sleep {times:g} times an H100's seconds"
+    note = f"{stand_for}; slowest phase {slowest_s(times):.2f} s; one encode {encode_s:.3f} CPU seconds"
     print_result(result, f"{GROUPS} prompts a step of 7,040 video tokens, clips unseen", rows, note)
 
 
