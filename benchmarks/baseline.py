@@ -7,10 +7,11 @@ the same order, frames and micro-batches, in float32 with one OpenMP thread a pr
 Start-up and the first steps are left out, and the last ones, in which less is sampled.
 
 A row for each case and way: seconds, and core-seconds of all processes, a trajectory; response tokens a
-trajectory, which must agree; the system's core-seconds by role, decode workers and Ray's own processes as
-"ray". Medians over the repeats. A clip is "seen" if its frames are in the cache (of
-the node, or of the plain loop) before the first step, and unseen if its first prompt decodes it. The last
-line is one JSON object: `rows`, and by case `core_over_plain` and `seconds_over_plain`, those of each lag.
+trajectory, which must agree; the system's core-seconds by role, with decode workers and Ray's own processes
+as "ray". Medians over the repeats. A clip is "seen" if its frames are in the cache (of the node, or of the
+plain loop) before the first step, and unseen if its first prompt decodes it. The last line is one JSON
+object: `rows`, by case `core_over_plain` and `seconds_over_plain`, those of each lag, and `unequal`, the
+cases whose responses differ in length by over 2 %.
 """
 
 import os
@@ -133,10 +134,8 @@ def write_inputs(case: Case, num_steps: int, folder: Path) -> list[str]:
 
 def medians(runs: Sequence[Row]) -> Row:
     """One row of the repeats of a case and way."""
-    numbers = {
-        k: statistics.median(run[k] for run in runs) for k, v in runs[0].items() if not isinstance(v, str)
-    }
-    return {"case": runs[0]["case"], "way": runs[0]["way"], **numbers}
+    names = {key: runs[0][key] for key in ("case", "way")}
+    return names | {key: statistics.median(run[key] for run in runs) for key in runs[0] if key not in names}
 
 
 def compare(rows: Sequence[Row]) -> Row:
