@@ -56,6 +56,8 @@ class ActorPool:
         self._numbers = itertools.count()
         self._members = Members(config, self._create, self._load_current)
         self._published: Published | None = None
+        self._in_store = config.weight_transfer == "object_store"
+        self._may_give_up = config.learner.weight_transfer == "auto"  # until GPUs have sent weights once
         self._publishing = asyncio.Lock()  # nobody joins during a publication
         self._metrics_since_s = time.monotonic()
         self._created = [self._create() for _ in range(config.rollout.num_actors)]  # start in the background
@@ -169,17 +171,15 @@ class ActorPool:
 
         Raises LearnerLostError, or ObjectLostError when the weights are gone.
         """
-        in_store, num_bytes = self._config.learner.publishes_in_store, 0
         async with self._publishing:
             # lets go of the version before first: the object store has room for one
-            published = self._published = Published(policy_version, publisher, [] if in_store else None)
-            if in_store:
-                published.buckets, num_bytes = await publisher.put_weights(policy_version)
-            self._members.learner_lost = None
+            published = self._published = Published(policy_version, publisher, [] if self._in_store else None)
             started = time.monotonic()
-            if published.buckets is None:
-                num_bytes = await self._send_to_all(published)
-            else:
+            num_bytes = None if self._in_store else await self._try_to_send(published)
+            if num_bytes is None:
+                published.buckets, num_bytes = await publisher.put_weights(policy_version)
+                self._members.learner_lost = None
+                started = time.monotonic()
                 load = ("load_weights", policy_version, published.buckets)
                 await asyncio.gather(*(self._ask_or_lose(m, *load) for m in self._members.alive))
             for member in self._members.aside.copy():
@@ -220,17 +220,35 @@ class ActorPool:
             raise
         return True
 
+    async def _try_to_send(self, published: Published) -> int | None:
+        """_send_to_all. None: the way that `auto` chose fails at once; the object store takes its place."""
+        try:
+            return await self._send_to_all(published)
+        except (WeightsLostError, LearnerLostError, *LOST) as error:
+            if not self._may_give_up:
+                raise
+            self._in_store, published.buckets = True, []
+            way = f"learner.weight_transfer=auto chose {self._config.weight_transfer}, which fails"
+            log.warning("%s; weights go through the object store from now on: %s", way, cause_of(error))
+            if isinstance(error, LearnerLostError):  # it is restarted, and will publish again
+                raise
+            return None
+
     async def _send_to_all(self, published: Published) -> int:
         """One transfer to all actors; if it fails, another without those that were lost. Returns bytes."""
+        self._members.learner_lost = None
         for member in self._members.ready.copy():
             self._members.set_aside(member)
         while True:
             members = self._members.aside.copy()
             try:
-                return await self._send(members, published)
+                num_bytes = await self._send(members, published)
+                self._may_give_up &= not members
+                return num_bytes
             except (WeightsLostError, LearnerLostError, *LOST) as error:
                 await asyncio.gather(*(self._ask_or_lose(member, ABANDON) for member in members))
-                if isinstance(error, LearnerLostError) or members == self._members.aside:
+                is_over = isinstance(error, LearnerLostError) or members == self._members.aside
+                if is_over or self._may_give_up:
                     raise
                 log.warning("sending weights %d failed: %s", published.policy_version, cause_of(error))
 

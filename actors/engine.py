@@ -23,7 +23,7 @@ class PolicyEngine(SamplingEngine):
             options |= vllm_options(self._learner)
         else:
             options["worker_extension_cls"] = WORKER
-            options["weight_transfer_config"] = {"backend": BACKENDS[self._learner.weight_transfer]}
+            options["weight_transfer_config"] = {"backend": BACKENDS[config.weight_transfer]}
         super().__init__(config.student, config.rollout, config.seed, banned_ids, **options)
         self._is_updating = False
 

@@ -31,16 +31,22 @@ def peak_bytes() -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024  # in kB
 
 
+def role_of(process: psutil.Process) -> str:
+    """Of a descendant of this process. Raises NoSuchProcess if it has ended."""
+    command = process.cmdline()
+    if not command:
+        raise psutil.NoSuchProcess(process.pid)
+    return next((role for start, role in ROLE_OF.items() if command[0].startswith(start)), "ray")
+
+
 def sample() -> Counter[str]:
     """Proportional set size of all processes now, bytes by role; shared pages count once."""
     me = psutil.Process()
     sizes = Counter({"driver": me.memory_full_info().pss})
     for process in me.children(recursive=True):
         try:
-            title = process.cmdline()[0]
-            role = next((role for start, role in ROLE_OF.items() if title.startswith(start)), "ray")
-            sizes[role] += process.memory_full_info().pss
-        except (psutil.NoSuchProcess, IndexError):  # the process has just ended
+            sizes[role_of(process)] += process.memory_full_info().pss
+        except psutil.NoSuchProcess:  # it has just ended
             continue
     return sizes
 

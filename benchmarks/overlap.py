@@ -9,6 +9,7 @@ half of the time that one step's prompts need from end to end. The last line is 
 import asyncio
 import itertools
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 import ray
@@ -40,10 +41,30 @@ def step_seconds(run_dir: Path) -> list[float]:
     return [after - before for before, after in itertools.pairwise(ends)]
 
 
-async def train_emulated(config: Config, plan: Plan, folder: Path) -> None:
+@dataclass(frozen=True)
+class Classes:
+    """What runs in the processes of a run."""
+
+    actor: type = EmulatedActor
+    replica: type = EmulatedReplica
+    rank: type = EmulatedRank
+
+
+def train_emulated(config: Config, folder: Path, classes: Classes = Classes()) -> None:
+    """launch.train in a Ray of its own; `folder` becomes the run's."""
+    plan = prepare(config)
+    start_ray(config, address="local")
+    try:
+        folder.mkdir()
+        asyncio.run(_train(config, plan, folder, classes))
+    finally:
+        ray.shutdown()
+
+
+async def _train(config: Config, plan: Plan, folder: Path, classes: Classes) -> None:
     name = f"video_opd/{folder.name}"
-    teacher = TeacherPool(name, config, config.teacher_models[0], EmulatedReplica)
-    actors, learner = ActorPool(name, config, EmulatedActor), Learner(name, config, EmulatedRank)
+    teacher = TeacherPool(name, config, config.teacher_models[0], classes.replica)
+    actors, learner = ActorPool(name, config, classes.actor), Learner(name, config, classes.rank)
     curriculum = Curriculum(name, plan.train.pool, config)
     run = Run(folder, config, config, plan, None, actors, teacher, learner, curriculum, rewards=[])
     await asyncio.gather(run.actors.start(), run.learner.start(), teacher.start())
@@ -62,13 +83,7 @@ def emulate(lag: int, parts: int, num_steps: int) -> float:
     overrides += [f"rollout.prompts_per_call={GROUPS}", f"rollout.prompts_per_result={GROUPS // parts}"]
     overrides += ["loss.kind=opd", "teacher_pool.max_batch_requests=1", "checks.max_logprob_gap=null"]
     with temporary_demo(*overrides) as (config, folder):
-        plan = prepare(config)
-        start_ray(config, address="local")
-        try:
-            folder.mkdir()
-            asyncio.run(train_emulated(config, plan, folder))
-        finally:
-            ray.shutdown()
+        train_emulated(config, folder)
         return statistics.mean(step_seconds(folder))
 
 

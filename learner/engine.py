@@ -10,6 +10,7 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from learner.adapters import (
 from learner.batching import Row, plan_update
 from learner.deepspeed_config import deepspeed_config
 from learner.diagnostics import TimestampTokens, TokenRecords, batch_diagnostics, policy_diagnostics
+from learner.encoding import encoded_rows
 from learner.export import write_student
 from learner.loading import load_student
 from learner.loss import ResponseTokens, loss_per_token
@@ -41,7 +43,7 @@ from video_opd.models.forward import (
     load_head,
     token_entropy,
 )
-from video_opd.models.prompting import PromptEncoder, check_parity
+from video_opd.models.prompting import PromptEncoder
 from video_opd.types import EncodedPrompt, FailedPrompt, ScoredGroup
 from video_opd.weights.adapters import write_adapter
 from video_opd.weights.buckets import Named, WeightBucket, to_buckets
@@ -84,6 +86,7 @@ class LearnerEngine:
             heads = {t.name: load_head(t.model, dtype).to(self._device) for t in teachers}
             shared = min(len(head) for head in heads.values())  # the rest are padded embeddings
             self._teacher_heads = {name: head[:shared] for name, head in heads.items()}
+        _import_without_compiler()
         options: dict[str, Any] = {"optimizer": optimizer, "config": deepspeed_config(learner)}
         self._engine: Any = self._deepspeed.initialize(model=module, **options)[0]
         self._is_time = TimestampTokens(self._encoder.tokenizer)
@@ -109,34 +112,36 @@ class LearnerEngine:
         self._model.train()
         # DeepSpeed averages gradients over ranks; the loss needs their sum over one global denominator.
         denominator = plan.num_tokens if config.loss.reduction == "token_mean" else 1
-        total, records = torch.zeros((), dtype=torch.float64), []
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        records: list[torch.Tensor] = []  # fetched at the end: nothing waits for the device meanwhile
         failed: list[FailedPrompt] = []  # one for each dropped row
         num_trained = num_dropped = 0
-        for i, (planned, most_tokens) in enumerate(zip(plan.micro_batches, plan.most_tokens, strict=True)):
+        micro_batches = encoded_rows(self._encoder, plan.micro_batches)
+        for i, (batch, most_tokens) in enumerate(zip(micro_batches, plan.most_tokens, strict=True)):
             is_last = i == len(plan.micro_batches) - 1
-            rows, encoded, of_rows = self._encode(planned)
-            failed += of_rows
-            num_trained += sum(row.weight > 0 for row in rows)
+            failed += batch.failed
+            num_trained += sum(row.weight > 0 for row in batch.rows)
             if is_last:
                 num_trained, num_dropped = self._over_ranks(num_trained, len(failed))
                 if not num_trained:  # gradients so far are zeros
                     return _skipped(num_dropped), failed
             engine.set_gradient_accumulation_boundary(is_last)
-            loss, of_tokens = self._loss_sum(rows, encoded, most_tokens)
+            loss, of_tokens = self._loss_sum(batch.rows, batch.prompts, most_tokens)
             engine.backward(loss * (self._world_size / denominator))
             engine.step()
-            total += loss.detach().double().cpu()
+            total += loss.detach()
             records.append(of_tokens)
         if self._world_size > 1:
-            total = total.to(self._device)
             torch.distributed.all_reduce(total)
+        records_and_weights = torch.cat(records, dim=1).cpu().numpy()
+        mine = TokenRecords(*records_and_weights[:3, records_and_weights[3] > 0])
         metrics = {
             "learner/loss": float(total) / denominator,
             "learner/grad_norm": float(engine.get_global_grad_norm() or 0.0),
             "learner/lr": lr,
             "learner/skipped": 0.0,
             "learner/dropped_rows": float(num_dropped),
-            **policy_diagnostics(TokenRecords.of_all_ranks(records, self._world_size), config.loss),
+            **policy_diagnostics(TokenRecords.of_all_ranks([mine], self._world_size), config.loss),
             **batch_diagnostics(groups, config, self._is_time),
             **(self._vision_cache.take_metrics() if self._vision_cache else {}),
         }
@@ -145,31 +150,14 @@ class LearnerEngine:
     def _over_ranks(self, *counts: int) -> list[int]:
         """Their sums over all ranks."""
         sums = torch.tensor(counts, device=self._device)
-        torch.distributed.all_reduce(sums)
+        if self._world_size > 1:
+            torch.distributed.all_reduce(sums)
         return sums.tolist()
-
-    def _encode(self, rows: list[Row]) -> tuple[list[Row], list[EncodedPrompt], list[FailedPrompt]]:
-        """The rows and their encoded prompts. A row whose clip cannot be read is dropped: it gets weight 0.
-
-        Grey frames then stand in for the clip's, so that every rank makes the same passes.
-        """
-        kept, encoded, failed = [], [], []
-        for row, prompt in zip(rows, self._encoder.encode_all([row.prompt for row in rows]), strict=True):
-            if isinstance(prompt, FailedPrompt):
-                failed += [prompt] if row.weight else []
-                clip, row = row.prompt.clip, replace(row, weight=0.0)
-                grey = np.full((len(clip.frame_indices), *clip.frame_size, 3), 128, np.uint8)
-                prompt = self._encoder.encode(row.prompt, frames=grey)
-            else:
-                check_parity(prompt, row.trajectory, "the learner")
-            kept.append(row)
-            encoded.append(prompt)
-        return kept, encoded, failed
 
     def _loss_sum(
         self, rows: list[Row], encoded: list[EncodedPrompt], most_tokens: int
-    ) -> tuple[torch.Tensor, TokenRecords]:
-        """The summed loss of a micro-batch, and records of its tokens (none for weight 0)."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed loss of a micro-batch; float32[4, tokens]: TokenRecords, and the weights of tokens."""
         responses = [row.trajectory.response_token_ids for row in rows]
         pad_id, cache = self._encoder.tokenizer.pad_token_id, self._vision_cache
         batch = collate(encoded, responses, pad_id, self._device, with_pixels=cache is None)
@@ -183,9 +171,8 @@ class LearnerEngine:
 
         per_token, learner, entropy = self._engine(batch, loss, most_tokens)
         weights = self._tensor([np.full(len(row.advantage), row.weight, np.float32) for row in rows])
-        trained = weights > 0
-        records = (values[trained].cpu().numpy() for values in (learner, tokens.actor_logprobs, entropy))
-        return (per_token * weights).sum(), TokenRecords(*records)
+        records = torch.stack([learner, tokens.actor_logprobs, entropy, weights])
+        return (per_token * weights).sum(), records
 
     def _response_tokens(self, rows: list[Row], targets: torch.Tensor) -> ResponseTokens:
         top_k = teacher_logits = None
@@ -211,22 +198,22 @@ class LearnerEngine:
     def _tensor(self, arrays: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(self._device)
 
-    def parameters(self, on_host: bool = False) -> Named:
+    def parameters(self, alone_on: str | None = None) -> Named:
         """Of the plain model: whole, adapters merged, on the rank's device. All ranks must iterate.
 
-        on_host: on the CPU, for rank 0 alone. The other ranks help it to gather, and get none.
+        alone_on: for rank 0 alone, on that device. The other ranks help it to gather, and get none.
         """
-        return self._gathered(merged_parameters(self._model), on_host)
+        return self._gathered(merged_parameters(self._model), alone_on)
 
-    def adapters(self) -> Named:
-        """A and B of the adapters as the forward pass has them; as parameters(on_host=True)."""
-        return self._gathered(((name, [p], 1.0) for name, p in adapter_parameters(self._model)), on_host=True)
+    def adapters(self, alone_on: str) -> Named:
+        """A and B of the adapters as the forward pass has them; as `parameters`."""
+        return self._gathered(((name, [p], 1.0) for name, p in adapter_parameters(self._model)), alone_on)
 
-    def _gathered(self, named: Iterable[Parts], on_host: bool) -> Named:
-        is_sharded, device = self._config.learner.zero_stage == 3, "cpu" if on_host else self._device
+    def _gathered(self, named: Iterable[Parts], alone_on: str | None) -> Named:
+        is_sharded, device = self._config.learner.zero_stage == 3, alone_on or self._device
         for name, parts, scaling in named:
             with self._deepspeed.zero.GatheredParameters(parts, enabled=is_sharded):
-                if on_host and self._rank:
+                if alone_on and self._rank:
                     continue
                 tensor = merge(parts, scaling).to(device=device, copy=is_sharded)
             yield name, tensor
@@ -234,9 +221,9 @@ class LearnerEngine:
     def buckets(self, policy_version: int) -> Iterator[WeightBucket]:
         """What actors get of the student: rank 0 gets it, for publication. All ranks must iterate."""
         learner = self._config.learner
-        named = self.adapters() if learner.publishes_adapters else self.parameters(on_host=True)
-        with taken_to_the_end(named):
-            yield from to_buckets(named, policy_version, learner.bucket_bytes)
+        named = self.adapters if learner.publishes_adapters else self.parameters
+        with taken_to_the_end(named(alone_on=self._device)) as tensors:
+            yield from to_buckets(tensors, policy_version, learner.bucket_bytes)
 
     def save(self, folder: Path) -> None:
         """Writes the DeepSpeed state, `student/`, a transformers folder, and with LoRA `adapter/`, PEFT's.
@@ -247,13 +234,13 @@ class LearnerEngine:
             self._engine.save_checkpoint(str(folder / "deepspeed"), tag="state", save_latest=False)
         self.export(folder / "student")
         if self._config.learner.lora_rank:
-            adapters = dict(self.adapters())
+            adapters = dict(self.adapters(alone_on="cpu"))
             if self._rank == 0:
                 write_adapter(folder / "adapter", adapters, self._config.learner, self._config.student)
 
     def export(self, folder: Path) -> None:
         """Rank 0 writes the student alone, for transformers and vLLM."""
-        with taken_to_the_end(self.parameters(on_host=True)) as named:
+        with taken_to_the_end(self.parameters(alone_on="cpu")) as named:
             if self._rank == 0:
                 write_student(self._model, named, self._config.student, folder)
 
@@ -281,6 +268,12 @@ def rows_of(runs: Sequence[tuple[torch.Tensor, torch.Tensor]], which: slice) -> 
         first += len(states)
         logits.append(rows.to(head.dtype).matmul(head.T).float())
     return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+
+def _import_without_compiler() -> None:
+    """DeepSpeed compiles functions of an optimizer that is not used here: 1.7 s of CPU time, and 57 MiB."""
+    with patch("deepspeed.runtime.compiler.compile", lambda: lambda function: function):
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
 
 
 def _init_deepspeed(config: Config, rank: int, world_size: int, master: tuple[str, int]):

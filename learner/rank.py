@@ -59,8 +59,9 @@ class LearnerRank:
         from video_opd.weights.transfer import WeightSender  # imports vLLM
 
         if self._sender is None:
-            way, shards = self._config.learner.weight_transfer, self._config.rollout.tensor_parallel
-            self._sender = WeightSender(way, self._rank, self._engine.parameters, shards)
+            config = self._config
+            shape = (config.learner.world_size, config.rollout.tensor_parallel, config.learner.bucket_bytes)
+            self._sender = WeightSender(config.weight_transfer, self._rank, self._engine.parameters, *shape)
         return self._sender.send(self.address(), actors)
 
     def save(self, folder: Path) -> None:

@@ -11,6 +11,7 @@ from preflight import activations
 from preflight.adapters import slot_numbers
 from preflight.model_shapes import DTYPE_BYTES, ModelShapes, count, model_bytes, parameters
 from preflight.zero import (
+    buffer_bytes,
     gradient_bytes,
     offload_bytes,
     optimizer_bytes,
@@ -118,7 +119,7 @@ def workload_of_budget(video: VideoConfig, shapes: ModelShapes) -> Workload:
 def published_bytes(config: Config, student: ModelShapes) -> int:
     """Of one version in the object store: eP, eT where adapters are published, 0 where it is not used."""
     learner = config.learner
-    if not (config.rollout.num_actors and learner.publishes_in_store):
+    if not (config.rollout.num_actors and config.weight_transfer == "object_store"):
         return 0
     of = trained(student, learner) if learner.publishes_adapters else parameters(student)
     return DTYPE_BYTES[learner.dtype] * count(of)
@@ -182,7 +183,7 @@ def learner_memory(
         "loss": of_pass | {"logits": logits},
         "backward": of_pass | {"activations again": recomputed, "their gradients": gradients},
         "optimizer step": {"float32 gradients and roots": step_bytes(num_trained, learner)},
-        "publishing": {"weights sent": sending_bytes(student, learner)},
+        "publishing": {"weights sent": sending_bytes(student, config)},
     }
     if learner.vision_cache_bytes:
         host["vision cache"] = learner.vision_cache_bytes
@@ -255,6 +256,7 @@ def vllm_memory(
     input buffers, on a GPU: e N H (1 + D), embeddings and deepstack (vllm/model_executor/models/qwen3_vl.py).
     KV cache: kv_cache_bytes, or what gpu_memory_utilization leaves of a GPU, at least a max_model_len. On a
     shared GPU vLLM is given it (with_kv_caches).
+    new weights: of an actor that gets them by NCCL, two buffer_bytes.
     With tensor_parallel, one shard: weights, KV cache, heads and MLPs are divided."""
     scores = isinstance(engine, TeacherConfig)
     on_gpu = engine.num_gpus > 0
@@ -285,7 +287,10 @@ def vllm_memory(
         planned = int(engine.gpu_memory_utilization * gpu_bytes)
         kv_cache = max(planned - passing - sum(held.values()), one_sequence)
     prefill = activations.forward_bytes(shapes, e, num_tokens, video_tokens, shards)
-    return ProcessMemory(held | {"KV cache": kv_cache}, {"prefill": prefill, "logits": {"logits": logits}})
+    phases = {"prefill": prefill, "logits": {"logits": logits}}
+    if not scores and config.weight_transfer == "collective":
+        phases["new weights"] = {"NCCL's buffers": 2 * buffer_bytes(shapes, config.learner)}
+    return ProcessMemory(held | {"KV cache": kv_cache}, phases)
 
 
 def support_memory(config: Config, student: ModelShapes) -> list[RoleMemory]:

@@ -179,7 +179,7 @@ def _changes(config: Config, role: str) -> list[Change]:
     options: dict[str, Iterable[object]] = {
         "learner.gradient_checkpointing": [] if learner.gradient_checkpointing else [True],
         "learner.zero_stage": range(learner.zero_stage + 1, 4),
-        "learner.weight_transfer": ["object_store"] if learner.weight_transfer == "ipc" else [],
+        "learner.weight_transfer": ["object_store"] if config.weight_transfer != "object_store" else [],
         "learner.micro_batch": _halves(learner.micro_batch),
         "learner.world_size": [n for n in doubled if n <= MAX_WORLD_SIZE],
         "learner.deepspeed": [OFFLOAD] if many_ranks and learner.zero_stage and not learner.deepspeed else [],

@@ -5,6 +5,7 @@ preflight/activations.py explains the letters.
 
 from preflight.adapters import VISION, adapters
 from preflight.model_shapes import DTYPE_BYTES, ModelShapes, Parameters, count, parameters
+from video_opd.config import Config
 from video_opd.config_learner import LearnerConfig
 
 # DeepSpeed 0.19's defaults, in numbers rather than bytes (deepspeed/runtime/zero/config.py).
@@ -89,14 +90,35 @@ def weight_bytes(shapes: ModelShapes, learner: LearnerConfig) -> dict[str, int]:
     return {"weights": e * total // learner.world_size, "gathered weights": e * gathered}
 
 
-def sending_bytes(shapes: ModelShapes, learner: LearnerConfig) -> int:
-    """What a rank's GPU holds beside its weights while `ipc` publishes: eP if they are gathered or merged.
+def sending_bytes(shapes: ModelShapes, config: Config) -> int:
+    """What a rank's GPU holds beside its weights while it publishes. collective: three buffer_bytes.
 
-    vLLM keeps every tensor until the actors have read all (_send_unpacked in
-    vllm/distributed/weight_transfer/ipc_engine.py); weights that are whole are lent as they are."""
-    copies = learner.zero_stage == 3 or learner.lora_rank
-    by_ipc = learner.weight_transfer == "ipc" and not learner.publishes_adapters
-    return DTYPE_BYTES[learner.dtype] * count(parameters(shapes)) if by_ipc and copies else 0
+    Of weights that are gathered or merged, object_store: one buffer_bytes; ipc: eP, since vLLM keeps every
+    tensor until the actors have read all (_send_unpacked in vllm/distributed/weight_transfer/ipc_engine.py).
+    Others are read where they are."""
+    learner, way = config.learner, config.weight_transfer
+    if way == "collective":
+        return 3 * buffer_bytes(shapes, learner)
+    if (
+        not learner.num_gpus
+        or learner.publishes_adapters
+        or (learner.zero_stage < 3 and not learner.lora_rank)
+    ):
+        return 0
+    return (
+        DTYPE_BYTES[learner.dtype] * count(parameters(shapes))
+        if way == "ipc"
+        else buffer_bytes(shapes, learner)
+    )
+
+
+def buffer_bytes(shapes: ModelShapes, learner: LearnerConfig) -> int:
+    """Tensors until they exceed bucket_bytes: at most that and the largest, or eP.
+
+    By NCCL both sides fill two such buffers in turn; the sender holds the tensors of one, too (pack_tensors
+    in vllm/distributed/weight_transfer/packed_tensor.py)."""
+    e, of = DTYPE_BYTES[learner.dtype], parameters(shapes)
+    return min(learner.bucket_bytes + e * max(count({n: s}) for n, s in of.items()), e * count(of))
 
 
 def step_bytes(num_trained: int, learner: LearnerConfig) -> int:

@@ -25,7 +25,7 @@ from video_opd.config_data import (
     attention_problem,
     key,
 )
-from video_opd.config_learner import LearnerConfig, LossConfig
+from video_opd.config_learner import LearnerConfig, LossConfig, WeightTransfer
 
 
 def engine_problems(shards: int, num_gpus: float, num_cpus: float) -> Iterator[str]:
@@ -221,6 +221,22 @@ class Config(ConfigSection):
     def shares_gpus(self) -> bool:
         """Whether processes of several roles, or several of one, may be on one GPU."""
         return any(0 < part.num_gpus < 1 for part in (self.learner, self.rollout, self.teacher_pool))
+
+    @property
+    def weight_transfer(self) -> WeightTransfer:
+        """How actors get weights: learner.weight_transfer; for `auto` between GPUs where these allow it.
+
+        `ipc` only of weights that a rank has whole: of others it would hold a copy beside its share.
+        """
+        learner, num_gpus = self.learner, (self.learner.num_gpus, self.rollout.num_gpus)
+        if learner.publishes_adapters:
+            return "object_store"
+        if learner.weight_transfer != "auto":
+            return learner.weight_transfer
+        if min(num_gpus) >= 1:
+            return "collective"
+        is_whole = learner.zero_stage < 3 and not learner.lora_rank
+        return "ipc" if is_whole and all(0 < n < 1 for n in num_gpus) else "object_store"
 
     @property
     def teacher_models(self) -> tuple[TeacherModel, ...]:

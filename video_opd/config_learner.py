@@ -27,7 +27,8 @@ LossKind = Literal["opd", "opd_topk", "opd_full", "grpo", "off_policy_rkd", "off
 ImportPaths = Annotated[tuple[str, ...], Field(min_length=1)]
 TEXT_LAYERS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's max_lora_rank: vllm/config/lora.py
-TRANSFERS = "Ray's object store, NCCL between GPUs, or one GPU's memory; the last two never ran yet"
+WeightTransfer = Literal["object_store", "collective", "ipc"]
+TRANSFERS = "Ray's object store, NCCL between GPUs, or one GPU's memory; auto: as docs/architecture.md says"
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class LearnerConfig(ConfigSection):
     lora_publish: Literal["adapters", "merged"] = key("adapters", "to actors: these alone, or merged weights")
     gradient_checkpointing: bool = True
     bucket_bytes: PositiveInt = key(256 << 20, "weights travel in buckets of about this size")
-    weight_transfer: Literal["object_store", "collective", "ipc"] = key("object_store", TRANSFERS)
+    weight_transfer: WeightTransfer | Literal["auto"] = key("auto", TRANSFERS)
     num_gpus: NonNegativeFloat = key(1, "of one rank; 0 on a CPU machine")
     num_cpus: NonNegativeFloat = 1
 
@@ -147,11 +148,6 @@ class LearnerConfig(ConfigSection):
     def publishes_adapters(self) -> bool:
         """Whether actors get adapters, through the object store, instead of weights by weight_transfer."""
         return bool(self.lora_rank) and self.lora_publish == "adapters"
-
-    @property
-    def publishes_in_store(self) -> bool:
-        """Whether actors get what they get through Ray's object store."""
-        return self.weight_transfer == "object_store" or self.publishes_adapters
 
     @property
     def lora_slot_rank(self) -> int:

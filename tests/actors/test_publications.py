@@ -35,7 +35,7 @@ NUM_BYTES = sum(t.nbytes for _, t in weights(0))
 def config(
     num_actors: int, way: str = "collective", timeout_s: float = PATIENCE_S, **learner: object
 ) -> Config:
-    num_gpus = 1 if way == "collective" else 0
+    num_gpus = 0 if way == "object_store" else 1
     return Config.model_validate(
         {
             "student": "s",
@@ -139,6 +139,7 @@ class Learner(Served):
     def __init__(self):
         super().__init__()
         self.fails, self.version, self.sent = False, None, []
+        self.refuses = False  # to send between GPUs
 
     def restart(self) -> None:
         self.dead.set()
@@ -167,6 +168,8 @@ class Learner(Served):
             raise LearnerLostError("dead") from error
 
     def do_send(self, version: int, actors: list[Actor]) -> int:
+        if self.refuses:
+            raise WeightsLostError("GPUs do not reach each other")
         try:
             for actor in actors:
                 actor.call("start_weight_update").result(PATIENCE_S)
@@ -274,6 +277,52 @@ def test_adapters_go_by_the_object_store_whatever_would_carry_weights():
     run(test)
     merged = config(1, "collective", lora_rank=4, lora_publish="merged").learner
     assert not merged.publishes_adapters and not config(1, "collective").learner.publishes_adapters
+
+
+def test_what_auto_chose_and_fails_at_once_is_given_up_for_the_object_store(caplog):
+    async def test():
+        pool, learner = Pool(config(2, "auto")), Learner()
+        learner.refuses = True
+        await pool.start()
+        for version in (1, 2):
+            assert (await pool.publish(version, learner)).num_bytes == NUM_BYTES and pool.holds(version)
+        await pool.scale(3)
+        assert await pool.names(3) and pool.holds(2)
+        assert learner.sent == [2] and pool.counts()["actors/lost"] == 0
+
+    run(test)
+    (said,) = [r.getMessage() for r in caplog.records if "auto" in r.getMessage()]
+    assert "auto chose collective, which fails" in said and "GPUs do not reach each other" in said
+
+
+@pytest.mark.parametrize("way", ["auto", "collective"])
+def test_a_way_that_was_told_or_has_worked_is_not_given_up(way):
+    async def test():
+        pool, learner = Pool(config(2, way)), Learner()
+        await pool.start()
+        if way == "auto":
+            await pool.publish(1, learner)
+        learner.refuses = True
+        with pytest.raises(WeightsLostError):
+            await pool.publish(2, learner)
+
+    run(test)
+
+
+def test_when_the_learner_is_lost_in_the_first_transfer_it_publishes_in_the_object_store_afterwards():
+    async def test():
+        pool, learner = Pool(config(2, "auto")), Learner()
+        await pool.start()
+        learner.fails = True
+        for actor in pool.created:  # nobody hangs in the collective when the learner is lost
+            vars(actor)["do_update_weights"] = lambda *_: None
+        with pytest.raises(LearnerLostError):
+            await pool.publish(1, learner)
+        learner.restart()
+        await pool.publish(1, learner)
+        assert pool.holds(1) and learner.sent == [2]
+
+    run(test)
 
 
 def test_an_actor_that_is_dead_is_replaced_and_the_others_get_the_version():

@@ -16,6 +16,9 @@ MODELS = ("Qwen2.5-VL-7B-Instruct", "Qwen3-VL-8B-Instruct")
 VISION = r".*\.attn\.(qkv|proj)"
 
 
+IN_STORE = "learner.weight_transfer=object_store"
+
+
 def make(*overrides: str) -> Config:
     return load_config(CONFIG, ["learner.lora_rank=16", *overrides])
 
@@ -61,7 +64,7 @@ def test_a_dry_run_refuses_them():
 
 def test_an_actor_and_the_store_hold_adapters_in_place_of_a_second_set_of_weights():
     shapes = find_shapes("Qwen3-VL-8B-Instruct", SHAPES)
-    config, whole = make("learner.lora_rank=12"), make("learner.lora_publish=merged")
+    config, whole = make("learner.lora_rank=12"), make("learner.lora_publish=merged", IN_STORE)
     work, gpu = workload_of_budget(config.video, shapes), 80 << 30
     stored, stored_whole = (
         support_memory(c, shapes)[-1].host.held["published weights"] for c in (config, whole)

@@ -26,6 +26,9 @@ STUDENT = find_shapes("models/Qwen3-VL-8B-Instruct", SHAPES)
 NO_SPLITS: Any = SimpleNamespace(train=None, eval=None)
 
 
+IN_STORE = "learner.weight_transfer=object_store"
+
+
 def config_8b(*options: str) -> Config:
     return load_config(B8, list(options))
 
@@ -141,11 +144,11 @@ def stores(*options: str):
 
 
 def test_the_store_is_planned_for_one_version_of_the_weights():
-    assert stores().weights / 1e9 == pytest.approx(1.25 * 2 * 8.767, rel=0.01)
-    assert stores("learner.weight_transfer=collective").weights == 0
-    assert stores("loss.kind=sft", "curriculum.kind=uniform", "rollout.num_actors=0").weights == 0
-    lagging, sampled = stores("max_policy_lag=2"), stores("rollout.rollouts_per_prompt=3")
-    assert lagging.weights == stores().weights
+    assert stores(IN_STORE).weights / 1e9 == pytest.approx(1.25 * 2 * 8.767, rel=0.01)
+    assert stores().weights == stores("learner.weight_transfer=collective").weights == 0
+    assert stores(IN_STORE, "loss.kind=sft", "curriculum.kind=uniform", "rollout.num_actors=0").weights == 0
+    lagging, sampled = stores(IN_STORE, "max_policy_lag=2"), stores("rollout.rollouts_per_prompt=3")
+    assert lagging.weights == stores(IN_STORE).weights
     assert lagging.trajectories == sampled.trajectories == 3 * stores().trajectories
     assert stores("loss.kind=opd_topk").trajectories > stores().trajectories + 2 * 32 * 64 * 64 * 8 - 1
 
@@ -158,7 +161,7 @@ def test_adapters_take_megabytes_of_the_store_whatever_the_way_of_weights(way):
 
 
 def test_a_store_that_is_too_small_is_named_with_what_helps():
-    head, plan = node("10.0.0.1", 4), stores()
+    head, plan = node("10.0.0.1", 4), stores(IN_STORE)
     fits = [
         head,
         node("10.0.0.2", 22, learner=8),

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -221,6 +222,16 @@ EVERY_OBJECTIVE = [
     (2, 2, "grpo"),
     (2, 2, "off_policy_fkd"),
 ]
+
+
+def test_a_rank_starts_without_torchs_compiler(learners, overrides):
+    """DeepSpeed imports it, for 1.7 s of CPU time, to ask whether an optimizer is its own Muon."""
+
+    async def run() -> list[bool]:
+        learner = await learners(make_config(overrides, 1, 2))
+        return await learner._all("__ray_call__", lambda _: "torch._inductor.lowering" in sys.modules)
+
+    assert asyncio.run(run()) == [False]
 
 
 @pytest.mark.parametrize(("world_size", "stage", "loss"), EVERY_OBJECTIVE)

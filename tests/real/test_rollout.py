@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import threading
+from typing import Any, cast
 
 import numpy as np
 import pytest

@@ -11,9 +11,11 @@ import torch
 from ray.exceptions import ActorDiedError
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer import WeightTransferEngine, ipc_engine, nccl_engine
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from video_opd.config_file import load_demo
 from video_opd.errors import ConfigError, WeightsLostError
+from video_opd.weights.buckets import to_buckets
 from video_opd.weights.transfer import BACKENDS, WeightSender
 
 ADDRESS = ("127.0.0.1", 4242)
@@ -62,14 +64,13 @@ class Model(torch.nn.Module):
 
 
 class Actor:
-    """A rollout actor's weight-transfer calls, served in order by vLLM's own receiving engine."""
+    """A rollout actor's weight-transfer calls, served in order by the receiving engine."""
 
-    def __init__(self, backend: str):
-        engines = {"nccl": nccl_engine.NCCLWeightTransferEngine, "ipc": ipc_engine.IPCWeightTransferEngine}
+    def __init__(self, way: str):
         config: Any = SimpleNamespace(parallel_config=None, model_config=None)
         self.model = Model()
-        self.engine: WeightTransferEngine = engines[backend](
-            WeightTransferConfig(backend=backend), config, torch.device("cpu", 0), self.model
+        self.engine: WeightTransferEngine = WeightTransferEngineFactory.create_engine(
+            WeightTransferConfig(backend=BACKENDS[way]), config, torch.device("cpu", 0), self.model
         )
         self.calls: list[str] = []
         self.init_info: Any = None
@@ -136,7 +137,7 @@ def holds(actor: Actor) -> bool:
 
 
 def test_nccl_sends_to_a_group_that_lasts_while_its_actors_do(wire):
-    actors, sender = [Actor("nccl") for _ in range(3)], WeightSender("collective", 0, Passes())
+    actors, sender = [Actor("collective") for _ in range(3)], WeightSender("collective", 0, Passes())
     for group in (actors[:2], actors[:2], actors):
         for actor in actors:
             actor.model.held.clear()
@@ -153,7 +154,7 @@ def test_nccl_sends_to_a_group_that_lasts_while_its_actors_do(wire):
 
 def test_each_shard_of_each_actor_has_a_rank_in_the_group(wire):
     """An actor's workers add their rank to its offset (worker_init_process_group)."""
-    actors = [Actor("nccl") for _ in range(3)]
+    actors = [Actor("collective") for _ in range(3)]
     WeightSender("collective", 0, Passes(), shards=2).send(ADDRESS, list(actors))
     assert [actor.init_info.rank_offset for actor in actors] == [1, 3, 5]
     assert {actor.init_info.world_size for actor in actors} == {7}
@@ -164,7 +165,7 @@ def test_each_shard_of_each_actor_has_a_rank_in_the_group(wire):
 )
 def test_after_an_actor_died_rank_0_makes_the_passes_that_the_others_make(wire, dies_at):
     """Under ZeRO-3 each pass is a collective of the learner's ranks."""
-    actors = [Actor("nccl"), Actor("nccl")]
+    actors = [Actor("collective"), Actor("collective")]
     passes = [Passes(), Passes()]
     senders = [WeightSender("collective", rank, passes[rank]) for rank in (0, 1)]
     actors[1].dies_at = dies_at
@@ -176,15 +177,73 @@ def test_after_an_actor_died_rank_0_makes_the_passes_that_the_others_make(wire, 
     assert holds(actors[0]), "a new group works"
 
 
-def test_ipc_hands_over_the_memory_of_a_shared_gpu(monkeypatch):
+@pytest.fixture
+def shared_gpu(monkeypatch) -> None:
+    """CUDA's part of `ipc`, in one process."""
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(uuid="gpu-0"))
     monkeypatch.setattr("torch.accelerator.current_device_index", lambda: 0)
     monkeypatch.setattr("torch.cuda.ipc_collect", lambda: None)
     monkeypatch.setattr(ipc_engine, "reduce_tensor", lambda tensor: (None, [tensor, *[None] * 6]))
     monkeypatch.setattr(ipc_engine, "rebuild_cuda_tensor", lambda tensor, *_: tensor)
+
+
+def test_ipc_hands_over_the_memory_of_a_shared_gpu(shared_gpu):
     actor, sender = Actor("ipc"), WeightSender("ipc", 0, Passes())
     assert sender.send(ADDRESS, [actor]) == 6 * 4 + 4 * 2
     assert holds(actor) and actor.calls == ["init_weight_transfer_engine", *UPDATE]
+
+
+@pytest.mark.parametrize("dies_at", ["init_weight_transfer_engine", *UPDATE])
+def test_after_ipc_failed_rank_0_makes_the_collectives_that_the_others_make(shared_gpu, monkeypatch, dies_at):
+    made: list[str] = []
+
+    def gather(handles: list[Any], own: Any) -> None:
+        made.append("gather")
+        handles[0] = own
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    monkeypatch.setattr("torch.distributed.barrier", lambda: made.append("barrier"))
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    actor, passes = Actor("ipc"), [Passes(), Passes()]
+    actor.dies_at = dies_at
+    senders = [WeightSender("ipc", rank, passes[rank], world_size=2) for rank in (0, 1)]
+    with pytest.raises(WeightsLostError):
+        senders[0].send(ADDRESS, [actor])
+    of_rank_0, made[:] = list(made), []
+    senders[1].send(ADDRESS, [actor])
+    assert of_rank_0 == made == ["gather", "barrier", "barrier"]
+    assert passes[0].ended == passes[1].ended == 2
+
+
+@pytest.mark.parametrize("way", BACKENDS)
+def test_an_engine_of_any_way_takes_buckets_of_the_object_store(way):
+    actor = Actor(way)
+    actor.engine.update_weights({"buckets": list(to_buckets(NAMED, 1, 8))})
+    assert holds(actor)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "options", "way"),
+    [
+        ((0, 0), [], "object_store"),
+        ((1, 1), [], "collective"),
+        ((1, 1), ["learner.lora_rank=4"], "object_store"),
+        ((1, 1), ["learner.lora_rank=4", "learner.lora_publish=merged"], "collective"),
+        ((1, 1), ["learner.weight_transfer=object_store"], "object_store"),
+        ((0.5, 0.5), [], "ipc"),
+        ((0.5, 0.5), ["learner.zero_stage=3"], "object_store"),  # a copy of all weights beside the shares
+        ((0.5, 0.5), ["learner.zero_stage=3", "learner.weight_transfer=ipc"], "ipc"),
+        ((1, 0.5), [], "object_store"),
+        ((0.5, 1), [], "object_store"),
+        ((0, 1), [], "object_store"),
+    ],
+)
+def test_unless_told_otherwise_weights_go_between_gpus_where_these_allow_it(num_gpus, options, way):
+    roles = zip(("learner", "rollout"), num_gpus, strict=True)
+    gpus = [f"{role}.num_gpus={n}" for role, n in roles]
+    assert load_demo([*gpus, "rollout.dtype=bfloat16", *options]).weight_transfer == way
 
 
 @pytest.mark.parametrize(

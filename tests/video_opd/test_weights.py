@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from video_opd.errors import WeightsLostError
+from video_opd.weights import buckets
 from video_opd.weights.buckets import check_whole, to_buckets, unpack
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -99,3 +100,36 @@ def test_on_the_way_to_the_store_and_out_of_it_nothing_is_copied():
     arrived = dict(unpack([bucket]))["weight"]
     weight[0] = 7.0
     assert arrived.tolist() == [7.0, 1.0, 2.0, 3.0]
+
+
+def test_off_a_gpu_a_bucket_is_copied_into_one_pinned_buffer_with_one_wait(monkeypatch):
+    """A GPU's part is played by the CPU: `meta` says that the tensors are elsewhere."""
+    made, waits, empty = [], [], torch.empty
+
+    def pinned(size: int, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        assert pin_memory
+        made.append(size)
+        return empty(size, dtype=dtype)
+
+    class Elsewhere:
+        """A tensor's bytes on a GPU."""
+
+        def __init__(self, here: torch.Tensor):
+            self.here, self.device = here, torch.device("meta")
+
+        def __len__(self) -> int:
+            return len(self.here)
+
+        @classmethod
+        def __torch_function__(cls, function, types, arguments, options):
+            assert function is torch.Tensor.copy_ and options == {"non_blocking": True}
+            return arguments[0].copy_(arguments[1].here)
+
+    sent = [(str(i), torch.randn(25)) for i in range(9)]
+    own = buckets._bytes_of
+    monkeypatch.setattr(buckets, "_bytes_of", lambda tensor: Elsewhere(own(tensor)))
+    monkeypatch.setattr("torch.empty", pinned)
+    monkeypatch.setattr("torch.accelerator.synchronize", lambda: waits.append(len(made)))
+    arrived = dict(unpack(list(to_buckets(sent, 0, 400))))
+    assert made == [400, 400, 100] and waits == [1, 2, 3]
+    assert all(torch.equal(arrived[name], tensor) for name, tensor in sent)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -155,6 +154,8 @@ def load_model(
     Raises ConfigError if this machine lacks the package of `attention`, ModelError if weights are missing."""
     from transformers import AutoModelForImageTextToText
 
+    from video_opd.models.qwen_vl import adapt  # imports transformers
+
     if missing := missing_for(attention):
         raise ConfigError(f"attn_implementation={attention} needs {missing} on this node")
     loaded: Any = AutoModelForImageTextToText.from_pretrained(
@@ -169,44 +170,8 @@ def load_model(
     if missing := sorted(found["missing_keys"]):  # transformers would draw them, each rank its own
         why = f"{path} lacks {len(missing)} weights, e.g. {missing[0]}"
         raise ModelError(f"{why}: the model folder is damaged")
-    if model.config.model_type == "qwen2_5_vl":
-        model.model.get_rope_index = MethodType(_qwen2_5_positions, model.model)
+    adapt(model, attention)
     return model
-
-
-def _qwen2_5_positions(
-    model: VideoLLM,
-    input_ids: torch.Tensor,
-    mm_token_type_ids: torch.Tensor,
-    video_grid_thw: torch.Tensor,
-    second_per_grid_ts: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    image_grid_thw: None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Qwen2.5-VL's 3-D positions as trained, int64[3, B, S], and how far they exceed the length, [B, 1].
-
-    One video a sequence. Text continues after the video's LARGEST position, as in the model's own code and
-    vLLM; transformers 5.19 continues after height and width, so that text and later frames share positions.
-    """
-    assert image_grid_thw is None
-    vision = model.config.vision_config
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    positions = torch.zeros((3, *input_ids.shape), dtype=torch.int64)
-    ahead = []
-    for b, (t, height, width) in enumerate(video_grid_thw.tolist()):
-        valid = mask[b].cpu().bool()
-        video = (mm_token_type_ids[b].cpu()[valid] != 0).nonzero()[:, 0]
-        first, last, length = int(video[0]), int(video[-1]), int(valid.sum())
-        h, w = height // vision.spatial_merge_size, width // vision.spatial_merge_size
-        inside = torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).T
-        inside[0] = (inside[0] * (float(second_per_grid_ts[b]) * vision.tokens_per_second)).long()
-        inside = inside + first
-        after = torch.arange(length - last - 1) + inside.max() + 1
-        of_row = torch.cat([torch.arange(first).expand(3, -1), inside, after.expand(3, -1)], dim=1)
-        positions[:, b, valid] = of_row
-        ahead.append(int(of_row.max()) + 1 - length)
-    return positions.to(input_ids.device), torch.tensor(ahead, device=input_ids.device)[:, None]
 
 
 def load_head(folder: str, dtype: str) -> torch.Tensor:

@@ -31,7 +31,10 @@ class WeightBucket:
 
 
 def to_buckets(named: Iterable[Pair], policy_version: int, bucket_bytes: int) -> Iterator[WeightBucket]:
-    """Groups CPU tensors, in order, into buckets of one dtype and about `bucket_bytes` each."""
+    """Groups tensors, in order, into buckets of one dtype and about `bucket_bytes` each.
+
+    Those on the CPU are not copied. Those on a GPU are, by one wait a bucket.
+    """
     waiting: list[Pair] = []
     size = first = 0
     for name, tensor in named:
@@ -53,8 +56,24 @@ def _bucket(named: list[Pair], policy_version: int, first: int, is_last: bool) -
         names=tuple(n for n, _ in named),
         shapes=tuple(tuple(t.shape) for _, t in named),
         dtype=str(named[0][1].dtype).removeprefix("torch."),
-        parts=tuple(t.detach().contiguous().flatten().view(torch.uint8).numpy() for _, t in named),
+        parts=tuple(part.numpy() for part in _on_host([_bytes_of(t) for _, t in named])),
     )
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+def _on_host(parts: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """As they are on the CPU; else in pinned memory, which torch gives again when its user lets go of it."""
+    if parts[0].device.type == "cpu":
+        return parts
+    sizes = [len(part) for part in parts]
+    staged = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True).split(sizes)
+    for host, part in zip(staged, parts, strict=True):
+        host.copy_(part, non_blocking=True)
+    torch.accelerator.synchronize()
+    return staged
 
 
 def check_whole(buckets: Sequence[WeightBucket], policy_version: int) -> None:

@@ -1,41 +1,55 @@
-"""vLLM's weight transfer: an engine for Ray's object store, and vLLM's own `nccl` and `ipc` for GPUs."""
+"""vLLM's weight transfer: engines for Ray's object store, for NCCL and for the memory of a shared GPU."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
 from ray.exceptions import RayError
+from torch import distributed
 from vllm.distributed.weight_transfer import base
 from vllm.distributed.weight_transfer.clients import RayVLLMWeightSyncClient
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
-from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
-from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCWeightTransferEngine
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLWeightTransferEngine
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from video_opd.cluster.faults import cause_of
 from video_opd.errors import WeightsLostError
-from video_opd.weights.buckets import Named, WeightBucket, unpack
+from video_opd.weights.buckets import Named, unpack
 
-OBJECT_STORE = "video_opd_object_store"
-BACKENDS = {"object_store": OBJECT_STORE, "collective": "nccl", "ipc": "ipc"}
-"""learner.weight_transfer: the name of vLLM's engine."""
-
-
-@dataclass
-class BucketUpdateInfo(base.WeightTransferUpdateInfo):
-    """A part of a version that check_whole found whole."""
-
-    buckets: list[WeightBucket]
+BACKENDS = {way: f"video_opd_{way}" for way in ("object_store", "collective", "ipc")}
+"""Config.weight_transfer: the name of the engine in vLLM."""
 
 
-class ObjectStoreEngine(base.WeightTransferEngine[base.WeightTransferInitInfo, BucketUpdateInfo]):
-    """Loads buckets of the object store into a vLLM worker's model, on CPUs and GPUs."""
+class TakesBuckets(base.WeightTransferEngine):
+    """An engine that also loads buckets of the object store into a vLLM worker's model, on CPUs and GPUs."""
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """update_info: `buckets` of a version that is whole, or what the engine itself takes."""
+        if "buckets" not in update_info:
+            super().update_weights(update_info)
+            return
+        model: Any = self.model
+        model.load_weights(unpack(update_info["buckets"]))
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+
+
+class NcclEngine(TakesBuckets, NCCLWeightTransferEngine):
+    """vLLM's own, which can fall back to the object store."""
+
+
+class IpcEngine(TakesBuckets, IPCWeightTransferEngine):
+    """vLLM's own, which can fall back to the object store."""
+
+
+class ObjectStoreEngine(TakesBuckets):
+    """Takes buckets alone."""
 
     init_info_cls = base.WeightTransferInitInfo
-    update_info_cls = BucketUpdateInfo
+    update_info_cls = base.WeightTransferUpdateInfo
 
     def init_transfer_engine(self, init_info: base.WeightTransferInitInfo) -> None:
         """The object store needs no rendezvous."""
@@ -43,15 +57,8 @@ class ObjectStoreEngine(base.WeightTransferEngine[base.WeightTransferInitInfo, B
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """As the base class, whose wait for the accelerator raises an error where there is none."""
-        self.receive_weights(self.parse_update_info(update_info))
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-
-    def receive_weights(self, update_info: BucketUpdateInfo) -> None:
-        model: Any = self.model
-        model.load_weights(unpack(update_info.buckets))
+    def receive_weights(self, update_info: base.WeightTransferUpdateInfo) -> None:
+        raise AssertionError("it takes buckets")
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -64,11 +71,12 @@ class ObjectStoreEngine(base.WeightTransferEngine[base.WeightTransferInitInfo, B
         pass
 
 
-WeightTransferEngineFactory.register_engine(OBJECT_STORE, ObjectStoreEngine)
+for _way, _engine in {"object_store": ObjectStoreEngine, "collective": NcclEngine, "ipc": IpcEngine}.items():
+    WeightTransferEngineFactory.register_engine(BACKENDS[_way], _engine)
 
 
 class WorkerExtension:
-    """What the process of each vLLM worker imports, as `worker_extension_cls`: it registers the engine."""
+    """What the process of each vLLM worker imports, as `worker_extension_cls`: it registers the engines."""
 
 
 WORKER = f"{__name__}.{WorkerExtension.__name__}"
@@ -112,11 +120,12 @@ class ParameterSource(base.WeightSource):
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         return self._pass
 
-    def finish(self) -> None:
-        """After a failure on this rank: completes the passes that the other ranks make."""
-        self.metadata()
+    def finish(self) -> bool:
+        """After a failure on this rank: makes the passes that the other ranks make. False: none was left."""
+        was_left = any(True for _ in self._pass)
         for _ in self._pass:
             pass
+        return was_left
 
     @property
     def num_bytes(self) -> int:
@@ -126,9 +135,18 @@ class ParameterSource(base.WeightSource):
 class WeightSender:
     """A learner rank's side of vLLM's `nccl` and `ipc`. Rank 0 sends; all ranks make the same calls."""
 
-    def __init__(self, weight_transfer: str, rank: int, parameters: Callable[[], Named], shards: int = 1):
-        """`shards` of each actor, which all receive."""
-        self._is_ipc, self._rank, self._shards = weight_transfer == "ipc", rank, shards
+    def __init__(
+        self,
+        weight_transfer: str,
+        rank: int,
+        parameters: Callable[[], Named],
+        world_size: int = 1,
+        shards: int = 1,
+        bucket_bytes: int = 256 << 20,
+    ):
+        """`shards` of each actor, which all receive. NCCL sends about `bucket_bytes` at a time."""
+        self._is_ipc, self._rank, self._world_size = weight_transfer == "ipc", rank, world_size
+        self._shards, self._bucket_bytes = shards, bucket_bytes
         self._source = ParameterSource(parameters)
         self._actors: list[Any] = []
         self._engine: base.TrainerWeightTransferEngine | None = None
@@ -144,8 +162,12 @@ class WeightSender:
             if self._engine is None or self._actors != actors:
                 self._leave_group()
                 self._actors = actors
-                world_size = 1 + len(actors) * self._shards
-                info = NCCLTrainerInitInfo(*address, world_size=world_size, rank=self._rank)
+                info = NCCLTrainerInitInfo(
+                    *address,
+                    world_size=1 + len(actors) * self._shards,
+                    packed_buffer_size_bytes=self._bucket_bytes,
+                    rank=self._rank,
+                )
                 self._engine = WeightTransferTrainerFactory.trainer_init(
                     IPCTrainerInitInfo(rank=self._rank) if self._is_ipc else info,
                     client=ActorsClient(actors, self._shards),
@@ -153,10 +175,20 @@ class WeightSender:
                 )
             self._engine.send_weights()
         except (RayError, RuntimeError) as error:  # torch's and NCCL's errors are RuntimeErrors
-            self._source.finish()
+            self._finish_with_others()
             self._leave_group()
             raise WeightsLostError(f"the actors did not take the weights: {cause_of(error)}") from error
         return self._source.num_bytes
+
+    def _finish_with_others(self) -> None:
+        """After a failure on rank 0: does with the other ranks what they do in vLLM's engine and after it."""
+        was_left = self._source.finish()
+        if self._is_ipc and self._world_size > 1:  # as IPCTrainerWeightTransferEngine.send_weights
+            if was_left:
+                distributed.all_gather_object([None] * self._world_size, None)
+                distributed.barrier()
+            distributed.barrier()
+        self._source.metadata()  # the others report its bytes
 
     def _leave_group(self) -> None:
         if self._engine is not None:
