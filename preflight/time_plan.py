@@ -202,10 +202,9 @@ class TimePlan:
             for rate in (self._link(learner.world_size), self.device.pcie, self.device.memory)
         )
         gather = {"gather": link} if learner.zero_stage == 3 and learner.world_size > 1 else {}
-        ways = {"collective": {"broadcast": link}, "ipc": {"copy": memory}}
         in_store = {"PCIe": 2 * pcie, "object store": size / STORE_BYTES_S}
-        terms = gather | (in_store if learner.publishes_in_store else ways[learner.weight_transfer])
-        return Phase("publish", 1, "version", 1, terms)
+        ways = {"collective": {"broadcast": link}, "ipc": {"copy": memory}, "object_store": in_store}
+        return Phase("publish", 1, "version", 1, gather | ways[self.config.weight_transfer])
 
     # --- passes ---
 
