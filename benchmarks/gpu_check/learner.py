@@ -63,7 +63,7 @@ class Checks(Setting):
         """Adam's first step moves a trained weight by the learning rate; a frozen one stays."""
         before = dict(load_model(self.config.student, self.bench.dtype).named_parameters())
         moves = []
-        for name, weight in self._engine.parameters(on_host=True):
+        for name, weight in self._engine.parameters(alone_on="cpu"):
             move = (weight.float() - before[name].float()).abs()
             if name.startswith("model.visual.") and move.any():
                 raise CheckError(f"{name} is frozen and has moved")
