@@ -82,7 +82,7 @@ class EngineLoop(Generic[Engine]):
         self._max_num_seqs = max_num_seqs
         self._changed = threading.Condition()  # guards the next five
         self._calls: list[_Call] = []  # oldest first
-        self._left: list[_Call] = []  # whose callers listen no longer
+        self._left: deque[_Call] = deque()  # whose callers listen no longer
         self._commands: deque[_Command] = deque()
         self._error: BaseException | None = None
         self._is_closed = False
@@ -171,9 +171,8 @@ class EngineLoop(Generic[Engine]):
         """Waits for work; then does what is to do between two steps, and one step."""
         with self._changed:
             self._changed.wait_for(self._has_work)
-            left, self._left = self._left, []
-        for call in left:
-            self._drop(engine, call)
+        while self._left:
+            self._drop(engine, self._left.popleft())
         if self._is_command_due():
             self._execute(engine, self._commands.popleft())
         elif not self._commands and not self.is_held:

@@ -27,7 +27,7 @@ class Feed(Generic[Item]):
         """size_of: the bytes of an item's result, known before it is made."""
         self._threads = ThreadPoolExecutor(num_threads, "feed")
         self._free_bytes, self._size_of = max_bytes, size_of
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may drop an Ahead while it is held
 
     def ahead(
         self, work: Callable[[Item], Result], items: Sequence[Item], on_ready: Callable[[], None] = _nothing

@@ -87,8 +87,7 @@ def fingerprint(
 class PromptEncoder:
     """Prompt -> EncodedPrompt, with a model folder's processor. Every process that sees prompts holds one.
 
-    No method computes with pixels: models/patches.py does, where the model is. Thread-safe: after the first
-    call, transformers sets nothing in the tokenizer, which is what its threads could disturb each other by.
+    No method computes with pixels: models/patches.py does, where the model is. Thread-safe.
     """
 
     def __init__(
@@ -113,7 +112,7 @@ class PromptEncoder:
         if None in self.pad_ids or self.tokenizer.unk_token_id in self.pad_ids:
             why = f"the tokenizer of {model} has no <|video_pad|>"
             raise ModelError(f"{why}: use a Qwen-VL model folder")
-        self._to_ids(asked)
+        self._to_ids(asked)  # unsets truncation and padding; later calls change nothing, so threads may call
 
     def _to_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -203,7 +203,7 @@ class SamplingEngine:
         of_prompt = zip(prompts, seeds or [None] * len(prompts), strict=True)
         names = [self.add(self.render(prompt), seed, num_answers).name for prompt, seed in of_prompt]
         outputs: dict[str, Any] = {}
-        while len(outputs) < len(prompts):
+        while not outputs.keys() >= set(names):
             outputs |= {output.request_id: output for output in self.step()}
         return [self.completions(p, outputs[name]) for p, name in zip(prompts, names, strict=True)]
 

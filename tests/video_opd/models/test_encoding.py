@@ -24,6 +24,8 @@ def family(request, tmp_path_factory) -> tuple[Any, list[PromptEncoder], list[Cl
     """A processor, an encoder for each of CONFIGS, and clips."""
     build, multiple = FAMILIES[request.param]
     processor, folder = build(), tmp_path_factory.mktemp("model")
+    processor.tokenizer._tokenizer.enable_truncation(7)
+    processor.tokenizer._tokenizer.enable_padding(length=1000)
     processor.save_pretrained(folder)
     video = VideoConfig(cache_dir=str(folder / "frames"))
     return processor, [PromptEncoder(folder, config, video) for config in CONFIGS], clips_of(multiple)
@@ -83,7 +85,10 @@ def test_no_encoding_computes_with_pixels(family, monkeypatch):
 
 
 def test_threads_encode_as_one_does(family):
+    """transformers unsets truncation and padding at a call, which fails while a thread uses the tokenizer."""
     _, (encoder, _), clips = family
+    tokenizer = encoder.tokenizer._tokenizer
+    assert (tokenizer.truncation, tokenizer.padding) == (None, None), "set before any thread"
     prompts = [replace(p, query=f"{p.query} {i}") for i, p in enumerate(prompts_of(clips) * 4)]
     frames = {id(clip): noise(clip) for clip in clips}
     alone = [encoder.encode(p, frames=frames[id(p.clip)]).fingerprint for p in prompts]
