@@ -231,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return check_cluster(parsed.check_cluster)
         config = read_config(parsed)
         if parsed.dry_run:
-            dry_run(config, parsed.gpu_memory_gib)
+            dry_run(config, parsed.gpu_memory_gib, parsed.device, parsed.utilisation)
         else:
             launch(config, parsed.address, resumed_folder(parsed, config), parsed.gpu_memory_gib, parsed.step)
     except KeyboardInterrupt:

@@ -2,12 +2,14 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from demo.clips import ensure_clips
 from driver.progress import SavedRun, find_saved_run
 from driver.upload import fetch_config, fetch_run
+from preflight.devices import DEFAULT, DEVICES, Utilisation
 from preflight.inputs import Plan, make_plan
 from video_opd import ROOT
 from video_opd.cluster.command_line import Parser
@@ -23,6 +25,9 @@ Actors sample, the teacher scores, the curriculum steers, the learner steps.
 Without arguments it runs the embedded demo on a CPU."""
 ADDRESS = """HOST:PORT of a node of a Ray cluster, auto, or local for one of its own
 (default: RAY_ADDRESS, else the cluster that this machine is in, else its own)"""
+SHARES = ("PREFILL", "TRAINING", "BANDWIDTH")
+UTILISATION = f"""with --dry-run: the shares of the GPU's FLOP/s and of its bandwidth that are reached
+(default: {" ".join(f"{share:g}" for share in astuple(Utilisation()))})"""
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -43,7 +48,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="check what is here, print plan and memory, start nothing")
     add("--check-cluster", type=Path, metavar="FILE", help="check a file of machines for Ray, start nothing")
     add("--gpu-memory-gib", type=float, help="memory of one GPU (default: this machine's, or 80 without one)")
-    return parser.parse_args(arguments)
+    add("--device", choices=DEVICES, help=f"with --dry-run: the GPU (default: this machine's, or {DEFAULT})")
+    add("--utilisation", nargs=3, type=float, metavar=SHARES, help=UTILISATION)
+    parsed = parser.parse_args(arguments)
+    if not parsed.dry_run and (parsed.device or parsed.utilisation):
+        parser.error("--device and --utilisation are for the plan that --dry-run prints: add it")
+    return parsed
 
 
 def read_config(arguments: argparse.Namespace) -> Config:

@@ -29,6 +29,15 @@ def choose_trained(model: VideoLLM, learner: LearnerConfig) -> None:
                 parameter.requires_grad_(False)
 
 
+def checkpoint_layers(model: VideoLLM) -> None:
+    """Layers keep their inputs alone, and compute forward again before they go backward.
+
+    transformers also makes every embedding ask for a gradient, that of a frozen Qwen2.5-VL tower's patches
+    too: the tower would go backward for nothing. Only reentrant checkpoints need it."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()
+
+
 def add_adapters(model: VideoLLM, learner: LearnerConfig) -> None:
     """Puts adapters into the layers that match lora_targets. Raises ConfigError if none does."""
     config = LoraConfig(

@@ -16,7 +16,14 @@ import numpy as np
 import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from learner.adapters import Parts, adapter_parameters, choose_trained, merge, merged_parameters
+from learner.adapters import (
+    Parts,
+    adapter_parameters,
+    checkpoint_layers,
+    choose_trained,
+    merge,
+    merged_parameters,
+)
 from learner.batching import Row, plan_update
 from learner.deepspeed_config import deepspeed_config
 from learner.diagnostics import TimestampTokens, TokenRecords, batch_diagnostics, policy_diagnostics
@@ -69,7 +76,7 @@ class LearnerEngine:
             torch.manual_seed(config.seed)  # every rank draws the same adapters
         choose_trained(model, learner)
         if learner.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, learner.lr, learner.betas, weight_decay=learner.weight_decay)
         module = ResponseLoss(model, learner.logit_rows)

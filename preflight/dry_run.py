@@ -1,25 +1,36 @@
 """`--dry-run`: checks the inputs and prints the plan; starts nothing."""
 
 import video_opd  # noqa: F401  # first: makes transformers importable
+from preflight.devices import DEVICES
 from preflight.disk import describe_disk, disk_plan
 from preflight.gpus import read_machine
 from preflight.inputs import Draft, asked_teachers, make_draft
 from preflight.memory_fit import check_fits, describe_memory, memory_plan
 from preflight.nodes import problems
 from preflight.object_store import describe_store, store_plan
+from preflight.time_fit import describe_time, time_plan, utilisation
 from video_opd.config import Config, TeacherModel
 from video_opd.datasets import Split
 from video_opd.video.clips import num_video_tokens
 
 
-def dry_run(config: Config, gpu_memory_gib: float | None) -> None:
-    """Checks what is here, and prints the plan and its memory. Raises InputError.
+def dry_run(
+    config: Config,
+    gpu_memory_gib: float | None,
+    device: str | None = None,
+    shares: list[float] | None = None,
+) -> None:
+    """Checks what is here, and prints the plan, its memory and its seconds. Raises InputError.
 
+    device, shares: the GPU and what is reached of it (preflight/devices.py).
     Writes nothing but what videos hold (video_opd/video/descriptions.py)."""
-    draft = make_draft(config)
+    use, draft = utilisation(shares), make_draft(config)
+    if device and gpu_memory_gib is None:
+        gpu_memory_gib = DEVICES[device].memory_gib
     memory = memory_plan(config, draft, gpu_memory_gib)
     print(describe(config, draft))
     print(describe_memory(memory))
+    print(describe_time(time_plan(memory, draft, device, use)))
     print(describe_store(store_plan(memory)))
     print(describe_disk(disk_plan(config, memory.student, draft, None)))
     machine = read_machine()

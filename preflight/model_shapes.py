@@ -18,6 +18,8 @@ from video_opd.models.model_files import SUPPORTED, read_json, vision_config
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 VOCAB_PADDING = 64  # of vLLM's VocabParallelEmbedding
+WINDOW_PIXELS = {"qwen2_5_vl": 112, "qwen3_vl": 0}  # defaults in transformers' vision configs; 0: no windows
+FULL_BLOCKS = (7, 15, 23, 31)  # without windows, in Qwen2.5-VL
 
 Parameters = dict[str, tuple[int, ...]]
 """Parameter name in transformers -> shape. A tied head is not listed."""
@@ -58,6 +60,8 @@ class VisionShapes:
     merge: int  # patches a side of one video token
     positions: int  # learnt position embeddings; 0: none
     deepstack: int  # further outputs, each with a merger of its own
+    window: int  # patches a side that attend to each other; 0: all of a frame pair, as in full_blocks
+    full_blocks: int
 
     @property
     def patches_a_token(self) -> int:
@@ -118,6 +122,7 @@ def parse_shapes(config: Mapping[str, Any], name: str, source: str, committed: b
             raise ModelError(f"{source}: model_type {model_type!r} is not supported; use one of {SUPPORTED}")
         text, vision = config.get("text_config", config), vision_config(config)
         heads, side = text["num_attention_heads"], vision["patch_size"]
+        merge = vision["spatial_merge_size"]
         head_dim = text.get("head_dim") or text["hidden_size"] // heads
         channels = vision.get("in_channels", vision.get("in_chans", 3))
         text_shapes = TextShapes(
@@ -137,9 +142,11 @@ def parse_shapes(config: Mapping[str, Any], name: str, source: str, committed: b
             heads=vision["num_heads"],
             output=vision["out_hidden_size"],
             patch=(channels, vision.get("temporal_patch_size", 2), side, side),
-            merge=vision["spatial_merge_size"],
+            merge=merge,
             positions=vision.get("num_position_embeddings", 0),
             deepstack=len(vision.get("deepstack_visual_indexes", ())),
+            window=vision.get("window_size", WINDOW_PIXELS[model_type]) // (side * merge) * merge,
+            full_blocks=sum(i < vision["depth"] for i in vision.get("fullatt_block_indexes", FULL_BLOCKS)),
         )
         fp8 = read_quantization(config, source)
         return ModelShapes(name, model_type, committed, text_shapes, vision_shapes, fp8)
@@ -154,9 +161,11 @@ def parameters(shapes: ModelShapes) -> Parameters:
     return _under("model.visual", tower) | _text(shapes.text, shapes.is_qwen3)
 
 
-def model_bytes(shapes: ModelShapes, e: int) -> int:
-    """Bytes of the weights as an engine holds them: e a number, but about one where a folder has FP8."""
-    of, fp8 = parameters(shapes), shapes.fp8
+def model_bytes(shapes: ModelShapes, e: int, part: str = "") -> int:
+    """Bytes of the weights as an engine holds them: e a number, but about one where a folder has FP8.
+
+    part: of the parameters whose names start so."""
+    of, fp8 = {n: s for n, s in parameters(shapes).items() if n.startswith(part)}, shapes.fp8
     converted = {n: s for n, s in of.items() if fp8 and fp8.converts(n, s)}
     rest = e * (count(of) - count(converted))
     return rest + sum(fp8.num_bytes(s) for s in converted.values()) if fp8 else rest

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from benchmarks.command import timed
-from benchmarks.gpu_check.measure import Arrays, Setting, check_memory, release, within_share
+from benchmarks.gpu_check.measure import Arrays, Setting, check_memory, planned, release, within_share
 from benchmarks.gpu_check.part import Bench, CheckError
 from learner.adapters import choose_trained
 from learner.engine import LearnerEngine
@@ -56,7 +56,8 @@ class Checks(Setting):
         loss, norm, dtype = metrics["learner/loss"], metrics["learner/grad_norm"], self.bench.dtype
         told = within_share("loss", loss, self._loss, LOSS_SHARE[dtype])
         told += f"; {within_share('norm of the gradient', norm, self._gradient, GRADIENT_SHARE[dtype])}"
-        return f"{told}; {len(self._groups)} responses in {seconds:.2f} s"
+        how_long = planned(self.config, lambda plan: plan.phases["update"].seconds)
+        return f"{told}; {len(self._groups)} responses in {seconds:.2f} s ({how_long})"
 
     def weights(self) -> str:
         """Adam's first step moves a trained weight by the learning rate; a frozen one stays."""

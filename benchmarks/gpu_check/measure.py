@@ -12,9 +12,12 @@ from transformers.integrations import sdpa_attention
 
 from benchmarks.gpu_check.models import make_config
 from benchmarks.gpu_check.part import Bench, CheckError, NotHere
+from preflight.devices import Utilisation, device_name
 from preflight.inputs import make_draft
 from preflight.memory import GIB
 from preflight.memory_fit import memory_plan
+from preflight.time_fit import time_plan
+from preflight.time_plan import TimePlan
 from video_opd.config import Config
 from video_opd.datasets import read_prompts
 from video_opd.models.forward import ResponseLogits, VideoLLM, collate, load_model, token_logprobs
@@ -124,6 +127,17 @@ def check_memory(config: Config, role: str) -> str:
         return f"{within_share('peak in GiB', *gib, MEMORY_SHARE)}; found {parts}; planned {terms}"
     except CheckError as error:
         raise CheckError(f"{error}; found {parts}; planned {terms}") from error
+
+
+def planned(config: Config, seconds_of: Callable[[TimePlan], float]) -> str:
+    """What the plan of time says, to put after measured seconds: "planned 0.52", or that there is no plan."""
+    if not torch.cuda.is_available():
+        return "no plan on a CPU"
+    if (device := device_name(name := torch.cuda.get_device_name())) is None:
+        return f"no plan for {name}"
+    draft = make_draft(config)
+    plan = time_plan(memory_plan(config, draft, None), draft, device, Utilisation())
+    return f"planned {seconds_of(plan):.2f}" if isinstance(plan, TimePlan) else plan
 
 
 def device_bytes() -> tuple[int, str]:

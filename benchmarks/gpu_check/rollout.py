@@ -7,7 +7,7 @@ import torch
 
 from actors.engine import PolicyEngine
 from benchmarks.command import timed
-from benchmarks.gpu_check.measure import NOTICED, Arrays, Setting, check_memory, gap, within
+from benchmarks.gpu_check.measure import NOTICED, Arrays, Setting, check_memory, gap, planned, within
 from benchmarks.gpu_check.part import Bench, CheckError
 from video_opd.models.forward import ResponseLogits, collate
 from video_opd.models.vllm_engine import Completion, vllm_prompt
@@ -47,7 +47,10 @@ class Checks(Setting):
             raise CheckError("one seed gave two answers")
         if first == third:
             raise CheckError("two seeds gave one answer")
-        return f"{len(first)} prompts in {cold_s:.2f} s, with their prefixes cached in {warm_s:.2f} s"
+        told = planned(self.config, lambda plan: plan.student_answers_s(plan.train, len(first)))
+        return (
+            f"{len(first)} prompts in {cold_s:.2f} s ({told}), with their prefixes cached in {warm_s:.2f} s"
+        )
 
     def memory(self) -> str:
         return check_memory(self.config, "actors")

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from benchmarks.command import timed
-from benchmarks.gpu_check.measure import Arrays, Setting, check_memory, release, within
+from benchmarks.gpu_check.measure import Arrays, Setting, check_memory, planned, release, within
 from benchmarks.gpu_check.part import Bench
 from teacher_service.engine import ENGINES, Wanted, top_k_of
 from video_opd.config import Config
@@ -61,13 +61,14 @@ class Checks(Setting):
     def _scores(self, engine: str) -> str:
         self._engine = None
         release()
-        pool = self._with(engine).teacher_pool
+        config = self._with(engine)
         wanted = Wanted(top_k=TOP_K if engine == "vllm" else 0)  # vLLM is told the most it will give
-        self._engine = ENGINES[engine](self.config.student, pool, wanted, 0, self.encoder)
+        self._engine = ENGINES[engine](config.student, config.teacher_pool, wanted, 0, self.encoder)
         self._engine.wanted = Wanted()
         seconds, scores = timed(self._engine.score, self.encoded, self._responses)
         told = within([s.logprobs for s in scores], self._expected[0], self.tolerance)
-        return f"{told}; {len(scores)} responses in {seconds:.2f} s"
+        how_long = planned(config, lambda plan: plan.phases["score"].seconds)
+        return f"{told}; {len(scores)} responses in {seconds:.2f} s ({how_long})"
 
     def _top_k(self, cases: Cases, expected: Arrays, best: Arrays) -> str:
         scores = self._engine.score(*cases)

@@ -9,7 +9,7 @@ import torch
 
 from actors.actor_pool import ActorPool
 from benchmarks.gpu_check.learner import made_up_groups
-from benchmarks.gpu_check.measure import NOTICED, Arrays, Setting, gap, within
+from benchmarks.gpu_check.measure import NOTICED, Arrays, Setting, gap, planned, within
 from benchmarks.gpu_check.part import Bench, CheckError, NotHere
 from driver.start_ray import start_ray
 from learner.learner import Learner
@@ -55,7 +55,9 @@ class Checks(Setting):
         if (moved := gap(*both(before))) < NOTICED * self.tolerance:
             raise CheckError(f"the step changes log-probs by {moved:.2g} only: old weights would pass")
         told = within(*both(after), self.tolerance)
-        return f"{update.num_bytes / 1e9:.2f} GB in {update.duration_s:.2f} s; {told}, {moved:.2g} before"
+        how_long = planned(self.config, lambda plan: plan.phases["publish"].seconds)
+        sent = f"{update.num_bytes / 1e9:.2f} GB in {update.duration_s:.2f} s ({how_long})"
+        return f"{sent}; {told}, {moved:.2g} before"
 
     async def _publish(self) -> tuple[list[Trajectory], list[Trajectory], WeightUpdate]:
         """Engines start one after the other: vLLM measures the memory that is free."""

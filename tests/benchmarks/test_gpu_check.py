@@ -105,6 +105,24 @@ def test_on_a_gpu_every_part_has_a_config_whose_memory_is_planned(model, tmp_pat
 
 
 @pytest.mark.engine  # imports transformers
+def test_measured_seconds_stand_beside_those_that_are_planned_for_this_gpu(tmp_path, monkeypatch):
+    from benchmarks.gpu_check.measure import planned
+    from benchmarks.gpu_check.models import make_config
+
+    config = make_config(Bench(MODELS[0], str(tmp_path), "cuda", False))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    told = {}
+    for name in ("NVIDIA H100 80GB HBM3", "NVIDIA L40S", "NVIDIA GeForce RTX 4090"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda of=name: of)
+        told[name] = planned(config, lambda plan: plan.phases["update"].seconds)
+    *known, unknown = told.values()
+    seconds = [float(words.removeprefix("planned ")) for words in known]
+    assert 0.1 < seconds[0] < 0.5 * seconds[1] and unknown == "no plan for NVIDIA GeForce RTX 4090"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert planned(config, lambda plan: plan.step_s) == "no plan on a CPU"
+
+
+@pytest.mark.engine  # imports transformers
 def test_the_float32_pass_repeats_key_heads_since_no_gpu_kernel_takes_fewer(monkeypatch):
     from transformers import AutoModelForImageTextToText
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
 from demo.models import Size, build_model, build_tokenizer
-from learner.adapters import choose_trained
+from learner.adapters import checkpoint_layers, choose_trained
 from learner.loss import ResponseTokens, loss_per_token
 from preflight.activations import (
     logit_copies,
@@ -402,7 +402,7 @@ def test_the_peak_of_a_learners_pass(tokenizer, dtype, checkpointing, attention)
     learner = LearnerConfig(dtype=dtype, zero_stage=0, num_gpus=0, micro_batch=2, **options)
     choose_trained(model, learner)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     with LiveBytes() as live:

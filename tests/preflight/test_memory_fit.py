@@ -302,11 +302,14 @@ def test_dry_run_of_every_config_needs_no_weights_data_or_gpu(config, capsys, mo
     assert (code, captured.err) == (0, "") and not list(tmp_path.iterdir())
     assert "NOT CHECKED  annotations and videos of data.train" in captured.out
     assert "GiB a process" in captured.out and "billion parameters" in captured.out
+    planned = "time      not planned: learner, actors, teacher on CPUs"
     if config.name != "demo.yaml":
+        planned = "time, estimated, of an H100"
         assert (
             "NOT CHECKED  student" in captured.out and "the committed copy, configs/shapes/" in captured.out
         )
         assert "NOT CHECKED  tokenizers" in captured.out
+    assert planned in captured.out
 
 
 def test_a_dry_run_warns_of_processes_without_work(capsys, monkeypatch, tmp_path):

@@ -1,0 +1,162 @@
+"""The formulas of preflight/time.py against torch's count of real modules' operations, and bytes by hand."""
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForImageTextToText, vision_utils
+
+from learner.adapters import checkpoint_layers, choose_trained
+from preflight import time
+from preflight.inputs import SHAPES
+from preflight.model_shapes import ModelShapes, parse_shapes
+from preflight.time import Grid, Operations
+from video_opd.config_learner import LearnerConfig
+from video_opd.models.forward import by_chunks, token_logprobs
+
+GRIDS = [(3, 20, 20), (2, 10, 30)]  # neither divides into Qwen2.5-VL's windows of 8 patches
+TEXT, RESPONSE = 200, 40
+WITHIN = 0.05
+meta = {"device": "meta", "dtype": torch.bfloat16}
+
+
+@dataclass
+class Real:
+    """transformers' model of a committed shape, a few layers deep, on the meta device."""
+
+    model: Any
+    shapes: ModelShapes
+
+    def see(self, grids: list[Grid]) -> torch.Tensor:
+        """The features of clips, [video tokens, H], deepstack's added."""
+        vision, grid = self.model.config.vision_config, torch.tensor(grids)
+        lengths, longest = vision_utils.get_vision_attention_seqlens(grid, vision)
+        known = {"cu_seqlens": lengths, "max_seqlen": longest}
+        known["position_ids"] = vision_utils.get_vision_position_ids(grid, vision.spatial_merge_size)
+        if self.shapes.is_qwen3:
+            side = {"num_grid_per_side": 48, "mode": "bilinear", "align_corners": True}
+            made = vision_utils.get_vision_interpolation_indices_and_weights(
+                grid, spatial_merge_size=2, **side
+            )
+            known |= dict(zip(("interp_indices", "interp_weights"), made, strict=True))
+        else:
+            made = vision_utils.get_vision_window_index(grid, 2, vision.window_size, vision.patch_size)
+            known |= {"window_index": made[0], "cu_window_seqlens": made[1]}
+        on_host = ("cu_seqlens", "cu_window_seqlens")  # read as numbers
+        known = {k: v.to("meta") if hasattr(v, "to") and k not in on_host else v for k, v in known.items()}
+        values = self.shapes.vision.values_a_token // self.shapes.vision.patches_a_token
+        pixels = torch.empty(int(grid.prod(1).sum()), values, **meta)
+        out = self.model.model.visual(pixels, grid_thw=grid, **known)
+        return torch.stack([out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]).sum(0)
+
+    def read(self, features: torch.Tensor) -> torch.Tensor:
+        """Hidden states [1, S, H] of a clip and TEXT + RESPONSE tokens after it."""
+        ids = torch.zeros(TEXT + RESPONSE, dtype=torch.int64, device="meta")
+        embedded = torch.cat([features, self.model.get_input_embeddings()(ids)])[None]
+        positions = torch.zeros(3, 1, embedded.shape[1], dtype=torch.int64, device="meta")
+        language = self.model.model.language_model
+        return language(inputs_embeds=embedded, position_ids=positions, use_cache=False).last_hidden_state
+
+
+@pytest.fixture(params=["Qwen3-VL-8B-Instruct", "Qwen2.5-VL-7B-Instruct"])
+def real(request, tmp_path, monkeypatch) -> Real:
+    tree = json.loads((SHAPES / f"{request.param}.json").read_text())
+    tree["text_config"]["num_hidden_layers"], tree["vision_config"]["depth"] = 3, 3
+    few = {"deepstack_visual_indexes": [0, 2], "fullatt_block_indexes": [1, 9]}
+    kind, own = tree["model_type"], {"qwen3_vl": "deepstack_visual_indexes"}
+    name = own.get(kind, "fullatt_block_indexes")
+    tree["vision_config"][name] = few[name]
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    modeling = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    monkeypatch.setattr(modeling, "create_causal_mask", lambda **_: None)  # as for a sequence alone
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", flash_attention)
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(tmp_path)
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    return Real(model.eval(), parse_shapes(model.config.to_dict(), "few layers", "few layers"))
+
+
+def flash_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+    """The fused kernel that GPUs choose, which the meta device does not."""
+    assert attn_mask is None
+    key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+    attend = torch.ops.aten._scaled_dot_product_flash_attention
+    return attend(query, key, value, dropout_p, is_causal, scale=scale)[0]
+
+
+def count(work: Callable[[], Any], causal: bool) -> Operations:
+    """Operations of the modules. torch counts all pairs of a causal attention; kernels compute half."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    of = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    attention = sum(n for op, n in of.items() if "attention" in op)
+    return Operations(sum(of.values()) - attention, attention / 2 if causal else attention)
+
+
+def close(formula: Operations, counted: Operations) -> None:
+    assert formula.matrices == pytest.approx(counted.matrices, rel=WITHIN)
+    assert formula.attention == pytest.approx(counted.attention, rel=WITHIN)
+
+
+def test_the_vision_tower_for_clips_of_several_sizes(real):
+    sizes = [time.size_of(real.shapes, grid) for grid in GRIDS]
+    mean = time.vision_forward(real.shapes, time.mean_size(sizes))
+    close(mean * len(GRIDS), count(lambda: real.see(GRIDS), causal=False))
+    close(time.vision_forward(real.shapes, sizes[1]), count(lambda: real.see(GRIDS[1:]), causal=False))
+
+
+def test_a_prefill_of_prompt_and_response_with_the_head_on_response_rows(real):
+    grid = GRIDS[0]
+    features = real.see([grid])
+    size = time.size_of(real.shapes, grid, len(features) + TEXT)
+    counted = count(lambda: real.model.lm_head(real.read(features)[:, -RESPONSE:]), causal=True)
+    whole, seen = time.prefill(real.shapes, size, RESPONSE, RESPONSE), time.vision_forward(real.shapes, size)
+    close(whole + seen * -1, counted)
+
+
+IN_TOWER = {"lora_targets": r".*(qkv|q_proj|linear_fc1|down_proj)", "freeze_vision": False}
+
+
+@pytest.mark.parametrize(
+    ("options", "again"),
+    [
+        ({}, True),
+        ({"freeze_vision": False}, True),
+        ({"freeze_vision": False}, False),
+        ({"lora_rank": 64}, True),
+        ({"lora_rank": 64} | IN_TOWER, False),
+        ({"logit_rows": RESPONSE // 4}, False),
+    ],
+    ids=["frozen tower", "all", "all, nothing again", "adapters", "adapters in the tower", "head in chunks"],
+)
+def test_a_row_forward_and_backward(real, options, again):
+    learner = LearnerConfig(gradient_checkpointing=again, **options)
+    with torch.device("meta"):
+        choose_trained(real.model, learner)
+    if again:
+        checkpoint_layers(real.model)
+    real.model.train()
+
+    def step() -> None:
+        hidden = real.read(real.see([grid]))[0, -RESPONSE:]
+        targets = torch.zeros(RESPONSE, dtype=torch.int64, device="meta")
+
+        def loss(logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor]:
+            return (token_logprobs(logits, targets[rows]),)
+
+        (rows,) = by_chunks(real.model.lm_head, hidden, loss, learner.logit_rows, RESPONSE)
+        rows.sum().backward()
+
+    grid = GRIDS[0]
+    size = time.size_of(real.shapes, grid, grid[0] * grid[1] * grid[2] // 4 + TEXT)
+    towards = time.update(real.shapes, learner, size, RESPONSE)
+    seen = time.vision_forward(real.shapes, size).attention  # which torch counts as it is
+    if not learner.freeze_vision:
+        seen *= 1 + time.BACKWARD_ATTENTION + again
+    counted = count(step, causal=False)
+    close(Operations(towards.matrices, seen + 2 * (towards.attention - seen)), counted)
