@@ -365,7 +365,7 @@ def test_a_teachers_padded_batch_has_a_mask():
     shapes, demo = find_shapes("Qwen3-VL-8B-Instruct", SHAPES), load_demo()
     work = Workload(8192, 8192, 9000, 1 << 20)
     for micro_batch, masked in ((1, 0), (2, 2)):
-        pool = TeacherConfig(micro_batch=micro_batch)
+        pool = TeacherConfig(engine="transformers", micro_batch=micro_batch)
         memory = teacher_memory(demo.model_copy(update={"teacher_pool": pool}), shapes, work, 80 << 30)
         assert memory.device
         length = 9000 + demo.rollout.max_response_tokens

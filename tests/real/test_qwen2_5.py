@@ -216,7 +216,10 @@ def test_an_actor_samples_from_adapters_in_bfloat16(qwen2_5, prompts, encoder):
     base, model = load_model(config.student, "bfloat16").eval(), adapted(config, "bfloat16", b=0.05, seed=0)
     engine = PolicyEngine(config, encoder.pad_ids)
     engine.load_weights(1, published(model, 1, config))
-    own, of_base = gaps(engine, [model, base], [encoder.encode(p) for p in prompts[:6]]).mean(1)
+    encoded = [encoder.encode(p) for p in prompts[:6]]
+    patches = engine.render(encoded[0])["mm_kwargs"]["video"][0]["pixel_values_videos"].data
+    assert patches.dtype == torch.uint8, "normalised on the device"
+    own, of_base = gaps(engine, [model, base], encoded).mean(1)
     assert own < 0.01 and of_base > 10 * own
 
 

@@ -1,0 +1,177 @@
+"""The vLLM teacher around a stand-in for vLLM's second model runner, with its prefix cache of whole blocks.
+
+As in vllm/v1/worker/gpu/sample/prompt_logprob.py, rows that the cache holds are not computed: a prompt with
+such a row among the given tokens has no scores at all, and prompt_logprobs has the other rows alone.
+"""
+
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import teacher_service.engine
+from benchmarks.emulated_teacher import EmulatedTeacher
+from teacher_service.engine import VllmEngine, Wanted
+from tests.fakes import make_prompt
+from video_opd.config import TeacherConfig
+from video_opd.errors import ParityError, RunError
+from video_opd.types import EncodedPrompt
+
+BLOCK, VOCABULARY, K, EXPANDED = 4, 20, 3, 19
+
+
+def logprobs_after(prefix: list[int]) -> np.ndarray:
+    """float32[V]: any distribution that depends on the whole prefix."""
+    logits = np.random.default_rng(prefix).normal(size=VOCABULARY)
+    return (logits - np.log(np.exp(logits).sum())).astype(np.float32)
+
+
+class Vllm:
+    """vLLM's engine and renderer. Its last request comes out first."""
+
+    def __init__(self, second_runner: bool = True):
+        self.vllm_config, self.renderer = SimpleNamespace(use_v2_model_runner=second_runner), self
+        self.llm_engine = self
+        self.blocks: set[tuple[int, ...]] = set()
+        self.num_rows: list[int] = []  # with logits, of each request
+        self.num_rendered = 0
+        self._requests: list[Any] = []
+        self.silent = False
+
+    def render_cmpl(self, prompts: list[dict[str, Any]], skip_mm_cache: bool) -> list[dict[str, Any]]:
+        self.num_rendered += len(prompts)
+        return [p | {"prompt_token_ids": expanded(p["prompt_token_ids"])} for p in prompts]
+
+    def add_request(self, name: str, prompt: dict[str, Any], how: SimpleNamespace) -> None:
+        self._requests.append((name, prompt["prompt_token_ids"], how))
+
+    def step(self) -> list[Any]:
+        outputs = [self._answer(*request) for request in self._requests]
+        self._requests = []
+        return outputs[::-1]
+
+    def _answer(self, name: str, ids: list[int], how: SimpleNamespace) -> Any:
+        first, whole = 0, range(BLOCK, len(ids) + 1, BLOCK)
+        if not getattr(how, "skip_reading_prefix_cache", False):
+            first = max((n for n in whole if n < len(ids) and tuple(ids[:n]) in self.blocks), default=0)
+        self.blocks |= {tuple(ids[:n]) for n in whole}
+        rows = range(first, len(ids) - 1)
+        given, positions = None, [None]
+        if hasattr(how, "prompt_logprob_token_ids"):
+            rows = range(start := how.prompt_logprob_start, len(ids) - 1)
+            assert how.prompt_logprob_token_ids.tolist() == [[i] for i in ids[start + 1 :]]
+            if first <= start and not self.silent:
+                given = np.asarray([[logprobs_after(ids[: r + 1])[ids[r + 1]]] for r in rows])
+        elif hasattr(how, "prompt_logprobs"):
+            positions += [self._position(ids, r, how.prompt_logprobs) for r in rows]
+        self.num_rows.append(
+            len(rows) if vars(how).keys() & {"prompt_logprobs", "prompt_logprob_start"} else 0
+        )
+        return SimpleNamespace(request_id=name, prompt_logprobs=positions, prompt_token_id_logprobs=given)
+
+    def _position(self, ids: list[int], row: int, k: int) -> dict[int, Any]:
+        known = logprobs_after(ids[: row + 1])
+        ranks = (-known).argsort().argsort() + 1
+        asked = {*np.flatnonzero(ranks <= k).tolist(), ids[row + 1]}
+        return {i: SimpleNamespace(logprob=float(known[i]), rank=int(ranks[i])) for i in asked}
+
+
+def expanded(ids: list[int]) -> list[int]:
+    return [EXPANDED, EXPANDED, *ids[1:]]
+
+
+def encoded(ids: list[int]) -> EncodedPrompt:
+    """A prompt of one video pad and `ids`."""
+
+    def prepare(prompt: EncodedPrompt) -> EncodedPrompt:
+        return prompt
+
+    (prompt,) = EmulatedTeacher().prepare_ahead([make_prompt("p")], prepare)
+    fields = {name: getattr(prompt, name) for name in EncodedPrompt.__slots__}
+    whole = np.asarray(expanded([0, *ids]), np.int32)
+    return EncodedPrompt(**fields | {"unexpanded_token_ids": [0, *ids], "token_ids": whole})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vllm():
+    """Importing vLLM itself takes seconds."""
+    module, parameters = ModuleType("vllm"), ModuleType("vllm.sampling_params")
+    module.SamplingParams = SimpleNamespace  # pyright: ignore[reportAttributeAccessIssue]
+    kinds = SimpleNamespace(FINAL_ONLY="final")
+    parameters.RequestOutputKind = kinds  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "vllm", module)
+        patch.setitem(sys.modules, "vllm.sampling_params", parameters)
+        patch.setattr(
+            teacher_service.engine, "vllm_prompt", lambda p: {"prompt_token_ids": p.unexpanded_token_ids}
+        )
+        yield
+
+
+def engine_of(llm: Vllm, top_k: int = 0) -> VllmEngine:
+    config, encoder = TeacherConfig(), SimpleNamespace(pad_ids=(0, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teacher_service.engine, "start_vllm", lambda *_, **__: llm)
+        return VllmEngine("m", config, Wanted(top_k=top_k), 0, encoder)  # pyright: ignore[reportArgumentType]
+
+
+def check(
+    engine: VllmEngine, prompts: list[EncodedPrompt], responses: list[np.ndarray], prepared: Any
+) -> None:
+    for prompt, response, scores in zip(
+        prompts, responses, engine.score(prompts, responses, prepared), strict=True
+    ):
+        ids, start = [*prompt.token_ids.tolist(), *response.tolist()], len(prompt.token_ids) - 1
+        rows = np.stack([logprobs_after(ids[: start + i + 1]) for i in range(len(response))])
+        assert scores.logprobs.dtype == np.float32
+        assert (scores.logprobs == rows[np.arange(len(response)), response]).all()
+        if engine.wanted.top_k:
+            assert scores.top_k is not None and (scores.top_k.logprobs == -np.sort(-rows)[:, :K]).all()
+            assert (np.take_along_axis(rows, scores.top_k.ids.astype(int), 1) == scores.top_k.logprobs).all()
+
+
+tokens = st.integers(2, 4)  # so few that sequences often begin alike
+texts = st.lists(tokens, min_size=1, max_size=2 * BLOCK)
+
+
+@given(
+    st.lists(st.tuples(texts, st.lists(texts, min_size=1, max_size=4)), min_size=1, max_size=3),
+    st.sampled_from([0, K]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_scores_are_those_of_the_whole_sequence_whatever_the_cache_holds(calls, top_k, second_runner, ahead):
+    llm = Vllm(second_runner)
+    engine = engine_of(llm, top_k)
+    for text, answers in calls:  # each call finds what those before have left in the cache
+        prompt = encoded(text)
+        prompts, responses = [prompt] * len(answers), [np.asarray(a, np.int32) for a in answers]
+        prepared = [engine.prepare(prompt)] * len(answers) if ahead else None
+        check(engine, prompts, responses, prepared)
+    assert not ahead or llm.num_rendered == len(calls), "a prompt is rendered once for all its responses"
+
+
+@pytest.mark.parametrize("top_k", [0, K])
+def test_the_head_sees_the_response_rows_and_at_most_a_block_of_a_long_prompt(top_k):
+    rng, llm = np.random.default_rng(0), Vllm()
+    engine = engine_of(llm, top_k)
+    prompts = [encoded(rng.integers(2, 9, 50 + i).tolist()) for i in range(2 * BLOCK)]
+    responses = [rng.integers(2, 9, 3).astype(np.int32) for _ in prompts]
+    check(engine, prompts, responses, None)
+    rows = [n for n in llm.num_rows if n]
+    assert len(rows) == len(prompts) and max(rows) <= 3 + (BLOCK if top_k else 0)
+
+
+def test_scores_that_vllm_never_gives_and_other_ids_than_the_processors_end_the_run():
+    llm = Vllm()
+    engine, prompt = engine_of(llm), encoded([5, 6, 7])
+    llm.silent = True
+    with pytest.raises(RunError, match="vLLM gave no scores for prompt p"):
+        engine.score([prompt], [np.asarray([3], np.int32)])
+    prompt.token_ids[1] = 7
+    with pytest.raises(ParityError, match="prompt p: the teacher's vLLM does not expand it"):
+        engine.prepare(prompt)
