@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -210,15 +211,15 @@ class Placed:
     """In place of a RolloutActor in shards: says where vLLM would start them."""
 
     def __init__(self, *_: Any):
-        pass
+        """As vllm/v1/executor/ray_utils.py, in the thread that starts the engine."""
+        self._group = ThreadPoolExecutor(1).submit(get_current_placement_group).result()
 
     def pid(self) -> int:
         return os.getpid()
 
     def bundles(self) -> list[dict[str, float]]:
-        group = get_current_placement_group()  # as vllm/v1/executor/ray_utils.py
-        assert group
-        return group.bundle_specs
+        assert self._group
+        return self._group.bundle_specs
 
 
 def test_an_actor_in_shards_is_in_the_placement_group_that_vllm_uses_and_gives_it_back(local_ray, config):
