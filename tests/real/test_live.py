@@ -142,6 +142,12 @@ def live(overrides, tmp_path_factory) -> Iterator[Live]:
             prometheus.stop()
 
 
+def counted(folder: Path) -> tuple[float, float]:
+    """Replicas and actors, as the last step counted them."""
+    last = metrics_of(folder)[-1]
+    return last["teacher/replicas"], last["actors/running"]
+
+
 def _look_at(run: subprocess.Popen, terminal: int, home: Path, ray_dir: Path, prometheus: Prometheus) -> Live:
     output = home / "output.txt"
     wait_for(lambda: "Ray dashboard" in output.read_text(), run, "Ray, after the start-up checks")
@@ -151,11 +157,12 @@ def _look_at(run: subprocess.Popen, terminal: int, home: Path, ray_dir: Path, pr
     wait_for(lambda: last_step(home / "live") >= 2, run, "step 2")
     answers: dict[str, subprocess.CompletedProcess] = {}
     of_home = environment(HOME=str(home))
-    for commands in COMMANDS:
+    for commands, of_each in zip(COMMANDS, (2, 2, 1), strict=True):
         with ThreadPoolExecutor() as terminals:
             typed = [[*c.split(), *([] if "--address" in c else ["--address", address])] for c in commands]
             done = terminals.map(lambda words: run_module("-m", *words, env=of_home), typed)
             answers |= zip(commands, done, strict=True)
+        wait_for(lambda n=of_each: counted(home / "live") == (n, n), run, f"a step with {of_each} of each")
     at = max(6, last_step(home / "live") + 1)
     wait_for(lambda: last_step(home / "live") > at, run, "a step after all commands")
 
