@@ -88,6 +88,7 @@ class ScoreCall:
 
     def results(self) -> list[ScoreResult]:
         """For each group, in order. All rows of clips that can be read have their scores."""
+        assert next(self._coming, None) is None  # the feed gets the last prompt's bytes back
         places = iter(range(len(self.rows)))
         results: list[ScoreResult] = []
         for group in self._groups:
