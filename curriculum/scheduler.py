@@ -76,7 +76,7 @@ class Scheduler:
         """
         if self._asked_at != step:
             alive, self._asked_at = np.flatnonzero(self._dropped == ""), step
-            rng = np.random.default_rng((self._config.seed, step))  # an interrupted round: the same
+            rng = np.random.default_rng((self._config.seed, step))  # a round that starts over: the same
             self._asked = np.sort(rng.permutation(alive)[: self._curriculum.pool_sample])
         return self._asked[self._dropped[self._asked] == ""]
 
@@ -294,6 +294,7 @@ class Scheduler:
             "records": self.records(),
             "in_flight": list(self._in_flight),
             "queue": list(self._queue),
+            "asked": (self._asked_at, self._asked.tolist()),
             "round_end": self._next_selection,  # the key of existing checkpoints
             "settings": settings_of(self._config),
             "random_state": self._rng.bit_generator.state,
@@ -309,7 +310,8 @@ class Scheduler:
         names = ("selected", "suspended", "num_rollouts", "last_step", "dropped")
         columns = [records[name].to_numpy().copy() for name in names]
         self._selected, self._suspended, self._num_rollouts, self._last_step, self._dropped = columns
-        self._asked_at, self._queue = -1, deque(state["queue"])
+        self._asked_at, asked = state.get("asked", (-1, []))  # checkpoints of earlier versions lack it
+        self._asked, self._queue = np.asarray(asked, np.int64), deque(state["queue"])
         self._in_flight = dict.fromkeys(state["in_flight"])
         self._next_selection = state["round_end"]
         self._rng.bit_generator.state = state["random_state"]

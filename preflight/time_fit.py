@@ -117,7 +117,8 @@ def _describe_phase(phase: Phase) -> str:
     once = "".join(f", {name} {s:.1f} s" for name, s in phase.once.items() if s >= 0.05)
     many = "s" if phase.num_units > 1 else ""
     who = f"in each of {phase.processes} processes" if phase.processes > 1 else "in one process"
-    units = f"{phase.num_units} {phase.unit}{many} of {phase.unit_s:.2f} s {who} ({', '.join(parts)})"
+    units = f"{phase.num_units} {phase.unit}{many} of {phase.unit_s:.2f} s {who}"
+    units += f" ({', '.join(parts)})" if parts else ""
     return f"  {phase.name:12} {phase.seconds:.1f} s: {units}{once}"
 
 

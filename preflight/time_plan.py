@@ -245,12 +245,16 @@ class TimePlan:
     def passes(self) -> list[Pass]:
         """Over the pools, or SAMPLE prompts where a pool is not here; at most: no prompt is dropped."""
         config, curriculum = self.config, self.config.curriculum
-        pool, held_out = (of.num_prompts or SAMPLE for of in (self.train, self.evaluation))
-        pool = min(pool, curriculum.pool_sample or pool)
+        whole, held_out = (of.num_prompts or SAMPLE for of in (self.train, self.evaluation))
+        pool = min(whole, curriculum.pool_sample or whole)
         found = []
         if self.memory.teacher and curriculum.asks_teacher:
-            answers = pool, curriculum.num_teacher_predictions, self._idle_replicas()
-            found.append(Pass("teacher (TRPV)", 1, pool, self.teacher_answers_s(self.train, *answers)))
+            number, later = curriculum.num_teacher_predictions, min(whole, self._rounds() * pool) - pool
+            seconds = self.teacher_answers_s(self.train, pool, number, self._idle_replicas())
+            found.append(Pass("teacher (TRPV)", 1, pool, seconds))
+            if later:  # other samples of the pool
+                seconds = self.teacher_answers_s(self.train, later, number)
+                found.append(Pass("teacher in later rounds", 1, later, seconds))
         if curriculum.asks_student:
             seconds = self.student_answers_s(self.train, pool)
             found.append(Pass("student (DBTP)", self._rounds(), pool, seconds))

@@ -141,6 +141,8 @@ class CurriculumConfig(ConfigSection):
     def problems(self) -> Iterator[str]:
         if self.frontier_iou > self.anchor_iou:
             yield f"frontier_iou={self.frontier_iou} is above anchor_iou={self.anchor_iou}: lower it"
+        if self.pool_sample and self.kind != "uniform" and not (self.asks_teacher or self.asks_student):
+            yield f"pool_sample={self.pool_sample}, but trpv=false and dbtp=false ask nobody: leave it out"
         if self.pool_sample and self.num_selected and self.pool_sample < self.num_selected:
             asked = f"pool_sample={self.pool_sample} is below num_selected={self.num_selected}"
             yield f"{asked}: a round selects from the prompts that are asked; raise pool_sample"

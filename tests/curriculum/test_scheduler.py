@@ -539,7 +539,13 @@ def test_a_sample_is_drawn_once_a_round_and_again_alike_after_an_interruption():
     assert scheduler.to_ask(0).tolist() == [i for i in first if i % 2], (
         "nobody takes the places of the dropped"
     )
+    state = scheduler.state_dict()
     assert make().to_ask(0).tolist() == first.tolist() != make().to_ask(1).tolist()
+    resumed = make()
+    resumed.load_state_dict(json.loads(json.dumps(state | {"records": None})) | {"records": state["records"]})
+    assert resumed.to_ask(0).tolist() == scheduler.to_ask(0).tolist(), "also from a state in mid-round"
+    resumed.load_state_dict({k: v for k, v in state.items() if k != "asked"})  # of an earlier version
+    assert len(resumed.to_ask(0)) == 10
     whole = make_scheduler(40, kind="tvdf", num_selected=4)
     assert whole.to_ask(0).tolist() == list(range(40))
 

@@ -168,6 +168,10 @@ def test_fp8_is_faster_where_the_gpu_computes_in_it(device, faster):
     assert bf16 / fp8 == pytest.approx(faster, rel=0.01)
 
 
+def test_a_phase_of_no_time_has_no_empty_brackets():
+    assert "()" not in describe_time(plan_of(config="qwen3vl_2b_1gpu.yaml"))
+
+
 # --- passes ---
 
 
@@ -189,7 +193,11 @@ def test_the_passes_over_the_pools():
         "learner's GPUs too"
     )
     sampled = plan_of("curriculum.pool_sample=3000", num_prompts=12408).passes
-    assert [p.num_prompts for p in sampled] == [3000, 3000, 12408, 12408]
+    assert [p.num_prompts for p in sampled] == [3000, 6000, 3000, 12408, 12408], "three rounds, three samples"
+    without_help = plan.teacher_answers_s(plan_of(num_prompts=12408).train, 6000, number)
+    assert sampled[1].seconds == pytest.approx(without_help), "the learner has started"
+    larger = plan_of("curriculum.pool_sample=6000", num_prompts=12408).passes
+    assert [p.num_prompts for p in larger] == [6000, 6408, 6000, 12408, 12408], "never more than the pool"
     every = plan_of("eval_every=100", num_prompts=1)
     assert {p.name: p.times for p in every.passes}["evaluation"] == 5, (
         "before, 100, 200, after, without video"
