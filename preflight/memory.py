@@ -4,7 +4,7 @@ Parameters, optimizer and KV cache are exact; preflight/activations.py explains 
 Not counted: fragmentation of the allocator and NCCL's buffers. No GPU has run these configurations.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from preflight import activations
@@ -23,6 +23,8 @@ from preflight.zero import (
 from video_opd.config import Config, RolloutConfig, TeacherConfig
 from video_opd.config_data import VideoConfig
 from video_opd.models.shared_gpu import CONTEXT_BYTES as GPU_CONTEXT_BYTES
+from video_opd.models.vllm_engine import PROCESSED_GIB
+from video_opd.passes import CALLS_AN_ENGINE
 from video_opd.types import Prompt
 from video_opd.video.clips import TEMPORAL_PATCH, frames_key, num_video_tokens
 
@@ -46,7 +48,7 @@ CUDA_GRAPH_BYTES = GIB  # of a vLLM engine without enforce_eager: assumed, not m
 
 # Proportional set size of a process whose engine has started and done nothing, with the demo's models, by
 # `python -m benchmarks.memory_estimate --empty`. Pages that processes share count once over all of them.
-_MODELS = {"actors": 596 << 20, "teacher": 380 << 20, "learner": 424 << 20}
+_MODELS = {"actors": 596 << 20, "teacher": 380 << 20, "learner": 367 << 20}
 _OTHERS = {"driver": 285 << 20, "ray": 645 << 20, "serve": 90 << 20, "curriculum": 78 << 20}
 EMPTY_PROCESS_BYTES = _MODELS | _OTHERS
 
@@ -60,6 +62,7 @@ class Workload:
     max_prompt_tokens: int  # video, timestamps and text
     clip_bytes: int  # decoded frames of the largest clip
     longest_is_counted: bool = False  # max_prompt_tokens is not an estimate
+    num_clips: int = 0  # 0: unknown
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def workload_of(prompts: Sequence[Prompt], shapes: ModelShapes, longest: int | N
         marks = [n * PAIR_TOKENS[shapes.model_type] for n in pairs]
         longest = max(t + m for t, m in zip(tokens, marks, strict=True)) + TEXT_TOKENS
     clip_bytes = max(len(c.frame_indices) * c.frame_size[0] * c.frame_size[1] * 3 for c in clips)
-    return Workload(sum(tokens) / len(tokens), max(tokens), longest, clip_bytes, is_counted)
+    return Workload(sum(tokens) / len(tokens), max(tokens), longest, clip_bytes, is_counted, len(clips))
 
 
 def workload_of_budget(video: VideoConfig, shapes: ModelShapes) -> Workload:
@@ -167,7 +170,8 @@ def learner_memory(
     logits = rows * text.vocab_size * 4 * activations.logit_copies(config.loss)
     gradients = tokens * activations.text_layer_gradients(student, e) + scores
     held = weight_bytes(student, learner) | gradient_bytes(of, learner)
-    host = _prompts_bytes(student, train, batch) | _bucket_bytes(config, student)
+    host = _prompts_bytes(config, train, batch, 1, config.groups_per_step) | _bucket_bytes(config, student)
+    host["uploaded frames"] = batch * train.clip_bytes
     states = optimizer_bytes(num_trained, learner)
     if learner.offload("optimizer") == "none":
         held |= states
@@ -201,7 +205,9 @@ def actors_memory(config: Config, student: ModelShapes, work: Workload, gpu_byte
     """An actor's vLLM engine."""
     rollout = config.rollout
     computing = vllm_memory(config, rollout, student, work, gpu_bytes)
-    host = _prompts_bytes(student, work, rollout.prompts_per_call) | _bucket_bytes(config, student)
+    calls = max(CALLS_AN_ENGINE, -(-config.most_actors // rollout.num_actors))
+    held = _prompts_bytes(config, work, rollout.max_num_seqs, calls, rollout.prompts_per_call)
+    host = held | _processed_bytes(held, work) | _bucket_bytes(config, student)
     if config.learner.publishes_adapters:  # vLLM keeps what it loaded beside what it computes with
         host["adapter"] = DTYPE_BYTES[rollout.dtype] * count(trained(student, config.learner))
     processes, loading = rollout.num_actors * rollout.tensor_parallel, _largest_tensor(student, rollout.dtype)
@@ -216,9 +222,12 @@ def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_byt
     answering: A answers to each prompt are A sequences; as scoring, and 2 L K e A B S of KV cache."""
     pool, e = config.teacher_pool, DTYPE_BYTES[config.teacher_pool.dtype]
     loading = e * count(parameters(teacher))
+    calls, prompts_a_call = 2 * pool.max_batch_requests, config.rollout.prompts_per_call
+    host = _prompts_bytes(config, work, pool.micro_batch, calls, prompts_a_call)
     if config.teacher_engine == "vllm":
         computing = vllm_memory(config, pool, teacher, work, gpu_bytes)
         loading = _largest_tensor(teacher, pool.dtype)
+        host |= _processed_bytes(host, work)
     else:
         batch, video, curriculum = pool.micro_batch, work.max_video_tokens, config.curriculum
         length = longest_sequence(config, work, pool.max_model_len)
@@ -236,7 +245,7 @@ def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_byt
             "answering": answering | kv_cache,
         }
         computing = ProcessMemory({"weights": loading}, phases)
-    host = _prompts_bytes(teacher, work, pool.max_batch_requests * config.rollout.prompts_per_call)
+        host["uploaded frames"] = batch * work.clip_bytes
     processes = pool.num_replicas * len(config.teacher_models) * pool.tensor_parallel
     return _place("teacher", processes, pool.num_gpus, computing, host, loading)
 
@@ -301,10 +310,20 @@ def support_memory(config: Config, student: ModelShapes) -> list[RoleMemory]:
     return [RoleMemory(name, 1, 0.0, None, ProcessMemory(terms, {})) for name, terms in held.items()]
 
 
-def _prompts_bytes(shapes: ModelShapes, work: Workload, at_once: int) -> dict[str, int]:
-    """On the host, for `at_once` prompts: frames (mapped files of the node's cache) and float32 pixels."""
-    pixels = work.max_video_tokens * shapes.vision.values_a_token
-    return {"decoded frames": at_once * work.clip_bytes, "encoded prompts": at_once * pixels * 4}
+def _prompts_bytes(
+    config: Config, work: Workload, in_engine: int, calls: int, prompts_a_call: int
+) -> dict[str, int]:
+    """On the host: frames (mapped files of the node's cache) of the prompts in the engine, and ahead of it.
+
+    Ahead: video.feed_bytes, and one prompt of each call under way (video_opd/models/feed.py)."""
+    ahead = calls + config.video.feed_bytes // max(1, work.clip_bytes)
+    return {"decoded frames": min(calls * prompts_a_call, in_engine + ahead) * work.clip_bytes}
+
+
+def _processed_bytes(frames: Mapping[str, int], work: Workload) -> dict[str, int]:
+    """On the host, of vLLM: patches of those prompts, as bytes; with others, its cache has PROCESSED_GIB."""
+    cache, pool = int(PROCESSED_GIB * GIB), work.num_clips * work.clip_bytes
+    return {"processed clips": max(frames["decoded frames"], min(cache, pool or cache))}
 
 
 def _bucket_bytes(config: Config, student: ModelShapes) -> dict[str, int]:

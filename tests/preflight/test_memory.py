@@ -25,6 +25,7 @@ from preflight.memory import (
     DTYPE_BYTES,
     RoleMemory,
     Workload,
+    actors_memory,
     kv_bytes_per_token,
     learner_memory,
     teacher_memory,
@@ -338,6 +339,33 @@ def test_a_learners_host_takes_its_share_while_it_loads_and_its_states_on_a_resu
     for learner, read in ((offloaded, masters), (adapters, largest_tensor)):
         host = learner_memory(load_demo().model_copy(update={"learner": learner}), shapes, None, work).host
         assert host.phases["loading"]["from files"] == pytest.approx(read, abs=8)
+
+
+def test_prompts_on_the_host_are_frames_without_float32_pixels_and_what_vllm_processed():
+    """By hand, for clips of 64 MiB: video.feed_bytes, 1 GiB, is 16 of them."""
+    shapes, clip, gib = find_shapes("Qwen3-VL-8B-Instruct", SHAPES), 64 << 20, 1 << 30
+    work = Workload(8192, 8192, 9000, clip)
+
+    def host(role: Any, work: Workload, *overrides: str) -> dict[str, int]:
+        config = load_demo(["groups_per_step=40", "rollout.prompts_per_call=10", *overrides])
+        args = (config, shapes, None, work) if role is learner_memory else (config, shapes, work, 80 * gib)
+        return role(*args).host.held
+
+    rank = host(learner_memory, work, "learner.micro_batch=2")
+    assert rank["decoded frames"] == (2 + 1 + 16) * clip, "a micro-batch, the next prompt, the feed"
+    assert rank["uploaded frames"] == 2 * clip and "processed clips" not in rank
+    assert host(learner_memory, work, "groups_per_step=8")["decoded frames"] == 8 * clip, "all of an update"
+    busy = host(actors_memory, work, "max_policy_lag=0", "rollout.max_num_seqs=9", "rollout.num_actors=2")
+    assert busy["decoded frames"] == busy["processed clips"] == 20 * clip, "two calls"
+    few = host(actors_memory, work, "max_policy_lag=0", "rollout.prompts_per_call=2", "rollout.num_actors=10")
+    assert (few["decoded frames"], few["processed clips"]) == (4 * clip, gib), "vLLM's cache fills in a pass"
+    small = host(actors_memory, replace(work, clip_bytes=1000, num_clips=200))
+    assert small["processed clips"] == 200_000, "no more than all clips"
+    sizes = ["teacher_pool.max_batch_requests=3", "teacher_pool.micro_batch=4"]
+    scores = host(teacher_memory, work, *sizes)
+    assert scores["decoded frames"] == (4 + 6 + 16) * clip and scores["uploaded frames"] == 4 * clip
+    by_vllm = host(teacher_memory, work, *sizes, "teacher_pool.engine=vllm")
+    assert by_vllm["processed clips"] == 26 * clip and "uploaded frames" not in by_vllm
 
 
 # --- activations, against the tensors of real passes ---
