@@ -32,9 +32,15 @@ def pool_of(
         return Pool(sizes[0], sizes[1] if teacher else None)
     prompts = split.prompts
     clips = {frames_key(p.clip): p.clip for p in prompts}.values()
-    sizes = [mean_size(size_of(shapes, _grid(p.clip, shapes)) for p in prompts) for shapes in models]
+    sizes = [mean_size(_size_of_prompt(p.clip, shapes, work) for p in prompts) for shapes in models]
     megapixels = sum(c.decode_megapixels for c in clips) / len(clips)
     return Pool(sizes[0], sizes[1] if teacher else None, len(prompts), len(prompts) / len(clips), megapixels)
+
+
+def _size_of_prompt(clip: Clip, shapes: ModelShapes, work: Workload) -> Sizes:
+    """With an allowance for text, but no longer than the longest prompt, which may have been counted."""
+    size = size_of(shapes, grid := _grid(clip, shapes))
+    return size if size.tokens <= work.max_prompt_tokens else size_of(shapes, grid, work.max_prompt_tokens)
 
 
 def _grid(clip: Clip, shapes: ModelShapes) -> Grid:

@@ -243,6 +243,8 @@ def test_a_pool_is_that_of_the_splits_prompts():
     tokens = [pairs * (2 * 3 + 11) + 128 for pairs in (3, 3, 6)]
     assert pool.student.tokens == sum(tokens) / 3 and pool.student.squared == sum(n * n for n in tokens) / 3
     assert pool.student.patches == 4 * 6 * 4 and pool.student.pairs == 4 * 24**2
+    counted = replace(plan.memory.train, max_prompt_tokens=100, longest_is_counted=True)
+    assert pool_of(split, counted, plan.config, STUDENT, None).student.tokens == 100, "the longest has 100"
 
 
 # --- the split of the GPUs ---
