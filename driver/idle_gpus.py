@@ -30,7 +30,8 @@ async def more_replicas(run: Run, num_prompts: int) -> AsyncIterator[None]:
     await asyncio.to_thread(set_replicas, teacher.app, number + run.idle_replicas)
     yield
     await asyncio.to_thread(set_replicas, teacher.app, number)
-    timeout_s = run.config.start_timeout_s
+    # Serve waits request_timeout_s for a replica that still loads or hangs, and then kills it
+    timeout_s = run.config.request_timeout_s + run.config.start_timeout_s
     await with_deadline(timeout_s, _has(teacher.app, number), "the end of the further teacher replicas")
 
 

@@ -12,7 +12,7 @@ import driver.start_ray
 from driver.idle_gpus import FEWEST_PROMPTS, more_replicas
 from driver.rounds import validate_first
 from driver.start_ray import idle_replicas
-from teacher_service.pool import TeacherPool
+from teacher_service.pool import TeacherPool, deployment_options
 from video_opd import ROOT
 from video_opd.cluster.deadline import waits
 from video_opd.config import Config, TeacherModel
@@ -104,6 +104,26 @@ def test_they_answer_and_have_ended_before_the_learner_starts(monkeypatch):
     assert run.idle_replicas == 0 and not waits(), "later rounds have no idle GPUs"
     asyncio.run(validate_first(run))
     assert len(events) == 5, "the learner started with the others"
+
+
+def test_a_replica_that_hangs_has_the_time_that_serve_gives_it(monkeypatch):
+    Serve(monkeypatch, events := [], [True])
+    run = make_run(events)
+    times = {"request_timeout_s": 5000.0, "start_timeout_s": 900.0}
+    run.config, waited = run.config.model_copy(update=times), []
+
+    async def with_deadline(timeout_s: float, end: Any, _: str) -> None:
+        waited.append(timeout_s)
+        await end
+
+    monkeypatch.setattr(idle_gpus, "with_deadline", with_deadline)
+
+    async def go() -> None:
+        async with more_replicas(run, FEWEST_PROMPTS):
+            pass
+
+    asyncio.run(go())
+    assert waited[0] > deployment_options(run.config)["graceful_shutdown_timeout_s"] == 5000
 
 
 @pytest.mark.parametrize(("number", "num_prompts"), [(0, 10_000), (4, FEWEST_PROMPTS - 1)])
