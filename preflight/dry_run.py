@@ -103,6 +103,8 @@ def _describe_curriculum(config: Config) -> str:
     if curriculum.kind == "uniform":
         return "uniform: shuffled passes over all"
     selected = f"{curriculum.num_selected or 'all that may be'} selected"
+    if curriculum.pool_sample:
+        selected += f" of {curriculum.pool_sample} asked"
     if curriculum.kind == "scc":
         return f"scc: {selected}, a share of {curriculum.anchor_frac} Anchors"
     validated = f"teacher IoU at least {curriculum.teacher_threshold}" if curriculum.trpv else "not validated"

@@ -10,6 +10,7 @@ import pytest
 import evaluation.__main__
 from curriculum.scheduler import Scheduler, check_state
 from driver.progress import setup_of
+from preflight.dry_run import describe
 from preflight.inputs import check_routes, make_draft, make_plan
 from tests.fakes import make_prompt
 from video_opd import ROOT
@@ -89,6 +90,8 @@ def test_a_sample_of_the_pool_must_fill_the_slots(run):
     ):
         make_plan(run.config("curriculum.kind=tvdf", "curriculum.pool_sample=1"))
     make_plan(run.config("curriculum.pool_sample=1"))  # uniform asks nobody
+    config = run.config("curriculum={kind: tvdf, pool_sample: 5, num_selected: 4}")
+    assert "4 selected of 5 asked a round by disagreement" in describe(config, make_draft(config))
 
 
 def long_query(run: Run, split: str) -> str:
