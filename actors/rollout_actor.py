@@ -13,6 +13,7 @@ import numpy as np
 import ray
 
 from video_opd.answers import parse_span
+from video_opd.cluster.deadline import with_deadline
 from video_opd.config import Config
 from video_opd.errors import WeightsLostError
 from video_opd.logs import log, start_role_log, work
@@ -76,11 +77,12 @@ class RolloutActor:
     async def load_weights(self, policy_version: int, buckets: Sequence[ray.ObjectRef]) -> None:
         """Loads one version from the object store. Raises WeightsLostError unless it is whole.
 
-        Sampling goes on until the version is here and whole.
+        Sampling goes on until the version is here and whole. Raises DeadlineError if it does not come.
         """
         from video_opd.weights.buckets import check_whole
 
-        fetched = await asyncio.wait_for(asyncio.gather(*buckets), self._config.request_timeout_s)
+        fetching, what = asyncio.gather(*buckets), f"the fetch of weights {policy_version}"
+        fetched = await with_deadline(self._config.request_timeout_s, fetching, what)
         check_whole(fetched, policy_version)
         await self._loop.command(partial(self._load, policy_version, fetched))
 

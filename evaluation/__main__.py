@@ -12,6 +12,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,16 +73,15 @@ def ask_model(config: Config, prompts: Sequence[Prompt], blanks: bool) -> list[l
     encoder = PromptEncoder(student, config.prompt, config.video, trust)
     how = (student, rollout, config.seed, encoder.pad_ids)
     start = partial(SamplingEngine, *how, trust_remote_code=trust)
-    loop, passes = EngineLoop(start, rollout.max_num_seqs), []
-    order = by_video(prompts)
-    with Progress(console=Console(stderr=True)) as progress:
+    order, passes, terminal = by_video(prompts), [], Console(stderr=True)
+    # also when the user interrupts: to end Python under a thread that computes aborts it
+    with closing(EngineLoop(start, rollout.max_num_seqs)) as loop, Progress(console=terminal) as progress:
         for blank_video in (False, True) if blanks else (False,):
             shown = progress.add_task("grey frames" if blank_video else "answers", total=len(prompts))
             asked, on_answer = [prompts[i] for i in order], partial(progress.advance, shown)
             answers = asyncio.run(predict(loop, encoder, asked, blank_video, on_answer=on_answer))
             placed = dict(zip(order, answers, strict=True))
             passes.append([placed[i] for i in range(len(prompts))])
-    loop.close()
     return passes
 
 

@@ -14,6 +14,7 @@ import actors.rollout_actor as rollout_actor
 from actors.rollout_actor import RolloutActor
 from tests.engines import MOST, TIMEOUT_S, FakeEncoder, FakeEngine, wait_for
 from tests.fakes import make_prompt
+from video_opd.cluster.faults import LOST
 from video_opd.config import Config
 from video_opd.config_file import load_config
 from video_opd.errors import WeightsLostError
@@ -215,6 +216,21 @@ def test_a_version_that_is_not_whole_changes_nothing_and_one_that_fails_leaves_n
         actor._engine.fails = False
         await actor.load_weights(8, buckets(8))
         assert version_of(await sampled(actor, "p")) == {8}
+
+    run(test())
+
+
+def test_a_version_that_does_not_come_is_the_loss_of_its_actor_and_not_the_end_of_the_run(actor):
+    """The pool's own deadline is longer while rollouts are under way."""
+    actor._config = actor._config.model_copy(update={"request_timeout_s": 0.01})
+
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    async def test() -> None:
+        with pytest.raises(LOST, match="the fetch of weights 7 did not end"):
+            await actor.load_weights(7, [never()])
+        assert version_of(await sampled(actor, "p")) == {-1}
 
     run(test())
 

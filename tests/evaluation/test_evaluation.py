@@ -365,14 +365,18 @@ def test_a_models_failures_count_and_an_engines_error_is_exit_code_1(config, tmp
 
 
 def test_a_model_is_asked_video_by_video_and_answers_are_in_the_callers_order(monkeypatch):
-    """Without vLLM: its loop and the encoder are stand-ins."""
+    """Without vLLM: its loop and the encoder are stand-ins. The loop's thread ends, also after an error."""
     asked: list[str] = []
+    closed: list[bool] = []
 
     async def predict(loop, encoder, prompts, blank_video, on_answer):
         asked.extend(p.clip.clip_id for p in prompts)
         return [Prediction(prompt_id=p.prompt_id, text=str(blank_video), span_s=None) for p in prompts]
 
-    stand_in = SimpleNamespace(pad_ids=[], close=lambda: None)
+    async def fail(*_, **__):
+        raise ParityError("the processor sees 7 tokens")
+
+    stand_in = SimpleNamespace(pad_ids=[], close=lambda: closed.append(True))
     for name in ("engine_loop.EngineLoop", "prompting.PromptEncoder", "vllm_engine.SamplingEngine"):
         monkeypatch.setattr(f"video_opd.models.{name}", lambda *_, **__: stand_in)
     monkeypatch.setattr("video_opd.models.engine_loop.predict", predict)
@@ -380,6 +384,10 @@ def test_a_model_is_asked_video_by_video_and_answers_are_in_the_callers_order(mo
     passes = ask_model(load_config(DEMO), prompts, blanks=True)
     assert [[a.prompt_id for a in answers] for answers in passes] == [["p0", "p1", "p2", "p3"]] * 2
     assert asked == ["v0", "v0", "v1", "v1"] * 2
+    monkeypatch.setattr("video_opd.models.engine_loop.predict", fail)
+    with pytest.raises(ParityError):
+        ask_model(load_config(DEMO), prompts, blanks=False)
+    assert closed == [True, True]
 
 
 def bad(capsys, *arguments: str) -> str:

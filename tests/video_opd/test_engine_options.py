@@ -93,7 +93,9 @@ def test_while_an_engine_starts_no_other_starts_on_its_gpu(tmp_path, monkeypatch
         return SimpleNamespace()
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=llm))
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     start_vllm("student", RolloutConfig(num_gpus=num_gpus, kv_cache_bytes=GIB), seed=5)
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0", "in this process"
     assert seen["locked"] == is_alone
     assert (seen["kv_cache_memory_bytes"], seen["seed"]) == (GIB, 5)
     if is_alone:

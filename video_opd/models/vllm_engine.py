@@ -28,7 +28,7 @@ PROCESSED_GIB = 1.0  # videos that vLLM has processed and keeps on the host, for
 
 def start_vllm(model: str, config: EngineConfig, seed: int, trust_remote_code: bool = False, **options: Any):
     """A vLLM engine in this process, with the safetensors of a folder. `options`: of vllm.LLM."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # whatever the node says: see SamplingEngine.settle
     from vllm import LLM
 
     options |= memory_options(config) | parallel_options(config)

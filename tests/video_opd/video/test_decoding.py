@@ -39,8 +39,9 @@ def config(**options) -> VideoConfig:
 
 
 def workers() -> set[int]:
-    """Processes of this one that decode."""
-    return {p.pid for p in psutil.Process().children() if "decode_worker" in " ".join(p.cmdline())}
+    """Processes of this one that decode. Others may have ended without anybody's wait."""
+    living = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
+    return {p.pid for p in living if "decode_worker" in " ".join(p.cmdline())}
 
 
 def shown_at(frames: np.ndarray, clip: Clip, video: VideoConfig) -> np.ndarray:
