@@ -30,6 +30,7 @@ from video_opd.weights.buckets import WeightBucket, to_buckets
 
 KV_BLOCK_TOKENS = 128  # of vLLM on a CPU
 TOLERANCE = 1e-4
+TIMEOUT_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -154,12 +155,27 @@ def test_overlapping_calls_with_publications_between_sample_each_answer_from_its
     async def as_reference(bucket: WeightBucket) -> WeightBucket:
         return bucket
 
-    async def sampled(some: list[Prompt], publishes: int | None = None) -> list[Trajectory]:
-        """`publishes` a version when the first result is here."""
+    queued = [threading.Event(), threading.Event()]  # publications that wait for the engine
+    held = {prompts[7].prompt_id: queued[0], prompts[12].prompt_id: queued[1]}  # until then not encoded
+    encode, command = PromptEncoder.encode, actor._loop.command
+
+    def encode_in_turn(self: PromptEncoder, prompt: Prompt, *options: Any) -> EncodedPrompt:
+        assert prompt.prompt_id not in held or held[prompt.prompt_id].wait(TIMEOUT_S)
+        return encode(self, prompt, *options)
+
+    async def command_and_tell(*arguments: Any) -> Any:
+        asyncio.get_running_loop().call_soon(next(e for e in queued if not e.is_set()).set)
+        return await command(*arguments)
+
+    monkeypatch.setattr(PromptEncoder, "encode", encode_in_turn)
+    monkeypatch.setattr(actor._loop, "command", command_and_tell)
+
+    async def sampled(some: list[Prompt], publishes: int | None = None, after: int = -1) -> list[Trajectory]:
+        """`publishes` a version when the first result of version `after` is here."""
         found, publication = [], None
         async for results in actor.rollout(some):
             found += [t for r in results if isinstance(r, TrajectoryGroup) for t in r.trajectories]
-            if publishes and publication is None:
+            if publishes and publication is None and found[-1].policy_version == after:
                 publication = asyncio.ensure_future(publish(publishes))
         await (publication or asyncio.sleep(0))
         return found
@@ -168,15 +184,17 @@ def test_overlapping_calls_with_publications_between_sample_each_answer_from_its
         calls = [
             sampled(prompts[:8], publishes=20),
             sampled(prompts[8:12]),
-            sampled(prompts[4:10], publishes=21),
+            sampled([*prompts[4:9], prompts[12]], publishes=21, after=20),
         ]
         return await asyncio.gather(*calls)
 
     calls = asyncio.run(overlapping())
+    monkeypatch.undo()
     assert [len(found) for found in calls] == [16, 8, 12]
     seen = [t for found in calls for t in found]
-    assert {-1, 20} <= {t.policy_version for t in calls[0]}, "the version changed within a call"
-    assert {t.policy_version for t in seen} == {-1, 20, 21}
+    of_calls = [{t.policy_version for t in found} for found in calls]
+    assert -1 in of_calls[0] and len(of_calls[0]) > 1, "the version changed within a call"
+    assert of_calls[2] >= {20, 21} and {-1, 20, 21} == set().union(*of_calls)
     encoded = {p.prompt_id: encoder.encode(p) for p in prompts}
     gaps: dict[int, list[float]] = {}
     for of in weights:
