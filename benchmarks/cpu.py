@@ -1,6 +1,5 @@
 """CPU time as Linux reports it: of this process and all that it started, at each step of a run."""
 
-import threading
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import NamedTuple
 
 import psutil
 
-from benchmarks.memory import role_of
+from benchmarks.memory import Watcher, role_of
 
 LOOK_EVERY_S = 0.02
 
@@ -33,29 +32,19 @@ def cpu_seconds() -> dict[str, float]:
     return total
 
 
-class StepMarks:
-    """While entered, looks whether the run has written another line of metrics."""
+class StepMarks(Watcher):
+    """Looks whether the run has written another line of metrics."""
 
     def __init__(self, metrics: Path):
+        super().__init__(LOOK_EVERY_S)
         self.marks: list[Mark] = []
         self._metrics, self._size = metrics, 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(LOOK_EVERY_S):
-            size = self._metrics.stat().st_size if self._metrics.exists() else 0
-            if size != self._size:
-                self._size, num_steps = size, self._metrics.read_bytes().count(b"\n")
-                self.marks.append(Mark(num_steps, time.monotonic(), cpu_seconds()))
+    def look(self) -> None:
+        size = self._metrics.stat().st_size if self._metrics.exists() else 0
+        if size != self._size:
+            self._size, num_steps = size, self._metrics.read_bytes().count(b"\n")
+            self.marks.append(Mark(num_steps, time.monotonic(), cpu_seconds()))
 
 
 def between(marks: list[Mark], first: int, last: int) -> tuple[int, float, dict[str, float]]:

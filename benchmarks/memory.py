@@ -51,14 +51,16 @@ def sample() -> Counter[str]:
     return sizes
 
 
-class PeakByRole:
-    """While entered, samples memory: the sample with the largest sum, and the largest of each role."""
+class Watcher:
+    """While entered, calls `look` every `every_s` seconds, in a thread."""
 
-    def __init__(self):
-        self.at_peak: Counter[str] = Counter()
-        self.of_role: Counter[str] = Counter()
+    def __init__(self, every_s: float):
+        self._every_s = every_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def look(self) -> None:
+        raise NotImplementedError
 
     def __enter__(self):
         self._thread.start()
@@ -69,7 +71,19 @@ class PeakByRole:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._stop.wait(SAMPLE_EVERY_S):
-            sizes = sample()
-            self.of_role |= sizes
-            self.at_peak = max(self.at_peak, sizes, key=Counter.total)
+        while not self._stop.wait(self._every_s):
+            self.look()
+
+
+class PeakByRole(Watcher):
+    """Samples memory: the sample with the largest sum, and the largest of each role."""
+
+    def __init__(self):
+        super().__init__(SAMPLE_EVERY_S)
+        self.at_peak: Counter[str] = Counter()
+        self.of_role: Counter[str] = Counter()
+
+    def look(self) -> None:
+        sizes = sample()
+        self.of_role |= sizes
+        self.at_peak = max(self.at_peak, sizes, key=Counter.total)

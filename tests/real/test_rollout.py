@@ -130,6 +130,24 @@ def test_the_videos_of_several_prompts_are_processed_once_and_as_bytes(engine, e
     assert engine.render(later)["mm_hashes"]["video"][0] != names[0], "its timestamps are other text"
 
 
+def hold_back(monkeypatch, actor: RolloutActor, prompts: list[Prompt]) -> None:
+    """The n-th of these prompts is encoded once n commands, here publications, wait for the engine."""
+    queued = [threading.Event() for _ in prompts]
+    held = {p.prompt_id: event for p, event in zip(prompts, queued, strict=True)}
+    encode, command = PromptEncoder.encode, actor._loop.command
+
+    def encode_in_turn(self: PromptEncoder, prompt: Prompt, *options: Any) -> EncodedPrompt:
+        assert prompt.prompt_id not in held or held[prompt.prompt_id].wait(TIMEOUT_S)
+        return encode(self, prompt, *options)
+
+    async def command_and_tell(*arguments: Any) -> Any:
+        asyncio.get_running_loop().call_soon(next(e for e in queued if not e.is_set()).set)
+        return await command(*arguments)
+
+    monkeypatch.setattr(PromptEncoder, "encode", encode_in_turn)
+    monkeypatch.setattr(actor._loop, "command", command_and_tell)
+
+
 def test_overlapping_calls_with_publications_between_sample_each_answer_from_its_one_version(
     engine, model, config, encoder, prompts, monkeypatch
 ):
@@ -155,20 +173,7 @@ def test_overlapping_calls_with_publications_between_sample_each_answer_from_its
     async def as_reference(bucket: WeightBucket) -> WeightBucket:
         return bucket
 
-    queued = [threading.Event(), threading.Event()]  # publications that wait for the engine
-    held = {prompts[7].prompt_id: queued[0], prompts[12].prompt_id: queued[1]}  # until then not encoded
-    encode, command = PromptEncoder.encode, actor._loop.command
-
-    def encode_in_turn(self: PromptEncoder, prompt: Prompt, *options: Any) -> EncodedPrompt:
-        assert prompt.prompt_id not in held or held[prompt.prompt_id].wait(TIMEOUT_S)
-        return encode(self, prompt, *options)
-
-    async def command_and_tell(*arguments: Any) -> Any:
-        asyncio.get_running_loop().call_soon(next(e for e in queued if not e.is_set()).set)
-        return await command(*arguments)
-
-    monkeypatch.setattr(PromptEncoder, "encode", encode_in_turn)
-    monkeypatch.setattr(actor._loop, "command", command_and_tell)
+    hold_back(monkeypatch, actor, [prompts[7], prompts[12]])
 
     async def sampled(some: list[Prompt], publishes: int | None = None, after: int = -1) -> list[Trajectory]:
         """`publishes` a version when the first result of version `after` is here."""
