@@ -162,7 +162,7 @@ class LearnerEngine:
         pad_id, cache = self._encoder.tokenizer.pad_token_id, self._vision_cache
         batch = collate(encoded, responses, pad_id, self._device, with_pixels=cache is None)
         if cache is not None:
-            features = cache.features(encoded, batch.video_grid_thw)
+            features = cache.features([encoded[i] for i in batch.clips], batch.video_grid_thw)
             batch = replace(batch, video_features=features)
         tokens = self._response_tokens(rows, batch.targets)
 

@@ -4,18 +4,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from video_opd.config_data import Attention
 from video_opd.errors import ConfigError, ModelError
 from video_opd.models.attention import missing_for
 from video_opd.models.patches import pixel_values
+from video_opd.models.trees import Packing, Tree, packed_places, trees_of
 from video_opd.types import EncodedPrompt
 
 VideoLLM = Any
@@ -28,20 +30,44 @@ RowLoss = Callable[[torch.Tensor, slice], RowValues]
 """Logits float32[rows, V] and their slice of the batch's rows -> tensors of one value per row."""
 
 
+class Separate(NamedTuple):
+    """B sequences, each alone, right-padded to L tokens, on the CPU: their positions are computed from it."""
+
+    input_ids: torch.Tensor  # int64[B, L]
+    attention_mask: torch.Tensor  # int64[B, L]
+    mm_token_type_ids: torch.Tensor  # int64[B, L]
+    video_grid_thw: torch.Tensor  # int64[B, 3]
+    second_per_grid_ts: torch.Tensor | None  # float[B], for positions in seconds (Qwen2.5-VL)
+
+
 @dataclass(frozen=True)
 class ResponseBatch:
-    """B prompts with their responses, right-padded to S tokens. R: the response tokens of the batch."""
+    """B prompts with their responses, packed into a tree for each clip, S tokens; models/trees.py.
 
-    input_ids: torch.Tensor  # int64[B, S]
-    attention_mask: torch.Tensor  # int64[B, S]
-    token_types: torch.Tensor  # int64[B, S]
-    pixel_values: torch.Tensor  # float32[patches of all videos, patch_dim], or empty
-    video_grid_thw: torch.Tensor  # int64[B, 3]
-    rows: torch.Tensor  # int64[R], flat positions whose logits predict the response tokens
+    R: the response tokens of the batch. C: its clips, in the order of the trees.
+    """
+
+    trees: tuple[Tree, ...]
+    separate: Separate
+    places: torch.Tensor  # int64[S], of the packed tokens among the B x L of `separate`, on the CPU
+    input_ids: torch.Tensor  # int64[1, S]
+    videos: tuple[int, ...]  # the clip of each video among the packed tokens
+    pixel_values: torch.Tensor  # float32[patches of the C clips, patch_dim], or empty
+    video_grid_thw: torch.Tensor  # int64[C, 3]
+    rows: torch.Tensor  # int64[R], packed places of the tokens whose logits predict the response tokens
     targets: torch.Tensor  # int64[R], the response tokens
     lengths: tuple[int, ...]  # response tokens of each of the B sequences
-    second_per_grid: torch.Tensor | None = None  # float[B], for positions in seconds (Qwen2.5-VL)
-    video_features: Any = None  # the vision tower's output, if known: learner/vision_cache.py
+    video_features: Any = None  # the vision tower's output for the clips, if known: learner/vision_cache.py
+
+    @property
+    def clips(self) -> list[int]:
+        """For each clip the first of the B sequences that shows it."""
+        return [tree.members[0] for tree in self.trees]
+
+
+def clip_of(prompt: EncodedPrompt) -> tuple[Any, ...]:
+    """What a model sees of a prompt's clip beside tokens."""
+    return prompt.frames_digest, prompt.video_grid_thw, prompt.second_per_grid
 
 
 def collate(
@@ -51,28 +77,44 @@ def collate(
     device: Device = "cpu",
     with_pixels: bool = True,
 ) -> ResponseBatch:
-    """Builds the batch. Masks come from lengths, never from the padding id.
+    """Builds the batch. Patches are made on the device, once a clip.
 
-    Patches are made on the device. with_pixels false: none are, since the video features will be given.
+    with_pixels false: none are, since the video features will be given.
     """
-    inputs = _padded(prompts, responses, pad_id, device, "right")
-    pixels = pixel_values(prompts, device) if with_pixels else torch.empty(0)
+    sequences = [np.concatenate(pair) for pair in zip((p.token_ids for p in prompts), responses, strict=True)]
+    trees = trees_of(sequences, [p.token_types for p in prompts], [clip_of(p) for p in prompts])
+    separate = Separate(**_padded(prompts, responses, pad_id, "cpu", "right"))
+    packed, width = packed_places(trees), separate.input_ids.shape[1]
+    places = np.zeros(sum(tree.num_tokens for tree in trees), np.int64)
+    for i, of_tokens in enumerate(packed):
+        places[of_tokens] = i * width + np.arange(len(of_tokens))
     ends = [(len(p.token_ids) - 1, len(r)) for p, r in zip(prompts, responses, strict=True)]
-    width = inputs["input_ids"].shape[1]
-    rows = [torch.arange(last, last + length) + i * width for i, (last, length) in enumerate(ends)]
+    rows = [of_tokens[last : last + n] for of_tokens, (last, n) in zip(packed, ends, strict=True)]
+    shown = [prompts[tree.members[0]] for tree in trees]
+    num_videos = [_num_videos(*pair) for pair in zip(shown, trees, strict=True)]
     return ResponseBatch(
-        **inputs,
-        pixel_values=pixels,
-        rows=torch.cat(rows).to(device),
+        trees=tuple(trees),
+        separate=separate,
+        places=torch.from_numpy(places),
+        input_ids=separate.input_ids.flatten()[places][None].to(device),
+        videos=tuple(np.repeat(np.arange(len(trees)), num_videos).tolist()),
+        pixel_values=pixel_values(shown, device) if with_pixels else torch.empty(0),
+        video_grid_thw=torch.tensor([p.video_grid_thw for p in shown], device=device),
+        rows=torch.from_numpy(np.concatenate(rows)).to(device),
         targets=torch.from_numpy(np.concatenate(responses).astype(np.int64)).to(device),
         lengths=tuple(len(r) for r in responses),
     )
 
 
+def _num_videos(prompt: EncodedPrompt, tree: Tree) -> int:
+    """How often the prompt's video is among the packed tokens: in the prefix, or in each branch."""
+    return 1 if np.flatnonzero(prompt.token_types)[-1] < tree.prefix else len(tree.members)
+
+
 def _padded(
     prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray], pad_id: int, device: Device, side: str
 ) -> dict[str, Any]:
-    """The fields of a ResponseBatch that a model sees, pixels excepted."""
+    """What a model sees of sequences, pixels excepted."""
 
     def pad(rows: Sequence[np.ndarray], value: int) -> torch.Tensor:
         tensors = [torch.from_numpy(row.astype(np.int64)) for row in rows]
@@ -84,9 +126,9 @@ def _padded(
     return {
         "input_ids": pad(sequences, pad_id),
         "attention_mask": pad([np.ones_like(s) for s in sequences], 0),
-        "token_types": pad([np.concatenate([p.token_types, np.zeros_like(r)]) for p, r in pairs], 0),
+        "mm_token_type_ids": pad([np.concatenate([p.token_types, np.zeros_like(r)]) for p, r in pairs], 0),
         "video_grid_thw": torch.tensor([p.video_grid_thw for p in prompts], device=device),
-        "second_per_grid": torch.tensor(seconds) if seconds else None,
+        "second_per_grid_ts": torch.tensor(seconds) if seconds else None,
     }
 
 
@@ -99,23 +141,31 @@ class ResponseLogits(torch.nn.Module):
 
     def hidden(self, batch: ResponseBatch) -> torch.Tensor:
         """The head's input for the response rows, [R, hidden size] in the model's dtype."""
-        seen: dict[str, Any] = {"mm_encoder_outputs": {"video": batch.video_features}}
-        if batch.video_features is None:
-            seen = {"pixel_values_videos": batch.pixel_values.to(self.model.dtype)}
-        if batch.second_per_grid is not None:
-            seen["second_per_grid_ts"] = batch.second_per_grid
-        hidden = self.model.model(
+        model, device, dtype = self.model.model, batch.input_ids.device, self.model.dtype
+        features = batch.video_features
+        if features is None:
+            features = model.get_video_features(batch.pixel_values.to(dtype), batch.video_grid_thw)
+        positions, _ = model.get_rope_index(**batch.separate._asdict())
+        masked = self.model.config.text_config._attn_implementation == "eager"
+        hidden = model(
             input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            mm_token_type_ids=batch.token_types,
-            video_grid_thw=batch.video_grid_thw,
+            attention_mask=torch.empty(1, 1, 1, 1),  # transformers makes no mask of its own beside one of 4-D
+            position_ids=positions.flatten(1)[:, None, batch.places].to(device),
+            mm_encoder_outputs={"video": _of_videos(features, batch.videos)},
             use_cache=False,
-            **seen,
+            packing=Packing(batch.trees, dtype, device, masked),
         ).last_hidden_state
-        return hidden.flatten(0, 1)[batch.rows]
+        return hidden[0, batch.rows]
 
     def forward(self, batch: ResponseBatch) -> torch.Tensor:
         return self.model.lm_head(self.hidden(batch)).float()
+
+
+def _of_videos(features: Any, videos: Sequence[int]) -> Any:
+    """A vision tower's output for clips -> for videos, each of one of the clips."""
+    layers = getattr(features, "deepstack_features", None) or []
+    chosen = [[of_layer[i] for i in videos] for of_layer in (features.pooler_output, *layers)]
+    return BaseModelOutputWithDeepstackFeatures(pooler_output=chosen[0], deepstack_features=chosen[1:])  # pyright: ignore
 
 
 class ResponseLoss(ResponseLogits):
@@ -228,17 +278,15 @@ def generate(
     weight = model.get_input_embeddings().weight
     empty = [np.zeros(0, np.int32)] * len(prompts)
     batch = _padded(prompts, empty, pad_id, weight.device, "left")  # all continue at the same column
+    seconds = batch.pop("second_per_grid_ts")
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     options: dict[str, Any] = sampling if temperature else {"do_sample": False}
-    if batch["second_per_grid"] is not None:
-        options["second_per_grid_ts"] = batch["second_per_grid"]
+    if seconds is not None:
+        options["second_per_grid_ts"] = seconds
     with without_settings(model):
         output = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            mm_token_type_ids=batch["token_types"],
+            **batch,
             pixel_values_videos=pixel_values(prompts, weight.device).to(weight.dtype),
-            video_grid_thw=batch["video_grid_thw"],
             max_new_tokens=max_tokens,
             suppress_tokens=list(banned_ids),
             num_return_sequences=num_answers,
