@@ -19,6 +19,8 @@ CALL_S = "EMULATED_CALL_S"  # in config.worker_env: how many seconds the engine 
 class EmulatedTeacher:
     """Encoder and engine in one: ignores the prompt; the log-prob of a token is minus its id."""
 
+    num_computed_tokens = 0
+
     def prepare_ahead(
         self, prompts: Sequence[Prompt], prepare: Callable[[EncodedPrompt], Any]
     ) -> Iterator[Any]:

@@ -1,19 +1,16 @@
 """A call on its way to the engine: its prompts are read and encoded while the engine works on other calls."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from video_opd.models.prompting import check_parity
+from video_opd.passes import by_video, passes_by_cut
 from video_opd.types import EncodedPrompt, FailedPrompt, Prompt, TeacherScores, Trajectory, TrajectoryGroup
-from video_opd.video.clips import num_video_tokens
 
 ScoreResult = tuple[TeacherScores, ...] | FailedPrompt
-ABOUT_A_TOKEN = 32  # pixels along the side of a video token
-Item = TypeVar("Item")
 
 
 class Reply(NamedTuple):
@@ -22,6 +19,8 @@ class Reply(NamedTuple):
     results: list[Any]
     engine_s: float  # seconds that the engine worked on the batch
     num_calls: int  # in the batch
+    computed_tokens: int = 0  # to score the batch: what its sequences share once
+    separate_tokens: int = 0  # of its sequences, each alone
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,6 @@ class Row:
     place: int  # among the trajectories of its call
     prompt: Prompt
     trajectory: Trajectory
-    num_tokens: int  # of prompt and response; about, for the ground truth
 
 
 class Ready(NamedTuple):
@@ -44,44 +42,37 @@ class Ready(NamedTuple):
 MakeReady = Callable[[Sequence[Prompt]], Iterator[Ready | FailedPrompt]]
 
 
-class ReadyRow(NamedTuple):
-    """What the engine needs to score a row, and the call it belongs to."""
-
-    call: "ScoreCall"
-    row: Row
-    ready: Ready
-
-
 class ScoreCall:
-    """The trajectories of a call, the shortest first. Each prompt is encoded once."""
+    """The trajectories of a call, those of one clip next to each other. Each prompt is encoded once."""
 
     def __init__(self, groups: Sequence[TrajectoryGroup], make_ready: MakeReady):
         """Begins to encode."""
         self.answer: Future[Reply] = Future()
         self._groups = groups
         pairs = [(g.prompt, t) for g in groups for t in g.trajectories]
-        rows = [Row(i, p, t, _num_tokens(p, t)) for i, (p, t) in enumerate(pairs)]
-        self.rows = sorted(rows, key=lambda row: row.num_tokens)  # a pass takes similar lengths
+        self.rows = [Row(i, *pairs[i]) for i in by_video([prompt for prompt, _ in pairs])]
         prompts = {row.prompt.prompt_id: row.prompt for row in self.rows}
         self._num_left = Counter(row.prompt.prompt_id for row in self.rows)
         self._coming = make_ready(list(prompts.values()))
         self._held: dict[str, Ready | FailedPrompt] = {}
         self._scores: dict[int, TeacherScores] = {}
 
-    def ready_rows(self) -> Iterator[ReadyRow]:
-        """The rows whose clip can be read, each as soon as its prompt is ready. Raises ParityError."""
-        for row in self.rows:
-            name = row.prompt.prompt_id
-            if name not in self._held:
-                self._held[name] = next(self._coming)
-            ready = self._held[name]
-            if isinstance(ready, FailedPrompt):
-                continue
-            self._num_left[name] -= 1
-            if not self._num_left[name]:
-                del self._held[name]
-            check_parity(ready.prompt, row.trajectory, "the teacher")
-            yield ReadyRow(self, row, ready)
+    def ready(self, row: Row) -> Ready | None:
+        """The row's prompt, as soon as it is ready; None if its clip cannot be read. Raises ParityError.
+
+        Each row is asked for once, in their order.
+        """
+        name = row.prompt.prompt_id
+        if name not in self._held:
+            self._held[name] = next(self._coming)
+        ready = self._held[name]
+        if isinstance(ready, FailedPrompt):
+            return None
+        self._num_left[name] -= 1
+        if not self._num_left[name]:
+            del self._held[name]
+        check_parity(ready.prompt, row.trajectory, "the teacher")
+        return ready
 
     def add(self, row: Row, scores: TeacherScores) -> None:
         self._scores[row.place] = scores
@@ -99,14 +90,7 @@ class ScoreCall:
         return results
 
 
-def _num_tokens(prompt: Prompt, trajectory: Trajectory) -> int:
-    """Known before the prompt is encoded: the actor's prompt ids, which the ground truth lacks."""
-    num_prompt = len(trajectory.prompt_token_ids) or num_video_tokens(prompt.clip, ABOUT_A_TOKEN)
-    return num_prompt + len(trajectory.response_token_ids)
-
-
-def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """`size` items at a time, each batch as soon as it is there."""
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
+def in_passes(calls: Sequence[ScoreCall], size: int) -> list[list[tuple[ScoreCall, Row]]]:
+    """The rows of all calls, at most `size` in a pass. No clip is in two passes that fits into one."""
+    rows = [(call, row) for call in calls for row in call.rows]
+    return [[rows[i] for i in places] for places in passes_by_cut([row.prompt for _, row in rows], size)]

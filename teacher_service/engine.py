@@ -4,7 +4,7 @@ import itertools
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,6 +52,7 @@ class ScoringEngine(ABC):
     seed: int
     encoder: PromptEncoder
     trust_remote_code: bool = False
+    num_computed_tokens: int = field(default=0, init=False)  # to score, so far
 
     @abstractmethod
     def __post_init__(self) -> None:
@@ -65,7 +66,10 @@ class ScoringEngine(ABC):
     def score(
         self, prompts: Encoded, responses: Sequence[np.ndarray], prepared: Prepared = None
     ) -> list[TokenScores]:
-        """The scores of each response int32[N], with all that is wanted; prepared: of each prompt."""
+        """The scores of each response int32[N], with all that is wanted; prepared: of each prompt.
+
+        In one pass, which computes once what prompts of one clip share, if they are next to each other.
+        """
 
     @abstractmethod
     def predict(
@@ -76,7 +80,7 @@ class ScoringEngine(ABC):
         max_tokens: int,
         prepared: Prepared = None,
     ) -> Texts:
-        """`num_answers` texts for each prompt; temperature 0 is greedy."""
+        """`num_answers` texts for each prompt, in one pass like `score`; temperature 0 is greedy."""
 
 
 def top_k_of(logits: torch.Tensor, k: int) -> TopK:
@@ -101,18 +105,9 @@ class TransformersEngine(ScoringEngine):
     def score(
         self, prompts: Encoded, responses: Sequence[np.ndarray], prepared: Prepared = None
     ) -> list[TokenScores]:
-        lengths = [len(p.token_ids) + len(r) for p, r in zip(prompts, responses, strict=True)]
-        order = np.argsort(lengths, kind="stable").tolist()  # a pass takes similar lengths
-        scores: dict[int, TokenScores] = {}
-        for first in range(0, len(order), self.config.micro_batch):
-            chosen = order[first : first + self.config.micro_batch]
-            of_chosen = self._score_batch([prompts[i] for i in chosen], [responses[i] for i in chosen])
-            scores.update(zip(chosen, of_chosen, strict=True))
-        return [scores[i] for i in range(len(prompts))]
-
-    def _score_batch(self, prompts: list[EncodedPrompt], responses: list[np.ndarray]) -> list[TokenScores]:
         batch = forward.collate(prompts, responses, self.encoder.tokenizer.pad_token_id, self._device)
         hidden = self._logits.hidden(batch)
+        self.num_computed_tokens += sum(tree.num_tokens for tree in batch.trees)
         logits = self._model.lm_head(hidden).float()
         logprobs = forward.token_logprobs(logits, batch.targets).cpu().numpy()
         entropy = forward.token_entropy(logits).cpu().numpy()
@@ -134,13 +129,17 @@ class TransformersEngine(ScoringEngine):
         max_tokens: int,
         prepared: Prepared = None,
     ) -> Texts:
-        tokenizer, size, texts = self.encoder.tokenizer, self.config.micro_batch, []
-        how: dict[str, Any] = {"pad_id": tokenizer.pad_token_id, "banned_ids": self.encoder.pad_ids}
-        how |= {"max_tokens": max_tokens, "temperature": temperature, "num_answers": num_answers}
-        for first in range(0, len(prompts), size):
-            answers = forward.generate(self._model, prompts[first : first + size], **how)
-            texts += [[tokenizer.decode(ids, skip_special_tokens=True) for ids in row] for row in answers]
-        return texts
+        tokenizer = self.encoder.tokenizer
+        answers = forward.generate(
+            self._model,
+            prompts,
+            max_tokens=max_tokens,
+            pad_id=tokenizer.pad_token_id,
+            banned_ids=self.encoder.pad_ids,
+            temperature=temperature,
+            num_answers=num_answers,
+        )
+        return [[tokenizer.decode(ids, skip_special_tokens=True) for ids in row] for row in answers]
 
 
 class VllmEngine(ScoringEngine):
@@ -189,7 +188,7 @@ class VllmEngine(ScoringEngine):
             own = list(of_prompt)
             rendered = own[0][0]
             prefix = rendered | {"prompt_token_ids": rendered["prompt_token_ids"][:-1]}
-            self._run([prefix], [{"max_tokens": 1, "detokenize": False}])
+            self._prefill([prefix], [{"max_tokens": 1, "detokenize": False}])
             scores += self._ask(own, cached=True)
         return scores
 
@@ -204,7 +203,7 @@ class VllmEngine(ScoringEngine):
             inputs.append(rendered | {"prompt_token_ids": ids + response.tolist()})
             how = {"max_tokens": 1, "detokenize": False, "skip_reading_prefix_cache": not cached}
             sampling.append(how | self._rows(len(ids), response))
-        outputs = self._run(inputs, sampling)
+        outputs = self._prefill(inputs, sampling)
         return [self._read(pair[1], output) for pair, output in zip(pairs, outputs, strict=True)]
 
     def _rows(self, num_prompt_tokens: int, response: np.ndarray) -> dict[str, Any]:
@@ -223,6 +222,13 @@ class VllmEngine(ScoringEngine):
             return TokenScores(np.asarray(logprobs, np.float32), self._top_k_of(positions))
         given = output.prompt_token_id_logprobs
         return None if given is None else TokenScores(np.array(given[:, 0], np.float32))
+
+    def _prefill(self, inputs: Sequence[Rendered], sampling: Sequence[dict[str, Any]]) -> list[Any]:
+        """As `_run`; counts what the prefix cache did not hold."""
+        outputs = self._run(inputs, sampling)
+        lengths = zip(inputs, outputs, strict=True)
+        self.num_computed_tokens += sum(len(i["prompt_token_ids"]) - o.num_cached_tokens for i, o in lengths)
+        return outputs
 
     def _run(self, inputs: Sequence[Rendered], sampling: Sequence[dict[str, Any]]) -> list[Any]:
         """vLLM's finished output of each, in order; `sampling`: of SamplingParams."""

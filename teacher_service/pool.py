@@ -42,10 +42,11 @@ class Usage:
         self._sums: defaultdict[str, float] = defaultdict(float)  # since then
 
     def add(self, call_s: float, reply: Reply) -> None:
-        """Adds a call answered after `call_s`, with its share of the engine seconds of its merged batch."""
+        """Adds a call answered after `call_s`, with its share of what its merged batch took."""
         self._sums["calls"] += 1
         self._sums["queue_s"] += max(0.0, call_s - reply.engine_s)
-        self._sums["engine_s"] += reply.engine_s / reply.num_calls
+        for name in ("engine_s", "computed_tokens", "separate_tokens"):
+            self._sums[name] += getattr(reply, name) / reply.num_calls
 
     def add_retry(self) -> None:
         self._sums["retries"] += 1
@@ -62,6 +63,8 @@ class Usage:
             "replicas": running,
             "replicas_wanted": wanted,
             "retries": sums["retries"],
+            "computed_tokens": float(round(sums["computed_tokens"])),
+            "separate_tokens": float(round(sums["separate_tokens"])),
         }
 
 
@@ -220,7 +223,8 @@ class TeacherPool:
         return calls | {"teacher/replicas": running, "teacher/replicas_wanted": wanted}
 
     async def take_metrics(self) -> dict[str, float]:
-        """teacher/queue_s, /utilisation, /replicas, /replicas_wanted and /retries; see Usage.
+        """teacher/queue_s, /utilisation, /replicas, /replicas_wanted, /retries, /computed_tokens,
+        /separate_tokens; see Usage.
 
         Serve is not asked, for a step would wait for it: the replicas are those of the last `counts`.
         """

@@ -1,18 +1,19 @@
 """A replica of a teacher: what runs in the processes of its Ray Serve deployment."""
 
 import asyncio
-import heapq
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import TYPE_CHECKING
 
-from teacher_service.calls import Ready, Reply, ScoreCall, in_batches
+from teacher_service.calls import Ready, Reply, ScoreCall, in_passes
 from video_opd.answers import parse_span
 from video_opd.config import Config, TeacherModel
 from video_opd.logs import log, start_role_log
 from video_opd.models.prompting import PromptEncoder
+from video_opd.passes import passes_by_cut
 from video_opd.types import (
     EncodedPrompt,
     FailedPrompt,
@@ -70,7 +71,9 @@ class TeacherReplica:
 
     async def predict(self, prompts: Prompts, num_answers: int, temperature: float) -> Reply:
         """The teacher's own answers to each prompt, for evaluation and for the curriculum."""
-        work = self._predict, self._make_ready(prompts), num_answers, temperature
+        passes = passes_by_cut(prompts, self._pool.micro_batch)
+        coming = self._make_ready([prompts[i] for places in passes for i in places])
+        work = self._predict, passes, coming, num_answers, temperature
         return await asyncio.get_running_loop().run_in_executor(self._thread, *work)
 
     def _make_ready(self, prompts: Prompts) -> Iterator[Ready | FailedPrompt]:
@@ -105,17 +108,20 @@ class TeacherReplica:
         return calls
 
     def _score(self, calls: Sequence[ScoreCall]) -> list[Reply]:
-        engine_s = 0.0
-        shortest_first = heapq.merge(*(c.ready_rows() for c in calls), key=lambda r: r.row.num_tokens)
-        for batch in in_batches(shortest_first, self._pool.micro_batch):
-            responses = [r.row.trajectory.response_token_ids for r in batch]
-            prompts, prepared = zip(*(r.ready for r in batch), strict=True)
+        engine_s, separate_tokens, computed_before = 0.0, 0, self._engine.num_computed_tokens
+        for rows in in_passes(calls, self._pool.micro_batch):
+            found = [(call, row, call.ready(row)) for call, row in rows]
+            batch = [(call, row, ready) for call, row, ready in found if ready]
+            prompts, prepared = [r.prompt for *_, r in batch], [r.prepared for *_, r in batch]
+            responses = [row.trajectory.response_token_ids for _, row, _ in batch]
             started = time.perf_counter()
-            scored = self._engine.score(prompts, responses, prepared)
+            scored = self._engine.score(prompts, responses, prepared) if batch else []
             engine_s += time.perf_counter() - started
+            separate_tokens += sum(map(len, responses)) + sum(len(p.token_ids) for p in prompts)
             for (call, row, _), scores in zip(batch, scored, strict=True):
                 call.add(row, self._named(row.trajectory, scores))
-        return [Reply(call.results(), engine_s, len(calls)) for call in calls]
+        tokens = self._engine.num_computed_tokens - computed_before, separate_tokens
+        return [Reply(call.results(), engine_s, len(calls), *tokens) for call in calls]
 
     def _named(self, trajectory: Trajectory, scores: "TokenScores") -> TeacherScores:
         return TeacherScores(
@@ -127,20 +133,28 @@ class TeacherReplica:
             entropy=scores.entropy,
         )
 
-    def _predict(self, coming: Iterator[Ready | FailedPrompt], num_answers: int, temperature: float) -> Reply:
-        answers: Answers = []
+    def _predict(
+        self,
+        passes: list[list[int]],
+        coming: Iterator[Ready | FailedPrompt],
+        num_answers: int,
+        temperature: float,
+    ) -> Reply:
+        """passes: the places of the prompts that are `coming`, in their order."""
+        answers: dict[int, list[Prediction] | FailedPrompt] = {}
         engine_s = 0.0
         sampling = num_answers, temperature, self._max_tokens
-        for batch in in_batches(coming, self._pool.micro_batch):
+        for places in passes:
+            batch = list(islice(coming, len(places)))
             ready = [r for r in batch if isinstance(r, Ready)]
             prompts, prepared = [r.prompt for r in ready], [r.prepared for r in ready]
             started = time.perf_counter()
             texts = iter(self._engine.predict(prompts, *sampling, prepared) if ready else [])
             engine_s += time.perf_counter() - started
-            answers += [
-                r if isinstance(r, FailedPrompt) else self._read(r.prompt, next(texts)) for r in batch
-            ]
-        return Reply(answers, engine_s, num_calls=1)
+            for place, r in zip(places, batch, strict=True):
+                answers[place] = r if isinstance(r, FailedPrompt) else self._read(r.prompt, next(texts))
+        assert next(coming, None) is None  # the feed gets the last prompt's bytes back
+        return Reply([answers[place] for place in range(len(answers))], engine_s, num_calls=1)
 
     def _read(self, prompt: EncodedPrompt, texts: Sequence[str]) -> list[Prediction]:
         written = map(self._encoder.written, texts)

@@ -1,8 +1,8 @@
-"""Passes over many prompts: which of them go together in a call, and calls that leave no engine idle."""
+"""Prompts that go together in a call or a pass, and passes over many that leave no engine idle."""
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -13,27 +13,44 @@ Results = Sequence[Any]
 Arrived = Callable[[Sequence[Prompt], Results], None]  # is told the results of each call as it ends
 
 
+def cut_of(prompt: Prompt) -> tuple[str, float, float]:
+    """The cut of a video that a prompt shows: prompts of one run that have the same one share a clip."""
+    return prompt.clip.video_path, prompt.clip.start_s, prompt.clip.duration_s
+
+
 def by_video(prompts: Sequence[Prompt]) -> list[int]:
     """The places of `prompts`, those of one video, and of one cut of it, next to each other.
 
     So a clip is read once, and the engines' caches serve its prompts.
     """
-    cuts = [(p.clip.video_path, p.clip.start_s, p.clip.duration_s) for p in prompts]
-    return sorted(range(len(cuts)), key=cuts.__getitem__)
+    return sorted(range(len(prompts)), key=lambda i: cut_of(prompts[i]))
 
 
 def calls_by_video(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
     """The places of `prompts` in calls of at most `size`. A video is split only if it has more prompts."""
-    calls: list[list[int]] = []
-    for _, group in groupby(by_video(prompts), key=lambda i: prompts[i].clip.video_path):
-        of_video = list(group)
-        for first in range(0, len(of_video), size):
-            part = of_video[first : first + size]
-            if calls and len(calls[-1]) + len(part) <= size:
-                calls[-1] += part
+    return _parts(prompts, size, lambda prompt: prompt.clip.video_path)
+
+
+def passes_by_cut(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
+    """The places of `prompts`, in the order of by_video, in passes of at most `size`.
+
+    A cut is split only if it has more prompts: a pass computes once what its prompts share.
+    """
+    return _parts(prompts, size, cut_of)
+
+
+def _parts(prompts: Sequence[Prompt], size: int, whole: Callable[[Prompt], Hashable]) -> list[list[int]]:
+    """by_video in parts of at most `size`, which split no prompts of one `whole` that fit in a part."""
+    parts: list[list[int]] = []
+    for _, group in groupby(by_video(prompts), key=lambda i: whole(prompts[i])):
+        together = list(group)
+        for first in range(0, len(together), size):
+            part = together[first : first + size]
+            if parts and len(parts[-1]) + len(part) <= size:
+                parts[-1] += part
             else:
-                calls.append(part)
-    return calls
+                parts.append(part)
+    return parts
 
 
 async def ask_by_video(

@@ -9,7 +9,7 @@ import torch
 from benchmarks.command import timed
 from benchmarks.gpu_check.measure import Arrays, Setting, check_memory, planned, release, within
 from benchmarks.gpu_check.part import Bench
-from teacher_service.engine import ENGINES, Wanted, top_k_of
+from teacher_service.engine import ENGINES, TokenScores, Wanted, top_k_of
 from video_opd.config import Config
 from video_opd.models.forward import ResponseLogits, VideoLLM, collate
 from video_opd.types import EncodedPrompt
@@ -65,10 +65,15 @@ class Checks(Setting):
         wanted = Wanted(top_k=TOP_K if engine == "vllm" else 0)  # vLLM is told the most it will give
         self._engine = ENGINES[engine](config.student, config.teacher_pool, wanted, 0, self.encoder)
         self._engine.wanted = Wanted()
-        seconds, scores = timed(self._engine.score, self.encoded, self._responses)
+        seconds, scores = timed(self._score_one_by_one)
         told = within([s.logprobs for s in scores], self._expected[0], self.tolerance)
         how_long = planned(config, lambda plan: plan.phases["score"].seconds)
         return f"{told}; {len(scores)} responses in {seconds:.2f} s ({how_long})"
+
+    def _score_one_by_one(self) -> list[TokenScores]:
+        """A pass for each, as the config's micro_batch says."""
+        pairs = zip(self.encoded, self._responses, strict=True)
+        return [scores for p, r in pairs for scores in self._engine.score([p], [r])]
 
     def _top_k(self, cases: Cases, expected: Arrays, best: Arrays) -> str:
         scores = self._engine.score(*cases)

@@ -47,6 +47,7 @@ class Parts:
     ):
         self.events, self.num_encoded = Gate(), Counter[str]()
         self.passes: list[list[str]] = []
+        self.num_computed_tokens = 1000  # by earlier calls
         self.threads: set[int] = set()
         self._before, self._before_encode, self._broken = before, before_encode, broken
         self.feed = Feed[Prompt](2, 1000, lambda prompt: 100)
@@ -79,6 +80,7 @@ class Parts:
         self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray], prepared: Sequence[str]
     ) -> list[Any]:
         self._asked(prompts, prepared)
+        self.num_computed_tokens += 10 + len(prompts)
         unasked = dict.fromkeys(("top_k", "hidden", "entropy"))
         return [SimpleNamespace(logprobs=-r.astype(np.float32), **unasked) for r in responses]
 
@@ -115,9 +117,10 @@ def busy(replica: TeacherReplica) -> Iterator[None]:
     end.set()
 
 
-def group(name: str, lengths: Sequence[int] = (3,), num_prompt_tokens: int = 5) -> TrajectoryGroup:
-    made = make_group(name, lengths, num_prompt_tokens=num_prompt_tokens).group
-    return replace(made, trajectories=tuple(replace(t, prompt_fingerprint=name) for t in made.trajectories))
+def group(name: str, lengths: Sequence[int] = (3,), clip: str | None = None) -> TrajectoryGroup:
+    made = make_group(name, lengths).group
+    trajectories = tuple(replace(t, prompt_fingerprint=name) for t in made.trajectories)
+    return replace(made, prompt=make_prompt(name, clip_id=clip), trajectories=trajectories)
 
 
 async def all_of(*calls: Any) -> list[Any]:
@@ -186,13 +189,13 @@ def test_the_engine_works_on_the_first_prompts_of_a_call_while_the_later_ones_ar
     assert len(reply.results) == 6 and parts.feed._free_bytes == 300
 
 
-def test_calls_that_wait_are_merged_until_they_fill_a_pass_the_shortest_first():
+def test_calls_that_wait_are_merged_until_they_fill_a_pass_and_no_clip_is_in_two_that_fits_into_one():
     parts = Parts()
     replica = replica_of(parts, micro_batch=4, max_batch_requests=3)
     calls = [
-        [group("a", (3, 9)), group("b", num_prompt_tokens=7)],
-        [group("c", num_prompt_tokens=6), group("d", num_prompt_tokens=1)],
-        [group("e")],
+        [group("a", (3, 9), "v"), group("b", clip="w")],
+        [group("c", (1, 2), "w"), group("d", clip="v")],
+        [group("e", (1,) * 5, "u")],
         [group("f")],
     ]
 
@@ -204,8 +207,10 @@ def test_calls_that_wait_are_merged_until_they_fill_a_pass_the_shortest_first():
         return await all_of(*waiting)
 
     replies = asyncio.run(go())
-    assert parts.passes == [["d", "a", "c", "b"], ["a"], ["e", "f"]]
-    assert [r.num_calls for r in replies] == [2, 2, 2, 2]
+    assert parts.passes == [["a", "a", "d"], ["b", "c", "c"], ["e"] * 4, ["e"], ["f"]]
+    assert [r.num_calls for r in replies] == [2, 2, 1, 1]
+    assert [r.computed_tokens for r in replies] == [13 + 13, 13 + 13, 14 + 11, 11]
+    assert [r.separate_tokens for r in replies] == [3 + 9 + 3 + 1 + 2 + 3] * 2 + [5, 3]
     for reply, groups in zip(replies, calls, strict=True):
         check(reply, groups)
     assert parts.num_encoded["a"] == 1, "a prompt is encoded once for all its trajectories"

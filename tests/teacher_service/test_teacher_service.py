@@ -58,7 +58,9 @@ def test_a_merged_batch_counts_once_and_queueing_is_what_the_engine_did_not_take
 
 def test_metrics_start_anew_each_time_they_are_taken():
     usage = Usage(0.0, 1)
-    usage.add(3.0, Reply([], 2.0, 1))
+    usage.add(3.0, Reply([], 2.0, 1, computed_tokens=40, separate_tokens=70))
+    for _ in range(3):  # of a merged batch
+        usage.add(1.0, Reply([], 0.0, 3, computed_tokens=10, separate_tokens=20))
     usage.add_retry()
     assert usage.take_metrics(4.0, 3, 4) == {
         "queue_s": 1.0,
@@ -66,9 +68,12 @@ def test_metrics_start_anew_each_time_they_are_taken():
         "replicas": 3,
         "replicas_wanted": 4,
         "retries": 1,
+        "computed_tokens": 50,
+        "separate_tokens": 90,
     }
     after = usage.take_metrics(5.0, 3, 3)
     assert math.isnan(after["queue_s"]) and (after["utilisation"], after["retries"]) == (0, 0)
+    assert (after["computed_tokens"], after["separate_tokens"]) == (0, 0)
 
 
 def test_what_serve_does_not_say_is_left_out():

@@ -38,7 +38,7 @@ class Vllm:
         self.llm_engine = self
         self.blocks: set[tuple[int, ...]] = set()
         self.num_rows: list[int] = []  # with logits, of each request
-        self.num_rendered = 0
+        self.num_rendered = self.num_computed = 0
         self._requests: list[Any] = []
         self.silent = False
 
@@ -71,7 +71,9 @@ class Vllm:
         self.num_rows.append(
             len(rows) if vars(how).keys() & {"prompt_logprobs", "prompt_logprob_start"} else 0
         )
-        return SimpleNamespace(request_id=name, prompt_logprobs=positions, prompt_token_id_logprobs=given)
+        self.num_computed += len(ids) - first
+        found = {"prompt_logprobs": positions, "prompt_token_id_logprobs": given, "num_cached_tokens": first}
+        return SimpleNamespace(request_id=name, **found)
 
     def _position(self, ids: list[int], row: int, k: int) -> dict[int, Any]:
         known = logprobs_after(ids[: row + 1])
@@ -153,6 +155,7 @@ def test_scores_are_those_of_the_whole_sequence_whatever_the_cache_holds(calls, 
         prepared = [engine.prepare(prompt)] * len(answers) if ahead else None
         check(engine, prompts, responses, prepared)
     assert not ahead or llm.num_rendered == len(calls), "a prompt is rendered once for all its responses"
+    assert engine.num_computed_tokens == llm.num_computed
 
 
 @pytest.mark.parametrize("top_k", [0, K])

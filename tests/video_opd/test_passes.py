@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fakes import make_prompt
-from video_opd.passes import ask_by_video, calls_by_video
+from video_opd.passes import ask_by_video, calls_by_video, passes_by_cut
 from video_opd.types import Prompt
 
 
@@ -32,10 +32,13 @@ def test_a_call_has_whole_videos_where_they_fit(videos, size):
         assert shared or len(one) + sum(videos[i] == videos[following[0]] for i in following) > size
 
 
-def test_cuts_of_one_video_are_next_to_each_other():
+def test_cuts_of_one_video_are_next_to_each_other_and_a_pass_splits_none_that_fits():
     prompts = prompts_of([0] * 6)
     cuts = [replace(p, clip=replace(p.clip, start_s=float(i % 2))) for i, p in enumerate(prompts)]
     assert calls_by_video(cuts, 6) == [[0, 2, 4, 1, 3, 5]]
+    assert calls_by_video(cuts, 4) == [[0, 2, 4, 1], [3, 5]]
+    assert passes_by_cut(cuts, 4) == [[0, 2, 4], [1, 3, 5]]
+    assert passes_by_cut(cuts, 2) == [[0, 2], [4], [1, 3], [5]]
 
 
 def asked(size: int, videos: Sequence[int], answer, at_once=lambda: 2, arrived=None) -> list:

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from video_opd.config_data import Attention
@@ -139,8 +140,11 @@ class ResponseLogits(torch.nn.Module):
         super().__init__()
         self.model: VideoLLM = model
 
-    def hidden(self, batch: ResponseBatch) -> torch.Tensor:
-        """The head's input for the response rows, [R, hidden size] in the model's dtype."""
+    def hidden(self, batch: ResponseBatch, cache: Cache | None = None) -> torch.Tensor:
+        """The head's input for the response rows, [R, hidden size] in the model's dtype.
+
+        An empty cache gets the keys and values of the packed tokens.
+        """
         model, device, dtype = self.model.model, batch.input_ids.device, self.model.dtype
         features = batch.video_features
         if features is None:
@@ -152,7 +156,8 @@ class ResponseLogits(torch.nn.Module):
             attention_mask=torch.empty(1, 1, 1, 1),  # transformers makes no mask of its own beside one of 4-D
             position_ids=positions.flatten(1)[:, None, batch.places].to(device),
             mm_encoder_outputs={"video": _of_videos(features, batch.videos)},
-            use_cache=False,
+            past_key_values=cache,
+            use_cache=cache is not None,
             packing=Packing(batch.trees, dtype, device, masked),
         ).last_hidden_state
         return hidden[0, batch.rows]
@@ -260,6 +265,30 @@ def without_settings(model: VideoLLM) -> Iterator[None]:
         model.generation_config = settings
 
 
+def _prefilled(model: VideoLLM, batch: ResponseBatch, num_answers: int) -> dict[str, Any]:
+    """What generate() of transformers goes on from, in num_answers rows for each of the batch's prompts.
+
+    One packed pass computes all tokens, those that prompts share once. The last one is computed again.
+    """
+    packed = DynamicCache(config=model.config)
+    ResponseLogits(model).hidden(batch, packed)
+    separate, device = batch.separate, batch.input_ids.device
+    places = [torch.from_numpy(of_tokens) for of_tokens in packed_places(batch.trees)]
+    past = pad_sequence([p[:-1] for p in places], batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones_like(p) for p in places], batch_first=True, padding_side="left")
+    last = torch.arange(len(places)), torch.tensor([len(p) - 1 for p in places])
+    positions, _ = model.model.get_rope_index(**separate._asdict())
+    past = past.repeat_interleave(num_answers, 0).to(device)
+    layers: list[Any] = packed.layers
+    states = [tuple(kept[0][:, past].transpose(0, 1) for kept in (x.keys, x.values)) for x in layers]
+    return {
+        "input_ids": separate.input_ids[last][:, None].repeat_interleave(num_answers, 0).to(device),
+        "attention_mask": mask.repeat_interleave(num_answers, 0).to(device),
+        "position_ids": positions[:, *last, None].repeat_interleave(num_answers, 1).to(device),
+        "past_key_values": DynamicCache(states, model.config),
+    }
+
+
 @torch.inference_mode()
 def generate(
     model: VideoLLM,
@@ -273,28 +302,22 @@ def generate(
 ) -> list[list[np.ndarray]]:
     """num_answers responses to each prompt, int32[<= max_tokens], no end token. Temperature 0: greedy.
 
-    Of the folder's generation_config.json only the end tokens count.
+    What prompts of a clip share is computed once. Of the folder's generation_config.json only the end tokens
+    count.
     """
-    weight = model.get_input_embeddings().weight
     empty = [np.zeros(0, np.int32)] * len(prompts)
-    batch = _padded(prompts, empty, pad_id, weight.device, "left")  # all continue at the same column
-    seconds = batch.pop("second_per_grid_ts")
+    batch = collate(prompts, empty, pad_id, model.get_input_embeddings().weight.device)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    options: dict[str, Any] = sampling if temperature else {"do_sample": False}
-    if seconds is not None:
-        options["second_per_grid_ts"] = seconds
     with without_settings(model):
         output = model.generate(
-            **batch,
-            pixel_values_videos=pixel_values(prompts, weight.device).to(weight.dtype),
+            **_prefilled(model, batch, num_answers),
             max_new_tokens=max_tokens,
             suppress_tokens=list(banned_ids),
-            num_return_sequences=num_answers,
             pad_token_id=pad_id,
-            **options,
+            **(sampling if temperature else {"do_sample": False}),
         )
     answers = []
-    for row in output[:, batch["input_ids"].shape[1] :].cpu().numpy().astype(np.int32):
+    for row in output[:, 1:].cpu().numpy().astype(np.int32):
         stops = np.flatnonzero(np.isin(row, model.generation_config.eos_token_id))  # an id or a list of ids
         answers.append(row[: stops[0]] if len(stops) else row)
     return [answers[i : i + num_answers] for i in range(0, len(answers), num_answers)]
