@@ -4,6 +4,7 @@ import asyncio
 import os
 import time
 import zlib
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -19,6 +20,7 @@ from video_opd.errors import WeightsLostError
 from video_opd.logs import log, start_role_log, work
 from video_opd.models.engine_loop import Answered, EngineLoop, Request, predict
 from video_opd.models.prompting import PromptEncoder
+from video_opd.passes import cut_of
 from video_opd.types import EncodedPrompt, FailedPrompt, Prediction, Prompt, Trajectory, TrajectoryGroup
 
 RolloutResult = TrajectoryGroup | FailedPrompt
@@ -54,17 +56,25 @@ class RolloutActor:
     async def rollout(self, prompts: Sequence[Prompt]) -> AsyncIterator[list[RolloutResult]]:
         """Samples rollouts_per_prompt trajectories a prompt; a FailedPrompt where the clip cannot be read.
 
-        Results come as prompts finish, `rollout.prompts_per_result` at a time. Sampling is seeded by
+        Results come as prompts finish, `rollout.prompts_per_result` or more at a time. Those of one clip come
+        together, unless they are more: the teacher then scores them in one pass. Sampling is seeded by
         config.seed and the first trajectory's id. Raises WeightsLostError without a whole version of the
         weights.
         """
-        by_id = {p.prompt_id: p for p in prompts}
+        by_id, size = {p.prompt_id: p for p in prompts}, self._config.rollout.prompts_per_result
+        num_left, of_cut = Counter(map(cut_of, prompts)), defaultdict[Any, list[RolloutResult]](list)
         ready: list[RolloutResult] = []
         async with aclosing(self._loop.sample(self._encoder, prompts, self._sampling)) as results:
             async for result in results:
                 is_failed = isinstance(result, FailedPrompt)
-                ready.append(result if is_failed else self._group(by_id[result.prompt.prompt_id], result))
-                if len(ready) >= self._config.rollout.prompts_per_result:
+                prompt = by_id[result.prompt_id if is_failed else result.prompt.prompt_id]
+                cut = cut_of(prompt)
+                num_left[cut] -= 1
+                of_cut[cut].append(result if is_failed else self._group(prompt, result))
+                if num_left[cut] and len(of_cut[cut]) < size:
+                    continue
+                ready += of_cut.pop(cut)
+                if len(ready) >= size:
                     yield ready
                     ready = []
         if ready:

@@ -235,11 +235,23 @@ def test_a_version_that_does_not_come_is_the_loss_of_its_actor_and_not_the_end_o
     run(test())
 
 
-def test_results_come_while_other_prompts_of_the_call_are_answered(actor):
-    """prompts_per_result at a time: the demo's 16 come before the last four."""
-    names = [f"p{i}" for i in range(20)]
+@pytest.mark.parametrize(
+    ("clips", "sizes"),
+    [
+        (range(20), [16, 4]),  # before the last four are answered
+        ([0] * 10 + [1] * 8 + [2] * 2, [18, 2]),
+        ([0, 1] * 9 + [2, 2], [18, 2]),
+        ([0] * 17 + [1] * 3, [16, 4]),
+    ],
+)
+def test_results_come_while_other_prompts_are_answered_and_those_of_a_clip_together(actor, clips, sizes):
+    """The demo's prompts_per_result is 16."""
+    prompts = [make_prompt(f"p{i}", clip_id=f"v{clip}") for i, clip in enumerate(clips)]
 
-    async def test() -> list[int]:
-        return [len(part) async for part in actor.rollout([make_prompt(n) for n in names])]
+    async def test() -> list[list[str]]:
+        parts = [part async for part in actor.rollout(prompts)]
+        return [[group.prompt.prompt_id for group in part] for part in parts]
 
-    assert run(test()) == [16, 4]
+    found = run(test())
+    assert [len(part) for part in found] == sizes
+    assert sorted(name for part in found for name in part) == sorted(p.prompt_id for p in prompts)
