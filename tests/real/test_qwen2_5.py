@@ -1,6 +1,7 @@
 """Qwen2.5-VL, whose clock is in its positions: the same architecture at tiny widths through every part."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,10 +188,12 @@ def test_positions_are_those_of_a_literal_reading_with_padding_on_either_side(co
 
 
 def test_the_teacher_scores_what_a_plain_forward_over_one_sequence_gives(config, prompts):
-    encoder = PromptEncoder(config.teacher, config.prompt, config.video)
+    """And answers are its most likely tokens. Two of the prompts share a clip."""
+    how = config.prompt.model_copy(update={"video_first": True})
+    encoder = PromptEncoder(config.teacher, how, config.video)
     engine = TransformersEngine(config.teacher, config.teacher_pool, Wanted(), 0, encoder)
-    encoded = [encoder.encode(p) for p in prompts[:3]]
-    responses = [np.array([5, 9, 3], np.int32), np.array([7], np.int32), np.array([1, 2, 3, 4, 5], np.int32)]
+    encoded = [encoder.encode(p) for p in (*prompts[:3], replace(prompts[0], query="the bar grows"))]
+    responses = [np.asarray(ids, np.int32) for ids in ([5, 9, 3], [7], [1, 2, 3, 4, 5], [4, 6])]
     together = engine.score(encoded, responses)
     model = load_model(config.teacher, "float32").eval()
     for e, response, scores in zip(encoded, responses, together, strict=True):

@@ -1,14 +1,24 @@
 """Both teacher engines against plain transformers: log-probs, top-K, predictions; and teacher = student."""
 
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from teacher_service.calls import Reply
 from teacher_service.engine import TransformersEngine, VllmEngine, Wanted
+from teacher_service.replica import TeacherReplica
 from tests.attention import compare
-from tests.real.conftest import reference_logprobs
+from tests.real.conftest import reference_logprobs, scored_groups
+from video_opd.config import Config
 from video_opd.models.forward import load_head, load_model
 from video_opd.models.prompting import PromptEncoder
+from video_opd.types import Prompt
 
 K = 5
 TOLERANCE = 1e-4
@@ -73,6 +83,66 @@ def test_several_answers_are_sampled_for_each_prompt(engine, cases):
     answers = engine.predict(cases[0][:3], 4, 1.0, 8)
     assert [len(row) for row in answers] == [4, 4, 4]
     assert all(len(set(row)) > 1 for row in answers), "answers at temperature 1 differ"
+
+
+@contextmanager
+def replica_of(config: Config, folder: str, micro_batch: int, video_first: bool) -> Iterator[Any]:
+    """With its tower's patches of each pass, as `seen`, and no clip in its cache."""
+    prompt = config.prompt.model_copy(update={"video_first": video_first})
+    parts: dict[str, Any] = {"video": config.video.model_copy(update={"cache_dir": folder}), "prompt": prompt}
+    parts["teacher_pool"] = config.teacher_pool.model_copy(update={"micro_batch": micro_batch})
+    replica: Any = TeacherReplica(config.model_copy(update=parts), config.teacher_models[0])
+    replica._engine.wanted, replica.seen = Wanted(top_k=K, hidden=True), []
+    tower = replica._engine._model.model.visual
+    tower.register_forward_pre_hook(lambda _, inputs: replica.seen.append(len(inputs[0])))
+    yield replica
+    replica._thread.shutdown()
+
+
+def of_two_clips(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Three queries for each of two clips, those of a clip apart from each other."""
+    of_clips = list({p.clip.video_path: p for p in prompts}.values())[:2]
+    queries = ("the red square is visible", "the blue circle is there and gone", "red")
+    return [replace(p, prompt_id=f"{p.prompt_id} {q}", query=q) for q in queries for p in of_clips]
+
+
+@pytest.mark.parametrize("video_first", [True, False])
+def test_a_replica_computes_once_what_prompts_of_a_clip_share_and_scores_and_answers_as_alone(
+    config, prompts, tmp_path, video_first
+):
+    """With the video after the question, prompts of a clip share its features."""
+    asked = of_two_clips(prompts)
+
+    async def answered(replica: Any) -> tuple[Reply, Reply]:
+        groups = [g.group for g in scored_groups(asked, replica._encoder, seed=0, rollouts=2)]
+        return await replica.score(groups), await replica.predict(asked, 2, 0.0)
+
+    with replica_of(config, f"{tmp_path}/a", 12, video_first) as replica:
+        together, predicted = asyncio.run(answered(replica))
+        encoded = [replica._encoder.encode(p) for p in asked]
+        assert replica._encoder.frame_cache.num_decodes == 2
+        assert replica.seen == [sum(int(np.prod(e.video_grid_thw)) for e in encoded[:2])] * 2, "a pass each"
+    with replica_of(config, f"{tmp_path}/b", 1, video_first) as replica:
+        alone, predicted_alone = asyncio.run(answered(replica))
+    assert predicted.results == predicted_alone.results
+    assert all(len(answers) == 2 and answers[0] == answers[1] for answers in predicted.results)
+    assert alone.computed_tokens == alone.separate_tokens == together.separate_tokens
+    num_video_tokens = sum(np.count_nonzero(e.token_types) for e in encoded[:2])
+    saved = alone.computed_tokens - together.computed_tokens
+    assert saved > (5 * num_video_tokens if video_first else 0)
+    pairs = zip(flat(together), flat(alone), strict=True)
+    for ours, theirs in pairs:
+        assert (ours.trajectory_id, ours.top_k.ids.tolist()) == (
+            theirs.trajectory_id,
+            theirs.top_k.ids.tolist(),
+        )
+        for name in ("teacher_logprobs", "hidden", "entropy"):
+            np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(ours.top_k.logprobs, theirs.top_k.logprobs, atol=1e-5)
+
+
+def flat(reply: Reply) -> list[Any]:
+    return [scores for of_group in reply.results for scores in of_group]
 
 
 def test_a_teacher_that_is_the_student_gives_no_signal(config, prompts, encoder):
