@@ -125,6 +125,7 @@ def test_a_replica_computes_once_what_prompts_of_a_clip_share_and_scores_and_ans
     with replica_of(config, f"{tmp_path}/b", 1, video_first) as replica:
         alone, predicted_alone = asyncio.run(answered(replica))
     assert predicted.results == predicted_alone.results
+    assert [answers[0].prompt_id for answers in predicted.results] == [p.prompt_id for p in asked]
     assert all(len(answers) == 2 and answers[0] == answers[1] for answers in predicted.results)
     assert alone.computed_tokens == alone.separate_tokens == together.separate_tokens
     num_video_tokens = sum(np.count_nonzero(e.token_types) for e in encoded[:2])
