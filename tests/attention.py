@@ -66,6 +66,16 @@ def install_stand_in(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return called
 
 
+@torch.no_grad()
+def compare_first_tokens(model: Any, encoded: Sequence[EncodedPrompt], pad_id: int) -> None:
+    """Answers are drawn from the distribution that each prompt has alone."""
+    batch = forward.collate(encoded, [np.zeros(0, np.int32)] * len(encoded), pad_id)
+    found = model(**forward.prefilled(model, batch, 2)).logits[:, -1]
+    for prompt, rows in zip(encoded, found.unflatten(0, (-1, 2)), strict=True):
+        alone = forward.ResponseLogits(model)(forward.collate([prompt], [np.zeros(1, np.int32)], pad_id))
+        torch.testing.assert_close(rows, alone.expand(2, -1), atol=1e-4, rtol=1e-4)
+
+
 def compare(
     folder: str, encoded: Sequence[EncodedPrompt], encoder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

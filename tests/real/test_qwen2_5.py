@@ -21,7 +21,7 @@ from actors.engine import PolicyEngine
 from demo.clips import write_mp4
 from demo.models import CHAT_TEMPLATE, SPECIAL, build_tokenizer
 from teacher_service.engine import TransformersEngine, Wanted
-from tests.attention import compare
+from tests.attention import compare, compare_first_tokens
 from tests.real.adapters import LORA, adapted, gaps, published
 from tests.real.conftest import DEMO
 from tests.real.runs import GROUPS, SHRUNK, metrics_of, run_launch
@@ -201,6 +201,7 @@ def test_the_teacher_scores_what_a_plain_forward_over_one_sequence_gives(config,
             batch = collate([e], [response], encoder.tokenizer.pad_token_id)
             alone = ResponseLogits(model)(batch).log_softmax(-1)[torch.arange(len(response)), batch.targets]
         np.testing.assert_allclose(scores.logprobs, alone.numpy(), atol=2e-5)
+    compare_first_tokens(model, encoded, encoder.tokenizer.pad_token_id)
     greedy = generate(
         model, encoded, max_tokens=5, pad_id=encoder.tokenizer.pad_token_id, banned_ids=encoder.pad_ids
     )

@@ -13,7 +13,7 @@ import torch
 from teacher_service.calls import Reply
 from teacher_service.engine import TransformersEngine, VllmEngine, Wanted
 from teacher_service.replica import TeacherReplica
-from tests.attention import compare
+from tests.attention import compare, compare_first_tokens
 from tests.real.conftest import reference_logprobs, scored_groups
 from video_opd.config import Config
 from video_opd.models.forward import load_head, load_model
@@ -122,6 +122,7 @@ def test_a_replica_computes_once_what_prompts_of_a_clip_share_and_scores_and_ans
         encoded = [replica._encoder.encode(p) for p in asked]
         assert replica._encoder.frame_cache.num_decodes == 2
         assert replica.seen == [sum(int(np.prod(e.video_grid_thw)) for e in encoded[:2])] * 2, "a pass each"
+        compare_first_tokens(replica._engine._model, encoded, replica._encoder.tokenizer.pad_token_id)
     with replica_of(config, f"{tmp_path}/b", 1, video_first) as replica:
         alone, predicted_alone = asyncio.run(answered(replica))
     assert predicted.results == predicted_alone.results

@@ -265,7 +265,7 @@ def without_settings(model: VideoLLM) -> Iterator[None]:
         model.generation_config = settings
 
 
-def _prefilled(model: VideoLLM, batch: ResponseBatch, num_answers: int) -> dict[str, Any]:
+def prefilled(model: VideoLLM, batch: ResponseBatch, num_answers: int) -> dict[str, Any]:
     """What generate() of transformers goes on from, in num_answers rows for each of the batch's prompts.
 
     One packed pass computes all tokens, those that prompts share once. The last one is computed again.
@@ -310,7 +310,7 @@ def generate(
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     with without_settings(model):
         output = model.generate(
-            **_prefilled(model, batch, num_answers),
+            **prefilled(model, batch, num_answers),
             max_new_tokens=max_tokens,
             suppress_tokens=list(banned_ids),
             pad_token_id=pad_id,
