@@ -126,7 +126,7 @@ class CurriculumConfig(ConfigSection):
     trpv: bool = key(True, "tvdf, scc: drop prompts that the teacher gets wrong")
     dbtp: bool = key(True, "tvdf: ask the student, select by disagreement; false: select at random")
     sampler: Literal["top_k", "dsus", "bbds", "gwds", "uniform"] = key("top_k", "tvdf: how dbtp selects")
-    select_by: Literal["prompt", "video"] = key("prompt", "tvdf; video: whole ones, by the mean of theirs")
+    select_by: Literal["prompt", "video"] = key("prompt", "tvdf: the sampler selects prompts or whole videos")
     num_selected: PositiveInt | None = key(None, "prompts of a round; None: all that may be selected")
     pool_sample: PositiveInt | None = key(None, "prompts asked in a round, at random; None: the whole pool")
     passes_per_round: PositiveInt = key(1, "tvdf: how often a selected prompt is sampled in a round")
