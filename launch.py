@@ -28,7 +28,7 @@ from driver.records.sinks import MetricSinks, TrajectoryLog
 from driver.records.step import Outputs, num_tokens, record
 from driver.records.summary import summarise
 from driver.recovery import learner_lost, poll_control, recover, watch
-from driver.rounds import start_round, validate_first
+from driver.rounds import next_call, start_round, validate_first
 from driver.run import Run, create_parts, publish_weights, start_parts
 from driver.run_state import Phase
 from driver.scoring import roll_out, score
@@ -70,20 +70,20 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
     """
     config, curriculum = run.config, run.curriculum
     buffer = run.buffer = TrajectoryBuffer(config.groups_per_step, config.max_policy_lag, until - run.step)
-    per_call = config.rollout.prompts_per_call
 
     async def sample() -> None:
-        while slots := await buffer.reserve(per_call):
+        while call := await next_call(run, buffer):
+            slots, prompts = call
             while slots:  # the slot of a failed prompt goes to another prompt
-                prompts = await curriculum.next_prompts(len(slots))
-                slot_of = {p.prompt_id: slot for p, slot in zip(prompts, slots, strict=True)}
+                prompts = prompts or await curriculum.next_prompts(len(slots))
+                slot_of = {p.prompt_id: slot for p, slot in zip(prompts, slots, strict=False)}
                 async with asyncio.TaskGroup() as scoring:  # each result as soon as it arrives
                     tasks = [
                         scoring.create_task(score_and_fill(slot_of, reference, results))
                         async for reference, results in roll_out(run, prompts)
                     ]
                 filled = set[int]().union(*(task.result() for task in tasks))
-                slots = [slot for slot in slots if slot not in filled]
+                slots, prompts = [slot for slot in slots if slot not in filled], []
 
     async def score_and_fill(
         slot_of: dict[str, int], reference: Any, results: Sequence[RolloutResult]
@@ -102,7 +102,7 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
 
     async with asyncio.TaskGroup() as tasks:  # an error in one task stops them all
         tasks.create_task(learn())
-        for _ in range(config.most_actors):
+        for _ in range(config.most_calls):
             tasks.create_task(sample())
 
 

@@ -172,7 +172,8 @@ class RolloutActor:
                 predicted_span_s=parse_span(text),
             )
             trajectories.append(trajectory)
-        return TrajectoryGroup(prompt=prompt, trajectories=tuple(trajectories))
+        hits = answered.cache_hits
+        return TrajectoryGroup(prompt=prompt, trajectories=tuple(trajectories), cache_hits=hits)
 
 
 def _trajectory_id(prompt_id: str, policy_version: int, number: int) -> str:

@@ -115,7 +115,9 @@ def measure_plain(config: Config, case: Case, _: Path) -> Measured:
     for step in range(WARM_UP_STEPS + steps):
         if step == WARM_UP_STEPS:
             tokens, wall_s, cpu_s = 0, time.monotonic(), time.process_time()
-        prompts = scheduler.next_prompts(config.groups_per_step)
+        prompts: list[Prompt] = []
+        while missing := config.groups_per_step - len(prompts):
+            prompts += scheduler.next_prompts(missing)
         tokens += loop.step(prompts)[1]
         scheduler.observe([(p.prompt_id, 1, False) for p in prompts], step)
     return steps, time.monotonic() - wall_s, {"plain": time.process_time() - cpu_s}, tokens

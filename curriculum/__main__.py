@@ -119,7 +119,8 @@ def _why(record: dict, records: pa.Table, config: Config) -> list[str]:
     alive = records.filter(pc.field("dropped") == "")["disagreement"].drop_null().to_numpy()
     rank = int(np.count_nonzero(alive > record["disagreement"])) + 1
     place = f"disagreement {record['disagreement']:.3f}, rank {rank} of {len(alive)}"
-    return [f"{place}; {selected} ({curriculum.sampler})"]
+    how = f"{curriculum.sampler} of videos" if curriculum.select_by == "video" else curriculum.sampler
+    return [f"{place}; {selected} ({how})"]
 
 
 def _rounds(record: dict) -> str:

@@ -1,14 +1,15 @@
 """The scheduler: which prompts the actors sample next. A pure class, and the Ray actor that holds it."""
 
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from curriculum.coupling import anchors_and_frontier
-from curriculum.tvdf import SAMPLERS, disagreement
+from curriculum.tvdf import SAMPLERS, by_video, disagreement
+from curriculum.videos import next_videos
 from video_opd.config import Config
 from video_opd.errors import CheckpointError, ConfigError, RunError
 from video_opd.grounding import reaches
@@ -54,8 +55,9 @@ class Scheduler:
     def __init__(self, pool: Sequence[Prompt | FailedPrompt], config: Config):
         self._prompts, self._config, self._curriculum = list(pool), config, config.curriculum
         self._index = {p.prompt_id: i for i, p in enumerate(self._prompts)}
-        videos = [p.clip.video_path if isinstance(p, Prompt) else "" for p in pool]
-        self._video = pa.array(videos).dictionary_encode().indices.to_numpy()
+        clips = [p.clip if isinstance(p, Prompt) else None for p in pool]
+        self._video = _codes(c.video_path if c else "" for c in clips)
+        self._cut = _codes(f"{c.start_s} {c.duration_s}" if c else "" for c in clips)
         self._rng = np.random.default_rng(config.seed)
         size = len(self._prompts)
         self._teacher_iou = np.full(size, np.nan)
@@ -173,6 +175,8 @@ class Scheduler:
         sampler = self._curriculum.sampler if self._curriculum.dbtp else "uniform"
         delta = self._disagreement()[candidates]
         assert sampler == "uniform" or np.isfinite(delta).all(), "disagreement needs both answers of a prompt"
+        if self._curriculum.select_by == "video":
+            return candidates[by_video(SAMPLERS[sampler], delta, self._video[candidates], k, self._rng)]
         return candidates[SAMPLERS[sampler](delta, k, self._rng)]
 
     def _disagreement(self) -> np.ndarray:
@@ -207,7 +211,17 @@ class Scheduler:
         return self._next_selection
 
     def next_prompts(self, n: int) -> list[Prompt]:
-        """The next n prompts, none of them in flight. Raises RunError when fewer are left."""
+        """The next n prompts, none of them in flight. Raises RunError when fewer are left.
+
+        With group_by_video, n is the room that a step has left, and may be more than the number returned:
+        see curriculum/videos.py.
+        """
+        issued = self._next_videos(n) if self._curriculum.group_by_video and n else []
+        issued = issued or self._next_in_turn(n)
+        return [p for i in issued if isinstance(p := self._prompts[i], Prompt)]
+
+    def _next_in_turn(self, n: int) -> list[int]:
+        """The places of the next n prompts of the queue. Those that are in flight keep their turn."""
         issued, held_back = [], []
         while len(issued) < n:
             if not self._queue:
@@ -219,7 +233,20 @@ class Scheduler:
                 self._in_flight[i] = None
                 issued.append(i)
         self._queue.extendleft(reversed(held_back))
-        return [p for i in issued if isinstance(p := self._prompts[i], Prompt)]
+        return issued
+
+    def _next_videos(self, n: int) -> list[int]:
+        """The places of the prompts of whole videos; empty while each video has a prompt in flight."""
+        config, issued = self._config, []
+        of_call = (n, config.rollout.prompts_per_call, n == config.groups_per_step)
+        while not issued:
+            if not self._queue:
+                self._refill(1)
+            issued = next_videos(self._queue, *of_call, self._video, self._dropped, self._in_flight)
+            if self._queue:
+                break
+        self._in_flight |= dict.fromkeys(issued)
+        return issued
 
     def _refill(self, wanted: int) -> None:
         """Queues one more pass over the selected prompts, shuffled."""
@@ -232,12 +259,12 @@ class Scheduler:
         self._queue.extend(self._shuffle(alive).tolist())
 
     def _shuffle(self, which: np.ndarray) -> np.ndarray:
-        """A random order; with group_by_video, prompts of one video stay next to each other."""
+        """A random order; with group_by_video, prompts of one video, and of one cut of it, stay together."""
         which = self._rng.permutation(which)
         if not self._curriculum.group_by_video:
             return which
         _, first, video = np.unique(self._video[which], return_index=True, return_inverse=True)
-        return which[np.argsort(first[video], kind="stable")]
+        return which[np.lexsort((self._cut[which], first[video]))]
 
     def observe(self, observations: Sequence[Observation], step: int) -> dict[str, float]:
         """Records groups that were trained on or suspended at `step`: their prompts leave flight.
@@ -327,6 +354,11 @@ class Scheduler:
             "curriculum/suspended": int(self._suspended.sum()),
             "curriculum/seen_frac": float((self._num_rollouts[selected] > 0).sum() / max(1, selected.sum())),
         }
+
+
+def _codes(names: Iterable[str]) -> np.ndarray:
+    """int64[P]: equal where the names are."""
+    return pa.array(names).dictionary_encode().indices.to_numpy()
 
 
 def _nullable(values: np.ndarray) -> pa.Array:

@@ -5,6 +5,7 @@ student's answer. A sampler takes delta float64[P], the number k of prompts to s
 It returns int64[min(k, P)], distinct indices; ties keep the order of the pool.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -58,6 +59,32 @@ def uniform(delta: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
 
 
 SAMPLERS: dict[str, Sampler] = {"top_k": top_k, "dsus": dsus, "bbds": bbds, "gwds": gwds, "uniform": uniform}
+
+
+def by_video(
+    sampler: Sampler, delta: np.ndarray, videos: np.ndarray, k: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Whole videos: the sampler runs on the means of delta, D_v = (1 / |v|) sum_{i in v} delta_i.
+
+    videos: int64[P], of each prompt. The sampler selects m videos, so many that they have k prompts where
+    m - 1 videos have fewer. In its order, the prompts of a video by delta, descending, the first k are taken:
+    the last video is cut. Ours, not the paper's.
+    """
+    _, first, video = np.unique(videos, return_index=True, return_inverse=True)
+    place = np.argsort(np.argsort(first))[video]  # of each prompt's video, in the order of the pool
+    sizes = np.bincount(place)
+    means = np.bincount(place, weights=delta) / sizes
+    before = rng.bit_generator.state
+
+    def drawn(m: int) -> np.ndarray:
+        rng.bit_generator.state = before  # the same draws whatever m is
+        return sampler(means, m, rng)
+
+    k = min(k, len(delta))
+    chosen = drawn(bisect_left(range(len(sizes)), k, key=lambda m: int(sizes[drawn(m)].sum())))
+    rank = np.full(len(sizes), len(sizes))
+    rank[chosen] = np.arange(len(chosen))
+    return np.lexsort((np.argsort(_descending(delta)), rank[place]))[:k]
 
 
 def equal_shares(sizes: Sequence[int], k: int) -> list[int]:

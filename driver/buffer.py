@@ -1,6 +1,7 @@
 """The slots between the sampling tasks and the learner, which bound the policy lag."""
 
 import asyncio
+from collections.abc import Sequence
 
 from video_opd.types import ScoredGroup
 
@@ -19,15 +20,24 @@ class TrajectoryBuffer:
         self._groups_per_step = groups_per_step
         self._free = (max_policy_lag + 1) * groups_per_step
         self._left = num_steps * groups_per_step
+        self._is_closed = False
+        self.asking = asyncio.Lock()  # held from a call of reserve to that of give_back
         self._next_slot = 0
         self._first_slot = 0  # of the step that take() waits for
         self._filled: dict[int, ScoredGroup] = {}
         self._changed = asyncio.Condition()
 
-    async def reserve(self, at_most: int) -> list[int]:
-        """Waits for free slots and takes up to `at_most`; empty when the round needs no more."""
+    async def reserve(self, at_most: int | None) -> list[int]:
+        """Waits for free slots and takes up to `at_most`; empty when the round needs no more.
+
+        None: all that are left of one step.
+        """
         async with self._changed:
-            await self._changed.wait_for(lambda: self._free > 0 or self._left == 0)
+            await self._changed.wait_for(lambda: self._free > 0 or self._left == 0 or self._is_closed)
+            if self._is_closed:
+                return []
+            if at_most is None:
+                at_most = self._groups_per_step - self._next_slot % self._groups_per_step
             num_slots = min(at_most, self._free, self._left)
             slots = list(range(self._next_slot, self._next_slot + num_slots))
             self._next_slot += num_slots
@@ -36,6 +46,16 @@ class TrajectoryBuffer:
             if self._left == 0:
                 self._changed.notify_all()
             return slots
+
+    async def give_back(self, slots: Sequence[int]) -> None:
+        """Frees those of the slots reserved last that nobody fills; they are handed out again."""
+        async with self._changed:
+            last = range(self._next_slot - len(slots), self._next_slot)
+            assert list(slots) == list(last), f"slots {slots} are not the last ones reserved"
+            self._next_slot -= len(slots)
+            self._free += len(slots)
+            self._left += len(slots)
+            self._changed.notify_all()
 
     async def fill(self, slot: int, group: ScoredGroup) -> None:
         async with self._changed:
@@ -60,7 +80,7 @@ class TrajectoryBuffer:
     async def close(self) -> None:
         """Hands out no more slots: the run ends earlier than planned."""
         async with self._changed:
-            self._left = 0
+            self._is_closed = True
             self._changed.notify_all()
 
     async def release(self) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from curriculum import answers as on_disk
+from driver.buffer import TrajectoryBuffer
 from driver.checkpoints import checkpoint
 from driver.idle_gpus import more_replicas
 from driver.passes import shown
@@ -53,6 +54,22 @@ async def start_round(run: Run) -> None:
     if (asks_teacher or config.asks_student) and not await try_to_save(run, checkpoint, "checkpoint"):
         on_disk.forget_student_answers(run.folder)
     run.clock.take_times()  # not part of a step
+
+
+async def next_call(run: Run, buffer: TrajectoryBuffer) -> tuple[list[int], list[Prompt]] | None:
+    """Free slots, and prompts for them; None when the round needs no more.
+
+    With group_by_video those of one step, and whole videos: slots that no video fits are for the next call.
+    """
+    config = run.config
+    async with buffer.asking:
+        by_video = config.curriculum.group_by_video
+        slots = await buffer.reserve(None if by_video else config.rollout.prompts_per_call)
+        if not slots:
+            return None
+        prompts = await run.curriculum.next_prompts(len(slots))
+        await buffer.give_back(slots[len(prompts) :])
+    return slots[: len(prompts)], prompts
 
 
 async def write_records(run: Run) -> pa.Table:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from video_opd.models.feed import Ahead, Feed
 from video_opd.models.vllm_engine import Added
 from video_opd.types import FailedPrompt, Prompt
@@ -29,8 +31,16 @@ class FakeEngine:
         self.before_step: Callable[[], None] = lambda: None
         self.thread: threading.Thread | None = None
 
+    tokens_a_pass = 1000
+
+    def waiting(self) -> tuple[int, int]:
+        return 0, len(self.inside)
+
     def render(self, encoded: Any) -> Any:
         return encoded
+
+    def num_cached_tokens(self, added: Added) -> int:
+        return 0
 
     def add(self, rendered: Any, seed: int | None, num_answers: int = 1) -> Added:
         if rendered.prompt_id == "too long":
@@ -55,13 +65,20 @@ class FakeEngine:
         assert not self.inside
 
     def abort(self, added: Sequence[Added]) -> None:
-        for name, _ in added:
-            self.aborted.append(name)
-            del self.inside[name]
+        for one in added:
+            self.aborted.append(one.name)
+            del self.inside[one.name]
 
     def completions(self, prompt: Any, output: Any) -> list[int]:
         """The version that answered, for each answer."""
         return [output.request.version] * output.request.n
+
+
+def encoded(prompt: Prompt) -> Any:
+    """Ten tokens of the clip, and two others."""
+    ids, types = np.arange(12, dtype=np.int32), np.arange(12) < 10
+    seen = {"token_ids": ids, "token_types": types, "frames_digest": prompt.clip.clip_id}
+    return SimpleNamespace(prompt_id=prompt.prompt_id, was_processed=False, **seen)
 
 
 class FakeEncoder:
@@ -78,7 +95,7 @@ class FakeEncoder:
         def encode(prompt: Prompt) -> Any:
             if reason := self._encode(prompt.prompt_id):
                 return FailedPrompt(prompt_id=prompt.prompt_id, reason=reason)
-            return prepare(SimpleNamespace(prompt_id=prompt.prompt_id))
+            return prepare(encoded(prompt))
 
         return self.feed.ahead(encode, prompts, on_ready)
 

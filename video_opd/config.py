@@ -126,13 +126,14 @@ class CurriculumConfig(ConfigSection):
     trpv: bool = key(True, "tvdf, scc: drop prompts that the teacher gets wrong")
     dbtp: bool = key(True, "tvdf: ask the student, select by disagreement; false: select at random")
     sampler: Literal["top_k", "dsus", "bbds", "gwds", "uniform"] = key("top_k", "tvdf: how dbtp selects")
+    select_by: Literal["prompt", "video"] = key("prompt", "tvdf: the sampler selects prompts or whole videos")
     num_selected: PositiveInt | None = key(None, "prompts of a round; None: all that may be selected")
     pool_sample: PositiveInt | None = key(None, "prompts asked in a round, at random; None: the whole pool")
     passes_per_round: PositiveInt = key(1, "tvdf: how often a selected prompt is sampled in a round")
     teacher_threshold: Fraction = key(0.7, "TRPV: drop prompts whose teacher IoU is lower")
     num_teacher_predictions: PositiveInt = key(4, "TRPV: teacher answers for each prompt")
     multi_span_iou: Literal["best", "merged"] = key("best", "IoU with several true spans; see grounding.py")
-    group_by_video: bool = key(False, "issue prompts of one video next to each other")
+    group_by_video: bool = key(False, "sample the prompts of a video in one step, on one actor")
     anchor_iou: Fraction = key(0.7, "scc: initial student IoU from which a prompt is an Anchor")
     frontier_iou: Fraction = key(0.3, "scc: initial student IoU below which a prompt is Frontier")
     anchor_frac: Fraction = key(0.1, "scc: share of Anchors in the pool")
@@ -141,6 +142,8 @@ class CurriculumConfig(ConfigSection):
     def problems(self) -> Iterator[str]:
         if self.frontier_iou > self.anchor_iou:
             yield f"frontier_iou={self.frontier_iou} is above anchor_iou={self.anchor_iou}: lower it"
+        if self.select_by == "video" and self.kind != "tvdf":
+            yield f"select_by=video, but only kind=tvdf selects by it, not {self.kind}: leave it out"
         if self.pool_sample and self.kind != "uniform" and not (self.asks_teacher or self.asks_student):
             yield f"pool_sample={self.pool_sample}, but trpv=false and dbtp=false ask nobody: leave it out"
         if self.pool_sample and self.num_selected and self.pool_sample < self.num_selected:
@@ -259,8 +262,16 @@ class Config(ConfigSection):
 
     @property
     def most_actors(self) -> int:
-        """Calls of actors under way at one time: as many of them have work."""
-        return -(-self.num_slots // self.rollout.prompts_per_call)
+        """So many have work: calls under way at one time, where each is as large as it may be."""
+        most = self.rollout.prompts_per_call
+        if self.curriculum.group_by_video:  # a call has prompts of one step
+            return (self.max_policy_lag + 1) * -(-self.groups_per_step // most)
+        return -(-self.num_slots // most)
+
+    @property
+    def most_calls(self) -> int:
+        """Calls of actors under way at one time. With group_by_video they may be as small as a video."""
+        return self.num_slots if self.curriculum.group_by_video else self.most_actors
 
     def warnings(self) -> Iterator[str]:
         """Yields what is allowed, but probably not meant: processes without work, imprecise gradients."""

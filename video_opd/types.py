@@ -115,11 +115,20 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CacheHits:
+    """What an actor's engine had computed already when it began the answers to a prompt."""
+
+    num_cached_tokens: int  # of the prompts of all answers, in the prefix cache
+    was_clip_processed: bool  # for another prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectoryGroup:
     """The G trajectories of one prompt."""
 
     prompt: Prompt
     trajectories: tuple[Trajectory, ...]
+    cache_hits: CacheHits | None = None  # None: no engine sampled them
     suspended: tuple[Trajectory, ...] = ()  # neither scored nor in the loss (curriculum.kind=scc)
 
     @property

@@ -11,7 +11,7 @@ from driver.records.report import ShowStep
 from driver.records.sinks import MetricSinks, TrajectoryLog
 from driver.run import Run
 from video_opd.grounding import best_iou
-from video_opd.types import ScoredGroup, StepReport, Trajectory
+from video_opd.types import ScoredGroup, StepReport, Trajectory, TrajectoryGroup
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,17 @@ def num_tokens(trajectories: Iterable[Trajectory]) -> int:
     return sum(len(t.response_token_ids) for t in trajectories)
 
 
+def cache_metrics(groups: Iterable[TrajectoryGroup]) -> dict[str, float]:
+    """Shares of the prompts' tokens, once an answer, and of the prompts' clips that engines had computed."""
+    sampled = [(group, hits) for group in groups if (hits := group.cache_hits)]
+    num_tokens = sum(len(t.prompt_token_ids) for group, _ in sampled for t in group.sampled)
+    num_cached = sum(hits.num_cached_tokens for _, hits in sampled)
+    return {
+        "actors/prefix_cache_hit_frac": num_cached / num_tokens if num_tokens else math.nan,
+        "actors/mm_cache_hit_frac": mean([hits.was_clip_processed for _, hits in sampled]),
+    }
+
+
 async def record(
     run: Run, outputs: Outputs, report: StepReport, groups: list[ScoredGroup], lags: list[int]
 ) -> None:
@@ -49,6 +60,7 @@ async def record(
         "actors/miou": mean(ious),
         "actors/unparsed_frac": mean([t.predicted_span_s is None for _, t in sampled]),
         "actors/truncated_frac": mean([t.finish_reason == "length" for _, t in sampled]),
+        **cache_metrics([g.group for g in groups]),
         "actors/policy_lag_mean": mean(lags),
         "actors/policy_lag_max": float(max(lags, default=math.nan)),
         "actors/rollout_tokens": float(run.totals["rollout_tokens"]),

@@ -684,6 +684,22 @@ def test_scc_keeps_anchors_and_frontier_for_the_whole_run_and_marks_what_is_susp
     )
 
 
+def test_whole_videos_are_selected_by_the_mean_of_their_usable_prompts():
+    """p0 is dropped, so v0 = {p0, p3, p6} has the largest mean. A video takes the place of what is lost."""
+    prompts = [make_prompt(f"p{i}", clip_id=f"v{i % 3}") for i in range(9)]
+    scheduler = Scheduler(prompts, make_config(kind="tvdf", select_by="video", num_selected=4))
+    tau = [0.1] + [0.9] * 8
+    start_round(scheduler, tau, [0.9, 0.1, 0.3, 0.05, 0.1, 0.4, 0.05, 0.1, 0.2])
+
+    def selected() -> set[str]:
+        return {r["prompt_id"] for r in records_of(scheduler) if r["selected"] and not r["dropped"]}
+
+    assert selected() == {"p3", "p6", "p1", "p4"}, "v1 is cut"
+    for lost, found in (("p3", "p7"), ("p6", "p8"), ("p7", "p2")):
+        scheduler.retire([FailedPrompt(prompt_id=lost, reason="broken")])
+        assert found in selected() and len(selected()) == 4
+
+
 def test_prompts_of_one_video_are_issued_next_to_each_other_when_asked():
     prompts = [make_prompt(f"v{i % 5}:{i}", clip_id=f"v{i % 5}") for i in range(20)]
     orders = []

@@ -16,6 +16,7 @@ from curriculum.tvdf import (
     GWDS_SPREAD,
     SAMPLERS,
     bbds,
+    by_video,
     disagreement,
     dsus,
     gwds,
@@ -181,3 +182,36 @@ def test_suspension_takes_the_solved_rollouts_alone():
     assert [len(t.response_token_ids) for t in routed.suspended] == [4, 5]
     assert routed.sampled == group.trajectories
     assert suspend(group, [best_iou(None, ((2.0, 5.0),))] * 3, 0.7) == group
+
+
+@given(delta=dyadic, data=st.data(), name=st.sampled_from(sorted(SAMPLERS)), seed=st.integers(0, 99))
+def test_by_video_takes_the_videos_of_the_sampler_until_there_are_k_prompts(delta, data, name, seed):
+    """The sampler sees one number a video. Which m it is asked for: m videos have k prompts, m - 1 do not."""
+    videos = data.draw(st.lists(st.integers(0, 4), min_size=len(delta), max_size=len(delta)))
+    k = data.draw(st.integers(0, len(delta) + 2))
+    chosen = by_video(SAMPLERS[name], np.array(delta), np.array(videos), k, np.random.default_rng(seed))
+    members = {v: [i for i in range(len(delta)) if videos[i] == v] for v in dict.fromkeys(videos)}
+    means = np.array([sum(delta[i] for i in of_video) / len(of_video) for of_video in members.values()])
+
+    def prompts_of(m: int) -> list[int]:
+        """The first of the sampler's m videos first, and in each the largest delta."""
+        places = SAMPLERS[name](means, m, np.random.default_rng(seed))
+        of_videos = [list(members.values())[v] for v in places]
+        return [i for of in of_videos for i in sorted(of, key=lambda i: (-delta[i], i))]
+
+    wanted = min(k, len(delta))
+    possible = [
+        prompts_of(m)[:wanted]
+        for m in range(len(members) + 1)
+        if len(prompts_of(m)) >= wanted and (m == 0 or len(prompts_of(m - 1)) < wanted)
+    ]
+    assert chosen.tolist() in possible
+    if name in ("top_k", "gwds", "uniform"):  # one order of all videos, cut after k prompts
+        assert chosen.tolist() == prompts_of(len(members))[:wanted]
+
+
+@pytest.mark.parametrize("k", range(7))
+def test_by_video_the_mean_counts_and_the_last_video_keeps_its_largest(k):
+    """Video 7 has the largest prompt, 9 the larger mean."""
+    delta, videos = np.array([0.1, 0.5, 0.0, 0.6, 0.9]), np.array([7, 9, 7, 9, 7])
+    assert by_video(top_k, delta, videos, k, rng()).tolist() == [3, 1, 4, 0, 2][:k]

@@ -1,14 +1,17 @@
 """One step of the loop, around parts that only say when they are called."""
 
 import asyncio
+import math
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import launch
+from driver.records.step import cache_metrics
 from driver.run import Run
 from tests.fakes import make_group
 from video_opd import ROOT
 from video_opd.config_file import load_config
-from video_opd.types import StepReport
+from video_opd.types import CacheHits, StepReport, TrajectoryGroup
 
 
 class Part:
@@ -30,6 +33,17 @@ class Part:
             return self.answers.get(name)
 
         return call
+
+
+def test_cache_hits_are_shares_of_the_tokens_and_clips_of_what_actors_sampled():
+    def sampled(name: str, rollouts: int, cached: int, processed: bool) -> TrajectoryGroup:
+        hits = CacheHits(num_cached_tokens=cached, was_clip_processed=processed)
+        return replace(make_group(name, [2] * rollouts, suspended=[1]).group, cache_hits=hits)
+
+    groups = [sampled("p", 3, 8, False), sampled("q", 1, 4, True)]  # 5 tokens a prompt
+    metrics = cache_metrics([*groups, make_group("truth").group])
+    assert metrics == {"actors/prefix_cache_hit_frac": 12 / 30, "actors/mm_cache_hit_frac": 0.5}
+    assert all(math.isnan(value) for value in cache_metrics([make_group("truth").group]).values())
 
 
 def test_the_curriculum_observes_while_the_weights_travel_and_both_end_before_new_prompts(monkeypatch):

@@ -55,13 +55,13 @@ def broken_clips(tmp_path_factory) -> tuple[list[str], dict[str, Path]]:
 
 @pytest.fixture(scope="module")
 def finished(shared_ray, overrides, broken_clips) -> Path:
-    """A run at lag 1. One more clip is broken between the start-up checks and the end."""
+    """A run at lag 1, by video. One more clip is broken between the start-up checks and the end."""
     data, paths = broken_clips
     path = paths["train00000"].with_name("train00003.mp4")
     whole = path.read_bytes()
     more = [f"num_steps={STEPS}", "run_name=lag1", "max_policy_lag=1"]
     command = [sys.executable, "-c", BREAKING.format(path=str(path)), *overrides, *SHRUNK, *data, *more]
-    command += ["checkpoint_every=2", "snapshot_every=3"]
+    command += ["checkpoint_every=2", "snapshot_every=3", "curriculum.group_by_video=true"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, cwd=ROOT, check=False)
     path.write_bytes(whole)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -75,6 +75,8 @@ def test_every_step_is_recorded_with_lags_within_the_bound(finished):
     assert {m["actors/policy_lag_max"] for m in metrics} == {0.0, 1.0}
     assert all(m["learner/logprob_gap_p99"] < 1e-3 for m in metrics if m["actors/policy_lag_max"] == 0)
     assert all(np.isfinite(m["learner/loss"]) and m["learner/grad_norm"] > 0 for m in metrics)
+    for cache in ("prefix_cache", "mm_cache"):
+        assert all(0 <= m[f"actors/{cache}_hit_frac"] < 1 for m in metrics)
 
 
 def test_every_trajectory_is_trained_on_once_and_logged(finished):

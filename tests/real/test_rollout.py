@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import threading
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -21,6 +22,8 @@ from tests.real.conftest import reference_logprobs
 from tests.videos import noise, write_video
 from video_opd import ROOT
 from video_opd.answers import parse_span
+from video_opd.models import vllm_engine
+from video_opd.models.engine_loop import Answered, EngineLoop, Request
 from video_opd.models.forward import load_model
 from video_opd.models.patches import pixel_values
 from video_opd.models.prompting import PromptEncoder
@@ -29,13 +32,17 @@ from video_opd.video.clips import plan_clip
 from video_opd.weights.buckets import WeightBucket, to_buckets
 
 KV_BLOCK_TOKENS = 128  # of vLLM on a CPU
+BLOCK_TOKENS = 32  # the fewest there
 TOLERANCE = 1e-4
 TIMEOUT_S = 60.0
 
 
 @pytest.fixture(scope="module")
 def engine(config, encoder) -> PolicyEngine:
-    return PolicyEngine(config, encoder.pad_ids)
+    """With small KV blocks: a tiny clip's tokens fill two."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vllm_engine, "start_vllm", partial(vllm_engine.start_vllm, block_size=BLOCK_TOKENS))
+        return PolicyEngine(config, encoder.pad_ids)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +123,7 @@ def test_sampling_is_seeded_and_greedy_is_the_argmax(engine, encoded):
 def test_the_videos_of_several_prompts_are_processed_once_and_as_bytes(engine, encoded):
     """encoded[6:] are of one video."""
     other = next(e for e in encoded if e.frames_digest != encoded[6].frames_digest)
-    rendered = [engine.render(e) for e in (*encoded[6:], other)]
+    rendered = [engine.render(e).vllm_input for e in (*encoded[6:], other)]
     (items, names) = zip(
         *((r["mm_kwargs"]["video"][0], r["mm_hashes"]["video"][0]) for r in rendered), strict=True
     )
@@ -127,7 +134,82 @@ def test_the_videos_of_several_prompts_are_processed_once_and_as_bytes(engine, e
         encoded[6].video_metadata, frames_indices=[i + 4 for i in encoded[6].video_metadata["frames_indices"]]
     )
     later = dataclasses.replace(encoded[6], video_metadata=moved)
-    assert engine.render(later)["mm_hashes"]["video"][0] != names[0], "its timestamps are other text"
+    assert engine.render(later).vllm_input["mm_hashes"]["video"][0] != names[0], (
+        "its timestamps are other text"
+    )
+
+
+def answered_by(engine, encoder, prompts: list[Prompt], request: Request) -> dict[str, Answered]:
+    """Through a loop of the engine's own: by prompt id."""
+    loop = EngineLoop(lambda: engine, 64)
+
+    async def sample() -> dict[str, Answered]:
+        results = [r async for r in loop.sample(encoder, prompts, lambda _: request)]
+        return {r.prompt.prompt_id: r for r in results if isinstance(r, Answered)}
+
+    try:
+        return asyncio.run(sample())
+    finally:
+        loop.close()
+
+
+def cached_tokens(prompts: list[EncodedPrompt], num_answers: int) -> dict[str, int]:
+    """Whole blocks that each answer's prompt has in common with an earlier one of its clip, by prompt id."""
+    found = dict.fromkeys([p.prompt_id for p in prompts], 0)
+    earlier: list[EncodedPrompt] = []
+    for prompt in [p for p in prompts for _ in range(num_answers)]:
+        of_clip = [e.token_ids for e in earlier if e.frames_digest == prompt.frames_digest]
+        ids = prompt.token_ids[:-1]  # the last token is always computed
+        equal = [np.cumprod(e[: len(ids)] == ids[: len(e)]).sum() for e in of_clip]
+        found[prompt.prompt_id] += max(equal, default=0) // BLOCK_TOKENS * BLOCK_TOKENS
+        earlier.append(prompt)
+    return found
+
+
+@pytest.mark.parametrize("is_tight", [False, True], ids=["all in one step", "a clip a step"])
+def test_a_clip_that_several_prompts_and_answers_share_is_computed_once(
+    engine, model, config, prompts, is_tight, monkeypatch
+):
+    """Tokens and pixels. Tight: a pass has room for one video, as a GPU's for one of thousands of tokens.
+
+    Then vLLM begins prompts of the next clip up to their video, if they enter, and computes it for each.
+    """
+    asked = config.prompt.model_copy(update={"video_first": True})
+    encoder = PromptEncoder(config.student, asked, config.video)
+    some = [
+        dataclasses.replace(p, prompt_id=f"{p.prompt_id} {q}", query=f"{q} is {p.query}")
+        for p in prompts[10:16:2]
+        for q in ("now", "then", "late")
+    ]
+    scheduler = engine._llm.llm_engine.engine_core.engine_core.scheduler
+    schedule, vision_passes = scheduler.schedule, []
+
+    def watched(*arguments: Any) -> Any:
+        output = schedule(*arguments)
+        vision_passes.extend(output.scheduled_encoder_inputs)
+        return output
+
+    monkeypatch.setattr(scheduler, "schedule", watched)
+    request = Request(3, 4)
+    if is_tight:
+        request = Request(None)  # on a CPU a seeded prompt cannot be computed in parts
+        monkeypatch.setattr(PolicyEngine, "tokens_a_pass", 128)
+        monkeypatch.setattr(scheduler, "max_num_encoder_input_tokens", 13)
+    engine._drop_computed()
+    found = answered_by(engine, encoder, some, request)
+    encoded = [encoder.encode(p) for p in some]
+    hits = {name: answered.cache_hits for name, answered in found.items()}
+    expected = cached_tokens(encoded, request.num_answers)
+    assert {name: h.num_cached_tokens for name, h in hits.items()} == expected
+    num_clips = len({e.frames_digest for e in encoded})
+    assert num_clips > 1 and min(sorted(expected.values())[num_clips:]) > 0
+    assert len(vision_passes) == num_clips
+    assert sum(not h.was_clip_processed for h in hits.values()) <= num_clips
+    for prompt in encoded:
+        for completion in found[prompt.prompt_id].completions:
+            ids = completion.token_ids
+            exact = reference_logprobs(model, prompt, ids)[np.arange(len(ids)), ids]
+            assert np.abs(exact - completion.logprobs).max() < TOLERANCE
 
 
 def hold_back(monkeypatch, actor: RolloutActor, prompts: list[Prompt]) -> None:

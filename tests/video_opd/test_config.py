@@ -92,6 +92,8 @@ def test_a_missing_key_is_named_in_full(path, section, key):
         "curriculum.teacher_threshold=1.5",
         "curriculum={pool_sample: 10, num_selected: 11}",
         "curriculum={kind: tvdf, trpv: false, dbtp: false, pool_sample: 10}",
+        "curriculum.select_by=video",
+        "curriculum={kind: scc, select_by: video}",
         "prompt.template=When?",
         "prompt.answer_template={begin}",
         "prompt.style=own",

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from video_opd.answers import parse_span
+from video_opd.models.admission import Admission, Beginning, beginning_of
 from video_opd.models.feed import Ahead
 from video_opd.models.prompting import PromptEncoder
-from video_opd.models.vllm_engine import Added, Completion, SamplingEngine
-from video_opd.types import EncodedPrompt, FailedPrompt, Prediction, Prompt
+from video_opd.models.vllm_engine import Added, Completion, Rendered, SamplingEngine
+from video_opd.types import CacheHits, EncodedPrompt, FailedPrompt, Prediction, Prompt
 
 Engine = TypeVar("Engine", bound=SamplingEngine)
 T = TypeVar("T")
@@ -32,6 +33,7 @@ class Answered(NamedTuple):
     prompt: EncodedPrompt
     request: Request
     completions: list[Completion]
+    cache_hits: CacheHits
 
 
 Admit = Callable[[EncodedPrompt], Request]
@@ -41,24 +43,27 @@ Admit = Callable[[EncodedPrompt], Request]
 GREEDY = Request(None)
 
 
-class _Rendered(NamedTuple):
+class _Ready(NamedTuple):
     prompt: EncodedPrompt
-    vllm_input: Any
+    rendered: Rendered
+    beginning: Beginning
 
 
 class _Entered(NamedTuple):
     added: Added
     prompt: EncodedPrompt
     request: Request
+    was_processed: bool  # see Rendered
+    beginning: Beginning
 
 
 @dataclass(eq=False)
 class _Call:
     """The prompts of one caller that are not answered yet."""
 
-    prompts: Ahead[Prompt, _Rendered | FailedPrompt]  # that have not entered
+    prompts: Ahead[Prompt, _Ready | FailedPrompt]  # that have not entered
     admit: Admit
-    deliver: Callable[[Any], None]  # FailedPrompt; prompt, request and vLLM's output; an error; None: end
+    deliver: Callable[[Any], None]  # FailedPrompt; what entered and vLLM's output; an error; None: end
     entered: dict[str, _Entered] = field(default_factory=dict)
 
 
@@ -72,8 +77,9 @@ class EngineLoop(Generic[Engine]):
     """Steps an engine while any prompt is in it.
 
     Prompts enter when they are ready, those of the oldest call first, while fewer than max_num_seqs answers
-    are under way. Commands run between two steps, in order; while one waits, no prompt enters. An error of a
-    step reaches all calls and commands, and all that come later.
+    are under way; of new clips as many as the next step computes, see admission.py. Commands run between two
+    steps, in order; while one waits, no prompt enters. An error of a step reaches all calls and commands, and
+    all that come later.
     """
 
     def __init__(self, start: Callable[[], Engine], max_num_seqs: int):
@@ -104,8 +110,8 @@ class EngineLoop(Generic[Engine]):
             with suppress(RuntimeError):  # the caller has ended with its event loop
                 events.call_soon_threadsafe(results.put_nowait, result)
 
-        def render(encoded: EncodedPrompt) -> _Rendered:
-            return _Rendered(encoded, self.engine.render(encoded))
+        def render(encoded: EncodedPrompt) -> _Ready:
+            return _Ready(encoded, self.engine.render(encoded), beginning_of(encoded))
 
         call = _Call(encoder.prepare_ahead(prompts, render, blank_video, self._wake), admit, deliver)
         self._add(self._calls, call)
@@ -114,11 +120,16 @@ class EngineLoop(Generic[Engine]):
                 if isinstance(result, BaseException):
                     raise result
                 if not isinstance(result, FailedPrompt):
-                    prompt, request, output = result
-                    result = Answered(prompt, request, self.engine.completions(prompt, output))
+                    result = self._answered(*result)
                 yield result
         finally:
             self._add(self._left, call)
+
+    def _answered(self, entered: _Entered, output: Any) -> Answered:
+        num_cached = self.engine.num_cached_tokens(entered.added)
+        hits = CacheHits(num_cached_tokens=num_cached, was_clip_processed=entered.was_processed)
+        completions = self.engine.completions(entered.prompt, output)
+        return Answered(entered.prompt, entered.request, completions, hits)
 
     async def command(self, work: Callable[[], T], drained: bool = True) -> T:
         """work() in the engine's thread, `drained`: once the prompts in the engine are answered."""
@@ -150,6 +161,7 @@ class EngineLoop(Generic[Engine]):
         except BaseException as error:
             started.set_exception(error)
             return
+        self._admission = Admission(engine.tokens_a_pass)
         started.set_result(engine)
         try:
             while not self._is_closed:
@@ -175,9 +187,11 @@ class EngineLoop(Generic[Engine]):
             self._drop(engine, self._left.popleft())
         if self._is_command_due():
             self._execute(engine, self._commands.popleft())
-        elif not self._commands and not self.is_held:
+        elif not self._commands and not self.is_held and any(c.prompts.is_ready() for c in self._calls):
+            self._admission.begin_pass(*engine.waiting())
             for call in self._calls.copy():
-                self._admit(engine, call)
+                if not self._admit(engine, call):
+                    break
         if self._call_of:
             for output in engine.step():
                 self._deliver(engine, output)
@@ -200,31 +214,46 @@ class EngineLoop(Generic[Engine]):
         except Exception as error:
             command.done.set_exception(error)
 
-    def _admit(self, engine: Engine, call: _Call) -> None:
-        """Lets the call's prompts that are ready enter the engine."""
+    def _admit(self, engine: Engine, call: _Call) -> bool:
+        """Lets the call's prompts that are ready enter the engine. False: the next is for a later step."""
         try:
             while self._num_answers < self._max_num_seqs and call.prompts.is_ready():
-                if (ready := next(call.prompts, None)) is None:
+                ready = call.prompts.peek()
+                if isinstance(ready, _Ready) and not self._admission.fits(ready.beginning):
+                    return False
+                next(call.prompts, None)
+                if ready is None:
                     self._end_if_answered(engine, call)
-                    return
+                    break
                 if isinstance(ready, FailedPrompt):
                     call.deliver(ready)
-                    continue
-                request = call.admit(ready.prompt)
-                added = engine.add(ready.vllm_input, request.seed, request.num_answers)
-                call.entered[added.name] = _Entered(added, ready.prompt, request)
-                self._call_of[added.name] = call
-                self._num_answers += request.num_answers
+                else:
+                    self._enter(engine, call, ready)
         except Exception as error:
             call.deliver(error)
             self._drop(engine, call)
+        return True
+
+    def _enter(self, engine: Engine, call: _Call, ready: _Ready) -> None:
+        request = call.admit(ready.prompt)
+        added = engine.add(ready.rendered, request.seed, request.num_answers)
+        was_processed = ready.rendered.was_processed
+        call.entered[added.name] = _Entered(added, ready.prompt, request, was_processed, ready.beginning)
+        self._call_of[added.name] = call
+        self._num_answers += request.num_answers
+        self._admission.enter(ready.beginning, request.num_answers)
+
+    def _leave(self, name: str, entered: _Entered) -> None:
+        del self._call_of[name]
+        self._num_answers -= entered.request.num_answers
+        self._admission.leave(entered.beginning)
 
     def _deliver(self, engine: Engine, output: Any) -> None:
         """Hands an answered prompt to its caller."""
-        call = self._call_of.pop(output.request_id)
+        call = self._call_of[output.request_id]
         entered = call.entered.pop(output.request_id)
-        self._num_answers -= entered.request.num_answers
-        call.deliver((entered.prompt, entered.request, output))
+        self._leave(output.request_id, entered)
+        call.deliver((entered, output))
         self._end_if_answered(engine, call)
 
     def _end_if_answered(self, engine: Engine, call: _Call) -> None:
@@ -240,8 +269,7 @@ class EngineLoop(Generic[Engine]):
         call.prompts.close()
         engine.abort([entered.added for entered in call.entered.values()])
         for name, entered in call.entered.items():
-            del self._call_of[name]
-            self._num_answers -= entered.request.num_answers
+            self._leave(name, entered)
         call.entered.clear()
 
 

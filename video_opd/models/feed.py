@@ -78,6 +78,11 @@ class Ahead(Iterator[Result], Generic[Item, Result]):
         """Whether there is no next result."""
         return not self._left and not self._begun
 
+    def peek(self) -> Result | None:
+        """The result that next() will return; None at the end. Raises what its work raised."""
+        self._begin()
+        return self._begun[0][0].result() if self._begun else None
+
     def __next__(self) -> Result:
         self._begin()
         if not self._begun:

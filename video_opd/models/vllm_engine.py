@@ -122,6 +122,14 @@ class Added(NamedTuple):
 
     name: str  # of its output
     internal_name: str
+    states: Sequence[Any] = ()  # vLLM's, of its answers
+
+
+class Rendered(NamedTuple):
+    """A prompt as vLLM takes it."""
+
+    vllm_input: Any
+    was_processed: bool  # the clip: vLLM had it from another prompt
 
 
 @dataclass(frozen=True)
@@ -149,16 +157,29 @@ class SamplingEngine:
         options |= {"enforce_eager": config.enforce_eager, "max_num_seqs": config.max_num_seqs}
         self._llm: Any = start_vllm(model, config, seed, **options)
 
-    def render(self, encoded: EncodedPrompt) -> Any:
+    @property
+    def tokens_a_pass(self) -> int:
+        """The most tokens that one step computes."""
+        return self._llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+
+    def waiting(self) -> tuple[int, int]:
+        """Tokens of the prompts in the engine that no step has computed, and the answers under way."""
+        scheduler = self._llm.llm_engine.engine_core.engine_core.scheduler
+        begun = sum(max(0, r.num_prompt_tokens - r.num_computed_tokens) for r in scheduler.running)
+        return begun + sum(r.num_tokens for r in scheduler.waiting), len(scheduler.running)
+
+    def render(self, encoded: EncodedPrompt) -> Rendered:
         """vLLM's processing of a prompt, all that is slow: patches from frames, and ids. From any thread.
 
         Not by vLLM's cache of what the engine holds, which breaks when a rendered prompt is never added.
         """
+        renderer = self._llm.llm_engine.renderer
         with self._one_at_a_time:  # neither the processor nor its cache is thread-safe
-            prompts = self._llm.llm_engine.renderer.render_cmpl([vllm_prompt(encoded)], skip_mm_cache=True)
-        return prompts[0]
+            (prompt,) = renderer.render_cmpl([vllm_prompt(encoded)], skip_mm_cache=True)
+            since_last = renderer._mm_processor_only_cache.make_stats(delta=True)
+        return Rendered(prompt, since_last.hits > 0)
 
-    def add(self, rendered: Any, seed: int | None, num_answers: int = 1) -> Added:
+    def add(self, rendered: Rendered, seed: int | None, num_answers: int = 1) -> Added:
         """Begins answers to a rendered prompt: sampled, the i-th by seed + i; with None one, greedy.
 
         Raises ValueError for a prompt that vLLM refuses.
@@ -176,7 +197,10 @@ class SamplingEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         name, engine = str(next(self._numbers)), self._llm.llm_engine
-        return Added(name, engine.add_request(name, rendered, parameters, lora_request=self._adapter))
+        internal = engine.add_request(name, rendered.vllm_input, parameters, lora_request=self._adapter)
+        # ParentRequest.get_child_info of vllm/v1/engine/parallel_sampling.py
+        names = [internal] if num_answers == 1 else [f"{i}_{internal}" for i in range(num_answers)]
+        return Added(name, internal, [engine.output_processor.request_states[n] for n in names])
 
     def step(self) -> list[Any]:
         """One pass of the model. Returns vLLM's output of each prompt whose last answer is finished."""
@@ -190,6 +214,10 @@ class SamplingEngine:
 
     def abort(self, added: Sequence[Added]) -> None:
         self._llm.llm_engine.abort_request([a.internal_name for a in added], internal=True)
+
+    def num_cached_tokens(self, added: Added) -> int:
+        """How many tokens of the prompts of its answers, all begun, came from the prefix cache."""
+        return sum(state.num_cached_tokens for state in added.states)
 
     def completions(self, encoded: EncodedPrompt, output: Any) -> list[Completion]:
         """The answers in an output of `step`. Log-probs are those of the model itself, before the ban."""

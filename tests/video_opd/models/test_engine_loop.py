@@ -99,6 +99,26 @@ def test_the_oldest_call_comes_first_and_no_more_enter_than_may_be_under_way(loo
     assert MOST <= engine.most <= MOST + 1, "a prompt enters whole"
 
 
+def test_new_clips_enter_one_a_step_where_a_step_computes_one_and_no_call_overtakes_another(loop, engine):
+    """Each prompt has a clip of its own, of 12 tokens."""
+    seen: list[int] = []
+    engine.num_steps, engine.before_step = 5, lambda: seen.append(len(engine.entered))
+
+    async def test() -> None:
+        loop._admission._tokens_a_pass, loop.is_held = 20, True
+        first = asyncio.ensure_future(answers(loop, FakeEncoder(), "a", "b"))
+        await until(lambda: len(loop._calls) == 1 and len(loop._calls[0].prompts._begun) == 2)
+        second = asyncio.ensure_future(answers(loop, FakeEncoder(), "c"))
+        await until(
+            lambda: len(loop._calls) == 2 and all(f.done() for c in loop._calls for f, _ in c.prompts._begun)
+        )
+        await loop.command(lambda: setattr(loop, "is_held", False))
+        assert await first == {"a": [0], "b": [0]} and await second == {"c": [0]}
+
+    run(test())
+    assert [name for name, _ in engine.entered] == ["a", "b", "c"] and seen[:3] == [1, 2, 3]
+
+
 def test_a_command_waits_until_the_engine_is_empty_and_prompts_wait_for_the_command(loop, engine):
     stepped, go_on = threading.Event(), threading.Event()
 
