@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,12 @@ from tests.fakes import make_clip, make_prompt
 from tests.real.conftest import SIZES, scored_groups
 from video_opd.config import Config
 from video_opd.config_file import load_demo
-from video_opd.models.forward import ResponseLoss, load_model
+from video_opd.models.forward import ResponseLoss, VideoLLM, load_model
 from video_opd.models.prompting import PromptEncoder
 from video_opd.types import ScoredGroup
 from video_opd.video import frame_cache
 
-QUERIES = {"a": 3, "b": 2, "c": 1}  # of each clip
+QUERIES = {"a": 3, "b": 1}  # of each clip
 LR = 1e-3
 OBJECTIVES = {
     "opd": ("loss.center=batch",),
@@ -67,8 +68,8 @@ class Plain:
 class Rank:
     """The only rank of a learner."""
 
-    def __init__(self, config: Config, folder: Path, encoder: PromptEncoder):
-        self.model = load_model(str(folder), "float32")
+    def __init__(self, config: Config, student: VideoLLM, encoder: PromptEncoder):
+        self.model = deepcopy(student)
         choose_trained(self.model, config.learner)
         self.deepspeed = Plain(self.model, config)
         heads = torch.randn(
@@ -99,6 +100,11 @@ def folder(tmp_path_factory) -> Path:
     model.save_pretrained(path)
     processor.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def student(folder) -> VideoLLM:
+    return load_model(str(folder), "float32")
 
 
 @pytest.fixture(scope="module")
@@ -158,10 +164,10 @@ SEPARATE, SHARED = "learner.micro_batch=1", ("learner.micro_batch=6", "learner.t
 
 
 @pytest.mark.parametrize("kind", OBJECTIVES)
-def test_loss_gradient_and_ratios_are_those_of_one_sequence_at_a_time(folder, encoder, kind):
+def test_loss_gradient_and_ratios_are_those_of_one_sequence_at_a_time(student, encoder, kind):
     """And the tokens of separate sequences are counted as they are, for the ground truth too."""
     groups = make_groups(make_config(kind), encoder)
-    ranks = [Rank(make_config(kind, *sharing), folder, encoder) for sharing in ([SEPARATE], SHARED)]
+    ranks = [Rank(make_config(kind, *sharing), student, encoder) for sharing in ([SEPARATE], SHARED)]
     separate, shared = (rank.update(groups) for rank in ranks)
     rows = [(g.group.prompt, t) for g in groups for t in g.group.trajectories]
     num_tokens = sum(len(encoder.encode(p).token_ids) + len(t.response_token_ids) for p, t in rows)
@@ -176,33 +182,14 @@ def test_loss_gradient_and_ratios_are_those_of_one_sequence_at_a_time(folder, en
         assert gap < 1e-5 * expected[name].norm() or gap < 1e-7, name
 
 
-def weights(rank: Rank) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in rank.model.parameters()])
-
-
-def test_several_updates_end_with_the_same_weights(folder, encoder):
-    """Adam's steps have the size of the learning rate, however small, and how well rounded, a gradient is."""
-    configs = [make_config("opd", *sharing) for sharing in ([SEPARATE], ["learner.micro_batch=6"])]
-    batches = [make_groups(configs[0], encoder, seed) for seed in range(3)]
-    ranks = [Rank(config, folder, encoder) for config in configs]
-    start = weights(ranks[0])
-    for rank in ranks:
-        for step, groups in enumerate(batches):
-            rank.update(groups, step)
-    separate, shared = map(weights, ranks)
-    assert (separate - start).abs().max() > 2 * LR
-    assert (separate - shared).abs().max() < 0.1 * LR
-    assert (separate - shared).square().mean().sqrt() < 0.001 * LR
-
-
-@pytest.mark.parametrize(("micro_batch", "frozen", "seen"), [(1, True, 3), (2, True, 3), (2, False, 6)])
+@pytest.mark.parametrize(("micro_batch", "frozen", "seen"), [(1, True, 2), (2, True, 2), (2, False, 4)])
 def test_a_clip_is_decoded_once_a_step_and_seen_once_by_a_frozen_tower(
-    folder, encoder, decoded, micro_batch, frozen, seen
+    student, encoder, decoded, micro_batch, frozen, seen
 ):
-    """A trained tower sees it in each pass: 12 rows of 3 clips, two in each."""
+    """A trained tower sees it in each pass: 8 rows of 2 clips, two in each."""
     more = f"learner.micro_batch={micro_batch}", f"learner.freeze_vision={str(frozen).lower()}"
     config = make_config("opd", *more)
-    groups, rank = make_groups(config, encoder), Rank(config, folder, encoder)
+    groups, rank = make_groups(config, encoder), Rank(config, student, encoder)
     clips: list[int] = []  # of each of the tower's passes
     tower = rank.model.model.visual
     tower.register_forward_pre_hook(lambda *given: clips.append(len(given[-1]["grid_thw"])), with_kwargs=True)
