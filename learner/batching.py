@@ -10,7 +10,7 @@ import numpy as np
 
 from learner.loss import group_advantages, sampled_advantage
 from video_opd.config_learner import LearnerConfig, LossConfig
-from video_opd.models.trees import common_length
+from video_opd.models.trees import trees_of
 from video_opd.types import Clip, Prompt, ScoredGroup, TeacherScores, Trajectory
 from video_opd.video.clips import frames_key
 
@@ -22,6 +22,7 @@ class Row:
     prompt: Prompt
     trajectory: Trajectory
     token_ids: np.ndarray  # int32[M + N], of prompt and response
+    is_video: np.ndarray  # bool[M + N]
     advantage: np.ndarray  # float32[N]; see advantages_of
     scores: TeacherScores | None
     weight: float  # 1, or 0 for a row that only keeps ranks in step, as one whose clip cannot be read
@@ -32,16 +33,12 @@ class Part:
     """Rows of one clip that share a pass: all of them, or as many as fit."""
 
     rows: list[Row]
-    prefix: int  # tokens that all rows begin with
 
     @cached_property
     def num_tokens(self) -> int:
-        """Computed: the prefix once."""
-        return sum(len(row.token_ids) for row in self.rows) - self.prefix * (len(self.rows) - 1)
-
-    def with_row(self, row: Row) -> "Part":
-        shared = common_length(self.rows[0].token_ids, row.token_ids)
-        return Part([*self.rows, row], min(self.prefix, shared))
+        """Computed: those that rows begin with once."""
+        ids, videos = zip(*((row.token_ids, row.is_video) for row in self.rows), strict=True)
+        return sum(tree.num_tokens for tree in trees_of(ids, videos, [None] * len(ids)))
 
 
 @dataclass
@@ -86,14 +83,16 @@ def plan_update(
     learner: LearnerConfig,
     rank: int,
     ids_of: Callable[[Prompt], np.ndarray],
+    video_id: int,
 ) -> UpdatePlan:
     """Deals the rows of each clip to ranks, and packs those of a rank into passes; every rank plans the same.
 
     ids_of: the tokens int32[M] of a prompt whose trajectories have none, as nobody sampled them.
+    video_id: the token that stands for a part of a video.
     Suspended rollouts count in num_tokens only, so that suspension never scales up the rest.
     """
     num_tokens = sum(len(t.response_token_ids) for g in groups for t in g.group.sampled)
-    rows = _rows_of(groups, loss, ids_of)
+    rows = _rows_of(groups, loss, ids_of, video_id)
     if not rows:
         return UpdatePlan([], [], num_tokens)
     of_clips = defaultdict(list)
@@ -106,7 +105,7 @@ def plan_update(
 
 
 def _rows_of(
-    groups: Sequence[ScoredGroup], loss: LossConfig, ids_of: Callable[[Prompt], np.ndarray]
+    groups: Sequence[ScoredGroup], loss: LossConfig, ids_of: Callable[[Prompt], np.ndarray], video_id: int
 ) -> list[Row]:
     trajectories = [(g.group.prompt, t) for g in groups for t in g.group.trajectories]
     if not trajectories:
@@ -117,7 +116,7 @@ def _rows_of(
     for (prompt, trajectory), advantage, score in columns:
         asked = trajectory.prompt_token_ids if len(trajectory.prompt_token_ids) else ids_of(prompt)
         token_ids = np.concatenate([asked, trajectory.response_token_ids])
-        rows.append(Row(prompt, trajectory, token_ids, advantage, score, 1.0))
+        rows.append(Row(prompt, trajectory, token_ids, token_ids == video_id, advantage, score, 1.0))
     return rows
 
 
@@ -133,11 +132,11 @@ def _cut(rows: Sequence[Row], most_rows: int, most_tokens: float) -> list[Part]:
     parts: list[Part] = []
     for row in rows:
         if parts and len(parts[-1].rows) < most_rows:
-            longer = parts[-1].with_row(row)
+            longer = Part([*parts[-1].rows, row])
             if longer.num_tokens <= most_tokens:
                 parts[-1] = longer
                 continue
-        parts.append(Part([row], len(row.token_ids)))
+        parts.append(Part([row]))
     return parts
 
 

@@ -103,7 +103,8 @@ class LearnerEngine:
         Returns metrics, the same on every rank, and the prompts whose clips this rank could not read.
         """
         config, engine = self._config, self._engine
-        plan = plan_update(groups, config.loss, config.learner, self._rank, self._encoder.token_ids)
+        tokens = self._encoder.token_ids, self._encoder.pad_ids[0]
+        plan = plan_update(groups, config.loss, config.learner, self._rank, *tokens)
         if not plan.micro_batches:
             return _skipped(0), []
         lr = learning_rate(step, config)

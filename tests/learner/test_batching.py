@@ -17,6 +17,7 @@ from video_opd.models.trees import trees_of
 from video_opd.types import ScoredGroup, TopK
 
 LOSS = LossConfig()
+VIDEO = 99  # no token of these
 of_prompts = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=4)
 clips_of_prompts = st.lists(of_prompts, min_size=1, max_size=5)  # response lengths by clip and prompt
 learners = st.builds(
@@ -50,9 +51,8 @@ def plans(
     groups: list[ScoredGroup], learner: LearnerConfig, loss: LossConfig | None = None
 ) -> list[UpdatePlan]:
     ranks = range(learner.world_size)
-    return [
-        plan_update(groups, loss or LOSS, learner, rank, lambda _: np.zeros(3, np.int32)) for rank in ranks
-    ]
+    tokens = (lambda _: np.zeros(3, np.int32)), VIDEO
+    return [plan_update(groups, loss or LOSS, learner, rank, *tokens) for rank in ranks]
 
 
 def learner_of(micro_batch: int, world_size: int = 1, tree_tokens: int | None = None) -> LearnerConfig:
@@ -128,6 +128,21 @@ def test_the_parts_of_a_clip_have_about_equally_many_rows_and_the_prompts_of_eac
     assert {len(alone), len(shared)} == {4, 5}
 
 
+def test_where_equal_parts_would_be_more_than_full_ones_they_are_full():
+    (plan,) = plans(build([[[1], [1], [1], [60]]]), learner_of(micro_batch=4, tree_tokens=67))
+    assert sorted(len(m) for m in plan.micro_batches) == [1, 3]
+
+
+def test_a_pass_that_one_rank_alone_needs_takes_something_of_the_other_ranks_full_ones():
+    """Four short responses fill a pass of each rank when that of two responses comes."""
+    of_ranks = plans(
+        build([[[60]], [[50]], [[40]], [[30]], [[1, 1]]]), learner_of(micro_batch=3, world_size=2)
+    )
+    sizes = [[len(m) for m in plan.micro_batches] for plan in of_ranks]
+    assert sorted(sizes) == [[1, 1], [2, 2]]
+    assert all(row.weight for plan in of_ranks for row in rows(plan))
+
+
 @given(clips=clips_of_prompts, learner=learners)
 def test_a_row_of_weight_zero_is_its_ranks_shortest_and_stands_where_nothing_else_could(clips, learner):
     for plan in plans(build(clips), learner):
@@ -189,10 +204,8 @@ def test_a_rank_repeats_a_row_of_its_own_whose_clip_it_reads_anyway():
 
 
 def test_large_passes_come_first_and_those_of_one_clip_follow_each_other():
-    (plan,) = plans(build([[[5], [3]], [[9], [7]], [[4]]]), learner_of(micro_batch=1))
-    assert [clip_of(row) for row in rows(plan)] == ["clip2", "clip1", "clip1", "clip0", "clip0"]
-    lengths = [len(row.token_ids) for row in rows(plan)]
-    assert lengths[0] == max(lengths) and lengths[1:3] == sorted(lengths[1:3], reverse=True)
+    (plan,) = plans(build([[[30], [3]], [[15], [12]]]), learner_of(micro_batch=1))
+    assert [names([row])[0] for row in rows(plan)] == ["c0p0/0", "c0p1/0", "c1p0/0", "c1p1/0"]
 
 
 def test_cuts_of_the_same_frames_at_other_times_share_no_pass_for_want_of_a_common_text():
@@ -201,6 +214,19 @@ def test_cuts_of_the_same_frames_at_other_times_share_no_pass_for_want_of_a_comm
     second = replace(second, group=replace(second.group, prompt=shifted))
     found = plans([first, second], learner_of(4, world_size=2))
     assert [len(rows(plan)) for plan in found] == [1, 1]
+
+
+def test_the_rollouts_of_a_question_before_its_video_share_what_those_of_another_do_not():
+    """A prefix has a video whole or not at all: of two questions only the first tokens would be left."""
+    groups = []
+    for number in range(2):
+        (group,) = build([[[2, 2]]])
+        ids = np.array([1, 2, 30 + number, *[VIDEO] * 9, 4], np.int32)
+        trajectories = tuple(replace(t, prompt_token_ids=ids) for t in group.group.trajectories)
+        groups.append(replace(group, group=replace(group.group, trajectories=trajectories)))
+    for tree_tokens, num_passes in ((2 * 13 + 4 * 2, 2), (13 + 2 * 2, 2), (13 + 2, 4)):
+        (plan,) = plans(groups, learner_of(2, tree_tokens=tree_tokens))
+        assert len(plan.micro_batches) == num_passes
 
 
 def test_a_prompt_that_nobody_sampled_has_the_tokens_that_it_will_be_encoded_to():
@@ -213,7 +239,7 @@ def test_a_prompt_that_nobody_sampled_has_the_tokens_that_it_will_be_encoded_to(
         asked.append(prompt.prompt_id)
         return np.arange(30, dtype=np.int32)
 
-    plan = plan_update([group], LOSS, learner_of(1), 0, ids_of)
+    plan = plan_update([group], LOSS, learner_of(1), 0, ids_of, VIDEO)
     assert len(rows(plan)[0].token_ids) == 32 and asked == ["c0p0"]
 
 

@@ -31,6 +31,7 @@ class Encoder(PromptEncoder):
     def __init__(self, most_ahead: int = 100, unreadable: tuple[str, ...] = (), sees: str = "fingerprint"):
         self._feed = Feed(2, most_ahead, lambda prompt: 1)
         self.tokenizer = SimpleNamespace(pad_token_id=0)
+        self.pad_ids = 98, 99
         self._unreadable, self._sees, self._changed = unreadable, sees, threading.Condition()
         self.encoded: Counter[str] = Counter()
         self.read: Counter[str] = Counter()  # clips
@@ -62,7 +63,7 @@ NAMES = [f"p{i}" for i in range(8)]
 
 
 def planned(groups):
-    return plan_update(groups, CONFIG.loss, CONFIG.learner, 0, lambda _: np.arange(5)).micro_batches
+    return plan_update(groups, CONFIG.loss, CONFIG.learner, 0, lambda _: np.arange(5), 99).micro_batches
 
 
 def of_clip(name: str, group: ScoredGroup) -> ScoredGroup:

@@ -163,7 +163,9 @@ def test_an_advantage_is_that_of_the_own_group_on_every_token():
     advantages = advantages_of(groups, LossConfig(kind="grpo", advantage_std=False))
     assert [s.tolist() for s in advantages] == [[0.5] * 2, [-0.5] * 3, [0.0], [0.0]]
     learner = LearnerConfig(micro_batch=2, world_size=2)
-    plans = [plan_update(groups, LossConfig(kind="grpo"), learner, rank, lambda _: NONE) for rank in range(2)]
+    plans = [
+        plan_update(groups, LossConfig(kind="grpo"), learner, rank, lambda _: NONE, 99) for rank in range(2)
+    ]
     assert {p.num_tokens for p in plans} == {7}
     rows = {r.trajectory.trajectory_id: r for p in plans for m in p.micro_batches for r in m if r.weight}
     assert rows.keys() == {"a/0", "a/1", "b/0", "b/1"} and all(r.scores is None for r in rows.values())

@@ -274,7 +274,7 @@ def test_ranks_that_share_passes_end_with_the_weights_of_ranks_that_do_not(learn
         for prompt in {p.clip.video_path: p for p in prompts}.values()
         for number in range(3)
     ]
-    steps = [scored_groups(asked[15 * i :][:15], encoder, seed=i) for i in range(STEPS)]
+    steps = [scored_groups(asked[9 * i :][:9], encoder, seed=i) for i in range(STEPS)]
 
     async def run(config) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
         learner = await learners(config)

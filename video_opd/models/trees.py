@@ -54,7 +54,7 @@ def trees_of(
     trees = []
     for members in of_clip.values():
         first = sequences[members[0]]
-        prefix = min(common_length(first, sequences[i]) for i in members)
+        prefix = min(_common_length(first, sequences[i]) for i in members)
         video = np.flatnonzero(types[members[0]])
         if len(video) and video[0] < prefix <= video[-1]:
             prefix = int(video[0])
@@ -62,7 +62,7 @@ def trees_of(
     return trees
 
 
-def common_length(a: np.ndarray, b: np.ndarray) -> int:
+def _common_length(a: np.ndarray, b: np.ndarray) -> int:
     """How many first tokens are equal."""
     shortest = min(len(a), len(b))
     different = np.flatnonzero(a[:shortest] != b[:shortest])
