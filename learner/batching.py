@@ -1,13 +1,18 @@
-"""Scored groups -> the micro-batches of one rank."""
+"""Scored groups -> the passes of one rank: sequences of one clip, which begin alike, go together."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import ceil, inf
 
 import numpy as np
 
 from learner.loss import group_advantages, sampled_advantage
-from video_opd.config_learner import LossConfig
-from video_opd.types import Prompt, ScoredGroup, TeacherScores, Trajectory
+from video_opd.config_learner import LearnerConfig, LossConfig
+from video_opd.models.trees import trees_of
+from video_opd.types import Clip, Prompt, ScoredGroup, TeacherScores, Trajectory
+from video_opd.video.clips import frames_key
 
 
 @dataclass(frozen=True)
@@ -16,9 +21,50 @@ class Row:
 
     prompt: Prompt
     trajectory: Trajectory
+    token_ids: np.ndarray  # int32[M + N], of prompt and response
+    is_video: np.ndarray  # bool[M + N]
     advantage: np.ndarray  # float32[N]; see advantages_of
     scores: TeacherScores | None
     weight: float  # 1, or 0 for a row that only keeps ranks in step, as one whose clip cannot be read
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one clip that share a pass: all of them, or as many as fit."""
+
+    rows: list[Row]
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Computed: those that rows begin with once."""
+        ids, videos = zip(*((row.token_ids, row.is_video) for row in self.rows), strict=True)
+        return sum(tree.num_tokens for tree in trees_of(ids, videos, [None] * len(ids)))
+
+
+@dataclass
+class Pass:
+    """What a rank computes at once."""
+
+    parts: list[Part] = field(default_factory=list)  # the largest first
+    num_rows: int = 0
+    num_tokens: int = 0
+
+    def has_room(self, part: Part, learner: LearnerConfig) -> bool:
+        if not self.parts:
+            return True
+        num_rows, num_tokens = self.num_rows + len(part.rows), self.num_tokens + part.num_tokens
+        return num_rows <= learner.micro_batch and num_tokens <= (learner.tree_tokens or inf)
+
+    def add(self, part: Part) -> None:
+        self.parts.append(part)
+        self.num_rows += len(part.rows)
+        self.num_tokens += part.num_tokens
+
+    def take_smallest(self) -> Part:
+        part = self.parts.pop()
+        self.num_rows -= len(part.rows)
+        self.num_tokens -= part.num_tokens
+        return part
 
 
 @dataclass(frozen=True)
@@ -32,28 +78,118 @@ class UpdatePlan:
 
 
 def plan_update(
-    groups: Sequence[ScoredGroup], loss: LossConfig, micro_batch: int, rank: int, world_size: int
+    groups: Sequence[ScoredGroup],
+    loss: LossConfig,
+    learner: LearnerConfig,
+    rank: int,
+    ids_of: Callable[[Prompt], np.ndarray],
+    video_id: int,
 ) -> UpdatePlan:
-    """Deals the trajectories to ranks, longest first, so that micro-batches hold similar lengths.
+    """Deals the rows of each clip to ranks, and packs those of a rank into passes; every rank plans the same.
 
+    ids_of: the tokens int32[M] of a prompt whose trajectories have none, as nobody sampled them.
+    video_id: the token that stands for a part of a video.
     Suspended rollouts count in num_tokens only, so that suspension never scales up the rest.
     """
-    trajectories = [(g.group.prompt, t) for g in groups for t in g.group.trajectories]
     num_tokens = sum(len(t.response_token_ids) for g in groups for t in g.group.sampled)
-    if not trajectories:
+    rows = _rows_of(groups, loss, ids_of, video_id)
+    if not rows:
         return UpdatePlan([], [], num_tokens)
+    of_clips = defaultdict(list)
+    for row in rows:
+        of_clips[_clip_key(row.prompt.clip)].append(row)
+    of_ranks = _deal([part for of_clip in of_clips.values() for part in _parts(of_clip, learner)], learner)
+    batches = [_filled(passes, rows) for passes in of_ranks]
+    counts = [[sum(len(row.advantage) for row in batch) for batch in of_rank] for of_rank in batches]
+    return UpdatePlan(batches[rank], [max(of_pass) for of_pass in zip(*counts, strict=True)], num_tokens)
+
+
+def _rows_of(
+    groups: Sequence[ScoredGroup], loss: LossConfig, ids_of: Callable[[Prompt], np.ndarray], video_id: int
+) -> list[Row]:
+    trajectories = [(g.group.prompt, t) for g in groups for t in g.group.trajectories]
+    if not trajectories:
+        return []
     scores = [s for g in groups for s in g.scores] or [None] * len(trajectories)
+    rows = []
     columns = zip(trajectories, advantages_of(groups, loss), scores, strict=True)
-    rows = [Row(prompt, t, advantage, score, 1.0) for (prompt, t), advantage, score in columns]
-    rows.sort(key=lambda row: len(row.trajectory.prompt_token_ids) + len(row.advantage), reverse=True)
-    per_round = micro_batch * world_size
-    micro_batches, most_tokens = [], []
-    for first in range(0, len(rows), per_round):
-        dealt = rows[first : first + per_round]
-        of_ranks = [dealt[r::world_size] or [replace(rows[0], weight=0.0)] for r in range(world_size)]
-        micro_batches.append(of_ranks[rank])
-        most_tokens.append(max(sum(len(row.advantage) for row in of_rank) for of_rank in of_ranks))
-    return UpdatePlan(micro_batches, most_tokens, num_tokens)
+    for (prompt, trajectory), advantage, score in columns:
+        asked = trajectory.prompt_token_ids if len(trajectory.prompt_token_ids) else ids_of(prompt)
+        token_ids = np.concatenate([asked, trajectory.response_token_ids])
+        rows.append(Row(prompt, trajectory, token_ids, token_ids == video_id, advantage, score, 1.0))
+    return rows
+
+
+def _parts(rows: Sequence[Row], learner: LearnerConfig) -> list[Part]:
+    """The fewest parts that fit into a pass, with about equally many rows; neighbours stay together."""
+    bound = learner.tree_tokens or inf
+    full = _cut(rows, learner.micro_batch, bound)
+    return min(_cut(rows, ceil(len(rows) / len(full)), bound), full, key=len)
+
+
+def _cut(rows: Sequence[Row], most_rows: int, most_tokens: float) -> list[Part]:
+    """Parts filled one after another. A row that alone has more than `most_tokens` is a part of its own."""
+    parts: list[Part] = []
+    for row in rows:
+        if parts and len(parts[-1].rows) < most_rows:
+            longer = Part([*parts[-1].rows, row])
+            if longer.num_tokens <= most_tokens:
+                parts[-1] = longer
+                continue
+        parts.append(Part([row]))
+    return parts
+
+
+def _deal(parts: Sequence[Part], learner: LearnerConfig) -> list[list[list[Row]]]:
+    """For each rank its passes, equally many; one is empty only where a rank has fewer parts than passes.
+
+    The largest part comes first and goes to the rank with fewest tokens, into its pass with fewest tokens.
+    There are more passes only where a part fits into no rank's.
+    """
+    num_rows = sum(len(part.rows) for part in parts)
+    num_passes = ceil(num_rows / (learner.micro_batch * learner.world_size))
+    of_ranks = [[Pass() for _ in range(num_passes)] for _ in range(learner.world_size)]
+    tokens = [0] * learner.world_size
+    for part in sorted(parts, key=lambda part: part.num_tokens, reverse=True):
+        order = sorted(range(len(tokens)), key=tokens.__getitem__)
+        rank = next((r for r in order if any(p.has_room(part, learner) for p in of_ranks[r])), None)
+        if rank is None:
+            rank = order[0]
+            for passes in of_ranks:
+                passes.append(Pass())
+        room = [p for p in of_ranks[rank] if p.has_room(part, learner)]
+        min(room, key=lambda p: p.num_tokens).add(part)
+        tokens[rank] += part.num_tokens
+    for passes in of_ranks:
+        for empty in [p for p in passes if not p.parts]:
+            fullest = max(passes, key=lambda p: len(p.parts))
+            if len(fullest.parts) > 1:
+                empty.add(fullest.take_smallest())
+    return [[[row for part in p.parts for row in part.rows] for p in _in_order(rank)] for rank in of_ranks]
+
+
+def _in_order(passes: list[Pass]) -> list[Pass]:
+    """Largest first, as on the other ranks; passes of one clip follow each other, so it is held briefly."""
+    passes = sorted(passes, key=lambda p: p.num_tokens, reverse=True)
+    clips = [[_clip_key(part.rows[0].prompt.clip) for part in p.parts] for p in passes]
+    first: dict[Hashable, int] = {}
+    for place, of_pass in enumerate(clips):
+        for clip in of_pass:
+            first.setdefault(clip, place)
+    places = [min((first[clip] for clip in of_pass), default=len(passes)) for of_pass in clips]
+    return [passes[i] for i in sorted(range(len(passes)), key=places.__getitem__)]
+
+
+def _clip_key(clip: Clip) -> Hashable:
+    """Equal for clips of the same frames at the same times: their prompts have one text of the video."""
+    return frames_key(clip), clip.timestamps_s.tobytes(), clip.duration_s
+
+
+def _filled(passes: list[list[Row]], rows: Sequence[Row]) -> list[list[Row]]:
+    """A rank's passes, the shortest of its rows, or of all `rows` if it has none, in place of no row."""
+    own = [row for of_pass in passes for row in of_pass] or rows
+    filler = replace(min(own, key=lambda row: len(row.token_ids)), weight=0.0)
+    return [of_pass or [filler] for of_pass in passes]
 
 
 def advantages_of(groups: Sequence[ScoredGroup], loss: LossConfig) -> list[np.ndarray]:

@@ -27,7 +27,7 @@ from learner.adapters import (
 from learner.batching import Row, plan_update
 from learner.deepspeed_config import deepspeed_config
 from learner.diagnostics import TimestampTokens, TokenRecords, batch_diagnostics, policy_diagnostics
-from learner.encoding import encoded_rows
+from learner.encoding import EncodedRows, encoded_rows
 from learner.export import write_student
 from learner.loading import load_student
 from learner.loss import ResponseTokens, loss_per_token
@@ -37,6 +37,7 @@ from learner.universal import TAG as universal_tag
 from learner.vision_cache import VisionCache
 from video_opd.config import Config
 from video_opd.models.forward import (
+    ResponseBatch,
     ResponseLoss,
     VideoLLM,
     collate,
@@ -44,7 +45,7 @@ from video_opd.models.forward import (
     token_entropy,
 )
 from video_opd.models.prompting import PromptEncoder
-from video_opd.types import EncodedPrompt, FailedPrompt, ScoredGroup
+from video_opd.types import FailedPrompt, ScoredGroup
 from video_opd.weights.adapters import write_adapter
 from video_opd.weights.buckets import Named, WeightBucket, to_buckets
 
@@ -90,8 +91,7 @@ class LearnerEngine:
         options: dict[str, Any] = {"optimizer": optimizer, "config": deepspeed_config(learner)}
         self._engine: Any = self._deepspeed.initialize(model=module, **options)[0]
         self._is_time = TimestampTokens(self._encoder.tokenizer)
-        num_bytes = learner.vision_cache_bytes
-        self._vision_cache = VisionCache(self._model, num_bytes) if num_bytes else None
+        self._vision = VisionCache.of(self._model, learner)
 
     @property
     def _model(self) -> VideoLLM:
@@ -103,7 +103,8 @@ class LearnerEngine:
         Returns metrics, the same on every rank, and the prompts whose clips this rank could not read.
         """
         config, engine = self._config, self._engine
-        plan = plan_update(groups, config.loss, config.learner.micro_batch, self._rank, self._world_size)
+        tokens = self._encoder.token_ids, self._encoder.pad_ids[0]
+        plan = plan_update(groups, config.loss, config.learner, self._rank, *tokens)
         if not plan.micro_batches:
             return _skipped(0), []
         lr = learning_rate(step, config)
@@ -113,6 +114,7 @@ class LearnerEngine:
         # DeepSpeed averages gradients over ranks; the loss needs their sum over one global denominator.
         denominator = plan.num_tokens if config.loss.reduction == "token_mean" else 1
         total = torch.zeros((), dtype=torch.float64, device=self._device)
+        computed = 0  # tokens
         records: list[torch.Tensor] = []  # fetched at the end: nothing waits for the device meanwhile
         failed: list[FailedPrompt] = []  # one for each dropped row
         num_trained = num_dropped = 0
@@ -126,11 +128,15 @@ class LearnerEngine:
                 if not num_trained:  # gradients so far are zeros
                     return _skipped(num_dropped), failed
             engine.set_gradient_accumulation_boundary(is_last)
-            loss, of_tokens = self._loss_sum(batch.rows, batch.prompts, most_tokens)
+            packed = self._collate(batch)
+            computed += sum(tree.num_tokens for tree in packed.trees)
+            loss, of_tokens = self._loss_sum(batch.rows, packed, most_tokens)
             engine.backward(loss * (self._world_size / denominator))
             engine.step()
             total += loss.detach()
             records.append(of_tokens)
+        separate = sum(len(row.token_ids) for rows in plan.micro_batches for row in rows if row.weight)
+        computed, separate = self._over_ranks(computed, separate)
         if self._world_size > 1:
             torch.distributed.all_reduce(total)
         records_and_weights = torch.cat(records, dim=1).cpu().numpy()
@@ -141,9 +147,11 @@ class LearnerEngine:
             "learner/lr": lr,
             "learner/skipped": 0.0,
             "learner/dropped_rows": float(num_dropped),
+            "learner/computed_tokens": float(computed),
+            "learner/separate_tokens": float(separate),
             **policy_diagnostics(TokenRecords.of_all_ranks([mine], self._world_size), config.loss),
             **batch_diagnostics(groups, config, self._is_time),
-            **(self._vision_cache.take_metrics() if self._vision_cache else {}),
+            **(self._vision.take_metrics() if self._vision and config.learner.vision_cache_bytes else {}),
         }
         return metrics, failed
 
@@ -154,16 +162,20 @@ class LearnerEngine:
             torch.distributed.all_reduce(sums)
         return sums.tolist()
 
+    def _collate(self, batch: EncodedRows) -> ResponseBatch:
+        """The packed trees of a micro-batch, with the tower's features where they are kept."""
+        responses = [row.trajectory.response_token_ids for row in batch.rows]
+        pad_id, vision = self._encoder.tokenizer.pad_token_id, self._vision
+        packed = collate(batch.prompts, responses, pad_id, self._device, with_pixels=vision is None)
+        if vision is None:
+            return packed
+        shown = [batch.prompts[i] for i in packed.clips]
+        return replace(packed, video_features=vision.features(shown, packed.video_grid_thw, batch.kept))
+
     def _loss_sum(
-        self, rows: list[Row], encoded: list[EncodedPrompt], most_tokens: int
+        self, rows: list[Row], batch: ResponseBatch, most_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The summed loss of a micro-batch; float32[4, tokens]: TokenRecords, and the weights of tokens."""
-        responses = [row.trajectory.response_token_ids for row in rows]
-        pad_id, cache = self._encoder.tokenizer.pad_token_id, self._vision_cache
-        batch = collate(encoded, responses, pad_id, self._device, with_pixels=cache is None)
-        if cache is not None:
-            features = cache.features([encoded[i] for i in batch.clips], batch.video_grid_thw)
-            batch = replace(batch, video_features=features)
         tokens = self._response_tokens(rows, batch.targets)
 
         def loss(logits: torch.Tensor, which: slice) -> tuple[torch.Tensor, ...]:

@@ -84,7 +84,8 @@ def one_step(config: Config) -> Any:
         totals=Counter(),
     )
     scored: Any = asyncio.run(score(run, groups, groups))
-    return plan_update(scored, config.loss, micro_batch=8, rank=0, world_size=1)
+    learner = config.learner.model_copy(update={"micro_batch": 8})
+    return plan_update(scored, config.loss, learner, 0, lambda _: np.zeros(5, np.int32), 99)
 
 
 class Clock:

@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +14,12 @@ from learner import engine as learner_engine
 from learner.batching import plan_update
 from learner.encoding import encoded_rows
 from learner.engine import LearnerEngine
-from tests.fakes import make_group
+from tests.fakes import make_clip, make_group
 from video_opd.config_file import load_demo
 from video_opd.errors import ClipError, ParityError
 from video_opd.models.feed import Feed
 from video_opd.models.prompting import PromptEncoder
+from video_opd.types import ScoredGroup
 
 PATIENCE_S = 30.0
 VOCABULARY = 50
@@ -29,17 +31,26 @@ class Encoder(PromptEncoder):
     def __init__(self, most_ahead: int = 100, unreadable: tuple[str, ...] = (), sees: str = "fingerprint"):
         self._feed = Feed(2, most_ahead, lambda prompt: 1)
         self.tokenizer = SimpleNamespace(pad_token_id=0)
+        self.pad_ids = 98, 99
         self._unreadable, self._sees, self._changed = unreadable, sees, threading.Condition()
         self.encoded: Counter[str] = Counter()
+        self.read: Counter[str] = Counter()  # clips
 
-    def encode(self, prompt, blank_video=False, frames=None) -> Any:
+    def token_ids(self, prompt) -> Any:
+        return np.arange(5)
+
+    def encode(self, prompt, blank_video=False, frames=None, digest=None) -> Any:
         with self._changed:
             self.encoded[prompt.prompt_id] += 1
             self._changed.notify_all()
-        if prompt.prompt_id in self._unreadable and frames is None:
+        name = prompt.clip.clip_id
+        if name in self._unreadable and frames is None:
             raise ClipError("it is gone")
-        grey = frames is not None and bool((frames == 128).all())
+        self.read[name] += frames is None
+        frames = np.zeros(3) if frames is None else frames
+        grey = bool((frames == 128).all())
         seen = {"fingerprint": self._sees, "token_ids": np.arange(5), "video_grid_thw": (1, 2, 2)}
+        seen |= {"frames": frames, "frames_digest": digest or name}
         return SimpleNamespace(prompt_id=prompt.prompt_id, grey=grey, **seen)
 
     def wait_for(self, *prompt_ids: str) -> bool:
@@ -52,7 +63,12 @@ NAMES = [f"p{i}" for i in range(8)]
 
 
 def planned(groups):
-    return plan_update(groups, CONFIG.loss, micro_batch=2, rank=0, world_size=1).micro_batches
+    return plan_update(groups, CONFIG.loss, CONFIG.learner, 0, lambda _: np.arange(5), 99).micro_batches
+
+
+def of_clip(name: str, group: ScoredGroup) -> ScoredGroup:
+    prompt = replace(group.group.prompt, clip=make_clip(name))
+    return replace(group, group=replace(group.group, prompt=prompt))
 
 
 def names(batch) -> list[str]:
@@ -61,12 +77,14 @@ def names(batch) -> list[str]:
 
 def test_while_a_micro_batch_is_trained_on_the_next_are_encoded_as_far_as_memory_allows():
     encoder = Encoder(most_ahead=4)
-    batches = encoded_rows(encoder, planned([make_group(name) for name in NAMES]))
-    assert names(next(batches)) == NAMES[:2]
-    assert encoder.wait_for(*NAMES[:5])  # the second is still held, three of four are ahead of it
-    assert names(next(batches)) == NAMES[2:4]
-    assert encoder.wait_for(*NAMES[:7]) and NAMES[7] not in encoder.encoded
-    assert [names(batch) for batch in batches] == [NAMES[4:6], NAMES[6:]]
+    micro_batches = planned([make_group(name) for name in NAMES])
+    order = [row.prompt.prompt_id for rows in micro_batches for row in rows]
+    batches = encoded_rows(encoder, micro_batches)
+    assert names(next(batches)) == order[:2]
+    assert encoder.wait_for(*order[:5])  # the second is still held, three of four are ahead of it
+    assert names(next(batches)) == order[2:4]
+    assert encoder.wait_for(*order[:7]) and order[7] not in encoder.encoded
+    assert [names(batch) for batch in batches] == [order[4:6], order[6:]] and sorted(order) == NAMES
     assert set(encoder.encoded.values()) == {1}
 
 
@@ -77,6 +95,24 @@ def test_a_prompt_is_encoded_once_for_all_its_rows():
     wanted = [[row.prompt.prompt_id for row in rows] for rows in micro_batches]
     assert [names(batch) for batch in batches] == wanted and len(batches) == 12
     assert encoder.encoded == Counter(NAMES)
+
+
+def test_a_clip_is_read_once_for_all_its_prompts_and_held_for_its_last_pass():
+    encoder = Encoder()
+    groups = [of_clip("a", make_group(name)) for name in NAMES[:5]] + [of_clip("b", make_group("p7"))]
+    batches = list(encoded_rows(encoder, planned(groups)))
+    assert encoder.read == Counter("ab") and encoder.encoded == Counter([*NAMES[:5], "p7"])
+    of_clips = [{prompt.frames_digest for prompt in batch.prompts} for batch in batches]
+    later = [set().union(*of_clips[i + 1 :]) for i in range(len(batches))]
+    assert [batch.kept for batch in batches] == [a & b for a, b in zip(of_clips, later, strict=True)]
+    assert batches[0].kept and not batches[-1].kept
+
+
+def test_an_unreadable_clip_fails_each_of_its_prompts_by_name():
+    encoder = Encoder(unreadable=("a",))
+    groups = [of_clip("a", make_group(name)) for name in NAMES[:3]]
+    batches = list(encoded_rows(encoder, planned(groups)))
+    assert sorted(f.prompt_id for batch in batches for f in batch.failed) == NAMES[:3]
 
 
 def test_an_unreadable_clip_gives_all_its_rows_weight_0_and_grey_frames():
@@ -117,12 +153,12 @@ def test_no_micro_batch_of_an_update_waits_for_an_encode_that_could_have_been_ma
     deepspeed = DeepSpeed(encoder)
     rank.__dict__.update(
         {"_config": CONFIG, "_rank": 0, "_world_size": 1, "_device": "cpu", "_encoder": encoder}
-        | {"_engine": deepspeed, "_teacher_heads": {}, "_vision_cache": None}
+        | {"_engine": deepspeed, "_teacher_heads": {}, "_vision": None}
         | {"_is_time": lambda ids: np.zeros(len(ids), bool)}
     )
 
     def collate(prompts, responses, *_, **__):
-        return SimpleNamespace(targets=torch.from_numpy(np.concatenate(responses).astype(np.int64)))
+        return SimpleNamespace(trees=(), targets=torch.from_numpy(np.concatenate(responses).astype(np.int64)))
 
     monkeypatch.setattr(learner_engine, "collate", collate)
     metrics, failed = rank.update([make_group(name) for name in NAMES], step=0)

@@ -11,13 +11,14 @@ import torch
 from learner.batching import advantages_of, plan_update
 from learner.loss import ResponseTokens, full_loss, group_advantages, grpo_loss, loss_per_token
 from tests.fakes import make_group, make_prompt
-from video_opd.config_learner import OBJECTIVES, LossConfig, LossKind
+from video_opd.config_learner import OBJECTIVES, LearnerConfig, LossConfig, LossKind
 from video_opd.errors import ConfigError
 from video_opd.rewards import answer_format, iou, load_rewards, time_r1, total_reward
 from video_opd.types import ScoredGroup
 
 R, V = 4, 6
 ALL = slice(None)
+NONE = np.zeros(0, np.int32)
 
 
 def draw(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -161,7 +162,10 @@ def test_an_advantage_is_that_of_the_own_group_on_every_token():
     groups = [with_rewards("a", [1.0, 0.0], [2, 3]), with_rewards("b", [0.2, 0.2], [1, 1])]
     advantages = advantages_of(groups, LossConfig(kind="grpo", advantage_std=False))
     assert [s.tolist() for s in advantages] == [[0.5] * 2, [-0.5] * 3, [0.0], [0.0]]
-    plans = [plan_update(groups, LossConfig(kind="grpo"), 2, rank, 2) for rank in range(2)]
+    learner = LearnerConfig(micro_batch=2, world_size=2)
+    plans = [
+        plan_update(groups, LossConfig(kind="grpo"), learner, rank, lambda _: NONE, 99) for rank in range(2)
+    ]
     assert {p.num_tokens for p in plans} == {7}
     rows = {r.trajectory.trajectory_id: r for p in plans for m in p.micro_batches for r in m if r.weight}
     assert rows.keys() == {"a/0", "a/1", "b/0", "b/1"} and all(r.scores is None for r in rows.values())

@@ -1,6 +1,8 @@
 """Features of a frozen vision tower are those of the model's own pass, and known clips cost no pixels."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from tests.fakes import make_clip, make_prompt
 from video_opd.config_data import PromptConfig, VideoConfig
 from video_opd.models.forward import ResponseLogits, collate
 from video_opd.models.prompting import PromptEncoder
+from video_opd.types import EncodedPrompt
 
 
 @torch.no_grad()
@@ -37,7 +40,46 @@ def test_cached_features_are_those_of_the_pass_and_known_clips_cost_no_pixels(tm
         expected = logits_of(collate(chosen, responses, pad_id=0))
         cut.clear()
         batch = collate(chosen, responses, pad_id=0, with_pixels=False)
-        batch = replace(batch, video_features=cache.features(chosen, batch.video_grid_thw))
+        shown = [chosen[i] for i in batch.clips]
+        batch = replace(batch, video_features=cache.features(shown, batch.video_grid_thw))
         assert len(cut) == new
         torch.testing.assert_close(logits_of(batch), expected, rtol=0, atol=1e-5)
-    assert cache.take_metrics() == {"learner/vision_cache_hit_frac": 1 - 3 / 12}
+    assert cache.take_metrics() == {"learner/vision_cache_hit_frac": 1 - 3 / 6}
+
+
+def test_what_later_passes_need_is_kept_beside_the_bound_and_then_forgotten():
+    towers: list[int] = []  # clips of each of the tower's passes
+
+    def tower(_, grids):
+        towers.append(len(grids))
+        return SimpleNamespace(pooler_output=[torch.zeros(25)] * len(grids))  # 100 bytes a clip
+
+    model: Any = SimpleNamespace(model=SimpleNamespace(get_video_features=tower))
+    shown = {name: encoded_clip(name) for name in "abc"}
+
+    def computed(cache: VisionCache, names: str, needed: str = "") -> int:
+        """How many clips of the pass go through the tower."""
+        before = len(towers)
+        prompts = [shown[name] for name in names]
+        cache.features(prompts, torch.ones(len(names), 3), {shown[name].frames_digest for name in needed})
+        return sum(towers[before:])
+
+    nothing, one = VisionCache(model, 0), VisionCache(model, 100)
+    assert [computed(nothing, *asked) for asked in (("ab", "ab"), ("a", "b"), ("b",), ("ab",))] == [
+        2,
+        0,
+        0,
+        2,
+    ]
+    passes = ("ab", "ab"), ("c", "ab"), ("ab",), ("b",), ("a",), ("a",)
+    assert [computed(one, *asked) for asked in passes] == [2, 1, 0, 0, 1, 0]
+
+
+def encoded_clip(name: str) -> EncodedPrompt:
+    patching: Any = SimpleNamespace(mean=(0.0,) * 3, std=(1.0,) * 3, patch_size=16, merge_size=2)
+    patching.temporal_patch_size = 2
+    frames = np.zeros((2, 32, 32, 3), np.uint8)
+    found: Any = SimpleNamespace(
+        frames_digest=name, frames=frames, patching=patching, video_grid_thw=(1, 2, 2)
+    )
+    return found

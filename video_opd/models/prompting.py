@@ -153,25 +153,27 @@ class PromptEncoder:
         return self._feed.ahead(encode, prompts, on_ready)
 
     def encode(
-        self, prompt: Prompt, blank_video: bool = False, frames: np.ndarray | None = None
+        self,
+        prompt: Prompt,
+        blank_video: bool = False,
+        frames: np.ndarray | None = None,
+        digest: str | None = None,
     ) -> EncodedPrompt:
         """Reads the clip and expands its place in the text into timestamps and pads. Raises ClipError.
 
         `blank_video` replaces the frames by mid-grey ones, to test what can be answered without seeing.
-        `frames`: the clip's, if already read.
+        `frames`: the clip's, if already read; `digest`: theirs, if known.
         """
         clip = prompt.clip
         if frames is None:
             frames, digest = self.frame_cache.read_with_digest(clip)
-        else:
-            digest = digest_of(frames)
+        digest = digest or digest_of(frames)
         if blank_video:
             frames, digest = np.full_like(frames, GREY), f"grey {frames.shape}"
         metadata, unexpanded = video_metadata(clip), self._unexpanded(prompt)
         video = self._video_text(json.dumps(metadata))
         self._check_size(clip, video)
-        text, place = np.asarray(unexpanded, np.int32), unexpanded.index(self.pad_ids[0])
-        token_ids = np.concatenate([text[:place], video.token_ids, text[place + 1 :]])
+        token_ids, place = self._expanded(unexpanded, video), unexpanded.index(self.pad_ids[0])
         token_types = np.zeros_like(token_ids)
         token_types[place : place + len(video.token_types)] = video.token_types
         timing = [] if video.second_per_grid is None else [video.second_per_grid]
@@ -189,6 +191,16 @@ class PromptEncoder:
             second_per_grid=video.second_per_grid,
             fingerprint=fingerprint(token_ids, video.grid_thw, clip.frame_indices, digest, timing),
         )
+
+    def token_ids(self, prompt: Prompt) -> np.ndarray:
+        """int32[M]: those of `encode`, which are known without the clip's pixels."""
+        video = self._video_text(json.dumps(video_metadata(prompt.clip)))
+        return self._expanded(self._unexpanded(prompt), video)
+
+    def _expanded(self, unexpanded: list[int], video: VideoText) -> np.ndarray:
+        """int32[M]: the video's text in the place of its pad."""
+        text, place = np.asarray(unexpanded, np.int32), unexpanded.index(self.pad_ids[0])
+        return np.concatenate([text[:place], video.token_ids, text[place + 1 :]])
 
     def _unexpanded(self, prompt: Prompt) -> list[int]:
         """Token ids of the prompt, its video one pad. Raises DataError unless it has one video."""
