@@ -219,6 +219,15 @@ def test_actors_sample_with_the_learners_adapters(tvdf):
     assert 0 < published < STEPS * student.stat().st_size / 4, "adapters, not weights"
 
 
+def parameters_apart(run: Path, other: Path, student: str) -> float:
+    """The largest difference of their last students, in parts of the largest change since `student`."""
+    folders = (student, *(r / "checkpoints" / f"step-{STEPS}" / "student" for r in (run, other)))
+    begin, end, same = (dict(load_model(str(f), "float32").named_parameters()) for f in folders)
+    moved, apart = (max(float((end[n] - of[n]).abs().max()) for n in end) for of in (begin, same))
+    assert moved > 1e-4
+    return apart / moved
+
+
 def test_a_run_that_goes_back_into_a_round_does_what_is_left_of_it_and_ends_with_its_budget_of_tokens(
     tvdf, capsys, config, tmp_path
 ):
@@ -260,6 +269,7 @@ def test_a_run_that_goes_back_into_a_round_does_what_is_left_of_it_and_ends_with
     assert str(aside) in done.stdout
     assert check_whole(aside / "checkpoints" / "step-4") and metrics_of(aside) == metrics_of(tvdf)
     assert trajectories_of(aside) == trajectories_of(tvdf)
+    assert parameters_apart(copy, aside, config.student) < 1e-3, "it ends as the undisturbed run did"
     whole = [f"data.{s}.videos={getattr(config.data, s).videos}" for s in ("train", "eval")]
     refused = bad(capsys, "--resume", str(copy), "curriculum.dbtp=false", "num_steps=60", *whole)
     assert "the curriculum the run was started with" in refused
