@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -64,7 +65,7 @@ def take_down(machines: list[Host], output: Path, folder: Path) -> None:
     down = begin(desk, output, "ray", "down", "--yes", FILE)
     wait_for(lambda: not any("monitor.py" in line for line in head.processes()), down, "the autoscaler's end")
     ended = begin(desk, folder / "pkill", "ssh", head.address, 'pkill -f "[r]ay_(bootstrap_key|ssh)"')
-    assert (ended.wait(PATIENCE_S), starting.wait(PATIENCE_S)) == (0, 255)
+    assert (ended.wait(PATIENCE_S), starting.wait(PATIENCE_S)) == (0, -signal.SIGTERM)
     stop = "source ~/.video_opd.sh && ray stop"
     stops = [begin(desk, folder / f"{w.name}.stop", "ssh", w.address, stop) for w in workers]
     assert [of_one.wait(PATIENCE_S) for of_one in (down, *stops)] == [0, 0, 0, 0]
