@@ -64,7 +64,8 @@ def start_vllm(model: str, config: EngineConfig, seed: int, trust_remote_code: b
 def _never_compile() -> None:
     """Else vLLM compiles functions of its sampler, once a shape, also with enforce_eager: 5 s of CPU time."""
     os.environ["TORCH_COMPILE_DISABLE"] = "1"  # for the processes of tensor_parallel
-    importlib.import_module("torch._dynamo.config").disable = True  # for this one
+    of_compiler: Any = importlib.import_module("torch._dynamo.config")
+    of_compiler.disable = True  # for this one
 
 
 def memory_options(config: EngineConfig) -> dict[str, Any]:
