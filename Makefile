@@ -5,7 +5,8 @@ EXTRA ?= cpu
 # Test processes: one more than two cores, since the tests of whole runs also wait. Each takes up to 4 GB.
 WORKERS ?= 3
 BIN := $(VENV)/bin
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# The tests start some 300 processes: compiled modules are kept, whatever the environment says.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-fast check bench gpu-check lock

@@ -23,15 +23,17 @@ class LearnerRank:
         self._name, self._config, self._rank = name, config, rank
         self._engine: Any = None
         self._sender: Any = None  # a WeightSender, from the first transfer between GPUs on
+        self._port: socket.socket | None = None
 
     def __repr__(self) -> str:
         return self._name
 
     def address(self) -> tuple[str, int]:
-        """This node's address and a free port."""
-        with socket.socket() as free:
-            free.bind(("", 0))
-            return ray.util.get_node_ip_address(), free.getsockname()[1]
+        """This node's address and a port. No other process is given it before rank 0 listens there."""
+        self._port = socket.socket()
+        self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._port.bind(("", 0))
+        return ray.util.get_node_ip_address(), self._port.getsockname()[1]
 
     def start(self, master: tuple[str, int]) -> None:
         from learner.engine import LearnerEngine

@@ -1,6 +1,7 @@
 """Saves and loads have a deadline of their own; a late or failed save is no lost learner, a dead rank is."""
 
 import asyncio
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +202,13 @@ def test_a_rank_elsewhere_hands_over_all_parts_also_when_the_disk_here_is_full(t
         assert taken == [0, 1, 2]
 
     run(body)
+
+
+def test_the_port_of_rank_0_is_kept_for_it(monkeypatch):
+    monkeypatch.setattr("learner.rank.start_role_log", lambda *_: None)
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.1")
+    rank = LearnerRank("learner-0", load_demo(), 0)
+    address = rank.address()
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(address)
+    socket.create_server(address).close()

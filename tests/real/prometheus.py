@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -16,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from tests.real.runs import kept_port
 from video_opd import ROOT
 
 PATIENCE_S = 600.0
@@ -32,9 +32,8 @@ class Prometheus:
             config = config.replace(ours, theirs)
         (folder / "prometheus.yml").write_text(config)
         shutil.copy(ROOT / "deploy/alerts.yml", folder)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self._port = kept_port()
+        self.address = f"127.0.0.1:{self._port.getsockname()[1]}"
         options = [f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
         with (folder / "output.txt").open("w") as output:
             command = ["prometheus", *options, f"--web.listen-address={self.address}"]
@@ -72,6 +71,7 @@ class Prometheus:
     def stop(self) -> None:
         self._process.terminate()
         self._process.wait(PATIENCE_S)
+        self._port.close()
 
 
 def board_expressions(run: str) -> list[str]:

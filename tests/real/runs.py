@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -45,6 +46,14 @@ def write_data(folder: Path, split: str, count: int, levels: tuple[str, ...]) ->
     write_split(folder / split, split, count, levels)
     names = {"annotations": "annotations.txt", "lengths": "lengths.csv", "videos": "videos"}
     return [f"data.{split}.{key}={folder / split / name}" for key, name in names.items()]
+
+
+def kept_port() -> socket.socket:
+    """While it is open no other process is given its port. A server may listen there."""
+    kept = socket.socket()
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    kept.bind(("", 0))
+    return kept
 
 
 def run_module(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:

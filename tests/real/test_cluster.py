@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from tests.real.runs import GROUPS, PATIENCE_S, SMALL, last_step, metrics_of, trajectories_of
+from tests.real.runs import GROUPS, PATIENCE_S, SMALL, kept_port, last_step, metrics_of, trajectories_of
 from video_opd import ROOT
 from video_opd.cluster.join import started_in_time
 
@@ -32,14 +31,12 @@ def cluster(monkeypatch):
     monkeypatch.setenv("RAY_prestart_worker_first_driver", "0")  # as in cluster.yaml
     monkeypatch.setenv("RAY_health_check_period_ms", "500")  # five in vain, and a node is lost
     roles = {"rollout": 1, "teacher": 1, "learner": 1}
-    with socket.socket() as free:  # where the node takes jobs; the default may be another Ray's
-        free.bind(("", 0))
-        port = free.getsockname()[1]
-    head = {"num_cpus": 4, "resources": roles, "object_store_memory": 200 << 20}
-    head |= {"include_dashboard": True, "dashboard_port": 0, "dashboard_agent_listen_port": port}
-    started = started_in_time(lambda: Cluster(initialize_head=True, head_node_args=head))
-    yield started
-    started.shutdown()
+    head = {"num_cpus": 4, "resources": roles, "object_store_memory": 200 << 20, "include_dashboard": True}
+    with kept_port() as kept:  # where the node takes jobs; the default may be another Ray's
+        head |= {"dashboard_port": 0, "dashboard_agent_listen_port": kept.getsockname()[1]}
+        started = started_in_time(lambda: Cluster(initialize_head=True, head_node_args=head))
+        yield started
+        started.shutdown()
 
 
 class Job:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -53,6 +54,22 @@ def wait_for(condition: Callable[[], bool], run: subprocess.Popen, what: str) ->
 
 def runs_on(host: Host, role: str) -> bool:
     return any(TITLES[role] in line for line in host.processes())
+
+
+def take_down(machines: list[Host], output: Path, folder: Path) -> None:
+    """As docs/clusters.md says. Nothing of Ray is left, though the autoscaler was starting a worker again."""
+    head, *workers, desk = machines
+    key = ("-tt", "-i", f"/home/{USER}/ray_bootstrap_key.pem")
+    late = head.command("ssh", *key, workers[-1].address, "sleep 600; ray start")
+    starting = subprocess.Popen(late, stdin=subprocess.DEVNULL)
+    down = begin(desk, output, "ray", "down", "--yes", FILE)
+    wait_for(lambda: not any("monitor.py" in line for line in head.processes()), down, "the autoscaler's end")
+    ended = begin(desk, folder / "pkill", "ssh", head.address, 'pkill -f "[r]ay_(bootstrap_key|ssh)"')
+    assert (ended.wait(PATIENCE_S), starting.wait(PATIENCE_S)) == (0, -signal.SIGTERM)
+    stop = "source ~/.video_opd.sh && ray stop"
+    stops = [begin(desk, folder / f"{w.name}.stop", "ssh", w.address, stop) for w in workers]
+    assert [of_one.wait(PATIENCE_S) for of_one in (down, *stops)] == [0, 0, 0, 0]
+    assert not [line for host in machines[:4] for line in host.processes() if "ray" in line]
 
 
 @pytest.fixture
@@ -119,13 +136,7 @@ def test_a_run_on_four_hosts_outlives_the_loss_of_one_and_leaves_nothing_behind(
     assert not [p for p in left.rglob("*") if p.is_file()]
 
     teacher.set_link(up=True)
-    stop = "source ~/.video_opd.sh && ray stop"  # as docs/clusters.md says
-    workers = machines[1:4]
-    down = begin(desk, output, "ray", "down", "--yes", FILE)
-    wait_for(lambda: not any("monitor.py" in line for line in head.processes()), down, "the autoscaler's end")
-    stops = [begin(desk, tmp_path / f"{w.name}.stop", "ssh", w.address, stop) for w in workers]
-    assert [of_one.wait(PATIENCE_S) for of_one in (down, *stops)] == [0, 0, 0, 0]
-    assert not [line for host in machines[:4] for line in host.processes() if "ray" in line]
+    take_down(machines, output, tmp_path)
     assert nobody.wait(PATIENCE_S) == 1, "it ends by itself where ssh reaches nobody"
     assert (
         "SSH still not available" in unreachable.read_text()

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 import launch
@@ -175,6 +176,7 @@ def tvdf(shared_ray, overrides) -> Path:
         "curriculum.kind=tvdf",
         "curriculum.num_selected=12",
         "learner.lora_rank=4",
+        *("learner.warmup_frac=0", "learner.final_lr_frac=1"),  # whatever num_steps it is resumed with
     ]
     done = run_launch(*overrides, *SHRUNK, *TVDF, *more)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -221,6 +223,16 @@ def test_actors_sample_with_the_learners_adapters(tvdf):
     assert 0 < published < STEPS * student.stat().st_size / 4, "adapters, not weights"
 
 
+def parameters_apart(run: Path, other: Path, student: str) -> float:
+    """The largest difference of their last students, in parts of the largest change since `student`."""
+    folders = (student, *(r / "checkpoints" / f"step-{STEPS}" / "student" for r in (run, other)))
+    begin, end, same = (dict(load_model(str(f), "float32").named_parameters()) for f in folders)
+    with torch.no_grad():
+        moved, apart = (max(float((end[n] - of[n]).abs().max()) for n in end) for of in (begin, same))
+    assert moved > 1e-4
+    return apart / moved
+
+
 def test_a_run_that_goes_back_into_a_round_does_what_is_left_of_it_and_ends_with_its_budget_of_tokens(
     tvdf, capsys, config, tmp_path
 ):
@@ -265,6 +277,7 @@ def test_a_run_that_goes_back_into_a_round_does_what_is_left_of_it_and_ends_with
     whole = [f"data.{s}.videos={getattr(config.data, s).videos}" for s in ("train", "eval")]
     refused = bad(capsys, "--resume", str(copy), "curriculum.dbtp=false", "num_steps=60", *whole)
     assert "the curriculum the run was started with" in refused
+    assert parameters_apart(copy, aside, config.student) < 1e-3, "it ends as the undisturbed run did"
 
 
 def test_coupling_suspends_before_scoring_and_a_second_run_generates_no_teacher_answers(

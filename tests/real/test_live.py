@@ -118,7 +118,7 @@ def live(overrides, tmp_path_factory) -> Iterator[Live]:
     require_prometheus()
     home = tmp_path_factory.mktemp("live")
     options = [
-        *(*SMALL, "num_steps=1000000", "max_policy_lag=1", "learner.world_size=2", "eval_every=3"),
+        *(*SMALL, "num_steps=1000000", "max_policy_lag=1", "eval_every=3"),
         *(f"runs_dir={home}", "run_name=live", "request_timeout_s=400"),
         # a cache too small for all clips, so that they are decoded again and again
         *(f"video.cache_dir={home / 'frames'}", "video.cache_bytes=500000"),
@@ -414,7 +414,7 @@ def test_every_process_says_what_happened_as_json_with_run_step_and_role(live, e
             if line.startswith('{"level"'):
                 event = json.loads(line)
                 roles.setdefault(event["role"], []).append(event)
-    assert set(roles) == {"actor-0", "actor-1", "learner-0", "learner-1", "curriculum", "teacher-teacher"}
+    assert set(roles) == {"actor-0", "actor-1", "learner-0", "curriculum", "teacher-teacher"}
     said = [event for of in roles.values() for event in of]
     assert all(e["run"] == "live" and e["time"] and e["level"] and e["message"] for e in said)
     assert max(e["step"] or 0 for e in said if e["role"].startswith("actor-")) >= 6

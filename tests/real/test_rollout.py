@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import vllm.envs
+from torch._dynamo.utils import counters
 
 import actors.engine
 import actors.rollout_actor as rollout_actor
@@ -74,8 +75,15 @@ def max_gap(engine, model, encoded, seed: int) -> float:
     return float(max(gaps))
 
 
+def functions_compiled(worker: Any = None) -> int:
+    """By torch's compiler, in this process."""
+    return sum(counters["frames"].values())
+
+
 def test_logprobs_match_transformers_before_and_after_a_publication(engine, model, encoded):
+    compiled = functions_compiled()
     assert max_gap(engine, model, encoded, seed=1) < TOLERANCE
+    assert functions_compiled() == compiled
     assert max_gap(engine, model, encoded, seed=2) < TOLERANCE, "with the prefix cache warm"
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     torch.manual_seed(3)
@@ -386,5 +394,6 @@ def test_an_engine_in_two_shards_samples_as_one_process_does_before_and_after_a_
             assert answer.token_ids.tolist() == expected.token_ids.tolist()
             assert np.abs(answer.logprobs - expected.logprobs).max() < TOLERANCE
         weights = {n: w + torch.randn_like(w) * 0.02 for n, w in weights.items()}
+    assert shards._llm.collective_rpc(functions_compiled) == [0, 0]
     shards._llm.llm_engine.model_executor.workers[1].proc.kill()
     assert ended.wait(60), "an actor that lost a shard ends, and is replaced"

@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -31,6 +32,8 @@ def start_vllm(model: str, config: EngineConfig, seed: int, trust_remote_code: b
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # whatever the node says: see SamplingEngine.settle
     from vllm import LLM
 
+    if options.get("enforce_eager") and not config.num_gpus:
+        _never_compile()
     options |= memory_options(config) | parallel_options(config)
     if not config.num_gpus:  # a seeded request with a chunked prefill fails: its generator cannot be rewound
         options["enable_chunked_prefill"] = False
@@ -56,6 +59,13 @@ def start_vllm(model: str, config: EngineConfig, seed: int, trust_remote_code: b
     if config.tensor_parallel > 1:  # a process that lost a shard must be lost itself, to be replaced
         llm.llm_engine.model_executor.register_failure_callback(_end_process)
     return llm
+
+
+def _never_compile() -> None:
+    """Else vLLM compiles functions of its sampler, once a shape, also with enforce_eager: 5 s of CPU time."""
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"  # for the processes of tensor_parallel
+    of_compiler: Any = importlib.import_module("torch._dynamo.config")
+    of_compiler.disable = True  # for this one
 
 
 def memory_options(config: EngineConfig) -> dict[str, Any]:

@@ -29,9 +29,9 @@ def failing(*errors: BaseException):
 
 def test_waits_are_named_while_they_last_and_end_at_their_deadline():
     async def run() -> None:
-        long = asyncio.ensure_future(with_deadline(5, asyncio.sleep(4), "the long one"))
+        long = asyncio.ensure_future(with_deadline(500, asyncio.sleep(400), "the long one"))
         await asyncio.sleep(0.01)
-        short = asyncio.ensure_future(with_deadline(0.01, asyncio.sleep(4), "the short one"))
+        short = asyncio.ensure_future(with_deadline(0.01, asyncio.sleep(400), "the short one"))
         await asyncio.sleep(0)
         assert [w.what for w in waits()] == ["the long one", "the short one"]
         with pytest.raises(DeadlineError, match="the short one did not end within 0 s"):
