@@ -14,6 +14,7 @@ turn. `peak_ratio`: the most memory of a pass over that of the padded one, each 
 Decodes and vision passes are for each distinct clip of a step. The last line is one JSON object.
 """
 
+import itertools
 import os
 import statistics
 import tempfile
@@ -29,25 +30,18 @@ from benchmarks.command import Row, in_new_process, make_parser, print_result
 from benchmarks.memory import peak_bytes, reset_peak
 
 QUERIES_AND_ROLLOUTS = ((1, 1), (4, 1), (1, 8))
-VIDEO_TOKENS, PHASES = (512, 2048), ("score", "update")
+VIDEO_TOKENS, PHASES, WAYS = (512, 2048), ("score", "update"), ("trees", "alone", "padded")
 SEED = 0
-KEEP_NOTHING = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # the process gives tensors back as soon as they are freed
 
 
 class Run:
-    """One phase of one case, in a process of its own."""
+    """One phase of one case."""
 
-    def __init__(self, phase: str, numbers: Sequence[int], device: str, folder: Path):
-        import torch
-
+    def __init__(self, case: Any, phase: Any, config: Any):
         from benchmarks import shared_prefix_parts as parts
 
-        torch.manual_seed(SEED)
-        torch.set_num_threads(1)
-        self.parts, self.case, self.on_gpu = parts, parts.Case(*numbers, device), device == "cuda"
-        config = parts.make_config(self.case, folder)
-        self.phase = (parts.Teacher if phase == "score" else parts.Learner)(config)
-        self.step = parts.Step(self.case, config, self.phase.encoder, SEED)
+        self.parts, self.case, self.phase, self.on_gpu = parts, case, phase, case.device == "cuda"
+        self.step = parts.Step(case, config, phase.encoder, SEED)
 
     def run(self, way: Any, what: str = "run") -> Any:
         with self.parts.computing(way):
@@ -68,7 +62,7 @@ class Run:
         return time.process_time() - started
 
     def peak(self, way: Any) -> int:
-        """Bytes above what is in use before."""
+        """Bytes above what is in use before; on a CPU see giving_back."""
         if self.on_gpu:
             import torch
 
@@ -83,26 +77,35 @@ class Run:
     def exactness(self) -> Row:
         """How the results of trees differ from those of the other ways; and what trees compute and read."""
         trees, passes = self.parts.counted(self.phase.model, lambda: self.run("trees", "result"))
-        others = [self.run(way, "result") for way in self.parts.WAYS[1:]]
+        others = [self.run(way, "result") for way in WAYS[1:]]
         measure = difference if isinstance(trees, np.ndarray) else relative_difference
         decodes = self.phase.encoder.frame_cache.num_decodes
         per_clip = {"decodes": decodes / self.case.clips, "vision_passes": passes / self.case.clips}
         return per_clip | {"difference": max(measure(trees, other) for other in others)}
 
     def sizes(self) -> Row:
-        """Tokens: of prefixes and branches, and of the largest pass of trees over one of padded sequences."""
+        """Tokens of prefixes and branches, and computed ones over separate ones."""
         from video_opd.models.forward import collate
 
-        prompts, responses = self.step.encode(self.phase.encoder), self.step.responses
+        prompts, responses = self.step.prompts, self.step.responses
         trees = collate(prompts, responses, 0, with_pixels=False).trees
         branches = [n for tree in trees for n in tree.branches]
-        width = max(len(p.token_ids) + len(r) for p, r in zip(prompts, responses, strict=True))
-        passes = self.parts.SEQUENCES / self.case.per_pass("trees")
-        computed = sum(tree.num_tokens for tree in trees)
-        assert computed / passes <= self.parts.PADDED * width, "passes of trees are larger than padded ones"
-        separate = sum(tree.num_separate_tokens for tree in trees)
+        longest = max(len(p.token_ids) + len(r) for p, r in zip(prompts, responses, strict=True))
+        computed, separate = (sum(t.num_tokens for t in trees), sum(t.num_separate_tokens for t in trees))
+        of_pass = computed * self.case.per_pass("trees") / len(prompts)
+        assert of_pass <= longest * self.parts.PADDED, "a pass of trees is larger than a padded one"
         between = f"{min(branches)} to {max(branches)}"
         return {"prefix": trees[0].prefix, "branches": between, "tokens": computed / separate}
+
+
+@contextmanager
+def giving_back() -> Iterator[None]:
+    """Processes that are started inside have no more memory than their tensors need: they keep none."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)  # bytes; glibc gives larger blocks back at once
+    try:
+        yield
+    finally:
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -116,50 +119,59 @@ def relative_difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarra
     return max(apart[name] / norm if norm else apart[name] for name, norm in norms.items())
 
 
-def measure(phase: str, numbers: Sequence[int], device: str, repeats: int) -> Row:
-    """One row without its peak."""
+def runs_of(numbers: Sequence[int], device: str, folder: str) -> list[Run]:
+    """A run of each phase. Each has a cache of frames, as if it were alone on its node."""
+    import torch
+
+    from benchmarks import shared_prefix_parts as parts
+
+    torch.manual_seed(SEED)
+    torch.set_num_threads(1)
+    case, runs = parts.Case(*numbers, device), []
+    inputs = parts.write_inputs(case, Path(folder))
+    for phase, engine in zip(PHASES, (parts.Teacher, parts.Learner), strict=True):
+        config = parts.make_config(case, inputs, Path(folder) / phase)
+        runs.append(Run(case, engine(config), config))
+    return runs
+
+
+def measure(numbers: Sequence[int], device: str, repeats: int) -> list[Row]:
+    """Of each phase. Run it in a new process."""
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(phase, numbers, device, Path(folder))
-        row = run.sizes() | run.exactness()
-        seconds = [{way: run.seconds(way) for way in run.parts.WAYS} for _ in range(repeats)]
-    ways = {way: statistics.median(of[way] for of in seconds) for way in run.parts.WAYS}
-    best = min(ways["alone"], ways["padded"])
-    ratios = [of["trees"] / min(of["alone"], of["padded"]) for of in seconds]
-    row |= {f"{way}_s": spent for way, spent in ways.items()}
-    row |= {"ratio": ways["trees"] / best, "lowest": min(ratios), "highest": max(ratios)}
-    return row | {f"ratio_{way}": ways["trees"] / ways[way] for way in ("alone", "padded")}
+        runs = runs_of(numbers, device, folder)
+        rows = [run.sizes() | run.exactness() for run in runs]
+        spent = [[{way: run.seconds(way) for way in WAYS} for _ in range(repeats)] for run in runs]
+    return [row | compare(of_run) for row, of_run in zip(rows, spent, strict=True)]
 
 
-def measure_peaks(phase: str, numbers: Sequence[int], device: str) -> dict[str, int]:
-    """By way."""
+def measure_peaks(numbers: Sequence[int], device: str) -> list[Row]:
+    """The same. The first of two passes also takes what stays."""
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(phase, numbers, device, Path(folder))
-        for way in run.parts.WAYS:  # what is kept from the first time on
-            run.run(way)
-        return {way: run.peak(way) for way in run.parts.WAYS}
+        runs = runs_of(numbers, device, folder)
+        peaks = [{way: min(run.peak(way), run.peak(way)) for way in WAYS} for run in runs]
+    return [
+        {"peak_ratio": of["trees"] / of["padded"]} | {f"{way}_peak_bytes": of[way] for way in WAYS}
+        for of in peaks
+    ]
 
 
-@contextmanager
-def environment(values: dict[str, str]) -> Iterator[None]:
-    """Of processes that are started inside."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+def compare(spent: Sequence[dict[str, float]]) -> Row:
+    """Of one phase; spent: seconds by way, of each repeat."""
+    ways = {way: statistics.median(of[way] for of in spent) for way in WAYS}
+    ratios = [of["trees"] / min(of["alone"], of["padded"]) for of in spent]
+    row = {"ratio": ways["trees"] / min(ways["alone"], ways["padded"])}
+    row |= {"lowest": min(ratios), "highest": max(ratios)}
+    row |= {f"ratio_{way}": ways["trees"] / ways[way] for way in ("alone", "padded")}
+    return row | {f"{way}_s": seconds for way, seconds in ways.items()}
 
 
-def compare(phase: str, numbers: Sequence[int], device: str, repeats: int) -> Row:
-    """One row."""
-    names = dict(zip(("queries", "rollouts", "video_tokens"), numbers, strict=True))
-    row = names | {"phase": phase, "device": device}
-    row |= in_new_process(measure, phase, numbers, device, repeats)
-    with environment(KEEP_NOTHING):
-        peaks = in_new_process(measure_peaks, phase, numbers, device)
-    row["peak_ratio"] = peaks["trees"] / peaks["padded"]
-    return row | {f"{way}_peak_bytes": peak for way, peak in peaks.items()}
+def rows_of(numbers: Sequence[int], device: str, repeats: int) -> list[Row]:
+    names = dict(zip(("queries", "rollouts", "video_tokens"), numbers, strict=True)) | {"device": device}
+    measured = in_new_process(measure, numbers, device, repeats)
+    with giving_back():
+        peaks = in_new_process(measure_peaks, numbers, device)
+    both = zip(PHASES, measured, peaks, strict=True)
+    return [names | {"phase": phase} | row | of_peak for phase, row, of_peak in both]
 
 
 def summary(rows: Sequence[Row]) -> Row:
@@ -172,14 +184,12 @@ def summary(rows: Sequence[Row]) -> Row:
 def main() -> None:
     quick = make_parser("shared_prefix", __doc__, "512 video tokens and 3 repeats").parse_args().quick
     os.environ["OMP_NUM_THREADS"] = "1"
-    devices = ["cpu", "cuda"] if in_new_process(has_gpu) else ["cpu"]
-    rows = []
-    for device in devices:
-        for video_tokens in VIDEO_TOKENS[:1] if quick else VIDEO_TOKENS:
-            for numbers in ((*pair, video_tokens) for pair in QUERIES_AND_ROLLOUTS):
-                rows += [compare(phase, numbers, device, 3 if quick else 7) for phase in PHASES]
+    devices, rows = ["cpu", "cuda"] if in_new_process(has_gpu) else ["cpu"], []
+    tokens, repeats = (VIDEO_TOKENS[:1], 3) if quick else (VIDEO_TOKENS, 5)
+    for device, most, pair in itertools.product(devices, tokens, QUERIES_AND_ROLLOUTS):
+        rows += rows_of((*pair, most), device, repeats)
     shown = [{key: value for key, value in row.items() if not key.endswith(("_s", "_bytes"))} for row in rows]
-    note = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs, seed {SEED}"
+    note = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs, seed {SEED}, {repeats} repeats"
     print_result(summary(rows), "trees beside sequences apart; 8 sequences a step", shown, note)
 
 

@@ -1,8 +1,9 @@
-"""What benchmarks.shared_prefix measures: a teacher and a learner on sequences that share clips, in three ways."""
+"""A teacher and a learner on sequences that share clips, in three ways: for benchmarks.shared_prefix."""
 
+import asyncio
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,8 @@ from benchmarks.clips import write_demo_clips
 from benchmarks.emulated_teacher import make_trajectory
 from demo.models import STUDENT, TEACHER, build_model, build_processor
 from learner.engine import LearnerEngine
-from teacher_service.engine import TokenScores, TransformersEngine, Wanted
+from teacher_service.engine import TransformersEngine
+from teacher_service.replica import TeacherReplica
 from video_opd.config import Config
 from video_opd.config_data import PromptConfig
 from video_opd.config_file import load_demo
@@ -26,7 +28,6 @@ from video_opd.models.prompting import PromptEncoder
 from video_opd.types import EncodedPrompt, Prompt, ScoredGroup, TeacherScores, Trajectory, TrajectoryGroup
 
 Way = Literal["trees", "alone", "padded"]
-WAYS: tuple[Way, ...] = ("trees", "alone", "padded")
 FRAMES = 16  # of a clip: eight grids of video tokens
 SEQUENCES, PADDED = 8, 4  # of a step; of a pass of padded sequences
 RESPONSE_TOKENS = 20, 60  # at least, at most
@@ -71,31 +72,26 @@ def write_inputs(case: Case, folder: Path) -> list[str]:
     return [f"{name}={folder / name}" for name in ("student", "teacher")] + clips
 
 
-def make_config(case: Case, folder: Path) -> Config:
-    """The demo's, with the default prompt, in float32."""
-    overrides = [*write_inputs(case, folder), "prompt={style: timelens}", f"runs_dir={folder}"]
+def make_config(case: Case, inputs: Sequence[str], cache: Path) -> Config:
+    """The demo's, with the default prompt, in float32. cache: of frames."""
+    overrides = [*inputs, "prompt={style: timelens}", f"video.cache_dir={cache}"]
     overrides += ["loss={kind: grpo}" if case.rollouts > 1 else "loss={kind: opd}"]
     overrides += [f"rollout.rollouts_per_prompt={case.rollouts}", f"video.max_frames={FRAMES}"]
-    overrides += [f"video.max_video_tokens={case.video_tokens}", f"video.cache_dir={folder / 'frames'}"]
-    overrides += ["learner.gradient_checkpointing=true", f"learner.lr={LR}"]
+    overrides += [f"video.max_video_tokens={case.video_tokens}", f"learner.lr={LR}"]
     on_gpu = int(case.device == "cuda")
-    return load_demo([*overrides, f"learner.num_gpus={on_gpu}", f"teacher_pool.num_gpus={on_gpu}"])
+    overrides += ["learner.gradient_checkpointing=true", f"learner.num_gpus={on_gpu}"]
+    return load_demo([*overrides, f"teacher_pool.num_gpus={on_gpu}"])
 
 
 class Step:
-    """The sequences of one step, in the order in which an actor returns them."""
+    """The sequences of one step, those of a clip next to each other."""
 
     def __init__(self, case: Case, config: Config, encoder: PromptEncoder, seed: int):
-        rng = np.random.default_rng(seed)
-        self.prompts = read_prompts(config.data.train, config.video, 32)
-        self.groups = [self._group(case, prompt, encoder.encode(prompt), rng) for prompt in self.prompts]
-        self.rollouts = case.rollouts
+        rng, prompts = np.random.default_rng(seed), read_prompts(config.data.train, config.video, 32)
+        encoded = [encoder.encode(prompt) for prompt in prompts]
+        self.prompts = [prompt for prompt in encoded for _ in range(case.rollouts)]  # of each sequence
+        self.groups = [self._group(case, *pair, rng) for pair in zip(prompts, encoded, strict=True)]
         self.responses = [t.response_token_ids for g in self.groups for t in g.group.trajectories]
-
-    def encode(self, encoder: PromptEncoder) -> list[Any]:
-        """The prompt of each sequence."""
-        encoded = encoder.encode_all(self.prompts)
-        return [prompt for prompt in encoded for _ in range(self.rollouts)]
 
     def _group(self, case: Case, prompt: Prompt, encoded: EncodedPrompt, rng: Any) -> ScoredGroup:
         def trajectory(number: int) -> Trajectory:
@@ -119,19 +115,20 @@ class Step:
 
 
 class Teacher:
-    """Phase `score`: prompts are encoded and responses scored."""
+    """Phase `score`: a replica encodes the prompts of a call and scores its responses."""
 
     def __init__(self, config: Config):
-        self.encoder = PromptEncoder(str(config.teacher), config.prompt, config.video)
-        options = str(config.teacher), config.teacher_pool, Wanted(), 0, self.encoder
-        self._engine = TransformersEngine(*options)
-        self.model = self._engine._model
+        self._replica = TeacherReplica(config, config.teacher_models[0])
+        self.encoder, engine = self._replica._encoder, self._replica._engine
+        assert isinstance(engine, TransformersEngine)
+        self._engine, self.model = engine, engine._model
 
     def run(self, step: Step, sequences: int) -> np.ndarray:
         """float32[response tokens]: their log-probs."""
-        self._engine.config = self._engine.config.model_copy(update={"micro_batch": sequences})
-        scores = self._engine.score(step.encode(self.encoder), step.responses)
-        return np.concatenate([of.logprobs for of in scores])
+        pool = self._replica._pool.model_copy(update={"micro_batch": sequences})
+        self._replica._pool = self._engine.config = pool
+        reply = asyncio.run(self._replica.score([scored.group for scored in step.groups]))
+        return np.concatenate([scores.teacher_logprobs for of_group in reply.results for scores in of_group])
 
     result = run
 
