@@ -32,6 +32,7 @@ from benchmarks.memory import peak_bytes, reset_peak
 QUERIES_AND_ROLLOUTS = ((1, 1), (4, 1), (1, 8))
 VIDEO_TOKENS, PHASES, WAYS = (512, 2048), ("score", "update"), ("trees", "alone", "padded")
 SEED, REPEATS = 0, 3
+Numbers = tuple[int, int, int]  # queries of a clip, rollouts of a query, video tokens
 
 
 class Run:
@@ -78,7 +79,7 @@ class Run:
         """How the results of trees differ from those of the other ways; and what trees compute and read."""
         trees, passes = self.parts.counted(self.phase.model, lambda: self.run("trees", "result"))
         others = [self.run(way, "result") for way in WAYS[1:]]
-        measure = difference if isinstance(trees, np.ndarray) else relative_difference
+        measure: Any = difference if isinstance(trees, np.ndarray) else relative_difference
         decodes = self.phase.encoder.frame_cache.num_decodes
         per_clip = {"decodes": decodes / self.case.clips, "vision_passes": passes / self.case.clips}
         return per_clip | {"difference": max(measure(trees, other) for other in others)}
@@ -119,7 +120,7 @@ def relative_difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarra
     return max(apart[name] / norm if norm else apart[name] for name, norm in norms.items())
 
 
-def runs_of(numbers: Sequence[int], device: str, folder: str) -> list[Run]:
+def runs_of(numbers: Numbers, device: str, folder: str) -> list[Run]:
     """A run of each phase. Each has a cache of frames, as if it were alone on its node."""
     import torch
 
@@ -135,7 +136,7 @@ def runs_of(numbers: Sequence[int], device: str, folder: str) -> list[Run]:
     return runs
 
 
-def measure(numbers: Sequence[int], device: str, repeats: int) -> list[Row]:
+def measure(numbers: Numbers, device: str, repeats: int) -> list[Row]:
     """Of each phase. Run it in a new process."""
     with tempfile.TemporaryDirectory() as folder:
         runs = runs_of(numbers, device, folder)
@@ -144,7 +145,7 @@ def measure(numbers: Sequence[int], device: str, repeats: int) -> list[Row]:
     return [row | compare(of_run) for row, of_run in zip(rows, spent, strict=True)]
 
 
-def measure_peaks(numbers: Sequence[int], device: str) -> list[Row]:
+def measure_peaks(numbers: Numbers, device: str) -> list[Row]:
     """The same. The first of two passes also takes what stays."""
     with tempfile.TemporaryDirectory() as folder:
         runs = runs_of(numbers, device, folder)
@@ -165,7 +166,7 @@ def compare(spent: Sequence[dict[str, float]]) -> Row:
     return row | {f"{way}_s": seconds for way, seconds in ways.items()}
 
 
-def rows_of(numbers: Sequence[int], device: str, repeats: int) -> list[Row]:
+def rows_of(numbers: Numbers, device: str, repeats: int) -> list[Row]:
     names = dict(zip(("queries", "rollouts", "video_tokens"), numbers, strict=True)) | {"device": device}
     measured = in_new_process(measure, numbers, device, repeats)
     with giving_back():
