@@ -18,6 +18,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 from video_opd.config_data import Attention
 from video_opd.errors import ConfigError, ModelError
 from video_opd.models.attention import missing_for
+from video_opd.models.model_files import check_attends_to_all
 from video_opd.models.patches import pixel_values
 from video_opd.models.trees import Packing, Tree, packed_places, trees_of
 from video_opd.types import EncodedPrompt
@@ -129,9 +130,7 @@ def _tell_once(trees: Sequence[Tree], num_videos: int) -> None:
         _TOLD.set()
         separate, computed = (sum(t.num_separate_tokens for t in trees), sum(t.num_tokens for t in trees))
         sequences = sum(len(tree.members) for tree in trees)
-        what = (
-            f"{sequences} sequences of one clip differ before its video, computed {num_videos} times"
-        )
+        what = f"{sequences} sequences of one clip differ before its video, computed {num_videos} times"
         how = "with prompt.video_first=true only its times come before it"
         _log.warning("%s: they share %d of %d tokens (%s)", what, separate - computed, separate, how)
 
@@ -235,7 +234,8 @@ def load_model(
 ) -> VideoLLM:
     """A transformers video LLM from a folder's safetensors, on the CPU, in `dtype`.
 
-    Raises ConfigError if this machine lacks the package of `attention`, ModelError if weights are missing."""
+    Raises ConfigError if this machine lacks the package of `attention`; ModelError if weights are missing, or
+    if its layers have sliding windows."""
     from transformers import AutoModelForImageTextToText
 
     from video_opd.models.qwen_vl import adapt  # imports transformers
@@ -254,6 +254,7 @@ def load_model(
     if missing := sorted(found["missing_keys"]):  # transformers would draw them, each rank its own
         why = f"{path} lacks {len(missing)} weights, e.g. {missing[0]}"
         raise ModelError(f"{why}: the model folder is damaged")
+    check_attends_to_all(path, model.config.text_config.to_dict())
     adapt(model, attention)
     return model
 

@@ -1,5 +1,6 @@
 """Packed trees compute what transformers does for each of their sequences alone."""
 
+import json
 import logging
 from dataclasses import replace
 from threading import Event
@@ -18,6 +19,7 @@ from tests.fakes import FPS, make_clip, make_prompt
 from tests.models import MODELS, literal_positions
 from tests.processors import FAMILIES
 from video_opd.config_data import PromptConfig, VideoConfig
+from video_opd.errors import ModelError
 from video_opd.models import forward
 from video_opd.models.forward import ResponseLogits, collate, load_model, token_logprobs
 from video_opd.models.patches import pixel_values
@@ -173,6 +175,19 @@ def test_a_process_says_once_what_prompts_share_that_differ_before_their_video(c
     count, separate = len(tree.members), tree.num_separate_tokens
     assert f"{count} sequences of one clip differ before its video, computed {count} times" in message
     assert f"share {separate - tree.num_tokens} of {separate} tokens (with prompt.video_first=true" in message
+
+
+def test_layers_that_see_a_window_alone_are_refused_when_they_are_loaded(folder, tmp_path):
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    config = json.loads((folder / "config.json").read_text())
+    layers = config["text_config"]["num_hidden_layers"]
+    kinds = ["sliding_attention"] + ["full_attention"] * (layers - 1)
+    config["text_config"] |= {"use_sliding_window": True, "sliding_window": 8, "layer_types": kinds}
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="1 layers with sliding windows, which are not supported"):
+        load_model(str(tmp_path), "float32")
 
 
 TREES = [
