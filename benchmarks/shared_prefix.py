@@ -17,6 +17,7 @@ Decodes and vision passes are for each distinct clip of a step. The last line is
 import itertools
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -189,6 +190,7 @@ def main() -> None:
     tokens = VIDEO_TOKENS[:1] if quick else VIDEO_TOKENS
     for device, most, pair in itertools.product(devices, tokens, QUERIES_AND_ROLLOUTS):
         rows += rows_of((*pair, most), device, REPEATS)
+        print(*rows[-len(PHASES) :], sep="\n", file=sys.stderr, flush=True)  # in case the rest takes too long
     shown = [{key: value for key, value in row.items() if not key.endswith(("_s", "_bytes"))} for row in rows]
     note = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs, seed {SEED}, {REPEATS} repeats"
     print_result(summary(rows), "trees beside sequences apart; 8 sequences a step", shown, note)
