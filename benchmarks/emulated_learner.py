@@ -26,8 +26,8 @@ def _collate(_: Any, responses: Sequence[np.ndarray], *__: Any, **___: Any) -> R
     """What the loss needs; the rest would be made on a GPU."""
     lengths = tuple(len(r) for r in responses)
     targets = torch.from_numpy(np.concatenate(responses).astype(np.int64))
-    unused = {f.name: None for f in fields(ResponseBatch) if f.name not in ("targets", "lengths")}
-    return ResponseBatch(**cast(Any, unused), targets=targets, lengths=lengths)
+    unused = {f.name: None for f in fields(ResponseBatch) if f.name not in ("trees", "targets", "lengths")}
+    return ResponseBatch(**cast(Any, unused), trees=(), targets=targets, lengths=lengths)
 
 
 def emulate_passes() -> None:

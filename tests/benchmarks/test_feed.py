@@ -101,3 +101,12 @@ def test_long_clips_show_the_same_scenes_in_other_orders(tmp_path, monkeypatch):
     assert len({frames.tobytes() for frames in scenes}) == 3
     pictures = [scene.tobytes() for frames in scenes for scene in frames]
     assert len(set(pictures)) <= 4, "a scene looks the same wherever it is"
+
+
+@pytest.mark.engine  # imports torch
+def test_a_batch_of_the_sleeping_student_has_what_the_loss_asks_for():
+    from benchmarks.emulated_learner import _collate
+
+    batch = _collate([], [np.array([5, 6]), np.array([7])])
+    assert batch.targets.tolist() == [5, 6, 7] and batch.lengths == (2, 1)
+    assert sum(tree.num_tokens for tree in batch.trees) == 0
