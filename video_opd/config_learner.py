@@ -91,6 +91,9 @@ class LearnerConfig(ConfigSection):
     grad_accum_dtype: Dtype | None = key(None, "sums gradients of micro-batches; None: float32 if it can")
     attn_implementation: Attention = key("sdpa", ATTENTION)
     micro_batch: PositiveInt = key(1, "sequences in one forward and backward pass")
+    tree_tokens: PositiveInt | None = key(
+        None, "most tokens of one pass, shared ones counted once; None: micro_batch bounds it alone"
+    )
     logit_rows: PositiveInt = key(512, "response tokens whose logits are held at once")
     lr: PositiveFloat = 1e-6
     weight_decay: NonNegativeFloat = 0.0
