@@ -222,10 +222,17 @@ def actors_memory(config: Config, student: ModelShapes, work: Workload, gpu_byte
     return _place("actors", processes, rollout.num_gpus, computing, host, loading)
 
 
+def scoring_bytes(pool: TeacherConfig, teacher: ModelShapes, of: Pass) -> dict[str, int]:
+    """What such a pass of transformers takes beside weights, up to its hidden states."""
+    pairs = sum(activations.score_bytes(teacher, pool, of.attended))
+    layers = activations.forward_bytes(teacher, DTYPE_BYTES[pool.dtype], of.tokens, of.video_tokens)
+    return layers | {"scores and masks": pairs}
+
+
 def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_bytes: int) -> RoleMemory:
     """A replica. With engine=vllm see vllm_memory; else weights eP, and phases of micro_batch prompts:
 
-    scoring: forward_bytes of the largest pass.
+    scoring: scoring_bytes of the largest pass.
     response rows: 4V TEACHER_LOGIT_COPIES for each of micro_batch x max_response_tokens.
     answering: A answers to each prompt are A sequences; as scoring, and 2 L K e A B S of KV cache."""
     pool, e = config.teacher_pool, DTYPE_BYTES[config.teacher_pool.dtype]
@@ -243,12 +250,10 @@ def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_byt
         answers = batch * (curriculum.num_teacher_predictions if curriculum.asks_teacher else 1)
         kv_cache = {"KV cache": answers * length * kv_bytes_per_token(teacher, pool.dtype)}
         largest = largest_pass(batch, length, video, pool.attn_implementation)
-        pairs = sum(activations.score_bytes(teacher, pool, largest.attended))
-        scoring = activations.forward_bytes(teacher, e, largest.tokens, largest.video_tokens)
         padded = activations.padded_score_bytes(teacher, pool, answers, length, batch > 1)
         answering = activations.forward_bytes(teacher, e, answers * length, answers * video)
         phases = {
-            "scoring": scoring | {"scores and masks": pairs},
+            "scoring": scoring_bytes(pool, teacher, largest),
             "response rows": {"logits": logits * TEACHER_LOGIT_COPIES},
             "answering": answering | {"scores and mask": padded} | kv_cache,
         }

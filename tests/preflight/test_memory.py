@@ -78,9 +78,8 @@ def batch_of(
 ) -> ResponseBatch:
     """Sequences about clips of pairs x 4 x 4 video tokens: `text` tokens, of which `own` are not shared."""
     tokenizer = build_tokenizer()
-    start, video, end = (
-        tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "video_pad", "vision_end")
-    )
+    names = ("<|vision_start|>", "<|video_pad|>", "<|vision_end|>")
+    start, video, end = tokenizer.convert_tokens_to_ids(list(names))
     frame_pair, types = [start, *[video] * 16, end], [0, *[2] * 16, 0]
     prompts, responses = [], []
     for clip in range(num_clips):

@@ -126,4 +126,6 @@ def test_the_words_say_what_is_assumed(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert launch.main(["--config", str(ROOT / "configs" / PAPER), "--dry-run"]) == 0
     (line,) = [text for text in capsys.readouterr().out.splitlines() if text.startswith("shared ")]
-    assert "each prompt has its own clip, one response to each" in line and "learner 403,456 of 403,456" in line
+    assert (
+        "each prompt has its own clip, one response to each" in line and "learner 403,456 of 403,456" in line
+    )
