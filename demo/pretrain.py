@@ -26,6 +26,7 @@ from video_opd.datasets import read_prompts
 from video_opd.grounding import evaluate
 from video_opd.models.forward import ResponseLogits, VideoLLM, collate, generate
 from video_opd.models.prompting import PromptEncoder
+from video_opd.models.trees import packed_places
 from video_opd.types import EncodedPrompt, Prediction, Prompt, Span
 
 NUM_CLIPS, NUM_VALIDATION_CLIPS = 5000, 100  # of the pretraining split; validation decided when to stop
@@ -147,7 +148,9 @@ def train(
         hidden.clear()
         answer_loss = torch.nn.functional.cross_entropy(logits_of(batch), batch.targets)
         labels = torch.from_numpy(np.concatenate([e.labels for e in chosen]))
-        auxiliary = _auxiliary_loss(head(hidden[0][batch.token_types == VIDEO]), labels)
+        pairs = zip(packed_places(batch.trees), chosen, strict=True)
+        seen = np.concatenate([places[np.flatnonzero(e.encoded.token_types == VIDEO)] for places, e in pairs])
+        auxiliary = _auxiliary_loss(head(hidden[0][0, seen]), labels)
         optimizer.zero_grad()
         (answer_loss + auxiliary).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

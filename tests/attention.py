@@ -69,17 +69,18 @@ def install_stand_in(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 def compare(
     folder: str, encoded: Sequence[EncodedPrompt], encoder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Logits, a gradient and greedy answers of padded batches and of one sequence are the same by each."""
+    """Logits and a gradient of several sequences, two of one prompt, and of one; and greedy answers."""
     called, pad_id = install_stand_in(monkeypatch), encoder.tokenizer.pad_token_id
-    responses = [np.arange(5, 5 + 3 * n, 3, dtype=np.int32) for n in range(2, 2 + len(encoded))]
+    asked = [*encoded, encoded[0]]
+    responses = [np.arange(5, 5 + 3 * n, 3, dtype=np.int32) for n in range(2, 2 + len(asked))]
     found: dict[str, list[Any]] = {}
     for attention in ("sdpa", "eager", "flash_attention_2"):
         model = forward.load_model(folder, "float32", attention=attention)
         configs = (model.config, model.config.text_config, model.config.vision_config)
         assert {c._attn_implementation for c in configs} == {attention}
         tensors = []
-        for n in (1, len(encoded)):
-            logits = forward.ResponseLogits(model)(forward.collate(encoded[:n], responses[:n], pad_id))
+        for n in (1, len(asked)):
+            logits = forward.ResponseLogits(model)(forward.collate(asked[:n], responses[:n], pad_id))
             model.zero_grad()
             logits.logsumexp(-1).sum().backward()
             tensors += [logits.detach(), model.get_input_embeddings().weight.grad]

@@ -130,7 +130,7 @@ def untrained(config) -> VideoLLM:
 
 
 def reference(config, prompts, encoder) -> dict[str, np.ndarray]:
-    """Plain torch: the literal loss over the whole batch at once, clipped, AdamW."""
+    """Plain torch: each sequence alone, the literal loss over the whole batch at once, clipped, AdamW."""
     model = untrained(config).train()
     logits_of = ResponseLogits(model)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -138,10 +138,12 @@ def reference(config, prompts, encoder) -> dict[str, np.ndarray]:
     for groups in batches(config, prompts, encoder):
         rows = [(g.group.prompt, t) for g in groups for t in g.group.trajectories]
         encoded, responses = [encoder.encode(p) for p, _ in rows], [t.response_token_ids for _, t in rows]
-        batch = collate(encoded, responses, encoder.tokenizer.pad_token_id)
-        loss = literal_loss(config, groups, logits_of(batch), batch.targets)
+        pairs, pad_id = zip(encoded, responses, strict=True), encoder.tokenizer.pad_token_id
+        logits = torch.cat([logits_of(collate([e], [r], pad_id)) for e, r in pairs])
+        targets = torch.from_numpy(np.concatenate(responses).astype(np.int64))
+        loss = literal_loss(config, groups, logits, targets)
         optimizer.zero_grad()
-        (loss / len(batch.targets)).backward()
+        (loss / len(targets)).backward()
         torch.nn.utils.clip_grad_norm_(trained, config.learner.max_grad_norm)
         optimizer.step()
     return arrays(model)

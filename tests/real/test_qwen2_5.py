@@ -7,20 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    GenerationConfig,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
-    Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
-)
+from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
 from actors.engine import PolicyEngine
 from demo.clips import write_mp4
-from demo.models import CHAT_TEMPLATE, SPECIAL, build_tokenizer
+from demo.models import CHAT_TEMPLATE, build_tokenizer
 from teacher_service.engine import TransformersEngine, Wanted
 from tests.attention import compare
+from tests.models import MERGE, literal_positions, qwen2_5_model
 from tests.real.adapters import LORA, adapted, gaps, published
 from tests.real.conftest import DEMO
 from tests.real.runs import GROUPS, SHRUNK, metrics_of, run_launch
@@ -31,12 +25,11 @@ from video_opd.models.forward import ResponseLogits, collate, generate, load_mod
 from video_opd.models.prompting import PromptEncoder
 from video_opd.types import Prompt
 
-HEIGHT, WIDTH, PATCH, MERGE, PER_SECOND = 56, 84, 14, 2, 2  # 2 x 3 video tokens a frame pair
+HEIGHT, WIDTH, PATCH = 56, 84, 14  # 2 x 3 video tokens a frame pair
 
 
 def build(folder: Path, hidden: int, padded: int, seed: int) -> None:
     """A model folder with untied embeddings padded by `padded` rows, as the 7B's are."""
-    tokenizer = build_tokenizer()
     pixels = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 4096}
     shared: dict[str, Any] = {
         "size": pixels,
@@ -48,50 +41,10 @@ def build(folder: Path, hidden: int, padded: int, seed: int) -> None:
     Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(**shared, **normal),
         video_processor=Qwen2VLVideoProcessor(**shared, **normal),
-        tokenizer=tokenizer,
+        tokenizer=build_tokenizer(),
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
-    ids: dict[str, Any] = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL}
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer) + padded,
-            "hidden_size": hidden,
-            "intermediate_size": 2 * hidden,
-            "num_hidden_layers": 2,
-            "num_attention_heads": hidden // 32,
-            "num_key_value_heads": hidden // 32,
-            "max_position_embeddings": 4096,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
-            "tie_word_embeddings": False,
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "patch_size": PATCH,
-            "spatial_merge_size": MERGE,
-            "temporal_patch_size": 2,
-            "tokens_per_second": PER_SECOND,
-            "window_size": 56,
-            "out_hidden_size": hidden,
-            "fullatt_block_indexes": [1],
-        },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=False,
-    )
-    config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
-    torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    end = [ids["<|im_end|>"], ids["<|endoftext|>"]]
-    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=ids["<|endoftext|>"])
-    model.save_pretrained(folder)
+    qwen2_5_model(hidden, hidden // 32, padded, seed).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -136,24 +89,6 @@ def prompts(config) -> list[Prompt]:
 @pytest.fixture(scope="module")
 def encoder(config) -> PromptEncoder:
     return PromptEncoder(config.student, config.prompt, config.video)
-
-
-def literal_positions(types: list[int], grid: tuple[int, int, int], seconds: float) -> list[list[int]]:
-    """[time, row, column] of every token. Text counts on; video tokens sit on a grid."""
-    t, h, w = grid[0], grid[1] // MERGE, grid[2] // MERGE
-    positions, i = [], 0
-    while i < len(types):
-        after = max((max(p) for p in positions), default=-1) + 1
-        if types[i] == 0:
-            positions.append([after] * 3)
-            i += 1
-            continue
-        for frame in range(t):
-            for row in range(h):
-                for column in range(w):
-                    positions.append([after + int(frame * seconds * PER_SECOND), after + row, after + column])
-        i += t * h * w
-    return positions
 
 
 def test_positions_are_those_of_a_literal_reading_with_padding_on_either_side(config, prompts, encoder):

@@ -172,6 +172,28 @@ def test_a_config_of_no_supported_model_is_named(student, text, named):
     one_line(caught, ModelError, str(student), named)
 
 
+@pytest.mark.parametrize(
+    ("settings", "windows"),
+    [
+        ({"use_sliding_window": True, "max_window_layers": 1}, 1),
+        ({"use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}, 2),
+        ({"use_sliding_window": True, "max_window_layers": 2}, 0),
+        ({"use_sliding_window": True}, 0),
+        ({"use_sliding_window": True, "max_window_layers": 1, "sliding_window": None}, 0),
+        ({"use_sliding_window": False, "max_window_layers": 1}, 0),
+    ],
+)
+def test_layers_with_sliding_windows_are_refused(student, settings, windows):
+    text = CONFIG["text_config"] | settings
+    (student / "config.json").write_text(json.dumps(CONFIG | {"text_config": text}))
+    if not windows:
+        assert read_model_info(student).path
+        return
+    with pytest.raises(ModelError) as caught:
+        read_model_info(student)
+    one_line(caught, ModelError, str(student), f"{windows} layers with sliding windows", "use_sliding_window")
+
+
 def test_a_model_folder_without_weights_is_named(student):
     (student / "model.safetensors").unlink()
     with pytest.raises(ModelError) as caught:

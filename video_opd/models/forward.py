@@ -1,9 +1,11 @@
 """The forward pass of teacher scoring and learning: logits of response rows only."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,12 +18,16 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 from video_opd.config_data import Attention
 from video_opd.errors import ConfigError, ModelError
 from video_opd.models.attention import missing_for
+from video_opd.models.model_files import check_attends_to_all
 from video_opd.models.patches import pixel_values
 from video_opd.models.trees import Packing, Tree, packed_places, trees_of
 from video_opd.types import EncodedPrompt
 
 VideoLLM = Any
 """A transformers Qwen-VL model; its class is known only from its folder."""
+
+_log = logging.getLogger(__name__)
+_TOLD = Event()  # of this process: what _tell_once says
 
 Device = torch.device | str
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -42,7 +48,7 @@ class Separate(NamedTuple):
 
 @dataclass(frozen=True)
 class ResponseBatch:
-    """B prompts with their responses, packed into a tree for each clip, S tokens; models/trees.py.
+    """B prompts with their responses, packed into trees of S tokens; models/trees.py.
 
     R: the response tokens of the batch. C: its clips, in the order of the trees.
     """
@@ -51,6 +57,7 @@ class ResponseBatch:
     separate: Separate
     places: torch.Tensor  # int64[S], of the packed tokens among the B x L of `separate`, on the CPU
     input_ids: torch.Tensor  # int64[1, S]
+    clips: tuple[int, ...]  # for each clip the first of the B sequences that shows it
     videos: tuple[int, ...]  # the clip of each video among the packed tokens
     pixel_values: torch.Tensor  # float32[patches of the C clips, patch_dim], or empty
     video_grid_thw: torch.Tensor  # int64[C, 3]
@@ -58,11 +65,6 @@ class ResponseBatch:
     targets: torch.Tensor  # int64[R], the response tokens
     lengths: tuple[int, ...]  # response tokens of each of the B sequences
     video_features: Any = None  # the vision tower's output for the clips, if known: learner/vision_cache.py
-
-    @property
-    def clips(self) -> list[int]:
-        """For each clip the first of the B sequences that shows it."""
-        return [tree.members[0] for tree in self.trees]
 
 
 def clip_of(prompt: EncodedPrompt) -> tuple[Any, ...]:
@@ -82,7 +84,8 @@ def collate(
     with_pixels false: none are, since the video features will be given.
     """
     sequences = [np.concatenate(pair) for pair in zip((p.token_ids for p in prompts), responses, strict=True)]
-    trees = trees_of(sequences, [p.token_types for p in prompts], [clip_of(p) for p in prompts])
+    clips = [clip_of(p) for p in prompts]
+    trees = trees_of(sequences, [p.token_types for p in prompts], clips)
     separate = Separate(**_padded(prompts, responses, pad_id, "cpu", "right"))
     packed, width = packed_places(trees), separate.input_ids.shape[1]
     places = np.zeros(sum(tree.num_tokens for tree in trees), np.int64)
@@ -90,25 +93,52 @@ def collate(
         places[of_tokens] = i * width + np.arange(len(of_tokens))
     ends = [(len(p.token_ids) - 1, len(r)) for p, r in zip(prompts, responses, strict=True)]
     rows = [of_tokens[last : last + n] for of_tokens, (last, n) in zip(packed, ends, strict=True)]
-    shown = [prompts[tree.members[0]] for tree in trees]
-    num_videos = [_num_videos(*pair) for pair in zip(shown, trees, strict=True)]
+    first = {clip: clips.index(clip) for clip in clips}
+    shown = [prompts[i] for i in first.values()]
     return ResponseBatch(
         trees=tuple(trees),
         separate=separate,
         places=torch.from_numpy(places),
-        input_ids=separate.input_ids.flatten()[places][None].to(device),
-        videos=tuple(np.repeat(np.arange(len(trees)), num_videos).tolist()),
+        input_ids=_to_device(separate.input_ids.flatten()[places][None], device),
+        clips=tuple(first.values()),
+        videos=_videos(prompts, trees, [list(first).index(clip) for clip in clips]),
         pixel_values=pixel_values(shown, device) if with_pixels else torch.empty(0),
-        video_grid_thw=torch.tensor([p.video_grid_thw for p in shown], device=device),
-        rows=torch.from_numpy(np.concatenate(rows)).to(device),
-        targets=torch.from_numpy(np.concatenate(responses).astype(np.int64)).to(device),
+        video_grid_thw=_to_device(torch.tensor([p.video_grid_thw for p in shown]), device),
+        rows=_to_device(torch.from_numpy(np.concatenate(rows)), device),
+        targets=_to_device(torch.from_numpy(np.concatenate(responses).astype(np.int64)), device),
         lengths=tuple(len(r) for r in responses),
     )
 
 
-def _num_videos(prompt: EncodedPrompt, tree: Tree) -> int:
-    """How often the prompt's video is among the packed tokens: in the prefix, or in each branch."""
-    return 1 if np.flatnonzero(prompt.token_types)[-1] < tree.prefix else len(tree.members)
+def _videos(prompts: Sequence[EncodedPrompt], trees: Sequence[Tree], clips: Sequence[int]) -> tuple[int, ...]:
+    """The clip of each video among the packed tokens; clips: of prompts. A prefix has one, or each branch."""
+    videos = []
+    for tree in trees:
+        first = tree.members[0]
+        shares = np.flatnonzero(prompts[first].token_types)[-1] < tree.prefix
+        videos += [clips[first]] * (1 if shares else len(tree.members))
+    most_shown = max(videos, key=videos.count)
+    if videos.count(most_shown) > 1:
+        of_clip = [tree for tree in trees if clips[tree.members[0]] == most_shown]
+        _tell_once(of_clip, videos.count(most_shown))
+    return tuple(videos)
+
+
+def _tell_once(trees: Sequence[Tree], num_videos: int) -> None:
+    """What sequences of a clip share if it is not the video."""
+    if not _TOLD.is_set():
+        _TOLD.set()
+        separate, computed = (sum(t.num_separate_tokens for t in trees), sum(t.num_tokens for t in trees))
+        sequences = sum(len(tree.members) for tree in trees)
+        what = f"{sequences} sequences of one clip differ before its video, computed {num_videos} times"
+        how = "with prompt.video_first=true only its times come before it"
+        _log.warning("%s: they share %d of %d tokens (%s)", what, separate - computed, separate, how)
+
+
+def _to_device(tensor: torch.Tensor, device: Device) -> torch.Tensor:
+    """To a GPU from pinned memory, so that the caller does not wait for what the GPU has to do before."""
+    pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
 
 
 def _padded(
@@ -142,18 +172,21 @@ class ResponseLogits(torch.nn.Module):
     def hidden(self, batch: ResponseBatch) -> torch.Tensor:
         """The head's input for the response rows, [R, hidden size] in the model's dtype."""
         model, device, dtype = self.model.model, batch.input_ids.device, self.model.dtype
+        text = self.model.config.text_config
+        groups = text.num_attention_heads // text.num_key_value_heads
+        packing = Packing(batch.trees, text._attn_implementation, groups, dtype, device)
+        positions, _ = model.get_rope_index(**batch.separate._asdict())
+        positions = _to_device(positions.flatten(1)[:, None, batch.places], device)
         features = batch.video_features
         if features is None:
             features = model.get_video_features(batch.pixel_values.to(dtype), batch.video_grid_thw)
-        positions, _ = model.get_rope_index(**batch.separate._asdict())
-        masked = self.model.config.text_config._attn_implementation == "eager"
         hidden = model(
             input_ids=batch.input_ids,
             attention_mask=torch.empty(1, 1, 1, 1),  # transformers makes no mask of its own beside one of 4-D
-            position_ids=positions.flatten(1)[:, None, batch.places].to(device),
+            position_ids=positions,
             mm_encoder_outputs={"video": _of_videos(features, batch.videos)},
             use_cache=False,
-            packing=Packing(batch.trees, dtype, device, masked),
+            packing=packing,
         ).last_hidden_state
         return hidden[0, batch.rows]
 
@@ -201,7 +234,8 @@ def load_model(
 ) -> VideoLLM:
     """A transformers video LLM from a folder's safetensors, on the CPU, in `dtype`.
 
-    Raises ConfigError if this machine lacks the package of `attention`, ModelError if weights are missing."""
+    Raises ConfigError if this machine lacks the package of `attention`; ModelError if weights are missing, or
+    if its layers have sliding windows."""
     from transformers import AutoModelForImageTextToText
 
     from video_opd.models.qwen_vl import adapt  # imports transformers
@@ -220,6 +254,7 @@ def load_model(
     if missing := sorted(found["missing_keys"]):  # transformers would draw them, each rank its own
         why = f"{path} lacks {len(missing)} weights, e.g. {missing[0]}"
         raise ModelError(f"{why}: the model folder is damaged")
+    check_attends_to_all(path, model.config.text_config.to_dict())
     adapt(model, attention)
     return model
 

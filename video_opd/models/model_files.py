@@ -38,6 +38,7 @@ def read_model_info(folder: str | Path, trust_remote_code: bool = False) -> Mode
     model_type = config.get("model_type")
     if model_type not in SUPPORTED:
         raise ModelError(f"{folder}: model_type {model_type!r} is not supported; use one of {SUPPORTED}")
+    check_attends_to_all(folder, config.get("text_config", config))
     for path in [] if trust_remote_code else sorted(files.glob("*config.json")):
         if read_json(path).get("auto_map"):  # transformers would import Python files of the folder or a hub
             why = f"{path} has an auto_map, which names Python code that comes with the model"
@@ -59,6 +60,20 @@ def read_model_info(folder: str | Path, trust_remote_code: bool = False) -> Mode
     except KeyError as error:
         raise ModelError(f"{folder}/config.json lacks {error}: the model folder is damaged") from error
     return ModelInfo(str(folder), model_type, multiple, shapes)
+
+
+def check_attends_to_all(folder: str | Path, text: Mapping[str, Any]) -> None:
+    """Raises ModelError if layers attend to a window alone: packed trees do not (video_opd/models/trees.py).
+
+    text: of a config.json, or of transformers' configuration.
+    """
+    num_windowed = text.get("num_hidden_layers", 0) - text.get("max_window_layers", 80)  # 80: transformers'
+    if kinds := text.get("layer_types"):
+        num_windowed = kinds.count("sliding_attention")
+    has_window = text.get("use_sliding_window") and text.get("sliding_window", 4096) is not None
+    if has_window and num_windowed > 0:
+        why = f"{num_windowed} layers with sliding windows, which are not supported"
+        raise ModelError(f"{folder}/config.json has {why}: use a model with use_sliding_window=false")
 
 
 def vision_config(config: Mapping[str, Any]) -> dict[str, Any]:

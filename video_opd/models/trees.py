@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3_vl.modeling_qwen3_vl import eager_attention_forward
 
 Attend = Callable[..., tuple[torch.Tensor, Any]]
+MASK_ALIGNMENT = 8  # numbers; torch would copy a mask with other rows for each call of CUDA's kernels
 
 
 @dataclass(frozen=True)
@@ -43,23 +45,44 @@ class Tree:
 def trees_of(
     sequences: Sequence[np.ndarray], types: Sequence[np.ndarray], clips: Sequence[Hashable]
 ) -> list[Tree]:
-    """The trees of sequences int32[S], one for each clip, in the order in which clips come first.
+    """The trees of sequences int32[S], in the order in which their clips come first.
 
     types: of tokens, int32[S], not 0 for those of a video. clips: what a model sees of a clip beside tokens.
-    A prefix has a video whole or not at all.
+    A prefix has a video whole or not at all. Sequences of a clip are one tree, unless what precedes their
+    videos differs and there are fewer tokens if those that share their video are trees of their own.
     """
-    of_clip = defaultdict(list)
-    for place, clip in enumerate(clips):
-        of_clip[clip].append(place)
+    videos = [_extent(of_sequence) for of_sequence in types]
     trees = []
-    for members in of_clip.values():
-        first = sequences[members[0]]
-        prefix = min(_common_length(first, sequences[i]) for i in members)
-        video = np.flatnonzero(types[members[0]])
-        if len(video) and video[0] < prefix <= video[-1]:
-            prefix = int(video[0])
-        trees.append(Tree(tuple(members), prefix, tuple(len(sequences[i]) - prefix for i in members)))
+    for members in _grouped(range(len(sequences)), clips):
+        whole = _tree_of(members, sequences, videos)
+        if whole.prefix >= videos[members[0]].stop:
+            trees.append(whole)
+            continue
+        starts = [sequences[i][: videos[i].stop].tobytes() for i in members]
+        apart = [_tree_of(some, sequences, videos) for some in _grouped(members, starts)]
+        trees += min([whole], apart, key=lambda found: sum(tree.num_tokens for tree in found))
     return trees
+
+
+def _extent(types: np.ndarray) -> slice:
+    """From the first to the last token of the video; nothing without one."""
+    video = np.flatnonzero(types)
+    return slice(int(video[0]), int(video[-1]) + 1) if len(video) else slice(0, 0)
+
+
+def _grouped(places: Sequence[int], keys: Sequence[Hashable]) -> list[list[int]]:
+    """Places with equal keys together."""
+    groups = defaultdict(list)
+    for place, key in zip(places, keys, strict=True):
+        groups[key].append(place)
+    return list(groups.values())
+
+
+def _tree_of(members: Sequence[int], sequences: Sequence[np.ndarray], videos: Sequence[slice]) -> Tree:
+    first, video = sequences[members[0]], videos[members[0]]
+    prefix = min(_common_length(first, sequences[i]) for i in members)
+    prefix = video.start if video.start < prefix < video.stop else prefix
+    return Tree(tuple(members), prefix, tuple(len(sequences[i]) - prefix for i in members))
 
 
 def _common_length(a: np.ndarray, b: np.ndarray) -> int:
@@ -82,43 +105,53 @@ def packed_places(trees: Sequence[Tree]) -> list[np.ndarray]:
     return [places[i] for i in range(len(places))]
 
 
-class Way(NamedTuple):
-    """How the tokens of one tree attend."""
+class Call(NamedTuple):
+    """How the tokens of one segment attend: to those before them in it, and to a prefix."""
 
-    segments: list[int]  # tokens of the prefix and of each branch; of all, where they attend in one call
-    mask: torch.Tensor | None  # [1, 1, S, S], 0 or -inf, without the first rows, which attend causally
+    prefix: int | None  # place of the segment that is its prefix
+    mask: torch.Tensor | None  # [1, 1, rows, tokens of prefix and segment], 0 or -inf; None: the kernel knows
 
 
 class Packing:
-    """How tokens of packed trees attend: as costs least. Masks are made once, for all layers."""
+    """Which tokens of packed trees attend to which: made once, for all layers.
 
-    def __init__(self, trees: Sequence[Tree], dtype: torch.dtype, device: torch.device, masked: bool):
-        """masked: the attention implementation has no causal kernel of its own."""
-        self._dtype, self._device, self._masked = dtype, device, masked
-        self.sizes = [tree.num_tokens for tree in trees]
-        self.ways = [self._way_of(tree) for tree in trees]
+    Segments are prefixes and branches. A branch asks its prefix and itself, with keys and values side by
+    side, at once: as many pairs of tokens as needed, and masks that grow with the branches alone.
+    """
 
-    def _way_of(self, tree: Tree) -> Way:
-        """A short prefix is computed again with each branch, each in one causal call of a fused kernel.
+    def __init__(self, trees: Sequence[Tree], attention: str, groups: int, dtype: torch.dtype, device: Any):
+        """attention: transformers' name. groups: query heads of a key head."""
+        self._attention, self._groups, self._dtype, self._device = attention, groups, dtype, device
+        self._masks: dict[tuple[int, int], torch.Tensor] = {}
+        self.sizes: list[int] = []  # tokens of the segments
+        self.calls: list[Call] = []
+        for tree in trees:
+            branches = [length for length in tree.branches if length]
+            if len(branches) < 2:
+                self._add(tree.num_tokens)
+                continue
+            prefix = self._add(tree.prefix) if tree.prefix else None
+            for length in branches:
+                self._add(length, prefix)
 
-        After a long one all branches ask under one mask. Either where it has fewer pairs of tokens.
-        """
-        prefix, branches = tree.prefix, [n for n in tree.branches if n]
-        if self._masked:
-            return Way([tree.num_tokens], self._mask(tree))
-        if not branches:
-            return Way([prefix], None)
-        if sum(branches) * tree.num_tokens < sum((prefix + n) ** 2 for n in branches) / 2:
-            return Way([prefix, sum(branches)], self._mask(tree)[:, :, prefix:])
-        return Way([prefix, *branches], None)
+    def _add(self, length: int, prefix: int | None = None) -> int:
+        """A segment; returns its place."""
+        before = 0 if prefix is None else self.sizes[prefix]
+        self.sizes.append(length)
+        self.calls.append(Call(prefix, self._mask(before, length)))
+        return len(self.sizes) - 1
 
-    def _mask(self, tree: Tree) -> torch.Tensor:
-        """[1, 1, S, S]: a token sees those before it in the prefix and in its own branch."""
-        lengths = torch.tensor([tree.prefix, *tree.branches], device=self._device)
-        branch = torch.arange(len(lengths), device=self._device).repeat_interleave(lengths)
-        sees = ((branch == 0) | (branch[:, None] == branch)).tril()
-        mask = torch.zeros(sees.shape, dtype=self._dtype, device=self._device)
-        return mask.masked_fill_(~sees, -torch.inf)[None, None]
+    def _mask(self, before: int, length: int) -> torch.Tensor | None:
+        """Kernels are causal themselves, flash attention's for the last of the tokens too; eager is not."""
+        if self._attention.startswith("flash") or (self._attention == "sdpa" and not before):
+            return None
+        if (before, length) not in self._masks:
+            width = before + length
+            aligned = -(-width // MASK_ALIGNMENT) * MASK_ALIGNMENT
+            hidden = torch.full((length, aligned), -torch.inf, dtype=self._dtype, device=self._device)
+            rows = hidden.triu_(before + 1).repeat(self._groups if self._attention == "sdpa" else 1, 1)
+            self._masks[before, length] = rows[None, None, :, :width]
+        return self._masks[before, length]
 
 
 def attend(
@@ -133,42 +166,47 @@ def attend(
     packing: Packing | None = None,
     **how: Any,
 ) -> tuple[torch.Tensor, Any]:
-    """transformers' attention `alone`; with a packing, tree by tree. Tensors [B, heads, S, width].
+    """transformers' attention `alone`; with a packing, segment by segment. Tensors [B, heads, S, width].
 
-    under_mask: what computes the parts that have a mask.
+    under_mask: what computes the segments that have a mask.
     """
     if packing is None:
         return alone(module, query, key, value, attention_mask, **how)
-
-    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        return (alone if mask is None else under_mask)(module, q, k, v, mask, **how)[0]
-
-    of_trees = zip(*(states.split(packing.sizes, dim=2) for states in (query, key, value)), strict=True)
-    attended = [_attend_tree(call, way, *states) for way, states in zip(packing.ways, of_trees, strict=True)]
+    queries, keys, values = (states.split(packing.sizes, dim=2) for states in (query, key, value))
+    attended = []
+    for q, k, v, (prefix, mask) in zip(queries, keys, values, packing.calls, strict=True):
+        if prefix is not None:
+            k, v = torch.cat([keys[prefix], k], dim=2), torch.cat([values[prefix], v], dim=2)
+        function = alone if mask is None else under_mask
+        attended.append(function(module, q, k, v, mask, **how)[0])
     return torch.cat(attended, dim=1), None
 
 
-def _attend_tree(
-    call: Callable[..., torch.Tensor], way: Way, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> torch.Tensor:
-    """[B, S, heads, width]."""
-    if len(way.segments) == 1:
-        return call(q, k, v, way.mask)
-    of_segments = list(zip(*(states.split(way.segments, dim=2) for states in (q, k, v)), strict=True))
-    shared, prefix = of_segments[0], way.segments[0]
-    if way.mask is not None:
-        return torch.cat([call(*shared, None), call(of_segments[1][0], k, v, way.mask)], dim=1)
-    joined = [[torch.cat(pair, dim=2) for pair in zip(shared, own, strict=True)] for own in of_segments[1:]]
-    first, *others = (call(*states, None) for states in joined)
-    return torch.cat([first, *(attended[:, prefix:] for attended in others)], dim=1)
+def _sdpa_under_mask(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Query heads of a key head are rows of one: transformers would repeat keys and values for each."""
+    groups = query.shape[1] // key.shape[1]
+    rows = query.unflatten(1, (-1, groups)).flatten(2, 3)
+    attended = scaled_dot_product_attention(rows, key, value, mask, dropout, scale=scaling)
+    return attended.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2), None
 
 
 def register() -> None:
     """transformers' attention implementations take a packing from now on."""
-    for name in ("sdpa", "flash_attention_2", "flash_attention_3"):
-        AttentionInterface.register(
-            name, partial(attend, ALL_ATTENTION_FUNCTIONS[name], sdpa_attention_forward)
-        )
+    for name in ("flash_attention_2", "flash_attention_3"):
+        flash = ALL_ATTENTION_FUNCTIONS[name]
+        AttentionInterface.register(name, partial(attend, flash, flash))
+    AttentionInterface.register("sdpa", partial(attend, sdpa_attention_forward, _sdpa_under_mask))
+    # that of both families, where it is no entry of the interface but a function of each model's file
     AttentionInterface.register("eager", partial(attend, eager_attention_forward, eager_attention_forward))
 
 

@@ -56,7 +56,7 @@ def test_every_brightness_is_normalised_to_the_last_bit(family):
         assert torch.equal(patches(torch.tensor(values), patching), by_transformers(processor, values))
 
 
-def test_a_batch_has_the_patches_of_its_videos_in_order_and_cuts_equal_frames_once(family, monkeypatch):
+def test_a_batch_has_the_patches_of_its_clips_in_order_and_each_once(family, monkeypatch):
     processor, encoded = family
     cut: list[torch.Size] = []
 
@@ -67,10 +67,15 @@ def test_a_batch_has_the_patches_of_its_videos_in_order_and_cuts_equal_frames_on
     monkeypatch.setattr(video_opd.models.patches, "_cut", counting)
     prompts: list[EncodedPrompt] = [encoded[2], *encoded, encoded[0]]
     batch = collate(prompts, [np.zeros(1, np.int32)] * len(prompts), pad_id=0)
-    expected = torch.cat([by_transformers(processor, p.frames) for p in prompts])
+    assert batch.clips == (0, 1, 4, 5) and batch.videos == (0, 1, 2, 3)
+    expected = torch.cat([by_transformers(processor, prompts[i].frames) for i in batch.clips])
     assert torch.equal(batch.pixel_values, expected)
-    assert len(batch.pixel_values) == batch.video_grid_thw.prod(1).sum()
-    assert len(cut) == 4, "of six videos"
+    assert batch.video_grid_thw.tolist() == [list(prompts[i].video_grid_thw) for i in batch.clips]
+    assert len(cut) == 4, "of seven videos"
+    assert torch.equal(
+        pixel_values(prompts[:3] * 2, "cpu"),
+        torch.cat([by_transformers(processor, p.frames) for p in prompts[:3] * 2]),
+    )
     assert torch.equal(pixel_values([encoded[0]], "cpu"), by_transformers(processor, encoded[0].frames))
 
 
