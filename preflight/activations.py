@@ -43,17 +43,15 @@ def score_bytes(
 
     Scores are a softmax in float32, and in the role's dtype if that differs. Eager attention keeps them. So
     does sdpa on a GPU without a mask for float32 with fewer key heads than heads: torch 2.13 has no fused
-    kernel for it (can_use_mem_efficient_attention in ATen/native/transformers/cuda/sdp_utils.cpp). Under a
-    mask transformers repeats key heads (integrations/sdpa_attention.py); there a GPU's kernel copies a mask
-    whose rows are not whole blocks of memory (preprocess_mask in ATen/native/transformers/attention.cpp).
-    Joined branches have copies of queries, keys, values and outputs: 2e (Q + K) a token."""
+    kernel for it (can_use_mem_efficient_attention in ATen/native/transformers/cuda/sdp_utils.cpp). Under its
+    masks, with rows for all query heads of a key head, it has one. Keys and values of joined branches are
+    copies, 2eK a token, which eager attention repeats for all heads, 2eQ."""
     e, how, text = DTYPE_BYTES[role.dtype], role.attn_implementation, shapes.text
     unfused = how == "sdpa" and e == 4 and role.num_gpus > 0 and text.key_heads < text.heads
     scored = attended.masked if how == "eager" else attended.causal * unfused
-    copied = attended.masked * e if how != "eager" and role.num_gpus else 0
-    joined = attended.joined * 2 * e * (text.query + text.key)
-    kept = scored * text.heads * (4 if e == 4 else 4 + e) + copied + joined
-    return int(kept), int(attended.masked * e)
+    joined = attended.joined * 2 * e * (text.key + (text.query if how == "eager" else 0))
+    rows = text.heads // text.key_heads if how == "sdpa" else 1
+    return int(scored * text.heads * (4 if e == 4 else 4 + e) + joined), int(attended.masked * rows * e)
 
 
 def padded_score_bytes(

@@ -5,7 +5,6 @@ video_opd/models/trees.py computes them.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import sqrt
 
 from video_opd.config_data import Attention
 
@@ -37,7 +36,7 @@ class Attended:
 
     causal: float  # without a mask: a kernel computes half of them
     masked: float = 0.0  # under a mask: all are computed
-    joined: float = 0.0  # tokens, not pairs: of branches that are each joined to a copy of the prefix
+    joined: float = 0.0  # tokens, not pairs: of branches and the copies of the prefix beside them
 
     def __add__(self, other: "Attended") -> "Attended":
         masked, joined = self.masked + other.masked, self.joined + other.joined
@@ -48,16 +47,16 @@ NO_PAIRS = Attended(0)
 
 
 def attended(tree: TreeSize, attention: Attention) -> Attended:
-    """The rule of Packing in video_opd/models/trees.py."""
-    everything = tree.tokens**2 - tree.prefix**2 + tree.prefix_squared
+    """As Packing in video_opd/models/trees.py lets them: a branch asks its prefix and itself at once."""
+    if tree.members <= 1:
+        alone = tree.prefix_squared + 2 * tree.prefix * tree.branches + tree.branches_squared
+        return Attended(0, alone) if attention == "eager" else Attended(alone)
+    asked, joined = tree.prefix * tree.branches, tree.separate if tree.prefix else 0
     if attention == "eager":
-        return Attended(0, everything)
-    alone = tree.members * tree.prefix_squared + 2 * tree.prefix * tree.branches + tree.branches_squared
-    if tree.members <= 1 or not tree.branches:
-        return Attended(alone if tree.members <= 1 else tree.prefix_squared)
-    if tree.branches * tree.tokens < alone / 2:
-        return Attended(tree.prefix_squared, tree.branches * tree.tokens)
-    return Attended(alone, 0, tree.separate)
+        return Attended(0, tree.prefix_squared + asked + tree.branches_squared, joined)
+    if attention == "sdpa" and tree.prefix:
+        return Attended(tree.prefix_squared, asked + tree.branches_squared, joined)
+    return Attended(tree.prefix_squared + 2 * asked + tree.branches_squared, 0, joined)
 
 
 @dataclass(frozen=True)
@@ -81,18 +80,13 @@ def largest_pass(
 ) -> Pass:
     """Bounds of every pass of so many sequences, the longest of `longest` tokens, whatever they share.
 
-    video_tokens: of the longest clip. most_tokens: of a pass, packed; one sequence may have more.
-    A tree of b branches is joined where its prefix is at most sqrt(2b - 1) times a branch, and so has at most
-    b (1 + sqrt(2b - 1)) / (b + sqrt(2b - 1)) times its packed tokens. Else it has fewer pairs under its mask
-    than b longest^2 / 2."""
+    video_tokens: of the longest clip. most_tokens: of a pass, packed; one sequence may have more. No token is
+    in more pairs than the longest sequence has tokens, and no branch has more tokens with its prefix."""
     tokens = min(sequences * longest, max(most_tokens or sequences * longest, longest))
-    videos = min(sequences * video_tokens, tokens)
+    videos, pairs = min(sequences * video_tokens, tokens), tokens * longest
+    joined = sequences * longest if sequences > 1 else 0
     if attention == "eager":
-        return Pass(tokens, videos, Attended(0, tokens**2))
-    if sequences == 1:
-        return Pass(tokens, videos, Attended(tokens**2))
-    most = sqrt(2 * sequences - 1)
-    joined = min(sequences * longest, tokens * sequences * (1 + most) / (sequences + most))
-    return Pass(
-        tokens, videos, Attended(joined * longest, min(tokens**2, sequences * longest**2 / 2), joined)
-    )
+        return Pass(tokens, videos, Attended(0, pairs, joined))
+    if attention == "sdpa":
+        return Pass(tokens, videos, Attended(pairs, pairs if joined else 0, joined))
+    return Pass(tokens, videos, Attended(2 * pairs, 0, joined))

@@ -2,7 +2,7 @@
 
 Assumed: a step has the prompts of a mean video, drawn at random where a round selects some, on one actor,
 replica and rank, if curriculum.group_by_video, and else prompts of different videos. Several prompts of a
-video differ in TEXT_TOKENS; if the question comes before the video, they share nothing.
+video differ in TEXT_TOKENS; if the question comes before the video, a prompt shares with its rollouts alone.
 """
 
 from dataclasses import dataclass, replace
@@ -73,9 +73,8 @@ def teacher_shares(config: Config, pool: Pool) -> Shared:
 
 def _shared(config: Config, size: Sizes, prompts: float, most: float, most_tokens: float = inf) -> Shared:
     rollouts, response = rollouts_of(config), config.rollout.max_response_tokens
-    own = 0.0
-    if prompts > 1:
-        own = min(TEXT_TOKENS, size.tokens) if config.prompt.video_first else size.tokens
+    prompts = prompts if config.prompt.video_first else 1.0
+    own = min(TEXT_TOKENS, size.tokens) if prompts > 1 else 0.0
     prefix, branch = size.tokens - own, own + response
     fit = max(1.0, min(most, (most_tokens - prefix) // branch))
     of_clip = prompts * rollouts

@@ -395,30 +395,30 @@ def test_prompts_on_the_host_are_frames_without_float32_pixels_and_what_vllm_pro
 # --- activations, against the tensors of real passes ---
 
 
-TREES = {  # clips, sequences of each, and lengths; how Packing lets them attend
+TREES = {  # clips, sequences of each, and lengths
     "alone": {"num_clips": 2},
-    "under a mask": {"num_clips": 2, "branches": 4, "own": 10},
-    "joined": {"num_clips": 2, "branches": 4, "own": 10, "pairs": 1, "text": 30, "response": 60},
+    "long prefix": {"num_clips": 2, "branches": 4, "own": 10},
+    "short prefix": {"num_clips": 2, "branches": 4, "own": 10, "pairs": 1, "text": 30, "response": 60},
 }
 
 
 @pytest.mark.parametrize("kind", TREES)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
 def test_trees_attend_as_they_are_planned_to(kind, attention):
-    batch, masked = batch_of(**TREES[kind]), attention == "eager"
-    causal = under_mask = joined = 0
-    for way in Packing(batch.trees, torch.float32, torch.device("cpu"), masked).ways:
-        prefix, *branches = way.segments
-        if way.mask is None:
-            calls = [prefix + n for n in branches] or [prefix]
-            causal += sum(n**2 for n in calls)
-            joined += sum(calls) if branches else 0
+    batch = batch_of(**TREES[kind])
+    packing = Packing(batch.trees, attention, 2, torch.float32, torch.device("cpu"))
+    causal = masked = joined = 0
+    for length, (prefix, mask) in zip(packing.sizes, packing.calls, strict=True):
+        before = 0 if prefix is None else packing.sizes[prefix]
+        joined += before + length if before else 0
+        if mask is None:
+            causal += length**2 + 2 * length * before
         else:
-            causal += prefix**2 if branches else 0
-            under_mask += way.mask.numel()
-    assert pass_of(sizes_of(batch), 0, attention).attended == Attended(causal, under_mask, joined)
-    assert bool(under_mask) == (masked or kind == "under a mask")
-    assert bool(joined) == (not masked and kind == "joined")
+            assert mask.shape[2:] == ((2 if attention == "sdpa" else 1) * length, before + length)
+            masked += length * (before + length)
+    assert pass_of(sizes_of(batch), 0, attention).attended == Attended(causal, masked, joined)
+    assert bool(joined) == (kind != "alone")
+    assert bool(masked) == (attention == "eager" or (attention == "sdpa" and kind != "alone"))
 
 
 def test_no_pass_has_more_than_the_largest():
@@ -427,7 +427,7 @@ def test_no_pass_has_more_than_the_largest():
     for _ in range(3000):
         longest, sequences = int(rng.integers(2, 1000)), int(rng.integers(1, 17))
         most = None if rng.random() < 0.2 else int(rng.integers(1, 3 * longest))
-        trees, left, attention = [], sequences, rng.choice(["sdpa", "eager"])
+        trees, left, attention = [], sequences, rng.choice(["sdpa", "eager", "flash_attention_2"])
         while left:
             number = int(rng.integers(1, left + 1))
             length = longest if rng.random() < 0.5 else int(rng.integers(1, longest + 1))
@@ -464,13 +464,11 @@ def test_sdpa_keeps_scores_in_float32_on_a_gpu_where_no_fused_kernel_takes_fewer
     assert of(alone, dtype="float32") == (4 * 32 * 10_000, 0)
     assert of(alone, dtype="float32", num_gpus=0) == (0, 0)
     assert of(alone, alike, dtype="float32") == of(alone) == (0, 0)
-    assert of(under_mask, dtype="float32") == (4 * 10_000, 4 * 10_000), "key heads are repeated"
-    assert of(under_mask) == (2 * 10_000, 2 * 10_000), "a mask, and the kernel's copy"
-    assert of(under_mask, num_gpus=0) == (0, 2 * 10_000)
-    flash: dict[str, Any] = {"attn_implementation": "flash_attention_2"}
-    assert of(under_mask, **flash) == of(under_mask) and of(alone, **flash) == (0, 0)
+    assert of(under_mask, dtype="float32") == (0, 4 * 4 * 10_000), "four heads of a key head are rows"
+    assert of(under_mask) == (0, 4 * 2 * 10_000) and of(under_mask, alike) == (0, 2 * 10_000)
     assert of(under_mask, attn_implementation="eager") == (6 * 32 * 10_000, 2 * 10_000)
-    assert of(joined) == (2 * 2 * (4096 + 1024) * 100, 0)
+    assert of(joined) == of(joined, attn_implementation="flash_attention_2") == (2 * 2 * 1024 * 100, 0)
+    assert of(joined, attn_implementation="eager") == (2 * 2 * (4096 + 1024) * 100, 0)
 
 
 @pytest.mark.parametrize("how", ["sdpa", "eager", "flash_attention_2"])
@@ -485,8 +483,8 @@ def test_answers_of_transformers_are_padded_under_a_mask(how):
         scores = 32 * 6 if how == "eager" else 0
         planned = memory.device.phases["answering"]["scores and mask"]
         assert planned == micro_batch * (3 * masked + scores) * length**2
-        no_mask = memory.device.phases["scoring"]["scores and masks"] == 0
-        assert no_mask == (micro_batch == 1 and how != "eager")
+        nothing = memory.device.phases["scoring"]["scores and masks"] == 0
+        assert nothing == (micro_batch == 1 and how != "eager")
 
 
 @pytest.mark.parametrize("dtype", DTYPE_BYTES)
@@ -515,8 +513,8 @@ CHECKPOINTED = [(c, d, "sdpa", "alone") for c in (False, True) for d in DTYPE_BY
     [
         *CHECKPOINTED,
         (False, "bfloat16", "eager", "alone"),
-        (False, "bfloat16", "sdpa", "joined"),
-        *[(c, "float32", "sdpa", "under a mask") for c in (False, True)],
+        (False, "bfloat16", "sdpa", "short prefix"),
+        *[(c, "float32", "sdpa", "long prefix") for c in (False, True)],
     ],
 )
 def test_the_peak_of_a_learners_pass(tokenizer, dtype, checkpointing, attention, kind):

@@ -18,6 +18,7 @@ from preflight.model_shapes import ModelShapes, parse_shapes
 from preflight.packing import TreeSize
 from preflight.time import Grid, Operations, Sizes
 from video_opd.config_learner import LearnerConfig
+from video_opd.models import trees
 from video_opd.models.forward import by_chunks, token_logprobs
 from video_opd.models.trees import Packing, Tree
 
@@ -78,6 +79,7 @@ def real(request, tmp_path, monkeypatch) -> Real:
     modeling = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
     monkeypatch.setattr(modeling, "create_causal_mask", lambda **_: None)  # as for a sequence alone
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", flash_attention)
+    monkeypatch.setattr(trees, "scaled_dot_product_attention", flash_attention)
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(tmp_path)
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
@@ -127,7 +129,7 @@ def test_a_prefill_of_prompt_and_response_with_the_head_on_response_rows(real):
     close(whole + seen * -1, counted)
 
 
-TREES = {"under a mask": (200, 40), "joined": (20, 240)}  # tokens shared beside the clip; of each branch
+TREES = {"long prefix": (200, 40), "short prefix": (20, 240)}  # tokens shared with the clip; of a branch
 
 
 @dataclass
@@ -153,16 +155,18 @@ def case_of(real: Real, kind: str) -> Case:
     shared, branch = TREES[kind]
     prefix = seen + shared
     size = time.size_of(real.shapes, GRIDS[0], prefix + branch - RESPONSE)
-    packing = Packing([Tree((0, 1, 2, 3), prefix, (branch,) * 4)], torch.bfloat16, torch.device("cpu"), False)
-    (way,) = packing.ways
-    assert (way.mask is None) == (kind == "joined")
-    packing.ways = [way._replace(mask=None if way.mask is None else way.mask.to("meta"))]
+    text = real.shapes.text
+    tree = Tree((0, 1, 2, 3), prefix, (branch,) * 4)
+    packing = Packing([tree], "sdpa", text.heads // text.key_heads, torch.bfloat16, torch.device("cpu"))
+    packing.calls = [
+        call._replace(mask=None if call.mask is None else call.mask.to("meta")) for call in packing.calls
+    ]
     rows = [prefix + (i + 1) * branch - n for i in range(4) for n in range(RESPONSE, 0, -1)]
     return Case(size, TreeSize(prefix, prefix**2, 4, 4 * branch, 4 * branch**2), {"packing": packing}, rows)
 
 
 @pytest.mark.parametrize("kind", TREES)
-def test_a_tree_computes_its_prefix_once_and_attends_in_either_way(real, kind):
+def test_a_tree_computes_its_prefix_once(real, kind):
     case, features = case_of(real, kind), real.see([GRIDS[0]])
     work = lambda: real.model.lm_head(real.read(features, case.tokens, **case.how)[0, case.rows])  # noqa: E731
     counted = count(work, causal=True)
@@ -182,12 +186,12 @@ IN_TOWER = {"lora_targets": r".*(qkv|q_proj|linear_fc1|down_proj)", "freeze_visi
         ({"lora_rank": 64}, True, "alone"),
         ({"lora_rank": 64} | IN_TOWER, False, "alone"),
         ({"logit_rows": RESPONSE // 4}, False, "alone"),
-        ({}, True, "under a mask"),
-        ({"freeze_vision": False}, False, "joined"),
+        ({}, True, "long prefix"),
+        ({"freeze_vision": False}, False, "short prefix"),
     ],
     ids=[
         *("frozen tower", "all", "all, nothing again", "adapters", "adapters in the tower", "head in chunks"),
-        *("a tree under a mask", "a joined tree"),
+        *("a long prefix", "a short prefix"),
     ],
 )
 def test_a_pass_forward_and_backward(real, options, again, kind):
