@@ -61,7 +61,7 @@ def pass_over(batch: ResponseBatch) -> Pass:
         TreeSize(t.prefix, t.prefix**2, len(t.members), sum(t.branches), sum(n * n for n in t.branches))
         for t in batch.trees
     ]
-    video_tokens = int((batch.separate.mm_token_type_ids[batch.clips] > 0).sum())
+    video_tokens = int((batch.separate.mm_token_type_ids[list(batch.clips)] > 0).sum())
     return pass_of(trees, video_tokens, "sdpa")
 
 
