@@ -7,13 +7,14 @@ Letters in the formulas, here and in preflight/memory.py:
     H I L V   the language model's hidden and MLP widths, its layers, its vocabulary
     Q K   widths of all its query heads together, and of all its key heads
     h i o   the vision tower's hidden and MLP widths, and the width of its output;  D deepstack outputs
-    B S R   sequences of a pass, tokens of the longest sequence, response tokens of the pass
+    B S R   sequences of a pass, its packed tokens (preflight/packing.py), its response tokens
     p   patches of the clips of a pass: merge^2 for each video token
 
 They count the tensors of transformers' modules; tests/preflight/test_memory.py compares with real passes.
 """
 
 from preflight.model_shapes import DTYPE_BYTES, ModelShapes
+from preflight.packing import Attended
 from video_opd.config import TeacherConfig
 from video_opd.config_learner import LearnerConfig, LossConfig
 
@@ -36,20 +37,33 @@ def text_layer_saved(shapes: ModelShapes, e: int) -> int:
 
 
 def score_bytes(
-    shapes: ModelShapes, role: LearnerConfig | TeacherConfig, sequences: int, length: int, padded: bool
+    shapes: ModelShapes, role: LearnerConfig | TeacherConfig, attended: Attended
 ) -> tuple[int, int]:
-    """Bytes for pairs of tokens: what attention keeps in a layer, for all heads, and its mask.
+    """Bytes for pairs of tokens: what attention keeps in a layer, for all heads, and the masks of all layers.
 
     Scores are a softmax in float32, and in the role's dtype if that differs. Eager attention keeps them. So
-    does sdpa on a GPU for float32 with fewer key heads than heads: torch 2.13 has no fused kernel for it
-    (can_use_mem_efficient_attention in ATen/native/transformers/cuda/sdp_utils.cpp). `padded` sequences get
-    a mask, and so transformers repeats key heads (integrations/sdpa_attention.py); but one may be alone."""
+    does sdpa on a GPU without a mask for float32 with fewer key heads than heads: torch 2.13 has no fused
+    kernel for it (can_use_mem_efficient_attention in ATen/native/transformers/cuda/sdp_utils.cpp). Under its
+    masks, with rows for all query heads of a key head, it has one. Keys and values of joined branches are
+    copies, 2eK a token, which eager attention repeats for all heads, 2eQ."""
     e, how, text = DTYPE_BYTES[role.dtype], role.attn_implementation, shapes.text
     unfused = how == "sdpa" and e == 4 and role.num_gpus > 0 and text.key_heads < text.heads
-    scored = sequences if how == "eager" or (unfused and not padded) else int(unfused)
-    masked = sequences if how == "eager" or (how == "sdpa" and padded) else 0
-    pair = text.heads * (4 if e == 4 else 4 + e)
-    return scored * length**2 * pair, masked * length**2 * (1 + e)
+    scored = attended.masked if how == "eager" else attended.causal * unfused
+    joined = attended.joined * 2 * e * (text.key + (text.query if how == "eager" else 0))
+    rows = text.heads // text.key_heads if how == "sdpa" else 1
+    return int(scored * text.heads * (4 if e == 4 else 4 + e) + joined), int(attended.masked * rows * e)
+
+
+def padded_score_bytes(
+    shapes: ModelShapes, teacher: TeacherConfig, sequences: int, length: int, padded: bool
+) -> int:
+    """As `score_bytes`, but of transformers' generate, whose sequences are `padded` to a length under a mask.
+
+    One may be alone, without padding."""
+    pairs, how = sequences * length**2, teacher.attn_implementation
+    under_mask = pairs if how == "eager" or (how == "sdpa" and padded) else 0
+    asked = Attended(0, pairs) if how == "eager" else Attended(length**2 if padded else pairs)
+    return score_bytes(shapes, teacher, asked)[0] + under_mask * (1 + DTYPE_BYTES[teacher.dtype])
 
 
 def text_layer_gradients(shapes: ModelShapes, e: int) -> int:

@@ -8,7 +8,8 @@ from preflight.inputs import Draft, asked_teachers, make_draft
 from preflight.memory_fit import check_fits, describe_memory, memory_plan
 from preflight.nodes import problems
 from preflight.object_store import describe_store, store_plan
-from preflight.time_fit import describe_time, time_plan, utilisation
+from preflight.sharing import describe_sharing
+from preflight.time_fit import describe_time, time_plan, train_pool, utilisation
 from video_opd.config import Config, TeacherModel
 from video_opd.datasets import Split
 from video_opd.video.clips import num_video_tokens
@@ -30,6 +31,7 @@ def dry_run(
     memory = memory_plan(config, draft, gpu_memory_gib)
     print(describe(config, draft))
     print(describe_memory(memory))
+    print(describe_sharing(config, train_pool(memory, draft)))
     print(describe_time(time_plan(memory, draft, device, use)))
     print(describe_store(store_plan(memory)))
     print(describe_disk(disk_plan(config, memory.student, draft, None)))

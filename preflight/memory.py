@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from preflight import activations
 from preflight.adapters import slot_numbers
 from preflight.model_shapes import DTYPE_BYTES, ModelShapes, count, model_bytes, parameters
+from preflight.packing import Pass, largest_pass
 from preflight.zero import (
     buffer_bytes,
     gradient_bytes,
@@ -135,40 +136,52 @@ def kv_bytes_per_token(shapes: ModelShapes, dtype: str, shards: int = 1) -> int:
 
 
 def longest_sequence(config: Config, work: Workload, max_model_len: int) -> int:
-    """S: the longest prompt and a whole response, at most max_model_len."""
+    """The longest prompt and a whole response, at most max_model_len."""
     return min(work.max_prompt_tokens + config.rollout.max_response_tokens, max_model_len)
+
+
+def learner_phases(config: Config, student: ModelShapes, of: Pass) -> dict[str, dict[str, int]]:
+    """What the phases of a rank take in such a pass beside weights, gradients, masters and moments:
+
+    vision: the pass of the vision tower, vision_block_passing p.
+    loss: what all layers keep, and 4V logit_copies for each of min(R, logit_rows) rows.
+    backward: what all layers keep, a recomputed layer with gradient_checkpointing, and text_layer_gradients.
+
+    All layers keep L S text_layer_saved, with gradient_checkpointing L S eH; so does a trained tower.
+    score_bytes: what attention may keep in a layer, with as much again for gradients, and its masks."""
+    learner, e = config.learner, DTYPE_BYTES[config.learner.dtype]
+    text, vision, patches = student.text, student.vision, of.video_tokens * student.vision.patches_a_token
+    depth = 0 if learner.freeze_vision or learner.lora_rank else vision.depth
+    scores, masks = activations.score_bytes(student, learner, of.attended)
+    layer = of.tokens * activations.text_layer_saved(student, e) + scores
+    block = patches * activations.vision_block_saved(student, e)
+    kept, recomputed = text.layers * layer + depth * block, 0
+    if learner.gradient_checkpointing:
+        recomputed = max(layer, block if depth else 0)
+        kept = text.layers * of.tokens * text.hidden * e + depth * patches * vision.hidden * e
+    video = activations.video_bytes(student, e, of.video_tokens)
+    held = {"activations kept": kept, "attention masks": masks} | video
+    rows = min(learner.logit_rows, learner.micro_batch * config.rollout.max_response_tokens)
+    logits = rows * text.vocab_size * 4 * activations.logit_copies(config.loss)
+    gradients = of.tokens * activations.text_layer_gradients(student, e) + scores
+    return {
+        "vision": {"vision pass": patches * activations.vision_block_passing(student, e)} | video,
+        "loss": held | {"logits": logits},
+        "backward": held | {"activations again": recomputed, "their gradients": gradients},
+    }
 
 
 def learner_memory(
     config: Config, student: ModelShapes, teacher: ModelShapes | None, train: Workload
 ) -> RoleMemory:
-    """A rank. Phases, each beside weights, gradients, masters and moments:
-
-    vision: the pass of the vision tower, vision_block_passing p.
-    loss: what all layers keep, and 4V logit_copies for each of min(R, logit_rows) rows.
-    backward: what all layers keep, a recomputed layer with gradient_checkpointing, and text_layer_gradients.
-    optimizer step: step_bytes. publishing: sending_bytes.
-
-    All layers keep L B S text_layer_saved, with gradient_checkpointing L B S eH; so does a trained tower.
-    score_bytes: what attention may keep in a layer, with as much again for gradients, and its mask."""
+    """A rank. Phases: learner_phases of the largest pass that micro_batch and tree_tokens allow, which need
+    not share anything; optimizer step: step_bytes; publishing: sending_bytes."""
     learner, e, batch = config.learner, DTYPE_BYTES[config.learner.dtype], config.learner.micro_batch
-    text, vision, of = student.text, student.vision, trained(student, learner)
+    of = trained(student, learner)
     num_trained = count(of)
     length = longest_sequence(config, train, config.rollout.max_model_len)
-    tokens, patches = batch * length, batch * train.max_video_tokens * vision.patches_a_token
-    depth = 0 if learner.freeze_vision or learner.lora_rank else vision.depth
-    scores, mask = activations.score_bytes(student, learner, batch, length, batch > 1)
-    layer = tokens * activations.text_layer_saved(student, e) + scores
-    block = patches * activations.vision_block_saved(student, e)
-    kept, recomputed = text.layers * layer + depth * block, 0
-    if learner.gradient_checkpointing:
-        recomputed = max(layer, block if depth else 0)
-        kept = text.layers * tokens * text.hidden * e + depth * patches * vision.hidden * e
-    video = activations.video_bytes(student, e, batch * train.max_video_tokens)
-    of_pass = {"activations kept": kept, "attention mask": mask} | video
-    rows = min(learner.logit_rows, batch * config.rollout.max_response_tokens)
-    logits = rows * text.vocab_size * 4 * activations.logit_copies(config.loss)
-    gradients = tokens * activations.text_layer_gradients(student, e) + scores
+    sizes = batch, length, train.max_video_tokens, learner.attn_implementation, learner.tree_tokens
+    phases = learner_phases(config, student, largest_pass(*sizes))
     held = weight_bytes(student, learner) | gradient_bytes(of, learner)
     host = _prompts_bytes(config, train, batch, 1, config.groups_per_step) | _bucket_bytes(config, student)
     host["uploaded frames"] = batch * train.clip_bytes
@@ -182,13 +195,8 @@ def learner_memory(
     if config.loss.needs.teacher == "hidden" and teacher:
         values = teacher.text.vocab_size * teacher.text.hidden * len(config.teacher_models)
         held["teacher's head"] = values * DTYPE_BYTES[config.teacher_pool.dtype]
-    phases = {
-        "vision": {"vision pass": patches * activations.vision_block_passing(student, e)} | video,
-        "loss": of_pass | {"logits": logits},
-        "backward": of_pass | {"activations again": recomputed, "their gradients": gradients},
-        "optimizer step": {"float32 gradients and roots": step_bytes(num_trained, learner)},
-        "publishing": {"weights sent": sending_bytes(student, config)},
-    }
+    phases["optimizer step"] = {"float32 gradients and roots": step_bytes(num_trained, learner)}
+    phases["publishing"] = {"weights sent": sending_bytes(student, config)}
     if learner.vision_cache_bytes:
         host["vision cache"] = learner.vision_cache_bytes
     loading = e * count(parameters(student))
@@ -214,10 +222,17 @@ def actors_memory(config: Config, student: ModelShapes, work: Workload, gpu_byte
     return _place("actors", processes, rollout.num_gpus, computing, host, loading)
 
 
+def scoring_bytes(pool: TeacherConfig, teacher: ModelShapes, of: Pass) -> dict[str, int]:
+    """What such a pass of transformers takes beside weights, up to its hidden states."""
+    pairs = sum(activations.score_bytes(teacher, pool, of.attended))
+    layers = activations.forward_bytes(teacher, DTYPE_BYTES[pool.dtype], of.tokens, of.video_tokens)
+    return layers | {"scores and masks": pairs}
+
+
 def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_bytes: int) -> RoleMemory:
     """A replica. With engine=vllm see vllm_memory; else weights eP, and phases of micro_batch prompts:
 
-    scoring: forward_bytes.
+    scoring: scoring_bytes of the largest pass.
     response rows: 4V TEACHER_LOGIT_COPIES for each of micro_batch x max_response_tokens.
     answering: A answers to each prompt are A sequences; as scoring, and 2 L K e A B S of KV cache."""
     pool, e = config.teacher_pool, DTYPE_BYTES[config.teacher_pool.dtype]
@@ -234,15 +249,13 @@ def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_byt
         logits = batch * config.rollout.max_response_tokens * teacher.text.vocab_size * 4
         answers = batch * (curriculum.num_teacher_predictions if curriculum.asks_teacher else 1)
         kv_cache = {"KV cache": answers * length * kv_bytes_per_token(teacher, pool.dtype)}
-        scoring, answering = (
-            activations.forward_bytes(teacher, e, n * length, n * video)
-            | {"scores and mask": sum(activations.score_bytes(teacher, pool, n, length, batch > 1))}
-            for n in (batch, answers)
-        )
+        largest = largest_pass(batch, length, video, pool.attn_implementation)
+        padded = activations.padded_score_bytes(teacher, pool, answers, length, batch > 1)
+        answering = activations.forward_bytes(teacher, e, answers * length, answers * video)
         phases = {
-            "scoring": scoring,
+            "scoring": scoring_bytes(pool, teacher, largest),
             "response rows": {"logits": logits * TEACHER_LOGIT_COPIES},
-            "answering": answering | kv_cache,
+            "answering": answering | {"scores and mask": padded} | kv_cache,
         }
         computing = ProcessMemory({"weights": loading}, phases)
         host["uploaded frames"] = batch * work.clip_bytes

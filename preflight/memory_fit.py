@@ -180,6 +180,7 @@ def _changes(config: Config, role: str) -> list[Change]:
         "learner.gradient_checkpointing": [] if learner.gradient_checkpointing else [True],
         "learner.zero_stage": range(learner.zero_stage + 1, 4),
         "learner.weight_transfer": ["object_store"] if config.weight_transfer != "object_store" else [],
+        "learner.tree_tokens": _smaller_passes(config),
         "learner.micro_batch": _halves(learner.micro_batch),
         "learner.world_size": [n for n in doubled if n <= MAX_WORLD_SIZE],
         "learner.deepspeed": [OFFLOAD] if many_ranks and learner.zero_stage and not learner.deepspeed else [],
@@ -202,6 +203,13 @@ def _changes(config: Config, role: str) -> list[Change]:
 
 def _halves(value: int) -> list[int]:
     return [value >> n for n in range(1, value.bit_length())]
+
+
+def _smaller_passes(config: Config) -> list[int]:
+    """As many tokens as a sequence may have, where a pass may have more."""
+    learner, longest = config.learner, config.rollout.max_model_len
+    most = learner.tree_tokens or learner.micro_batch * longest
+    return [longest] if most > longest and learner.micro_batch > 1 else []
 
 
 def _smaller_kv_caches(engine: RolloutConfig | TeacherConfig) -> list[float]:

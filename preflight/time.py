@@ -11,12 +11,13 @@ from dataclasses import astuple, dataclass
 from functools import cache
 from math import ceil, prod
 
-from preflight.activations import score_bytes
 from preflight.adapters import TEXT_LAYER, VISION, adapters
 from preflight.memory import PAIR_TOKENS, TEXT_TOKENS, kv_bytes_per_token
 from preflight.model_shapes import DTYPE_BYTES, ModelShapes, Parameters, model_bytes, parameters
+from preflight.packing import TreeSize, attended
 from preflight.zero import trained
 from video_opd.config import TeacherConfig
+from video_opd.config_data import Attention
 from video_opd.config_learner import LearnerConfig
 
 BACKWARD_ATTENTION = 2.5
@@ -120,9 +121,15 @@ def prefill(
     shapes: ModelShapes, size: Sizes, response: int = 0, rows: int = 1, masked: bool = False
 ) -> Operations:
     """A prompt with `response` tokens after it, the head on `rows` tokens. masked: see is_masked."""
-    tokens, pairs = size.tokens + response, _pairs(size, response, masked)
-    forward = text_forward(shapes, tokens, pairs) + head_forward(shapes, rows)
-    return vision_forward(shapes, size) + forward
+    squared = size.squared + 2 * response * size.tokens + response**2
+    forward = text_forward(shapes, size.tokens + response, squared if masked else squared / 2)
+    return vision_forward(shapes, size) + forward + head_forward(shapes, rows)
+
+
+def tree_forward(shapes: ModelShapes, size: Sizes, tree: TreeSize, rows: float, how: Attention) -> Operations:
+    """A tree of prompts of one clip with their responses, the head on `rows` tokens."""
+    text = text_forward(shapes, tree.tokens, _pairs(tree, how))
+    return vision_forward(shapes, size) + text + head_forward(shapes, rows)
 
 
 def prefill_cached(shapes: ModelShapes, size: Sizes, tokens: float, rows: int = 1) -> Operations:
@@ -131,18 +138,22 @@ def prefill_cached(shapes: ModelShapes, size: Sizes, tokens: float, rows: int = 
     return text_forward(shapes, tokens, tokens * (size.tokens - tokens / 2)) + head_forward(shapes, rows)
 
 
-def is_masked(shapes: ModelShapes, role: LearnerConfig | TeacherConfig) -> bool:
-    """Whether transformers computes all pairs of tokens: eager attention, or sdpa with a mask for padding."""
-    return any(score_bytes(shapes, role, role.micro_batch, 1, role.micro_batch > 1))
+def is_masked(teacher: TeacherConfig) -> bool:
+    """Whether answers of transformers compute all pairs: eager attention, or sdpa with a mask for padding."""
+    how = teacher.attn_implementation
+    return how == "eager" or (how == "sdpa" and teacher.micro_batch > 1)
 
 
-def _pairs(size: Sizes, response: int, masked: bool) -> float:
-    squared = size.squared + 2 * response * size.tokens + response**2
-    return squared if masked else squared / 2
+def _pairs(tree: TreeSize, how: Attention) -> float:
+    """That are computed."""
+    pairs = attended(tree, how)
+    return pairs.causal / 2 + pairs.masked
 
 
-def update(shapes: ModelShapes, learner: LearnerConfig, size: Sizes, response: int) -> Operations:
-    """A row forward and backward.
+def update(
+    shapes: ModelShapes, learner: LearnerConfig, size: Sizes, tree: TreeSize, response: int
+) -> Operations:
+    """A tree forward and backward, `response` tokens for each of its members.
 
     Backward a matrix costs as much as forward for its input's gradient and, if it is trained, as much again.
     With gradient_checkpointing a layer computes forward twice, the second time not its last matrix: nothing
@@ -150,14 +161,14 @@ def update(shapes: ModelShapes, learner: LearnerConfig, size: Sizes, response: i
     forward only."""
     own = trained(shapes, learner)
     added = adapters(shapes, learner) if learner.lora_rank else {}
-    tokens, again = size.tokens + response, learner.gradient_checkpointing
-    text = text_forward(shapes, tokens, _pairs(size, response, is_masked(shapes, learner)))
+    tokens, again = tree.tokens, learner.gradient_checkpointing
+    text = text_forward(shapes, tokens, _pairs(tree, learner.attn_implementation))
     text += Operations(2 * tokens * _numbers(added, TEXT_LAYER), 0)
     text_again = text + Operations(-2 * tokens * _last_of_layers(shapes, added, TEXT_LAYER), 0)
     total = text + _backward(text, 2 * tokens * _numbers(own, TEXT_LAYER))
     total += text_again if again else NOTHING
     chunked = learner.micro_batch * response > learner.logit_rows
-    total += head_forward(shapes, response) * (2 + (not learner.lora_rank) + chunked)
+    total += head_forward(shapes, tree.members * response) * (2 + (not learner.lora_rank) + chunked)
     vision = vision_forward(shapes, size)
     if not any(n.startswith(VISION) for n in own):
         return total + vision

@@ -8,7 +8,7 @@ from preflight.devices import DEFAULT, DEVICES, Utilisation, device_name
 from preflight.gpus import read_machine
 from preflight.inputs import Draft
 from preflight.memory_fit import SECTIONS, MemoryPlan
-from preflight.pools import pool_of
+from preflight.pools import Pool, pool_of
 from preflight.time_plan import SAMPLE, Phase, TimePlan
 from video_opd.config import Config
 from video_opd.errors import ConfigError
@@ -28,10 +28,14 @@ def time_plan(memory: MemoryPlan, draft: Draft, device: str | None, use: Utilisa
         device = device_name(machine.best.name) if machine.gpus else DEFAULT
         if device is None:
             return f"not planned: {machine.best.name} is not in the table of GPUs; plan for one: {OPTION}"
-    both = ((draft.train, memory.train), (draft.eval, memory.evaluation))
-    train, held_out = (pool_of(s, work, config, memory.student, memory.teacher) for s, work in both)
+    train = train_pool(memory, draft)
+    held_out = pool_of(draft.eval, memory.evaluation, config, memory.student, memory.teacher)
     kv_caches = {r.role: r.device.held.get("KV cache", math.inf) for r in roles if r.device}
     return TimePlan(config, memory, device, DEVICES[device], use, train, held_out, kv_caches)
+
+
+def train_pool(memory: MemoryPlan, draft: Draft) -> Pool:
+    return pool_of(draft.train, memory.train, memory.config, memory.student, memory.teacher)
 
 
 def utilisation(shares: list[float] | None) -> Utilisation:

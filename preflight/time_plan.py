@@ -1,13 +1,13 @@
 """The seconds of a step and of the passes over the pool, on GPUs of a kind: preflight/time.py by a device.
 
-Assumed, beside the shares in Utilisation: prompts of a step share no video; a response has
+Assumed, beside the shares in Utilisation and what preflight/sharing.py says: a response has
 max_response_tokens; the largest of several teachers scores every prompt; GPUS_A_NODE ranks are on one node.
 Not counted: start-up, checkpoints, what Python and Ray do between calls, launches of kernels.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from math import ceil
+from math import ceil, inf
 
 from preflight import time
 from preflight.devices import Device, Utilisation
@@ -15,6 +15,7 @@ from preflight.memory import TEXT_TOKENS, kv_bytes_per_token
 from preflight.memory_fit import MemoryPlan
 from preflight.model_shapes import DTYPE_BYTES, ModelShapes, count, parameters
 from preflight.pools import Pool
+from preflight.sharing import learner_shares, prompts_of_a_clip, rollouts_of, teacher_shares
 from preflight.time import Operations, Sizes
 from preflight.zero import adds_on_host, trained
 from video_opd.config import Config, RolloutConfig, TeacherConfig
@@ -128,21 +129,26 @@ class TimePlan:
         num_units = self._largest_share(rollout.num_actors, rollout.prompts_per_call)
         shapes, responses = self.memory.student, num_units * number
         decode_s = self._decode_s(rollout, shapes, size, responses, rollout.max_num_seqs) / num_units
-        prefill_s = self._prefill_s(rollout, shapes, time.prefill(shapes, size), size)
+        prompts = prompts_of_a_clip(config, self.train)
+        prefill_s = self._prefill_s(rollout, shapes, self._by_video(shapes, size, prompts), size)
         terms = {"prefill": prefill_s, "decode": decode_s}
-        feed = self._feed_s(size, rollout.num_cpus, PIXELS_S_A_TOKEN, self.train.megapixels)
+        feed = self._feed_s(size, rollout.num_cpus, PIXELS_S_A_TOKEN, self.train.megapixels) / prompts
         return Phase("rollout", rollout.num_actors, "prompt", num_units, terms, feed)
 
     def _score(self) -> Phase:
         config, pool, shapes = self.config, self.config.teacher_pool, self.memory.teacher
         size, response = self.train.teacher, config.rollout.max_response_tokens
         assert shapes and size, "asked only where the objective has a teacher"
+        shared = teacher_shares(config, self.train).tree
+        rollouts = rollouts_of(config)
         if config.teacher_engine == "vllm":  # the prompt of further responses is in its cache
             further = time.prefill_cached(shapes, size, response, response)
-            operations = time.prefill(shapes, size, response, response) + further * (self._rows - 1)
+            first = self._by_video(shapes, size, shared.members / rollouts, response)
+            operations = first + further * (rollouts - 1)
         else:
-            is_masked = time.is_masked(shapes, pool)
-            operations = time.prefill(shapes, size, response, response, is_masked) * self._rows
+            rows = shared.members * response
+            of_tree = time.tree_forward(shapes, size, shared, rows, pool.attn_implementation)
+            operations = of_tree * (rollouts / shared.members)
         num_units = self._largest_share(pool.num_replicas, config.rollout.prompts_per_result)
         terms = {"prefill": self._prefill_s(pool, shapes, operations, size)}
         feed = self._feed_s(size, pool.num_cpus, self._teacher_pixels_s)
@@ -152,16 +158,20 @@ class TimePlan:
         """ZeRO-3 gathers weights while it computes (overlap_comm), unless gathering takes longer."""
         config, learner, shapes = self.config, self.config.learner, self.memory.student
         size, response = self.train.student, config.rollout.max_response_tokens
-        batches = ceil(config.groups_per_step * self._rows / (learner.world_size * learner.micro_batch))
-        operations = time.update(shapes, learner, size, response).total
+        shared = learner_shares(config, self.train)
+        tree = shared.tree
+        operations = time.update(shapes, learner, size, tree, response).total / tree.members
         compute_s = operations / (self._operations_s(shapes, learner.dtype) * self.use.training)
+        fit = min(learner.micro_batch / tree.members, (learner.tree_tokens or inf) / tree.tokens)
+        of_pass = max(1, int(fit + 1e-9)) * tree.members  # trees are not divided to fill a pass
+        passes = ceil(shared.sequences / (learner.world_size * of_pass) - 1e-9)
         moved_s, once = self._learner_transfers()
-        moved_s /= learner.micro_batch
+        moved_s /= of_pass
         overlaps = learner.zero_option("overlap_comm", learner.zero_stage == 3)
         waits_s = max(moved_s - compute_s, 0) if overlaps else moved_s
         terms = {"forward and backward": compute_s, "waits for links": waits_s}
         feed = self._feed_s(size, learner.num_cpus, READ_S_A_TOKEN)
-        units = batches * learner.micro_batch
+        units = ceil(passes * of_pass - 1e-9)
         return Phase("update", learner.world_size, "response", units, terms, feed, once)
 
     def _learner_transfers(self) -> tuple[float, dict[str, float]]:
@@ -212,7 +222,8 @@ class TimePlan:
         """A greedy answer of the actors to each prompt, the prompts of a video one after another."""
         engine, shapes, size = self.config.rollout, self.memory.student, pool.student
         each = num_prompts / engine.num_actors
-        prefill_s = each * self._prefill_s(engine, shapes, self._by_video(shapes, pool, size), size)
+        operations = self._by_video(shapes, size, pool.prompts_a_video)
+        prefill_s = each * self._prefill_s(engine, shapes, operations, size)
         decode_s = self._decode_s(engine, shapes, size, ceil(each), engine.max_num_seqs)
         return max(prefill_s + decode_s, each * self._pass_feed_s(pool, engine.num_cpus, PIXELS_S_A_TOKEN))
 
@@ -222,9 +233,9 @@ class TimePlan:
         assert shapes and size, "asked only where there is a teacher"
         each = num_prompts / (engine.num_replicas + more_replicas)
         if self.config.teacher_engine == "vllm":
-            operations = self._by_video(shapes, pool, size)
+            operations = self._by_video(shapes, size, pool.prompts_a_video)
         else:
-            operations = time.prefill(shapes, size, masked=time.is_masked(shapes, engine)) * number
+            operations = time.prefill(shapes, size, masked=time.is_masked(engine)) * number
         prefill_s = each * self._prefill_s(engine, shapes, operations, size)
         at_once = engine.micro_batch * (1 if self.config.teacher_engine == "vllm" else number)
         decode_s = self._decode_s(engine, shapes, size, ceil(each) * number, at_once)
@@ -234,11 +245,15 @@ class TimePlan:
     def _pass_feed_s(self, pool: Pool, num_cpus: float, a_token_s: float) -> float:
         return self._feed_s(pool.student, num_cpus, a_token_s, pool.megapixels) / pool.prompts_a_video
 
-    def _by_video(self, shapes: ModelShapes, pool: Pool, size: Sizes) -> Operations:
-        """A prompt's. vLLM keeps the tower's output for a video's other prompts, and a prefix if shared."""
-        first, whole = 1 / pool.prompts_a_video, time.prefill(shapes, size)
+    def _by_video(self, shapes: ModelShapes, size: Sizes, prompts: float, response: int = 0) -> Operations:
+        """A prompt's, with a response to score; prompts: of a video.
+
+        vLLM keeps the tower's output for a video's other prompts, and a prefix if shared."""
+        first, rows = 1 / prompts, max(response, 1)
+        whole = time.prefill(shapes, size, response, rows)
         if self.config.prompt.video_first:
-            return whole * first + time.prefill_cached(shapes, size, TEXT_TOKENS) * (1 - first)
+            further = time.prefill_cached(shapes, size, TEXT_TOKENS + response, rows)
+            return whole * first + further * (1 - first)
         return whole + time.vision_forward(shapes, size) * (first - 1)
 
     @property
@@ -295,11 +310,6 @@ class TimePlan:
         return self.config.num_steps * self.step_s + passes
 
     # --- what they share ---
-
-    @property
-    def _rows(self) -> int:
-        """Responses to a prompt of a step."""
-        return self.config.rollout.rollouts_per_prompt if self.config.loss.needs.rollouts else 1
 
     def _largest_share(self, processes: int, at_once: int) -> int:
         """Prompts of a step for the process that gets most; at lag 0 they come `at_once`."""

@@ -8,6 +8,7 @@ import torch
 from benchmarks.command import timed
 from benchmarks.gpu_check.measure import Arrays, Setting, check_memory, planned, release, within_share
 from benchmarks.gpu_check.part import Bench, CheckError
+from benchmarks.gpu_check.tree import compare
 from learner.adapters import choose_trained
 from learner.engine import LearnerEngine
 from learner.loss import sampled_loss
@@ -26,7 +27,7 @@ class Checks(Setting):
 
     def reference(self) -> str:
         """Loss and gradient of the batch, one response a pass, without checkpointing."""
-        model = self.float32_model()
+        self._model = model = self.float32_model()
         actor = self.exact(model, self.encoded, self._responses)
         advantages = [np.random.default_rng(i).uniform(0.5, 1.5, len(a)) for i, a in enumerate(actor)]
         self._groups = made_up_groups(self, self._responses, actor, advantages)
@@ -44,7 +45,15 @@ class Checks(Setting):
         self._gradient = torch.stack(norms).norm().item()
         return f"loss {self._loss:.4f}, norm of the gradient {self._gradient:.4f}"
 
+    def tree(self) -> str:
+        """Three sequences of a clip in one pass, in both dtypes, with gradients."""
+        told = [compare(self, self._model, "float32", trains=True)]
+        self._model = load_model(self.config.student, "bfloat16").to(self.bench.device)
+        choose_trained(self._model, self.config.learner)
+        return "; ".join([*told, compare(self, self._model, "bfloat16", trains=True)])
+
     def step(self) -> str:
+        self._model = None
         release()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

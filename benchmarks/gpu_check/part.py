@@ -28,10 +28,10 @@ PARTS = {
         ),
         _part(
             "teacher",
-            *("reference", "transformers", "transformers_memory"),
+            *("reference", "tree", "transformers", "transformers_memory"),
             *("vllm", "vllm_alike", "vllm_top_k", "vllm_memory"),
         ),
-        _part("learner", "reference", "step", "weights", "memory"),
+        _part("learner", "reference", "tree", "step", "weights", "memory"),
         _part("object_store", "publication", module="transfer"),
         _part("ipc", "publication", module="transfer"),
         _part("collective", "publication", module="transfer"),

@@ -9,9 +9,10 @@ import torch
 from benchmarks.command import timed
 from benchmarks.gpu_check.measure import Arrays, Setting, check_memory, planned, release, within
 from benchmarks.gpu_check.part import Bench
+from benchmarks.gpu_check.tree import compare
 from teacher_service.engine import ENGINES, TokenScores, Wanted, top_k_of
 from video_opd.config import Config
-from video_opd.models.forward import ResponseLogits, VideoLLM, collate
+from video_opd.models.forward import ResponseLogits, VideoLLM, collate, load_model
 from video_opd.types import EncodedPrompt
 
 Cases = tuple[Sequence[EncodedPrompt], Arrays]  # prompts, and a response to each
@@ -29,10 +30,16 @@ class Checks(Setting):
         shared = np.random.default_rng(1).integers(0, 500, ALIKE).astype(np.int32)
         alike = [shared, shared, *(np.append(shared, response) for response in self._responses)]
         self._cases = [(self.encoded, self._responses), ([self.encoded[0]] * len(alike), alike)]
-        model = self.float32_model()
+        self._model = model = self.float32_model()
         seconds, self._expected = timed(lambda: [self.exact(model, *cases) for cases in self._cases])
         self._expected_best = [self._best(model, cases) for cases in self._cases]
         return f"{sum(map(len, self._expected))} responses in {seconds:.2f} s"
+
+    def tree(self) -> str:
+        """Three sequences of a clip in one pass, in both dtypes."""
+        told = [compare(self, self._model, "float32", trains=False)]
+        self._model = load_model(self.config.student, "bfloat16").eval().to(self.bench.device)
+        return "; ".join([*told, compare(self, self._model, "bfloat16", trains=False)])
 
     def transformers(self) -> str:
         return self._scores("transformers")
@@ -59,7 +66,7 @@ class Checks(Setting):
         return check_memory(self._with("vllm"), "teacher")
 
     def _scores(self, engine: str) -> str:
-        self._engine = None
+        self._engine = self._model = None
         release()
         config = self._with(engine)
         wanted = Wanted(top_k=TOP_K if engine == "vllm" else 0)  # vLLM is told the most it will give

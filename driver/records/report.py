@@ -86,9 +86,21 @@ def print_summary(folder: Path, summary: dict[str, Any]) -> None:
         student = f"mIoU {after - before['miou']:+.3f}{share}" if before else f"mIoU {after:.3f}{share}"
     steps = f"after {summary['steps']} steps in {summary['seconds']['total'] / 60:.1f} min"
     console.print(f"{student}, {steps}; {len(summary['dropped'])} prompts dropped")
+    if shared := describe_shared(summary):
+        console.print(shared, soft_wrap=True)
     if odd := summary["odd_truth"]:
         console.print(describe_odd(odd), soft_wrap=True)
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+
+
+def describe_shared(summary: dict[str, Any]) -> str:
+    """Tokens that passes computed, against those of separate sequences; empty where they are not counted."""
+    tokens, told = summary["tokens"], []
+    for role in ("learner", "teacher"):
+        if separate := tokens.get(f"{role}/separate_tokens"):
+            computed = tokens[f"{role}/computed_tokens"]
+            told.append(f"{role} {computed:,.0f} of {separate:,.0f} ({1 - computed / separate:.0%} saved)")
+    return f"tokens computed: {', '.join(told)}" if told else ""
 
 
 def write_report(folder: Path, config: Config, prompts: Sequence[Prompt], summary: dict[str, Any]) -> None:
@@ -103,6 +115,7 @@ def write_report(folder: Path, config: Config, prompts: Sequence[Prompt], summar
         name=folder.name,
         summary=summary,
         rows=_rows(summary),
+        shared=describe_shared(summary),
         columns=COLUMNS.values(),
         learning=embed(learning),
         policy=embed(_policy(metrics)),

@@ -13,6 +13,11 @@ from driver.run import Run
 from video_opd.grounding import best_iou
 from video_opd.types import ScoredGroup, StepReport, Trajectory, TrajectoryGroup
 
+SHARED_TOKENS = tuple(
+    f"{role}/{what}_tokens" for role in ("learner", "teacher") for what in ("computed", "separate")
+)
+"""Metrics of a step that the run's totals add up: tokens of packed trees, and of their sequences alone."""
+
 
 @dataclass(frozen=True)
 class Outputs:
@@ -73,6 +78,7 @@ async def record(
         **{f"time/{phase}_s": s for phase, s in seconds.items()},
         **{f"tokens_per_s/{phase}": rate for phase, rate in tokens_per_s.items()},
     }
+    run.totals.update({name: metrics[name] for name in SHARED_TOKENS if name in metrics})
     run.gauges.set_step(metrics)
     outputs.log.write(groups, report.step)
     outputs.sinks.write(replace(report, metrics=metrics), time.time())

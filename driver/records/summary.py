@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from driver.records.step import SHARED_TOKENS
 from driver.run import Run
 from video_opd.grounding import blind_baselines, odd_truth
 
@@ -23,7 +24,8 @@ def summarise(run: Run, records: pa.Table, seconds: Mapping[str, float]) -> dict
         "seed": config.seed,
         "loss": config.loss.kind,
         "seconds": {**seconds, **{k.removesuffix("_s"): v for k, v in totals.items() if k.endswith("_s")}},
-        "tokens": {k: totals[f"{k}_tokens"] for k in ("rollout", "scored")},
+        "tokens": {k: totals[f"{k}_tokens"] for k in ("rollout", "scored")}
+        | {name: totals[name] for name in SHARED_TOKENS if totals[name]},
         "teacher_calls": totals["scored_rollouts"],
         **{k: totals[k] for k in ("rollouts", "suspended_rollouts", "teacher_answers", "published_bytes")},
         "dropped": {r["prompt_id"]: r["dropped"] for r in dropped},

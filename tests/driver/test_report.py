@@ -1,17 +1,24 @@
 """The report of a run that is over is written, whatever has happened to the held-out clips since."""
 
+import asyncio
 import json
+from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import AsyncMock, MagicMock
 
 import pytest
 
 from driver.clock import PHASES
 from driver.records.report import _example, _frames, embed, print_summary, write_report
+from driver.records.step import SHARED_TOKENS, record
 from tests.fakes import make_prompt
 from tests.video_opd.test_config import MINIMAL
 from video_opd.config_data import VideoConfig
 from video_opd.config_file import parse_config
 from video_opd.grounding import blind_baselines
+from video_opd.types import StepReport
 from video_opd.video.frame_cache import FrameCache
 
 SCORES = {"miou": 0.5, "r1@0.3": 1.0, "r1@0.5": 0.5, "r1@0.7": 0.0, "n": 2, "unparsed": 0}
@@ -36,8 +43,36 @@ def test_a_report_is_written_though_held_out_clips_are_gone(tmp_path, summary):
     ratios = {f"learner/ratio_{quantile}": 1.0 for quantile in ("p01", "p50", "p99")}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(step | ratios) + "\n")
     config = parse_config(MINIMAL | {"video": {"cache_dir": str(tmp_path / "frames")}}, "test")
-    write_report(tmp_path, config, PROMPTS, summary)
-    assert (tmp_path / "report.html").read_text().count("frames, truth and answers") == len(PROMPTS)
+    shared = {"learner/computed_tokens": 25.0, "learner/separate_tokens": 100.0}
+    write_report(tmp_path, config, PROMPTS, summary | {"tokens": summary["tokens"] | shared})
+    html = (tmp_path / "report.html").read_text()
+    assert html.count("frames, truth and answers") == len(PROMPTS)
+    assert "Tokens computed: learner 25 of 100 (75% saved)" in html
+
+
+def test_what_sequences_share_is_added_up_over_the_steps_and_told(tmp_path, summary, capsys):
+    def run_of(teacher: dict[str, float]) -> Any:
+        clock = SimpleNamespace(take_times=lambda: ({"update": 1.0}, {}, 1.0))
+        others = {name: MagicMock() for name in ("actors", "curriculum", "gauges")}
+        for part in others.values():
+            part.take_metrics.return_value = {}
+        asked = SimpleNamespace(take_metrics=AsyncMock(return_value=teacher))
+        return SimpleNamespace(totals=Counter(), clock=clock, teacher=asked, **others)
+
+    learner = {"learner/computed_tokens": 300.0, "learner/separate_tokens": 1000.0}
+    teacher = {"teacher/computed_tokens": 500.0, "teacher/separate_tokens": 1000.0}
+    report = StepReport(step=0, policy_version=1, metrics=learner)
+    for counted, told in (({}, ""), (teacher, ", teacher 1,000 of 2,000 (50% saved)")):
+        run = run_of(counted)
+        for _ in range(2):
+            asyncio.run(record(run, MagicMock(), report, [], []))
+        tokens = {name: run.totals[name] for name in SHARED_TOKENS if name in run.totals}
+        assert tokens == {name: 2 * value for name, value in (learner | counted).items()}
+        print_summary(tmp_path, summary | {"tokens": tokens})
+        line = f"tokens computed: learner 600 of 2,000 (70% saved){told}"
+        assert line in capsys.readouterr().out.splitlines()
+    print_summary(tmp_path, summary)
+    assert "tokens computed" not in capsys.readouterr().out, "nobody counts them"
 
 
 def test_the_reason_is_in_the_place_of_the_frames(tmp_path, summary):

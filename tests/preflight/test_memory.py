@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
@@ -28,16 +29,20 @@ from preflight.memory import (
     actors_memory,
     kv_bytes_per_token,
     learner_memory,
+    learner_phases,
     teacher_memory,
 )
-from preflight.model_shapes import count, find_shapes, model_bytes, parameters, parse_shapes
+from preflight.model_shapes import ModelShapes, count, find_shapes, model_bytes, parameters, parse_shapes
+from preflight.packing import Attended, TreeSize, largest_pass, pass_of
 from preflight.zero import REDUCE_BUCKET, gradient_bytes, optimizer_bytes, trained, weight_bytes
 from tests.live_bytes import LiveBytes
 from video_opd.config import TeacherConfig
 from video_opd.config_file import load_demo
 from video_opd.config_learner import LearnerConfig, LossConfig
 from video_opd.errors import ModelError
-from video_opd.models.forward import ResponseBatch, ResponseLoss, by_chunks, token_entropy
+from video_opd.models.forward import ResponseBatch, ResponseLoss, by_chunks, collate, token_entropy
+from video_opd.models.trees import Packing
+from video_opd.types import EncodedPrompt, Patching
 
 PUBLISHED = {  # parameters, billions
     "Qwen3-VL-2B-Instruct": 2.13,
@@ -50,6 +55,7 @@ PUBLISHED = {  # parameters, billions
     "Qwen2.5-VL-72B-Instruct-FP8-Dynamic": 73.4,
     "Qwen3-VL-32B-Instruct-FP8": 33.4,
 }
+PATCHING = Patching(mean=(0.5,) * 3, std=(0.5,) * 3, patch_size=16, merge_size=2, temporal_patch_size=2)
 SIZE = Size(hidden=128, layers=4, vision_hidden=256, vision_layers=8)
 
 
@@ -68,31 +74,49 @@ def shapes_of(model):
 
 
 def batch_of(
-    model, num_videos: int = 2, pairs: int = 8, side: int = 4, text: int = 100, response: int = 20
+    num_clips: int = 2, branches: int = 1, pairs: int = 8, own: int = 0, text: int = 100, response: int = 20
 ) -> ResponseBatch:
-    """Videos of pairs x side x side tokens with made-up text."""
-    ids, types = [5] * 4, [0] * 4
-    for _ in range(pairs):
-        ids += [
-            model.config.vision_start_token_id,
-            *[model.config.video_token_id] * side**2,
-            model.config.vision_end_token_id,
-        ]
-        types += [0, *[2] * side**2, 0]
-    ids, types = ids + [7] * (text + response), types + [0] * (text + response)
-    rows = torch.cat(
-        [torch.arange(len(ids) - response - 1, len(ids) - 1) + i * len(ids) for i in range(num_videos)]
+    """Sequences about clips of pairs x 4 x 4 video tokens: `text` tokens, of which `own` are not shared."""
+    tokenizer = build_tokenizer()
+    names = ("<|vision_start|>", "<|video_pad|>", "<|vision_end|>")
+    start, video, end = tokenizer.convert_tokens_to_ids(list(names))
+    frame_pair, types = [start, *[video] * 16, end], [0, *[2] * 16, 0]
+    prompts, responses = [], []
+    for clip in range(num_clips):
+        frames = np.random.default_rng(clip).integers(0, 256, (2 * pairs, 128, 128, 3), np.uint8)
+        for branch in range(branches):
+            ids = [5] * 4 + frame_pair * pairs + [7] * (text - own) + [8 + branch] * own
+            shown = [0] * 4 + types * pairs + [0] * text
+            prompts.append(encoded(str(clip), ids, shown, frames, (pairs, 8, 8)))
+            responses.append(np.full(response, 30 + branch, np.int32))
+    return collate(prompts, responses, pad_id=0)
+
+
+def encoded(
+    clip: str, ids: list[int], types: list[int], frames: np.ndarray, grid: tuple[int, int, int]
+) -> EncodedPrompt:
+    return EncodedPrompt(
+        prompt_id="made up",
+        token_ids=np.array(ids, np.int32),
+        unexpanded_token_ids=[],
+        frames=frames,
+        frames_digest=clip,
+        patching=Patching(
+            mean=(0.5,) * 3, std=(0.5,) * 3, patch_size=16, merge_size=2, temporal_patch_size=2
+        ),
+        video_metadata={},
+        video_grid_thw=grid,
+        token_types=np.array(types, np.int32),
+        second_per_grid=None,
+        fingerprint="",
     )
-    return ResponseBatch(
-        input_ids=torch.tensor([ids] * num_videos),
-        attention_mask=torch.ones(num_videos, len(ids), dtype=torch.int64),
-        token_types=torch.tensor([types] * num_videos),
-        pixel_values=torch.randn(num_videos * pairs * side**2 * 4, 1536),
-        video_grid_thw=torch.tensor([[pairs, 2 * side, 2 * side]] * num_videos),
-        rows=rows,
-        targets=torch.zeros(num_videos * response, dtype=torch.int64),
-        lengths=(response,) * num_videos,
-    )
+
+
+def sizes_of(batch: ResponseBatch) -> list[TreeSize]:
+    return [
+        TreeSize(t.prefix, t.prefix**2, len(t.members), sum(t.branches), sum(n * n for n in t.branches))
+        for t in batch.trees
+    ]
 
 
 # --- shapes ---
@@ -371,63 +395,137 @@ def test_prompts_on_the_host_are_frames_without_float32_pixels_and_what_vllm_pro
 # --- activations, against the tensors of real passes ---
 
 
+TREES = {  # clips, sequences of each, and lengths
+    "alone": {"num_clips": 2},
+    "long prefix": {"num_clips": 2, "branches": 4, "own": 10},
+    "short prefix": {"num_clips": 2, "branches": 4, "own": 10, "pairs": 1, "text": 30, "response": 60},
+}
+
+
+@pytest.mark.parametrize("kind", TREES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
+def test_trees_attend_as_they_are_planned_to(kind, attention):
+    batch = batch_of(**TREES[kind])
+    packing = Packing(batch.trees, attention, 2, torch.float32, torch.device("cpu"))
+    causal = masked = joined = 0
+    for length, (prefix, mask) in zip(packing.sizes, packing.calls, strict=True):
+        before = 0 if prefix is None else packing.sizes[prefix]
+        joined += before + length if before else 0
+        if mask is None:
+            causal += length**2 + 2 * length * before
+        else:
+            assert mask.shape[2:] == ((2 if attention == "sdpa" else 1) * length, before + length)
+            masked += length * (before + length)
+    assert pass_of(sizes_of(batch), 0, attention).attended == Attended(causal, masked, joined)
+    assert bool(joined) == (kind != "alone")
+    assert bool(masked) == (attention == "eager" or (attention == "sdpa" and kind != "alone"))
+
+
+def test_no_pass_has_more_than_the_largest():
+    """Trees at random, of all sizes that micro_batch and tree_tokens let through."""
+    rng, reached = np.random.default_rng(0), 0.0
+    for _ in range(3000):
+        longest, sequences = int(rng.integers(2, 1000)), int(rng.integers(1, 17))
+        most = None if rng.random() < 0.2 else int(rng.integers(1, 3 * longest))
+        trees, left, attention = [], sequences, rng.choice(["sdpa", "eager", "flash_attention_2"])
+        while left:
+            number = int(rng.integers(1, left + 1))
+            length = longest if rng.random() < 0.5 else int(rng.integers(1, longest + 1))
+            branch = int(length * rng.random() ** 2)
+            sizes = rng.integers(branch // 2, branch + 1, number) if rng.random() < 0.5 else [branch] * number
+            prefix = length - branch
+            if number == 1:
+                sizes, prefix = [0], length
+            squared = sum(int(n) ** 2 for n in sizes)
+            trees.append(TreeSize(prefix, prefix**2, number, int(sum(sizes)), squared))
+            left -= number
+        while len(trees) > 1 and most and sum(t.tokens for t in trees) > most:
+            trees.pop()
+        of_trees = pass_of(trees, 0, attention)
+        if of_trees.tokens > max(most or of_trees.tokens, longest):
+            continue
+        bound = largest_pass(sequences, longest, 0, attention, most)
+        assert of_trees.tokens <= bound.tokens
+        for name in ("causal", "masked", "joined"):
+            assert getattr(of_trees.attended, name) <= getattr(bound.attended, name), (name, trees, bound)
+        reached = max(reached, of_trees.attended.joined / max(bound.attended.joined, 1))
+    assert reached > 0.9, "the bound is met"
+
+
 def test_sdpa_keeps_scores_in_float32_on_a_gpu_where_no_fused_kernel_takes_fewer_key_heads():
     """The rule of torch 2.13 and transformers; a CPU has a fused kernel for it."""
     grouped = find_shapes("Qwen3-VL-8B-Instruct", SHAPES)
     alike = replace(grouped, text=replace(grouped.text, key=grouped.text.query))
-    scores = 4 * 32 * 100**2
 
-    def of(shapes, sequences, padded, **options: Any) -> tuple[int, int]:
-        return score_bytes(shapes, LearnerConfig(**options), sequences, 100, padded)
+    def of(attended: Attended, shapes: ModelShapes = grouped, **options: Any) -> tuple[int, int]:
+        return score_bytes(shapes, LearnerConfig(**options), attended)
 
-    assert of(grouped, 1, False, dtype="float32") == (scores, 0)
-    assert of(grouped, 2, False, dtype="float32") == (2 * scores, 0)
-    assert of(grouped, 3, True, dtype="float32") == (scores, 3 * 5 * 100**2)  # a batch may end with one
-    assert of(grouped, 1, False, dtype="float32", num_gpus=0) == (0, 0)
-    assert of(alike, 1, False, dtype="float32") == of(grouped, 1, False) == (0, 0)
-    assert of(grouped, 2, True, attn_implementation="flash_attention_2") == (0, 0)
-    assert of(grouped, 2, False, attn_implementation="eager") == (2 * 6 * 32 * 100**2, 2 * 3 * 100**2)
+    alone, under_mask, joined = Attended(10_000), Attended(0, 10_000), Attended(0, 0, 100)
+    assert of(alone, dtype="float32") == (4 * 32 * 10_000, 0)
+    assert of(alone, dtype="float32", num_gpus=0) == (0, 0)
+    assert of(alone, alike, dtype="float32") == of(alone) == (0, 0)
+    assert of(under_mask, dtype="float32") == (0, 4 * 4 * 10_000), "four heads of a key head are rows"
+    assert of(under_mask) == (0, 4 * 2 * 10_000) and of(under_mask, alike) == (0, 2 * 10_000)
+    assert of(under_mask, attn_implementation="eager") == (6 * 32 * 10_000, 2 * 10_000)
+    assert of(joined) == of(joined, attn_implementation="flash_attention_2") == (2 * 2 * 1024 * 100, 0)
+    assert of(joined, attn_implementation="eager") == (2 * 2 * (4096 + 1024) * 100, 0)
 
 
-def test_a_teachers_padded_batch_has_a_mask():
+@pytest.mark.parametrize("how", ["sdpa", "eager", "flash_attention_2"])
+def test_answers_of_transformers_are_padded_under_a_mask(how):
     shapes, demo = find_shapes("Qwen3-VL-8B-Instruct", SHAPES), load_demo()
-    work = Workload(8192, 8192, 9000, 1 << 20)
-    for micro_batch, masked in ((1, 0), (2, 2)):
-        pool = TeacherConfig(engine="transformers", micro_batch=micro_batch)
+    work, length = Workload(8192, 8192, 9000, 1 << 20), 9000 + demo.rollout.max_response_tokens
+    for micro_batch in (1, 2):
+        pool = TeacherConfig(engine="transformers", micro_batch=micro_batch, attn_implementation=how)
         memory = teacher_memory(demo.model_copy(update={"teacher_pool": pool}), shapes, work, 80 << 30)
         assert memory.device
-        length = 9000 + demo.rollout.max_response_tokens
-        assert memory.device.phases["scoring"]["scores and mask"] == masked * 3 * length**2
-        assert memory.device.phases["answering"]["scores and mask"] == masked * 3 * length**2
+        masked = how == "eager" or (how == "sdpa" and micro_batch > 1)
+        scores = 32 * 6 if how == "eager" else 0
+        planned = memory.device.phases["answering"]["scores and mask"]
+        assert planned == micro_batch * (3 * masked + scores) * length**2
+        nothing = memory.device.phases["scoring"]["scores and masks"] == 0
+        assert nothing == (micro_batch == 1 and how != "eager")
 
 
 @pytest.mark.parametrize("dtype", DTYPE_BYTES)
-def test_what_layers_keep_for_the_backward_pass(model, dtype):
+@pytest.mark.parametrize("kind", TREES)
+def test_what_layers_keep_for_the_backward_pass(model, kind, dtype):
     model, e = model.to(getattr(torch, dtype)).train(), DTYPE_BYTES[dtype]
-    shapes, batch = shapes_of(model), batch_of(model)
+    shapes, batch = shapes_of(model), batch_of(**TREES[kind])
     with LiveBytes() as live:
         result = ResponseLoss(model, 512)(
             batch, lambda logits, _: (logits.logsumexp(-1),), len(batch.targets)
         )
         kept = live.now
     del result
-    layers = batch.input_ids.numel() * SIZE.layers * text_layer_saved(shapes, e)
+    of = pass_of(sizes_of(batch), 0, "sdpa")
+    scores, masks = score_bytes(shapes, LearnerConfig(dtype=dtype, num_gpus=0), of.attended)
+    layers = SIZE.layers * (of.tokens * text_layer_saved(shapes, e) + scores)
     blocks = len(batch.pixel_values) * SIZE.vision_layers * vision_block_saved(shapes, e)
-    assert kept == pytest.approx(layers + blocks, rel=0.15)
+    assert kept == pytest.approx(layers + masks + blocks, rel=0.15)
+
+
+CHECKPOINTED = [(c, d, "sdpa", "alone") for c in (False, True) for d in DTYPE_BYTES]
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "dtype", "attention"),
-    [(c, dtype, "sdpa") for c in (False, True) for dtype in DTYPE_BYTES] + [(False, "bfloat16", "eager")],
+    ("checkpointing", "dtype", "attention", "kind"),
+    [
+        *CHECKPOINTED,
+        (False, "bfloat16", "eager", "alone"),
+        (False, "bfloat16", "sdpa", "short prefix"),
+        *[(c, "float32", "sdpa", "long prefix") for c in (False, True)],
+    ],
 )
-def test_the_peak_of_a_learners_pass(tokenizer, dtype, checkpointing, attention):
+def test_the_peak_of_a_learners_pass(tokenizer, dtype, checkpointing, attention, kind):
     """Forward and backward beside whole gradients, as from an update's second micro-batch on."""
     size = Size(hidden=128, layers=8, vision_hidden=64)
     model = build_model(size, tokenizer, seed=0).to(getattr(torch, dtype)).train()
     model.set_attn_implementation(attention)
-    shapes, batch = shapes_of(model), batch_of(model, text=400)
+    more_text = {"text": 400} if kind == "alone" else {}
+    shapes, batch = shapes_of(model), batch_of(**TREES[kind] | more_text)
     options: dict[str, Any] = {"gradient_checkpointing": checkpointing, "attn_implementation": attention}
-    learner = LearnerConfig(dtype=dtype, zero_stage=0, num_gpus=0, micro_batch=2, **options)
+    learner = LearnerConfig(dtype=dtype, zero_stage=0, num_gpus=0, micro_batch=len(batch.lengths), **options)
     choose_trained(model, learner)
     if checkpointing:
         checkpoint_layers(model)
@@ -438,15 +536,9 @@ def test_the_peak_of_a_learners_pass(tokenizer, dtype, checkpointing, attention)
             batch, lambda logits, _: (logits.logsumexp(-1),), len(batch.targets)
         )
         loss.sum().backward()
-    demo = load_demo(["rollout.max_model_len=16000", "rollout.max_response_tokens=20"])
-    config = demo.model_copy(update={"learner": learner})
-    work = Workload(
-        mean_video_tokens=128,
-        max_video_tokens=128,
-        max_prompt_tokens=batch.input_ids.shape[1] - 20,
-        clip_bytes=0,
-    )
-    phases = learner_memory(config, shapes, None, work).host.phases
+    demo = load_demo([f"rollout.max_response_tokens={max(batch.lengths)}", "rollout.max_model_len=16000"])
+    of = pass_of(sizes_of(batch), len(batch.pixel_values) // 4, attention)
+    phases = learner_phases(demo.model_copy(update={"learner": learner}), shapes, of)
     planned = max(sum(phases[p].values()) - phases[p]["pixels"] for p in ("loss", "backward"))
     assert live.peak == pytest.approx(planned, rel=0.25)
 
@@ -455,7 +547,7 @@ def test_the_peak_of_a_learners_pass(tokenizer, dtype, checkpointing, attention)
 @torch.no_grad()
 def test_the_peak_of_passes_that_keep_nothing(model, dtype):
     model, e = model.to(getattr(torch, dtype)), DTYPE_BYTES[dtype]
-    shapes, batch = shapes_of(model), batch_of(model)
+    shapes, batch = shapes_of(model), batch_of()
     pixels = batch.pixel_values.to(getattr(torch, dtype))
     with LiveBytes() as live:
         model.model.get_video_features(pixels, batch.video_grid_thw)

@@ -1,0 +1,102 @@
+"""What the sequences of a step share, by role: tokens computed against those of separate sequences.
+
+Assumed: a step has the prompts of a mean video, drawn at random where a round selects some, on one actor,
+replica and rank, if curriculum.group_by_video, and else prompts of different videos. Several prompts of a
+video differ in TEXT_TOKENS; if the question comes before the video, a prompt shares with its rollouts alone.
+"""
+
+from dataclasses import dataclass, replace
+from math import ceil, inf
+
+from preflight.memory import TEXT_TOKENS
+from preflight.packing import TreeSize
+from preflight.pools import Pool
+from preflight.time import Sizes
+from video_opd.config import Config
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The sequences of a role: its trees, each of a clip or of a part of its sequences. Means over clips."""
+
+    tree: TreeSize
+    sequences: int  # of a step
+    separate: float  # tokens of a step, each sequence alone
+
+    @property
+    def computed(self) -> float:
+        """Tokens of a step."""
+        return self.sequences / self.tree.members * self.tree.tokens
+
+
+def prompts_of_a_clip(config: Config, pool: Pool) -> float:
+    """In one step.
+
+    A round that selects a share f of all prompts has n f / (1 - (1 - f)^n) of a video with n, if any."""
+    curriculum, number = config.curriculum, pool.prompts_a_video
+    if not curriculum.group_by_video:
+        return 1.0
+    selected = curriculum.num_selected or curriculum.pool_sample
+    if curriculum.kind != "uniform" and selected and pool.num_prompts:
+        share = min(1.0, selected / pool.num_prompts)
+        number *= share / (1 - (1 - share) ** number)
+    return min(number, config.groups_per_step)
+
+
+def rollouts_of(config: Config) -> int:
+    """Responses to a prompt of a step."""
+    return config.rollout.rollouts_per_prompt if config.loss.needs.rollouts else 1
+
+
+def learner_shares(config: Config, pool: Pool) -> Shared:
+    """Trees of at most micro_batch sequences and tree_tokens."""
+    learner, prompts = config.learner, prompts_of_a_clip(config, pool)
+    return _shared(config, pool.student, prompts, learner.micro_batch, learner.tree_tokens or inf)
+
+
+def teacher_shares(config: Config, pool: Pool) -> Shared:
+    """With transformers trees of at most micro_batch sequences of a call; with vLLM what its caches have.
+
+    They also have a prompt's own tokens for its further responses."""
+    rollout, size = config.rollout, pool.teacher
+    assert size, "asked only where there is a teacher"
+    prompts = prompts_of_a_clip(config, pool)
+    if config.loss.needs.rollouts:
+        prompts = min(prompts, rollout.prompts_per_result)
+    if config.teacher_engine == "transformers":
+        return _shared(config, size, prompts, config.teacher_pool.micro_batch)
+    shared = _shared(config, size, prompts, inf)
+    tree, response = shared.tree, rollout.max_response_tokens
+    own = tree.branches / tree.members - response
+    return replace(shared, tree=replace(tree, branches=prompts * own + tree.members * response))
+
+
+def _shared(config: Config, size: Sizes, prompts: float, most: float, most_tokens: float = inf) -> Shared:
+    rollouts, response = rollouts_of(config), config.rollout.max_response_tokens
+    prompts = prompts if config.prompt.video_first else 1.0
+    own = min(TEXT_TOKENS, size.tokens) if prompts > 1 else 0.0
+    prefix, branch = size.tokens - own, own + response
+    fit = max(1.0, min(most, (most_tokens - prefix) // branch))
+    of_clip = prompts * rollouts
+    members = of_clip / max(1, ceil(of_clip / fit - 1e-9))
+    squared = max(size.squared - 2 * own * size.tokens + own**2, 0.0)
+    tree = TreeSize(prefix, squared, members, members * branch, members * branch**2)
+    sequences = config.groups_per_step * rollouts
+    return Shared(tree, sequences, sequences * (size.tokens + response))
+
+
+def describe_sharing(config: Config, pool: Pool) -> str:
+    """For people, one line."""
+    roles = {"learner": learner_shares(config, pool)}
+    if pool.teacher and config.loss.needs.teacher != "none":
+        roles["teacher"] = teacher_shares(config, pool)
+    prompts, rollouts = prompts_of_a_clip(config, pool), rollouts_of(config)
+    sequences = f"{prompts:.3g} prompts of a clip" if prompts > 1 else "each prompt has its own clip"
+    sequences += f", {rollouts} responses to each" if rollouts > 1 else ", one response to each"
+    told = [_describe(name, shared) for name, shared in roles.items()]
+    return f"shared    in a step {sequences}; tokens computed: {', '.join(told)}"
+
+
+def _describe(role: str, shared: Shared) -> str:
+    saved = 1 - shared.computed / shared.separate
+    return f"{role} {shared.computed:,.0f} of {shared.separate:,.0f} ({saved:.0%} saved)"
