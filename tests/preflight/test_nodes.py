@@ -41,7 +41,7 @@ def check(node: Machine, *overrides: str, **resources: float) -> None:
         ),
         (
             machine(name="A100-SXM4-40GB", capability=8.0, memory_bytes=40960 << 20),
-            "node-7, A100-SXM4-40GB: learner: 48 GiB of 40 GiB a GPU, 7.7 too many: learner.world_size=8",
+            "node-7, A100-SXM4-40GB: learner: 51 GiB of 40 GiB a GPU, 11.0 too many: learner.world_size=8",
         ),
     ],
 )
