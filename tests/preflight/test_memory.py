@@ -79,7 +79,7 @@ def batch_of(
     """Sequences about clips of pairs x 4 x 4 video tokens: `text` tokens, of which `own` are not shared."""
     tokenizer = build_tokenizer()
     names = ("<|vision_start|>", "<|video_pad|>", "<|vision_end|>")
-    start, video, end = map(tokenizer.convert_tokens_to_ids, names)
+    start, video, end = (tokenizer.vocab[name] for name in names)
     frame_pair, types = [start, *[video] * 16, end], [0, *[2] * 16, 0]
     prompts, responses = [], []
     for clip in range(num_clips):
