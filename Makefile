@@ -6,7 +6,8 @@ EXTRA ?= cpu
 WORKERS ?= 3
 BIN := $(VENV)/bin
 # The tests start some 300 processes: compiled modules are kept, whatever the environment says.
-PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-fast check bench gpu-check lock

@@ -56,10 +56,9 @@ class RolloutActor:
     async def rollout(self, prompts: Sequence[Prompt]) -> AsyncIterator[list[RolloutResult]]:
         """Samples rollouts_per_prompt trajectories a prompt; a FailedPrompt where the clip cannot be read.
 
-        Results come as prompts finish, `rollout.prompts_per_result` or more at a time. Those of one clip come
-        together, unless they are more: the teacher then scores them in one pass. Sampling is seeded by
-        config.seed and the first trajectory's id. Raises WeightsLostError without a whole version of the
-        weights.
+        Results come as prompts finish, `rollout.prompts_per_result` or more at a time. Up to that many of one
+        clip come together, so that the teacher scores them in one pass. Sampling is seeded by config.seed and
+        the first trajectory's id. Raises WeightsLostError without a whole version of the weights.
         """
         by_id, size = {p.prompt_id: p for p in prompts}, self._config.rollout.prompts_per_result
         num_left, of_cut = Counter(map(cut_of, prompts)), defaultdict[Any, list[RolloutResult]](list)

@@ -216,8 +216,10 @@ class Scheduler:
         With group_by_video, n is the room that a step has left, and may be more than the number returned:
         see curriculum/videos.py.
         """
-        issued = self._next_videos(n) if self._curriculum.group_by_video and n else []
-        issued = issued or self._next_in_turn(n)
+        if self._curriculum.group_by_video and n:
+            issued = self._next_videos(n) or self._next_in_turn(min(n, self._config.rollout.prompts_per_call))
+        else:
+            issued = self._next_in_turn(n)
         return [p for i in issued if isinstance(p := self._prompts[i], Prompt)]
 
     def _next_in_turn(self, n: int) -> list[int]:

@@ -20,9 +20,10 @@ def next_videos(
     """Takes the places of the prompts of whole videos from the queue; at most `room`.
 
     A call has at most per_call prompts, or one larger video. A video that does not fit waits, and later ones
-    that fit are taken first; a new step begins with the first video, so none waits for ever. What no video
-    fits is filled with a part of the first that waits: its other prompts come next. A video with more prompts
-    than a step is split likewise. A video with a prompt in flight, of an earlier pass, waits too.
+    that fit are taken first; a new step begins with the first video, so none waits for ever. When no video
+    fits into the rest of a step, a part of the first that waits does; its other prompts come next. A video
+    with more prompts than a step is split likewise. A video with a prompt in flight, of an earlier pass,
+    waits too.
 
     video: int64[P]. dropped: of each of the P prompts why it cannot be used, or empty. Returns nothing where
     every video that is left has a prompt in flight.

@@ -213,7 +213,7 @@ def actors_memory(config: Config, student: ModelShapes, work: Workload, gpu_byte
     """An actor's vLLM engine."""
     rollout = config.rollout
     computing = vllm_memory(config, rollout, student, work, gpu_bytes)
-    calls = max(CALLS_AN_ENGINE, -(-config.most_actors // rollout.num_actors))
+    calls = max(CALLS_AN_ENGINE, -(-config.most_calls // rollout.num_actors))
     held = _prompts_bytes(config, work, rollout.max_num_seqs, calls, rollout.prompts_per_call)
     host = held | _processed_bytes(held, work) | _bucket_bytes(config, student)
     if config.learner.publishes_adapters:  # vLLM keeps what it loaded beside what it computes with

@@ -262,7 +262,7 @@ class Config(ConfigSection):
 
     @property
     def most_actors(self) -> int:
-        """So many have work: calls under way at one time, where each is as large as it may be."""
+        """Actors that can have work: calls under way at one time, if each is as large as it may be."""
         most = self.rollout.prompts_per_call
         if self.curriculum.group_by_video:  # a call has prompts of one step
             return (self.max_policy_lag + 1) * -(-self.groups_per_step // most)

@@ -47,6 +47,7 @@ REVERSE_KL = {
     "learner/reverse_kl_time": ("tokens of a time", "C4"),
     "learner/reverse_kl_rest": ("the rest", "C7"),
 }
+COMPUTED, SEPARATE = "/computed_tokens", "/separate_tokens"  # ends of metrics; the run's totals add them up
 ENTROPY = {"learner/entropy": ("student", "C0"), "teacher/entropy": ("teacher", "C1")}
 
 Metrics = Sequence[Mapping[str, float]]  # the lines of metrics.jsonl
@@ -96,9 +97,10 @@ def print_summary(folder: Path, summary: dict[str, Any]) -> None:
 def describe_shared(summary: dict[str, Any]) -> str:
     """Tokens that passes computed, against those of separate sequences; empty where they are not counted."""
     tokens, told = summary["tokens"], []
-    for role in ("learner", "teacher"):
-        if separate := tokens.get(f"{role}/separate_tokens"):
-            computed = tokens[f"{role}/computed_tokens"]
+    for name, separate in tokens.items():
+        if name.endswith(SEPARATE) and separate:
+            role = name.removesuffix(SEPARATE)
+            computed = tokens[role + COMPUTED]
             told.append(f"{role} {computed:,.0f} of {separate:,.0f} ({1 - computed / separate:.0%} saved)")
     return f"tokens computed: {', '.join(told)}" if told else ""
 

@@ -7,16 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from driver.records.report import ShowStep
+from driver.records.report import COMPUTED, SEPARATE, ShowStep
 from driver.records.sinks import MetricSinks, TrajectoryLog
 from driver.run import Run
 from video_opd.grounding import best_iou
 from video_opd.types import ScoredGroup, StepReport, Trajectory, TrajectoryGroup
-
-SHARED_TOKENS = tuple(
-    f"{role}/{what}_tokens" for role in ("learner", "teacher") for what in ("computed", "separate")
-)
-"""Metrics of a step that the run's totals add up: tokens of packed trees, and of their sequences alone."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,7 @@ async def record(
         **{f"time/{phase}_s": s for phase, s in seconds.items()},
         **{f"tokens_per_s/{phase}": rate for phase, rate in tokens_per_s.items()},
     }
-    run.totals.update({name: metrics[name] for name in SHARED_TOKENS if name in metrics})
+    run.totals.update({k: value for k, value in metrics.items() if k.endswith((COMPUTED, SEPARATE))})
     run.gauges.set_step(metrics)
     outputs.log.write(groups, report.step)
     outputs.sinks.write(replace(report, metrics=metrics), time.time())

@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from driver.records.step import SHARED_TOKENS
+from driver.records.report import COMPUTED, SEPARATE
 from driver.run import Run
 from video_opd.grounding import blind_baselines, odd_truth
 
@@ -25,7 +25,7 @@ def summarise(run: Run, records: pa.Table, seconds: Mapping[str, float]) -> dict
         "loss": config.loss.kind,
         "seconds": {**seconds, **{k.removesuffix("_s"): v for k, v in totals.items() if k.endswith("_s")}},
         "tokens": {k: totals[f"{k}_tokens"] for k in ("rollout", "scored")}
-        | {name: totals[name] for name in SHARED_TOKENS if totals[name]},
+        | {k: total for k, total in totals.items() if k.endswith((COMPUTED, SEPARATE))},
         "teacher_calls": totals["scored_rollouts"],
         **{k: totals[k] for k in ("rollouts", "suspended_rollouts", "teacher_answers", "published_bytes")},
         "dropped": {r["prompt_id"]: r["dropped"] for r in dropped},

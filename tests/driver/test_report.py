@@ -12,7 +12,7 @@ import pytest
 
 from driver.clock import PHASES
 from driver.records.report import _example, _frames, embed, print_summary, write_report
-from driver.records.step import SHARED_TOKENS, record
+from driver.records.step import record
 from tests.fakes import make_prompt
 from tests.video_opd.test_config import MINIMAL
 from video_opd.config_data import VideoConfig
@@ -61,12 +61,15 @@ def test_what_sequences_share_is_added_up_over_the_steps_and_told(tmp_path, summ
 
     learner = {"learner/computed_tokens": 300.0, "learner/separate_tokens": 1000.0}
     teacher = {"teacher/computed_tokens": 500.0, "teacher/separate_tokens": 1000.0}
+    several = {"teacher/a/computed_tokens": 0.0, "teacher/a/separate_tokens": 10.0}
     report = StepReport(step=0, policy_version=1, metrics=learner)
-    for counted, told in (({}, ""), (teacher, ", teacher 1,000 of 2,000 (50% saved)")):
+    lines = [(several, ", teacher/a 0 of 20 (100% saved)"), (teacher, ", teacher 1,000 of 2,000 (50% saved)")]
+    for counted, told in (({}, ""), *lines):
         run = run_of(counted)
         for _ in range(2):
             asyncio.run(record(run, MagicMock(), report, [], []))
-        tokens = {name: run.totals[name] for name in SHARED_TOKENS if name in run.totals}
+        tokens = {name: total for name, total in run.totals.items() if name.endswith("_tokens")}
+        del tokens["rollout_tokens"]
         assert tokens == {name: 2 * value for name, value in (learner | counted).items()}
         print_summary(tmp_path, summary | {"tokens": tokens})
         line = f"tokens computed: learner 600 of 2,000 (70% saved){told}"

@@ -131,6 +131,13 @@ def test_a_learner_that_waits_for_the_teacher_holds_nothing(monkeypatch, idle):
     assert run.learner.reserved == (idle == 0) and run.idle_replicas == idle
 
 
+def test_the_log_warns_of_parts_that_find_nothing_to_do(monkeypatch):
+    said = []
+    monkeypatch.setattr(driver.run.log, "warning", lambda text, *values: said.append(text % values))
+    create(monkeypatch, config_of("qwen3vl_8b.yaml", "rollout.num_actors=99"))
+    assert len(said) == 1 and said[0].startswith("warning: rollout.num_actors=99, but "), said
+
+
 def test_a_learner_reserves_when_it_is_told_or_starts(monkeypatch):
     reserved, removed = [], []
 

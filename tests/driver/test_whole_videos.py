@@ -189,6 +189,14 @@ def test_what_a_call_takes_of_the_queue(queue, room, per_call, issued, left):
     assert list(waiting) == left
 
 
+def test_prompts_of_videos_in_flight_are_issued_one_by_one_in_calls_of_the_usual_size():
+    scheduler = Scheduler(make_pool([5]), make_config(groups_per_step=4, per_call=2))
+    scheduler._queue.extend(range(5))
+    scheduler._in_flight[0] = None
+    calls = [scheduler.next_prompts(room) for room in (4, 2)]
+    assert [[p.prompt_id for p in call] for call in calls] == [["0-1", "0-2"], ["0-3", "0-4"]]
+
+
 @pytest.mark.parametrize("stop", range(1, 6))
 def test_a_run_that_stops_within_a_video_goes_on_where_it_was(stop):
     config = make_config(groups_per_step=4, per_call=2, seed=stop)

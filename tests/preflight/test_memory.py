@@ -383,6 +383,9 @@ def test_prompts_on_the_host_are_frames_without_float32_pixels_and_what_vllm_pro
     assert busy["decoded frames"] == busy["processed clips"] == 20 * clip, "two calls"
     few = host(actors_memory, work, "max_policy_lag=0", "rollout.prompts_per_call=2", "rollout.num_actors=10")
     assert (few["decoded frames"], few["processed clips"]) == (4 * clip, gib), "vLLM's cache fills in a pass"
+    whole = ("curriculum.group_by_video=true", "rollout.max_num_seqs=9", "rollout.num_actors=2")
+    videos = host(actors_memory, work, "max_policy_lag=0", *whole)
+    assert videos["decoded frames"] == (9 + 20 + 16) * clip, "a call for each prompt, at worst"
     small = host(actors_memory, replace(work, clip_bytes=1000, num_clips=200))
     assert small["processed clips"] == 200_000, "no more than all clips"
     sizes = ["teacher_pool.max_batch_requests=3", "teacher_pool.micro_batch=4"]

@@ -28,6 +28,7 @@ from learner.rank import LearnerRank
 from preflight.disk import checkpoint_bytes
 from preflight.model_shapes import read_shapes
 from tests.real.conftest import DEMO, reference_logprobs, scored_groups
+from video_opd import logs
 from video_opd.config import Config
 from video_opd.config_file import load_config
 from video_opd.errors import ConfigError, ModelError, SaveError
@@ -247,7 +248,10 @@ def test_ranks_compute_what_one_process_does(learners, overrides, prompts, encod
     expected = reference(config, prompts, encoder)
 
     async def run():
-        return await train(await learners(config), config, prompts, encoder)
+        learner = await learners(config)
+        roles = await learner._all("__ray_call__", lambda _: logs.work.role)
+        assert roles == [f"learner-{rank}" for rank in range(world_size)], "in its log"
+        return await train(learner, config, prompts, encoder)
 
     parameters, metrics = asyncio.run(run())
     start = {n: p.detach().numpy() for n, p in load_model(config.student, "float32").named_parameters()}

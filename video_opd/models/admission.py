@@ -45,8 +45,9 @@ class Admission:
 
     def fits(self, of: Beginning) -> bool:
         """Whether the prompt may enter before the next pass. A prompt larger than a pass begins one."""
-        is_new = not self._inside[of[:2]]
-        return not (is_new and self._ahead) or self._ahead + of.num_tokens + of.num_others <= self._room
+        if not self._ahead or self._inside[of[:2]]:
+            return True
+        return self._ahead + of.num_tokens + of.num_others <= self._room
 
     def enter(self, of: Beginning, num_answers: int) -> None:
         self._inside[of[:2]] += 1
