@@ -85,6 +85,7 @@ def test_a_run_that_has_no_student_before_says_what_the_trained_one_reaches(caps
         "loss": "sft",
         "seconds": {"total": 60.0},
         "dropped": {},
+        "tokens": {},
         "odd_truth": {},
     }
     print_summary(Path("runs/name"), summary)
