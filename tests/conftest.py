@@ -12,11 +12,21 @@ from hypothesis import HealthCheck, settings
 
 import video_opd  # noqa: F401  # makes transformers importable
 from demo.clips import DEFAULT_LEVELS, write_split
+from video_opd.logs import log
 
 settings.register_profile(
     "project", max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("project")
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before():
+    """A role that a test starts in its own process logs in its own way: later tests' log is their own."""
+    handlers, propagate, level = log.handlers, log.propagate, log.level
+    yield
+    log.handlers, log.propagate = handlers, propagate
+    log.setLevel(level)
 
 
 @pytest.fixture(scope="session")

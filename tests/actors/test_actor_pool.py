@@ -20,7 +20,6 @@ from video_opd.cluster.deadline import waits
 from video_opd.config import Config
 from video_opd.config_file import load_config
 from video_opd.errors import LearnerLostError, PartLostError
-from video_opd.logs import log
 from video_opd.types import FailedPrompt, Prediction, Prompt
 
 DEADLINE_S = 0.03
@@ -269,9 +268,8 @@ def test_a_joining_actor_has_the_weights_before_it_is_called():
     asyncio.run(run())
 
 
-def test_more_actors_than_have_work_are_warned_of(caplog, monkeypatch):
+def test_more_actors_than_have_work_are_warned_of(caplog):
     """128 prompts in flight, 3 in a call."""
-    monkeypatch.setattr(log, "propagate", True)  # tests that start a role leave it off
 
     async def run() -> None:
         pool = await started(FakePool(make_config(1), random.Random(0), 0.0))

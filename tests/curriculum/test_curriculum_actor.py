@@ -117,9 +117,7 @@ def test_retired_prompts_are_counted_by_kind():
     assert asyncio.run(run()) == dict.fromkeys(FailureKind, 0) | {"missing": 1, "too_slow": 1}
 
 
-def test_of_many_prompts_retired_at_once_a_few_are_named_and_all_are_counted(caplog, monkeypatch):
-    monkeypatch.setattr(module.log, "propagate", True)  # tests that start a role leave it off
-
+def test_of_many_prompts_retired_at_once_a_few_are_named_and_all_are_counted(caplog):
     async def run() -> Curriculum:
         curriculum = make_curriculum(random.Random(0), 0.0)
         failed = [FailedPrompt(prompt_id=p.prompt_id, reason=f"{p.prompt_id} is broken") for p in POOL[:9]]

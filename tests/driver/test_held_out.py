@@ -84,8 +84,8 @@ def test_a_run_that_has_no_student_before_says_what_the_trained_one_reaches(caps
         "seed": 0,
         "loss": "sft",
         "seconds": {"total": 60.0},
-        "tokens": {},
         "dropped": {},
+        "tokens": {},
         "odd_truth": {},
     }
     print_summary(Path("runs/name"), summary)

@@ -11,14 +11,12 @@ from rich.console import Console
 import driver.passes
 from driver.passes import shown
 from driver.records import report
-from video_opd.logs import log
 
 PROMPTS: Any = range(5)
 
 
 @pytest.fixture
-def lines(caplog, monkeypatch) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(log, "propagate", True)
+def lines(caplog) -> pytest.LogCaptureFixture:
     caplog.set_level(logging.DEBUG, "video_opd")
     return caplog
 

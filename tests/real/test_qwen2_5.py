@@ -156,7 +156,8 @@ def test_an_actor_samples_from_adapters_in_bfloat16(qwen2_5, prompts, encoder):
     engine = PolicyEngine(config, encoder.pad_ids)
     engine.load_weights(1, published(model, 1, config))
     encoded = [encoder.encode(p) for p in prompts[:6]]
-    patches = engine.render(encoded[0]).vllm_input["mm_kwargs"]["video"][0]["pixel_values_videos"].data
+    rendered: Any = engine.render(encoded[0]).vllm_input
+    patches = rendered["mm_kwargs"]["video"][0]["pixel_values_videos"].data
     assert patches.dtype == torch.uint8, "normalised on the device"
     own, of_base = gaps(engine, [model, base], encoded).mean(1)
     assert own < 0.01 and of_base > 10 * own

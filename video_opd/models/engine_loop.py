@@ -258,8 +258,8 @@ class EngineLoop(Generic[Engine]):
 
     def _end_if_answered(self, engine: Engine, call: _Call) -> None:
         if not call.entered and call.prompts.is_over():
-            call.deliver(None)
             self._drop(engine, call)
+            call.deliver(None)
 
     def _drop(self, engine: Engine, call: _Call) -> None:
         """Leaves nothing of the call behind."""
