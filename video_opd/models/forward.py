@@ -315,7 +315,7 @@ def prefilled(model: VideoLLM, batch: ResponseBatch, num_answers: int) -> dict[s
     positions, _ = model.model.get_rope_index(**separate._asdict())
     past = past.repeat_interleave(num_answers, 0).to(device)
     layers: list[Any] = packed.layers
-    states = [tuple(kept[0][:, past].transpose(0, 1) for kept in (x.keys, x.values)) for x in layers]
+    states = (tuple(kept[0][:, past].transpose(0, 1) for kept in (x.keys, x.values)) for x in layers)
     return {
         "input_ids": separate.input_ids[last][:, None].repeat_interleave(num_answers, 0).to(device),
         "attention_mask": mask.repeat_interleave(num_answers, 0).to(device),
