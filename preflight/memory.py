@@ -178,7 +178,7 @@ def split_clips(config: Config, longest: int) -> int:
     Their features stay for later passes (learner/vision_cache.py). longest: tokens of a sequence."""
     learner, rollout = config.learner, config.rollout
     own = rollout.max_response_tokens + TEXT_TOKENS
-    prefix = longest - own if config.prompt.video_first else 0
+    prefix = max(0, longest - own) if config.prompt.video_first else 0
     by_tokens = ((learner.tree_tokens or inf) - prefix) // (longest - prefix)
     fit = max(1, min(learner.micro_batch, by_tokens))
     return int(config.groups_per_step * config.responses_per_prompt // (fit + 1))
@@ -251,16 +251,17 @@ def scoring_bytes(pool: TeacherConfig, teacher: ModelShapes, of: Pass) -> dict[s
 def answering_phases(
     pool: TeacherConfig, teacher: ModelShapes, of: Pass, num_tokens: int
 ) -> dict[str, dict[str, int]]:
-    """Of transformers: such a pass over prompts, whose KV cache, 2 L K e a token, is copied for each answer.
+    """Of transformers: such a pass over prompts, whose KV cache, 2 L K e a token, becomes one of each answer.
 
-    num_tokens: of all answers with their prompts. A layer has its keys and values again as the cache grows,
-    and repeated for all query heads: 2e (K + Q) a token."""
+    num_tokens: of all answers with their prompts. Layers are copied one after the other. A layer has its keys
+    and values again as the cache grows, and repeated for all query heads: 2e (K + Q) a token."""
     e, a_token = DTYPE_BYTES[pool.dtype], kv_bytes_per_token(teacher, pool.dtype)
-    packed = {"KV cache": of.tokens * a_token}
     pixels = activations.video_bytes(teacher, e, of.video_tokens)["pixels"]
     one_layer = num_tokens * 2 * e * (teacher.text.key + teacher.text.query)
-    copies = {"KV cache of answers": num_tokens * a_token, "one layer": one_layer, "pixels": pixels}
-    return {"prompts to answer": scoring_bytes(pool, teacher, of) | packed, "answering": packed | copies}
+    return {
+        "prompts to answer": scoring_bytes(pool, teacher, of) | {"KV cache": of.tokens * a_token},
+        "answering": {"KV cache": num_tokens * a_token, "one layer": one_layer, "pixels": pixels},
+    }
 
 
 def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_bytes: int) -> RoleMemory:
