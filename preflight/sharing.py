@@ -48,13 +48,10 @@ def prompts_of_a_clip(config: Config, pool: Pool) -> float:
 
 def learner_shares(config: Config, pool: Pool) -> Shared:
     """Trees of at most micro_batch sequences and tree_tokens."""
-    learner, prompts = config.learner, prompts_of_a_clip(config, pool)
-    of_step = prompts, config.responses_per_prompt, config.rollout.max_response_tokens
-    return _shared(
-        config,
-        pool.student,
-        tree_of(config, pool.student, *of_step, learner.micro_batch, learner.tree_tokens),
-    )
+    learner, size, prompts = config.learner, pool.student, prompts_of_a_clip(config, pool)
+    responses = config.responses_per_prompt, config.rollout.max_response_tokens
+    tree = tree_of(config, size, prompts, *responses, learner.micro_batch, learner.tree_tokens)
+    return _shared(config, size, tree)
 
 
 def teacher_shares(config: Config, pool: Pool) -> Shared:
@@ -82,7 +79,7 @@ def tree_of(
     number: int = 1,
     response: int = 0,
     most: float = inf,
-    most_tokens: float | None = None,
+    most_tokens: int | None = None,
 ) -> TreeSize:
     """`number` responses to each of `prompts` of a clip, or an equal part of them.
 

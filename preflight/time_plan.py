@@ -138,17 +138,12 @@ class TimePlan:
         return Phase("rollout", rollout.num_actors, "prompt", num_units, terms, feed)
 
     def _score(self) -> Phase:
-        config, pool, shapes, size = (
-            self.config,
-            self.config.teacher_pool,
-            self.memory.teacher,
-            self.train.teacher,
-        )
+        config, pool, shapes = self.config, self.config.teacher_pool, self.memory.teacher
+        size, tree = self.train.teacher, teacher_shares(config, self.train).tree
         assert shapes and size, "asked only where the objective has a teacher"
-        tree, attention = teacher_shares(config, self.train).tree, self._teacher_attention
         rows = tree.members * config.rollout.max_response_tokens
-        operations = time.tree_forward(shapes, size, tree, rows, attention)
-        operations *= config.responses_per_prompt / tree.members
+        of_tree = time.tree_forward(shapes, size, tree, rows, self._teacher_attention)
+        operations = of_tree * (config.responses_per_prompt / tree.members)
         num_units = self._largest_share(pool.num_replicas, config.rollout.prompts_per_result)
         terms = {"prefill": self._prefill_s(pool, shapes, operations, size)}
         feed = self._feed_s(size, pool.num_cpus, self._teacher_pixels_s)
@@ -231,14 +226,12 @@ class TimePlan:
         """`number` answers of the replicas to each prompt, which is computed once."""
         engine, shapes, size = self.config.teacher_pool, self.memory.teacher, pool.teacher
         assert shapes and size, "asked only where there is a teacher"
-        each, on_vllm = (
-            num_prompts / (engine.num_replicas + more_replicas),
-            self.config.teacher_engine == "vllm",
-        )
-        of_pass = inf if on_vllm else engine.micro_batch
+        each = num_prompts / (engine.num_replicas + more_replicas)
+        of_pass, at_once = engine.micro_batch, engine.micro_batch * number
+        if self.config.teacher_engine == "vllm":  # its caches outlast a pass
+            of_pass, at_once = inf, engine.micro_batch
         operations = self._prompt(shapes, size, pool.prompts_a_video, self._teacher_attention, of_pass)
         prefill_s = each * self._prefill_s(engine, shapes, operations, size)
-        at_once = engine.micro_batch * (1 if on_vllm else number)
         decode_s = self._decode_s(engine, shapes, size, ceil(each) * number, at_once)
         feed_s = each * self._pass_feed_s(pool, engine.num_cpus, self._teacher_pixels_s)
         return max(prefill_s + decode_s, feed_s)

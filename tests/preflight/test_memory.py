@@ -478,7 +478,7 @@ def test_sdpa_keeps_scores_in_float32_on_a_gpu_where_no_fused_kernel_takes_fewer
     assert of(joined, attn_implementation="eager") == (2 * 2 * (4096 + 1024) * 100, 0)
 
 
-@pytest.mark.parametrize(("kind", "num_answers"), [("alone", 1), ("long prefix", 8)])
+@pytest.mark.parametrize(("kind", "num_answers"), [("alone", 1), ("long prefix", 1), ("short prefix", 2)])
 @torch.no_grad()
 def test_the_peak_of_answers_whose_prompts_are_computed_once(model, kind, num_answers):
     adapt(model, "sdpa")
@@ -494,7 +494,7 @@ def test_the_peak_of_answers_whose_prompts_are_computed_once(model, kind, num_an
     cache = phases["answering"]["KV cache"]
     assert held == pytest.approx(cache, rel=0.05), "the packed cache is gone"
     peaks = sum(phases["prompts to answer"].values()), cache * (1 + 1 / SIZE.layers)
-    assert live.peak == pytest.approx(max(peaks), rel=0.25)
+    assert live.peak == pytest.approx(max(peaks), rel=0.1)
 
 
 def test_a_whole_video_may_be_one_call_of_an_actor_and_a_call_may_be_one_prompt():
@@ -509,7 +509,8 @@ def test_a_whole_video_may_be_one_call_of_an_actor_and_a_call_may_be_one_prompt(
     by_video = "curriculum.group_by_video=true"
     assert decoded() == 9 + 25 + 16, "25 calls of two under way, 16 clips of the feed"
     assert decoded(by_video) == 9 + 50 + 16, "50 calls of one"
-    assert decoded("groups_per_step=10") == 3 * 2 and decoded("groups_per_step=10", by_video) == 10
+    small = "groups_per_step=10", "rollout.num_actors=10"
+    assert decoded(*small) == 2 * 2 and decoded(*small, by_video) == 10, "all of a step"
 
 
 @given(clips_of_prompts, st.integers(1, 6), st.none() | st.integers(14, 80))
