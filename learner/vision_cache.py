@@ -60,13 +60,8 @@ class VisionCache:
 
     @staticmethod
     def of(model: VideoLLM, learner: LearnerConfig) -> "VisionCache | None":
-        """None where every pass runs the tower: it is trained, or its weights are sharded (ZeRO-3).
-
-        Ranks gather a sharded tower together. One that ran it while others did not would wait for them.
-        """
-        if not learner.vision_cache_bytes and (not learner.freeze_vision or learner.zero_stage == 3):
-            return None
-        return VisionCache(model, learner.vision_cache_bytes)
+        """None where every pass runs the tower."""
+        return VisionCache(model, learner.vision_cache_bytes) if learner.keeps_features else None
 
     def take_metrics(self) -> dict[str, float]:
         """The share of videos since the last time that did not go through the tower."""

@@ -54,18 +54,6 @@ def score_bytes(
     return int(scored * text.heads * (4 if e == 4 else 4 + e) + joined), int(attended.masked * rows * e)
 
 
-def padded_score_bytes(
-    shapes: ModelShapes, teacher: TeacherConfig, sequences: int, length: int, padded: bool
-) -> int:
-    """As `score_bytes`, but of transformers' generate, whose sequences are `padded` to a length under a mask.
-
-    One may be alone, without padding."""
-    pairs, how = sequences * length**2, teacher.attn_implementation
-    under_mask = pairs if how == "eager" or (how == "sdpa" and padded) else 0
-    asked = Attended(0, pairs) if how == "eager" else Attended(length**2 if padded else pairs)
-    return score_bytes(shapes, teacher, asked)[0] + under_mask * (1 + DTYPE_BYTES[teacher.dtype])
-
-
 def text_layer_gradients(shapes: ModelShapes, e: int) -> int:
     """Bytes a token beyond what a layer keeps, while its MLP goes backward: 3eI + 2eH."""
     return 3 * e * shapes.text.intermediate + 2 * e * shapes.text.hidden

@@ -6,6 +6,7 @@ Not counted: fragmentation of the allocator and NCCL's buffers. No GPU has run t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 from preflight import activations
 from preflight.adapters import slot_numbers
@@ -171,6 +172,18 @@ def learner_phases(config: Config, student: ModelShapes, of: Pass) -> dict[str, 
     }
 
 
+def split_clips(config: Config, longest: int) -> int:
+    """At most so many clips of a step have more responses than a pass of the learner takes.
+
+    Their features stay for later passes (learner/vision_cache.py). longest: tokens of a sequence."""
+    learner, rollout = config.learner, config.rollout
+    own = rollout.max_response_tokens + TEXT_TOKENS
+    prefix = max(0, longest - own) if config.prompt.video_first else 0
+    by_tokens = ((learner.tree_tokens or inf) - prefix) // (longest - prefix)
+    fit = max(1, min(learner.micro_batch, by_tokens))
+    return int(config.groups_per_step * config.responses_per_prompt // (fit + 1))
+
+
 def learner_memory(
     config: Config, student: ModelShapes, teacher: ModelShapes | None, train: Workload
 ) -> RoleMemory:
@@ -183,6 +196,9 @@ def learner_memory(
     sizes = batch, length, train.max_video_tokens, learner.attn_implementation, learner.tree_tokens
     phases = learner_phases(config, student, largest_pass(*sizes))
     held = weight_bytes(student, learner) | gradient_bytes(of, learner)
+    if learner.keeps_features:
+        num_tokens = split_clips(config, length) * train.max_video_tokens
+        held["features kept"] = activations.video_bytes(student, e, num_tokens)["video features"]
     host = _prompts_bytes(config, train, batch, 1, config.groups_per_step) | _bucket_bytes(config, student)
     host["uploaded frames"] = batch * train.clip_bytes
     states = optimizer_bytes(num_trained, learner)
@@ -214,7 +230,10 @@ def actors_memory(config: Config, student: ModelShapes, work: Workload, gpu_byte
     rollout = config.rollout
     computing = vllm_memory(config, rollout, student, work, gpu_bytes)
     calls = max(CALLS_AN_ENGINE, -(-config.most_calls // rollout.num_actors))
-    held = _prompts_bytes(config, work, rollout.max_num_seqs, calls, rollout.prompts_per_call)
+    most = calls * rollout.prompts_per_call
+    if config.curriculum.group_by_video:  # a call is a video, or a part of one, or several
+        most = max(CALLS_AN_ENGINE * rollout.prompts_per_call, config.num_slots)
+    held = _prompts_bytes(config, work, rollout.max_num_seqs, calls, most)
     host = held | _processed_bytes(held, work) | _bucket_bytes(config, student)
     if config.learner.publishes_adapters:  # vLLM keeps what it loaded beside what it computes with
         host["adapter"] = DTYPE_BYTES[rollout.dtype] * count(trained(student, config.learner))
@@ -229,16 +248,34 @@ def scoring_bytes(pool: TeacherConfig, teacher: ModelShapes, of: Pass) -> dict[s
     return layers | {"scores and masks": pairs}
 
 
+def answering_phases(
+    pool: TeacherConfig, teacher: ModelShapes, of: Pass, num_tokens: int
+) -> dict[str, dict[str, int]]:
+    """Of transformers: such a pass over prompts, whose KV cache, 2 L K e a token, becomes one of each answer.
+
+    num_tokens: of all answers with their prompts. Layers are copied one after the other. A layer has its keys
+    and values again as the cache grows, and repeated for all query heads: 2e (K + Q) a token."""
+    e, a_token = DTYPE_BYTES[pool.dtype], kv_bytes_per_token(teacher, pool.dtype)
+    pixels = activations.video_bytes(teacher, e, of.video_tokens)["pixels"]
+    one_layer = num_tokens * 2 * e * (teacher.text.key + teacher.text.query)
+    return {
+        "prompts to answer": scoring_bytes(pool, teacher, of) | {"KV cache": of.tokens * a_token},
+        "answering": {"KV cache": num_tokens * a_token, "one layer": one_layer, "pixels": pixels},
+    }
+
+
 def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_bytes: int) -> RoleMemory:
     """A replica. With engine=vllm see vllm_memory; else weights eP, and phases of micro_batch prompts:
 
     scoring: scoring_bytes of the largest pass.
     response rows: 4V TEACHER_LOGIT_COPIES for each of micro_batch x max_response_tokens.
-    answering: A answers to each prompt are A sequences; as scoring, and 2 L K e A B S of KV cache."""
+    answering: answering_phases, of A answers to each prompt."""
     pool, e = config.teacher_pool, DTYPE_BYTES[config.teacher_pool.dtype]
     loading = e * count(parameters(teacher))
     calls, prompts_a_call = 2 * pool.max_batch_requests, config.rollout.prompts_per_call
-    host = _prompts_bytes(config, work, pool.micro_batch, calls, prompts_a_call)
+    if config.curriculum.group_by_video:
+        prompts_a_call = max(prompts_a_call, config.groups_per_step)
+    host = _prompts_bytes(config, work, pool.micro_batch, calls, calls * prompts_a_call)
     if config.teacher_engine == "vllm":
         computing = vllm_memory(config, pool, teacher, work, gpu_bytes)
         loading = _largest_tensor(teacher, pool.dtype)
@@ -248,14 +285,11 @@ def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_byt
         length = longest_sequence(config, work, pool.max_model_len)
         logits = batch * config.rollout.max_response_tokens * teacher.text.vocab_size * 4
         answers = batch * (curriculum.num_teacher_predictions if curriculum.asks_teacher else 1)
-        kv_cache = {"KV cache": answers * length * kv_bytes_per_token(teacher, pool.dtype)}
         largest = largest_pass(batch, length, video, pool.attn_implementation)
-        padded = activations.padded_score_bytes(teacher, pool, answers, length, batch > 1)
-        answering = activations.forward_bytes(teacher, e, answers * length, answers * video)
         phases = {
             "scoring": scoring_bytes(pool, teacher, largest),
             "response rows": {"logits": logits * TEACHER_LOGIT_COPIES},
-            "answering": answering | {"scores and mask": padded} | kv_cache,
+            **answering_phases(pool, teacher, largest, answers * length),
         }
         computing = ProcessMemory({"weights": loading}, phases)
         host["uploaded frames"] = batch * work.clip_bytes
@@ -323,14 +357,13 @@ def support_memory(config: Config, student: ModelShapes) -> list[RoleMemory]:
     return [RoleMemory(name, 1, 0.0, None, ProcessMemory(terms, {})) for name, terms in held.items()]
 
 
-def _prompts_bytes(
-    config: Config, work: Workload, in_engine: int, calls: int, prompts_a_call: int
-) -> dict[str, int]:
+def _prompts_bytes(config: Config, work: Workload, in_engine: int, calls: int, most: int) -> dict[str, int]:
     """On the host: frames (mapped files of the node's cache) of the prompts in the engine, and ahead of it.
 
-    Ahead: video.feed_bytes, and one prompt of each call under way (video_opd/models/feed.py)."""
+    Ahead: video.feed_bytes, and one prompt of each call under way (video_opd/models/feed.py). most: prompts
+    of those calls."""
     ahead = calls + config.video.feed_bytes // max(1, work.clip_bytes)
-    return {"decoded frames": min(calls * prompts_a_call, in_engine + ahead) * work.clip_bytes}
+    return {"decoded frames": min(most, in_engine + ahead) * work.clip_bytes}
 
 
 def _processed_bytes(frames: Mapping[str, int], work: Workload) -> dict[str, int]:

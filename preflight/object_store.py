@@ -34,7 +34,7 @@ def _trajectories_bytes(plan: MemoryPlan) -> int:
         of_token += 4 * (teacher.text.hidden + 1)
     tokens = config.rollout.max_response_tokens
     one = 4 * longest_sequence(config, plan.train, config.rollout.max_model_len) + tokens * of_token
-    return COPIES * config.num_slots * (config.rollout.rollouts_per_prompt if needs.rollouts else 1) * one
+    return COPIES * config.num_slots * config.responses_per_prompt * one
 
 
 def describe_store(plan: StorePlan) -> str:

@@ -18,6 +18,7 @@ class TreeSize:
     members: float  # sequences, each a branch
     branches: float  # tokens of all branches
     branches_squared: float  # of each branch, added
+    clips: float = 1.0  # passes of the vision tower; less than 1 if other trees of a pass show its clip
 
     @property
     def tokens(self) -> float:

@@ -32,57 +32,72 @@ class Shared:
 def prompts_of_a_clip(config: Config, pool: Pool) -> float:
     """In one step.
 
-    A round that selects a share f of all prompts has n f / (1 - (1 - f)^n) of a video with n, if any."""
+    A round that selects a share f of all prompts at random has n f / (1 - (1 - f)^n) of a video with n, if
+    any. It selects whole videos with select_by=video, but pool_sample is at random."""
     curriculum, number = config.curriculum, pool.prompts_a_video
     if not curriculum.group_by_video:
         return 1.0
     selected = curriculum.num_selected or curriculum.pool_sample
+    if curriculum.select_by == "video":
+        selected = curriculum.pool_sample
     if curriculum.kind != "uniform" and selected and pool.num_prompts:
         share = min(1.0, selected / pool.num_prompts)
         number *= share / (1 - (1 - share) ** number)
     return min(number, config.groups_per_step)
 
 
-def rollouts_of(config: Config) -> int:
-    """Responses to a prompt of a step."""
-    return config.rollout.rollouts_per_prompt if config.loss.needs.rollouts else 1
-
-
 def learner_shares(config: Config, pool: Pool) -> Shared:
     """Trees of at most micro_batch sequences and tree_tokens."""
-    learner, prompts = config.learner, prompts_of_a_clip(config, pool)
-    return _shared(config, pool.student, prompts, learner.micro_batch, learner.tree_tokens or inf)
+    learner, size, prompts = config.learner, pool.student, prompts_of_a_clip(config, pool)
+    responses = config.responses_per_prompt, config.rollout.max_response_tokens
+    tree = tree_of(config, size, prompts, *responses, learner.micro_batch, learner.tree_tokens)
+    return _shared(config, size, tree)
 
 
 def teacher_shares(config: Config, pool: Pool) -> Shared:
     """With transformers trees of at most micro_batch sequences of a call; with vLLM what its caches have.
 
     They also have a prompt's own tokens for its further responses."""
-    rollout, size = config.rollout, pool.teacher
+    rollout, size, number = config.rollout, pool.teacher, config.responses_per_prompt
     assert size, "asked only where there is a teacher"
     prompts = prompts_of_a_clip(config, pool)
     if config.loss.needs.rollouts:
         prompts = min(prompts, rollout.prompts_per_result)
-    if config.teacher_engine == "transformers":
-        return _shared(config, size, prompts, config.teacher_pool.micro_batch)
-    shared = _shared(config, size, prompts, inf)
-    tree, response = shared.tree, rollout.max_response_tokens
-    own = tree.branches / tree.members - response
-    return replace(shared, tree=replace(tree, branches=prompts * own + tree.members * response))
+    on_vllm, response = config.teacher_engine == "vllm", rollout.max_response_tokens
+    most = inf if on_vllm else config.teacher_pool.micro_batch
+    tree = tree_of(config, size, prompts, number, response, most)
+    if on_vllm:
+        own = tree.branches / tree.members - response
+        tree = replace(tree, branches=tree.members * (own / number + response))
+    return _shared(config, size, tree)
 
 
-def _shared(config: Config, size: Sizes, prompts: float, most: float, most_tokens: float = inf) -> Shared:
-    rollouts, response = rollouts_of(config), config.rollout.max_response_tokens
-    prompts = prompts if config.prompt.video_first else 1.0
-    own = min(TEXT_TOKENS, size.tokens) if prompts > 1 else 0.0
+def tree_of(
+    config: Config,
+    size: Sizes,
+    prompts: float,
+    number: int = 1,
+    response: int = 0,
+    most: float = inf,
+    most_tokens: int | None = None,
+) -> TreeSize:
+    """`number` responses to each of `prompts` of a clip, or an equal part of them.
+
+    most: sequences of a pass; most_tokens: its packed tokens."""
+    together = prompts if config.prompt.video_first else 1.0
+    own = min(TEXT_TOKENS, size.tokens) if together > 1 else 0.0
     prefix, branch = size.tokens - own, own + response
-    fit = max(1.0, min(most, (most_tokens - prefix) // branch))
-    of_clip = prompts * rollouts
-    members = of_clip / max(1, ceil(of_clip / fit - 1e-9))
+    fit = most if most_tokens is None or not branch else min(most, (most_tokens - prefix) // branch)
+    of_tree = together * number
+    members = of_tree / max(1, ceil(of_tree / max(1.0, fit) - 1e-9))
+    clips = 1.0 if config.prompt.video_first else min(1.0, members / min(most, prompts * number))
     squared = max(size.squared - 2 * own * size.tokens + own**2, 0.0)
-    tree = TreeSize(prefix, squared, members, members * branch, members * branch**2)
-    sequences = config.groups_per_step * rollouts
-    return Shared(tree, sequences, sequences * (size.tokens + response))
+    return TreeSize(prefix, squared, members, members * branch, members * branch**2, clips)
+
+
+def _shared(config: Config, size: Sizes, tree: TreeSize) -> Shared:
+    sequences = config.groups_per_step * config.responses_per_prompt
+    return Shared(tree, sequences, sequences * (size.tokens + config.rollout.max_response_tokens))
 
 
 def describe_sharing(config: Config, pool: Pool) -> str:
@@ -90,7 +105,7 @@ def describe_sharing(config: Config, pool: Pool) -> str:
     roles = {"learner": learner_shares(config, pool)}
     if pool.teacher and config.loss.needs.teacher != "none":
         roles["teacher"] = teacher_shares(config, pool)
-    prompts, rollouts = prompts_of_a_clip(config, pool), rollouts_of(config)
+    prompts, rollouts = prompts_of_a_clip(config, pool), config.responses_per_prompt
     sequences = f"{prompts:.3g} prompts of a clip" if prompts > 1 else "each prompt has its own clip"
     sequences += f", {rollouts} responses to each" if rollouts > 1 else ", one response to each"
     told = [_describe(name, shared) for name, shared in roles.items()]

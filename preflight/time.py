@@ -16,7 +16,6 @@ from preflight.memory import PAIR_TOKENS, TEXT_TOKENS, kv_bytes_per_token
 from preflight.model_shapes import DTYPE_BYTES, ModelShapes, Parameters, model_bytes, parameters
 from preflight.packing import TreeSize, attended
 from preflight.zero import trained
-from video_opd.config import TeacherConfig
 from video_opd.config_data import Attention
 from video_opd.config_learner import LearnerConfig
 
@@ -117,31 +116,10 @@ def head_forward(shapes: ModelShapes, rows: float) -> Operations:
     return Operations(2 * rows * shapes.text.hidden * shapes.text.vocab_size, 0)
 
 
-def prefill(
-    shapes: ModelShapes, size: Sizes, response: int = 0, rows: int = 1, masked: bool = False
-) -> Operations:
-    """A prompt with `response` tokens after it, the head on `rows` tokens. masked: see is_masked."""
-    squared = size.squared + 2 * response * size.tokens + response**2
-    forward = text_forward(shapes, size.tokens + response, squared if masked else squared / 2)
-    return vision_forward(shapes, size) + forward + head_forward(shapes, rows)
-
-
 def tree_forward(shapes: ModelShapes, size: Sizes, tree: TreeSize, rows: float, how: Attention) -> Operations:
     """A tree of prompts of one clip with their responses, the head on `rows` tokens."""
     text = text_forward(shapes, tree.tokens, _pairs(tree, how))
-    return vision_forward(shapes, size) + text + head_forward(shapes, rows)
-
-
-def prefill_cached(shapes: ModelShapes, size: Sizes, tokens: float, rows: int = 1) -> Operations:
-    """Only the last `tokens` of M: the others, and the clip, are in vLLM's caches."""
-    tokens = min(tokens, size.tokens)
-    return text_forward(shapes, tokens, tokens * (size.tokens - tokens / 2)) + head_forward(shapes, rows)
-
-
-def is_masked(teacher: TeacherConfig) -> bool:
-    """Whether answers of transformers compute all pairs: eager attention, or sdpa with a mask for padding."""
-    how = teacher.attn_implementation
-    return how == "eager" or (how == "sdpa" and teacher.micro_batch > 1)
+    return vision_forward(shapes, size) * tree.clips + text + head_forward(shapes, rows)
 
 
 def _pairs(tree: TreeSize, how: Attention) -> float:
@@ -169,7 +147,7 @@ def update(
     total += text_again if again else NOTHING
     chunked = learner.micro_batch * response > learner.logit_rows
     total += head_forward(shapes, tree.members * response) * (2 + (not learner.lora_rank) + chunked)
-    vision = vision_forward(shapes, size)
+    vision = vision_forward(shapes, size) * tree.clips
     if not any(n.startswith(VISION) for n in own):
         return total + vision
     vision += Operations(_vision_matrices(shapes, added, size.patches), 0)

@@ -11,15 +11,17 @@ from math import ceil, inf
 
 from preflight import time
 from preflight.devices import Device, Utilisation
-from preflight.memory import TEXT_TOKENS, kv_bytes_per_token
+from preflight.memory import kv_bytes_per_token
 from preflight.memory_fit import MemoryPlan
 from preflight.model_shapes import DTYPE_BYTES, ModelShapes, count, parameters
 from preflight.pools import Pool
-from preflight.sharing import learner_shares, prompts_of_a_clip, rollouts_of, teacher_shares
+from preflight.sharing import learner_shares, prompts_of_a_clip, teacher_shares, tree_of
 from preflight.time import Operations, Sizes
 from preflight.zero import adds_on_host, trained
 from video_opd.config import Config, RolloutConfig, TeacherConfig
+from video_opd.config_data import Attention
 
+FUSED = "flash_attention_2"  # vLLM's: no pairs are masked
 SAMPLE = 1000  # prompts, where a pool is not here
 GPUS_A_NODE = 8
 NETWORK_BYTES_S = 50e9  # a GPU's, between nodes: assumed, 400 Gb/s
@@ -130,25 +132,18 @@ class TimePlan:
         shapes, responses = self.memory.student, num_units * number
         decode_s = self._decode_s(rollout, shapes, size, responses, rollout.max_num_seqs) / num_units
         prompts = prompts_of_a_clip(config, self.train)
-        prefill_s = self._prefill_s(rollout, shapes, self._by_video(shapes, size, prompts), size)
+        prefill_s = self._prefill_s(rollout, shapes, self._prompt(shapes, size, prompts), size)
         terms = {"prefill": prefill_s, "decode": decode_s}
         feed = self._feed_s(size, rollout.num_cpus, PIXELS_S_A_TOKEN, self.train.megapixels) / prompts
         return Phase("rollout", rollout.num_actors, "prompt", num_units, terms, feed)
 
     def _score(self) -> Phase:
         config, pool, shapes = self.config, self.config.teacher_pool, self.memory.teacher
-        size, response = self.train.teacher, config.rollout.max_response_tokens
+        size, tree = self.train.teacher, teacher_shares(config, self.train).tree
         assert shapes and size, "asked only where the objective has a teacher"
-        shared = teacher_shares(config, self.train).tree
-        rollouts = rollouts_of(config)
-        if config.teacher_engine == "vllm":  # the prompt of further responses is in its cache
-            further = time.prefill_cached(shapes, size, response, response)
-            first = self._by_video(shapes, size, shared.members / rollouts, response)
-            operations = first + further * (rollouts - 1)
-        else:
-            rows = shared.members * response
-            of_tree = time.tree_forward(shapes, size, shared, rows, pool.attn_implementation)
-            operations = of_tree * (rollouts / shared.members)
+        rows = tree.members * config.rollout.max_response_tokens
+        of_tree = time.tree_forward(shapes, size, tree, rows, self._teacher_attention)
+        operations = of_tree * (config.responses_per_prompt / tree.members)
         num_units = self._largest_share(pool.num_replicas, config.rollout.prompts_per_result)
         terms = {"prefill": self._prefill_s(pool, shapes, operations, size)}
         feed = self._feed_s(size, pool.num_cpus, self._teacher_pixels_s)
@@ -222,22 +217,21 @@ class TimePlan:
         """A greedy answer of the actors to each prompt, the prompts of a video one after another."""
         engine, shapes, size = self.config.rollout, self.memory.student, pool.student
         each = num_prompts / engine.num_actors
-        operations = self._by_video(shapes, size, pool.prompts_a_video)
+        operations = self._prompt(shapes, size, pool.prompts_a_video)
         prefill_s = each * self._prefill_s(engine, shapes, operations, size)
         decode_s = self._decode_s(engine, shapes, size, ceil(each), engine.max_num_seqs)
         return max(prefill_s + decode_s, each * self._pass_feed_s(pool, engine.num_cpus, PIXELS_S_A_TOKEN))
 
     def teacher_answers_s(self, pool: Pool, num_prompts: int, number: int, more_replicas: int = 0) -> float:
-        """`number` answers of the replicas to each prompt; transformers computes a prompt for each answer."""
+        """`number` answers of the replicas to each prompt, which is computed once."""
         engine, shapes, size = self.config.teacher_pool, self.memory.teacher, pool.teacher
         assert shapes and size, "asked only where there is a teacher"
         each = num_prompts / (engine.num_replicas + more_replicas)
-        if self.config.teacher_engine == "vllm":
-            operations = self._by_video(shapes, size, pool.prompts_a_video)
-        else:
-            operations = time.prefill(shapes, size, masked=time.is_masked(engine)) * number
+        of_pass, at_once = engine.micro_batch, engine.micro_batch * number
+        if self.config.teacher_engine == "vllm":  # its caches outlast a pass
+            of_pass, at_once = inf, engine.micro_batch
+        operations = self._prompt(shapes, size, pool.prompts_a_video, self._teacher_attention, of_pass)
         prefill_s = each * self._prefill_s(engine, shapes, operations, size)
-        at_once = engine.micro_batch * (1 if self.config.teacher_engine == "vllm" else number)
         decode_s = self._decode_s(engine, shapes, size, ceil(each) * number, at_once)
         feed_s = each * self._pass_feed_s(pool, engine.num_cpus, self._teacher_pixels_s)
         return max(prefill_s + decode_s, feed_s)
@@ -245,16 +239,12 @@ class TimePlan:
     def _pass_feed_s(self, pool: Pool, num_cpus: float, a_token_s: float) -> float:
         return self._feed_s(pool.student, num_cpus, a_token_s, pool.megapixels) / pool.prompts_a_video
 
-    def _by_video(self, shapes: ModelShapes, size: Sizes, prompts: float, response: int = 0) -> Operations:
-        """A prompt's, with a response to score; prompts: of a video.
-
-        vLLM keeps the tower's output for a video's other prompts, and a prefix if shared."""
-        first, rows = 1 / prompts, max(response, 1)
-        whole = time.prefill(shapes, size, response, rows)
-        if self.config.prompt.video_first:
-            further = time.prefill_cached(shapes, size, TEXT_TOKENS + response, rows)
-            return whole * first + further * (1 - first)
-        return whole + time.vision_forward(shapes, size) * (first - 1)
+    def _prompt(
+        self, shapes: ModelShapes, size: Sizes, prompts: float, how: Attention = FUSED, most: float = inf
+    ) -> Operations:
+        """One of so many of a clip, up to its first token of an answer; most: prompts of a pass."""
+        tree = tree_of(self.config, size, prompts, most=most)
+        return time.tree_forward(shapes, size, tree, tree.members, how) * (1 / tree.members)
 
     @property
     def passes(self) -> list[Pass]:
@@ -346,6 +336,11 @@ class TimePlan:
         at_once = int(max(1, min(number, at_once, fit)))
         read = time.decode_bytes(shapes, engine.dtype, shards, size, (number, response), at_once)
         return read / (self.device.memory * self.use.bandwidth)
+
+    @property
+    def _teacher_attention(self) -> Attention:
+        on_vllm = self.config.teacher_engine == "vllm"
+        return FUSED if on_vllm else self.config.teacher_pool.attn_implementation
 
     @property
     def _teacher_pixels_s(self) -> float:

@@ -256,6 +256,11 @@ class Config(ConfigSection):
         return tuple(t for t in self.teacher_models if t.scores(prompt_id))
 
     @property
+    def responses_per_prompt(self) -> int:
+        """In a step: rollouts, or the one of the data or the teacher."""
+        return self.rollout.rollouts_per_prompt if self.loss.needs.rollouts else 1
+
+    @property
     def num_slots(self) -> int:
         """Prompts under way at one time: the slots of the buffer."""
         return (self.max_policy_lag + 1) * self.groups_per_step
@@ -286,7 +291,7 @@ class Config(ConfigSection):
         if needs.teacher != "none" and replicas > (most := -(-self.num_slots // size)):
             calls = f"are scored in {most} calls of {size}"
             yield f"teacher_pool.num_replicas={replicas}, but {slots} {calls}: lower one of the two"
-        rows = self.groups_per_step * (rollout.rollouts_per_prompt if needs.rollouts else 1)
+        rows = self.groups_per_step * self.responses_per_prompt
         if ranks > rows:
             yield f"learner.world_size={ranks}, but an update has {rows} responses: raise groups_per_step"
         learner, num_batches = self.learner, -(-rows // (ranks * self.learner.micro_batch))

@@ -148,6 +148,13 @@ class LearnerConfig(ConfigSection):
             yield f"num_gpus={self.num_gpus:g}, but a rank uses one GPU: set num_gpus=1, and world_size"
 
     @property
+    def keeps_features(self) -> bool:
+        """Whether features of clips are kept: the vision tower is neither trained nor sharded (ZeRO-3).
+
+        Ranks gather a sharded tower together. One that ran it while others did not would wait for them."""
+        return bool(self.vision_cache_bytes) or (self.freeze_vision and self.zero_stage < 3)
+
+    @property
     def publishes_adapters(self) -> bool:
         """Whether actors get adapters, through the object store, instead of weights by weight_transfer."""
         return bool(self.lora_rank) and self.lora_publish == "adapters"

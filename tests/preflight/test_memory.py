@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
 from demo.models import Size, build_model, build_tokenizer
 from learner.adapters import checkpoint_layers, choose_trained
 from learner.loss import ResponseTokens, loss_per_token
+from preflight import memory
 from preflight.activations import (
     logit_copies,
     score_bytes,
@@ -27,20 +30,24 @@ from preflight.memory import (
     RoleMemory,
     Workload,
     actors_memory,
+    answering_phases,
     kv_bytes_per_token,
     learner_memory,
     learner_phases,
+    split_clips,
     teacher_memory,
 )
 from preflight.model_shapes import ModelShapes, count, find_shapes, model_bytes, parameters, parse_shapes
 from preflight.packing import Attended, TreeSize, largest_pass, pass_of
 from preflight.zero import REDUCE_BUCKET, gradient_bytes, optimizer_bytes, trained, weight_bytes
+from tests.learner.test_batching import build, clip_of, clips_of_prompts, plans, rows
 from tests.live_bytes import LiveBytes
 from video_opd.config import TeacherConfig
 from video_opd.config_file import load_demo
 from video_opd.config_learner import LearnerConfig, LossConfig
 from video_opd.errors import ModelError
-from video_opd.models.forward import ResponseBatch, ResponseLoss, by_chunks, collate, token_entropy
+from video_opd.models.forward import ResponseBatch, ResponseLoss, by_chunks, collate, prefilled, token_entropy
+from video_opd.models.qwen_vl import adapt
 from video_opd.models.trees import Packing
 from video_opd.types import EncodedPrompt, Patching
 
@@ -474,20 +481,71 @@ def test_sdpa_keeps_scores_in_float32_on_a_gpu_where_no_fused_kernel_takes_fewer
     assert of(joined, attn_implementation="eager") == (2 * 2 * (4096 + 1024) * 100, 0)
 
 
-@pytest.mark.parametrize("how", ["sdpa", "eager", "flash_attention_2"])
-def test_answers_of_transformers_are_padded_under_a_mask(how):
-    shapes, demo = find_shapes("Qwen3-VL-8B-Instruct", SHAPES), load_demo()
-    work, length = Workload(8192, 8192, 9000, 1 << 20), 9000 + demo.rollout.max_response_tokens
-    for micro_batch in (1, 2):
-        pool = TeacherConfig(engine="transformers", micro_batch=micro_batch, attn_implementation=how)
-        memory = teacher_memory(demo.model_copy(update={"teacher_pool": pool}), shapes, work, 80 << 30)
-        assert memory.device
-        masked = how == "eager" or (how == "sdpa" and micro_batch > 1)
-        scores = 32 * 6 if how == "eager" else 0
-        planned = memory.device.phases["answering"]["scores and mask"]
-        assert planned == micro_batch * (3 * masked + scores) * length**2
-        nothing = memory.device.phases["scoring"]["scores and masks"] == 0
-        assert nothing == (micro_batch == 1 and how != "eager")
+@pytest.mark.parametrize(("kind", "num_answers"), [("alone", 1), ("long prefix", 1), ("short prefix", 2)])
+@torch.no_grad()
+def test_the_peak_of_answers_whose_prompts_are_computed_once(model, kind, num_answers):
+    adapt(model, "sdpa")
+    batch = batch_of(**TREES[kind] | {"response": 0})
+    features = model.model.get_video_features(batch.pixel_values, batch.video_grid_thw)
+    num_tokens = num_answers * sum(tree.num_separate_tokens for tree in batch.trees)
+    pool, of = TeacherConfig(dtype="float32", num_gpus=0), pass_of(sizes_of(batch), 0, "sdpa")
+    phases = answering_phases(pool, shapes_of(model), of, num_tokens)
+    with LiveBytes() as live:
+        given = prefilled(model, replace(batch, video_features=features), num_answers)
+        held = live.now
+    assert given["input_ids"].shape == (num_answers * len(batch.lengths), 1)
+    cache = phases["answering"]["KV cache"]
+    assert held == pytest.approx(cache, rel=0.05), "the packed cache is gone"
+    peaks = sum(phases["prompts to answer"].values()), cache * (1 + 1 / SIZE.layers)
+    assert live.peak == pytest.approx(max(peaks), rel=0.1)
+
+
+def test_a_whole_video_may_be_one_call_of_an_actor_and_a_call_may_be_one_prompt():
+    shapes, clip = find_shapes("Qwen3-VL-8B-Instruct", SHAPES), 64 << 20
+
+    def decoded(*overrides: str) -> int:
+        sizes = "max_policy_lag=0", "rollout.num_actors=2", "rollout.max_num_seqs=9"
+        config = load_demo(["groups_per_step=100", "rollout.prompts_per_call=2", *sizes, *overrides])
+        work = Workload(8192, 8192, 9000, clip)
+        return actors_memory(config, shapes, work, 80 << 30).host.held["decoded frames"] // clip
+
+    by_video = "curriculum.group_by_video=true"
+    assert decoded() == 9 + 25 + 16, "25 calls of two under way, 16 clips of the feed"
+    assert decoded(by_video) == 9 + 50 + 16, "50 calls of one"
+    small = "groups_per_step=10", "rollout.num_actors=10"
+    assert decoded(*small) == 2 * 2 and decoded(*small, by_video) == 10, "all of a step"
+
+
+@given(clips_of_prompts, st.integers(1, 6), st.none() | st.integers(14, 80))
+def test_features_of_no_more_clips_are_kept_than_are_planned_for(clips, micro_batch, tree_tokens):
+    """Those of earlier passes that later ones need. Of up to 32 tokens of a sequence 13 are its own."""
+    learner = LearnerConfig(micro_batch=micro_batch, tree_tokens=tree_tokens, zero_stage=2)
+    groups = build(clips)
+    (plan,) = plans(groups, learner)
+    passes = [{clip_of(row) for row in of_pass} for of_pass in plan.micro_batches]
+    kept = [set().union(*passes[: i + 1]) & set().union(*passes[i + 1 :]) for i in range(len(passes))]
+    sizes = [f"groups_per_step={len(rows(plan))}", "rollout.max_response_tokens=9", "prompt.video_first=true"]
+    config = load_demo(sizes).model_copy(update={"learner": learner})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "TEXT_TOKENS", 4)
+        planned = split_clips(config, 19 + 13)
+    assert max(map(len, kept)) <= planned
+
+
+def test_kept_features_count_where_the_tower_is_frozen_and_whole():
+    shapes, work = find_shapes("Qwen3-VL-8B-Instruct", SHAPES), Workload(8192, 8192, 9000, 1 << 20)
+
+    def kept(**options: Any) -> int:
+        learner = LearnerConfig(**{"zero_stage": 2, "micro_batch": 7, **options})
+        config = load_demo(["groups_per_step=32", "prompt.video_first=true", "rollout.max_model_len=16000"])
+        device = learner_memory(config.model_copy(update={"learner": learner}), shapes, None, work).device
+        assert device
+        return device.held.get("features kept", 0)
+
+    a_clip = 8192 * 4096 * 4 * 2
+    assert kept() == 4 * a_clip, "4 clips of 8 prompts each are more than 7"
+    assert kept(tree_tokens=9000) == kept(micro_batch=1) == 16 * a_clip, "or 16 clips of two"
+    assert kept(zero_stage=3) == kept(freeze_vision=False) == 0 < kept(zero_stage=3, vision_cache_bytes=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPE_BYTES)

@@ -60,7 +60,7 @@ def refusal(plan: MemoryPlan) -> str:
         (["learner.world_size=1", "learner.zero_stage=0"], 48, "learner.lora_rank=16 would need"),
         (
             ["teacher_pool.engine=transformers", "teacher_pool.micro_batch=1"],
-            80,
+            76,
             "curriculum.num_teacher_predictions=2 would need",
         ),
         (

@@ -61,6 +61,10 @@ def test_a_round_that_selects_some_prompts_has_few_of_a_video():
     two = {"num_prompts": 5000, "prompts_a_video": 2.0}
     assert prompts(BY_VIDEO, **two) == pytest.approx(2 * 0.5 / (1 - 0.5**2))
     assert prompts(BY_VIDEO, UNIFORM, **two) == prompts(BY_VIDEO, "curriculum.num_selected=null", **two) == 2
+    by_video = BY_VIDEO, "curriculum.select_by=video"
+    assert prompts(*by_video, **two) == 2 and prompts(by_video[1], **two) == 1
+    asked = prompts(*by_video, "curriculum.pool_sample=3000", **two)
+    assert asked == pytest.approx(2 * 0.6 / (1 - 0.4**2)), "the prompts that are asked are at random"
     assert prompts(**two) == prompts(BY_VIDEO) == 1
     assert prompts(BY_VIDEO, UNIFORM, num_prompts=9000, prompts_a_video=145.0) == 32, "a step has no more"
     of_charades = prompts(BY_VIDEO, **CHARADES)

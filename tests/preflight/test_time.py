@@ -120,15 +120,6 @@ def test_the_vision_tower_for_clips_of_several_sizes(real):
     close(time.vision_forward(real.shapes, sizes[1]), count(lambda: real.see(GRIDS[1:]), causal=False))
 
 
-def test_a_prefill_of_prompt_and_response_with_the_head_on_response_rows(real):
-    grid = GRIDS[0]
-    features = real.see([grid])
-    size = time.size_of(real.shapes, grid, len(features) + TEXT)
-    counted = count(lambda: real.model.lm_head(real.read(features)[:, -RESPONSE:]), causal=True)
-    whole, seen = time.prefill(real.shapes, size, RESPONSE, RESPONSE), time.vision_forward(real.shapes, size)
-    close(whole + seen * -1, counted)
-
-
 TREES = {"long prefix": (200, 40), "short prefix": (20, 240)}  # tokens shared with the clip; of a branch
 
 
@@ -165,7 +156,7 @@ def case_of(real: Real, kind: str) -> Case:
     return Case(size, TreeSize(prefix, prefix**2, 4, 4 * branch, 4 * branch**2), {"packing": packing}, rows)
 
 
-@pytest.mark.parametrize("kind", TREES)
+@pytest.mark.parametrize("kind", ["alone", *TREES])
 def test_a_tree_computes_its_prefix_once(real, kind):
     case, features = case_of(real, kind), real.see([GRIDS[0]])
     work = lambda: real.model.lm_head(real.read(features, case.tokens, **case.how)[0, case.rows])  # noqa: E731

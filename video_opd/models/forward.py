@@ -300,6 +300,12 @@ def without_settings(model: VideoLLM) -> Iterator[None]:
         model.generation_config = settings
 
 
+def _taken(layers: list[Any]) -> Iterator[Any]:
+    """Each layer of a cache, which then no longer has it."""
+    while layers:
+        yield layers.pop(0)
+
+
 def prefilled(model: VideoLLM, batch: ResponseBatch, num_answers: int) -> dict[str, Any]:
     """What generate() of transformers goes on from, in num_answers rows for each of the batch's prompts.
 
@@ -314,8 +320,8 @@ def prefilled(model: VideoLLM, batch: ResponseBatch, num_answers: int) -> dict[s
     last = torch.arange(len(places)), torch.tensor([len(p) - 1 for p in places])
     positions, _ = model.model.get_rope_index(**separate._asdict())
     past = past.repeat_interleave(num_answers, 0).to(device)
-    layers: list[Any] = packed.layers
-    states = [tuple(kept[0][:, past].transpose(0, 1) for kept in (x.keys, x.values)) for x in layers]
+    layers = _taken(packed.layers)
+    states = (tuple(kept[0][:, past].transpose(0, 1) for kept in (x.keys, x.values)) for x in layers)
     return {
         "input_ids": separate.input_ids[last][:, None].repeat_interleave(num_answers, 0).to(device),
         "attention_mask": mask.repeat_interleave(num_answers, 0).to(device),
