@@ -28,11 +28,15 @@ class Row:
     weight: float  # 1, or 0 for a row that only keeps ranks in step, as one whose clip cannot be read
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """Rows of one clip that share a pass: all of them, or as many as fit."""
 
     rows: list[Row]
+
+    @property
+    def clip(self) -> Hashable:
+        return _clip_key(self.rows[0].prompt.clip)
 
     @cached_property
     def num_tokens(self) -> int:
@@ -45,26 +49,32 @@ class Part:
 class Pass:
     """What a rank computes at once."""
 
-    parts: list[Part] = field(default_factory=list)  # the largest first
-    num_rows: int = 0
-    num_tokens: int = 0
+    parts: list[Part] = field(default_factory=list)  # of different clips
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(part.num_tokens for part in self.parts)
 
     def has_room(self, part: Part, learner: LearnerConfig) -> bool:
         if not self.parts:
             return True
-        num_rows, num_tokens = self.num_rows + len(part.rows), self.num_tokens + part.num_tokens
-        return num_rows <= learner.micro_batch and num_tokens <= (learner.tree_tokens or inf)
+        filled = Pass(self._with(part))
+        num_rows = sum(len(part.rows) for part in filled.parts)
+        return num_rows <= learner.micro_batch and filled.num_tokens <= (learner.tree_tokens or inf)
 
     def add(self, part: Part) -> None:
-        self.parts.append(part)
-        self.num_rows += len(part.rows)
-        self.num_tokens += part.num_tokens
+        self.parts = self._with(part)
+
+    def _with(self, part: Part) -> list[Part]:
+        """Parts of one clip become one: together they may share less than each of them alone."""
+        same = [p for p in self.parts if p.clip == part.clip]
+        joined = Part([row for p in [*same, part] for row in p.rows]) if same else part
+        return [*(p for p in self.parts if p.clip != part.clip), joined]
 
     def take_smallest(self) -> Part:
-        part = self.parts.pop()
-        self.num_rows -= len(part.rows)
-        self.num_tokens -= part.num_tokens
-        return part
+        smallest = min(self.parts, key=lambda part: part.num_tokens)
+        self.parts.remove(smallest)
+        return smallest
 
 
 @dataclass(frozen=True)
@@ -171,7 +181,7 @@ def _deal(parts: Sequence[Part], learner: LearnerConfig) -> list[list[list[Row]]
 def _in_order(passes: list[Pass]) -> list[Pass]:
     """Largest first, as on the other ranks; passes of one clip follow each other, so it is held briefly."""
     passes = sorted(passes, key=lambda p: p.num_tokens, reverse=True)
-    clips = [[_clip_key(part.rows[0].prompt.clip) for part in p.parts] for p in passes]
+    clips = [[part.clip for part in p.parts] for p in passes]
     first: dict[Hashable, int] = {}
     for place, of_pass in enumerate(clips):
         for clip in of_pass:

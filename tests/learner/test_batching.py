@@ -187,6 +187,19 @@ def test_ranks_have_about_equally_many_tokens(sizes, world_size):
     assert found <= 4 / 3 * best
 
 
+def test_parts_of_a_clip_share_a_pass_only_if_both_fit_as_the_one_tree_that_they_become():
+    """Rollouts of one prompt share its long question; beside those of another they share the video alone."""
+    groups = []
+    for number, lengths in enumerate([[1, 1, 1], [30], [1, 1, 1]]):
+        (group,) = build([[lengths]])
+        ids = np.array([*[VIDEO] * 10, *[number] * 20], np.int32)
+        trajectories = tuple(replace(t, prompt_token_ids=ids) for t in group.group.trajectories)
+        groups.append(replace(group, group=replace(group.group, trajectories=trajectories)))
+    (plan,) = plans(groups, learner_of(8, tree_tokens=70))
+    assert sorted(len(m) for m in plan.micro_batches) == [1, 3, 3]
+    assert max(packed_tokens(m) for m in plan.micro_batches) <= 70
+
+
 def test_a_rank_without_a_row_repeats_one_with_weight_zero():
     first, second = plans(build([[[3]], [[2]], [[4]]]), learner_of(micro_batch=1, world_size=2))
     assert [row.weight for row in rows(first)] == [1.0, 0.0] and [row.weight for row in rows(second)] == [

@@ -27,6 +27,7 @@ from learner.learner import Learner
 from learner.rank import LearnerRank
 from preflight.disk import checkpoint_bytes
 from preflight.model_shapes import read_shapes
+from teacher_service.engine import TransformersEngine, Wanted
 from tests.real.conftest import DEMO, reference_logprobs, scored_groups
 from video_opd import logs
 from video_opd.config import Config
@@ -34,7 +35,7 @@ from video_opd.config_file import load_config
 from video_opd.errors import ConfigError, ModelError, SaveError
 from video_opd.models.forward import ResponseLogits, VideoLLM, collate, load_model
 from video_opd.models.prompting import PromptEncoder
-from video_opd.types import ScoredGroup
+from video_opd.types import Prompt, ScoredGroup
 from video_opd.weights.buckets import unpack
 
 # Adam's first steps move a weight by about lr whatever the size of its gradient. Where a gradient is almost
@@ -269,28 +270,62 @@ def test_ranks_compute_what_one_process_does(learners, overrides, prompts, encod
         assert all(m["learner/grad_norm"] > 0 for m in metrics)
 
 
-def test_ranks_that_share_passes_end_with_the_weights_of_ranks_that_do_not(learners, overrides, prompts):
+def three_queries_of_each(prompts: list[Prompt]) -> list[Prompt]:
+    """Of the clips of the prompts."""
+    return [
+        replace(prompt, prompt_id=f"{prompt.clip.clip_id}/{number}", query=f"the {number} is visible")
+        for prompt in {p.clip.video_path: p for p in prompts}.values()
+        for number in range(3)
+    ]
+
+
+def teacher_of(config: Config) -> TransformersEngine:
+    folder = config.teacher_models[0].model
+    encoder = PromptEncoder(folder, config.prompt, config.video)
+    return TransformersEngine(folder, config.teacher_pool, Wanted(), config.seed, encoder)
+
+
+def scored_by(engine: TransformersEngine, groups: list[ScoredGroup], together: bool) -> list[ScoredGroup]:
+    """The groups, of one rollout each, with the teacher's log-probs: in one pass, or in one pass for each."""
+    prompts = [engine.encoder.encode(g.group.prompt) for g in groups]
+    responses = [g.group.trajectories[0].response_token_ids for g in groups]
+    size = len(groups) if together else 1
+    scores = [
+        s for i in range(0, len(groups), size) for s in engine.score(prompts[i:][:size], responses[i:][:size])
+    ]
+    return [
+        replace(g, scores=(replace(g.scores[0], teacher_logprobs=s.logprobs),))
+        for g, s in zip(groups, scores, strict=True)
+    ]
+
+
+def test_learner_and_teacher_that_share_passes_end_with_the_weights_of_those_that_do_not(
+    learners, overrides, prompts
+):
     """Three queries a clip: two ranks of ZeRO-3, with checkpointing, and one sequence at a time."""
     options = ("loss.kind=opd", "prompt.video_first=true", *SHARDED)
     sharing = ("learner.micro_batch=4", "learner.tree_tokens=200"), ("learner.micro_batch=1",)
     shared, separate = (make_config(overrides, 2, 3, *options, *more) for more in sharing)
     encoder = PromptEncoder(shared.student, shared.prompt, shared.video)
-    asked = [
-        replace(prompt, prompt_id=f"{prompt.clip.clip_id}/{number}", query=f"the {number} is visible")
-        for prompt in {p.clip.video_path: p for p in prompts}.values()
-        for number in range(3)
-    ]
+    teacher = teacher_of(shared)
+    asked = three_queries_of_each(prompts)
     steps = [scored_groups(asked[9 * i :][:9], encoder, seed=i) for i in range(STEPS)]
 
-    async def run(config) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
+    async def run(config: Config, together: bool) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
         learner = await learners(config)
-        metrics = [(await learner.update(groups, step)).metrics for step, groups in enumerate(steps)]
+        scored = [scored_by(teacher, groups, together) for groups in steps]
+        metrics = [(await learner.update(groups, step)).metrics for step, groups in enumerate(scored)]
         return await parameters_of(learner, STEPS), metrics
 
     async def both():
-        return await run(shared), await run(separate)
+        return (
+            await run(shared, together=True),
+            teacher.num_computed_tokens,
+            await run(separate, together=False),
+        )
 
-    (ours, metrics), (expected, alone) = asyncio.run(both())
+    (ours, metrics), of_passes, (expected, alone) = asyncio.run(both())
+    assert of_passes < 0.7 * (teacher.num_computed_tokens - of_passes)
     gaps = np.concatenate([(ours[n] - expected[n]).ravel() for n in expected])
     assert np.abs(gaps).max() < WORST and np.sqrt(np.mean(np.square(gaps))) < RMS
     start = {n: p.detach().numpy() for n, p in load_model(shared.student, "float32").named_parameters()}

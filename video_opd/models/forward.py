@@ -87,7 +87,7 @@ def collate(
     sequences = [np.concatenate(pair) for pair in zip((p.token_ids for p in prompts), responses, strict=True)]
     clips = [clip_of(p) for p in prompts]
     trees = trees_of(sequences, [p.token_types for p in prompts], clips)
-    separate = Separate(**_padded(prompts, responses, pad_id, "cpu", "right"))
+    separate = _separate(prompts, sequences, pad_id)
     packed, width = packed_places(trees), separate.input_ids.shape[1]
     places = np.zeros(sum(tree.num_tokens for tree in trees), np.int64)
     for i, of_tokens in enumerate(packed):
@@ -142,25 +142,22 @@ def _to_device(tensor: torch.Tensor, device: Device) -> torch.Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-def _padded(
-    prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray], pad_id: int, device: Device, side: str
-) -> dict[str, Any]:
-    """What a model sees of sequences, pixels excepted."""
+def _separate(prompts: Sequence[EncodedPrompt], sequences: Sequence[np.ndarray], pad_id: int) -> Separate:
+    """sequences: each prompt with its response."""
 
     def pad(rows: Sequence[np.ndarray], value: int) -> torch.Tensor:
         tensors = [torch.from_numpy(row.astype(np.int64)) for row in rows]
-        return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side).to(device)
+        return pad_sequence(tensors, batch_first=True, padding_value=value)
 
-    pairs = list(zip(prompts, responses, strict=True))
-    sequences = [np.concatenate([p.token_ids, r]) for p, r in pairs]
+    pairs = zip(prompts, sequences, strict=True)
     seconds = [p.second_per_grid for p in prompts if p.second_per_grid is not None]
-    return {
-        "input_ids": pad(sequences, pad_id),
-        "attention_mask": pad([np.ones_like(s) for s in sequences], 0),
-        "mm_token_type_ids": pad([np.concatenate([p.token_types, np.zeros_like(r)]) for p, r in pairs], 0),
-        "video_grid_thw": torch.tensor([p.video_grid_thw for p in prompts], device=device),
-        "second_per_grid_ts": torch.tensor(seconds) if seconds else None,
-    }
+    return Separate(
+        input_ids=pad(sequences, pad_id),
+        attention_mask=pad([np.ones_like(s) for s in sequences], 0),
+        mm_token_type_ids=pad([np.pad(p.token_types, (0, len(s) - len(p.token_types))) for p, s in pairs], 0),
+        video_grid_thw=torch.tensor([p.video_grid_thw for p in prompts]),
+        second_per_grid_ts=torch.tensor(seconds) if seconds else None,
+    )
 
 
 class ResponseLogits(torch.nn.Module):
