@@ -26,14 +26,18 @@ def top_k(delta: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def dsus(delta: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
-    """Evenly spaced in the prompts sorted by delta, descending: positions floor(j P / k), j = 0 .. k - 1."""
+    """Evenly spaced in the prompts sorted by delta, descending, both ends included (eq. 14).
+
+    Positions round(1 + (P - 1) t / (k - 1)), t = 0 .. k - 1, counted from 1; of one, the first.
+    """
     return _descending(delta)[_uniform_positions(len(delta), min(k, len(delta)))]
 
 
 def bbds(delta: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
     """An equal share of k from each of 5 equal-width buckets over the range of delta, spaced as in dsus.
 
-    The other buckets share what one lacks. The remainder goes to the buckets of larger delta.
+    The remainder goes to the buckets of smallest delta (eq. 19). The others share what a bucket lacks: ours,
+    the paper does not say.
     """
     k = min(k, len(delta))
     if k == 0:
@@ -41,9 +45,10 @@ def bbds(delta: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
     above, extent = delta - delta.min(), np.ptp(delta)
     bucket = np.minimum(above * BBDS_BUCKETS / (extent or 1.0), BBDS_BUCKETS - 1).astype(np.int64)
     order = _descending(delta)
-    members = [order[bucket[order] == b] for b in reversed(range(BBDS_BUCKETS))]
+    members = [order[bucket[order] == b] for b in range(BBDS_BUCKETS)]
     shares = equal_shares([len(m) for m in members], k)
-    return np.concatenate([m[_uniform_positions(len(m), n)] for m, n in zip(members, shares, strict=True)])
+    chosen = [m[_uniform_positions(len(m), n)] for m, n in zip(members, shares, strict=True)]
+    return np.concatenate(chosen[::-1])
 
 
 def gwds(delta: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
@@ -102,4 +107,6 @@ def _descending(values: np.ndarray) -> np.ndarray:
 
 
 def _uniform_positions(length: int, k: int) -> np.ndarray:
-    return np.arange(k) * length // max(k, 1)
+    """int64[k]: from 0 to length - 1; a half is rounded up."""
+    gaps = max(k - 1, 1)
+    return (2 * np.arange(k) * (length - 1) + gaps) // (2 * gaps)

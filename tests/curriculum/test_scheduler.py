@@ -444,7 +444,7 @@ TAU, SIGMA = [0.9, 0.7, 0.69, 1.0, 0.8], [0.8, 0.1, 0.0, 0.9, 0.5]  # disagreeme
     [
         ({}, ["p1", "p4"], ["p2"]),
         ({"trpv": False}, ["p1", "p2"], []),
-        ({"sampler": "dsus"}, ["p1", "p0"], ["p2"]),  # of p1 p4 p0 p3: places 0 and 2
+        ({"sampler": "dsus"}, ["p1", "p3"], ["p2"]),  # of p1 p4 p0 p3: both ends
     ],
     ids=["both", "without trpv", "dsus"],
 )

@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 from fractions import Fraction
+from math import floor
 
 import numpy as np
 import pytest
@@ -70,10 +71,25 @@ def test_top_k_takes_the_largest(pool):
 
 
 @given(pool=pool_and_k())
-def test_dsus_takes_every_p_over_kth_of_the_sorted_list(pool):
+def test_dsus_takes_evenly_spaced_ranks_of_the_sorted_list_both_ends_included(pool):
     delta, k = pool
-    order, spacing = sorted_descending(delta), Fraction(len(delta), k)
-    assert dsus(delta, k, rng()).tolist() == [order[int(j * spacing)] for j in range(k)]
+    order = sorted_descending(delta)
+    assert dsus(delta, k, rng()).tolist() == [order[rank - 1] for rank in ranks(len(delta), k)]
+
+
+def ranks(n: int, k: int) -> list[int]:
+    """round(1 + (n - 1) t / (k - 1)) for t = 0 .. k - 1: from 1 to n."""
+    return [floor(1 + Fraction((n - 1) * t, max(k - 1, 1)) + Fraction(1, 2)) for t in range(k)]
+
+
+def test_spaced_ranks_by_hand():
+    delta = np.array([0.9, 0.8, 0.6, 0.5, 0.1, -0.2])
+    assert dsus(delta, 4, rng()).tolist() == [0, 2, 3, 5]  # ranks 1, 2.67, 4.33 and 6
+    assert dsus(delta, 3, rng()).tolist() == [0, 3, 5]  # ranks 1, 3.5 and 6
+    assert dsus(delta, 1, rng()).tolist() == [0]
+    # Buckets of 0.22 from -0.2 on have one prompt, one, none, two and two: one each of four, and the fifth of
+    # the lowest that has another.
+    assert sorted(bbds(delta, 5, rng()).tolist()) == [0, 2, 3, 4, 5]
 
 
 dyadic = st.lists(
@@ -91,15 +107,16 @@ def test_bbds_deals_equal_shares_to_five_buckets_and_spaces_them(delta, data):
             min(BBDS_BUCKETS - 1, int((Fraction(delta[i]) - low) / (extent / BBDS_BUCKETS))) if extent else 0
         )
         buckets[BBDS_BUCKETS - 1 - place].append(i)
-    shares, turn = [0] * BBDS_BUCKETS, 0
-    while sum(shares) < k:  # one at a time, in turn, a full bucket passed over
+    shares, turn = [0] * BBDS_BUCKETS, BBDS_BUCKETS - 1
+    while sum(shares) < k:  # one at a time, in turn from the lowest on, a full bucket passed over
         if shares[turn] < len(buckets[turn]):
             shares[turn] += 1
-        turn = (turn + 1) % BBDS_BUCKETS
+        turn = (turn - 1) % BBDS_BUCKETS
+    if all(len(b) > k // BBDS_BUCKETS for b in buckets):  # the paper's k_b, b = 1 the lowest
+        floors = [k // BBDS_BUCKETS + (b <= k % BBDS_BUCKETS) for b in range(1, BBDS_BUCKETS + 1)]
+        assert shares == floors[::-1]
     expected = [
-        b[int(j * Fraction(len(b), share))]
-        for b, share in zip(buckets, shares, strict=True)
-        for j in range(share)
+        b[rank - 1] for b, share in zip(buckets, shares, strict=True) for rank in ranks(len(b), share)
     ]
     assert bbds(np.array(delta), k, rng()).tolist() == expected
 
