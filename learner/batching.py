@@ -9,7 +9,7 @@ from math import ceil, inf
 import numpy as np
 
 from learner.loss import group_advantages, sampled_advantage
-from video_opd.config_learner import LearnerConfig, LossConfig
+from video_opd.config_learner import LearnerConfig, LossConfig, Reduction
 from video_opd.models.trees import trees_of
 from video_opd.types import Clip, Prompt, ScoredGroup, TeacherScores, Trajectory
 from video_opd.video.clips import frames_key
@@ -83,8 +83,7 @@ class UpdatePlan:
 
     micro_batches: list[list[Row]]
     most_tokens: list[int]  # of each micro-batch: response tokens of the rank that has most
-    num_tokens: int  # response tokens over ALL ranks and micro-batches, and of suspended rollouts: the
-    # denominator, known before a clip is read; a row that then gets weight 0 stays in it
+    denominator: int  # of the loss; see denominator_of
 
 
 def plan_update(
@@ -99,19 +98,28 @@ def plan_update(
 
     ids_of: the tokens int32[M] of a prompt whose trajectories have none, as nobody sampled them.
     video_id: the token that stands for a part of a video.
-    Suspended rollouts count in num_tokens only, so that suspension never scales up the rest.
     """
-    num_tokens = sum(len(t.response_token_ids) for g in groups for t in g.group.sampled)
+    denominator = denominator_of(groups, loss.reduction)
     rows = _rows_of(groups, loss, ids_of, video_id)
     if not rows:
-        return UpdatePlan([], [], num_tokens)
+        return UpdatePlan([], [], denominator)
     of_clips = defaultdict(list)
     for row in rows:
         of_clips[_clip_key(row.prompt.clip)].append(row)
     of_ranks = _deal([part for of_clip in of_clips.values() for part in _parts(of_clip, learner)], learner)
     batches = [_filled(passes, rows) for passes in of_ranks]
     counts = [[sum(len(row.advantage) for row in batch) for batch in of_rank] for of_rank in batches]
-    return UpdatePlan(batches[rank], [max(of_pass) for of_pass in zip(*counts, strict=True)], num_tokens)
+    return UpdatePlan(batches[rank], [max(of_pass) for of_pass in zip(*counts, strict=True)], denominator)
+
+
+def denominator_of(groups: Sequence[ScoredGroup], reduction: Reduction) -> int:
+    """What the sum of the loss over all response tokens, of ALL ranks and micro-batches, is divided by.
+
+    token_mean: response tokens. sequence: rollouts, B in eq. 6 of arXiv 2602.02994. sum: 1. It is known
+    before a clip is read. Suspended and unreadable rollouts stay in it: losing them never scales up the rest.
+    """
+    lengths = [len(t.response_token_ids) for g in groups for t in g.group.sampled]
+    return {"token_mean": sum(lengths), "sequence": len(lengths), "sum": 1}[reduction]
 
 
 def _rows_of(

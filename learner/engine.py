@@ -112,7 +112,6 @@ class LearnerEngine:
             group["lr"] = lr
         self._model.train()
         # DeepSpeed averages gradients over ranks; the loss needs their sum over one global denominator.
-        denominator = plan.num_tokens if config.loss.reduction == "token_mean" else 1
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         computed = 0  # tokens
         records: list[torch.Tensor] = []  # fetched at the end: nothing waits for the device meanwhile
@@ -131,7 +130,7 @@ class LearnerEngine:
             packed = self._collate(batch)
             computed += sum(tree.num_tokens for tree in packed.trees)
             loss, of_tokens = self._loss_sum(batch.rows, packed, most_tokens)
-            engine.backward(loss * (self._world_size / denominator))
+            engine.backward(loss * (self._world_size / plan.denominator))
             engine.step()
             total += loss.detach()
             records.append(of_tokens)
@@ -142,7 +141,7 @@ class LearnerEngine:
         records_and_weights = torch.cat(records, dim=1).cpu().numpy()
         mine = TokenRecords(*records_and_weights[:3, records_and_weights[3] > 0])
         metrics = {
-            "learner/loss": float(total) / denominator,
+            "learner/loss": float(total) / plan.denominator,
             "learner/grad_norm": float(engine.get_global_grad_norm() or 0.0),
             "learner/lr": lr,
             "learner/skipped": 0.0,

@@ -24,6 +24,7 @@ from video_opd.config_data import (
 )
 
 LossKind = Literal["opd", "opd_topk", "opd_full", "grpo", "off_policy_rkd", "off_policy_fkd", "sft"]
+Reduction = Literal["token_mean", "sequence", "sum"]
 ImportPaths = Annotated[tuple[str, ...], Field(min_length=1)]
 TEXT_LAYERS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's max_lora_rank: vllm/config/lora.py
@@ -65,7 +66,7 @@ class LossConfig(ConfigSection):
     kl_coef: NonNegativeFloat = key(0.0, "grpo: weight of the KL to a reference, the model `teacher`")
     advantage_std: bool = key(True, "grpo: divide a group's advantages by their standard deviation")
     rewards: ImportPaths = key(("video_opd.rewards:iou",), "grpo: import paths of reward functions; summed")
-    reduction: Literal["token_mean", "sum"] = "token_mean"
+    reduction: Reduction = key("token_mean", "the summed loss is divided by tokens, sequences (eq. 6), or 1")
 
     @property
     def needs(self) -> Objective:

@@ -110,7 +110,7 @@ def test_a_curriculum_and_an_objective_work_together_or_are_refused_in_one_line(
         responses = config.groups_per_step * (len(SOLVED) if needs.rollouts else 1)
         trained = responses - (config.groups_per_step if kind == "scc" else 0)
         (rows,) = plan.micro_batches
-        assert (len(rows), plan.num_tokens) == (trained, 3 * responses), "suspended ones count as tokens"
+        assert (len(rows), plan.denominator) == (trained, 3 * responses), "suspended ones count as tokens"
         advantages = [float(row.advantage[0]) for row in rows]
         if loss == "grpo":
             good = [float(row.advantage[0]) for row in rows if row.trajectory.predicted_span_s != (8, 9)]

@@ -259,9 +259,16 @@ def test_a_prompt_that_nobody_sampled_has_the_tokens_that_it_will_be_encoded_to(
 @given(clips=clips_of_prompts, learner=learners)
 def test_every_rank_divides_by_the_token_count_of_all_ranks(clips, learner):
     of_ranks = plans(build(clips), learner)
-    assert {p.num_tokens for p in of_ranks} == {sum(sum(map(sum, clip)) for clip in clips)}
+    assert {p.denominator for p in of_ranks} == {sum(sum(map(sum, clip)) for clip in clips)}
     counted = sum(len(row.advantage) for p in of_ranks for row in rows(p) if row.weight)
-    assert counted == of_ranks[0].num_tokens
+    assert counted == of_ranks[0].denominator
+
+
+@pytest.mark.parametrize(("reduction", "expected"), [("token_mean", 14), ("sequence", 4), ("sum", 1)])
+def test_a_loss_is_divided_by_tokens_or_responses_suspended_ones_included(reduction, expected):
+    groups = [make_group("a", [2, 3], suspended=[4]), make_group("b", [5])]
+    of_ranks = plans(groups, learner_of(2, 2), LossConfig(reduction=reduction))
+    assert [p.denominator for p in of_ranks] == [expected] * 2
 
 
 @pytest.mark.parametrize("loss", [LossConfig(), LossConfig(center="batch", clamp=1.5)])
@@ -289,7 +296,7 @@ def test_suspended_rollouts_count_in_the_denominator_and_nowhere_else(lengths, d
         cut = data.draw(st.integers(0, len(of_group)))
         groups.append(make_group(f"p{i}", of_group[:cut], suspended=of_group[cut:], seed=i))
     of_ranks = plans(groups, learner_of(2, world_size))
-    assert {p.num_tokens for p in of_ranks} == {sum(map(sum, lengths))}
+    assert {p.denominator for p in of_ranks} == {sum(map(sum, lengths))}
     trained = sorted(row.trajectory.trajectory_id for p in of_ranks for row in rows(p) if row.weight)
     assert trained == sorted(t.trajectory_id for g in groups for t in g.group.trajectories)
     if not trained:

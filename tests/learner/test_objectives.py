@@ -166,7 +166,7 @@ def test_an_advantage_is_that_of_the_own_group_on_every_token():
     plans = [
         plan_update(groups, LossConfig(kind="grpo"), learner, rank, lambda _: NONE, 99) for rank in range(2)
     ]
-    assert {p.num_tokens for p in plans} == {7}
+    assert {p.denominator for p in plans} == {7}
     rows = {r.trajectory.trajectory_id: r for p in plans for m in p.micro_batches for r in m if r.weight}
     assert rows.keys() == {"a/0", "a/1", "b/0", "b/1"} and all(r.scores is None for r in rows.values())
 

@@ -20,7 +20,14 @@ from tests.fakes import make_clip, make_prompt
 from tests.real.conftest import SIZES, scored_groups
 from video_opd.config import Config
 from video_opd.config_file import load_demo
-from video_opd.models.forward import ResponseLoss, VideoLLM, load_model
+from video_opd.models.forward import (
+    ResponseLogits,
+    ResponseLoss,
+    VideoLLM,
+    collate,
+    load_model,
+    token_logprobs,
+)
 from video_opd.models.prompting import PromptEncoder
 from video_opd.types import ScoredGroup
 from video_opd.video import frame_cache
@@ -180,6 +187,23 @@ def test_loss_gradient_and_ratios_are_those_of_one_sequence_at_a_time(student, e
     for name, gradient in found.items():
         gap = (gradient - expected[name]).norm()
         assert gap < 1e-5 * expected[name].norm() or gap < 1e-7, name
+
+
+def test_the_papers_loss_is_a_mean_over_responses_of_sums_over_tokens(student, encoder):
+    """Eq. 6 of arXiv 2602.02994, with rho from one sequence at a time."""
+    config = make_config("opd", "loss.center=none", "loss.reduction=sequence", *SHARED)
+    groups = make_groups(config, encoder)
+    of_responses = []
+    for group in groups:
+        encoded = encoder.encode(group.group.prompt)
+        for t, scores in zip(group.group.trajectories, group.scores, strict=True):
+            batch = collate([encoded], [t.response_token_ids], encoder.tokenizer.pad_token_id)
+            with torch.no_grad():
+                now = token_logprobs(ResponseLogits(student)(batch), batch.targets).double().numpy()
+            reward = scores.teacher_logprobs.astype(float) - t.actor_logprobs
+            of_responses.append(np.sum(np.exp(now - t.actor_logprobs) * reward))
+    found = Rank(config, student, encoder).update(groups)["learner/loss"]
+    assert found == pytest.approx(-np.mean(of_responses), rel=1e-5)
 
 
 @pytest.mark.parametrize(("micro_batch", "frozen", "seen"), [(1, True, 2), (2, True, 2), (2, False, 4)])
