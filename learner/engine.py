@@ -1,6 +1,7 @@
 """One rank of the learner: DeepSpeed around the student."""
 
 import importlib
+import math
 import os
 import socket
 from collections.abc import Iterable, Iterator, Sequence
@@ -53,12 +54,17 @@ PATIENCE = timedelta(days=1)  # of ranks for a slower one: the driver's deadline
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Linear warm-up over warmup_frac of the run, then linear decay to final_lr_frac of the peak."""
+    """Linear warm-up over warmup_frac of the run, then decay to final_lr_frac of the peak.
+
+    lr_decay=cosine: half a cosine wave, as transformers' schedule of that name, which ends at 0.
+    """
     learner = config.learner
     warmup = learner.warmup_frac * config.num_steps
     if step < warmup:
         return learner.lr * (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1.0, config.num_steps - warmup)
+    if learner.lr_decay == "cosine":
+        done = (1.0 - math.cos(math.pi * done)) / 2
     return learner.lr * (1.0 - (1.0 - learner.final_lr_frac) * done)
 
 

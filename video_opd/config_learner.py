@@ -100,7 +100,8 @@ class LearnerConfig(ConfigSection):
     weight_decay: NonNegativeFloat = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     warmup_frac: Fraction = key(0.03, "share of num_steps over which lr rises linearly")
-    final_lr_frac: Fraction = key(1.0, "lr falls linearly to this share of itself; 1: constant")
+    final_lr_frac: Fraction = key(1.0, "lr then falls to this share of itself; 1: constant")
+    lr_decay: Literal["linear", "cosine"] = key("linear", "how lr falls to final_lr_frac")
     max_grad_norm: PositiveFloat = 1.0
     freeze_vision: bool = key(True, "vision tower and merger keep their weights")
     vision_cache_bytes: NonNegativeInt = key(0, "cache of vision features in each rank's memory; 0: none")
