@@ -238,6 +238,11 @@ def hold_back(monkeypatch, actor: RolloutActor, prompts: list[Prompt]) -> None:
     monkeypatch.setattr(actor._loop, "command", command_and_tell)
 
 
+async def as_reference(bucket: WeightBucket) -> WeightBucket:
+    """Is awaited as Ray's reference to it is."""
+    return bucket
+
+
 def test_overlapping_calls_with_publications_between_sample_each_answer_from_its_one_version(
     engine, model, config, encoder, prompts, monkeypatch
 ):
@@ -254,14 +259,9 @@ def test_overlapping_calls_with_publications_between_sample_each_answer_from_its
         v: {n: p + torch.randn_like(p) * 0.05 for n, p in named.items()} for v in (20, 21)
     }
 
-    async def buckets(version: int) -> list[WeightBucket]:
-        return list(to_buckets(weights[version].items(), version, bucket_bytes=1 << 30))
-
     async def publish(version: int) -> None:
-        await actor.load_weights(version, cast(Any, [as_reference(b) for b in await buckets(version)]))
-
-    async def as_reference(bucket: WeightBucket) -> WeightBucket:
-        return bucket
+        buckets = to_buckets(weights[version].items(), version, bucket_bytes=1 << 30)
+        await actor.load_weights(version, cast(Any, [as_reference(b) for b in buckets]))
 
     hold_back(monkeypatch, actor, [prompts[7], prompts[12]])
 
