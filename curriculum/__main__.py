@@ -106,11 +106,13 @@ def _why(record: dict, records: pa.Table, config: Config) -> list[str]:
     selected = f"{int(records['selected'].to_numpy().sum())} selected"
     if curriculum.kind == "scc":
         sigma, kind = record["student_iou"][0], "neither kind"
-        if sigma >= curriculum.anchor_iou:
+        if sigma >= curriculum.scc.anchor_iou:
             kind = "Anchor"
-        elif sigma < curriculum.frontier_iou:
+        elif sigma < curriculum.scc.frontier_iou:
             kind = "Frontier"
-        bounds = f"Anchors start at {curriculum.anchor_iou}, Frontier ends below {curriculum.frontier_iou}"
+        bounds = (
+            f"Anchors start at {curriculum.scc.anchor_iou}, Frontier ends below {curriculum.scc.frontier_iou}"
+        )
         return [f"{kind}: {bounds}; {selected}"]
     if curriculum.kind == "tvdf" and not curriculum.dbtp:
         return [f"drawn at random: {selected}"]

@@ -85,13 +85,13 @@ class Curriculum:
         return result
 
     def route(self, group: TrajectoryGroup) -> TrajectoryGroup:
-        """The part of the group that the teacher scores: with scc, without the rollouts it suspends."""
+        """The part of the group that the teacher scores: without the rollouts that the gate suspends."""
         config = self._config.curriculum
-        if config.kind != "scc":
+        if not config.suspends:
             return group
         prompt, reading = group.prompt, config.multi_span_iou
         ious = [prompt_iou(t.predicted_span_s, prompt, reading) for t in group.trajectories]
-        return suspend(group, ious, config.suspend_iou)
+        return suspend(group, ious, config.scc.suspend_iou)
 
     async def to_ask(self, step: int) -> np.ndarray:
         return await self._change("to_ask", step)

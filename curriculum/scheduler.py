@@ -157,11 +157,12 @@ class Scheduler:
         if len(alive) < (k or 1):
             raise self._too_few(f"{len(alive)} of {size} prompts are left, {k or 1} are to be selected")
         if curriculum.kind == "scc":
-            bounds = (curriculum.anchor_iou, curriculum.frontier_iou, curriculum.anchor_frac)
+            scc = curriculum.scc
+            bounds = (scc.anchor_iou, scc.frontier_iou, scc.anchor_frac)
             try:
                 chosen = alive[anchors_and_frontier(self._student_iou[alive, -1], k, *bounds, self._rng)]
             except ValueError as error:
-                raise self._too_few(f"{error}: change anchor_frac or the bounds") from None
+                raise self._too_few(f"{error}: change scc.anchor_frac or the bounds") from None
         else:
             chosen = self._sample(alive, k or len(alive))
         in_flight = self._config.num_slots

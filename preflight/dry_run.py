@@ -108,7 +108,7 @@ def _describe_curriculum(config: Config) -> str:
     if curriculum.pool_sample:
         selected += f" of {curriculum.pool_sample} asked"
     if curriculum.kind == "scc":
-        return f"scc: {selected}, a share of {curriculum.anchor_frac} Anchors"
+        return f"scc: {selected}, a share of {curriculum.scc.anchor_frac} Anchors"
     validated = f"teacher IoU at least {curriculum.teacher_threshold}" if curriculum.trpv else "not validated"
     chosen = f"by disagreement ({curriculum.sampler})" if curriculum.dbtp else "at random"
     return f"tvdf: {validated}, {selected} a round {chosen}, {curriculum.passes_per_round} pass(es) each"

@@ -119,10 +119,28 @@ class TeacherModel(ConfigSection):
         return self.prompts is None or re.search(self.prompts, prompt_id) is not None
 
 
+CurriculumKind = Literal["uniform", "tvdf", "scc", "difficulty"]
+
+
+class SccConfig(ConfigSection):
+    """Student-curriculum coupling: its pool, its schedule and its gate. See curriculum/coupling.py."""
+
+    schedule: bool = key(False, "kind=scc: fewer and fewer prompts a step, each once; false: whole batches")
+    gate: bool | None = key(None, "suspend solved rollouts; None: with kind=scc alone")
+    anchor_iou: Fraction = key(0.7, "initial student IoU from which a prompt is an Anchor")
+    frontier_iou: Fraction = key(0.3, "initial student IoU below which a prompt is Frontier")
+    anchor_frac: Fraction = key(0.1, "share of Anchors in the pool")
+    suspend_iou: Fraction = key(0.7, "gate: rollouts with at least this IoU are not scored or trained on")
+
+    def problems(self) -> Iterator[str]:
+        if self.frontier_iou > self.anchor_iou:
+            yield f"frontier_iou={self.frontier_iou} is above anchor_iou={self.anchor_iou}: lower it"
+
+
 class CurriculumConfig(ConfigSection):
     """Which prompts are sampled: docs/algorithm.md, curriculum/tvdf.py and curriculum/coupling.py."""
 
-    kind: Literal["uniform", "tvdf", "scc"] = key("uniform", "shuffled passes, or as in docs/algorithm.md")
+    kind: CurriculumKind = key("uniform", "shuffled passes, or as in docs/algorithm.md")
     trpv: bool = key(True, "tvdf, scc: drop prompts that the teacher gets wrong")
     dbtp: bool = key(True, "tvdf: ask the student, select by disagreement; false: select at random")
     sampler: Literal["top_k", "dsus", "bbds", "gwds", "uniform"] = key("top_k", "tvdf: how dbtp selects")
@@ -132,16 +150,15 @@ class CurriculumConfig(ConfigSection):
     passes_per_round: PositiveInt = key(1, "tvdf: how often a selected prompt is sampled in a round")
     teacher_threshold: Fraction = key(0.7, "TRPV: drop prompts whose teacher IoU is lower")
     num_teacher_predictions: PositiveInt = key(4, "TRPV: teacher answers for each prompt")
+    num_student_predictions: PositiveInt = key(1, "student answers for each prompt; 1: the greedy one")
+    disagreement: Literal["iou", "reverse_kl"] = key(
+        "iou", "dbtp: teacher IoU - student IoU, or a divergence"
+    )
     multi_span_iou: Literal["best", "merged"] = key("best", "IoU with several true spans; see grounding.py")
     group_by_video: bool = key(False, "sample the prompts of a video in one step, on one actor")
-    anchor_iou: Fraction = key(0.7, "scc: initial student IoU from which a prompt is an Anchor")
-    frontier_iou: Fraction = key(0.3, "scc: initial student IoU below which a prompt is Frontier")
-    anchor_frac: Fraction = key(0.1, "scc: share of Anchors in the pool")
-    suspend_iou: Fraction = key(0.7, "scc: rollouts with at least this IoU are neither scored nor trained on")
+    scc: SccConfig = SccConfig()
 
     def problems(self) -> Iterator[str]:
-        if self.frontier_iou > self.anchor_iou:
-            yield f"frontier_iou={self.frontier_iou} is above anchor_iou={self.anchor_iou}: lower it"
         if self.select_by == "video" and self.kind != "tvdf":
             yield f"select_by=video, but only kind=tvdf selects by it, not {self.kind}: leave it out"
         if self.pool_sample and self.kind != "uniform" and not (self.asks_teacher or self.asks_student):
@@ -149,6 +166,11 @@ class CurriculumConfig(ConfigSection):
         if self.pool_sample and self.num_selected and self.pool_sample < self.num_selected:
             asked = f"pool_sample={self.pool_sample} is below num_selected={self.num_selected}"
             yield f"{asked}: a round selects from the prompts that are asked; raise pool_sample"
+
+    @property
+    def suspends(self) -> bool:
+        """Whether solved rollouts are suspended: SCC's gate, with any kind."""
+        return self.kind == "scc" if self.scc.gate is None else self.scc.gate
 
     @property
     def asks_teacher(self) -> bool:
@@ -159,7 +181,7 @@ class CurriculumConfig(ConfigSection):
     @property
     def asks_student(self) -> bool:
         """Whether the student answers the prompts of the pool at the start of a round."""
-        return self.kind == "scc" or (self.kind == "tvdf" and self.dbtp)
+        return self.kind in ("scc", "difficulty") or (self.kind == "tvdf" and self.dbtp)
 
 
 class ChecksConfig(ConfigSection):
@@ -326,9 +348,9 @@ class Config(ConfigSection):
         if needs.teacher == "hidden" and (pool.engine == "vllm" or pool.tensor_parallel > 1):
             how = "use teacher_pool.engine=transformers and tensor_parallel=1"
             yield f"{loss} needs the teacher's hidden states: {how}"
-        if not needs.rollouts and self.curriculum.kind == "scc":
-            yield f"curriculum.kind=scc suspends rollouts, {loss} has none: use tvdf or uniform"
-        if needs.rewards and self.curriculum.kind == "scc":
-            yield f"curriculum.kind=scc suspends the rollouts that {loss} rewards: use tvdf or uniform"
+        if not needs.rollouts and self.curriculum.suspends:
+            yield f"curriculum.scc: the gate suspends rollouts, {loss} has none: set scc.gate=false"
+        if needs.rewards and self.curriculum.suspends:
+            yield f"curriculum.scc: the gate suspends the rollouts that {loss} rewards: set scc.gate=false"
         if self.needs_teacher and not self.teacher_models:
             yield f"{kinds} needs a teacher: set teacher"

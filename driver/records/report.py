@@ -215,7 +215,7 @@ def _curriculum(folder: Path, config: Config, metrics: Metrics) -> list[tuple[st
     asked = {n: records for n, records in rounds.items() if records["disagreement"].null_count < len(records)}
     if asked:
         figures.append(("disagreement by round", _disagreements(asked)))
-    if config.curriculum.kind == "scc":
+    if config.curriculum.suspends:
         figure, (axes,) = _panels(2.2)
         _plot(axes, metrics, {"curriculum/suspended_frac": ("suspended", "C4")}, "share of rollouts")
         figures.append(("share of rollouts suspended", figure))

@@ -28,13 +28,13 @@ SELECTING = [f"sampler={s}" for s in SAMPLERS] + ["dbtp=false", "trpv=false", "t
 KINDS = {
     "uniform": [""],
     "tvdf": SELECTING,
-    "scc": ["", "trpv=false", "sampler=bbds", "anchor_frac=0"],
+    "scc": ["", "trpv=false", "sampler=bbds", "scc.anchor_frac=0"],
 }
 REFUSED = {
-    ("scc", "grpo"): "curriculum.kind=scc suspends the rollouts that loss.kind=grpo rewards: use tvdf or",
-    ("scc", "sft"): "curriculum.kind=scc suspends rollouts, loss.kind=sft has none: use tvdf or uniform",
-    ("scc", "off_policy_rkd"): "suspends rollouts, loss.kind=off_policy_rkd has none",
-    ("scc", "off_policy_fkd"): "suspends rollouts, loss.kind=off_policy_fkd has none",
+    ("scc", "grpo"): "the gate suspends the rollouts that loss.kind=grpo rewards: set scc.gate=false",
+    ("scc", "sft"): "the gate suspends rollouts, loss.kind=sft has none: set scc.gate=false",
+    ("scc", "off_policy_rkd"): "the gate suspends rollouts, loss.kind=off_policy_rkd has none",
+    ("scc", "off_policy_fkd"): "the gate suspends rollouts, loss.kind=off_policy_fkd has none",
 }
 
 

@@ -213,7 +213,7 @@ def run(config, tmp_path) -> Path:
 
 @pytest.mark.parametrize("kind", ["tvdf", "scc"])
 def test_show_says_who_was_not_asked(config, tmp_path, capsys, kind):
-    options = {"kind": kind, "pool_sample": 3, "anchor_frac": 0.5}
+    options = {"kind": kind, "pool_sample": 3, "scc": {"anchor_frac": 0.5}}
     config = config.model_copy(update={"curriculum": CurriculumConfig(**options), "groups_per_step": 2})
     scheduler = Scheduler(
         [make_prompt(f"p{i}") for i in range(5)], config.model_copy(update={"max_policy_lag": 0})
@@ -287,7 +287,10 @@ def test_show_explains_one_prompt(run, capsys, prompt_id, expected):
     ("options", "expected"),
     [
         ({"kind": "tvdf", "dbtp": False, "num_selected": 2}, {"drawn at random: 2 selected"}),
-        ({"kind": "scc", "anchor_frac": 0.5, "num_selected": 2}, {"Anchor:", "Frontier:", "neither kind:"}),
+        (
+            {"kind": "scc", "scc": {"anchor_frac": 0.5}, "num_selected": 2},
+            {"Anchor:", "Frontier:", "neither kind:"},
+        ),
     ],
     ids=["without dbtp", "scc"],
 )

@@ -236,7 +236,7 @@ def test_a_run_stopped_anywhere_and_restored_samples_what_one_that_was_never_sto
         "sampler": sampler,
         "teacher_threshold": 0.5,
         "group_by_video": by_video,
-        "anchor_frac": 0.5,
+        "scc": {"anchor_frac": 0.5},
     }
     if kind != "uniform":
         options["num_selected"] = 4 if kind == "scc" else 9
@@ -380,7 +380,7 @@ def test_the_next_selection_is_at_step_0_then_where_a_round_ends_or_never():
     selections = {}
     for kind in KINDS:
         scheduler = make_scheduler(
-            8, kind=kind, num_selected=4 if kind != "uniform" else None, anchor_frac=0.5
+            8, kind=kind, num_selected=4 if kind != "uniform" else None, scc={"anchor_frac": 0.5}
         )
         selections[kind] = [scheduler.next_selection()]
         scheduler.retire(

@@ -283,13 +283,13 @@ def test_a_run_that_goes_back_into_a_round_does_what_is_left_of_it_and_ends_with
 def test_coupling_suspends_before_scoring_and_a_second_run_generates_no_teacher_answers(
     overrides, tvdf, config
 ):
-    """suspend_iou=0 suspends every rollout: no teacher call, no optimizer step, no answer generated again."""
+    """scc.suspend_iou=0 suspends all rollouts: no teacher call, no optimizer step, no answer made again."""
     more = [
         "num_steps=2",
         "run_name=scc",
         "curriculum.kind=scc",
-        "curriculum.anchor_frac=0",
-        "curriculum.suspend_iou=0",
+        "curriculum.scc.anchor_frac=0",
+        "curriculum.scc.suspend_iou=0",
     ]
     done = run_launch(*overrides, *SHRUNK, *TVDF, *more)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -416,7 +416,7 @@ def test_dry_run_prints_the_plan_and_starts_nothing(overrides, capsys):
         ("data.train.videos=/nowhere", "/nowhere/"),
         ("video.max_video_tokens=3", "max_video_tokens=3"),
         ("curriculum={kind: tvdf, num_selected: 100000}", "num_selected=100000"),
-        ("curriculum.frontier_iou=0.8", "frontier_iou=0.8"),
+        ("curriculum.scc.frontier_iou=0.8", "frontier_iou=0.8"),
         ("loss={kind: grpo}", "rollouts_per_prompt >= 2"),
         ("loss={kind: grpo, clamp: 3}", "clamp does nothing for kind=grpo"),
         ("loss={kind: opd_full, divergence: jsd, beta: 1.5}", "loss.beta=1.5"),
