@@ -10,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from curriculum.actor import SchedulerActor
 from curriculum.coupling import suspend
-from curriculum.scheduler import NAMED_IN_ERRORS, SchedulerActor, observation
+from curriculum.scheduler import observation
+from curriculum.state import NAMED_IN_ERRORS
 from video_opd.cluster.deadline import with_deadline
 from video_opd.cluster.faults import LOST, cause_of, retried
 from video_opd.config import Config

@@ -1,6 +1,6 @@
-"""The scheduler: which prompts the actors sample next. A pure class, and the Ray actor that holds it."""
+"""The scheduler: which prompts the actors sample next. A pure class, which curriculum/actor.py holds."""
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,41 +8,21 @@ import numpy as np
 import pyarrow as pa
 
 from curriculum.coupling import anchors_and_frontier
+from curriculum.state import check_state, describe_dropped, records_table, settings_of, student_ious_in
 from curriculum.tvdf import SAMPLERS, by_video, disagreement
 from curriculum.videos import next_videos
 from video_opd.config import Config
-from video_opd.errors import CheckpointError, ConfigError, RunError
+from video_opd.errors import ConfigError, RunError
 from video_opd.grounding import reaches
-from video_opd.logs import log, start_role_log, work
-from video_opd.schemas import RECORDS
+from video_opd.logs import log, work
 from video_opd.types import FailedPrompt, Prompt, ScoredGroup
 
-NAMED_IN_ERRORS = 3
 UNREADABLE = "no answer: its clip cannot be read"
 Observation = tuple[str, int, bool]  # of a group: prompt id, number of rollouts, whether all are suspended
 
 
 def observation(group: ScoredGroup) -> Observation:
     return group.group.prompt.prompt_id, len(group.group.sampled), not group.group.trajectories
-
-
-def settings_of(config: Config) -> dict[str, Any]:
-    """The settings that must stay the same when a run resumes."""
-    return {name: getattr(config.curriculum, name) for name in ("kind", "asks_teacher", "asks_student")}
-
-
-def check_state(state: Mapping[str, Any], prompt_ids: Sequence[str], config: Config) -> None:
-    """Raises CheckpointError if a Scheduler's state_dict is of another pool or kind of curriculum."""
-    if state["settings"] != settings_of(config):
-        differ = f"the checkpoint's curriculum is {state['settings']}, the config's {settings_of(config)}"
-        raise CheckpointError(f"{differ}: resume with the curriculum the run was started with")
-    saved = state["records"]["prompt_id"].to_pylist()
-    if saved != list(prompt_ids):
-        other = sorted(set(saved) ^ set(prompt_ids))
-        named = f"{len(other)} are in one of them only ({', '.join(other[:NAMED_IN_ERRORS])})"
-        differ = f"the checkpoint's curriculum has {len(saved)} prompts, the data {len(prompt_ids)}"
-        named = named if other else "their order differs"
-        raise CheckpointError(f"{differ}; {named}: resume with the data the run was started with")
 
 
 class Scheduler:
@@ -121,7 +101,7 @@ class Scheduler:
         num_steps = len(chosen) * self._curriculum.passes_per_round // self._config.groups_per_step
         self._next_selection = step + num_steps if self._curriculum.kind == "tvdf" else None
         work.step = step
-        counts = (self._student_iou.shape[1], len(chosen), size, self._describe_dropped())
+        counts = (self._student_iou.shape[1], len(chosen), size, self._dropped_in_words())
         log.info("round %d: %d of %d prompts; %s", *counts)
         return self._next_selection
 
@@ -189,23 +169,10 @@ class Scheduler:
         advice = "lower teacher_threshold, num_selected or groups_per_step, or add data"
         if self._curriculum.pool_sample:
             advice = f"raise pool_sample={self._curriculum.pool_sample}, {advice}"
-        return ConfigError(f"curriculum: {problem}: {self._describe_dropped()}; {advice}")
+        return ConfigError(f"curriculum: {problem}: {self._dropped_in_words()}; {advice}")
 
-    def _describe_dropped(self) -> str:
-        """The number of dropped prompts for each of the most frequent reasons, with the first of them."""
-        of_reason = defaultdict(list)
-        for i in np.flatnonzero(self._dropped != ""):
-            of_reason[self._dropped[i]].append(self._prompts[i].prompt_id)
-        parts = []
-        reasons = sorted(of_reason, key=lambda reason: -len(of_reason[reason]))
-        for reason in reasons[:NAMED_IN_ERRORS]:
-            names = of_reason[reason]
-            more = ", ..." if len(names) > NAMED_IN_ERRORS else ""
-            parts.append(f"{len(names)} dropped, {reason} ({', '.join(names[:NAMED_IN_ERRORS])}{more})")
-        if rest := reasons[NAMED_IN_ERRORS:]:
-            number, file = sum(len(of_reason[r]) for r in rest), f"round-{self._student_iou.shape[1]}.parquet"
-            parts.append(f"{number} dropped for {len(rest)} other reasons (all are in curriculum/{file})")
-        return "; ".join(parts) or "none was dropped"
+    def _dropped_in_words(self) -> str:
+        return describe_dropped(self._dropped, list(self._index), self._student_iou.shape[1])
 
     def next_selection(self) -> int | None:
         """The step before whose update prompts are selected next; None: never (again)."""
@@ -303,20 +270,17 @@ class Scheduler:
 
     def records(self) -> pa.Table:
         """The state of every prompt, in the order of the pool; see schemas.RECORDS."""
-        size, rounds = self._student_iou.shape
-        offsets = pa.array(np.arange(size + 1) * rounds, pa.int32())
-        columns = [
-            pa.array(list(self._index)),
-            _nullable(self._teacher_iou),
-            pa.ListArray.from_arrays(offsets, _nullable(self._student_iou.ravel())),
-            _nullable(self._disagreement()),
-            pa.array(self._selected),
-            pa.array(self._num_rollouts.copy()),  # Arrow shares numpy's memory, and these change
-            pa.array(self._last_step.copy()),
-            pa.array(self._suspended),
-            pa.array(self._dropped, pa.string()),
-        ]
-        return pa.Table.from_arrays(columns, schema=RECORDS)
+        return records_table(
+            self._index,
+            self._teacher_iou,
+            self._student_iou,
+            self._disagreement(),
+            selected=self._selected,
+            num_rollouts=self._num_rollouts,
+            last_step=self._last_step,
+            suspended=self._suspended,
+            dropped=self._dropped,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """All mutable state: `records` in Arrow, the rest plain values."""
@@ -335,8 +299,7 @@ class Scheduler:
         check_state(state, list(self._index), self._config)
         records: pa.Table = state["records"]
         self._teacher_iou = records["teacher_iou"].to_numpy()
-        student_iou = records["student_iou"].combine_chunks().values.to_numpy(zero_copy_only=False)
-        self._student_iou = student_iou.reshape(len(records), -1)
+        self._student_iou = student_ious_in(records)
         names = ("selected", "suspended", "num_rollouts", "last_step", "dropped")
         columns = [records[name].to_numpy().copy() for name in names]
         self._selected, self._suspended, self._num_rollouts, self._last_step, self._dropped = columns
@@ -362,19 +325,3 @@ class Scheduler:
 def _codes(names: Iterable[str]) -> np.ndarray:
     """int64[P]: equal where the names are."""
     return pa.array(names).dictionary_encode().indices.to_numpy()
-
-
-def _nullable(values: np.ndarray) -> pa.Array:
-    return pa.array(values, pa.float64(), from_pandas=True)  # NaN: null
-
-
-class SchedulerActor(Scheduler):
-    """The scheduler in its process: a named Ray actor of the run."""
-
-    def __init__(self, pool: Sequence[Prompt | FailedPrompt], config: Config):
-        start_role_log(config.run_name, "curriculum")
-        super().__init__(pool, config)
-        log.info("started with %d prompts, curriculum.kind=%s", len(pool), config.curriculum.kind)
-
-    def __repr__(self) -> str:
-        return "curriculum"

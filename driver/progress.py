@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from curriculum.scheduler import check_state
+from curriculum.state import check_state
 from learner.safe_load import find_code
 from preflight.inputs import Plan
 from video_opd.config import Config

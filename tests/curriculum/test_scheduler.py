@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curriculum.scheduler import Scheduler, check_state, observation
+from curriculum.scheduler import Scheduler, observation
+from curriculum.state import check_state
 from curriculum.tvdf import SAMPLERS
 from tests.fakes import make_group, make_prompt
 from video_opd.config import Config, CurriculumConfig

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import video_opd.files.checkpoint
 import video_opd.files.durable
 from curriculum.answers import student_parts
-from curriculum.scheduler import settings_of
+from curriculum.state import settings_of
 from driver.checkpoints import restore, set_aside_after
 from driver.held_out import miou_by_step
 from driver.progress import (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import driver.checkpoints
-from curriculum.scheduler import settings_of
+from curriculum.state import settings_of
 from driver.checkpoints import remove_rounds_after, save_at_end, save_if_due, start_over
 from driver.command_line import saved_run_to_resume
 from driver.held_out import miou_by_step

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 import evaluation.__main__
-from curriculum.scheduler import Scheduler, check_state
+from curriculum.scheduler import Scheduler
+from curriculum.state import check_state
 from driver.progress import setup_of
 from preflight.dry_run import describe
 from preflight.inputs import check_routes, make_draft, make_plan
