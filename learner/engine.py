@@ -110,7 +110,8 @@ class LearnerEngine:
         """
         config, engine = self._config, self._engine
         tokens = self._encoder.token_ids, self._encoder.pad_ids[0]
-        plan = plan_update(groups, config.loss, config.learner, self._rank, *tokens)
+        num_sequences = config.preset_sequences(step)
+        plan = plan_update(groups, config.loss, config.learner, self._rank, *tokens, num_sequences)
         if not plan.micro_batches:
             return _skipped(0), []
         lr = learning_rate(step, config)

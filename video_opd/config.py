@@ -26,6 +26,7 @@ from video_opd.config_data import (
     key,
 )
 from video_opd.config_learner import LearnerConfig, LossConfig, WeightTransfer
+from video_opd.config_schedule import ScheduleRoom
 
 
 def engine_problems(shards: int, num_gpus: float, num_cpus: float) -> Iterator[str]:
@@ -125,7 +126,7 @@ CurriculumKind = Literal["uniform", "tvdf", "scc", "difficulty"]
 class SccConfig(ConfigSection):
     """Student-curriculum coupling: its pool, its schedule and its gate. See curriculum/coupling.py."""
 
-    schedule: bool = key(False, "kind=scc: fewer and fewer prompts a step, each once; false: whole batches")
+    schedule: bool | None = key(None, "each prompt once, fewer and fewer a step; None: with kind=scc alone")
     gate: bool | None = key(None, "suspend solved rollouts; None: with kind=scc alone")
     anchor_iou: Fraction = key(0.7, "initial student IoU from which a prompt is an Anchor")
     frontier_iou: Fraction = key(0.3, "initial student IoU below which a prompt is Frontier")
@@ -159,6 +160,10 @@ class CurriculumConfig(ConfigSection):
     scc: SccConfig = SccConfig()
 
     def problems(self) -> Iterator[str]:
+        if self.scc.schedule and self.kind != "scc":
+            yield f"scc.schedule=true is for kind=scc, not kind={self.kind}: leave it out"
+        if self.schedules and self.group_by_video:
+            yield "group_by_video, but SCC's schedule says which prompts a step has: set scc.schedule=false"
         if self.select_by == "video" and self.kind != "tvdf":
             yield f"select_by=video, but only kind=tvdf selects by it, not {self.kind}: leave it out"
         if self.pool_sample and self.kind != "uniform" and not (self.asks_teacher or self.asks_student):
@@ -166,6 +171,11 @@ class CurriculumConfig(ConfigSection):
         if self.pool_sample and self.num_selected and self.pool_sample < self.num_selected:
             asked = f"pool_sample={self.pool_sample} is below num_selected={self.num_selected}"
             yield f"{asked}: a round selects from the prompts that are asked; raise pool_sample"
+
+    @property
+    def schedules(self) -> bool:
+        """Whether SCC's schedule says how many prompts a step has."""
+        return self.kind == "scc" and self.scc.schedule is not False
 
     @property
     def suspends(self) -> bool:
@@ -288,6 +298,17 @@ class Config(ConfigSection):
         return (self.max_policy_lag + 1) * self.groups_per_step
 
     @property
+    def schedule_room(self) -> ScheduleRoom | None:
+        """None: without SCC's schedule."""
+        room = ScheduleRoom(num_steps=self.num_steps, full=self.groups_per_step)
+        return room if self.curriculum.schedules else None
+
+    def preset_sequences(self, step: int) -> int | None:
+        """SCC's schedule: n_t, the sequences by which the loss of a step is divided. None: those it has."""
+        room = self.schedule_room
+        return room.denominator(step) * self.responses_per_prompt if room else None
+
+    @property
     def most_actors(self) -> int:
         """Actors that can have work: calls under way at one time, if each is as large as it may be."""
         most = self.rollout.prompts_per_call
@@ -352,5 +373,10 @@ class Config(ConfigSection):
             yield f"curriculum.scc: the gate suspends rollouts, {loss} has none: set scc.gate=false"
         if needs.rewards and self.curriculum.suspends:
             yield f"curriculum.scc: the gate suspends the rollouts that {loss} rewards: set scc.gate=false"
+        room, selected = self.schedule_room, self.curriculum.num_selected
+        if room and selected and not self.num_steps <= selected <= room.most:
+            steps = f"num_steps={self.num_steps} of groups_per_step={self.groups_per_step}"
+            has = f"SCC's schedule of {steps} has room for {self.num_steps} to {room.most}"
+            yield f"curriculum.num_selected={selected}, but {has}: change one, or set scc.schedule=false"
         if self.needs_teacher and not self.teacher_models:
             yield f"{kinds} needs a teacher: set teacher"

@@ -237,7 +237,7 @@ def test_a_run_stopped_anywhere_and_restored_samples_what_one_that_was_never_sto
         "sampler": sampler,
         "teacher_threshold": 0.5,
         "group_by_video": by_video,
-        "scc": {"anchor_frac": 0.5},
+        "scc": {"anchor_frac": 0.5, "schedule": False},
     }
     if kind != "uniform":
         options["num_selected"] = 4 if kind == "scc" else 9
@@ -381,7 +381,10 @@ def test_the_next_selection_is_at_step_0_then_where_a_round_ends_or_never():
     selections = {}
     for kind in KINDS:
         scheduler = make_scheduler(
-            8, kind=kind, num_selected=4 if kind != "uniform" else None, scc={"anchor_frac": 0.5}
+            8,
+            kind=kind,
+            num_selected=4 if kind != "uniform" else None,
+            scc={"anchor_frac": 0.5, "schedule": False},
         )
         selections[kind] = [scheduler.next_selection()]
         scheduler.retire(
@@ -664,7 +667,7 @@ def test_every_round_keeps_what_the_student_could_do_then():
 
 
 def test_scc_keeps_anchors_and_frontier_for_the_whole_run_and_marks_what_is_suspended():
-    scheduler = make_scheduler(40, kind="scc")
+    scheduler = make_scheduler(40, kind="scc", scc={"schedule": False})
     sigma = (
         [0.9] * 5 + [0.5] * 10 + [0.1] * 25
     )  # 25 Frontier at a share of 0.9: 27 prompts, 3 of them Anchors
@@ -729,7 +732,7 @@ def test_prompts_of_one_video_are_issued_next_to_each_other_when_asked():
             r"1 of 4 prompts are selected, fewer than the .* = 2 in flight",
         ),
         (
-            {"teacher_threshold": 0.1, "kind": "scc"},
+            {"teacher_threshold": 0.1, "kind": "scc", "scc": {"schedule": False}},
             r"0 Anchors .* and 4 Frontier .* cannot give 1 prompts .* none was dropped",
         ),
     ],

@@ -57,7 +57,8 @@ async def train(config: Config, scheduler: Scheduler, num_steps: int, broken: Se
     """As launch.train_round does, with actors that answer after some turns of the event loop."""
     history, rng = History(), random.Random(config.seed)
     run: Any = SimpleNamespace(config=config, curriculum=Local(scheduler))
-    buffer = TrajectoryBuffer(config.groups_per_step, config.max_policy_lag, num_steps)
+    sizes = scheduler.step_sizes(0, num_steps)
+    buffer = TrajectoryBuffer(sizes, config.max_policy_lag)
 
     async def sample() -> None:
         while call := await next_call(run, buffer):
