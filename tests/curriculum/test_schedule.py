@@ -59,7 +59,7 @@ def test_the_papers_own_schedule():
     assert config.schedule_room is not None and config.schedule_room.most == 2500
 
 
-@given(data=st.data(), num_steps=st.integers(1, 90), full=st.integers(1, 40))
+@given(data=st.data(), num_steps=st.integers(1, 30), full=st.integers(1, 12))
 def test_sizes_are_shares_times_one_factor_rounded_and_bounded(data, num_steps, full):
     last = data.draw(st.integers(1, full))
     number = data.draw(st.integers(num_steps, full * (num_steps - 1) + last))

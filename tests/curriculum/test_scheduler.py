@@ -204,9 +204,7 @@ def restored(state: dict, num_prompts: int, groups_per_step: int = 1, **options)
     return scheduler
 
 
-def run_rounds(
-    scheduler: Scheduler, per_step: int, first: int, last: int, sigma_seed: int
-) -> list[list[str]]:
+def run_rounds(scheduler: Scheduler, first: int, last: int, sigma_seed: int) -> list[list[str]]:
     """Steps `first` to `last` as the loop does them: select when due, sample, train; sigma varies by step."""
     steps = []
     for step in range(first, last):
@@ -216,7 +214,7 @@ def run_rounds(
                 scheduler.validate(tau)
             sigma = np.random.default_rng([sigma_seed, step]).permutation(np.linspace(0, 1, 24))
             scheduler.start_round(sigma, step)
-        steps.append(issue(scheduler, per_step))
+        steps.append(issue(scheduler, *scheduler.step_sizes(step, step + 1)))
         train(scheduler, steps[-1], step)
     return steps
 
@@ -242,10 +240,10 @@ def test_a_run_stopped_anywhere_and_restored_samples_what_one_that_was_never_sto
     if kind != "uniform":
         options["num_selected"] = 4 if kind == "scc" else 9
     scheduler = make_scheduler(24, seed, groups_per_step=2, **options)
-    run_rounds(scheduler, 2, 0, stop, seed)
+    run_rounds(scheduler, 0, stop, seed)
     copy = restored(scheduler.state_dict(), 24, groups_per_step=2, **options)
     assert copy.records() == scheduler.records()
-    assert run_rounds(copy, 2, stop, 12, seed) == run_rounds(scheduler, 2, stop, 12, seed)
+    assert run_rounds(copy, stop, 12, seed) == run_rounds(scheduler, stop, 12, seed)
     assert copy.state_dict() == scheduler.state_dict()
 
 
@@ -413,6 +411,19 @@ def test_a_checkpoint_of_another_curriculum_is_refused():
 
 
 # --- rounds ---
+
+
+@pytest.mark.parametrize(("passes", "sizes"), [(1, [32] * 78 + [4]), (2, [32] * 156 + [8])])
+def test_the_last_step_of_a_round_has_what_is_left_of_its_prompts(passes, sizes):
+    """2,500 prompts in steps of 32, as in the paper: 79 steps."""
+    options = {"kind": "tvdf", "num_selected": 2500, "passes_per_round": passes, "trpv": False, "dbtp": False}
+    scheduler = make_scheduler(2600, groups_per_step=32, **options)
+    assert scheduler.start_round(None, 7) == scheduler.next_selection() == 7 + len(sizes)
+    assert scheduler.step_sizes(7, 7 + len(sizes)) == sizes
+    assert scheduler.step_sizes(5 + len(sizes), 7 + len(sizes)) == sizes[-2:]
+    counts = Counter(name for size in sizes for name in issue_and_train(scheduler, size, 1))
+    assert len(counts) == 2500 and set(counts.values()) == {passes}
+
 
 ious = st.floats(0, 1)
 
