@@ -171,7 +171,7 @@ class Scheduler:
         else:
             chosen = self._sample(alive, k or len(alive))
         if room and len(chosen) < room.num_steps:
-            needed = f"num_steps={room.num_steps} steps of SCC's schedule"
+            needed = f"{room.num_steps} steps of SCC's schedule (lower num_steps, or set scc.schedule=false)"
             raise self._too_few(f"{len(chosen)} of {size} prompts are selected, fewer than the {needed}")
         in_flight = self._config.num_slots
         if not room and len(chosen) < in_flight:

@@ -218,6 +218,6 @@ def test_what_the_schedule_cannot_do_is_one_line(overrides, message):
 
 def test_fewer_prompts_than_steps_are_an_error_that_says_what_to_do():
     with pytest.raises(
-        ConfigError, match=r"26 of 40 prompts are selected, fewer than the num_steps=50 steps"
+        ConfigError, match=r"26 of 40 prompts are selected, fewer than the 50 steps .*scc.schedule=false"
     ):
         make_scheduler(make_config(50, 2, "curriculum.scc.anchor_frac=0.25"))
