@@ -7,14 +7,14 @@ from numpy.random import Generator
 
 from video_opd.config import Config
 
-KNOTS, PAPER_STEPS = (1, 20, 40, 60, 79), 79  # steps, counted from 1, and their target shares of a full batch
-SHARES = (1.0, 0.7, 0.3, 0.1, 0.05)
+KNOTS = np.array([1, 20, 40, 60, 79])  # steps of the paper's 79, counted from 1
+SHARES = np.array([1.0, 0.7, 0.3, 0.1, 0.05])  # target shares of a full batch at these steps
 
 
 def target_shares(num_steps: int) -> np.ndarray:
     """float64[num_steps]: of a full batch, linear between the knots, which keep their places in the run."""
-    done, knots = np.arange(num_steps) / max(num_steps - 1, 1), np.asarray(KNOTS) - 1
-    return np.interp(done, knots / (PAPER_STEPS - 1), SHARES)
+    done = np.arange(num_steps) / max(num_steps - 1, 1)
+    return np.interp(done, (KNOTS - 1) / (KNOTS[-1] - 1), SHARES)
 
 
 def step_sizes(num_prompts: int, num_steps: int, full: int, last: int) -> list[int]:

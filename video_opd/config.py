@@ -212,7 +212,7 @@ class Config(ConfigSection):
     trust_remote_code: bool = key(False, "run the Python code that a model folder brings (its auto_map)")
     num_steps: PositiveInt
     max_scored_tokens: PositiveInt | None = key(None, "stop after so many tokens scored by the teacher")
-    groups_per_step: PositiveInt = key(32, "prompts of one update")
+    groups_per_step: PositiveInt = key(32, "prompts of one update, at most")
     max_policy_lag: NonNegativeInt = key(0, "0: strictly on-policy")
     checkpoint_every: NonNegativeInt = key(0, "steps between checkpoints; 0: after selections, at the end")
     checkpoint_keep_last: PositiveInt = key(3, "newest checkpoints that are kept")
@@ -300,13 +300,9 @@ class Config(ConfigSection):
     @property
     def schedule_room(self) -> ScheduleRoom | None:
         """None: without SCC's schedule."""
-        room = ScheduleRoom(num_steps=self.num_steps, full=self.groups_per_step)
+        sizes = {"num_steps": self.num_steps, "full": self.groups_per_step}
+        room = ScheduleRoom(responses=self.responses_per_prompt, **sizes)
         return room if self.curriculum.schedules else None
-
-    def preset_sequences(self, step: int) -> int | None:
-        """SCC's schedule: n_t, the sequences by which the loss of a step is divided. None: those it has."""
-        room = self.schedule_room
-        return room.denominator(step) * self.responses_per_prompt if room else None
 
     @property
     def most_actors(self) -> int:
@@ -373,10 +369,7 @@ class Config(ConfigSection):
             yield f"curriculum.scc: the gate suspends rollouts, {loss} has none: set scc.gate=false"
         if needs.rewards and self.curriculum.suspends:
             yield f"curriculum.scc: the gate suspends the rollouts that {loss} rewards: set scc.gate=false"
-        room, selected = self.schedule_room, self.curriculum.num_selected
-        if room and selected and not self.num_steps <= selected <= room.most:
-            steps = f"num_steps={self.num_steps} of groups_per_step={self.groups_per_step}"
-            has = f"SCC's schedule of {steps} has room for {self.num_steps} to {room.most}"
-            yield f"curriculum.num_selected={selected}, but {has}: change one, or set scc.schedule=false"
+        if room := self.schedule_room:
+            yield from room.problems(self.curriculum.num_selected)
         if self.needs_teacher and not self.teacher_models:
             yield f"{kinds} needs a teacher: set teacher"

@@ -92,9 +92,8 @@ def one_step(config: Config) -> Any:
     )
     scored: Any = asyncio.run(score(run, groups, groups))
     learner = config.learner.model_copy(update={"micro_batch": 8})
-    return plan_update(
-        scored, config.loss, learner, 0, lambda _: np.zeros(5, np.int32), 99, config.preset_sequences(0)
-    )
+    sequences = (room := config.schedule_room) and room.num_sequences(0)
+    return plan_update(scored, config.loss, learner, 0, lambda _: np.zeros(5, np.int32), 99, sequences)
 
 
 class Clock:

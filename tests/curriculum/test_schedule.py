@@ -53,10 +53,11 @@ def test_the_papers_own_schedule():
     once = [*sizes[:-1], sizes[-1] - 4]
     assert np.abs(once - 1000 / 32.1 * target_shares(79)).max() <= 0.6, "whole prompts of these shares"
     assert [sum(sizes[a - 1 : b]) for a, b in QUARTERS] == [530, 304, 118, 52]
-    assert [config.preset_sequences(step) for step in (0, 77, 78)] == [32, 32, 8]
+    room = config.schedule_room
+    assert room and [room.num_sequences(step) for step in (0, 77, 78)] == [32, 32, 8]
     first = np.cumsum([0, *sizes])
     assert [int((order[first[a - 1] : first[b]] < 100).sum()) for a, b in QUARTERS] == [53, 30, 12, 5]
-    assert config.schedule_room is not None and config.schedule_room.most == 2500
+    assert (room.num_steps, room.most) == (79, 2500)
 
 
 @given(data=st.data(), num_steps=st.integers(1, 30), full=st.integers(1, 12))

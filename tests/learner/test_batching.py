@@ -279,18 +279,14 @@ def test_a_loss_is_divided_by_tokens_or_responses_suspended_ones_included(reduct
 def test_a_preset_number_of_sequences_divides_whatever_was_presented_and_retained(reduction, expected, kept):
     """n_t = 32 with 4 responses of 2, 3, 4 and 5 tokens, 3.5 in the mean (arXiv 2609.40055, eq. 8)."""
     lengths = [2, 3, 4, 5]
-    groups = [make_group(f"p{n}", [n][:kept], suspended=[n][kept:]) for kept, n in _kept(lengths, kept)]
+    groups = [make_group(f"p{n}", [n]) for n in lengths[:kept]]
+    groups += [make_group(f"p{n}", [], suspended=[n]) for n in lengths[kept:]]
     of_ranks = plans(groups, learner_of(2, 5), LossConfig(reduction=reduction), num_sequences=32)
     assert [p.denominator for p in of_ranks] == [expected] * 5
     trained = [row for plan in of_ranks for row in rows(plan) if row.weight]
     assert sorted(len(row.advantage) for row in trained) == lengths[:kept]
     if kept:
         assert all(rows(plan) for plan in of_ranks), "a rank without a sequence keeps step"
-
-
-def _kept(lengths: list[int], number: int) -> list[tuple[int, int]]:
-    """(1, length) of the first ones, (0, length) of the others."""
-    return [(int(i < number), n) for i, n in enumerate(lengths)]
 
 
 @pytest.mark.parametrize("loss", [LossConfig(), LossConfig(center="batch", clamp=1.5)])

@@ -124,7 +124,7 @@ def test_a_schedule_has_a_prompt_for_each_step_and_the_plan_says_how_many_it_pre
 def test_whoever_compares_with_the_ground_truth_needs_it(run, overrides, user):
     config, prompts = run.config(*overrides), [make_prompt(f"p{i}", answers=None) for i in range(9)]
     with pytest.raises(ConfigError, match=f"^{user} need ground truth") if user else nullcontext():
-        check_pool(config, Split(pool=prompts, key=""))
+        check_pool(config, Split(pool=[*prompts], key=""))
 
 
 def long_query(run: Run, split: str) -> str:
