@@ -421,6 +421,10 @@ def test_the_last_step_of_a_round_has_what_is_left_of_its_prompts(passes, sizes)
     assert scheduler.start_round(None, 7) == scheduler.next_selection() == 7 + len(sizes)
     assert scheduler.step_sizes(7, 7 + len(sizes)) == sizes
     assert scheduler.step_sizes(5 + len(sizes), 7 + len(sizes)) == sizes[-2:]
+    earlier = scheduler.state_dict()
+    del earlier["sizes"]  # as earlier versions wrote it: all steps of the round are whole
+    (copy := make_scheduler(2600, groups_per_step=32, **options)).load_state_dict(earlier)
+    assert copy.step_sizes(9, 11) == [32, 32]
     counts = Counter(name for size in sizes for name in issue_and_train(scheduler, size, 1))
     assert len(counts) == 2500 and set(counts.values()) == {passes}
 
