@@ -109,6 +109,13 @@ def _describe_curriculum(config: Config) -> str:
         selected += f" of {curriculum.pool_sample} asked"
     if curriculum.kind == "scc":
         return f"scc: {selected}, a share of {curriculum.scc.anchor_frac} Anchors"
+    if curriculum.kind == "difficulty":
+        mean, std = curriculum.difficulty_mean, curriculum.difficulty_std
+        return f"difficulty: {selected}, drawn around a student IoU of {mean} +- {std}"
     validated = f"teacher IoU at least {curriculum.teacher_threshold}" if curriculum.trpv else "not validated"
-    chosen = f"by disagreement ({curriculum.sampler})" if curriculum.dbtp else "at random"
+    chosen = (
+        f"by disagreement ({curriculum.disagreement}, {curriculum.sampler})"
+        if curriculum.dbtp
+        else "at random"
+    )
     return f"tvdf: {validated}, {selected} a round {chosen}, {curriculum.passes_per_round} pass(es) each"

@@ -126,7 +126,7 @@ class Actor(Served):
     def do_update_weight_version(self, version: str) -> None:
         self.version = int(version)
 
-    def do_rollout(self, prompts):
+    def do_rollout(self, prompts, for_selection):
         if self.version is None:
             raise WeightsLostError("half a version")
         assert self.held == {} or is_whole(self), "sampled from a mixture"
