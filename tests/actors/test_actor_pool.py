@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -249,7 +249,8 @@ def test_predictions_keep_two_calls_at_each_actor_and_a_video_in_one():
             await asyncio.sleep(0.001)
         assert [m.calls for m in pool._members.ready] == [2, 2] and not arrived
         held.set()
-        assert [a.prompt_id for (a,) in await asked] == [p.prompt_id for p in prompts] != arrived
+        answers = [a for (a,) in cast(Any, await asked)]
+        assert [a.prompt_id for a in answers] == [p.prompt_id for p in prompts] != arrived
         assert sorted(arrived) == sorted(p.prompt_id for p in prompts)
         pool.stop()
 

@@ -336,7 +336,7 @@ def test_show_and_the_report_explain_a_reverse_kl(config, tmp_path, capsys):
     assert "student: IoU of one rollout, by round 0.500" in out
     assert "disagreement 4.500 nats of reverse KL, rank 2 of 2; 1 selected (top_k)" in out
     ((_, _), (_, figure)) = _curriculum(tmp_path, config, [])
-    (axes,) = figure.axes
+    axes: Any = figure.axes[0]
     assert axes.get_xlabel() == "reverse KL, nats" and axes.get_xlim()[1] > 12
     assert sum(bar.get_height() for bar in axes.patches) == 2, "none is out of the picture"
 

@@ -308,8 +308,8 @@ class Teacher(Model):
     def _scores(self, group: TrajectoryGroup) -> TeacherScores:
         (rollout,) = group.trajectories
         logprobs = np.full(len(rollout.actor_logprobs), -3, np.float32)
-        name = {"trajectory_id": rollout.trajectory_id, "teacher_id": "t"}
-        return TeacherScores(**name, teacher_logprobs=logprobs, top_k=None)
+        name = rollout.trajectory_id
+        return TeacherScores(trajectory_id=name, teacher_id="t", teacher_logprobs=logprobs, top_k=None)
 
 
 def with_reverse_kl(config: Config, **more: Any) -> Config:
