@@ -1,6 +1,7 @@
 """What the curriculum keeps on disk: the teacher's answers, found by content, and the records."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,16 @@ def test_the_students_answers_are_those_of_one_step_and_one_setting(config, tmp_
     assert [f.name for f in student_parts(tmp_path, 4).parent.iterdir()] == ["step-4"]
     forget_student_answers(tmp_path)
     assert not list(student_parts(tmp_path, 4).parent.iterdir())
+
+
+def test_a_file_of_an_earlier_version_has_no_reverse_kl(tmp_path):
+    [answer] = given = answers_of("a", (1.0, 2.0))
+    scored = replace(answer, reverse_kl=-0.1)
+    write_answers(tmp_path / "new", "settings", {"k": [scored]})
+    assert find_answers([tmp_path / "new"], "settings", {"k"}) == {"k": [scored]}
+    older = pq.read_table(tmp_path / "new" / FILE).drop_columns("reverse_kl")
+    write_parquet(older, tmp_path / "old" / FILE)
+    assert find_answers([tmp_path / "old"], "settings", {"k"}) == {"k": given}
 
 
 def test_a_prompt_answered_in_two_runs_is_taken_from_one(tmp_path):
