@@ -277,7 +277,7 @@ def test_a_run_that_goes_back_into_a_round_does_what_is_left_of_it_and_ends_with
     assert check_whole(aside / "checkpoints" / "step-4") and metrics_of(aside) == metrics_of(tvdf)
     assert trajectories_of(aside) == trajectories_of(tvdf)
     whole = [f"data.{s}.videos={getattr(config.data, s).videos}" for s in ("train", "eval")]
-    refused = bad(capsys, "--resume", str(copy), "curriculum.dbtp=false", "num_steps=60", *whole)
+    refused = bad(capsys, "--resume", str(copy), "curriculum.trpv=false", "num_steps=60", *whole)
     assert "the curriculum the run was started with" in refused
     assert parameters_apart(copy, aside, config.student) < 1e-3, "it ends as the undisturbed run did"
 
