@@ -96,7 +96,9 @@ class ActorPool:
     def stop(self) -> None:
         self._members.stop()
 
-    async def rollout(self, prompts: Sequence[Prompt]) -> AsyncIterator[Streamed]:
+    async def rollout(
+        self, prompts: Sequence[Prompt], for_selection: bool = False
+    ) -> AsyncIterator[Streamed]:
         """RolloutActor.rollout's results as they come, each with its reference, which the teacher can fetch.
 
         Another actor samples what a lost one did not return. Raises PartLostError: max_retries exceeded.
@@ -105,7 +107,7 @@ class ActorPool:
         failures = 0
         while left:
             try:
-                async for reference, results in self._stream(list(left.values())):
+                async for reference, results in self._stream(list(left.values()), for_selection):
                     for r in results:
                         del left[r.prompt_id if isinstance(r, FailedPrompt) else r.prompt.prompt_id]
                     failures = 0
@@ -118,24 +120,29 @@ class ActorPool:
                     lost = f"a rollout was lost {failures} times in a row"
                     raise PartLostError(f"{lost}: {cause_of(error)}") from error
 
-    async def _stream(self, prompts: Sequence[Prompt]) -> AsyncIterator[Streamed]:
+    async def _stream(self, prompts: Sequence[Prompt], for_selection: bool) -> AsyncIterator[Streamed]:
         member = await self._members.choose()
         with self._calling(member):
-            call = member.handle.rollout.options(num_returns="streaming").remote(prompts)
+            call = member.handle.rollout.options(num_returns="streaming").remote(prompts, for_selection)
             with _cancelled_unless_ended(call):
                 while item := await self._in_time(member, _next(call), f"a rollout of {member.name}"):
                     yield item
 
     async def predict(
-        self, prompts: Sequence[Prompt], blank_video: bool = False, arrived: Arrived | None = None
+        self,
+        prompts: Sequence[Prompt],
+        num_answers: int = 1,
+        temperature: float = 0.0,
+        blank_video: bool = False,
+        arrived: Arrived | None = None,
     ) -> Answers:
-        """The student's greedy answers, by all actors; see RolloutActor.predict and passes.ask_by_video."""
+        """The student's answers, by all actors; see RolloutActor.predict and passes.ask_by_video."""
         what = "the student's predictions"
 
         async def ask(chunk: Sequence[Prompt]) -> Answers:
             member = await self._members.choose()
             with self._calling(member):
-                call = member.handle.predict.remote(chunk, blank_video)
+                call = member.handle.predict.remote(chunk, num_answers, temperature, blank_video)
                 with _cancelled_unless_ended(call):
                     return await self._in_time(member, call, f"{what}, by {member.name}")
 

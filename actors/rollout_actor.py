@@ -24,7 +24,9 @@ from video_opd.passes import cut_of
 from video_opd.types import EncodedPrompt, FailedPrompt, Prediction, Prompt, Trajectory, TrajectoryGroup
 
 RolloutResult = TrajectoryGroup | FailedPrompt
-Answers = list[Prediction | FailedPrompt]
+Answers = list[list[Prediction] | FailedPrompt]  # one per prompt
+FOR_SELECTION = "selection:"  # apart from the rollouts that are trained on
+FOR_ANSWERS = "answers:"
 
 
 class RolloutActor:
@@ -53,9 +55,12 @@ class RolloutActor:
     async def pid(self) -> int:
         return os.getpid()
 
-    async def rollout(self, prompts: Sequence[Prompt]) -> AsyncIterator[list[RolloutResult]]:
+    async def rollout(
+        self, prompts: Sequence[Prompt], for_selection: bool = False
+    ) -> AsyncIterator[list[RolloutResult]]:
         """Samples rollouts_per_prompt trajectories a prompt; a FailedPrompt where the clip cannot be read.
 
+        for_selection: one a prompt, by another seed than the one that may be trained on at the same version.
         Results come as prompts finish, `rollout.prompts_per_result` or more at a time. Up to that many of one
         clip come together, so that the teacher scores them in one pass. Sampling is seeded by config.seed and
         the first trajectory's id. Raises WeightsLostError without a whole version of the weights.
@@ -63,7 +68,9 @@ class RolloutActor:
         by_id, size = {p.prompt_id: p for p in prompts}, self._config.rollout.prompts_per_result
         num_left, of_cut = Counter(map(cut_of, prompts)), defaultdict[Any, list[RolloutResult]](list)
         ready: list[RolloutResult] = []
-        async with aclosing(self._loop.sample(self._encoder, prompts, self._sampling)) as results:
+        number = 1 if for_selection else self._config.rollout.rollouts_per_prompt
+        sampling = partial(self._sampling, number, FOR_SELECTION if for_selection else "")
+        async with aclosing(self._loop.sample(self._encoder, prompts, sampling)) as results:
             async for result in results:
                 is_failed = isinstance(result, FailedPrompt)
                 prompt = by_id[result.prompt_id if is_failed else result.prompt.prompt_id]
@@ -79,9 +86,17 @@ class RolloutActor:
         if ready:
             yield ready
 
-    async def predict(self, prompts: Sequence[Prompt], blank_video: bool = False) -> Answers:
-        """The greedy answer to each prompt, on grey frames with `blank_video`. Raises WeightsLostError."""
-        return await predict(self._loop, self._encoder, prompts, blank_video, self._greedy)
+    async def predict(
+        self, prompts: Sequence[Prompt], num_answers: int, temperature: float, blank_video: bool
+    ) -> Answers:
+        """`num_answers` to each prompt, on grey frames with `blank_video`; temperature 0: the greedy one.
+
+        Sampling is seeded as in `rollout`. Raises WeightsLostError.
+        """
+        assert temperature or num_answers == 1, "there is one greedy answer"
+        sampling = partial(self._sampling, num_answers, FOR_ANSWERS, temperature=temperature)
+        admit = sampling if temperature else self._greedy
+        return await predict(self._loop, self._encoder, prompts, blank_video, admit)
 
     async def load_weights(self, policy_version: int, buckets: Sequence[ray.ObjectRef]) -> None:
         """Loads one version from the object store. Raises WeightsLostError unless it is whole.
@@ -140,10 +155,13 @@ class RolloutActor:
 
     # The engine's thread calls the next three when a prompt enters.
 
-    def _sampling(self, prompt: EncodedPrompt) -> Request:
+    def _sampling(
+        self, number: int, purpose: str, prompt: EncodedPrompt, temperature: float | None = None
+    ) -> Request:
         version = self._whole_version()
-        seed = zlib.crc32(f"{self._config.seed}:{_trajectory_id(prompt.prompt_id, version, 0)}".encode())
-        return Request(seed, self._config.rollout.rollouts_per_prompt, version)
+        first = _trajectory_id(prompt.prompt_id, version, 0)
+        seed = zlib.crc32(f"{self._config.seed}:{purpose}{first}".encode())
+        return Request(seed, number, version, temperature)
 
     def _greedy(self, prompt: EncodedPrompt) -> Request:
         return Request(None, policy_version=self._whole_version())

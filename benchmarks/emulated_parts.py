@@ -29,7 +29,9 @@ class EmulatedActor:
     def pid(self) -> int:
         return os.getpid()
 
-    def rollout(self, prompts: Sequence[Prompt]) -> Iterator[list[TrajectoryGroup]]:
+    def rollout(
+        self, prompts: Sequence[Prompt], for_selection: bool = False
+    ) -> Iterator[list[TrajectoryGroup]]:
         size, began = self._config.rollout.prompts_per_result, time.monotonic()
         for first in range(0, len(prompts), size):
             part = prompts[first : first + size]

@@ -89,13 +89,20 @@ def explain(records: pa.Table, prompt_id: str, config: Config) -> list[str]:
         asked = f"{curriculum.num_teacher_predictions} answers, threshold {curriculum.teacher_threshold}"
         lines.append(f"teacher: mean IoU {record['teacher_iou']:.3f} over {asked}")
     if any(iou is not None for iou in record["student_iou"]):
-        lines.append(f"student: IoU by round {_rounds(record)}")
+        lines.append(f"student: {_asked_of_student(config)}, by round {_rounds(record)}")
     lines += [] if record["dropped"] else _why(record, records, config)
     sampled = "never"
     if record["num_rollouts"]:
         suspended = ", suspended that time" if record["suspended"] else ""
         sampled = f"{record['num_rollouts']} rollouts, last at step {record['last_step']}{suspended}"
     return [*lines, f"sampled: {sampled}"]
+
+
+def _asked_of_student(config: Config) -> str:
+    number = config.curriculum.num_student_predictions
+    if config.curriculum.scores_student:
+        return "IoU of one rollout"
+    return f"mean IoU over {number} answers" if number > 1 else "IoU of its greedy answer"
 
 
 def _why(record: dict, records: pa.Table, config: Config) -> list[str]:
@@ -114,13 +121,18 @@ def _why(record: dict, records: pa.Table, config: Config) -> list[str]:
             f"Anchors start at {curriculum.scc.anchor_iou}, Frontier ends below {curriculum.scc.frontier_iou}"
         )
         return [f"{kind}: {bounds}; {selected}"]
+    if curriculum.kind == "difficulty":
+        mean, std = curriculum.difficulty_mean, curriculum.difficulty_std
+        weight = np.exp(-((record["student_iou"][0] - mean) ** 2) / (2 * std**2))
+        return [f"drawn with weight {weight:.3f}, which is 1 at a student IoU of {mean}; {selected}"]
     if curriculum.kind == "tvdf" and not curriculum.dbtp:
         return [f"drawn at random: {selected}"]
     if record["disagreement"] is None:
         return []
     alive = records.filter(pc.field("dropped") == "")["disagreement"].drop_null().to_numpy()
     rank = int(np.count_nonzero(alive > record["disagreement"])) + 1
-    place = f"disagreement {record['disagreement']:.3f}, rank {rank} of {len(alive)}"
+    unit = " nats of reverse KL" if curriculum.scores_student else ""
+    place = f"disagreement {record['disagreement']:.3f}{unit}, rank {rank} of {len(alive)}"
     how = f"{curriculum.sampler} of videos" if curriculum.select_by == "video" else curriculum.sampler
     return [f"{place}; {selected} ({how})"]
 

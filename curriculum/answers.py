@@ -35,10 +35,24 @@ def settings_key(config: Config) -> str:
     return _digest((FORMAT, folder, config.teacher_engine, pool.dtype, TEMPERATURE, *lengths))
 
 
+def student_sampling(config: Config) -> tuple[int, float]:
+    """How many answers the student gives to each prompt, and at which temperature; one is greedy: 0."""
+    number = config.curriculum.num_student_predictions
+    return number, TEMPERATURE if number > 1 else 0.0
+
+
 def student_settings_key(config: Config, step: int) -> str:
-    """Digest of what decides the student's answers. Its weights: those of `step`, for one run alone."""
-    rollout = config.rollout
-    return _digest((folder_digest(config.student), step, rollout.dtype, rollout.max_response_tokens))
+    """Digest of what decides the student's answers. Its weights: those of `step`, for one run alone.
+
+    With scores_student they are rollouts, and their scores those of the run's teachers.
+    """
+    rollout, teachers = config.rollout, config.teacher_models
+    sampling: tuple = student_sampling(config)
+    if config.curriculum.scores_student:
+        scored = [(folder_digest(t.model), t.weight, t.prompts) for t in teachers]
+        sampling = (rollout.temperature, config.teacher_engine, config.teacher_pool.dtype, scored)
+    weights = folder_digest(config.student), step, rollout.dtype, rollout.max_response_tokens
+    return _digest((*weights, config.seed, sampling))
 
 
 def prompt_keys(prompts: Sequence[Prompt], config: Config) -> list[str]:

@@ -104,8 +104,10 @@ class Curriculum:
     async def validate(self, teacher_iou: np.ndarray, asked: np.ndarray) -> None:
         await self._change("validate", teacher_iou, asked)
 
-    async def start_round(self, student_iou: np.ndarray | None, step: int, asked: np.ndarray) -> int | None:
-        return await self._change("start_round", student_iou, step, asked)
+    async def start_round(
+        self, student_iou: np.ndarray | None, step: int, asked: np.ndarray, reverse_kl: np.ndarray | None
+    ) -> int | None:
+        return await self._change("start_round", student_iou, step, asked, reverse_kl)
 
     async def next_selection(self) -> int | None:
         return await self._ask("next_selection")

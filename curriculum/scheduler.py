@@ -10,7 +10,7 @@ import pyarrow as pa
 from curriculum.coupling import anchors_and_frontier
 from curriculum.schedule import make_schedule
 from curriculum.state import check_state, describe_dropped, records_table, settings_of, student_ious_in
-from curriculum.tvdf import SAMPLERS, by_video, disagreement
+from curriculum.tvdf import SAMPLERS, by_video, disagreement, gaussian_draw
 from curriculum.videos import next_videos
 from video_opd.config import Config
 from video_opd.errors import ConfigError, RunError
@@ -29,7 +29,7 @@ def observation(group: ScoredGroup) -> Observation:
 class Scheduler:
     """Issues prompts in shuffled passes; a prompt in flight is not issued again.
 
-    `uniform` passes over the whole pool; `tvdf` and `scc` over the prompts that `start_round` selected.
+    `uniform` passes over the whole pool; the others over the prompts that `start_round` selected.
     Arrays hold the state of the P prompts, in the order of the pool.
     """
 
@@ -43,6 +43,7 @@ class Scheduler:
         size = len(self._prompts)
         self._teacher_iou = np.full(size, np.nan)
         self._student_iou = np.zeros((size, 0))  # a column for each round
+        self._reverse_kl = np.full(size, np.nan)  # in the current round
         self._selected, self._suspended = np.ones(size, bool), np.zeros(size, bool)
         self._num_rollouts, self._last_step = np.zeros(size, np.int64), np.full(size, -1)
         self._dropped = np.full(size, "", object)  # reasons; empty: alive
@@ -84,17 +85,22 @@ class Scheduler:
             self._drop(too_small, f"teacher IoU is below {threshold}")
 
     def start_round(
-        self, student_iou: np.ndarray | None, step: int, asked: np.ndarray | None = None
+        self,
+        student_iou: np.ndarray | None,
+        step: int,
+        asked: np.ndarray | None = None,
+        reverse_kl: np.ndarray | None = None,
     ) -> int | None:
         """Selects the round's prompts and decides its steps' sizes. Returns `next_selection`.
 
         student_iou: sigma, float64[P], NaN for an unreadable clip or a prompt that was not asked; None where
-        the config does not ask the student. asked: as in `validate`. Raises ConfigError when too few prompts
-        can be selected.
+        the config does not ask the student. asked: as in `validate`. reverse_kl: float64[P], like sigma,
+        where rollouts are scored. Raises ConfigError when too few prompts can be selected.
         """
         size = len(self._prompts)
         sigma = np.full(size, np.nan) if student_iou is None else np.asarray(student_iou, np.float64)
         self._student_iou = np.column_stack([self._student_iou, sigma])
+        self._reverse_kl = np.full(size, np.nan) if reverse_kl is None else reverse_kl
         if student_iou is not None:
             self._drop(np.isnan(sigma) & self._among(asked), UNREADABLE)
         chosen = self._select_round(np.flatnonzero(self._selectable()))
@@ -168,6 +174,9 @@ class Scheduler:
                 chosen = alive[anchors_and_frontier(sigma, k, *bounds, self._rng, most)]
             except ValueError as error:
                 raise self._too_few(f"{error}: change scc.anchor_frac or the bounds") from None
+        elif curriculum.kind == "difficulty":
+            gaussian = curriculum.difficulty_mean, curriculum.difficulty_std
+            chosen = alive[gaussian_draw(self._student_iou[alive, -1], k or len(alive), *gaussian, self._rng)]
         else:
             chosen = self._sample(alive, k or len(alive))
         if room and len(chosen) < room.num_steps:
@@ -190,6 +199,8 @@ class Scheduler:
 
     def _disagreement(self) -> np.ndarray:
         """In the current round, float64[P]; NaN before the first."""
+        if self._curriculum.scores_student:
+            return self._reverse_kl
         sigma = self._student_iou[:, -1] if self._student_iou.size else np.full(len(self._prompts), np.nan)
         return disagreement(self._teacher_iou, sigma)
 
@@ -329,6 +340,7 @@ class Scheduler:
         records: pa.Table = state["records"]
         self._teacher_iou = records["teacher_iou"].to_numpy()
         self._student_iou = student_ious_in(records)
+        self._reverse_kl = records["disagreement"].to_numpy()
         names = ("selected", "suspended", "num_rollouts", "last_step", "dropped")
         columns = [records[name].to_numpy().copy() for name in names]
         self._selected, self._suspended, self._num_rollouts, self._last_step, self._dropped = columns

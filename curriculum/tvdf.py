@@ -1,7 +1,7 @@
 """Teacher-Validated Disagreement Focusing (TVDF; arXiv 2602.02994 §3.2 and App. B; docs/algorithm.md).
 
 The pool has P prompts. tau_i is the mean IoU of the teacher's answers to prompt i, sigma_i that of the
-student's answer. A sampler takes delta float64[P], the number k of prompts to select and a random generator.
+student's answers. A sampler takes delta float64[P], the number k of prompts to select and a random generator.
 It returns int64[min(k, P)], distinct indices; ties keep the order of the pool.
 """
 
@@ -18,6 +18,15 @@ Sampler = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
 def disagreement(teacher_iou: np.ndarray, student_iou: np.ndarray) -> np.ndarray:
     """DBTP: delta_i = tau_i - sigma_i (eq. 12), float64[P]."""
     return teacher_iou.astype(np.float64) - student_iou
+
+
+def reverse_kl(student_logprobs: np.ndarray, teacher_logprobs: np.ndarray) -> float:
+    """D = sum_t (log pi(a_t|s_t) - log pi_T(a_t|s_t)) along a response that the student sampled, nats.
+
+    §3.2: "the aggregated reverse KL divergence ... along the sampled reasoning trajectory", with the signal
+    of eq. 5: D = -sum_t r_t. logprobs: float[N], of the response's tokens.
+    """
+    return float(np.sum(student_logprobs.astype(np.float64) - teacher_logprobs))
 
 
 def top_k(delta: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
@@ -52,10 +61,8 @@ def bbds(delta: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def gwds(delta: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
-    """k draws without replacement, p_i proportional to exp(-(delta_i - c)^2 / (2 s^2)), c = 0.9, s = 0.2."""
-    log_p = -((delta - GWDS_CENTRE) ** 2) / (2 * GWDS_SPREAD**2)
-    # The k largest of log p_i plus Gumbel noise are distributed like k successive draws, without underflow.
-    return _descending(log_p + rng.gumbel(size=len(delta)))[:k]
+    """Draws by gaussian_draw around 0.9, with a spread of 0.2 (eq. 21 and 22)."""
+    return gaussian_draw(delta, k, GWDS_CENTRE, GWDS_SPREAD, rng)
 
 
 def uniform(delta: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
@@ -64,6 +71,18 @@ def uniform(delta: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
 
 
 SAMPLERS: dict[str, Sampler] = {"top_k": top_k, "dsus": dsus, "bbds": bbds, "gwds": gwds, "uniform": uniform}
+
+
+def gaussian_draw(
+    values: np.ndarray, k: int, mean: float, std: float, rng: np.random.Generator
+) -> np.ndarray:
+    """int64[min(k, P)]: draws without replacement, p_i proportional to exp(-(x_i - mean)^2 / (2 std^2)).
+
+    Of values x float64[P]. Eq. 21 over delta; eq. 30 over the student's IoU, grpo's selection by difficulty.
+    """
+    log_p = -((values - mean) ** 2) / (2 * std**2)
+    # The k largest of log p_i plus Gumbel noise are distributed like k successive draws, without underflow.
+    return _descending(log_p + rng.gumbel(size=len(values)))[:k]
 
 
 def by_video(

@@ -1,13 +1,14 @@
 """Evaluations of student and teacher on the held-out split."""
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
+from actors.rollout_actor import Answers
 from driver.passes import shown
 from driver.run import Run, ask_student, unless_stopped
 from video_opd.grounding import evaluate
 from video_opd.logs import log
-from video_opd.types import FailedPrompt, Prediction
+from video_opd.types import FailedPrompt
 
 TEACHER, BEFORE, AFTER, NO_VIDEO = "teacher", "student_before", "student_after", "no_video"
 
@@ -40,7 +41,8 @@ async def evaluate_student(run: Run, name: str, blank_video: bool = False) -> No
         return
     prompts = run.plan.eval.prompts
     with shown(f"evaluation {name}", len(prompts)) as arrived:
-        results = await unless_stopped(run, ask_student(run, prompts, arrived, blank_video))
+        asking = ask_student(run, prompts, arrived, blank_video=blank_video)
+        results = await unless_stopped(run, asking)
     if results is None:
         return
     failed = {f.prompt_id: f.reason for f in results if isinstance(f, FailedPrompt)}
@@ -84,13 +86,13 @@ async def evaluate_teacher(run: Run) -> None:
         prompts = run.plan.eval.prompts
         with shown(f"evaluation {TEACHER}", len(prompts)) as arrived:
             results = await run.teacher.predict(prompts, arrived=arrived)
-        _record(run, TEACHER, [r if isinstance(r, FailedPrompt) else r[0] for r in results])
+        _record(run, TEACHER, results)
 
 
-def _record(run: Run, name: str, results: Sequence[Prediction | FailedPrompt]) -> None:
+def _record(run: Run, name: str, results: Answers) -> None:
     """Keeps the scores, and the answers but for those of steps that are neither the last nor the best."""
     evaluations, examples = run.progress.evaluations, run.progress.examples
-    answers = [r for r in results if isinstance(r, Prediction)]
+    answers = [r[0] for r in results if not isinstance(r, FailedPrompt)]
     evaluations[name], examples[name] = evaluate(answers, run.plan.eval.pool), answers
     miou = {step: evaluations[of]["miou"] for step, of in _steps(examples).items()}
     for step in miou.keys() - {max(miou, default=None), best_step(miou)}:

@@ -13,6 +13,7 @@ import pyarrow as pa
 from curriculum import answers as on_disk
 from driver.buffer import TrajectoryBuffer
 from driver.checkpoints import checkpoint
+from driver.divergence import scored_rollouts
 from driver.idle_gpus import more_replicas
 from driver.passes import shown
 from driver.run import Run, ask_student
@@ -40,9 +41,9 @@ async def start_round(run: Run) -> None:
         log.info("curriculum.pool_sample: %d of %d prompts are asked in this round", len(asked), size)
     asks_teacher = config.asks_teacher and await validate(run)
     asked = await run.curriculum.to_ask(run.step)
-    student_iou = await student_ious(run, asked) if config.asks_student else None
+    student_iou, divergence = await ask_round(run, asked)
     try:
-        run.next_selection = await run.curriculum.start_round(student_iou, run.step, asked)
+        run.next_selection = await run.curriculum.start_round(student_iou, run.step, asked, divergence)
     except ConfigError:
         await write_records(run)  # they say why each prompt was dropped
         raise
@@ -128,8 +129,14 @@ async def teacher_ious(run: Run, asked: np.ndarray) -> np.ndarray:
     return mean_ious(run, asked, keys, answers)
 
 
-async def student_ious(run: Run, asked: np.ndarray) -> np.ndarray:
-    """float64[P]: sigma of the current student at the places `asked`, NaN where a clip cannot be read."""
+async def ask_round(run: Run, asked: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """float64[P]: sigma of the current student at the places `asked`, and with scores_student reverse KLs.
+
+    NaN where a clip cannot be read. None: the config asks for none.
+    """
+    config = run.config.curriculum
+    if not config.asks_student:
+        return None, None
     prompts = [run.plan.train[i] for i in asked]
     parts = on_disk.student_parts(run.folder, run.step)
     settings = on_disk.student_settings_key(run.config, run.step)
@@ -137,14 +144,16 @@ async def student_ious(run: Run, asked: np.ndarray) -> np.ndarray:
     answers = on_disk.read_answers(sorted(parts.glob("part-*.parquet")), settings, set(keys))
 
     async def ask(prompts: Sequence[Prompt], arrived: Arrived) -> Sequence[Any]:
-        def listed(prompts: Sequence[Prompt], results: Sequence[Any]) -> None:
-            arrived(prompts, [r if isinstance(r, FailedPrompt) else [r] for r in results])
-
-        return await ask_student(run, prompts, listed)
+        if config.scores_student:
+            return await scored_rollouts(run, prompts, arrived)
+        return await ask_student(run, prompts, arrived, *on_disk.student_sampling(run.config))
 
     prompt_of = dict(zip(keys, prompts, strict=True))
     answers = await ask_the_rest(run, prompt_of, answers, (parts, settings), ask)
-    return mean_ious(run, asked, keys, answers)
+    divergence = None
+    if config.scores_student:
+        divergence = mean_by_prompt(run, asked, keys, answers, lambda answer, _: answer.reverse_kl)
+    return mean_ious(run, asked, keys, answers), divergence
 
 
 async def ask_the_rest(
@@ -182,8 +191,20 @@ async def ask_the_rest(
 
 def mean_ious(run: Run, asked: np.ndarray, keys: Sequence[str], answers: Answers) -> np.ndarray:
     """float64[P]: the mean IoU of each prompt's answers, NaN without any. asked: places in the pool."""
-    ious, reading = np.full(len(run.plan.train), np.nan), run.config.curriculum.multi_span_iou
+    reading = run.config.curriculum.multi_span_iou
+    return mean_by_prompt(run, asked, keys, answers, lambda a, prompt: prompt_iou(a.span_s, prompt, reading))
+
+
+def mean_by_prompt(
+    run: Run,
+    asked: np.ndarray,
+    keys: Sequence[str],
+    answers: Answers,
+    value: Callable[[Prediction, Prompt], Any],
+) -> np.ndarray:
+    """float64[P]: the mean of a value of each prompt's answers, NaN without any. See mean_ious."""
+    means = np.full(len(run.plan.train), np.nan)
     for i, key in zip(asked, keys, strict=True):
         if key in answers:
-            ious[i] = np.mean([prompt_iou(a.span_s, run.plan.train[i], reading) for a in answers[key]])
-    return ious
+            means[i] = np.mean([value(answer, run.plan.train[i]) for answer in answers[key]])
+    return means

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from ray.exceptions import ObjectLostError
 
 from actors.actor_pool import ActorPool
+from actors.rollout_actor import Answers
 from curriculum.curriculum import Curriculum
 from driver.buffer import TrajectoryBuffer
 from driver.clock import PhaseClock
@@ -31,7 +32,7 @@ from video_opd.logs import log
 from video_opd.passes import Arrived
 from video_opd.prometheus import Gauges, count
 from video_opd.rewards import Reward, load_rewards
-from video_opd.types import FailedPrompt, Prediction, Prompt
+from video_opd.types import Prompt
 
 T = TypeVar("T")
 
@@ -159,10 +160,20 @@ async def unless_stopped(run: Run, call: Awaitable[T]) -> T | None:
         stop.cancel()
 
 
-async def ask_student(
-    run: Run, prompts: Sequence[Prompt], arrived: Arrived, blank_video: bool = False
-) -> list[Prediction | FailedPrompt]:
-    """The student's greedy answers with the weights of the current step."""
+async def publish_current(run: Run) -> None:
+    """Publishes the weights of the current step, if the actors have others."""
     if run.published != run.step:  # an objective without rollouts does not publish every step
         await publish_weights(run, run.step)
-    return await run.actors.predict(prompts, blank_video, arrived)
+
+
+async def ask_student(
+    run: Run,
+    prompts: Sequence[Prompt],
+    arrived: Arrived,
+    num_answers: int = 1,
+    temperature: float = 0.0,
+    blank_video: bool = False,
+) -> Answers:
+    """The student's answers with the weights of the current step; temperature 0: the greedy one."""
+    await publish_current(run)
+    return await run.actors.predict(prompts, num_answers, temperature, blank_video, arrived)

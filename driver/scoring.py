@@ -41,16 +41,16 @@ async def score(
     scores: Iterator[ScoreResult] = repeat(())
     if asked and run.config.loss.needs.teacher != "none":
         whole = len(asked) == len(results) and not any(g.suspended for g in asked)
-        scores = iter(await _ask_teacher(run, reference if whole else asked, asked))
+        scores = iter(await ask_teacher(run, reference if whole else asked, asked))
     return [
         g if isinstance(g, FailedPrompt) else _scored(run, g, next(scores) if g.trajectories else ())
         for g in groups
     ]
 
 
-async def _ask_teacher(run: Run, sent: Any, asked: Sequence[TrajectoryGroup]) -> list[ScoreResult]:
+async def ask_teacher(run: Run, sent: Any, asked: Sequence[TrajectoryGroup]) -> list[ScoreResult]:
     """sent: the groups `asked`, or a reference to them, which the teacher fetches past the driver."""
-    assert run.teacher, "the objective needs a teacher"
+    assert run.teacher, "the objective or the curriculum needs a teacher"
     with run.clock("score"):
         try:
             scores = await run.teacher.score(sent)

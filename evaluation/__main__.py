@@ -80,7 +80,8 @@ def ask_model(config: Config, prompts: Sequence[Prompt], blanks: bool) -> list[l
             shown = progress.add_task("grey frames" if blank_video else "answers", total=len(prompts))
             asked, on_answer = [prompts[i] for i in order], partial(progress.advance, shown)
             answers = asyncio.run(predict(loop, encoder, asked, blank_video, on_answer=on_answer))
-            placed = dict(zip(order, answers, strict=True))
+            of_prompt = (a if isinstance(a, FailedPrompt) else a[0] for a in answers)
+            placed = dict(zip(order, of_prompt, strict=True))
             passes.append([placed[i] for i in range(len(prompts))])
     return passes
 

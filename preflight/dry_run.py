@@ -120,6 +120,10 @@ def _describe_selection(config: Config) -> str:
     if curriculum.kind == "scc":
         steps = ", presented once, fewer and fewer a step" if curriculum.schedules else ""
         return f"scc: {selected}, a share of {curriculum.scc.anchor_frac} Anchors{steps}"
+    if curriculum.kind == "difficulty":
+        mean, std = curriculum.difficulty_mean, curriculum.difficulty_std
+        return f"difficulty: {selected}, drawn around a student IoU of {mean} +- {std}"
     validated = f"teacher IoU at least {curriculum.teacher_threshold}" if curriculum.trpv else "not validated"
-    chosen = f"by disagreement ({curriculum.sampler})" if curriculum.dbtp else "at random"
+    how = f"by disagreement ({curriculum.disagreement}, {curriculum.sampler})"
+    chosen = how if curriculum.dbtp else "at random"
     return f"tvdf: {validated}, {selected} a round {chosen}, {curriculum.passes_per_round} pass(es) each"

@@ -63,7 +63,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Pass:
-    """Answers to all prompts of a pool."""
+    """Answers to all prompts of a pool, or rollouts and their scores."""
 
     name: str
     times: int
@@ -214,13 +214,13 @@ class TimePlan:
 
     # --- passes ---
 
-    def student_answers_s(self, pool: Pool, num_prompts: int) -> float:
-        """A greedy answer of the actors to each prompt, the prompts of a video one after another."""
+    def student_answers_s(self, pool: Pool, num_prompts: int, number: int = 1) -> float:
+        """`number` answers of the actors to each prompt, the prompts of a video one after another."""
         engine, shapes, size = self.config.rollout, self.memory.student, pool.student
         each = num_prompts / engine.num_actors
         operations = self._prompt(shapes, size, pool.prompts_a_video)
         prefill_s = each * self._prefill_s(engine, shapes, operations, size)
-        decode_s = self._decode_s(engine, shapes, size, ceil(each), engine.max_num_seqs)
+        decode_s = self._decode_s(engine, shapes, size, ceil(each) * number, engine.max_num_seqs)
         return max(prefill_s + decode_s, each * self._pass_feed_s(pool, engine.num_cpus, PIXELS_S_A_TOKEN))
 
     def teacher_answers_s(self, pool: Pool, num_prompts: int, number: int, more_replicas: int = 0) -> float:
@@ -236,6 +236,25 @@ class TimePlan:
         decode_s = self._decode_s(engine, shapes, size, ceil(each) * number, at_once)
         feed_s = each * self._pass_feed_s(pool, engine.num_cpus, self._teacher_pixels_s)
         return max(prefill_s + decode_s, feed_s)
+
+    def scored_rollouts_s(self, pool: Pool, num_prompts: int) -> float:
+        """A rollout for each prompt while the teacher scores others; on shared GPUs in turns."""
+        both = self.student_answers_s(pool, num_prompts), self.teacher_scores_s(pool, num_prompts)
+        return sum(both) if self.config.shares_gpus else max(both)
+
+    def teacher_scores_s(self, pool: Pool, num_prompts: int) -> float:
+        """The replicas' scores of a response to each prompt, those of a video in one call."""
+        engine, shapes, size = self.config.teacher_pool, self.memory.teacher, pool.teacher
+        assert shapes and size, "asked only where there is a teacher"
+        rollout = self.config.rollout
+        most = inf if self.config.teacher_engine == "vllm" else engine.micro_batch
+        prompts = min(pool.prompts_a_video, rollout.prompts_per_result)
+        tree = tree_of(self.config, size, prompts, 1, rollout.max_response_tokens, most)
+        rows = tree.members * rollout.max_response_tokens
+        operations = time.tree_forward(shapes, size, tree, rows, self._teacher_attention)
+        prefill_s = self._prefill_s(engine, shapes, operations * (1 / tree.members), size)
+        feed_s = self._pass_feed_s(pool, engine.num_cpus, self._teacher_pixels_s)
+        return num_prompts / engine.num_replicas * max(prefill_s, feed_s)
 
     def _pass_feed_s(self, pool: Pool, num_cpus: float, a_token_s: float) -> float:
         return self._feed_s(pool.student, num_cpus, a_token_s, pool.megapixels) / pool.prompts_a_video
@@ -261,9 +280,13 @@ class TimePlan:
             if later:  # other samples of the pool
                 seconds = self.teacher_answers_s(self.train, later, number)
                 found.append(Pass("teacher in later rounds", 1, later, seconds))
-        if curriculum.asks_student:
-            seconds = self.student_answers_s(self.train, pool)
-            found.append(Pass("student (DBTP)", self._rounds(), pool, seconds))
+        if curriculum.scores_student and self.memory.teacher:
+            seconds = self.scored_rollouts_s(self.train, pool)
+            found.append(Pass("scored rollouts (DBTP)", self._rounds(), pool, seconds))
+        elif curriculum.asks_student:
+            seconds = self.student_answers_s(self.train, pool, curriculum.num_student_predictions)
+            name = "student (DBTP)" if curriculum.kind == "tvdf" else "student"
+            found.append(Pass(name, self._rounds(), pool, seconds))
         if config.rollout.num_actors:  # before, after, without video, and every eval_every steps
             every = config.eval_every
             times = 3 + (config.num_steps // every - (config.num_steps % every == 0) if every else 0)

@@ -42,7 +42,9 @@ class FakeEngine:
     def num_cached_tokens(self, added: Added) -> int:
         return 0
 
-    def add(self, rendered: Any, seed: int | None, num_answers: int = 1) -> Added:
+    def add(
+        self, rendered: Any, seed: int | None, num_answers: int = 1, temperature: float | None = None
+    ) -> Added:
         if rendered.prompt_id == "too long":
             raise ValueError("the prompt is too long")
         self.entered.append((rendered.prompt_id, seed))

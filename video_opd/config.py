@@ -151,10 +151,12 @@ class CurriculumConfig(ConfigSection):
     passes_per_round: PositiveInt = key(1, "tvdf: how often a selected prompt is sampled in a round")
     teacher_threshold: Fraction = key(0.7, "TRPV: drop prompts whose teacher IoU is lower")
     num_teacher_predictions: PositiveInt = key(4, "TRPV: teacher answers for each prompt")
-    num_student_predictions: PositiveInt = key(1, "student answers for each prompt; 1: the greedy one")
+    num_student_predictions: PositiveInt = key(4, "student answers for each prompt; 1: the greedy one")
     disagreement: Literal["iou", "reverse_kl"] = key(
-        "iou", "dbtp: teacher IoU - student IoU, or a divergence"
+        "iou", "dbtp: teacher IoU - student IoU, or their reverse KL along one rollout of each prompt"
     )
+    difficulty_mean: Fraction = key(0.3, "difficulty: student IoU of the prompts that are likeliest drawn")
+    difficulty_std: PositiveFloat = key(0.2, "difficulty: how far from it the others may be")
     multi_span_iou: Literal["best", "merged"] = key("best", "IoU with several true spans; see grounding.py")
     group_by_video: bool = key(False, "sample the prompts of a video in one step, on one actor")
     scc: SccConfig = SccConfig()
@@ -171,6 +173,12 @@ class CurriculumConfig(ConfigSection):
         if self.pool_sample and self.num_selected and self.pool_sample < self.num_selected:
             asked = f"pool_sample={self.pool_sample} is below num_selected={self.num_selected}"
             yield f"{asked}: a round selects from the prompts that are asked; raise pool_sample"
+        if self.kind == "difficulty" and not self.num_selected:
+            yield "kind=difficulty draws num_selected prompts of the pool: set it, the paper's is 2500"
+        if self.disagreement == "reverse_kl" and not self.scores_student:
+            yield "disagreement=reverse_kl is for kind=tvdf with dbtp=true alone: leave it out"
+        if self.disagreement == "reverse_kl" and self.sampler == "gwds":
+            yield "sampler=gwds draws around a difference of IoUs, 0.9, not a reverse_kl: use another sampler"
 
     @property
     def schedules(self) -> bool:
@@ -185,13 +193,18 @@ class CurriculumConfig(ConfigSection):
     @property
     def asks_teacher(self) -> bool:
         """Whether the teacher answers the prompts of the pool."""
-        by_disagreement = self.kind == "tvdf" and self.dbtp and self.sampler != "uniform"
-        return self.kind != "uniform" and (self.trpv or by_disagreement)
+        by_iou = self.disagreement == "iou" and self.dbtp and self.sampler != "uniform"
+        return self.kind in ("tvdf", "scc") and (self.trpv or (self.kind == "tvdf" and by_iou))
 
     @property
     def asks_student(self) -> bool:
         """Whether the student answers the prompts of the pool at the start of a round."""
         return self.kind in ("scc", "difficulty") or (self.kind == "tvdf" and self.dbtp)
+
+    @property
+    def scores_student(self) -> bool:
+        """Whether the student answers with one rollout for each prompt, which the teacher scores."""
+        return self.kind == "tvdf" and self.dbtp and self.disagreement == "reverse_kl"
 
 
 class ChecksConfig(ConfigSection):
@@ -242,7 +255,8 @@ class Config(ConfigSection):
     @property
     def needs_teacher(self) -> bool:
         """Whether the objective or the curriculum needs a teacher."""
-        return self.loss.needs.teacher != "none" or self.curriculum.asks_teacher
+        asked = self.curriculum.asks_teacher or self.curriculum.scores_student
+        return self.loss.needs.teacher != "none" or asked
 
     @property
     def teacher_engine(self) -> Literal["transformers", "vllm"]:

@@ -16,7 +16,7 @@ RECORDS = pa.schema(
         ("prompt_id", pa.string()),
         ("teacher_iou", pa.float64()),  # mean over the teacher's answers; null: not asked, or clip unreadable
         ("student_iou", pa.list_(pa.float64())),  # one per round
-        ("disagreement", pa.float64()),  # in the current round
+        ("disagreement", pa.float64()),  # in the current round: of IoUs, or nats with reverse_kl
         ("selected", pa.bool_()),  # in the current round
         ("num_rollouts", pa.int64()),
         ("last_step", pa.int64()),  # -1: never sampled
@@ -41,8 +41,15 @@ MANIFEST = pa.schema(
 )
 """Annotations of any format, one row per query (docs/data.md)."""
 
-ANSWERS = pa.schema([("prompt_key", pa.string()), ("prompt_id", pa.string()), *_ANSWER])
-"""Answers of teacher or student to the pool. prompt_key: hash of the prompt, see curriculum/answers.py."""
+ANSWERS = pa.schema(
+    [
+        ("prompt_key", pa.string()),  # hash of the prompt, see curriculum/answers.py
+        ("prompt_id", pa.string()),
+        *_ANSWER,
+        ("reverse_kl", pa.float64()),  # nats; null: no teacher scored the answer
+    ]
+)
+"""Answers of teacher or student to the pool."""
 
 PREDICTIONS = pa.schema([("evaluation", pa.string()), ("prompt_id", pa.string()), *_ANSWER])
 """Answers on the held-out split, in checkpoints. evaluation: teacher, student_before, step_N, ..."""
@@ -105,7 +112,8 @@ def write_parquet(table: pa.Table, path: Path) -> None:
 def answers_table(answers: Mapping[str, Sequence[Prediction]], schema: pa.Schema) -> pa.Table:
     """One row for each answer: its key, in the first column of `schema`, its prompt, text and span."""
     rows = [
-        {schema.names[0]: key, "prompt_id": p.prompt_id, "text": p.text, **span_columns(p.span_s)}
+        {schema.names[0]: key, "prompt_id": p.prompt_id, "text": p.text}
+        | {"reverse_kl": p.reverse_kl, **span_columns(p.span_s)}
         for key, predictions in answers.items()
         for p in predictions
     ]
@@ -117,7 +125,8 @@ def answers_in(table: pa.Table) -> dict[str, list[Prediction]]:
     answers: dict[str, list[Prediction]] = {}
     for row in table.to_pylist():
         span = None if row["start_s"] is None else (row["start_s"], row["end_s"])
-        answer = Prediction(prompt_id=row["prompt_id"], text=row["text"], span_s=span)
+        divergence = row.get("reverse_kl")  # files of earlier versions lack it
+        answer = Prediction(prompt_id=row["prompt_id"], text=row["text"], span_s=span, reverse_kl=divergence)
         answers.setdefault(row[table.column_names[0]], []).append(answer)
     return answers
 

@@ -197,6 +197,7 @@ class Prediction:
     prompt_id: str
     text: str
     span_s: Span | None  # None: the answer could not be parsed
+    reverse_kl: float | None = None  # of student and teacher along it; None: no teacher scored it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

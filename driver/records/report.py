@@ -161,11 +161,16 @@ def _plot(axes: Axes, metrics: Metrics, lines: Mapping[str, tuple[str, str]], yl
     axes.set(xlabel="step", ylabel=ylabel)
 
 
-def _histogram(axes: Axes, shares: Mapping[str, np.ndarray], colours: list[str], low: float) -> None:
-    """Stacked histogram over [low, 1], 40 bins; the legend counts each share's finite values."""
+def _histogram(
+    axes: Axes, shares: Mapping[str, np.ndarray], colours: list[str], bounds: tuple[float, float] | None
+) -> None:
+    """Stacked histogram of 40 bins within `bounds`, None: those of the values.
+
+    The legend counts each share's finite values.
+    """
     finite = [values[np.isfinite(values)] for values in shares.values()]
     labels = [f"{name}: {len(values)}" for name, values in zip(shares, finite, strict=True)]
-    axes.hist(finite, bins=40, range=(low, 1), stacked=True, color=colours, label=labels)
+    axes.hist(finite, bins=40, range=bounds, stacked=True, color=colours, label=labels)
     axes.legend(fontsize="x-small")
 
 
@@ -214,7 +219,7 @@ def _curriculum(folder: Path, config: Config, metrics: Metrics) -> list[tuple[st
         figures.append(("teacher IoU, kept and dropped", validation))
     asked = {n: records for n, records in rounds.items() if records["disagreement"].null_count < len(records)}
     if asked:
-        figures.append(("disagreement by round", _disagreements(asked)))
+        figures.append(("disagreement by round", _disagreements(asked, not config.curriculum.scores_student)))
     if config.curriculum.suspends:
         figure, (axes,) = _panels(2.2)
         _plot(axes, metrics, {"curriculum/suspended_frac": ("suspended", "C4")}, "share of rollouts")
@@ -225,20 +230,21 @@ def _curriculum(folder: Path, config: Config, metrics: Metrics) -> list[tuple[st
 def _validation(records: pa.Table, threshold: float) -> Figure:
     figure, (axes,) = _panels(2.4)
     tau, dropped = records["teacher_iou"].to_numpy(), records["dropped"].to_numpy() != ""
-    _histogram(axes, {"kept": tau[~dropped], "dropped": tau[dropped]}, ["C2", "C3"], 0)
+    _histogram(axes, {"kept": tau[~dropped], "dropped": tau[dropped]}, ["C2", "C3"], (0, 1))
     axes.axvline(threshold, color="black", linestyle=":")
     axes.set(xlabel="teacher IoU (mean over its answers)", ylabel="prompts")
     return figure
 
 
-def _disagreements(rounds: dict[int, pa.Table]) -> Figure:
+def _disagreements(rounds: dict[int, pa.Table], of_ious: bool) -> Figure:
     """The disagreement on each prompt of the pool, by round: selected and left."""
     figure, panels = _panels(2.6, len(rounds), sharey=True)
+    bounds, label = ((-1, 1), "disagreement") if of_ious else (None, "reverse KL, nats")
     for axes, (number, every) in zip(panels, rounds.items(), strict=True):
         records = every.filter(pc.field("dropped") == "")
         delta, selected = records["disagreement"].to_numpy(), records["selected"].to_numpy()
-        _histogram(axes, {"selected": delta[selected], "left": delta[~selected]}, ["C0", "C7"], -1)
-        axes.set(xlabel="disagreement", title=f"round {number}")
+        _histogram(axes, {"selected": delta[selected], "left": delta[~selected]}, ["C0", "C7"], bounds)
+        axes.set(xlabel=label, title=f"round {number}")
     panels[0].set(ylabel="prompts")
     return figure
 

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -81,11 +81,11 @@ class FakeActor:
         self.version = version
         return 0.0
 
-    async def _predict(self, prompts: Sequence[Prompt], blank_video: bool) -> list[Prediction]:
+    async def _predict(self, prompts: Sequence[Prompt], *_: Any) -> list[list[Prediction]]:
         await self._act()
-        return [Prediction(prompt_id=p.prompt_id, text=str(self.version), span_s=None) for p in prompts]
+        return [[Prediction(prompt_id=p.prompt_id, text=str(self.version), span_s=None)] for p in prompts]
 
-    async def _rollout(self, prompts: Sequence[Prompt]):
+    async def _rollout(self, prompts: Sequence[Prompt], for_selection: bool):
         async def value(prompt: Prompt, version: int) -> list[FailedPrompt]:
             return [
                 FailedPrompt(prompt_id=prompt.prompt_id, reason=str(version))
@@ -215,7 +215,7 @@ def test_every_prompt_is_sampled_once_from_the_published_weights_whatever_dies(s
             for prompts, answer in zip(calls, answers, strict=True):
                 assert sorted(answer) == sorted((p.prompt_id, version) for p in prompts)
             predictions = await pool.predict([p for prompts in calls for p in prompts])
-            assert [(p.prompt_id, p.text) for p in predictions if isinstance(p, Prediction)] == [
+            assert [(a.prompt_id, a.text) for p in predictions if isinstance(p, list) for a in p] == [
                 (p.prompt_id, str(version)) for prompts in calls for p in prompts
             ]
         counts = pool.take_metrics()
@@ -230,10 +230,11 @@ def test_predictions_keep_two_calls_at_each_actor_and_a_video_in_one():
     calls: list[list[str]] = []
     held = asyncio.Event()
 
-    async def predict(prompts: Sequence[Prompt], blank_video: bool) -> list[Prediction]:
+    async def predict(prompts: Sequence[Prompt], *asked: Any) -> list[list[Prediction]]:
+        assert asked == (4, 1.0, False)
         calls.append([p.clip.clip_id for p in prompts])
         await held.wait()
-        return [Prediction(prompt_id=p.prompt_id, text="", span_s=None) for p in prompts]
+        return [[Prediction(prompt_id=p.prompt_id, text="", span_s=None)] for p in prompts]
 
     async def run() -> None:
         pool = await started(FakePool(config, random.Random(0), 0.0))
@@ -242,13 +243,14 @@ def test_predictions_keep_two_calls_at_each_actor_and_a_video_in_one():
         prompts = [make_prompt(f"p{i}", clip_id=f"v{i % 6}") for i in range(12)]
         arrived: list[str] = []
         asked = asyncio.ensure_future(
-            pool.predict(prompts, arrived=lambda of, _: arrived.extend(p.prompt_id for p in of))
+            pool.predict(prompts, 4, 1.0, arrived=lambda of, _: arrived.extend(p.prompt_id for p in of))
         )
         while len(calls) < 4:
             await asyncio.sleep(0.001)
         assert [m.calls for m in pool._members.ready] == [2, 2] and not arrived
         held.set()
-        assert [a.prompt_id for a in await asked] == [p.prompt_id for p in prompts] != arrived
+        answers = [a for (a,) in cast(Any, await asked)]
+        assert [a.prompt_id for a in answers] == [p.prompt_id for p in prompts] != arrived
         assert sorted(arrived) == sorted(p.prompt_id for p in prompts)
         pool.stop()
 

@@ -126,7 +126,7 @@ class Actor(Served):
     def do_update_weight_version(self, version: str) -> None:
         self.version = int(version)
 
-    def do_rollout(self, prompts):
+    def do_rollout(self, prompts, for_selection):
         if self.version is None:
             raise WeightsLostError("half a version")
         assert self.held == {} or is_whole(self), "sampled from a mixture"
@@ -427,7 +427,7 @@ def test_rollouts_that_reach_an_actor_during_a_transfer_are_done_again():
             await asyncio.sleep(0.01)
         pool._members.ready.append(pool._members.aside.pop(0))
         with pytest.raises(WeightsLostError):  # as from a call that was sent before the actor was set aside
-            await anext(pool._stream([make_prompt("p")]))
+            await anext(pool._stream([make_prompt("p")], False))
         waiting = [asyncio.ensure_future(sampled(pool)) for _ in range(4)]
         await asyncio.sleep(0.1)
         assert not any(s.done() for s in waiting)

@@ -22,6 +22,8 @@ from video_opd.models.vllm_engine import Completion
 from video_opd.types import FinishReason, Prediction, Trajectory, TrajectoryGroup
 from video_opd.weights.buckets import to_buckets
 
+GREEDY = 1, 0.0, False
+
 
 class Engine(FakeEngine):
     """Its version is what was loaded last; it says so in its answers."""
@@ -31,6 +33,11 @@ class Engine(FakeEngine):
         self.version = -1
         self.fails = False
         self.loaded: list[Any] = []
+        self.asked: list[tuple] = []
+
+    def add(self, rendered: Any, *sampling: Any) -> Any:
+        self.asked.append(sampling)
+        return super().add(rendered, *sampling)
 
     def load_weights(self, version: int, buckets: Any) -> None:
         assert not self.inside
@@ -91,7 +98,7 @@ async def refused(actor) -> bool:
     with pytest.raises(WeightsLostError, match="actor-0 holds no whole version"):
         await sampled(actor, "late")
     with pytest.raises(WeightsLostError):
-        await actor.predict([make_prompt("late")])
+        await actor.predict([make_prompt("late")], *GREEDY)
     return True
 
 
@@ -167,7 +174,7 @@ def test_prompts_wait_from_the_start_of_a_transfer_to_its_new_version(actor):
         await actor.init_weight_transfer_engine(None)
         await actor.start_weight_update()
         call = asyncio.ensure_future(sampled(actor, "p"))
-        predicted = asyncio.ensure_future(actor.predict([make_prompt("p")]))
+        predicted = asyncio.ensure_future(actor.predict([make_prompt("p")], *GREEDY))
         stops = asyncio.ensure_future(sampled(actor, "q"))
         await until(lambda: len(actor._loop._calls) == 3)
         await until(lambda: all(c.prompts.is_ready() for c in actor._loop._calls))
@@ -178,10 +185,40 @@ def test_prompts_wait_from_the_start_of_a_transfer_to_its_new_version(actor):
         assert not actor._engine.entered and not call.done()
         await actor.update_weight_version("5")
         assert version_of(await call) == {5}
-        assert await predicted == [Prediction(prompt_id="p", text="5", span_s=None)]
+        assert await predicted == [[Prediction(prompt_id="p", text="5", span_s=None)]]
 
     run(test())
     assert ("p", None) in actor._engine.entered, "predictions are greedy"
+
+
+def test_answers_and_rollouts_for_a_selection_have_seeds_of_their_own_that_a_resumed_pass_has_again(actor):
+    """A vLLM request each: seed, number of answers, temperature."""
+    prompts = [make_prompt("p")]
+
+    async def asked() -> list[tuple]:
+        actor._engine.asked.clear()
+        four = await actor.predict(prompts, 4, 1.0, False)
+        assert [len(answers) for answers in four] == [4]
+        (one,) = [group async for part in actor.rollout(prompts, for_selection=True) for group in part]
+        assert len(one.trajectories) == 1
+        assert len(await sampled(actor, "p")) == 2
+        await actor.predict(prompts, *GREEDY)
+        return list(actor._engine.asked)
+
+    async def test() -> None:
+        first = await asked()
+        seed = rollout_actor.zlib.crc32
+        assert first == [
+            (seed(b"3:answers:p@-1#0"), 4, 1.0),
+            (seed(b"3:selection:p@-1#0"), 1, None),
+            (seed(b"3:p@-1#0"), 2, None),
+            (None, 1, None),
+        ]
+        assert await asked() == first
+        await actor.load_weights(7, buckets(7))
+        assert not {s for s, *_ in await asked() if s} & {s for s, *_ in first}, "of another step: others"
+
+    run(test())
 
 
 def test_who_waits_for_a_transfer_that_never_ends_hears_of_it(actor):

@@ -25,9 +25,11 @@ from video_opd.types import TrajectoryGroup
 
 SOLVED = [True, False, False]  # of a prompt's rollouts
 SELECTING = [f"sampler={s}" for s in SAMPLERS] + ["dbtp=false", "trpv=false", "trpv=false dbtp=false"]
+BY_KL = [f"disagreement=reverse_kl {more}" for more in ("", "trpv=false", "sampler=bbds", "sampler=dsus")]
 KINDS = {
     "uniform": ["", "scc.gate=true"],
-    "tvdf": [*SELECTING, "scc.gate=true"],
+    "difficulty": ["num_selected=6", "num_selected=6 scc.gate=true"],
+    "tvdf": [*SELECTING, *BY_KL, "scc.gate=true"],
     "scc": [
         *("", "trpv=false", "sampler=bbds", "scc.anchor_frac=0"),
         *("scc.schedule=false", "scc.gate=false", "scc.schedule=false scc.gate=false"),
@@ -39,6 +41,9 @@ REFUSED = {  # with the gate
     "off_policy_rkd": "the gate suspends rollouts, loss.kind=off_policy_rkd has none",
     "off_policy_fkd": "the gate suspends rollouts, loss.kind=off_policy_fkd has none",
 }
+
+
+BY_KL_ALONE = "curriculum.trpv=false", "curriculum.disagreement=reverse_kl"
 
 
 def is_gated(kind: str, options: str) -> bool:
@@ -78,7 +83,8 @@ def one_step(config: Config) -> Any:
         scheduler.validate(np.full(20, 0.9))
     if scheduler.next_selection() == 0:
         sigma = np.tile([0.9, 0.1, 0.5, 0.0], 5)
-        scheduler.start_round(sigma if curriculum.asks_student else None, 0)
+        divergence = np.arange(20.0) if curriculum.scores_student else None
+        scheduler.start_round(sigma if curriculum.asks_student else None, 0, None, divergence)
     prompts = scheduler.next_prompts(config.groups_per_step)
     groups = [rolled_out(p, len(SOLVED) if needs.rollouts else 1) for p in prompts]
     gate: Any = SimpleNamespace(_config=config)
@@ -135,14 +141,59 @@ def test_a_curriculum_and_an_objective_work_together_or_are_refused_in_one_line(
         ("tvdf", "sft", ["teacher=null"], "loss.kind=sft with curriculum.kind=tvdf needs a teacher"),
         ("tvdf", "grpo", ["teacher=null"], "loss.kind=grpo with curriculum.kind=tvdf needs a teacher"),
         ("scc", "opd", ["rollout.num_actors=0"], "asks the student"),
+        ("difficulty", "sft", ["rollout.num_actors=0"], "kind=difficulty asks the student: set 1 or more"),
+        (
+            "difficulty",
+            "opd",
+            ["teacher=null"],
+            "loss.kind=opd with curriculum.kind=difficulty needs a teach",
+        ),
+        ("tvdf", "grpo", [*BY_KL_ALONE, "teacher=null"], "needs a teacher"),
+        ("tvdf", "sft", [*BY_KL_ALONE, "rollout.num_actors=0"], "asks the student: set 1 or more"),
         ("uniform", "off_policy_rkd", ["teacher=null"], "needs a teacher"),
         ("uniform", "grpo", ["rollout.rollouts_per_prompt=1"], "set rollout.rollouts_per_prompt >= 2"),
     ],
 )
 def test_what_a_combination_lacks_is_one_line(kind, loss, more, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        config_of(kind, loss, "", *more)
+        config_of(kind, loss, "num_selected=6", *more)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("kind=difficulty", "kind=difficulty draws num_selected prompts of the pool: set it"),
+        ("kind=tvdf sampler=gwds disagreement=reverse_kl", "sampler=gwds draws around a difference of IoUs"),
+        (
+            "kind=tvdf dbtp=false disagreement=reverse_kl",
+            "disagreement=reverse_kl is for kind=tvdf with dbtp",
+        ),
+        ("kind=scc disagreement=reverse_kl", "disagreement=reverse_kl is for kind=tvdf with dbtp"),
+        ("kind=difficulty num_selected=6 difficulty_std=0", "difficulty_std"),
+    ],
+)
+def test_options_that_do_nothing_together_are_one_line(options, message):
+    kind, *others = options.split()
+    with pytest.raises(ConfigError, match=message) as caught:
+        config_of(kind.removeprefix("kind="), "opd", " ".join(others))
+    assert "\n" not in str(caught.value)
+
+
+def test_who_is_asked():
+    """(the teacher answers, the student answers, the teacher scores it, the run has a teacher)"""
+
+    def asked(kind: str, loss: str, options: str = "", *more: str) -> tuple[bool, ...]:
+        config = config_of(kind, loss, options, *more)
+        of = config.curriculum
+        return of.asks_teacher, of.asks_student, of.scores_student, config.needs_teacher
+
+    assert asked("difficulty", "grpo", "num_selected=6", "teacher=null") == (False, True, False, False)
+    assert asked("difficulty", "opd", "num_selected=6") == (False, True, False, True)
+    assert asked("tvdf", "grpo", "trpv=false disagreement=reverse_kl") == (False, True, True, True)
+    assert asked("tvdf", "opd", "disagreement=reverse_kl") == (True, True, True, True)
+    assert asked("tvdf", "opd", "trpv=false") == (True, True, False, True)
+    assert asked("tvdf", "grpo", "trpv=false sampler=uniform", "teacher=null") == (False, True, False, False)
 
 
 @pytest.mark.parametrize("loss", ["sft", "off_policy_rkd", "off_policy_fkd"])

@@ -1,6 +1,7 @@
 """What the curriculum keeps on disk: the teacher's answers, found by content, and the records."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,16 @@ def test_the_students_answers_are_those_of_one_step_and_one_setting(config, tmp_
     assert not list(student_parts(tmp_path, 4).parent.iterdir())
 
 
+def test_a_file_of_an_earlier_version_has_no_reverse_kl(tmp_path):
+    [answer] = given = answers_of("a", (1.0, 2.0))
+    scored = replace(answer, reverse_kl=-0.1)
+    write_answers(tmp_path / "new", "settings", {"k": [scored]})
+    assert find_answers([tmp_path / "new"], "settings", {"k"}) == {"k": [scored]}
+    older = pq.read_table(tmp_path / "new" / FILE).drop_columns("reverse_kl")
+    write_parquet(older, tmp_path / "old" / FILE)
+    assert find_answers([tmp_path / "old"], "settings", {"k"}) == {"k": given}
+
+
 def test_a_prompt_answered_in_two_runs_is_taken_from_one(tmp_path):
     for run in ("one", "two"):
         write_answers(tmp_path / run, "settings", {"k": answers_of("a", (1.0, 2.0), (1.0, 3.0))})
@@ -268,7 +279,7 @@ def test_show_lists_prompts_by_state_from_the_newest_records(run, capsys, monkey
             "p2",
             [
                 "p2: selected",
-                "IoU by round 0.200 0.350",
+                "student: mean IoU over 4 answers, by round 0.200 0.350",
                 "disagreement 0.600, rank 1 of 3; 2 selected (top_k)",
                 "1 rollouts, last at step 1",
             ],
@@ -291,8 +302,16 @@ def test_show_explains_one_prompt(run, capsys, prompt_id, expected):
             {"kind": "scc", "scc": {"anchor_frac": 0.5, "schedule": False}, "num_selected": 2},
             {"Anchor:", "Frontier:", "neither kind:"},
         ),
+        (
+            {"kind": "difficulty", "num_selected": 2, "num_student_predictions": 1},
+            {
+                "drawn with weight 0.011, which is 1 at a student IoU of 0.3; 2 selected",
+                "drawn with weight 0.607",
+                "student: IoU of its greedy answer, by round 0.900",
+            },
+        ),
     ],
-    ids=["without dbtp", "scc"],
+    ids=["without dbtp", "scc", "difficulty"],
 )
 def test_show_explains_prompts_that_disagreement_did_not_decide(config, tmp_path, capsys, options, expected):
     config = config.model_copy(
@@ -300,7 +319,8 @@ def test_show_explains_prompts_that_disagreement_did_not_decide(config, tmp_path
     )
     scheduler = Scheduler([make_prompt(f"p{i}") for i in range(3)], config)
     scheduler.validate(np.array([0.9, 0.9, 0.9]))
-    scheduler.start_round(np.array([0.9, 0.5, 0.1]) if options["kind"] == "scc" else None, 0)
+    asked = options["kind"] in ("scc", "difficulty")
+    scheduler.start_round(np.array([0.9, 0.5, 0.1]) if asked else None, 0)
     write_parquet(scheduler.records(), tmp_path / "curriculum" / "records.parquet")
     (tmp_path / "config.yaml").write_text(dump_config(config, {}))
     for i in range(3):
@@ -308,6 +328,28 @@ def test_show_explains_prompts_that_disagreement_did_not_decide(config, tmp_path
     out = capsys.readouterr().out
     assert all(part in out for part in expected), out
     assert "rank" not in out
+
+
+def test_show_and_the_report_explain_a_reverse_kl(config, tmp_path, capsys):
+    from driver.records.report import _curriculum
+
+    curriculum = CurriculumConfig(kind="tvdf", disagreement="reverse_kl", num_selected=1)
+    sizes = {"groups_per_step": 1, "max_policy_lag": 0}
+    config = config.model_copy(update={"curriculum": curriculum, **sizes})
+    scheduler = Scheduler([make_prompt(f"p{i}") for i in range(3)], config)
+    scheduler.validate(np.array([0.9, 0.8, 0.1]))
+    scheduler.start_round(np.array([0.5, 0.25, np.nan]), 0, None, np.array([4.5, 12.25, np.nan]))
+    records = tmp_path / "curriculum" / "round-1.parquet"
+    write_parquet(scheduler.records(), records)
+    (tmp_path / "config.yaml").write_text(dump_config(config, {}))
+    assert main(["show", str(tmp_path), "--prompt", "p0"]) == 0
+    out = capsys.readouterr().out
+    assert "student: IoU of one rollout, by round 0.500" in out
+    assert "disagreement 4.500 nats of reverse KL, rank 2 of 2; 1 selected (top_k)" in out
+    ((_, _), (_, figure)) = _curriculum(tmp_path, config, [])
+    axes: Any = figure.axes[0]
+    assert axes.get_xlabel() == "reverse KL, nats" and axes.get_xlim()[1] > 12
+    assert sum(bar.get_height() for bar in axes.patches) == 2, "none is out of the picture"
 
 
 def test_show_lists_the_most_frequent_of_thousands_of_states(config, tmp_path, capsys, monkeypatch):

@@ -24,7 +24,7 @@ from video_opd.errors import CheckpointError, ConfigError, RunError
 from video_opd.grounding import ROUNDING
 from video_opd.types import FailedPrompt, Prompt
 
-KINDS = ("uniform", "tvdf", "scc")
+KINDS = ("uniform", "tvdf", "scc", "difficulty")
 
 
 demo = cache(load_demo)
@@ -394,7 +394,7 @@ def test_the_next_selection_is_at_step_0_then_where_a_round_ends_or_never():
             scheduler.retire([FailedPrompt(prompt_id=in_round[0], reason="broken")])
             left = [r["prompt_id"] for r in records_of(scheduler) if r["selected"] and not r["dropped"]]
             assert len(left) == (4 if kind == "tvdf" else 3), kind
-    assert selections == {"uniform": [None], "tvdf": [0, 7], "scc": [0, None]}
+    assert selections == {"uniform": [None], "tvdf": [0, 7], "scc": [0, None], "difficulty": [0, None]}
 
 
 def test_a_checkpoint_of_other_prompts_is_refused_with_their_names():
@@ -406,7 +406,7 @@ def test_a_checkpoint_of_another_curriculum_is_refused():
     state = make_scheduler(6, kind="tvdf", num_selected=2, dbtp=False).state_dict()
     for kind in KINDS:
         with pytest.raises(CheckpointError, match="resume with the curriculum the run was started with"):
-            restored(state, 6, kind=kind)
+            restored(state, 6, kind=kind, num_selected=2)
     restored(state, 6, kind="tvdf", dbtp=False, num_selected=3)
 
 

@@ -20,7 +20,9 @@ from curriculum.tvdf import (
     by_video,
     disagreement,
     dsus,
+    gaussian_draw,
     gwds,
+    reverse_kl,
     top_k,
     uniform,
 )
@@ -147,6 +149,43 @@ def test_gwds_draws_with_its_exact_inclusion_frequencies(delta, k):
     for i, chance in enumerate(inclusion(weights, k)):
         sd = (chance * (1 - chance) / draws) ** 0.5
         assert abs(counts[i] / draws - chance) <= 4.5 * sd + 1e-12, (i, counts[i] / draws, chance)
+
+
+def test_difficulty_draws_each_prompt_first_with_the_probability_of_eq_30():
+    """P(i) = exp(-(x_i - 0.3)^2 / (2 0.2^2)) / Z over the start's IoU: weights by hand, then chi-square."""
+    iou = np.array([0.0, 0.1, 0.3, 0.5, 0.7, 1.0])  # 1.5, 1, 0, 1, 2 and 3.5 deviations from the mean
+    weights = np.array([0.3246525, 0.6065307, 1.0, 0.6065307, 0.1353353, 0.0021875])
+    np.testing.assert_allclose(np.exp(-((iou - 0.3) ** 2) / (2 * 0.2**2)), weights, atol=1e-7)
+    draws, generator = 8_000, rng()
+    chosen = np.array([gaussian_draw(iou, 3, 0.3, 0.2, generator) for _ in range(draws)])
+    assert (np.diff(np.sort(chosen)) > 0).all(), "without replacement"
+    expected = draws * weights / weights.sum()
+    counts = np.bincount(chosen[:, 0], minlength=6)
+    assert ((counts - expected) ** 2 / expected).sum() < 20.5, (
+        "99.9 % of chi-square with 5 degrees of freedom"
+    )
+    for i, chance in enumerate(inclusion(weights.tolist(), 3)):
+        found = (chosen == i).any(1).mean()
+        assert abs(found - chance) <= 4.5 * (chance * (1 - chance) / draws) ** 0.5, (i, found, chance)
+
+
+def test_the_reverse_kl_along_a_rollout_by_hand_and_its_mean_over_rollouts():
+    """D = sum_t (log pi - log pi_T). Its expectation over the student's rollouts is KL(pi || pi_T)."""
+    assert reverse_kl(np.array([-1.0, -0.5, -2.0]), np.array([-3.0, -0.25, -2.5])) == 2.25
+    pi, teacher = (
+        {"a": {"a": 0.9, "b": 0.1}, "b": {"a": 0.4, "b": 0.6}},
+        {"a": {"a": 0.5, "b": 0.5}, "b": {"a": 0.2, "b": 0.8}},
+    )
+    first, of_teacher = {"a": 0.7, "b": 0.3}, {"a": 0.2, "b": 0.8}
+    rollouts = [(x, y) for x in "ab" for y in "ab"]
+    chances = [first[x] * pi[x][y] for x, y in rollouts]
+    divergences = [
+        reverse_kl(np.log([first[x], pi[x][y]]), np.log([of_teacher[x], teacher[x][y]])) for x, y in rollouts
+    ]
+    kl = sum(
+        p * np.log(p / (of_teacher[x] * teacher[x][y])) for p, (x, y) in zip(chances, rollouts, strict=True)
+    )
+    assert np.dot(chances, divergences) == pytest.approx(kl)
 
 
 def test_gwds_still_draws_far_from_its_centre_where_every_weight_underflows():

@@ -22,22 +22,17 @@ class Actors:
 
     num_wanted, num_right = 1, 0
 
-    async def predict(self, prompts: Any, *_: Any, **__: Any) -> list[Prediction]:
+    async def predict(self, prompts: Any, *_: Any, **__: Any) -> list[list[Prediction]]:
         spans = [(2.0, 5.0) if i < self.num_right else None for i in range(len(prompts))]
         pairs = zip(prompts, spans, strict=True)
-        return [Prediction(prompt_id=p.prompt_id, text=str(s), span_s=s) for p, s in pairs]
-
-
-class Teacher(Actors):
-    async def predict(self, prompts: Any, *_: Any, **__: Any) -> Any:
-        return [[answer] for answer in await super().predict(prompts)]
+        return [[Prediction(prompt_id=p.prompt_id, text=str(s), span_s=s)] for p, s in pairs]
 
 
 def make_run(actors: Actors, progress: Progress) -> Any:
     parts: Any = {n: None for n in ("folder", "given", "control", "learner", "curriculum")}
     config: Any = SimpleNamespace()
     parts |= {"plan": SimpleNamespace(eval=Split(POOL, ""), train=[]), "config": config, "rewards": []}
-    return Run(actors=actors, teacher=Teacher(), progress=progress, **parts)  # type: ignore[arg-type]
+    return Run(actors=actors, teacher=Actors(), progress=progress, **parts)  # type: ignore[arg-type]
 
 
 def evaluate(run: Any, step: int, num_right: int, name: str | None = None) -> None:

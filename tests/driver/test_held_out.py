@@ -21,19 +21,21 @@ PROMPTS = [make_prompt(name) for name in ("a", "b")]
 class Answering:
     """Actors or a teacher: every answer is the truth. Counts how often it was asked."""
 
-    def __init__(self, num_wanted: int = 1, nested: bool = False):
-        self.num_wanted, self._nested, self.asked = num_wanted, nested, []
+    def __init__(self, num_wanted: int = 1):
+        self.num_wanted, self.asked = num_wanted, []
 
-    async def predict(self, prompts: list, blank_video: bool = False, arrived: Any = None) -> list:
+    async def predict(
+        self, prompts: list, num_answers=1, temperature=0.0, blank_video=False, arrived: Any = None
+    ) -> list:
+        assert (num_answers, temperature) == (1, 0.0), "evaluation is greedy"
         self.asked.append(blank_video)
-        answers = [Prediction(prompt_id=p.prompt_id, text="", span_s=p.answer_spans_s[0]) for p in prompts]
-        return [[a] for a in answers] if self._nested else answers
+        return [[Prediction(prompt_id=p.prompt_id, text="", span_s=p.answer_spans_s[0])] for p in prompts]
 
 
 def make_run(step: int, num_actors: int = 1, evaluated: tuple[str, ...] = ()) -> Any:
     parts: Any = {name: None for name in ("learner", "curriculum", "control")}
     parts |= {"plan": SimpleNamespace(eval=Split(list(PROMPTS), "")), "rewards": [], "published": step}
-    parts |= {"actors": Answering(num_actors), "teacher": Answering(nested=True)}
+    parts |= {"actors": Answering(num_actors), "teacher": Answering()}
     config: Any = SimpleNamespace(max_scored_tokens=None)
     run = Run(folder=None, config=config, given=config, progress=Progress(step=step), **parts)  # pyright: ignore
     for name in evaluated:

@@ -1,9 +1,10 @@
-"""Selecting a round: what was answered stays when it is interrupted, and a checkpoint follows."""
+"""Selecting a round: who is asked; what was answered stays when it is interrupted; a checkpoint follows."""
 
 import asyncio
 import os
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,12 +22,12 @@ from driver.rounds import start_round
 from driver.run import Run
 from driver.run_state import Phase
 from driver.stopping import shutdown_at_end
-from tests.fakes import make_prompt
+from tests.fakes import make_group, make_prompt
 from video_opd.config import Config
 from video_opd.config_file import load_demo
 from video_opd.errors import ConfigError, StoppedError
 from video_opd.passes import ask_by_video
-from video_opd.types import FailedPrompt, Prediction, Prompt
+from video_opd.types import FailedPrompt, Prediction, Prompt, TeacherScores, TrajectoryGroup
 
 POOL = [make_prompt(f"p{i}") for i in range(10)]
 PART = 4
@@ -35,31 +36,38 @@ PART = 4
 class Model:
     """A teacher or the actors: answers every prompt, and notes what it is asked. Hangs at its last call."""
 
-    num_wanted = 1
-
-    def __init__(self, span: tuple[float, float], num_calls: float = np.inf, broken: Sequence[str] = ()):
-        self._span, self._left, self._broken = span, num_calls, broken
+    def __init__(self, *spans: tuple[float, float], num_calls: float = np.inf, broken: Sequence[str] = ()):
+        """spans: of the first answers to a prompt; the last one is that of all others, too."""
+        self._spans, self._left, self._broken = spans, num_calls, broken
         self.asked: list[str] = []
+        self.sampling: set[tuple[int, float]] = set()
         self.hangs = asyncio.Event()
 
     async def predict(self, prompts: Sequence[Prompt], *arguments: Any) -> list[Any]:
         async def at_once() -> int:
             return 1
 
-        answer = partial(self._answer, num_answers=arguments[0] if len(arguments) == 3 else None)
+        self.sampling.add(arguments[:2])
+        answer = partial(self._answer, num_answers=arguments[0])
         return await ask_by_video(prompts, PART, answer, at_once, arguments[-1])
 
-    async def _answer(self, prompts: Sequence[Prompt], num_answers: int | None) -> list[Any]:
+    async def take(self, prompts: Sequence[Prompt]) -> list[FailedPrompt | None]:
+        """Begins a call: those of its prompts that are broken."""
         if self._left < 1:
+            for _ in range(100):  # calls that began earlier end first
+                await asyncio.sleep(0)
             self.hangs.set()
             await asyncio.Event().wait()
         self._left -= 1
         self.asked += [p.prompt_id for p in prompts]
-        answers = [Prediction(prompt_id=p.prompt_id, text="", span_s=self._span) for p in prompts]
-        results: list[Any] = [[a] * num_answers for a in answers] if num_answers else [*answers]
-        failed = [p.prompt_id in self._broken for p in prompts]
         reasons = [FailedPrompt(prompt_id=p.prompt_id, reason="broken") for p in prompts]
-        return [f if fails else r for f, fails, r in zip(reasons, failed, results, strict=True)]
+        return [f if f.prompt_id in self._broken else None for f in reasons]
+
+    async def _answer(self, prompts: Sequence[Prompt], num_answers: int) -> list[Any]:
+        failed = await self.take(prompts)
+        spans = [*self._spans, *[self._spans[-1]] * num_answers][:num_answers]
+        answers = [[Prediction(prompt_id=p.prompt_id, text="", span_s=s) for s in spans] for p in prompts]
+        return [f or a for f, a in zip(failed, answers, strict=True)]
 
 
 class Local:
@@ -104,6 +112,7 @@ def make_run(config: Config, teacher: Model, student: Model, name: str = "run", 
     parts: Any = {"plan": SimpleNamespace(train=POOL), "control": None, "rewards": [], "given": config}
     parts |= {"teacher": teacher, "actors": student, "curriculum": Local(Scheduler(POOL, config))}
     parts["learner"] = SimpleNamespace(stop=lambda: None)
+    student.num_wanted = 1  # type: ignore[attr-defined]
     teacher.stop = lambda: None  # type: ignore[attr-defined]
     run = Run(folder=folder, config=config, progress=Progress(step=step), newest_checkpoint=step, **parts)
     run.published = step
@@ -111,8 +120,8 @@ def make_run(config: Config, teacher: Model, student: Model, name: str = "run", 
     return run
 
 
-def good() -> Model:
-    return Model((2.0, 5.0))
+def good(**options: Any) -> Model:
+    return Model((2.0, 5.0), **options)
 
 
 def bad(**options: Any) -> Model:
@@ -129,7 +138,7 @@ def interrupted(run: Any, hangs: Model) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(StoppedError):
-        asyncio.run(asyncio.wait_for(go(), 120))
+        asyncio.run(asyncio.wait_for(go(), 60))
 
 
 def rows_of(folder: Path) -> list[int]:
@@ -154,7 +163,8 @@ def test_a_teacher_that_is_interrupted_is_asked_the_rest_by_the_next_run(config,
 def test_a_student_that_is_interrupted_is_asked_the_rest_by_the_same_run_at_the_same_step(config, written):
     first = make_run(config, good(), student := bad(num_calls=2))
     interrupted(first, student)
-    assert rows_of(student_parts(first.folder, 0)) == [PART, PART] and not written
+    answers = config.curriculum.num_student_predictions
+    assert rows_of(student_parts(first.folder, 0)) == [PART * answers] * 2 and not written
     resumed = make_run(config, teacher := good(), rest := bad())
     asyncio.run(start_round(resumed))
     assert (teacher.asked, rest.asked) == ([], ["p8", "p9"])
@@ -162,7 +172,19 @@ def test_a_student_that_is_interrupted_is_asked_the_rest_by_the_same_run_at_the_
     assert not list(student_parts(resumed.folder, 0).parent.iterdir()), "they are used"
 
 
-@pytest.mark.parametrize("change", ["step", "text", "length", "weights"])
+def test_a_student_answers_as_often_as_the_teacher_at_the_same_temperature_and_sigma_is_the_mean(config):
+    run = make_run(config, good(), student := Model((2.0, 5.0), (2.0, 3.5), (8.0, 9.0)))
+    asyncio.run(start_round(run))
+    assert student.sampling == run.teacher.sampling == {(4, 1.0)}
+    assert run.curriculum.scheduler.records()["student_iou"].to_pylist() == [[(1 + 0.5 + 0 + 0) / 4]] * 10
+    assert run.curriculum.scheduler.records()["disagreement"].to_pylist() == [1 - 0.375] * 10
+    one = config.curriculum.model_copy(update={"num_student_predictions": 1})
+    other = make_run(config.model_copy(update={"curriculum": one}), good(), greedy := good(), "other")
+    asyncio.run(start_round(other))
+    assert greedy.sampling == {(1, 0.0)}, "the greedy answer"
+
+
+@pytest.mark.parametrize("change", ["step", "text", "length", "weights", "number", "seed"])
 def test_answers_of_another_student_are_not_used(config, change, written):
     first = make_run(config, good(), student := bad(num_calls=1))
     interrupted(first, student)
@@ -172,6 +194,11 @@ def test_answers_of_another_student_are_not_used(config, change, written):
     if change == "length":
         rollout = config.rollout.model_copy(update={"max_response_tokens": 3})
         config = config.model_copy(update={"rollout": rollout})
+    if change == "number":
+        curriculum = config.curriculum.model_copy(update={"num_student_predictions": 1})
+        config = config.model_copy(update={"curriculum": curriculum})
+    if change == "seed":
+        config = config.model_copy(update={"seed": 5})
     if change == "weights":
         (Path(config.student) / "config.json").write_text("another")
     run = make_run(config, good(), asked := bad(), step=7 if change == "step" else 0)
@@ -246,3 +273,126 @@ def test_when_nothing_can_be_selected_the_records_say_why(config, written):
         asyncio.run(start_round(run))
     dropped = pq.read_table(run.folder / "curriculum" / "round-1.parquet")["dropped"].to_pylist()
     assert dropped == ["teacher IoU is below 0.7"] * 10 and not written
+
+
+# --- disagreement=reverse_kl, kind=difficulty ---
+
+
+class Student(Model):
+    """A rollout has as many tokens as its prompt's number says, and one more; each of log-prob -1."""
+
+    async def rollout(self, prompts: Sequence[Prompt], for_selection: bool) -> Any:
+        assert for_selection
+        failed = await self.take(prompts)
+        results = [f or self._rolled_out(p) for f, p in zip(failed, prompts, strict=True)]
+        for part in (results[:1], results[1:]):
+            yield ("a reference", part), part
+
+    def _rolled_out(self, prompt: Prompt) -> TrajectoryGroup:
+        (trajectory,) = make_group(prompt.prompt_id, [1 + int(prompt.prompt_id[1:])]).group.trajectories
+        ones = np.ones(len(trajectory.response_token_ids), np.float32)
+        rollout = replace(trajectory, actor_logprobs=-ones, predicted_span_s=self._spans[0])
+        return TrajectoryGroup(prompt=prompt, trajectories=(rollout,))
+
+
+class Teacher(Model):
+    """Gives each token a log-prob of -3."""
+
+    async def score(self, sent: Any) -> list[Any]:
+        groups = sent[1] if isinstance(sent, tuple) else sent
+        assert all(isinstance(g, TrajectoryGroup) for g in groups), "a reference is to scorable results alone"
+        names = [g.prompt.prompt_id for g in groups]
+        failed = {n: FailedPrompt(prompt_id=n, reason="unread") for n in names if n in self._broken}
+        return [failed.get(n) or (self._scores(g),) for n, g in zip(names, groups, strict=True)]
+
+    def _scores(self, group: TrajectoryGroup) -> TeacherScores:
+        (rollout,) = group.trajectories
+        logprobs = np.full(len(rollout.actor_logprobs), -3, np.float32)
+        name = rollout.trajectory_id
+        return TeacherScores(trajectory_id=name, teacher_id="t", teacher_logprobs=logprobs, top_k=None)
+
+
+def with_reverse_kl(config: Config, **more: Any) -> Config:
+    curriculum = config.curriculum.model_copy(update={"disagreement": "reverse_kl", **more})
+    rollout = config.rollout.model_copy(update={"prompts_per_call": PART})
+    return config.model_copy(update={"curriculum": curriculum, "rollout": rollout})
+
+
+def test_the_disagreement_is_the_sum_along_one_rollout_and_the_teacher_answers_for_trpv_alone(config):
+    run = make_run(with_reverse_kl(config), teacher := Teacher((2.0, 5.0)), student := Student((2.0, 3.5)))
+    asyncio.run(start_round(run))
+    records = run.curriculum.scheduler.records().to_pylist()
+    assert [r["disagreement"] for r in records] == [2.0 * tokens for tokens in range(1, 11)]
+    assert [(r["teacher_iou"], r["student_iou"]) for r in records] == [(1.0, [0.5])] * 10
+    assert [r["prompt_id"] for r in records if r["selected"]] == ["p6", "p7", "p8", "p9"], "the largest"
+    assert not student.sampling and teacher.sampling == {(4, 1.0)}
+    assert (run.totals["scored_rollouts"], run.totals["scored_tokens"]) == (10, sum(range(1, 11)))
+    without = make_run(with_reverse_kl(config, trpv=False), other := Teacher(), Student((2.0, 5.0)), "other")
+    asyncio.run(start_round(without))
+    assert not other.asked, "it scores, and gives no answers"
+    assert [r["disagreement"] for r in without.curriculum.scheduler.records().to_pylist()] == [
+        2.0 * tokens for tokens in range(1, 11)
+    ]
+
+
+def test_an_interrupted_pass_of_rollouts_goes_on_and_a_checkpoint_in_the_round_keeps_its_divergence(
+    config, written
+):
+    config = with_reverse_kl(config)
+    first = make_run(config, Teacher((2.0, 5.0)), student := Student((2.0, 3.5), num_calls=1))
+    interrupted(first, student)
+    assert len(list(student_parts(first.folder, 0).iterdir())) == 1 and not written
+    resumed = make_run(config, Teacher((2.0, 5.0)), rest := Student((2.0, 3.5)))
+    asyncio.run(start_round(resumed))
+    assert sorted(student.asked + rest.asked) == sorted(p.prompt_id for p in POOL) and len(rest.asked) < 10
+    whole = make_run(config, Teacher((2.0, 5.0)), Student((2.0, 3.5)), "whole")
+    asyncio.run(start_round(whole))
+    assert resumed.curriculum.scheduler.records() == whole.curriculum.scheduler.records()
+    again = Scheduler(POOL, config)
+    again.load_state_dict(written[-1])
+    assert again.records() == whole.curriculum.scheduler.records()
+    again.retire([FailedPrompt(prompt_id="p9", reason="gone")])
+    selected = again.records()["selected"].to_pylist()
+    assert selected[5:] == [True] * 5 and not any(selected[:5]), "the next largest takes its place"
+
+
+@pytest.mark.parametrize("change", ["temperature", "teacher", "iou"])
+def test_scored_rollouts_of_other_models_are_not_used(config, change, tmp_path):
+    config = with_reverse_kl(config, trpv=False)
+    interrupted(make_run(config, Teacher(), student := Student((2.0, 5.0), num_calls=1)), student)
+    if change == "temperature":
+        rollout = config.rollout.model_copy(update={"temperature": 0.5})
+        config = config.model_copy(update={"rollout": rollout})
+    if change == "teacher":
+        (tmp_path / "teacher" / "config.json").write_text("another")
+    if change == "iou":
+        config = with_reverse_kl(config, disagreement="iou")
+    run = make_run(config, Teacher((2.0, 5.0)), asked := Student((2.0, 5.0)))
+    asyncio.run(start_round(run))
+    assert sorted(asked.asked) == sorted(p.prompt_id for p in POOL)
+
+
+def test_prompts_that_neither_can_read_are_dropped(config):
+    config = with_reverse_kl(config, trpv=False)
+    run = make_run(config, Teacher(broken=["p2"]), Student((2.0, 5.0), broken=["p1"]))
+    asyncio.run(start_round(run))
+    records = run.curriculum.scheduler.records().to_pylist()
+    assert {r["prompt_id"]: r["dropped"] for r in records if r["dropped"]} == {"p1": "broken", "p2": "unread"}
+    assert [r["disagreement"] for r in records[1:3]] == [None, None]
+    assert run.totals["scored_rollouts"] == 9, "the actor could not read the other"
+
+
+def test_difficulty_asks_the_student_once_and_resumes_in_its_pass(config, written):
+    curriculum = config.curriculum.model_copy(update={"kind": "difficulty"})
+    config = config.model_copy(update={"curriculum": curriculum})
+    first = make_run(config, teacher := good(), student := bad(num_calls=1))
+    interrupted(first, student)
+    resumed = make_run(config, good(), rest := bad())
+    asyncio.run(start_round(resumed))
+    assert not teacher.asked and len(student.asked) == 4 and len(rest.asked) == 6
+    records = resumed.curriculum.scheduler.records().to_pylist()
+    assert sum(r["selected"] for r in records) == 4 and [r["student_iou"] for r in records] == [[0.0]] * 10
+    assert resumed.next_selection is None, "once for the run"
+    whole = make_run(config, good(), bad(), "whole")
+    asyncio.run(start_round(whole))
+    assert whole.curriculum.scheduler.records() == resumed.curriculum.scheduler.records()

@@ -371,7 +371,7 @@ def test_a_model_is_asked_video_by_video_and_answers_are_in_the_callers_order(mo
 
     async def predict(loop, encoder, prompts, blank_video, on_answer):
         asked.extend(p.clip.clip_id for p in prompts)
-        return [Prediction(prompt_id=p.prompt_id, text=str(blank_video), span_s=None) for p in prompts]
+        return [[Prediction(prompt_id=p.prompt_id, text=str(blank_video), span_s=None)] for p in prompts]
 
     async def fail(*_, **__):
         raise ParityError("the processor sees 7 tokens")

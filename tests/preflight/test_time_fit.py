@@ -237,6 +237,37 @@ def test_the_steps_of_a_schedule_take_the_time_of_their_prompts():
     assert plan_of("num_steps=100").steps_s == pytest.approx((2500 + 21 * 32) / 32 * plan.step_s)
 
 
+def test_a_student_of_four_answers_decodes_four_times_and_computes_its_prompts_once():
+    plan, shapes = plan_of(num_prompts=1000), STUDENT
+    one, four = (plan.student_answers_s(plan.train, 1000, number) for number in (1, 4))
+    size, rollout = plan.train.student, plan.config.rollout
+    bandwidth = 3.35e12 * 0.6
+    reads = [time.decode_bytes(shapes, "bfloat16", 1, size, (n, 64), 34) / bandwidth for n in (500, 2000)]
+    assert rollout.num_actors == 2 and four - one == pytest.approx(reads[1] - reads[0], rel=0.05)
+    assert next(p for p in plan.passes if p.name == "student (DBTP)").seconds == four, "the default"
+
+
+def test_a_pass_of_scored_rollouts_takes_as_long_as_the_slower_of_both_roles():
+    plan = plan_of("curriculum.disagreement=reverse_kl", "curriculum.trpv=false", num_prompts=12408)
+    told = {p.name: (p.times, p.num_prompts, p.seconds) for p in plan.passes}
+    rollouts, scores = plan.student_answers_s(plan.train, 12408), plan.teacher_scores_s(plan.train, 12408)
+    assert told["scored rollouts (DBTP)"] == (3, 12408, max(rollouts, scores)) and scores > rollouts
+    assert not {"teacher (TRPV)", "student (DBTP)"} & told.keys(), "the teacher gives no answers"
+    assert scores == pytest.approx(12408 / 2 * plan.phases["score"].unit_s), "as in a step"
+    shares = ("learner.num_gpus=0.3", "rollout.num_gpus=0.3", "teacher_pool.num_gpus=0.3")
+    shared = plan_of("curriculum.disagreement=reverse_kl", *shares)
+    both = shared.student_answers_s(shared.train, 10) + shared.teacher_scores_s(shared.train, 10)
+    assert shared.scored_rollouts_s(shared.train, 10) == both, "in turns"
+    grpo = plan_of(
+        "loss.kind=grpo",
+        "curriculum.kind=difficulty",
+        "rollout.rollouts_per_prompt=8",
+        "teacher=null",
+        num_prompts=12408,
+    )
+    assert {p.name: p.times for p in grpo.passes} == {"student": 1, "evaluation": 3}
+
+
 def test_prompts_of_one_video_share_its_tower_and_their_prefix():
     def student_s(*overrides: str, prompts_a_video: float) -> float:
         plan = plan_of(*overrides, prompts_a_video=prompts_a_video)

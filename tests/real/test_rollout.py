@@ -126,6 +126,11 @@ def test_sampling_is_seeded_and_greedy_is_the_argmax(engine, encoded):
     greedy = [a for (a,) in engine.generate(encoded, None)]
     sampled = [a for (a,) in engine.generate(encoded, [11] * len(encoded))]
     assert all(g.logprobs[0] >= s.logprobs[0] - 1e-6 for g, s in zip(greedy, sampled, strict=True))
+    cold, outputs = engine.add(engine.render(encoded[0]), 11, 4, 1e-3), {}
+    while cold.name not in outputs:
+        outputs |= {output.request_id: output for output in engine.step()}
+    four = [c.token_ids.tolist() for c in engine.completions(encoded[0], outputs[cold.name])]
+    assert four == [greedy[0].token_ids.tolist()] * 4, "its own temperature, not the config's"
 
 
 def test_the_videos_of_several_prompts_are_processed_once_and_as_bytes(engine, encoded):

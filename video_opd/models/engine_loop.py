@@ -27,6 +27,7 @@ class Request:
     seed: int | None
     num_answers: int = 1
     policy_version: int = -1  # of the weights that answer
+    temperature: float | None = None
 
 
 class Answered(NamedTuple):
@@ -236,7 +237,7 @@ class EngineLoop(Generic[Engine]):
 
     def _enter(self, engine: Engine, call: _Call, ready: _Ready) -> None:
         request = call.admit(ready.prompt)
-        added = engine.add(ready.rendered, request.seed, request.num_answers)
+        added = engine.add(ready.rendered, request.seed, request.num_answers, request.temperature)
         was_processed = ready.rendered.was_processed
         call.entered[added.name] = _Entered(added, ready.prompt, request, was_processed, ready.beginning)
         self._call_of[added.name] = call
@@ -280,15 +281,18 @@ async def predict(
     blank_video: bool = False,
     admit: Admit = lambda _: GREEDY,
     on_answer: Callable[[], None] = lambda: None,
-) -> list[Prediction | FailedPrompt]:
-    """The greedy answer to each prompt, in order, or a FailedPrompt. `blank_video`: with grey frames."""
-    answers: dict[str, Prediction | FailedPrompt] = {}
+) -> list[list[Prediction] | FailedPrompt]:
+    """The answers to each prompt, in order, or a FailedPrompt; greedy unless `admit` asks for others.
+
+    blank_video: with grey frames.
+    """
+    answers: dict[str, list[Prediction] | FailedPrompt] = {}
     async with aclosing(loop.sample(encoder, prompts, admit, blank_video)) as results:
         async for result in results:
             on_answer()
             if isinstance(result, FailedPrompt):
                 answers[result.prompt_id] = result
             else:
-                name, text = result.prompt.prompt_id, encoder.written(result.completions[0].text)
-                answers[name] = Prediction(prompt_id=name, text=text, span_s=parse_span(text))
+                name, texts = result.prompt.prompt_id, [encoder.written(c.text) for c in result.completions]
+                answers[name] = [Prediction(prompt_id=name, text=t, span_s=parse_span(t)) for t in texts]
     return [answers[p.prompt_id] for p in prompts]

@@ -189,17 +189,19 @@ class SamplingEngine:
             since_last = renderer._mm_processor_only_cache.make_stats(delta=True)
         return Rendered(prompt, since_last.hits > 0)
 
-    def add(self, rendered: Rendered, seed: int | None, num_answers: int = 1) -> Added:
+    def add(
+        self, rendered: Rendered, seed: int | None, num_answers: int = 1, temperature: float | None = None
+    ) -> Added:
         """Begins answers to a rendered prompt: sampled, the i-th by seed + i; with None one, greedy.
 
-        Raises ValueError for a prompt that vLLM refuses.
+        temperature: None: the config's. Raises ValueError for a prompt that vLLM refuses.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         parameters = SamplingParams(
             n=num_answers,
-            temperature=0.0 if seed is None else self._config.temperature,
+            temperature=0.0 if seed is None else temperature or self._config.temperature,
             seed=seed,
             max_tokens=self._config.max_response_tokens,
             logprobs=0,
