@@ -18,6 +18,7 @@ import ray
 
 from video_opd.config import RolloutConfig, TeacherConfig
 from video_opd.errors import ParityError
+from video_opd.models.policy import BANNED
 from video_opd.models.prompting import first_difference
 from video_opd.models.shared_gpu import is_shared, starting_alone
 from video_opd.types import EncodedPrompt, FinishReason
@@ -160,11 +161,12 @@ class SamplingEngine:
     ):
         """`banned_ids` are never sampled: the learner would take a sampled video pad for a video."""
         self._config = config
-        self._banned = dict.fromkeys(banned_ids, -100.0)
+        self._banned = dict.fromkeys(banned_ids, BANNED)
         self._adapter: Any = None  # a LoRARequest for what is sampled; None: the folder's weights alone
         self._numbers = itertools.count()
         self._one_at_a_time = threading.Lock()
         options |= {"enforce_eager": config.enforce_eager, "max_num_seqs": config.max_num_seqs}
+        options["logprobs_mode"] = "processed_logprobs"  # with the temperature and the ban
         self._llm: Any = start_vllm(model, config, seed, **options)
 
     @property
@@ -230,7 +232,10 @@ class SamplingEngine:
         return sum(state.num_cached_tokens for state in added.states)
 
     def completions(self, encoded: EncodedPrompt, output: Any) -> list[Completion]:
-        """The answers in an output of `step`. Log-probs are those of the model itself, before the ban."""
+        """The answers in an output of `step`. Log-probs are those of the distribution sampled from.
+
+        Of a greedy answer they are those at temperature 1.
+        """
         check_expansion(encoded, output.prompt_token_ids, "the actor")
         return [self._completion(answer) for answer in output.outputs]
 
