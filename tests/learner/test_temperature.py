@@ -1,4 +1,4 @@
-"""Objectives of softmax(logits / T) without banned ids, against readings in float64 that leave the ids out."""
+"""Objectives of softmax(logits / T) without banned ids, against float64 readings that leave them out."""
 
 import math
 

@@ -56,7 +56,7 @@ def broken_clips(tmp_path_factory) -> tuple[list[str], dict[str, Path]]:
 
 @pytest.fixture(scope="module")
 def finished(shared_ray, overrides, broken_clips) -> Path:
-    """A run at lag 1, by video, at a temperature. One more clip is broken between the start-up checks and the end."""
+    """A run at lag 1, by video, at a temperature. One more clip breaks after the start-up checks."""
     data, paths = broken_clips
     path = paths["train00000"].with_name("train00003.mp4")
     whole = path.read_bytes()

@@ -67,7 +67,7 @@ def encoded(prompts, encoder) -> list[EncodedPrompt]:
 
 
 def sampled(engine, model, encoded, seed: int, temperature: float) -> list[np.ndarray]:
-    """float[4, tokens]: log-probs of the engine and of the policy; what these are in the mean; their variance."""
+    """float[4, tokens]: log-probs of the engine and of the policy; the latter's mean and variance."""
     found = []
     for prompt, (answer,) in zip(encoded, engine.generate(encoded, [seed] * len(encoded)), strict=True):
         exact = reference_logprobs(model, prompt, answer.token_ids, temperature)

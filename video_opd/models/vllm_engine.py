@@ -18,7 +18,6 @@ import ray
 
 from video_opd.config import RolloutConfig, TeacherConfig
 from video_opd.errors import ParityError
-from video_opd.models.policy import BANNED
 from video_opd.models.prompting import first_difference
 from video_opd.models.shared_gpu import is_shared, starting_alone
 from video_opd.types import EncodedPrompt, FinishReason
@@ -160,6 +159,8 @@ class SamplingEngine:
         self, model: str, config: RolloutConfig, seed: int, banned_ids: Sequence[int], **options: Any
     ):
         """`banned_ids` are never sampled: the learner would take a sampled video pad for a video."""
+        from video_opd.models.policy import BANNED  # imports torch
+
         self._config = config
         self._banned = dict.fromkeys(banned_ids, BANNED)
         self._adapter: Any = None  # a LoRARequest for what is sampled; None: the folder's weights alone
