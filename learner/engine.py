@@ -79,7 +79,7 @@ class LearnerEngine:
         self._deepspeed = _init_deepspeed(config, rank, world_size, master)
         self._encoder = PromptEncoder(config.student, config.prompt, config.video, config.trust_remote_code)
         self._device = "cuda" if learner.num_gpus else "cpu"
-        self._policy = Policy(config.temperature, self._encoder.pad_ids, self._device)
+        self._policy = Policy(config.learner_temperature, self._encoder.pad_ids, self._device)
         # ZeRO keeps float32 masters of bfloat16 weights
         model = load_student(config)
         if learner.lora_rank:

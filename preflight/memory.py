@@ -326,7 +326,7 @@ def vllm_memory(
     video_tokens = max(work.max_video_tokens, min(num_tokens, num_sequences * work.max_video_tokens))
     values = num_sequences * 4 * VLLM_LOGIT_COPIES
     if scores:
-        of_row = (2 * e if on_gpu else 4 + e) + 4 * (e == 2 and config.temperature != 1.0)
+        of_row = (2 * e if on_gpu else 4 + e) + 4 * (e == 2 and config.rollout.temperature != 1.0)
         values = of_row * (min(num_tokens, PROMPT_LOGPROB_ROWS) if on_gpu else num_tokens)
     logits = shapes.text.vocab_size * values
     held = {"weights": model_bytes(shapes, e) // shards}

@@ -56,7 +56,7 @@ class TeacherReplica:
         pool, needs, trust = config.teacher_pool, config.loss.needs.teacher, config.trust_remote_code
         encoder = PromptEncoder(model, config.prompt, config.video, trust)
         wanted = Wanted(top_k=config.loss.top_k if needs == "top_k" else 0, hidden=needs == "hidden")
-        how = wanted, config.seed, encoder, trust, config.temperature
+        how = wanted, config.seed, encoder, trust, config.rollout.temperature
         return encoder, ENGINES[config.teacher_engine](model, pool, *how)
 
     async def score(self, groups: Sequence[TrajectoryGroup]) -> Reply:

@@ -277,8 +277,8 @@ class Config(ConfigSection):
         return tuple(t for t in self.teacher_models if t.scores(prompt_id))
 
     @property
-    def temperature(self) -> float:
-        """Of teacher and learner: the actors', but 1 for sft, which compares with neither."""
+    def learner_temperature(self) -> float:
+        """The actors' and the teacher's, but 1 for sft, which compares with neither."""
         return 1.0 if self.loss.kind == "sft" else self.rollout.temperature
 
     @property

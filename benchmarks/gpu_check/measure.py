@@ -43,7 +43,7 @@ class Setting:
         self.prompts: list[Prompt] = read_prompts(self.config.data.train, self.config.video, multiple)
         self.encoder = PromptEncoder(self.config.student, self.config.prompt, self.config.video)
         self.encoded = [self.encoder.encode(p) for p in self.prompts]
-        self.policy = Policy(self.config.temperature, self.encoder.pad_ids, bench.device)
+        self.policy = Policy(self.config.rollout.temperature, self.encoder.pad_ids, bench.device)
 
     def random_responses(self) -> Arrays:
         """int32[N] for each prompt: words of the tokenizer."""

@@ -110,9 +110,8 @@ class Checks(Setting):
         from vllm import SamplingParams
 
         self._sample(5)  # fills the cache
-        self._engine._llm.collective_rpc(
-            score_by_policy, args=(self.config.temperature, self.encoder.pad_ids)
-        )
+        how = self.config.rollout.temperature, self.encoder.pad_ids
+        self._engine._llm.collective_rpc(score_by_policy, args=how)
         block = self._engine._llm.llm_engine.vllm_config.cache_config.block_size
         responses = self.random_responses()
         pairs = list(zip(self.encoded, responses, strict=True))

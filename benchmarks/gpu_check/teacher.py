@@ -70,7 +70,7 @@ class Checks(Setting):
         release()
         config = self._with(engine)
         wanted = Wanted(top_k=TOP_K if engine == "vllm" else 0)  # vLLM is told the most it will give
-        how = wanted, 0, self.encoder, False, config.temperature
+        how = wanted, 0, self.encoder, False, config.rollout.temperature
         self._engine = ENGINES[engine](config.student, config.teacher_pool, *how)
         self._engine.wanted = Wanted()
         seconds, scores = timed(self._score_one_by_one)

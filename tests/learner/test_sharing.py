@@ -88,7 +88,7 @@ class Rank:
             {"_config": config, "_rank": 0, "_world_size": 1, "_device": "cpu", "_encoder": encoder}
             | {"_engine": self.deepspeed, "_vision": VisionCache.of(self.model, config.learner)}
             | {"_is_time": TimestampTokens(encoder.tokenizer), "_teacher_heads": {}}
-            | {"_policy": Policy(config.temperature, encoder.pad_ids, "cpu")}
+            | {"_policy": Policy(config.learner_temperature, encoder.pad_ids, "cpu")}
         )
         if config.loss.needs.teacher == "hidden":
             self._engine._teacher_heads = dict(zip(("teacher", "other"), heads, strict=True))

@@ -138,5 +138,5 @@ def test_bfloat16_logits_are_divided_in_float32():
 
 def test_the_learner_of_sft_stays_at_temperature_1():
     temperature = "rollout.temperature=0.9"
-    assert load_demo([temperature]).temperature == 0.9
-    assert load_demo([temperature, "loss={kind: sft}"]).temperature == 1.0
+    assert load_demo([temperature]).learner_temperature == 0.9
+    assert load_demo([temperature, "loss={kind: sft}"]).learner_temperature == 1.0

@@ -89,7 +89,7 @@ def test_a_missing_key_is_named_in_full(path, section, key):
         "loss.kl_coef=0.1",
         "rollout.num_actors=0",
         "rollout.temperature=0.001",
-        "rollout.temperature=101",
+        "rollout.temperature=2.1",
         "curriculum.teacher_threshold=1.5",
         "curriculum={pool_sample: 10, num_selected: 11}",
         "curriculum={kind: tvdf, trpv: false, dbtp: false, pool_sample: 10}",
