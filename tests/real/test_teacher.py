@@ -93,7 +93,9 @@ def replica_of(config: Config, folder: str, micro_batch: int, video_first: bool)
     prompt = config.prompt.model_copy(update={"video_first": video_first})
     parts: dict[str, Any] = {"video": config.video.model_copy(update={"cache_dir": folder}), "prompt": prompt}
     parts["teacher_pool"] = config.teacher_pool.model_copy(update={"micro_batch": micro_batch})
+    parts["rollout"] = config.rollout.model_copy(update={"temperature": T})
     replica: Any = TeacherReplica(config.model_copy(update=parts), config.teacher_models[0])
+    assert replica._engine.temperature == T
     replica._engine.wanted, replica.seen = Wanted(top_k=K, hidden=True), []
     tower = replica._engine._model.model.visual
     tower.register_forward_pre_hook(lambda _, inputs: replica.seen.append(len(inputs[0])))
