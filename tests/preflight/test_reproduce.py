@@ -1,0 +1,116 @@
+"""configs/paper and docs/reproduce.md: they fit, and the document has what the code computes."""
+
+import re
+import shlex
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import launch
+from preflight.inputs import make_draft
+from preflight.memory_fit import MemoryPlan, check_fits, memory_plan
+from preflight.time_fit import HOUR_S, time_plan, utilisation
+from preflight.time_plan import TimePlan
+from video_opd import ROOT
+from video_opd.config import Config
+from video_opd.config_file import load_config
+
+CONFIGS = sorted((ROOT / "configs" / "paper").glob("*.yaml"))
+DOC = (ROOT / "docs" / "reproduce.md").read_text()
+POOL = 96_586  # prompts of TimeLens-100K, as the paper counts them
+BLOCKS = re.findall(r"^```\n(.*?)^```", DOC, re.DOTALL | re.MULTILINE)
+COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", "").splitlines()]
+RUNS = [c for c in COMMANDS if "--config" in c]
+
+
+@cache
+def memory_of(path: str, *overrides: str) -> MemoryPlan:
+    config = load_config(ROOT / path, overrides)
+    return memory_plan(config, make_draft(config), 79)  # what a GPU "of 80 GB" has
+
+
+def time_of(path: Path) -> TimePlan:
+    """On H100s, for the pool's number of prompts that fill the video budget."""
+    memory = memory_of(str(path.relative_to(ROOT)))
+    plan = time_plan(memory, make_draft(memory.config), "h100", utilisation(None))
+    assert isinstance(plan, TimePlan)
+    return replace(plan, train=replace(plan.train, num_prompts=POOL))
+
+
+@pytest.fixture(autouse=True)
+def nowhere(monkeypatch, tmp_path):
+    """Where neither models nor data are."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_the_document_has_the_costs_of_every_config(path):
+    plan = time_of(path)
+    check_fits(plan.memory, one_machine=False)
+    config, phases = plan.config, plan.phases
+    teachers = config.teacher_pool.num_replicas if plan.memory.teacher else 0
+    seconds = [phases[p].seconds if p in phases else 0 for p in ("rollout", "score", "update")]
+    passes = {p.name.split()[0]: p.seconds / HOUR_S for p in plan.passes if "evaluation" not in p.name}
+    cells = [
+        f"{config.learner.world_size}, {config.rollout.num_actors}, {teachers}",
+        *(f"{s:.1f}" for s in (*seconds, plan.step_s)),
+        f"{config.num_steps * plan.step_s / HOUR_S:.1f}",
+        *(f"{passes[who]:.0f}" if who in passes else "" for who in ("teacher", "student")),
+    ]
+    assert f"| `{path.name}` | {' | '.join(cells)} |" in DOC
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_a_dry_run_of_every_config_needs_no_weights_data_or_gpu(path, capsys):
+    code = launch.main(["--config", str(path), "--dry-run", "--gpu-memory-gib", "80"])
+    captured = capsys.readouterr()
+    assert (code, captured.err) == (0, "") and "time, estimated, of an H100" in captured.out
+    assert "WARNING" not in captured.out
+
+
+@pytest.mark.parametrize("command", RUNS)
+def test_the_commands_of_the_document_are_of_configs_that_fit(command):
+    words = shlex.split(command)
+    overrides = [word for word in words if "=" in word]
+    check_fits(memory_of(words[words.index("--config") + 1], *overrides), one_machine=False)
+
+
+def test_every_line_of_the_papers_config_says_where_it_comes_from():
+    lines = (ROOT / "configs" / "paper" / "video_opd.yaml").read_text().splitlines()
+    values = [line for line in lines if re.match(r" *\w+: *[^ #]", line)]
+    silent = [line for line in values if not re.search("# .*(§|App|Table|eq\\.|released|ours)", line)]
+    assert len(values) > 40 and silent == SAID_ABOVE
+
+
+SAID_ABOVE = [  # at the split that they are of
+    "    format: timelens_100k",
+    "    annotations: data/TimeLens-100K/timelens-100k.jsonl",
+    "    videos: data/TimeLens-100K/videos",
+    "    format: timelens_bench",
+    "    annotations: data/TimeLens-Bench/charades-timelens.json",
+    "    videos: data/TimeLens-Bench/videos/charades",
+]
+
+
+def config_of(name: str) -> Config:
+    return load_config(ROOT / "configs" / "paper" / name)
+
+
+def test_the_configs_agree_on_what_the_paper_fixes():
+    """Frames, tokens, learning rate, batch and frozen parts (§4.1), whatever else differs."""
+    for path in CONFIGS:
+        config = config_of(path.name)
+        video, learner = config.video, config.learner
+        assert (video.fps, video.min_frames, video.max_frames) == (2, 4, 768)
+        assert (video.max_video_tokens, video.max_frame_tokens) == (8192, 768)
+        assert (learner.lr, learner.warmup_frac) == (1e-6, 0.03)
+        assert (learner.zero_stage, learner.dtype) == (3, "bfloat16")
+        assert learner.freeze_vision and config.groups_per_step == 32 and config.max_policy_lag == 0
+        assert config.rollout.max_model_len == 16000 and config.num_steps in (78, 79, 234)
+    released = config_of("released.yaml")
+    learner = released.learner
+    assert (learner.lr_decay, learner.final_lr_frac, learner.weight_decay) == ("cosine", 0.0, 0.1)
+    assert learner.betas == (0.9, 0.95) and released.rollout.temperature == 0.9
+    assert released.data.train.format == "video_opd" and released.curriculum.kind == "uniform"
