@@ -3,15 +3,16 @@
 import re
 import shlex
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
 
 import launch
-from preflight.inputs import make_draft
-from preflight.memory_fit import MemoryPlan, check_fits, memory_plan
-from preflight.time_fit import HOUR_S, time_plan, utilisation
+from preflight.inputs import SHAPES, make_draft
+from preflight.memory import GIB, workload_of_budget
+from preflight.memory_fit import MemoryPlan, check_fits
+from preflight.model_shapes import find_shapes
+from preflight.time_fit import HOUR_S, describe_time, time_plan, utilisation
 from preflight.time_plan import TimePlan
 from video_opd import ROOT
 from video_opd.config import Config
@@ -25,15 +26,17 @@ COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", "").split
 RUNS = [c for c in COMMANDS if "--config" in c]
 
 
-@cache
-def memory_of(path: str, *overrides: str) -> MemoryPlan:
-    config = load_config(ROOT / path, overrides)
-    return memory_plan(config, make_draft(config), 79)  # what a GPU "of 80 GB" has
+def memory_of(config: Config) -> MemoryPlan:
+    """On GPUs of 79 GiB: what those "of 80 GB" have."""
+    student = find_shapes(config.student, SHAPES)
+    teacher = find_shapes(config.teacher, SHAPES) if config.teacher else None
+    work = workload_of_budget(config.video, student)
+    return MemoryPlan(config, student, teacher, work, work, 79 * GIB, host_bytes=1 << 50)
 
 
 def time_of(path: Path) -> TimePlan:
     """On H100s, for the pool's number of prompts that fill the video budget."""
-    memory = memory_of(str(path.relative_to(ROOT)))
+    memory = memory_of(load_config(path))
     plan = time_plan(memory, make_draft(memory.config), "h100", utilisation(None))
     assert isinstance(plan, TimePlan)
     return replace(plan, train=replace(plan.train, num_prompts=POOL))
@@ -56,10 +59,11 @@ def test_the_document_has_the_costs_of_every_config(path):
     cells = [
         f"{config.learner.world_size}, {config.rollout.num_actors}, {teachers}",
         *(f"{s:.1f}" for s in (*seconds, plan.step_s)),
-        f"{config.num_steps * plan.step_s / HOUR_S:.1f}",
+        re.findall(r"\d+ steps ([\d.]+) h", describe_time(plan))[0],
         *(f"{passes[who]:.0f}" if who in passes else "" for who in ("teacher", "student")),
     ]
-    assert f"| `{path.name}` | {' | '.join(cells)} |" in DOC
+    row = f"| `{path.name}` | {' | '.join(cells)} |"
+    assert row in DOC, row
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
@@ -74,7 +78,8 @@ def test_a_dry_run_of_every_config_needs_no_weights_data_or_gpu(path, capsys):
 def test_the_commands_of_the_document_are_of_configs_that_fit(command):
     words = shlex.split(command)
     overrides = [word for word in words if "=" in word]
-    check_fits(memory_of(words[words.index("--config") + 1], *overrides), one_machine=False)
+    config = load_config(ROOT / words[words.index("--config") + 1], overrides)
+    check_fits(memory_of(config), one_machine=False)
 
 
 def test_every_line_of_the_papers_config_says_where_it_comes_from():
@@ -108,7 +113,7 @@ def test_the_configs_agree_on_what_the_paper_fixes():
         assert (learner.lr, learner.warmup_frac) == (1e-6, 0.03)
         assert (learner.zero_stage, learner.dtype) == (3, "bfloat16")
         assert learner.freeze_vision and config.groups_per_step == 32 and config.max_policy_lag == 0
-        assert config.rollout.max_model_len == 16000 and config.num_steps in (78, 79, 234)
+        assert config.rollout.max_model_len == 16000 and config.num_steps in (78, 79, 237)
     released = config_of("released.yaml")
     learner = released.learner
     assert (learner.lr_decay, learner.final_lr_frac, learner.weight_decay) == ("cosine", 0.0, 0.1)
