@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import launch
+from driver import command_line
+from evaluation import __main__ as evaluation
 from preflight.inputs import SHAPES, make_draft
 from preflight.memory import GIB, workload_of_budget
 from preflight.memory_fit import MemoryPlan, check_fits
@@ -17,13 +19,14 @@ from preflight.time_plan import TimePlan
 from video_opd import ROOT
 from video_opd.config import Config
 from video_opd.config_file import load_config
+from video_opd.datasets import __main__ as datasets
 
 CONFIGS = sorted((ROOT / "configs" / "paper").glob("*.yaml"))
 DOC = (ROOT / "docs" / "reproduce.md").read_text()
 POOL = 96_586  # prompts of TimeLens-100K, as the paper counts them
 BLOCKS = re.findall(r"^```\n(.*?)^```", DOC, re.DOTALL | re.MULTILINE)
-COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", "").splitlines()]
-RUNS = [c for c in COMMANDS if "--config" in c]
+LINES = [line for block in BLOCKS for line in block.replace("\\\n", "").splitlines()]
+COMMANDS = [line for line in LINES if line.startswith("python ")]
 
 
 def memory_of(config: Config) -> MemoryPlan:
@@ -74,12 +77,19 @@ def test_a_dry_run_of_every_config_needs_no_weights_data_or_gpu(path, capsys):
     assert "WARNING" not in captured.out
 
 
-@pytest.mark.parametrize("command", RUNS)
-def test_the_commands_of_the_document_are_of_configs_that_fit(command):
-    words = shlex.split(command)
-    overrides = [word for word in words if "=" in word]
-    config = load_config(ROOT / words[words.index("--config") + 1], overrides)
-    check_fits(memory_of(config), one_machine=False)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_document_are_known_and_their_configs_fit(command, capsys):
+    words = shlex.split(command.replace("configs/", f"{ROOT}/configs/"))
+    if "launch.py" in words:
+        config = command_line.read_config(command_line.parse_arguments(words[2:]))
+        check_fits(memory_of(config), one_machine=False)
+    elif "evaluation" in words:
+        parsed = evaluation.parse_arguments(words[3:])
+        config = evaluation.read_config(parsed)
+        assert config and config.student.endswith(str(parsed.model))
+        assert evaluation.protocol_named(parsed.protocol).name == "timelens"
+    else:
+        assert datasets.main(words[3:]) == 2 and "does not exist: check the path" in capsys.readouterr().err
 
 
 def test_every_line_of_the_papers_config_says_where_it_comes_from():
