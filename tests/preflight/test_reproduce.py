@@ -37,12 +37,17 @@ def memory_of(config: Config) -> MemoryPlan:
     return MemoryPlan(config, student, teacher, work, work, 79 * GIB, host_bytes=1 << 50)
 
 
-def time_of(path: Path) -> TimePlan:
-    """On H100s, for the pool's number of prompts that fill the video budget."""
-    memory = memory_of(load_config(path))
-    plan = time_plan(memory, make_draft(memory.config), "h100", utilisation(None))
+def time_of(path: Path, *overrides: str, device: str = "h100") -> TimePlan:
+    """For the pool's number of prompts that fill the video budget."""
+    memory = memory_of(load_config(path, overrides))
+    plan = time_plan(memory, make_draft(memory.config), device, utilisation(None))
     assert isinstance(plan, TimePlan)
     return replace(plan, train=replace(plan.train, num_prompts=POOL))
+
+
+def hours_of_steps(plan: TimePlan) -> str:
+    (hours,) = re.findall(r"\d+ steps ([\d.]+) h", describe_time(plan))
+    return hours
 
 
 @pytest.fixture(autouse=True)
@@ -62,11 +67,16 @@ def test_the_document_has_the_costs_of_every_config(path):
     cells = [
         f"{config.learner.world_size}, {config.rollout.num_actors}, {teachers}",
         *(f"{s:.1f}" for s in (*seconds, plan.step_s)),
-        re.findall(r"\d+ steps ([\d.]+) h", describe_time(plan))[0],
+        hours_of_steps(plan),
         *(f"{passes[who]:.0f}" if who in passes else "" for who in ("teacher", "student")),
     ]
     row = f"| `{path.name}` | {' | '.join(cells)} |"
     assert row in DOC, row
+
+
+def test_the_document_compares_a_round_with_what_was_measured():
+    plan = time_of(ROOT / "configs" / "paper" / "video_opd.yaml", "num_steps=79", device="a100")
+    assert f"`--device a100` says {hours_of_steps(plan)} h" in DOC
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)

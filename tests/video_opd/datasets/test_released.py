@@ -83,6 +83,9 @@ def test_another_prompt_is_named_unless_a_pattern_finds_its_query(folder):
     assert "'When does [a dog bark]?': set data.*.query_pattern" in message
     assert read(dataset(folder, rows, query_pattern=r"\[(.*)\]")) == [("a:1", "a dog bark", ((1.0, 2.0),))]
     assert read(dataset(folder, rows, query_pattern="(.*)"))[0][1] == "When does [a dog bark]?"
+    convert(dataset(folder, rows, query_pattern="(.*)"), folder / "m.parquet", Asked(read="none"))
+    metadata = pq.read_schema(folder / "m.parquet").metadata
+    assert metadata[b"video_opd.format"] == b"video_opd" and metadata[b"video_opd.query_pattern"] == b"(.*)"
 
 
 @pytest.mark.parametrize("answer", ["I cannot tell.", "", None, "It happens soon, after 3 seconds."])
