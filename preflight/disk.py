@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -92,15 +91,9 @@ def _frame_bytes(config: Config, draft: Plan | Draft) -> int:
 
 
 def _bytes_below(folder: Path) -> int:
-    """Of all files below it, once where one has several names; 0: it is not there.
-
-    Files that other runs remove meanwhile do not count."""
-    sizes: dict[int, int] = {}
-    for path in (Path(parent, name) for parent, _, names in os.walk(folder) for name in names):
-        with suppress(FileNotFoundError):
-            status = os.lstat(path)
-            sizes[status.st_ino] = status.st_size
-    return sum(sizes.values())
+    """Of all files below it, once where one has several names; 0: it is not there."""
+    found = (os.lstat(Path(parent, name)) for parent, _, names in os.walk(folder) for name in names)
+    return sum({s.st_ino: s.st_size for s in found}.values())
 
 
 def describe_disk(plan: DiskPlan) -> str:

@@ -86,12 +86,6 @@ def test_frames_count_once_a_clip_and_where_their_cache_is(tmp_path, monkeypatch
     assert disk_plan(config, STUDENT, draft, None).frame_bytes == 0
 
 
-def test_frames_that_another_run_removes_meanwhile_do_not_count(tmp_path, monkeypatch):
-    (tmp_path / "here").write_bytes(b"1234")
-    monkeypatch.setattr(disk.os, "walk", lambda folder: [(folder, [], ["gone", "here"])])
-    assert disk._bytes_below(tmp_path) == 4
-
-
 def test_what_a_resumed_run_has_already_is_its_own(tmp_path, monkeypatch):
     config = load_demo([f"runs_dir={tmp_path}"])
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
