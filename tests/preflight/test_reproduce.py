@@ -74,9 +74,11 @@ def test_the_document_has_the_costs_of_every_config(path):
     assert row in DOC, row
 
 
-def test_the_document_compares_a_round_with_what_was_measured():
+def test_the_document_compares_its_plan_with_what_the_papers_measured():
     plan = time_of(ROOT / "configs" / "paper" / "video_opd.yaml", "num_steps=79", device="a100")
     assert f"`--device a100` says {hours_of_steps(plan)} h" in DOC
+    grpo = time_of(ROOT / "configs" / "paper" / "grpo_teacher.yaml", "student=models/Qwen3-VL-8B-Instruct")
+    assert f"step takes {grpo.step_s:.1f} s, against" in DOC, grpo.step_s
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
