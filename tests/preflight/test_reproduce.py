@@ -24,6 +24,7 @@ CONFIGS = sorted((ROOT / "configs" / "paper").glob("*.yaml"))
 DOC = (ROOT / "docs" / "reproduce.md").read_text()
 POOL = 96_586  # prompts of TimeLens-100K, as the paper counts them
 BLOCKS = re.findall(r"^```\n(.*?)^```", DOC, re.DOTALL | re.MULTILINE)
+WHOLE = tuple(f"teacher_pool.{k}" for k in ("tensor_parallel=1", "num_replicas=2", "micro_batch=1"))
 RUNS = {f"`{path.name}`": (path.name,) for path in CONFIGS} | {
     f"`video_opd.yaml`, {kind}": (
         "video_opd.yaml",
@@ -31,7 +32,7 @@ RUNS = {f"`{path.name}`": (path.name,) for path in CONFIGS} | {
         f"loss.kind=off_policy_{kind.lower()}",
         *more,
     )
-    for kind, more in {"RKD": (), "FKD": ("teacher_pool.micro_batch=1",)}.items()
+    for kind, more in {"RKD": (), "FKD": WHOLE}.items()
 }
 RUNS["`grpo_teacher.yaml`, 8B"] = ("grpo_teacher.yaml", "student=models/Qwen3-VL-8B-Instruct")
 LINES = [line for block in BLOCKS for line in block.replace("\\\n", "").splitlines()]
