@@ -71,7 +71,9 @@ def test_rows_become_prompts_named_or_detected_below_either_folder(name, videos,
 def test_queries_and_intervals_in_every_published_style(style, folder):
     of = STYLES[style]
     user, answer = of["template"].format(query="two men\nwave"), of["answer_template"].format(start=1, end=4)
-    assert read(dataset(folder, [row(user, answer)])) == [("a:1", "two men\nwave", ((1.0, 4.0),))]
+    needed = {k: row(user, answer)[k] for k in ("video", "user_query", "assistant_response")}
+    for rows in ([row(user, answer)], [needed]):
+        assert read(dataset(folder, rows)) == [("a:1", "two men\nwave", ((1.0, 4.0),))]
 
 
 def test_another_prompt_is_named_unless_a_pattern_finds_its_query(folder):
