@@ -95,11 +95,13 @@ class ModelShapes:
 
 
 def find_shapes(folder: str | Path, committed: Path) -> ModelShapes:
-    """The shapes of a model folder; if it does not exist, of `committed`/NAME.json. Raises ModelError."""
+    """The shapes of a model folder; if it does not exist, of `committed`/NAME.json. Raises ModelError.
+
+    X-GRPO has the shapes of X-Instruct, from which it was trained."""
     folder = Path(folder)
     if folder.exists():
         return read_shapes(folder)
-    path = committed / f"{folder.name}.json"
+    path = committed / f"{folder.name.replace('-GRPO', '-Instruct')}.json"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in committed.glob("*.json")))
         why = f"does not exist, and it is none of the models with committed shapes ({known})"

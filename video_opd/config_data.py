@@ -46,8 +46,9 @@ Cleaning = Literal["as_written", "strip", "parse_query", "time_r1"]
 Annotators = Literal["mean", "majority", "first", "all"]
 PromptStyle = Literal["timelens", "time_r1", "time_r1_think", "timelens2"]
 JsonFormat = Literal["charades_json", "activitynet", "qvhighlights", "timelens_bench", "timelens_100k"]
+ParquetFormat = Literal["video_opd", "manifest"]
 AnnotationFormat = Literal[
-    "auto", "charades_sta", JsonFormat, "time_r1", "tvgbench", "didemo", "tacos", "videomind", "manifest"
+    "auto", "charades_sta", JsonFormat, "time_r1", "tvgbench", "didemo", "tacos", "videomind", ParquetFormat
 ]
 
 
@@ -90,11 +91,16 @@ class DatasetConfig(ConfigSection):
     round_s: NonNegativeFloat | None = key(None, "times become multiples of it; 0: no; None: as the codebase")
     annotators: Annotators | None = key(None, "didemo: which annotators' intervals count; None: mean")
     cuts: Literal["apply", "ignore"] | None = key(None, "apply: annotated parts are the clips; None: apply")
+    query_pattern: RegularExpression | None = key(None, "video_opd: its one group is the query; None: known")
     clamp_s: NonNegativeFloat = key(0.0, "train: cut intervals that end up to this far beyond the clip's end")
     max_prompts: PositiveInt | None = key(None, "use only this many prompts, the first ones")
     unreadable: Literal["error", "drop"] = key("error", "train: a bad video ends the launch, or is left out")
     faulty: Literal["error", "drop"] = key("error", "train: a bad interval or query: the same choice")
     too_long: Literal["error", "drop"] = key("error", "train: a prompt beyond max_model_len: the same choice")
+
+    def problems(self) -> Iterator[str]:
+        if self.query_pattern and re.compile(self.query_pattern).groups != 1:
+            yield f"query_pattern={self.query_pattern!r} must have one group, the query"
 
 
 class DataConfig(ConfigSection):
@@ -119,6 +125,7 @@ class VideoConfig(ConfigSection):
     min_frames: PositiveInt = 4
     max_frames: PositiveInt = 768
     max_video_tokens: PositiveInt = key(8192, "frames are scaled down to at most this many tokens")
+    max_frame_tokens: PositiveInt | None = key(None, "most tokens of a pair of frames; None: no bound")
     frame_folder_fps: PositiveFloat | None = key(None, "frames per second of videos that are image folders")
     decoder: Literal["decord", "pyav", "torchcodec"] = "decord"
     decode_workers: PositiveInt = key(4, "decoding processes of each process, started when first needed")

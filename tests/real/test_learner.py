@@ -70,6 +70,7 @@ def make_config(overrides, world_size: int, stage: int, *more: str):
             "request_timeout_s=120",
             "learner.freeze_vision=false",
             "learner.final_lr_frac=1",
+            *("learner.betas=[0.9, 0.95]", "learner.weight_decay=0.1"),  # of configs/paper/released.yaml
             "loss.clamp=null",
             *more,
         ],
@@ -144,7 +145,7 @@ def reference(config, prompts, encoder) -> dict[str, np.ndarray]:
     model = untrained(config).train()
     logits_of = ResponseLogits(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LR, betas=config.learner.betas, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
     for groups in batches(config, prompts, encoder):
         rows = [(g.group.prompt, t) for g in groups for t in g.group.trajectories]
         encoded, responses = [encoder.encode(p) for p, _ in rows], [t.response_token_ids for _, t in rows]

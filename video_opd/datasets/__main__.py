@@ -60,6 +60,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "round_s": seconds,
         "annotators": {"choices": ("mean", "majority", "first", "all")},
         "cuts": {"choices": ("apply", "ignore")},
+        "query_pattern": {"metavar": "REGEX"},
         "clamp_s": seconds | {"default": 0.0},
     }
     of_video = {  # keys of VideoConfig

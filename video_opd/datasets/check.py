@@ -32,7 +32,8 @@ NOTES = {"hidden_pictures", "late_picture"}  # kinds that tell of a video and ar
 Checked = tuple[Annotation, list[Fault]]
 Read = Literal["some", "all", "none"]
 LEFT_OUT = ("source", "prompt_id", "kind", "reason")  # columns of the list
-MADE_BY = ("format", "cleaning", "round_s", "annotators", "cuts", "clamp_s")  # options kept in the manifest
+# Options that the manifest keeps.
+MADE_BY = ("format", "cleaning", "round_s", "annotators", "cuts", "query_pattern", "clamp_s")
 
 
 class File(NamedTuple):

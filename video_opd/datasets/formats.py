@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any, get_args
 
 from video_opd.config_data import AnnotationFormat, DatasetConfig
-from video_opd.datasets import fields
+from video_opd.datasets import fields, released
 from video_opd.datasets.annotation import Annotation
-from video_opd.datasets.manifest import is_manifest, read_manifest
+from video_opd.datasets.manifest import is_parquet, read_manifest
 from video_opd.datasets.source import Record, Source, as_record, describe, is_by_video, read_source
 from video_opd.datasets.videos import holds_cut, video_id
 from video_opd.errors import ConfigError, DataError
@@ -77,6 +77,10 @@ def _read_lengths(source: Source) -> dict[str, float]:
 
 def _from_records(dataset: DatasetConfig, _: Format) -> Iterator[Record]:
     yield from read_source(dataset.annotations).records()
+
+
+def _from_rows(dataset: DatasetConfig, _: Format) -> Iterator[Record]:
+    yield from released.rows(dataset)
 
 
 def _from_events(dataset: DatasetConfig, _: Format) -> Iterator[Record]:
@@ -154,6 +158,7 @@ _LINES = Format(_from_lines, "video", "sentence", "span", fields.one_pair, clean
 _TIME_R1 = Format(_from_records, "video", "sentence", "timestamp", fields.one_pair, cleaning="time_r1")
 _TVGBENCH = Format(_from_records, "path", "question", "answer", _answer, cleaning="as_written")
 _DIDEMO = Format(_from_records, "video", "description", "times", _chunks, round_s=1.0, clamp_s=CHUNK_S)
+_RELEASED = Format(_from_rows, *released.COLUMNS, released.interval, cleaning="as_written")
 _QVHIGHLIGHTS = Format(_from_records, "vid", "query", "relevant_windows", cleaning="as_written")
 FORMATS = {  # the first whose marks are all there is detected
     "timelens_100k": Format(_from_events, "video_path", "query", "span", marks="video_path events"),
@@ -167,6 +172,7 @@ FORMATS = {  # the first whose marks are all there is detected
     "activitynet": _SENTENCES,  # known by its videos' ids
     "timelens_bench": Format(_from_videos, "video", "queries", "spans", fields.one_pair),
     "charades_sta": replace(_LINES, marks="##", options={"lengths": None}),
+    "video_opd": replace(_RELEASED, options={"query_pattern": None}),  # Parquet: detected by its columns
 }
 """The names are those of config_data.AnnotationFormat, except `auto` and `manifest`."""
 
@@ -198,7 +204,7 @@ def _first_annotation(source: Source) -> tuple[str, dict[str, Any], str]:
     return "", first, describe(first)
 
 
-OPTIONS = ("lengths", "annotators", "cuts", "cleaning", "round_s")  # which not every format takes
+OPTIONS = ("lengths", "annotators", "cuts", "cleaning", "round_s", "query_pattern")  # not of every format
 
 
 def resolve(dataset: DatasetConfig) -> DatasetConfig:
@@ -207,8 +213,10 @@ def resolve(dataset: DatasetConfig) -> DatasetConfig:
     Raises DataError for a file of no format, ConfigError for an option that does nothing for the format.
     """
     name = dataset.format
-    if name == "auto":
-        name = "manifest" if is_manifest(dataset.annotations) else detect(read_source(dataset.annotations))
+    if name == "auto" and is_parquet(dataset.annotations):
+        name = "video_opd" if released.is_released(dataset.annotations) else "manifest"
+    elif name == "auto":
+        name = detect(read_source(dataset.annotations))
     form = FORMATS.get(name)
     defaults = {"cleaning": form.cleaning, "round_s": form.round_s, **form.options} if form else {}
     asked = [option for option in OPTIONS if getattr(dataset, option) is not None]

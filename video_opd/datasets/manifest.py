@@ -16,7 +16,7 @@ _SAME = ("prompt_id", "video", "query", "fps")  # columns that are fields of Ann
 _REMEDY = "write it with `convert`"
 
 
-def is_manifest(path: str | Path) -> bool:
+def is_parquet(path: str | Path) -> bool:
     """Whether the file is Parquet. False for one that cannot be read."""
     try:
         with Path(path).open("rb") as file:
@@ -42,17 +42,9 @@ def write_manifest(rows: Sequence[dict], path: Path, about: Mapping[str, str]) -
 
 def read_manifest(path: str) -> Iterator[Annotation]:
     """Raises DataError if it is not Parquet, lacks a column, or has wrong types, nulls or repeated ids."""
+    table = read_columns(path, MANIFEST.names, "a manifest", f"{_REMEDY}, or name its format")
     try:
-        table = pq.read_table(path)
-    except OSError as error:
-        why = error.strerror or _line(error)
-        raise DataError(f"{path} cannot be read ({why}): check the path") from error
-    except pa.ArrowException as error:
-        raise DataError(f"{path} is not a manifest ({_line(error)}): {_REMEDY}") from error
-    if missing := [name for name in MANIFEST.names if name not in table.column_names]:
-        raise DataError(f"{path}: lacks the columns {', '.join(missing)}: {_REMEDY}, or name its format")
-    try:
-        table = table.select(MANIFEST.names).cast(MANIFEST)
+        table = table.cast(MANIFEST)
     except (pa.ArrowException, ValueError) as error:
         raise DataError(f"{path}: a column is of another type ({_line(error)}): {_REMEDY}") from error
     if empty := [name for name in ("prompt_id", "video", "query") if table[name].null_count]:
@@ -75,6 +67,20 @@ def read_manifest(path: str) -> Iterator[Annotation]:
             duration_s=fields.duration(row, where, "duration_s"),
             **{column: row[column] for column in _SAME},
         )
+
+
+def read_columns(path: str, names: Sequence[str], kind: str, remedy: str) -> pa.Table:
+    """Columns of a Parquet file. Raises DataError if it cannot be read, is not Parquet, or lacks one."""
+    try:
+        table = pq.read_table(path)
+    except OSError as error:
+        why = error.strerror or _line(error)
+        raise DataError(f"{path} cannot be read ({why}): check the path") from error
+    except pa.ArrowException as error:
+        raise DataError(f"{path} is not {kind} ({_line(error)}): {remedy}") from error
+    if missing := [name for name in names if name not in table.column_names]:
+        raise DataError(f"{path}: lacks the columns {', '.join(missing)}: {remedy}")
+    return table.select(list(names))
 
 
 def _line(error: Exception) -> str:

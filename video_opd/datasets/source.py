@@ -21,7 +21,7 @@ PACKED = {  # first bytes of files that are not text
     b"\xfd7zXZ": "xz: unpack it",
     b"\x28\xb5\x2f\xfd": "zstd: unpack it",
     b"PK\x03\x04": "zip: unpack it",
-    b"PAR1": "Parquet: use format manifest",
+    b"PAR1": "Parquet: use format auto",
     b"\xff\xfe": "UTF-16: save it as UTF-8",
     b"\xfe\xff": "UTF-16: save it as UTF-8",
 }

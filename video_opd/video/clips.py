@@ -39,13 +39,14 @@ def choose_frame_indices(num_video_frames: int, video_fps: float, video: VideoCo
 def choose_frame_size(height: int, width: int, num_frames: int, video: VideoConfig, multiple: int) -> Size:
     """(H, W): multiples of `multiple`, aspect ratio kept, at most max_video_tokens in all, never enlarged.
 
-    One video token covers multiple x multiple pixels of TEMPORAL_PATCH frames.
+    One video token covers multiple x multiple pixels of TEMPORAL_PATCH frames; max_frame_tokens bounds these.
     """
     num_pairs = num_frames // TEMPORAL_PATCH
     tokens_per_frame_pair = video.max_video_tokens // num_pairs
     if tokens_per_frame_pair < 1:
         few = f"video.max_video_tokens={video.max_video_tokens} is less than {num_pairs} frame pairs need"
         raise ClipError(f"{few}: raise it or lower video.max_frames")
+    tokens_per_frame_pair = min(tokens_per_frame_pair, video.max_frame_tokens or tokens_per_frame_pair)
     scale = min(1.0, math.sqrt(tokens_per_frame_pair * multiple**2 / (height * width)))
     rows = min(max(1, math.floor(height * scale / multiple)), tokens_per_frame_pair)
     columns = min(max(1, math.floor(width * scale / multiple)), tokens_per_frame_pair // rows)

@@ -156,6 +156,10 @@ def test_chosen_size_by_hand():
     assert choose_frame_size(485, 645, 4, replace_tokens(1000), 32) == (480, 640)
     assert choose_frame_size(640, 640, 4, replace_tokens(100), 32) == (320, 320)
     assert choose_frame_size(32, 32, 4, replace_tokens(1), 32) == (32, 32)
+    paper = VideoConfig(max_frame_tokens=768)  # of 8,192: ten pairs of frames may have 819 each
+    assert choose_frame_size(1080, 1920, 20, VideoConfig(), 32) == (21 * 32, 38 * 32)
+    assert choose_frame_size(1080, 1920, 20, paper, 32) == (20 * 32, 36 * 32)
+    assert choose_frame_size(1080, 1920, 24, paper, 32) == (19 * 32, 34 * 32)  # 682 each anyway
 
 
 @pytest.mark.parametrize(("height", "width"), [(3200, 32), (32, 3200), (640, 128), (128, 640)])
