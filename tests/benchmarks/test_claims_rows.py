@@ -1,0 +1,171 @@
+"""benchmarks.claims: which runs are done again, what they are given, and how long they take."""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.claims import kinds
+from benchmarks.claims.case import Case
+from benchmarks.claims.measure import config_of, result_of
+from benchmarks.claims.rows import DECIDE, Rows, code_digest, estimate_s, run_missing, seconds_of
+from benchmarks.claims.study import Study
+from benchmarks.command import read_rows
+
+CASE = Case("learn", "opd", "clean", seed=1, lr=2e-4, steps=40, overrides=("loss.kind=opd",))
+OTHERS = [
+    replace(CASE, **{name: value})
+    for name, value in {
+        "part": "tune", "kind": "sft", "labels": "wrong", "seed": 2, "lr": 5e-5, "steps": 41, "overrides": ()
+    }.items()
+]  # fmt: skip
+
+
+def rows_of(folder: Path, code: str = "c1", data: str = "d1", *reused: str) -> Rows:
+    return Rows(folder / "rows.jsonl", code, data, reused)
+
+
+def test_a_row_belongs_to_all_that_decides_it(tmp_path):
+    rows_of(tmp_path).add(CASE, {"miou": 0.7})
+    again = rows_of(tmp_path)
+    assert again[CASE]["miou"] == 0.7 and again[CASE]["seed"] == 1
+    assert not [case for case in OTHERS if case in again]
+    assert len({case.name for case in [CASE, *OTHERS]}) == 8  # nor do they share a run folder
+
+
+def test_rows_of_other_code_or_data_are_named_and_not_used(tmp_path):
+    rows_of(tmp_path).add(CASE, {"miou": 0.7})
+    assert CASE not in rows_of(tmp_path, "c2") and CASE not in rows_of(tmp_path, "c1", "d2")
+    assert "1 rows are of other code (c1)" in rows_of(tmp_path, "c2").describe()
+    assert "other code" not in rows_of(tmp_path).describe()
+    assert CASE in rows_of(tmp_path, "c2", "d1", "c1")  # --reuse c1
+    assert CASE not in rows_of(tmp_path, "c2", "d2", "c1")
+
+
+def test_the_digest_of_the_code_leaves_comments_out(tmp_path):
+    for part in DECIDE:
+        file = tmp_path / part if part.endswith(".py") else tmp_path / part / "a.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("x = 1\n")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "demo.yaml").write_text("lr: 1\n")
+    first = code_digest(tmp_path)
+    (tmp_path / "learner" / "a.py").write_text("x  =  1  # one\n")
+    assert code_digest(tmp_path) == first
+    (tmp_path / "learner" / "a.py").write_text("x = 2\n")
+    second = code_digest(tmp_path)
+    (tmp_path / "configs" / "demo.yaml").write_text("lr: 2\n")
+    assert len({first, second, code_digest(tmp_path)}) == 3
+
+
+def test_an_interrupted_command_goes_on_where_it_was(tmp_path, capsys):
+    cases, ran = [replace(CASE, seed=seed) for seed in range(4)], []
+
+    def run(case: Case) -> dict:
+        ran.append(case.seed)
+        if case.seed == 2 and ran.count(2) == 1:
+            raise RuntimeError("the machine went away")
+        return {"miou": 0.1 * case.seed}
+
+    with pytest.raises(RuntimeError, match="went away"):
+        run_missing(cases, rows_of(tmp_path), 1, {}, run)
+    assert [row["seed"] for row in read_rows(tmp_path / "rows.jsonl")][:2] == [0, 1]
+    again = rows_of(tmp_path)
+    run_missing(cases, again, 2, {}, run)
+    assert all(ran.count(seed) == 1 for seed in (0, 1)) and all(case in again for case in cases)
+    run_missing(cases, again, 2, {}, run)
+    assert ran.count(3) == 1
+    assert "of 4 runs, about" in capsys.readouterr().out
+
+
+def test_the_estimate_knows_updates_starts_and_jobs():
+    timing, learn = replace(CASE, part="time", steps=10), replace(CASE, kind="grpo")
+    assert seconds_of(timing, {"opd": 2.0}) == pytest.approx(30 + 20)
+    assert seconds_of(learn, {"grpo": 3.0}) == pytest.approx(30 + 1.2 * 120 + 8 * 3)
+    assert seconds_of(learn, {}) > seconds_of(replace(CASE, kind="sft"), {})
+    assert estimate_s([timing, learn, learn], {"opd": 2.0, "grpo": 3.0}, jobs=2) == pytest.approx(50 + 198)
+
+
+def study(tmp_path: Path, **given) -> Study:
+    arguments = {
+        "seeds": 5,
+        "steps": 40,
+        "lrs": [5e-5, 2e-4, 8e-4],
+        "jobs": 2,
+        "overrides": [],
+        "out": tmp_path,
+    }
+    of = [("opd", "none"), ("grpo", "clean"), ("grpo", "wrong")]
+    return Study(
+        argparse.Namespace(**arguments | given),
+        rows_of(tmp_path),
+        of,
+        kinds.objective_overrides,
+        lambda k: k,
+        True,
+    )
+
+
+def test_all_kinds_have_the_same_trials_and_seeds(tmp_path):
+    of = study(tmp_path, overrides=["video.fps=1"])
+    trials = [of.trials(kind) for kind in of.kinds]
+    assert {tuple(case.lr for case in cases) for cases in trials} == {(5e-5, 2e-4, 8e-4)}
+    assert [cases[0].labels for cases in trials] == ["clean", "clean", "wrong"]
+    learned = of.learning(("grpo", "wrong"), 2e-4, ["learner.betas=[0.9, 0.95]"])
+    assert [case.seed for case in learned] == [0, 1, 2, 3, 4]
+    assert learned[0].overrides[-2:] == ("video.fps=1", "learner.betas=[0.9, 0.95]")
+    assert of.timing(("grpo", "wrong")) == of.timing(("grpo", "clean"))
+
+
+@pytest.mark.parametrize("kind", [*kinds.OBJECTIVES, *kinds.CURRICULA])
+def test_runs_share_all_but_what_is_compared(tmp_path, kind):
+    is_objective = kind in kinds.OBJECTIVES
+    overrides = (kinds.objective_overrides if is_objective else kinds.curriculum_overrides)(kind, 40)
+    learn = config_of(replace(CASE, kind=kind, labels="wrong", overrides=overrides), tmp_path)
+    same = (learn.groups_per_step, learn.max_policy_lag, learn.learner.lr, learn.seed)
+    assert same == (32, 0, 2e-4, 1)
+    assert (learn.learner.warmup_frac, learn.learner.final_lr_frac) == (0, 1)
+    assert learn.num_steps == (120 if kind == "gate" else 40)
+    assert learn.eval_every == (5 if kind.startswith("grpo") else 10)
+    assert "/eval/" in learn.data.eval.videos and "wrong" in learn.data.train.annotations
+    tune = config_of(replace(CASE, kind=kind, part="tune", overrides=overrides), tmp_path)
+    assert "/validation/" in tune.data.eval.videos and not tune.eval_every
+    assert "wrong" not in tune.data.train.annotations
+    seen = learn.curriculum.num_selected
+    if kind == kinds.OWN:
+        assert seen and seen * learn.curriculum.passes_per_round == 40 * 32
+        assert not learn.needs_teacher
+    elif learn.curriculum.kind == "tvdf":
+        assert seen == 40 * 32 // 4
+
+
+def test_a_run_becomes_a_row_with_its_curve(tmp_path):
+    config = config_of(replace(CASE, overrides=kinds.GRPO), tmp_path)
+    lines = [
+        {
+            "step": s,
+            "wall_s": 100 + 2 * s + 9 * (s > 4),
+            "actors/rollouts": 256 * (s + 1),
+            "teacher/scored_tokens": 0,
+        }
+        for s in range(7)
+    ]
+    lines[4] |= {"eval/miou": 0.6, "eval/r1@0.7": 0.5}
+    summary = {"failed_eval": {}, "steps": 7, "seconds": {"train": 50.0, "evaluate": 8.0}, "teacher": None}
+    summary |= {"dropped": {}, "suspended_rollouts": 3}
+    for name, miou in (("student_before", 0.5), ("student_after", 0.7)):
+        summary[name] = {"miou": miou, "r1@0.7": miou}
+    found = result_of(summary, lines, config)
+    assert [(p["step"], p["prompts"], p["rollouts"], p["miou"]) for p in found["curve"]] == [
+        (0, 0, 0, 0.5),
+        (5, 160, 1280, 0.6),
+        (7, 224, 1792, 0.7),
+    ]
+    assert (found["miou"], found["update_s"], found["train_s"], found["select_s"]) == (0.7, 2.0, 42.0, 0.0)
+    assert json.dumps(found)
+    with pytest.raises(RuntimeError, match="could not be read"):
+        result_of(summary | {"failed_eval": {"a": "unreadable"}}, lines, config)
+    off_policy = config_of(replace(CASE, overrides=("loss={kind: sft}",)), tmp_path)
+    assert [p["prompts"] for p in result_of(summary, lines, off_policy)["curve"]] == [0, 160, 224]
