@@ -59,11 +59,11 @@ class Study:
         return Case("start", "start", "clean", overrides=tuple(self.arguments.overrides))
 
     def case(self, part: Part, kind: Kind, lr: float, seed: int = 0, steps: int | None = None) -> Case:
-        steps = steps or self.arguments.steps
+        num_steps: int = steps or self.arguments.steps
         of_kind = self.overrides if part == "learn" else kinds.objective_overrides
-        overrides = (*of_kind(kind[0], steps), *self.arguments.overrides)
+        overrides = (*of_kind(kind[0], num_steps), *self.arguments.overrides)
         labels: Labels = "wrong" if kind[1] == "wrong" else "clean"
-        return Case(part, kind[0], labels, seed, lr, steps, overrides)
+        return Case(part, kind[0], labels, seed, lr, num_steps, overrides)
 
     def timing(self, kind: Kind) -> Case:
         """The same for clean and wrong labels: they cost the same."""

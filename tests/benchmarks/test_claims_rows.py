@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.claims import kinds
+from benchmarks import command, curriculum_ablation, objectives
+from benchmarks.claims import kinds, study
 from benchmarks.claims.case import Case
 from benchmarks.claims.measure import config_of, result_of
 from benchmarks.claims.rows import DECIDE, Rows, code_digest, estimate_s, run_missing, seconds_of
-from benchmarks.claims.study import Study
 from benchmarks.command import read_rows
 
 CASE = Case("learn", "opd", "clean", seed=1, lr=2e-4, steps=40, overrides=("loss.kind=opd",))
@@ -88,7 +88,7 @@ def test_the_estimate_knows_updates_starts_and_jobs():
     assert estimate_s([timing, learn, learn], {"opd": 2.0, "grpo": 3.0}, jobs=2) == pytest.approx(50 + 198)
 
 
-def study(tmp_path: Path, **given) -> Study:
+def study_of(tmp_path: Path, **given) -> study.Study:
     arguments = {
         "seeds": 5,
         "steps": 40,
@@ -98,7 +98,7 @@ def study(tmp_path: Path, **given) -> Study:
         "out": tmp_path,
     }
     of = [("opd", "none"), ("grpo", "clean"), ("grpo", "wrong")]
-    return Study(
+    return study.Study(
         argparse.Namespace(**arguments | given),
         rows_of(tmp_path),
         of,
@@ -109,7 +109,7 @@ def study(tmp_path: Path, **given) -> Study:
 
 
 def test_all_kinds_have_the_same_trials_and_seeds(tmp_path):
-    of = study(tmp_path, overrides=["video.fps=1"])
+    of = study_of(tmp_path, overrides=["video.fps=1"])
     trials = [of.trials(kind) for kind in of.kinds]
     assert {tuple(case.lr for case in cases) for cases in trials} == {(5e-5, 2e-4, 8e-4)}
     assert [cases[0].labels for cases in trials] == ["clean", "clean", "wrong"]
@@ -143,7 +143,7 @@ def test_runs_share_all_but_what_is_compared(tmp_path, kind):
 
 def test_a_run_becomes_a_row_with_its_curve(tmp_path):
     config = config_of(replace(CASE, overrides=kinds.GRPO), tmp_path)
-    lines = [
+    lines: list[dict[str, float]] = [
         {
             "step": s,
             "wall_s": 100 + 2 * s + 9 * (s > 4),
@@ -169,3 +169,59 @@ def test_a_run_becomes_a_row_with_its_curve(tmp_path):
         result_of(summary | {"failed_eval": {"a": "unreadable"}}, lines, config)
     off_policy = config_of(replace(CASE, overrides=("loss={kind: sft}",)), tmp_path)
     assert [p["prompts"] for p in result_of(summary, lines, off_policy)["curve"]] == [0, 160, 224]
+
+
+def measured(case: Case) -> dict:
+    """A row in which a learning rate above 1e-4 is best, and grpo takes four times as long."""
+    if case.part == "start":
+        return {"second_task": 0.9, "run_s": 1.0}
+    end = 0.6 + 0.01 * case.seed + (0.05 if case.lr > 1e-4 else 0.0)
+    points = [
+        {
+            "step": s,
+            "prompts": 32 * s,
+            "rollouts": 32 * s,
+            "teacher_tokens": 224 * s,
+            "miou": miou,
+            "r1_07": miou,
+        }
+        for s, miou in ((0, 0.5), (case.steps, end))
+    ]
+    costs = {"update_s": 4.0 if case.kind == "grpo" else 1.0, "select_s": 2.0, "train_s": 9.0, "run_s": 20.0}
+    scores = {"miou": end, "r1_07": end, "second_task": 0.9, "teacher_miou": 0.99}
+    return scores | costs | {"dropped": 0, "suspended": 0, "curve": points}
+
+
+@pytest.mark.parametrize("benchmark", [objectives, curriculum_ablation])
+def test_a_whole_command_tunes_learns_and_writes_and_then_has_nothing_to_do(
+    tmp_path, benchmark, monkeypatch, capsys
+):
+    ran: list[Case] = []
+
+    def fake(_, case: Case, out: Path) -> dict:
+        ran.append(case)
+        return measured(case)
+
+    monkeypatch.setattr(command, "in_new_process", fake)
+    monkeypatch.setattr(study, "ensure_gaps", lambda folder: [])
+    monkeypatch.setattr(study, "data_digest", lambda out: "data")
+    document = tmp_path / "results.md"
+    document.write_text("<!-- objectives_claims -->\n<!-- end -->\n<!-- curricula_claims -->\n<!-- end -->\n")
+    arguments = ["x", "--quick", "--out", str(tmp_path / "out"), "--paste", str(document)]
+    monkeypatch.setattr("sys.argv", arguments)
+    benchmark.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    parts = [case.part for case in ran]
+    assert parts[0] == "start" and "time" in parts and "tune" in parts
+    assert set(parts[parts.index("learn") :]) == {"learn"}
+    learned = [case for case in ran if case.part == "learn"]
+    best = 2e-4 if benchmark is objectives else 5e-5  # the only one that the ablation tries when quick
+    assert learned and {case.lr for case in learned} == {best}
+    assert result["claims"] and "| claim of the paper | seen here? |" in document.read_text()
+    ran.clear()
+    benchmark.main()
+    assert ran == []
+    monkeypatch.setattr("sys.argv", [*arguments, "--sweep", "learner.lr", "1e-3", "1e-2"])
+    benchmark.main()
+    assert {case.overrides[-1] for case in ran} == {"learner.lr=1e-3", "learner.lr=1e-2"}
+    assert "| `learner.lr` |" in (tmp_path / "out" / "sweep_learner.lr.md").read_text()
