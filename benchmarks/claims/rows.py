@@ -22,6 +22,7 @@ DECIDE += ("benchmarks/claims/case.py", "benchmarks/claims/measure.py")
 GUESSED_UPDATE_S, GUESSED_GRPO_S = 1.0, 4.0
 START_S, EVAL_S = 30.0, 3.0  # start-up, evaluations at both ends and the second task; one evaluation
 CROWDED = 1.2  # how much longer an update takes beside another run
+MOST_FAILED = 3
 
 
 def code_digest(root: Path = ROOT) -> str:
@@ -96,25 +97,36 @@ def run_missing(
 ) -> None:
     """Runs the cases that have no row, `jobs` at a time, and adds their rows as they end.
 
-    After an error the runs in progress end, and no other begins.
+    Raises SystemExit, once the others have ended, if runs failed; after MOST_FAILED no other begins.
     """
-    missing = [case for case in cases if case not in rows]
+    missing, failed = [case for case in cases if case not in rows], list[str]()
 
     def one(case: Case) -> None:
+        if len(failed) >= MOST_FAILED:
+            return
         began = time.monotonic()
-        rows.add(case, run(case))
-        print(f"{case.name}: {time.monotonic() - began:.0f} s", flush=True)
+        try:
+            rows.add(case, run(case))
+            print(f"{case.name}: {time.monotonic() - began:.0f} s", flush=True)
+        except Exception as error:
+            failed.append(f"{case.name}: {type(error).__name__}: {error}")
+            print(f"failed: {failed[-1]}", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
         runs = {pool.submit(one, case): case for case in missing}
         left = dict(runs)
         try:
             for ended in as_completed(runs):
-                ended.result()
                 del left[ended]
                 minutes = estimate_s(list(left.values()), update_s, jobs) / 60
-                print(f"{len(missing) - len(left)} of {len(missing)} runs, about {minutes:.0f} min left")
+                print(
+                    f"{len(missing) - len(left)} of {len(missing)} runs, about {minutes:.0f} min left",
+                    flush=True,
+                )
         except BaseException:
             for future in left:
                 future.cancel()
             raise
+    if failed:
+        again = "their output is in OUT/logs; the same command runs what is missing"
+        raise SystemExit(f"{len(failed)} runs failed ({'; '.join(failed)}): {again}")

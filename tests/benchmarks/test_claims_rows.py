@@ -13,6 +13,7 @@ from benchmarks.claims.case import Case
 from benchmarks.claims.measure import config_of, result_of
 from benchmarks.claims.rows import DECIDE, Rows, code_digest, estimate_s, run_missing, seconds_of
 from benchmarks.command import read_rows
+from video_opd import ROOT
 
 CASE = Case("learn", "opd", "clean", seed=1, lr=2e-4, steps=40, overrides=("loss.kind=opd",))
 OTHERS = [
@@ -45,6 +46,7 @@ def test_rows_of_other_code_or_data_are_named_and_not_used(tmp_path):
 
 
 def test_the_digest_of_the_code_leaves_comments_out(tmp_path):
+    assert all((ROOT / part).exists() for part in DECIDE)
     for part in DECIDE:
         file = tmp_path / part if part.endswith(".py") else tmp_path / part / "a.py"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -60,8 +62,8 @@ def test_the_digest_of_the_code_leaves_comments_out(tmp_path):
     assert len({first, second, code_digest(tmp_path)}) == 3
 
 
-def test_an_interrupted_command_goes_on_where_it_was(tmp_path, capsys):
-    cases, ran = [replace(CASE, seed=seed) for seed in range(4)], []
+def test_a_command_goes_on_where_it_was_interrupted_or_a_run_failed(tmp_path, capsys):
+    cases, ran = [replace(CASE, seed=seed) for seed in range(3)], []
 
     def run(case: Case) -> dict:
         ran.append(case.seed)
@@ -69,15 +71,28 @@ def test_an_interrupted_command_goes_on_where_it_was(tmp_path, capsys):
             raise RuntimeError("the machine went away")
         return {"miou": 0.1 * case.seed}
 
-    with pytest.raises(RuntimeError, match="went away"):
+    with pytest.raises(
+        SystemExit, match=r"1 runs failed \(learn-opd-.*: RuntimeError: the machine went away\)"
+    ):
         run_missing(cases, rows_of(tmp_path), 1, {}, run)
-    assert [row["seed"] for row in read_rows(tmp_path / "rows.jsonl")][:2] == [0, 1]
+    assert [row["seed"] for row in read_rows(tmp_path / "rows.jsonl")] == [0, 1]
     again = rows_of(tmp_path)
     run_missing(cases, again, 2, {}, run)
-    assert all(ran.count(seed) == 1 for seed in (0, 1)) and all(case in again for case in cases)
     run_missing(cases, again, 2, {}, run)
-    assert ran.count(3) == 1
-    assert "of 4 runs, about" in capsys.readouterr().out
+    assert ran == [0, 1, 2, 2] and all(case in again for case in cases)
+    assert "1 of 1 runs, about 0 min left" in capsys.readouterr().out
+
+
+def test_many_failures_end_the_command(tmp_path):
+    cases, ran = [replace(CASE, seed=seed) for seed in range(9)], []
+
+    def run(case: Case) -> dict:
+        ran.append(case.seed)
+        raise ValueError("as every run")
+
+    with pytest.raises(SystemExit, match="3 runs failed"):
+        run_missing(cases, rows_of(tmp_path), 1, {}, run)
+    assert ran == [0, 1, 2]
 
 
 def test_the_estimate_knows_updates_starts_and_jobs():
@@ -204,6 +219,7 @@ def test_a_whole_command_tunes_learns_and_writes_and_then_has_nothing_to_do(
 
     monkeypatch.setattr(command, "in_new_process", fake)
     monkeypatch.setattr(study, "ensure_gaps", lambda folder: [])
+    monkeypatch.setattr(study, "code_digest", lambda: "code")
     monkeypatch.setattr(study, "data_digest", lambda out: "data")
     document = tmp_path / "results.md"
     document.write_text("<!-- objectives_claims -->\n<!-- end -->\n<!-- curricula_claims -->\n<!-- end -->\n")
