@@ -4,7 +4,7 @@
 trials on the validation split give; benchmarks.objectives with the same DIR has the same trials. Curves are
 read where all have seen as many prompts, and where the teacher has scored as many tokens. Writes Markdown
 into DIR; an interrupted command goes on where it was. Experiment:
-`--sweep curriculum.num_selected 160 320 640 --kinds TVDF TRPV`. The last line is one JSON object.
+`--sweep curriculum.num_selected 128 256 512 --kinds TVDF TRPV`. The last line is one JSON object.
 """
 
 import json

@@ -2,7 +2,7 @@
 
 from benchmarks.claims.case import GROUPS
 
-STEPS, ROUNDS, ROLLOUTS = 40, 4, 8  # updates; rounds of DBTP; G of GRPO
+STEPS, ROUNDS, ROLLOUTS = 32, 4, 8  # updates; rounds of DBTP; G of GRPO
 TIMED_STEPS = 12
 LEARNING_RATES = (5e-5, 2e-4, 8e-4)
 TOKENS_A_RESPONSE = 7  # of the demo's answers

@@ -97,10 +97,12 @@ def test_many_failures_end_the_command(tmp_path):
 
 def test_the_estimate_knows_updates_starts_and_jobs():
     timing, learn = replace(CASE, part="time", steps=10), replace(CASE, kind="grpo")
-    assert seconds_of(timing, {"opd": 2.0}) == pytest.approx(30 + 20)
-    assert seconds_of(learn, {"grpo": 3.0}) == pytest.approx(30 + 1.2 * 120 + 8 * 3)
+    assert seconds_of(timing, {"opd": 2.0}) == pytest.approx(25 + 20)
+    assert seconds_of(learn, {"grpo": 3.0}) == pytest.approx(25 + 1.2 * 120 + 10 * 3)
     assert seconds_of(learn, {}) > seconds_of(replace(CASE, kind="sft"), {})
-    assert estimate_s([timing, learn, learn], {"opd": 2.0, "grpo": 3.0}, jobs=2) == pytest.approx(50 + 198)
+    asks = replace(CASE, overrides=kinds.TVDF)
+    assert seconds_of(asks, {}) == seconds_of(CASE, {}) + 40
+    assert estimate_s([timing, learn, learn], {"opd": 2.0, "grpo": 3.0}, jobs=2) == pytest.approx(45 + 199)
 
 
 def study_of(tmp_path: Path, **given) -> study.Study:
@@ -143,7 +145,7 @@ def test_runs_share_all_but_what_is_compared(tmp_path, kind):
     assert same == (32, 0, 2e-4, 1)
     assert (learn.learner.warmup_frac, learn.learner.final_lr_frac) == (0, 1)
     assert learn.num_steps == (120 if kind == "gate" else 40)
-    assert learn.eval_every == (5 if kind.startswith("grpo") else 10)
+    assert learn.eval_every == (4 if kind.startswith("grpo") else 8)
     assert "/eval/" in learn.data.eval.videos and "wrong" in learn.data.train.annotations
     tune = config_of(replace(CASE, kind=kind, part="tune", overrides=overrides), tmp_path)
     assert "/validation/" in tune.data.eval.videos and not tune.eval_every
