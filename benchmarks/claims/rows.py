@@ -86,10 +86,9 @@ def seconds_of(case: Case, update_s: Mapping[str, float]) -> float:
     each = update_s.get(case.kind, GUESSED_GRPO_S if is_grpo else GUESSED_UPDATE_S)
     each *= 1.0 if case.part == "time" else CROWDED
     every = EVAL_EVERY_OF_MANY if is_grpo else EVAL_EVERY
+    evaluating = EVAL_S * (case.steps // every) if case.part == "learn" else 0.0
     asking = ASKING_S if any(value in case.overrides for value in ASKS) else 0.0
-    return (
-        START_S + asking + each * case.steps + EVAL_S * (case.steps // every if case.part == "learn" else 0)
-    )
+    return START_S + each * case.steps + evaluating + asking
 
 
 def estimate_s(cases: Sequence[Case], update_s: Mapping[str, float], jobs: int) -> float:
@@ -124,10 +123,8 @@ def run_missing(
             for ended in as_completed(runs):
                 del left[ended]
                 minutes = estimate_s(list(left.values()), update_s, jobs) / 60
-                print(
-                    f"{len(missing) - len(left)} of {len(missing)} runs, about {minutes:.0f} min left",
-                    flush=True,
-                )
+                done = f"{len(missing) - len(left)} of {len(missing)} runs"
+                print(f"{done}, about {minutes:.0f} min left", flush=True)
         except BaseException:
             for future in left:
                 future.cancel()

@@ -5,8 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from demo.gaps import ensure_gaps
-
 from benchmarks import command
 from benchmarks.claims import kinds, tables
 from benchmarks.claims.case import GROUPS, Case, Labels, Part, data_folder
@@ -14,6 +12,7 @@ from benchmarks.claims.measure import measure
 from benchmarks.claims.reading import Group, Tuned, tuned, with_seconds
 from benchmarks.claims.rows import Rows, code_digest, data_digest, estimate_s, run_missing
 from benchmarks.command import Row
+from demo.gaps import ensure_gaps
 from video_opd import ROOT
 from video_opd.files.run_folder import write_atomically
 
@@ -98,10 +97,8 @@ class Study:
         left = [case for case in dict.fromkeys(wanted) if case not in self.rows]
         learn = [case for kind in self.kinds for case in self.learning(kind, lr)]
         seconds = estimate_s([*left, *learn], self.update_s(), self.arguments.jobs)
-        print(
-            f"{len(left)} runs to time and tune, {len(learn)} to learn: about {seconds / 60:.0f} min",
-            flush=True,
-        )
+        numbers = f"{len(left)} runs to time and tune, {len(learn)} to learn"
+        print(f"{numbers}: about {seconds / 60:.0f} min", flush=True)
 
     def tune(self) -> dict[Kind, Tuned]:
         """Runs the start, the timing runs, each alone, and the trials."""

@@ -34,6 +34,8 @@ class Claim:
 
 def order(found: Difference) -> str:
     """The verdict on "a is above b", from a - b."""
+    if found.num_seeds == 1:
+        return "one seed, no verdict"
     if found.num_positive == found.num_seeds:
         return "yes" if found.apart else "yes in every seed, ranges overlap"
     if found.high < 0:

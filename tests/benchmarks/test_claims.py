@@ -97,15 +97,19 @@ def test_seeds_are_paired():
         ([0.72, 0.60], "level"),
         ([0.69, 0.60], "no, the reverse in every seed, ranges overlap"),
         ([0.60, 0.55], "no, the reverse"),
+        ([0.99], "one seed, no verdict"),
     ],
 )
 def test_an_order_is_seen_where_all_seeds_agree(ends, seen):
-    (verdict,) = judged(ahead("opd", "grpo", "miou", "end"), group("opd", ends), group("grpo", [0.7, 0.65]))
+    (verdict,) = judged(
+        ahead("opd", "grpo", "miou", "end"), group("opd", ends), group("grpo", [0.7, 0.65][: len(ends)])
+    )
     assert verdict.seen == seen
 
 
 def test_an_order_is_judged_with_each_sort_of_labels():
-    groups = group("opd", [0.7]), group("grpo", [0.8], "clean"), group("grpo", [0.6], "wrong")
+    groups = [group("opd", [0.7, 0.7])]
+    groups += [group("grpo", [0.8, 0.8], "clean"), group("grpo", [0.6, 0.6], "wrong")]
     clean, wrong = judged(ahead("opd", "grpo", "miou", "end"), *groups)
     assert (clean.condition, clean.seen) == ("opd over grpo, clean labels, at the end", "no, the reverse")
     assert (wrong.condition, wrong.seen) == ("opd over grpo, wrong labels, at the end", "yes")
@@ -153,7 +157,7 @@ def test_forgetting_is_a_fall_below_the_start(accuracies, off_policy, on_policy)
 
 
 def test_a_student_passes_its_teacher_or_not():
-    assert [judged(passes_its_teacher("opd"), group("opd", [end]))[0].seen for end in (0.81, 0.7)] == [
+    assert [judged(passes_its_teacher("opd"), group("opd", [end, end]))[0].seen for end in (0.81, 0.7)] == [
         "yes",
         "no, the reverse",
     ]
