@@ -5,7 +5,7 @@ import json
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,14 +70,6 @@ def read_rows(path: Path) -> list[Row]:
 def append_row(path: Path, row: Row) -> None:
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
-
-
-def by_kind(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The rows of each `kind`, kinds in the order of their first row."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row["kind"], []).append(row)
-    return groups
 
 
 def spread(values: Sequence[float]) -> str:

@@ -1,83 +1,72 @@
-"""TVDF, its halves and SCC against uniform sampling, at equal teacher-scored tokens, on spoiled data.
+"""Curricula on the pool with wrong labels, with opd_topk, at equal prompts and at equal teacher tokens.
 
-Some training labels are wrong, and on some training clips the teacher is bad. The evaluation split is the
-demo's own. `python -m benchmarks.curriculum_ablation [--quick]`. The last line is one JSON object.
+`python -m benchmarks.curriculum_ablation [--quick] [--out DIR]`. The learning rate is the one that opd_topk's
+trials on the validation split give; benchmarks.objectives with the same DIR has the same trials. Curves are
+read where all have seen as many prompts, and where the teacher has scored as many tokens. Writes Markdown
+into DIR; an interrupted command goes on where it was. Experiment:
+`--sweep curriculum.num_selected 128 256 512 --kinds TVDF TRPV`. The last line is one JSON object.
 """
 
-import tempfile
+import json
 from collections.abc import Sequence
-from pathlib import Path
 
-import launch
-from benchmarks.command import Row, append_row, by_kind, in_new_process, make_parser, print_result, spread
-from demo.clips import SPLIT_FILES, ensure_clips
-from video_opd.config_file import load_demo
+from benchmarks.claims import kinds, study, tables
+from benchmarks.claims.case import Case
+from benchmarks.claims.reading import END, Comparison, Group, Place
+from benchmarks.claims.verdicts import CURRICULUM_CLAIMS
 
-LEVELS, SPOIL_FRAC, NUM_CLIPS = ("colour", "shape", "faint"), 0.3, 1200
-GROUPS, ROUND_STEPS, NUM_ROUNDS, PASSES = 64, 12, 3, 2
-TOKENS_A_RESPONSE = 7.0  # of the demo's answers, on average
-SELECTS = ["curriculum.kind=tvdf", f"curriculum.num_selected={GROUPS * ROUND_STEPS // PASSES}"]
-KINDS = {
-    "uniform": ["curriculum.kind=uniform"],
-    "+TRPV": [*SELECTS, "curriculum.dbtp=false"],
-    "+DBTP": [*SELECTS, "curriculum.trpv=false"],
-    "TVDF": SELECTS,
-    "SCC": ["curriculum.kind=scc", "curriculum.scc.schedule=false"],
-}
-COUNTS = ("teacher_calls", "teacher_answers", "steps", "rollouts", "suspended_rollouts")  # of summary.json
-SCORES = ("miou", "r1_07")
-COLUMNS = (*SCORES, "scored_tokens", "teacher_calls", "rollouts", "steps", "wall_s", "select_s", "dropped")
+# The teacher's own answers, once: all other runs of DIR find them.
+ANSWERS = Case("time", "answers", "wrong", 0, 1e-5, 1, kinds.OBJECTIVES["opd_topk"] + kinds.CURRICULA["TRPV"])
+SCHEDULED = ("schedule", "SCC")  # they present fewer prompts by design
 
 
-def measure(kind: str, seed: int, out: Path, num_rounds: int, overrides: Sequence[str]) -> Row:
-    """One run. Every kind ends at the same number of teacher-scored tokens; the learning rate is constant."""
-    budget = int(num_rounds * ROUND_STEPS * GROUPS * TOKENS_A_RESPONSE)
-    num_steps = 20 * num_rounds * ROUND_STEPS  # not reached: the budget ends the run
-    data = out / "data"
-    values = {f"data.{s}.{k}": data / s / name for s in ("train", "eval") for k, name in SPLIT_FILES.items()}
-    values |= {"runs_dir": out / "runs", "run_name": f"{kind.strip('+')}-{seed}", "seed": seed}
-    values |= {"groups_per_step": GROUPS, "max_scored_tokens": budget, "num_steps": num_steps}
-    values |= {"learner.lr": "5e-4", "learner.final_lr_frac": 1, "learner.warmup_frac": 0}
-    values |= {"curriculum.passes_per_round": PASSES}
-    values |= {"max_policy_lag": 0}  # all that is scored is trained on: budgets are equal to within a step
-    summary = launch.launch(load_demo([*(f"{k}={v}" for k, v in values.items()), *KINDS[kind], *overrides]))
-    assert summary["steps"] < num_steps, f"{kind}: {num_steps} steps scored fewer than {budget} tokens"
-    before, after, teacher = (summary[key]["miou"] for key in ("student_before", "student_after", "teacher"))
-    row = {"kind": kind, "seed": seed, "miou": after, "r1_07": summary["student_after"]["r1@0.7"]}
-    row |= {"wall_s": summary["seconds"]["train"], "select_s": summary["seconds"].get("select", 0.0)}
-    row |= {"scored_tokens": summary["tokens"]["scored"], "dropped": len(summary["dropped"])}
-    row |= {"miou_before": before, "teacher_miou": teacher}
-    return row | {key: summary[key] for key in COUNTS}
+def places_of(groups: Sequence[Group]) -> dict[str, Place]:
+    """The prompts and tokens at which all but the scheduled kinds can be read, and those that all reach."""
+    places = {"end": END}
+    others = [group for group in groups if group.kind not in SCHEDULED]
+
+    def add(name: str, axis: str, of: Sequence[Group]) -> None:
+        if of:
+            where = min(row["curve"][-1][axis] for group in of for row in group.rows)
+            places[name] = Place(f"at {where:,.0f} {axis.replace('_', ' ')}", axis, where)
+
+    add("prompts", "prompts", others)
+    add("tokens", "teacher_tokens", others)
+    if len(others) < len(groups):
+        add("fewest prompts", "prompts", groups)
+        add("fewest tokens", "teacher_tokens", groups)
+    return places
+
+
+def report(of: study.Study, groups: Sequence[Group]) -> None:
+    """Writes the fragments; prints the result."""
+    comparison = Comparison(groups, places_of(groups), of.rows[of.start]["second_task"])
+    claims = tables.claim_rows(CURRICULUM_CLAIMS, comparison, "curriculum_ablation")
+    curricula = tables.curriculum_rows(comparison)
+    asked = f"The teacher's own answers took {of.rows[ANSWERS]['select_s']:.0f} s, once, before all runs"
+    note = f"Learning rate {groups[0].lr:g}. {asked}. {study.setting(of, groups)}"
+    fragments = {"curricula": note + tables.markdown(curricula)}
+    fragments |= {"curricula_claims": tables.markdown(claims) if claims else ""}
+    study.write(of, fragments)
+    print(json.dumps({"curricula": curricula, "claims": claims}))
 
 
 def main() -> None:
-    parser = make_parser("curriculum_ablation", __doc__, "one round and one seed", overrides=True)
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    kept = "keep clips, run folders and rows.jsonl here (default: a temporary folder)"
-    parser.add_argument("--out", type=Path, help=kept)
-    arguments = parser.parse_args()
-    seeds, rounds = (1, 1) if arguments.quick else (arguments.seeds, NUM_ROUNDS)
-    rows = []
-    with tempfile.TemporaryDirectory() as temporary:
-        out = (arguments.out or Path(temporary)).resolve()
-        ensure_clips(out / "data", LEVELS, SPOIL_FRAC, NUM_CLIPS)
-        only_answers = [*arguments.overrides, "run_name=answers", "max_scored_tokens=1"]
-        answers = in_new_process(measure, "+TRPV", 0, out, 1, only_answers)
-        for seed in range(seeds):
-            for kind in arguments.kinds:
-                rows.append(in_new_process(measure, kind, seed, out, rounds, arguments.overrides))
-                append_row(out / "rows.jsonl", rows[-1])
-    note = (
-        f"mIoU before {rows[0]['miou_before']:.3f}, teacher {rows[0]['teacher_miou']:.3f}. The teacher's own "
-        f"{answers['teacher_answers']} answers took {answers['select_s']:.0f} s more, once, before all runs"
+    quick = "uniform, TVDF and SCC, one learning rate and seed, 4 updates"
+    arguments = study.make_parser("curriculum_ablation", __doc__, quick, list(kinds.CURRICULA)).parse_args()
+    if arguments.quick:
+        arguments.kinds, arguments.seeds, arguments.steps = ["uniform", "TVDF", "SCC"], 1, 4
+        arguments.lrs = arguments.lrs[:1]
+    rows, labels = study.open_rows(arguments), (arguments.labels or ["wrong"])[0]
+    wanted = [(kind, labels) for kind in arguments.kinds]
+    of = study.Study(
+        arguments, rows, wanted, kinds.curriculum_overrides, lambda _: ("opd_topk", "none"), False
     )
-    shown = [
-        {"kind": kind} | {column: spread([row[column] for row in of_kind]) for column in COLUMNS}
-        for kind, of_kind in by_kind(rows).items()
-    ]
-    title = f"mean (lowest to highest) of {seeds} seed(s), equal teacher-scored tokens"
-    print_result({"rows": rows, "answers": answers}, title, shown, note)
+    found = of.tune()
+    of.run([ANSWERS], jobs=1)
+    if arguments.sweep:
+        return study.sweep(of, found)
+    report(of, of.learn(found))
 
 
 if __name__ == "__main__":

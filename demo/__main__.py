@@ -1,10 +1,11 @@
-"""`python -m demo clips` writes the demo's clips, `python -m demo pretrain` trains its two models."""
+"""`python -m demo clips` and `gaps` write clips, `python -m demo pretrain` trains the demo's models."""
 
 import argparse
 from pathlib import Path
 
 from demo import pretrain
 from demo.clips import DEFAULT_LEVELS, LEVELS, SPLIT_CLIPS, ensure_clips
+from demo.gaps import SPLITS, ensure_gaps, mixture, overrides
 
 HERE = Path(__file__).parent
 
@@ -24,13 +25,21 @@ def main() -> None:
     add("--levels", nargs="+", choices=LEVELS, default=DEFAULT_LEVELS, help="of the training clips, in turn")
     add("--spoil", type=_share, default=0.0, metavar="SHARE", help="share of wrong labels in training clips")
     add("--num-train", type=int, default=SPLIT_CLIPS["train"], help="number of training clips")
-    models = commands.add_parser("pretrain", help="train teacher and student from seeds")
+    gaps = commands.add_parser("gaps", help="write pool and splits on which the start lacks skills")
+    gaps.add_argument("--out", type=Path, default=HERE / "data" / "gaps", help="folder of the splits")
+    models = commands.add_parser("pretrain", help="train teacher, student and start from seeds")
     models.add_argument("names", nargs="*", default=list(pretrain.RECIPES), help="models to train")
     models.add_argument("--out", type=Path, default=HERE / "models", help="folder of the model folders")
     models.add_argument("--data", type=Path, default=HERE / "data", help="folder of the clips")
     arguments = parser.parse_args()
     if arguments.command == "pretrain":
         pretrain.pretrain(arguments.names, arguments.out, arguments.data)
+        return
+    if arguments.command == "gaps":
+        ensure_gaps(arguments.out)
+        for split in SPLITS:
+            print(f"{split}: {mixture(arguments.out / split)}")
+        print("python launch.py", *overrides(arguments.out, "wrong", "validation"))
         return
     asked = (tuple(arguments.levels), arguments.spoil, arguments.num_train)
     if arguments.out == clips.get_default("out") and asked != (DEFAULT_LEVELS, 0.0, SPLIT_CLIPS["train"]):

@@ -4,9 +4,11 @@ import csv
 import hashlib
 import itertools
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import av
 import numpy as np
@@ -30,6 +32,7 @@ SHAPES = ("square", "bar", "pole")
 
 
 MIN_S, MAX_S = 2.0, 4.0  # of an event: short ones keep the best constant interval low
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ LEVELS = {
 }
 DEFAULT_LEVELS = ("colour", "shape")
 MAX_SPOILED_IOU = 0.3  # of a wrong label with the truth
+MIN_VISIBLE_SHARE = 0.35  # of an object that is asked for
 SPLIT_SEEDS = {"pretrain": 1, "train": 2, "eval": 3}  # disjoint random streams
 SPLIT_CLIPS = {"train": 2000, "eval": 120}
 
@@ -131,6 +135,14 @@ def write_mp4(path: Path, frames: np.ndarray) -> None:
         container.mux(stream.encode())
 
 
+class Drawn(NamedTuple):
+    """A clip, before it is rendered."""
+
+    clip_id: str
+    events: list[Event]
+    asked: list[Event]  # those of the events that prompts ask for
+
+
 def write_split(
     folder: Path, split: str, num_clips: int, levels: Sequence[str], spoil_frac: float = 0
 ) -> None:
@@ -140,28 +152,61 @@ def write_split(
     folder appears whole or not at all. The same arguments give the same clips, whatever spoil_frac is.
     """
     rng = np.random.default_rng([SPLIT_SEEDS[split], 2602_02994])
+
+    def draw(number: int, level: str) -> Drawn:
+        events = draw_events(LEVELS[level], rng)
+        return Drawn(f"{split}{number:05d}", events, in_sight(events))
+
+    with whole_folder(folder) as temporary:
+        clips = write_videos(temporary, itertools.starmap(draw, enumerate(in_turn(levels, num_clips))), rng)
+        labels = spoil(truth_of(clips), spoil_frac, np.random.default_rng([SPLIT_SEEDS[split], 1]))
+        write_labels(temporary, clips, labels)
+
+
+def in_turn(kinds: Sequence[T], num_clips: int) -> Iterator[T]:
+    return itertools.islice(itertools.cycle(kinds), num_clips)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `folder` in the end."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "videos").mkdir(parents=True)
-    video_ids = [f"{split}{number:05d}" for number in range(num_clips)]
-    asked: list[tuple[str, Event]] = []
-    for video_id, level in zip(video_ids, itertools.cycle(levels), strict=False):
-        events = draw_events(LEVELS[level], rng)
-        write_mp4(temporary / "videos" / f"{video_id}.mp4", render(events, rng))
-        asked += [(video_id, e) for i, e in enumerate(events) if _visible_share(e, events[i + 1 :]) >= 0.35]
-    truth = [(event.start_s, event.end_s) for _, event in asked]
-    labels = _spoil(truth, spoil_frac, np.random.default_rng([SPLIT_SEEDS[split], 1]))
-    pairs = zip(asked, labels, strict=True)
-    lines = [f"{video_id} {start} {end}##{event.query}\n" for (video_id, event), (start, end) in pairs]
-    (temporary / "annotations.txt").write_text("".join(lines))
-    _write_csv(temporary / "lengths.csv", ("id", "length"), ((v, float(DURATION_S)) for v in video_ids))
-    wrong = ((i + 1, *truth[i]) for i in range(len(truth)) if labels[i] != truth[i])
-    _write_csv(temporary / "spoiled.csv", ("line", "true_start_s", "true_end_s"), wrong)
+    yield temporary
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
 
-def _spoil(truth: Sequence[Span], spoil_frac: float, rng: np.random.Generator) -> list[Span]:
+def write_videos(folder: Path, drawn: Iterable[Drawn], rng: np.random.Generator) -> list[Drawn]:
+    """Draws clips and writes videos/ and lengths.csv."""
+    clips = []
+    for clip in drawn:
+        write_mp4(folder / "videos" / f"{clip.clip_id}.mp4", render(clip.events, rng))
+        clips.append(clip)
+    write_csv(folder / "lengths.csv", ("id", "length"), ((c.clip_id, float(DURATION_S)) for c in clips))
+    return clips
+
+
+def truth_of(clips: Sequence[Drawn]) -> list[Span]:
+    """The true interval of each query, in the order of the annotations."""
+    return [(event.start_s, event.end_s) for clip in clips for event in clip.asked]
+
+
+def write_labels(
+    folder: Path, clips: Sequence[Drawn], labels: Sequence[Span], name: str = "annotations.txt"
+) -> None:
+    """Writes a label for each query, and spoiled.csv: the lines whose label is wrong, and the truth."""
+    asked = [(clip.clip_id, event.query) for clip in clips for event in clip.asked]
+    pairs = zip(asked, labels, strict=True)
+    lines = [f"{clip_id} {start} {end}##{query}\n" for (clip_id, query), (start, end) in pairs]
+    (folder / name).write_text("".join(lines))
+    truth = truth_of(clips)
+    wrong = ((i + 1, *truth[i]) for i in range(len(truth)) if labels[i] != truth[i])
+    write_csv(folder / "spoiled.csv", ("line", "true_start_s", "true_end_s"), wrong)
+
+
+def spoil(truth: Sequence[Span], spoil_frac: float, rng: np.random.Generator) -> list[Span]:
     """Moves a share of the intervals to where their IoU with the truth is below MAX_SPOILED_IOU."""
     labels = list(truth)
     for i in sorted(rng.permutation(len(truth))[: round(spoil_frac * len(truth))].tolist()):
@@ -172,12 +217,17 @@ def _spoil(truth: Sequence[Span], spoil_frac: float, rng: np.random.Generator) -
     return labels
 
 
-def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple]) -> None:
+def write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple]) -> None:
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
 
 
-def _visible_share(event: Event, later: list[Event]) -> float:
+def in_sight(events: Sequence[Event]) -> list[Event]:
+    """Those of which enough can be seen to ask for them."""
+    return [e for i, e in enumerate(events) if _visible_share(e, events[i + 1 :]) >= MIN_VISIBLE_SHARE]
+
+
+def _visible_share(event: Event, later: Sequence[Event]) -> float:
     """Share of the object's pixels that no later object covers at any time they share."""
     visible = event.mask
     for other in later:
@@ -196,7 +246,7 @@ def ensure_clips(
 
     The arguments are the training split's; the evaluation split is always clean and of the default levels.
     """
-    code = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=8).hexdigest()
+    code = digest_of(Path(__file__))
     arguments = {"train": (num_train, levels, spoil_frac), "eval": (SPLIT_CLIPS["eval"], DEFAULT_LEVELS, 0.0)}
     written = []
     for split, of_split in arguments.items():
@@ -206,3 +256,8 @@ def ensure_clips(
             stamp.write_text(version)
             written.append(split)
     return written
+
+
+def digest_of(*files: Path) -> str:
+    """Of source files: what they write depends on it."""
+    return hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=8).hexdigest()

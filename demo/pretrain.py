@@ -1,4 +1,4 @@
-"""Trains the tiny teacher and student from seeds on ground-truth answers: the models that are committed.
+"""Trains the tiny models from seeds on ground-truth answers: teacher, student and start, as committed.
 
 An auxiliary head, thrown away afterwards, learns what each video token shows and what is asked for. Without
 it tiny models stay on a plateau for hundreds of steps.
@@ -18,8 +18,10 @@ import numpy as np
 import torch
 
 from demo.clips import COLOURS, DEFAULT_LEVELS, SHAPES, SPLIT_FILES, write_split
+from demo.gaps import PRETRAIN, Question, question_encoder, read_questions, write_gaps
 from demo.models import STUDENT, TEACHER, Size, build_model, build_processor
 from video_opd.answers import parse_span
+from video_opd.config import Config
 from video_opd.config_data import DatasetConfig
 from video_opd.config_file import load_demo
 from video_opd.datasets import read_prompts
@@ -36,14 +38,20 @@ STEPS, LR, BATCH, VALIDATE_EVERY = 1800, 2e-3, 32, 25
 
 
 class Recipe(NamedTuple):
-    """How one model is trained: the first `stop_after` steps of a cosine schedule over STEPS."""
+    """How one model is trained: the first `stop_after` steps of a cosine schedule."""
 
     size: Size
     seed: int
     stop_after: int
+    steps: int = STEPS  # of the schedule
+    has_gaps: bool = False  # on the clips of demo/gaps.py, with the second task
 
 
-RECIPES = {"teacher": Recipe(TEACHER, 0, stop_after=STEPS), "student": Recipe(STUDENT, 1, stop_after=300)}
+RECIPES = {
+    "teacher": Recipe(TEACHER, 0, stop_after=STEPS),
+    "student": Recipe(STUDENT, 1, stop_after=300),
+    "start": Recipe(STUDENT, 2, stop_after=1000, steps=1000, has_gaps=True),
+}
 
 
 class Example(NamedTuple):
@@ -52,7 +60,7 @@ class Example(NamedTuple):
     prompt: Prompt
     encoded: EncodedPrompt
     answer: np.ndarray  # int32[N], end token included
-    labels: np.ndarray  # float32[video tokens, 5 * NUM_LABELS]
+    labels: np.ndarray  # float32[video tokens, 5 * NUM_LABELS]; no rows: the second task has none
 
 
 def build_examples(prompts: Sequence[Prompt], encoder: PromptEncoder) -> list[Example]:
@@ -68,6 +76,20 @@ def build_examples(prompts: Sequence[Prompt], encoder: PromptEncoder) -> list[Ex
         answer = encoder.answer_ids(_answer(prompt))
         examples.append(Example(prompt, encoded, answer, _labels(prompt, of_clip[clip_id])))
     return examples
+
+
+def second_examples(
+    questions: Sequence[Question], encoder: PromptEncoder, examples: Sequence[Example]
+) -> list[Example]:
+    """One example for each question about the clips of `examples`, whose frames they share."""
+    frames = {example.prompt.clip.clip_id: example.encoded.frames for example in examples}
+    of_questions = []
+    for prompt, word in questions:
+        encoded = replace(encoder.encode(prompt), frames=frames[prompt.clip.clip_id])
+        text = word + encoder.tokenizer.eos_token
+        answer = np.asarray(encoder.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+        of_questions.append(Example(prompt, encoded, answer, np.zeros((0, 5 * NUM_LABELS), np.float32)))
+    return of_questions
 
 
 def _answer(prompt: Prompt) -> Span:
@@ -112,18 +134,22 @@ def _auxiliary_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def validate(model: VideoLLM, examples: Sequence[Example], encoder: PromptEncoder) -> dict[str, float]:
-    """The greedy answers' mIoU and R1@m."""
+    """mIoU and R1@m of the greedy answers, and the share of right ones to the second task, if it is there."""
     model.eval()
     limits = {"max_tokens": 16, "pad_id": encoder.tokenizer.pad_token_id, "banned_ids": encoder.pad_ids}
-    predictions = []
+    predictions, is_right = [], []
     for i in range(0, len(examples), 64):
         part = examples[i : i + 64]
         answers = generate(model, [e.encoded for e in part], **limits)
         for example, (ids,) in zip(part, answers, strict=True):
             text, prompt_id = encoder.tokenizer.decode(ids), example.prompt.prompt_id
-            predictions.append(Prediction(prompt_id=prompt_id, text=text, span_s=parse_span(text)))
+            if len(example.labels):
+                predictions.append(Prediction(prompt_id=prompt_id, text=text, span_s=parse_span(text)))
+            else:
+                is_right.append(np.array_equal(ids, example.answer[:-1]))
     model.train()
-    return evaluate(predictions, [e.prompt for e in examples])
+    metrics = evaluate(predictions, [e.prompt for e in examples if len(e.labels)])
+    return metrics | ({"second task": float(np.mean(is_right))} if is_right else {})
 
 
 def train(
@@ -140,7 +166,7 @@ def train(
     order, started = random.Random(recipe.seed), time.monotonic()
     for step in range(recipe.stop_after):
         warmup = min(1.0, (step + 1) / 100)
-        cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+        cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
         for group in optimizer.param_groups:
             group["lr"] = LR * (warmup * cosine)
         chosen, pad_id = order.sample(examples, BATCH), encoder.tokenizer.pad_token_id
@@ -148,7 +174,7 @@ def train(
         hidden.clear()
         answer_loss = torch.nn.functional.cross_entropy(logits_of(batch), batch.targets)
         labels = torch.from_numpy(np.concatenate([e.labels for e in chosen]))
-        pairs = zip(packed_places(batch.trees), chosen, strict=True)
+        pairs = [(at, e) for at, e in zip(packed_places(batch.trees), chosen, strict=True) if len(e.labels)]
         seen = np.concatenate([places[np.flatnonzero(e.encoded.token_types == VIDEO)] for places, e in pairs])
         auxiliary = _auxiliary_loss(head(hidden[0][0, seen]), labels)
         optimizer.zero_grad()
@@ -159,30 +185,44 @@ def train(
             metrics = validate(model, validation, encoder)
             hidden.clear()
             losses = f"answer loss {answer_loss.item():.3f} auxiliary {auxiliary.item():.3f}"
-            scores = f"validation mIoU {metrics['miou']:.3f} R1@0.7 {metrics['r1@0.7']:.3f}"
+            shown = {k: v for k, v in metrics.items() if k in ("miou", "r1@0.7", "second task")}
+            scores = " ".join(f"{name} {value:.3f}" for name, value in shown.items())
             print(f"step {step + 1} {losses} {scores} {time.monotonic() - started:.0f} s", flush=True)
     return model
+
+
+def _read(folder: Path, processor: Path, config: Config, has_gaps: bool) -> list[Example]:
+    """The examples of a pretraining split, which is written if it is missing."""
+    if not folder.is_dir():
+        if has_gaps:
+            write_gaps(folder, PRETRAIN)
+        else:
+            write_split(folder, "pretrain", NUM_CLIPS, DEFAULT_LEVELS)
+    dataset = DatasetConfig.model_validate({key: str(folder / name) for key, name in SPLIT_FILES.items()})
+    encoder = PromptEncoder(processor, config.prompt, config.video)
+    examples = build_examples(read_prompts(dataset, config.video, 32), encoder)
+    if has_gaps:
+        questions = read_questions(folder, dataset, config.video)
+        examples += second_examples(questions, question_encoder(processor, config), examples)
+    return examples
 
 
 def pretrain(names: Sequence[str], out: Path, data: Path) -> None:
     """Writes a model folder for each name into `out`; `data` is the folder of the clips, made if missing."""
     config = load_demo()
     torch.set_num_threads(1)
-    folder = data / "pretrain"
-    if not folder.is_dir():
-        write_split(folder, "pretrain", NUM_CLIPS, DEFAULT_LEVELS)
-    dataset = DatasetConfig.model_validate({key: str(folder / name) for key, name in SPLIT_FILES.items()})
     processor, processor_folder = build_processor(), out / ".processor"
     processor.save_pretrained(processor_folder)
     encoder = PromptEncoder(processor_folder, config.prompt, config.video)
-    examples = build_examples(read_prompts(dataset, config.video, 32), encoder)
-    held_out = {f"pretrain{i:05d}" for i in range(NUM_VALIDATION_CLIPS)}
-    validation = [e for e in examples if e.prompt.clip.clip_id in held_out]
-    training = [e for e in examples if e.prompt.clip.clip_id not in held_out]
-    print(f"{len(training)} training examples, {len(validation)} for validation", flush=True)
     for name in names:
-        print(f"{name}: {RECIPES[name]}", flush=True)
-        model = train(RECIPES[name], training, validation, encoder)
+        recipe = RECIPES[name]
+        folder = data / ("pretrain_gaps" if recipe.has_gaps else "pretrain")
+        examples = _read(folder, processor_folder, config, recipe.has_gaps)
+        held_out = set(list({e.prompt.clip.clip_id: None for e in examples})[:NUM_VALIDATION_CLIPS])
+        validation = [e for e in examples if e.prompt.clip.clip_id in held_out]
+        training = [e for e in examples if e.prompt.clip.clip_id not in held_out]
+        print(f"{name}: {recipe}, {len(training)} examples, {len(validation)} for validation", flush=True)
+        model = train(recipe, training, validation, encoder)
         temporary = out / f".{name}"
         shutil.rmtree(temporary, ignore_errors=True)
         model.save_pretrained(temporary)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -92,8 +93,13 @@ def _frame_bytes(config: Config, draft: Plan | Draft) -> int:
 
 def _bytes_below(folder: Path) -> int:
     """Of all files below it, once where one has several names; 0: it is not there."""
-    found = (os.lstat(Path(parent, name)) for parent, _, names in os.walk(folder) for name in names)
-    return sum({s.st_ino: s.st_size for s in found}.values())
+    sizes: dict[int, int] = {}
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # another run may take it out of the cache of frames meanwhile
+                status = os.lstat(Path(parent, name))
+                sizes[status.st_ino] = status.st_size
+    return sum(sizes.values())
 
 
 def describe_disk(plan: DiskPlan) -> str:

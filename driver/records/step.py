@@ -63,6 +63,7 @@ async def record(
         **cache_metrics([g.group for g in groups]),
         "actors/policy_lag_mean": mean(lags),
         "actors/policy_lag_max": float(max(lags, default=math.nan)),
+        "actors/rollouts": float(run.totals["rollouts"]),
         "actors/rollout_tokens": float(run.totals["rollout_tokens"]),
         "teacher/scored_tokens": float(run.totals["scored_tokens"]),
         "curriculum/presented": float(len(groups)),

@@ -86,6 +86,15 @@ def test_frames_count_once_a_clip_and_where_their_cache_is(tmp_path, monkeypatch
     assert disk_plan(config, STUDENT, draft, None).frame_bytes == 0
 
 
+def test_a_file_that_another_run_removes_meanwhile_counts_as_nothing(tmp_path, monkeypatch):
+    config = load_demo([f"video.cache_dir={tmp_path}/frames", f"runs_dir={tmp_path}/runs"])
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "frames" / "kept.arrow").write_bytes(bytes(1000))
+    found = [(str(tmp_path / "frames"), [], ["kept.arrow", "gone.arrow"])]
+    monkeypatch.setattr(disk.os, "walk", lambda folder: found)
+    assert disk_plan(config, STUDENT, NO_SPLITS, None).frame_bytes == config.video.cache_bytes - 1000
+
+
 def test_what_a_resumed_run_has_already_is_its_own(tmp_path, monkeypatch):
     config = load_demo([f"runs_dir={tmp_path}"])
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)

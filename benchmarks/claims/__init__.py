@@ -1,0 +1,1 @@
+"""The paper's claims on the demo whose start lacks skills (demo/gaps.py): runs, curves, tables, verdicts."""
