@@ -8,10 +8,12 @@ Start-up and the first steps are left out, and the last ones, in which less is s
 
 A row for each case and way: seconds, and core-seconds of all processes, a trajectory; response tokens a
 trajectory, which must agree; the system's core-seconds by role, with decode workers and Ray's own processes
-as "ray". Medians over the repeats. A clip is "seen" if its frames are in the cache (of the node, or of the
-plain loop) before the first step, and unseen if its first prompt decodes it. The last line is one JSON
-object: `rows`, by case `core_over_plain` and `seconds_over_plain`, those of each lag, and `unequal`, the
-cases whose responses differ in length by over 2 %.
+as "ray". Medians over the repeats, and of seconds and core-seconds the lowest and the highest. A clip is
+"seen" if its frames are in the cache (of the node, or of the plain loop) before the first step, and unseen if
+its first prompt decodes it. With 3 queries a clip a prompt begins with its video, which the system computes
+once for all three, or with its question, where it can share nothing. The last line is one JSON object:
+`rows`, by case `core_over_plain` and `seconds_over_plain`, those of each lag, and `unequal`, the cases whose
+responses differ in length by over 2 %.
 """
 
 import os
@@ -37,6 +39,7 @@ WAYS = ("plain", "lag 0", "lag 1")
 ROLES = ("actors", "teacher", "learner", "driver", "serve", "curriculum", "ray")
 LEFT_OUT_STEPS = 2  # at the end: a run samples nothing for the step after its last one
 LR = "learner.lr=1e-5"  # responses keep their length
+RANGED = ("seconds", "core_s")  # whose lowest and highest are told beside the median
 MAX_LENGTH_GAP = 0.02  # between the response tokens of both, or they did not do the same work
 
 
@@ -57,12 +60,14 @@ class Case:
 
 
 LONG = ("rollout.max_model_len=1024", "teacher_pool.max_model_len=1024", "rollout.kv_cache_bytes=268435456")
+BY_VIDEO = "curriculum.group_by_video=true"
 CASES = {
     "batch 64": Case(64),
     "batch 64, unseen": Case(64, seen=False),
     "batch 8": Case(8),
     "batch 8, unseen": Case(8, seen=False),
-    "3 queries": Case(64, queries=3, overrides=("curriculum.group_by_video=true",)),
+    "3 queries": Case(64, queries=3, overrides=(BY_VIDEO, "prompt.video_first=true")),
+    "3 queries, question first": Case(64, queries=3, overrides=(BY_VIDEO,)),
     "512 tokens": Case(32, scale=8, frames=16, overrides=LONG),
 }
 
@@ -135,9 +140,16 @@ def write_inputs(case: Case, num_steps: int, folder: Path) -> list[str]:
 
 
 def medians(runs: Sequence[Row]) -> Row:
-    """One row of the repeats of a case and way."""
-    names = {key: runs[0][key] for key in ("case", "way")}
-    return names | {key: statistics.median(run[key] for run in runs) for key in runs[0] if key not in names}
+    """One row of the repeats of a case and way; `_range`: lowest and highest."""
+    row: Row = {}
+    for key, first in runs[0].items():
+        if isinstance(first, str):
+            row[key] = first
+            continue
+        values = [run[key] for run in runs]
+        row[key] = statistics.median(values)
+        row |= {f"{key}_range": [min(values), max(values)]} if key in RANGED else {}
+    return row
 
 
 def compare(rows: Sequence[Row]) -> Row:

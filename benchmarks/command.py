@@ -90,9 +90,14 @@ def print_result(result: Row, title: str, rows: Sequence[Mapping[str, Any]], *no
 
 
 def _cell(value: Any) -> str:
-    """Three significant digits of a number, in full where it has more before the point; "-" for None."""
+    """Three significant digits of a number, in full where it has more before the point; "-" for None.
+
+    "lowest to highest" for a list of both.
+    """
     if value is None:
         return "-"
+    if isinstance(value, list):
+        return " to ".join(map(_cell, value))
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else value

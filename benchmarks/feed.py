@@ -72,8 +72,10 @@ def measure(lag: int, num_steps: int, times: float, inputs: Sequence[str]) -> Ro
         overrides += [f"max_policy_lag={lag}", f"num_steps={num_steps}", f"video.cache_dir={scratch}/frames"]
         with temporary_demo(*overrides) as (config, folder):
             train_emulated(config, folder, Classes(SleepyActor, SleepyReplica, SleepyRank))
-            step_s = statistics.mean(step_seconds(folder)[: -lag or None])
-        row: Row = {"lag": lag, "seconds_per_step": step_s, "over_slowest": step_s / slowest_s(times)}
+            steps_s = step_seconds(folder)[: -lag or None]
+        step_s = statistics.mean(steps_s)
+        row: Row = {"lag": lag, "seconds_per_step": step_s, "range": [min(steps_s), max(steps_s)]}
+        row["over_slowest"] = step_s / slowest_s(times)
         return row | summary(events.read_events(happened), num_steps * GROUPS)
 
 

@@ -34,7 +34,7 @@ class Part:
 
     rows: list[Row]
 
-    @property
+    @cached_property
     def clip(self) -> Hashable:
         return _clip_key(self.rows[0].prompt.clip)
 

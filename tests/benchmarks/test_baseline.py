@@ -11,6 +11,7 @@ import pytest
 from benchmarks.baseline import CASES, compare, medians
 from benchmarks.cpu import Mark, between, cpu_seconds
 from video_opd.config import Config
+from video_opd.config_file import load_demo
 from video_opd.types import EncodedPrompt, Prompt
 
 
@@ -18,9 +19,10 @@ def row(way: str, seconds: float, core_s: float, tokens: float = 7.0) -> dict:
     return {"case": "a", "way": way, "seconds": seconds, "core_s": core_s, "response_tokens": tokens}
 
 
-def test_a_case_has_the_medians_of_its_runs():
+def test_a_case_has_the_medians_of_its_runs_and_their_spread():
     runs = [row("plain", seconds, core_s) for seconds, core_s in ((1.0, 6.0), (9.0, 4.0), (2.0, 5.0))]
-    assert medians(runs) == row("plain", 2.0, 5.0)
+    spread = {"seconds_range": [1.0, 9.0], "core_s_range": [4.0, 6.0]}
+    assert medians(runs) == row("plain", 2.0, 5.0) | spread
 
 
 def test_each_lag_is_compared_with_the_plain_loop_of_its_case():
@@ -49,13 +51,20 @@ def test_cpu_time_of_child_processes_counts_after_their_end_too():
     assert cpu_seconds()["driver"] - before["driver"] >= 0.09
 
 
+def test_three_queries_share_a_video_where_it_comes_first():
+    first = {name: load_demo(case.overrides).prompt.video_first for name, case in CASES.items()}
+    assert [name for name, is_first in first.items() if is_first] == ["3 queries"]
+    assert CASES["3 queries"].queries == CASES["3 queries, question first"].queries == 3
+
+
 def test_cases_have_the_video_tokens_of_their_names():
     assert CASES["512 tokens"].video_tokens == 512
     assert {case.video_tokens for name, case in CASES.items() if name != "512 tokens"} == {12}
 
 
 @pytest.mark.engine  # imports transformers
-def test_the_plain_loop_has_the_prompts_and_the_loss_of_the_learner(tmp_path):
+@pytest.mark.parametrize("video_first", ("false", "true"))
+def test_the_plain_loop_has_the_prompts_and_the_loss_of_the_learner(tmp_path, video_first):
     import torch
 
     from benchmarks.clips import write_demo_clips, write_models
@@ -64,6 +73,7 @@ def test_the_plain_loop_has_the_prompts_and_the_loss_of_the_learner(tmp_path):
     from driver.command_line import prepare
 
     overrides = ["groups_per_step=3", "max_policy_lag=0", "rollout.prompts_per_call=3"]
+    overrides += [f"prompt.video_first={video_first}"]
     overrides += [*write_models(tmp_path / "models"), *write_demo_clips(tmp_path / "clips", 3, scale=2)]
     overrides += [f"video.cache_dir={tmp_path / 'frames'}", "video.max_frames=8"]
     with temporary_demo(*overrides) as (config, _):

@@ -20,6 +20,7 @@ def test_the_last_line_is_the_result_as_json(capsys):
         {"name": "a", "the_size": 1234},
         {"name": "b", "the_size": 2.3456},
         {"name": "c", "the_size": None},
+        {"name": "d", "the_size": [0.25, 12.0]},
     ]
     print_result({"x": 1.5}, "title", rows, "a note")
     *shown, note, last = capsys.readouterr().out.splitlines()
@@ -31,6 +32,7 @@ def test_the_last_line_is_the_result_as_json(capsys):
         ["a", "1,234"],
         ["b", "2.35"],
         ["c", "-"],
+        ["d", "0.25 to 12"],
     ]
 
 

@@ -21,6 +21,7 @@ from video_opd.errors import ConfigError, ModelError
 from video_opd.models.attention import missing_for
 from video_opd.models.model_files import check_attends_to_all
 from video_opd.models.patches import pixel_values
+from video_opd.models.qwen_vl import adapt, shorten_last_layer
 from video_opd.models.trees import Packing, Tree, packed_places, trees_of
 from video_opd.types import EncodedPrompt
 
@@ -166,6 +167,7 @@ class ResponseLogits(torch.nn.Module):
     def __init__(self, model: VideoLLM):
         super().__init__()
         self.model: VideoLLM = model
+        shorten_last_layer(model)
 
     def hidden(self, batch: ResponseBatch, cache: Cache | None = None) -> torch.Tensor:
         """The head's input for the response rows, [R, hidden size] in the model's dtype.
@@ -175,7 +177,7 @@ class ResponseLogits(torch.nn.Module):
         model, device, dtype = self.model.model, batch.input_ids.device, self.model.dtype
         text = self.model.config.text_config
         groups = text.num_attention_heads // text.num_key_value_heads
-        packing = Packing(batch.trees, text._attn_implementation, groups, dtype, device)
+        packing = Packing(batch.trees, text._attn_implementation, groups, dtype, device, batch.rows)
         positions, _ = model.get_rope_index(**batch.separate._asdict())
         positions = _to_device(positions.flatten(1)[:, None, batch.places], device)
         features = batch.video_features
@@ -190,7 +192,7 @@ class ResponseLogits(torch.nn.Module):
             use_cache=cache is not None,
             packing=packing,
         ).last_hidden_state
-        return hidden[0, batch.rows]
+        return hidden[0]
 
     def forward(self, batch: ResponseBatch) -> torch.Tensor:
         return self.model.lm_head(self.hidden(batch)).float()
@@ -239,8 +241,6 @@ def load_model(
     Raises ConfigError if this machine lacks the package of `attention`; ModelError if weights are missing, or
     if its layers have sliding windows."""
     from transformers import AutoModelForImageTextToText
-
-    from video_opd.models.qwen_vl import adapt  # imports transformers
 
     if missing := missing_for(attention):
         raise ConfigError(f"attn_implementation={attention} needs {missing} on this node")

@@ -266,5 +266,5 @@ def first_difference(ours: np.ndarray, theirs: np.ndarray) -> str:
     """Where two prompts' token ids, int32[M], differ; "" if nowhere."""
     if len(ours) != len(theirs):
         return f"{len(ours)} token ids here, {len(theirs)} there"
-    pairs = enumerate(zip(ours, theirs, strict=True))
-    return next((f"token {i} is {a} here, {b} there" for i, (a, b) in pairs if a != b), "")
+    different = np.flatnonzero(ours != theirs)
+    return "".join(f"token {i} is {ours[i]} here, {theirs[i]} there" for i in different[:1])

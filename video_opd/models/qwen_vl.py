@@ -1,10 +1,10 @@
-"""Parts of transformers' Qwen-VL models in another form: the positions of tokens, attention in the tower."""
+"""Parts of transformers' Qwen-VL models in another form: positions, the tower's attention, the last layer."""
 
 from types import MethodType
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
 
 VideoLLM = Any
@@ -12,11 +12,13 @@ Positions = tuple[torch.Tensor, torch.Tensor]
 
 
 def adapt(model: VideoLLM, attention: str) -> None:
-    """Replaces transformers' own functions: one that is wrong, and two that are slow."""
+    """Replaces transformers' own functions: one that is wrong, and three that are slow."""
     positions = {"qwen2_5_vl": qwen2_5_positions, "qwen3_vl": qwen3_positions}.get(model.config.model_type)
     if positions is None:
         return
     model.model.get_rope_index = MethodType(positions, model.model)
+    projection = model.model.visual.patch_embed.proj
+    projection.forward = MethodType(project, projection)
     if attention == "sdpa":
         for block in model.model.visual.blocks:
             block.attn.forward = MethodType(attend, block.attn)
@@ -83,6 +85,12 @@ def qwen3_positions(
     return positions, positions.amax((0, 2))[:, None] + 1 - valid.sum(1, keepdim=True)
 
 
+def project(convolution: torch.nn.Conv3d, patches: torch.Tensor) -> torch.Tensor:
+    """The tower's first layer, [N, out, 1, 1, 1] of patches as large as its kernel, as one matrix product."""
+    weight = convolution.weight.flatten(1)
+    return linear(patches.flatten(1), weight, convolution.bias)[..., None, None, None]
+
+
 def attend(
     attention: Any, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor, position_embeddings: Any, **_: Any
 ) -> torch.Tensor:
@@ -107,3 +115,18 @@ def attend(
     of_length = [(cu_seqlens[:-1][lengths == len(o), None] + o).flatten() for o in offsets]
     attended = torch.cat([inside(*part) for part in zip(of_length, different, strict=True)])
     return attention.proj(attended[torch.cat(of_length).argsort()])
+
+
+def shorten_last_layer(model: VideoLLM) -> None:
+    """In passes with a packing, the last decoder layer returns the states of `packing.rows` alone."""
+    layer = model.model.language_model.layers[-1]
+    layer.forward = MethodType(last_layer, layer)
+
+
+def last_layer(layer: Any, hidden_states: torch.Tensor, packing: Any = None, **how: Any) -> torch.Tensor:
+    """As transformers' own, [B, S, H]; of a packing's rows alone, [1, R, H]: nothing attends to the others."""
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), packing=packing, **how)
+    hidden_states = hidden_states + attended
+    if packing is not None and packing.rows is not None:
+        hidden_states = hidden_states[:, packing.rows]
+    return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))

@@ -119,8 +119,20 @@ class Packing:
     side, at once: as many pairs of tokens as needed, and masks that grow with the branches alone.
     """
 
-    def __init__(self, trees: Sequence[Tree], attention: str, groups: int, dtype: torch.dtype, device: Any):
-        """attention: transformers' name. groups: query heads of a key head."""
+    def __init__(
+        self,
+        trees: Sequence[Tree],
+        attention: str,
+        groups: int,
+        dtype: torch.dtype,
+        device: Any,
+        rows: torch.Tensor | None = None,
+    ):
+        """attention: transformers' name. groups: query heads of a key head.
+
+        rows: int64[R], the tokens whose states are wanted in the end; None: all. See qwen_vl.last_layer.
+        """
+        self.rows = rows
         self._attention, self._groups, self._dtype, self._device = attention, groups, dtype, device
         self._masks: dict[tuple[int, int], torch.Tensor] = {}
         self.sizes: list[int] = []  # tokens of the segments

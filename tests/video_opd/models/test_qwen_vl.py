@@ -1,4 +1,4 @@
-"""What replaces functions of transformers computes the same, bit for bit in float32 on a CPU."""
+"""What replaces functions of transformers computes the same; positions and attention bit for bit on a CPU."""
 
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 
 from video_opd.models import qwen_vl
-from video_opd.models.qwen_vl import adapt, attend, qwen3_positions
+from video_opd.models.qwen_vl import adapt, attend, project, qwen3_positions
 
 GRIDS = [(3, 4, 6), (1, 8, 2), (5, 2, 2), (2, 6, 6)]
 MERGE, TEXT_TOKENS = 2, 4  # between frames
@@ -77,11 +77,19 @@ def test_the_kernel_is_called_once_for_each_length(monkeypatch):
     assert calls == [(2, 2, 2, 16), (3, 2, 4, 16)]
 
 
+def test_the_towers_first_layer_is_its_convolution():
+    torch.manual_seed(0)
+    convolution, patches = torch.nn.Conv3d(3, 5, (2, 4, 4), stride=(2, 4, 4)), torch.randn(7, 3, 2, 4, 4)
+    torch.testing.assert_close(project(convolution, patches), convolution(patches))
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2", "eager"])
 def test_only_attention_that_transformers_loops_over_is_replaced(attention):
     own = object()
     blocks = [SimpleNamespace(attn=SimpleNamespace(forward=own)) for _ in range(2)]
-    inner = SimpleNamespace(visual=SimpleNamespace(blocks=blocks), get_rope_index=own)
+    first = SimpleNamespace(proj=SimpleNamespace(forward=own))
+    tower = SimpleNamespace(blocks=blocks, patch_embed=first)
+    inner = SimpleNamespace(visual=tower, get_rope_index=own)
     adapt(SimpleNamespace(config=SimpleNamespace(model_type="qwen3_vl"), model=inner), attention)
-    assert inner.get_rope_index is not own
+    assert inner.get_rope_index is not own and first.proj.forward is not own
     assert [block.attn.forward is own for block in blocks] == [attention != "sdpa"] * 2

@@ -163,6 +163,15 @@ def test_branches_have_the_logprobs_and_gradients_of_separate_sequences(
         assert gap <= TOLERANCE * size, f"{name}: {gap / size}"
 
 
+def test_the_last_layer_goes_on_with_the_rows_that_predict_responses_alone(folder, cases):
+    model = load_model(str(folder), "float32")
+    batch, layers, seen = collate(*cases[True], pad_id=0), model.model.language_model.layers, []
+    for layer in layers:
+        layer.mlp.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[1]))
+    ResponseLogits(model)(batch)
+    assert seen == [len(batch.places)] * (len(layers) - 1) + [len(batch.rows)]
+
+
 def test_a_process_says_once_what_prompts_share_that_differ_before_their_video(cases, monkeypatch, caplog):
     monkeypatch.setattr(forward, "_TOLD", Event())
     pairs = [pair for pair in zip(*cases[True], strict=True) if pair[0].video_metadata["fps"] == FPS]
