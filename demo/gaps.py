@@ -62,7 +62,7 @@ SPLITS = {
     "validation": Split(12, 100, ("solved", "gap")),
     "eval": Split(13, 160, ("solved", "gap")),
 }
-PRETRAIN = Split(14, 3000, ("solved",))
+PRETRAIN = Split(14, 2000, ("solved",))
 
 
 class Question(NamedTuple):
@@ -85,12 +85,15 @@ def _is_gap(event: Event) -> bool:
 
 
 def _draw(skill: Skill, number: int, rng: np.random.Generator) -> Drawn:
-    """A clip with at least one object that asks for the skill; its prompts ask for all such objects."""
+    """A clip with at least one object that asks for the skill; its prompts ask for all such objects.
+
+    An object of a gap is never alone: whoever cannot read its name has to guess.
+    """
     level = "faint" if skill == "faint" else DEFAULT_LEVELS[rng.integers(len(DEFAULT_LEVELS))]
     while True:
         events = draw_events(LEVELS[level], rng)
         asked = [e for e in in_sight(events) if skill == "faint" or _is_gap(e) == (skill == "gap")]
-        if asked:
+        if asked and (skill != "gap" or len(events) > 1):
             return Drawn(f"{skill}{number:05d}", events, asked)
 
 
@@ -148,7 +151,7 @@ def overrides(
 ) -> list[str]:
     """What turns configs/demo.yaml into a run of the start on these splits, key=value."""
     folder = folder.resolve()
-    values = {"student": MODELS / "student", "teacher": MODELS / "teacher"}
+    values = {"student": MODELS / "start", "teacher": MODELS / "teacher"}
     for part, split in {"train": "train", "eval": held_out}.items():
         values |= {f"data.{part}.{key}": folder / split / name for key, name in SPLIT_FILES.items()}
     if labels == "wrong":

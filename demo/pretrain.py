@@ -16,9 +16,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from demo.clips import COLOURS, DEFAULT_LEVELS, SHAPES, SPLIT_FILES, write_split
-from demo.gaps import PRETRAIN, Question, question_encoder, read_questions, write_gaps
+from demo.gaps import (
+    GAP_COLOURS,
+    GAP_SHAPES,
+    MODELS,
+    PRETRAIN,
+    Question,
+    question_encoder,
+    read_questions,
+    write_gaps,
+)
 from demo.models import STUDENT, TEACHER, Size, build_model, build_processor
 from video_opd.answers import parse_span
 from video_opd.config import Config
@@ -26,7 +36,7 @@ from video_opd.config_data import DatasetConfig
 from video_opd.config_file import load_demo
 from video_opd.datasets import read_prompts
 from video_opd.grounding import evaluate
-from video_opd.models.forward import ResponseLogits, VideoLLM, collate, generate
+from video_opd.models.forward import ResponseLogits, VideoLLM, collate, generate, load_model
 from video_opd.models.prompting import PromptEncoder
 from video_opd.models.trees import packed_places
 from video_opd.types import EncodedPrompt, Prediction, Prompt, Span
@@ -34,7 +44,7 @@ from video_opd.types import EncodedPrompt, Prediction, Prompt, Span
 NUM_CLIPS, NUM_VALIDATION_CLIPS = 5000, 100  # of the pretraining split; validation decided when to stop
 NUM_LABELS = len(COLOURS) * len(SHAPES) + 1  # of one kind: every object, and the asked one
 VIDEO = 2  # transformers' token type of a video token
-STEPS, LR, BATCH, VALIDATE_EVERY = 1800, 2e-3, 32, 25
+STEPS, LR, BATCH, VALIDATE_EVERY = 1800, 2e-3, 32, 100
 
 
 class Recipe(NamedTuple):
@@ -44,13 +54,13 @@ class Recipe(NamedTuple):
     seed: int
     stop_after: int
     steps: int = STEPS  # of the schedule
-    has_gaps: bool = False  # on the clips of demo/gaps.py, with the second task
+    has_gaps: bool = False  # it begins with the student, forgets names, and has the clips of demo/gaps.py
 
 
 RECIPES = {
     "teacher": Recipe(TEACHER, 0, stop_after=STEPS),
     "student": Recipe(STUDENT, 1, stop_after=300),
-    "start": Recipe(STUDENT, 2, stop_after=1000, steps=1000, has_gaps=True),
+    "start": Recipe(STUDENT, 2, stop_after=500, steps=500, has_gaps=True),
 }
 
 
@@ -152,11 +162,23 @@ def validate(model: VideoLLM, examples: Sequence[Example], encoder: PromptEncode
     return metrics | ({"second task": float(np.mean(is_right))} if is_right else {})
 
 
+def forget(model: VideoLLM, tokenizer: PreTrainedTokenizerFast, words: Sequence[str]) -> None:
+    """Draws the embeddings of these words anew, so that the model cannot read them."""
+    texts = [text for word in words for text in (word, f" {word}")]
+    ids = sorted({i for text in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"]})
+    with torch.no_grad():
+        table = model.get_input_embeddings().weight
+        table[ids] = torch.randn(len(ids), table.shape[1]) * table.std()
+
+
 def train(
     recipe: Recipe, examples: Sequence[Example], validation: Sequence[Example], encoder: PromptEncoder
 ) -> VideoLLM:
     """Cross-entropy on answers plus the auxiliary head; cosine learning rate."""
     model = build_model(recipe.size, encoder.tokenizer, recipe.seed)
+    if recipe.has_gaps:
+        model.load_state_dict(load_model(str(MODELS / "student"), "float32").state_dict())
+        forget(model, encoder.tokenizer, (*GAP_COLOURS, *GAP_SHAPES))
     head = torch.nn.Linear(recipe.size.hidden, examples[0].labels.shape[1])
     logits_of = ResponseLogits(model)
     parameters = [*model.parameters(), *head.parameters()]

@@ -96,6 +96,7 @@ def test_the_pool_is_mostly_solved_and_the_held_out_splits_half():
     for name, split in gaps.SPLITS.items():
         rng = np.random.default_rng(split.seed)
         drawn = [gaps._draw(skill, i, rng) for i, skill in enumerate(split.skills * 20)]
+        assert all(len(clip.events) == 2 for clip in drawn if skill_of(clip.clip_id) == "gap")
         asked = [skill_of(clip.clip_id) for clip in drawn for _ in clip.asked]
         shares[name] = {skill: asked.count(skill) / len(asked) for skill in sorted(set(asked))}
     assert shares["train"] == pytest.approx({"faint": 0.16, "gap": 0.25, "solved": 0.59}, abs=0.06)
