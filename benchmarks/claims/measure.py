@@ -14,6 +14,7 @@ import numpy as np
 import launch
 from benchmarks.claims.case import EVAL_EVERY, EVAL_EVERY_OF_MANY, GROUPS, SHARED, Case, data_folder
 from benchmarks.command import WARM_UP_STEPS, Row
+from curriculum.answers import FILE as TEACHER_ANSWERS
 from demo import gaps
 from driver.records.sinks import read_metrics
 from video_opd.config import Config
@@ -40,6 +41,8 @@ def measure(case: Case, out: Path) -> Row:
                 row["second_task"] = gaps.second_task(student, data_folder(out))
             for name in REMOVED:
                 shutil.rmtree(folder / name, ignore_errors=True)
+            if case.part != "time":  # one run keeps the teacher's answers: later ones read all that there are
+                (folder / TEACHER_ANSWERS).unlink(missing_ok=True)
     return row | {"run_s": time.monotonic() - began}
 
 

@@ -12,7 +12,7 @@ from benchmarks.claims.verdicts import Claim
 from benchmarks.command import spread
 
 COMMAND = "python -m benchmarks.{} --kinds {}"
-IN_FRONT = ("opd_topk", "opd", "grpo")  # of the picture
+IN_FRONT = ("opd_topk", "opd", "grpo")  # left in the picture; the first of them also right
 NOT_READ = "-"  # the runs end before, or spend nothing of the kind
 
 
@@ -110,7 +110,7 @@ def sweep_rows(key: str, groups: Mapping[str, Sequence[Group]]) -> list[dict[str
 
 
 def draw(comparison: Comparison) -> Figure:
-    """mIoU, mean over seeds with their range, against wall seconds: OPD and GRPO, and beside them all."""
+    """mIoU, mean over seeds with their range, against wall seconds: OPD and GRPO, and the others."""
     figure = Figure(figsize=(13, 5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     kinds = list(dict.fromkeys(group.kind for group in comparison.groups))
@@ -118,14 +118,15 @@ def draw(comparison: Comparison) -> Figure:
         style, color = "--" if group.labels == "wrong" else "-", f"C{kinds.index(group.kind)}"
         miou = np.array([[point["miou"] for point in row["curve"]] for row in group.rows])
         wall_s = np.mean([[point["wall_s"] for point in row["curve"]] for row in group.rows], axis=0)
-        for axes in (left, right) if group.kind in IN_FRONT else (right,):
+        panels = [left] * (group.kind in IN_FRONT) + [right] * (group.kind not in IN_FRONT[1:])
+        for axes in panels:
             axes.plot(wall_s, miou.mean(0), style, color=color, label=title(group), marker=".")
             axes.fill_between(wall_s, miou.min(0), miou.max(0), color=color, alpha=0.15)
     left.set(title="OPD and GRPO", ylabel="held-out mIoU, mean and range of seeds")
-    right.set(title="all objectives")
+    right.set(title=f"the others, and {IN_FRONT[0]}")
     for axes in (left, right):
         axes.set(xlabel="wall seconds of training")
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="lower right")
     return figure
 
 

@@ -2,17 +2,20 @@
 
 import argparse
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import launch
 from benchmarks import command, curriculum_ablation, objectives
 from benchmarks.claims import kinds, study
 from benchmarks.claims.case import Case
-from benchmarks.claims.measure import config_of, result_of
+from benchmarks.claims.measure import config_of, measure, result_of
 from benchmarks.claims.rows import DECIDE, Rows, code_digest, estimate_s, run_missing, seconds_of
 from benchmarks.command import read_rows
+from demo import gaps
 from video_opd import ROOT
 
 CASE = Case("learn", "opd", "clean", seed=1, lr=2e-4, steps=40, overrides=("loss.kind=opd",))
@@ -186,6 +189,37 @@ def test_a_run_becomes_a_row_with_its_curve(tmp_path):
         result_of(summary | {"failed_eval": {"a": "unreadable"}}, lines, config)
     off_policy = config_of(replace(CASE, overrides=("loss={kind: sft}",)), tmp_path)
     assert [p["prompts"] for p in result_of(summary, lines, off_policy)["curve"]] == [0, 160, 224]
+
+
+@pytest.mark.parametrize("part", ["tune", "time", "learn"])
+def test_the_last_student_answers_the_second_task_and_one_run_keeps_the_teachers_answers(
+    tmp_path, monkeypatch, part
+):
+    case, asked = replace(CASE, part=part, steps=2), []
+    folder = tmp_path / "runs" / case.name
+
+    def launched(config) -> dict:
+        assert not (folder / "old").exists() and config.run_name == case.name
+        os.write(1, b"a line of the run\n")
+        (folder / "checkpoints" / "step-2" / "student").mkdir(parents=True)
+        (folder / "student").mkdir()  # the best on the evaluation split
+        (folder / "curriculum").mkdir()
+        (folder / "curriculum" / "teacher_answers.parquet").touch()
+        lines = [{"step": step, "wall_s": 10.0 + step} for step in range(2)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        scores = {"miou": 0.5, "r1@0.7": 0.5}
+        summary = {"student_before": scores, "student_after": scores, "failed_eval": {}, "teacher": scores}
+        return summary | {"steps": 2, "seconds": {"train": 3.0}, "dropped": {}, "suspended_rollouts": 0}
+
+    monkeypatch.setattr(launch, "launch", launched)
+    monkeypatch.setattr(gaps, "second_task", lambda model, data: asked.append(model) or 0.75)
+    (folder / "old").mkdir(parents=True)
+    row = measure(case, tmp_path)
+    assert row.get("second_task") == (0.75 if part == "learn" else None)
+    assert asked == ([folder / "checkpoints" / "step-2" / "student"] if part == "learn" else [])
+    assert not (folder / "checkpoints").exists() and (folder / "metrics.jsonl").exists()
+    assert (folder / "curriculum" / "teacher_answers.parquet").exists() == (part == "time")
+    assert (tmp_path / "logs" / f"{case.name}.txt").read_text() == "a line of the run\n"
 
 
 def measured(case: Case) -> dict:
