@@ -63,7 +63,7 @@ def test_cases_have_the_video_tokens_of_their_names():
 
 
 @pytest.mark.engine  # imports transformers
-@pytest.mark.parametrize("video_first", ("false", "true"))
+@pytest.mark.parametrize("video_first", ["false", "true"])
 def test_the_plain_loop_has_the_prompts_and_the_loss_of_the_learner(tmp_path, video_first):
     import torch
 

@@ -124,7 +124,7 @@ def shorten_last_layer(model: VideoLLM) -> None:
 
 
 def last_layer(layer: Any, hidden_states: torch.Tensor, packing: Any = None, **how: Any) -> torch.Tensor:
-    """As transformers' own, [B, S, H]; of a packing's rows alone, [1, R, H]: nothing attends to the others."""
+    """As transformers' own, [B, S, H]; with a packing of its rows, [1, R, H]: nothing attends to others."""
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), packing=packing, **how)
     hidden_states = hidden_states + attended
     if packing is not None and packing.rows is not None:
