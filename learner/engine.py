@@ -45,11 +45,13 @@ from video_opd.models.forward import (
     load_head,
     token_entropy,
 )
+from video_opd.models.policy import Policy
 from video_opd.models.prompting import PromptEncoder
 from video_opd.types import FailedPrompt, ScoredGroup
 from video_opd.weights.adapters import write_adapter
 from video_opd.weights.buckets import Named, WeightBucket, to_buckets
 
+Runs = Sequence[tuple[torch.Tensor, torch.Tensor]]  # states[R, H], head[V, H]
 PATIENCE = timedelta(days=1)  # of ranks for a slower one: the driver's deadlines end a wait, not NCCL's
 
 
@@ -77,6 +79,7 @@ class LearnerEngine:
         self._deepspeed = _init_deepspeed(config, rank, world_size, master)
         self._encoder = PromptEncoder(config.student, config.prompt, config.video, config.trust_remote_code)
         self._device = "cuda" if learner.num_gpus else "cpu"
+        self._policy = Policy(config.learner_temperature, self._encoder.pad_ids, self._device)
         # ZeRO keeps float32 masters of bfloat16 weights
         model = load_student(config)
         if learner.lora_rank:
@@ -184,6 +187,7 @@ class LearnerEngine:
         tokens = self._response_tokens(rows, batch.targets)
 
         def loss(logits: torch.Tensor, which: slice) -> tuple[torch.Tensor, ...]:
+            logits = self._policy(logits)
             return *loss_per_token(self._config.loss, logits, tokens, which), token_entropy(logits.detach())
 
         per_token, learner, entropy = self._engine(batch, loss, most_tokens)
@@ -202,7 +206,7 @@ class LearnerEngine:
                 (self._tensor([s.hidden for s in run if s.hidden is not None]), self._teacher_heads[name])
                 for name, run in groupby(scores, key=lambda s: s.teacher_id)
             ]
-            teacher_logits = partial(rows_of, runs)
+            teacher_logits = partial(self._teacher_logits, runs)
         return ResponseTokens(
             targets=targets,
             actor_logprobs=self._tensor([row.trajectory.actor_logprobs for row in rows]),
@@ -211,6 +215,9 @@ class LearnerEngine:
             top_k=top_k,
             teacher_logits=teacher_logits,
         )
+
+    def _teacher_logits(self, runs: Runs, which: slice) -> torch.Tensor:
+        return self._policy(rows_of(runs, which))
 
     def _tensor(self, arrays: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(self._device)
@@ -277,8 +284,8 @@ def _skipped(num_dropped: int) -> dict[str, float]:
     return zeros | {"learner/skipped": 1.0, "learner/dropped_rows": float(num_dropped)}
 
 
-def rows_of(runs: Sequence[tuple[torch.Tensor, torch.Tensor]], which: slice) -> torch.Tensor:
-    """float32[rows, V]: logits of rows `which` of the concatenated runs, each (states[R, H], head[V, H])."""
+def rows_of(runs: Runs, which: slice) -> torch.Tensor:
+    """float32[rows, V]: logits of rows `which` of the concatenated runs."""
     logits, first = [], 0
     for states, head in runs:
         rows = states[max(which.start - first, 0) : max(which.stop - first, 0)]

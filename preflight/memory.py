@@ -308,7 +308,7 @@ def vllm_memory(
     comes on top of gpu_memory_utilization. So do CUDA context and NCCL: vLLM takes its snapshot of free
     memory after both exist (init_device in vllm/v1/worker/gpu_worker.py).
     logits: an actor's 4V VLLM_LOGIT_COPIES for each of max_num_seqs; a teacher's (4 + e) V for each of N, on
-    a GPU 2eV for each of PROMPT_LOGPROB_ROWS.
+    a GPU 2eV for each of PROMPT_LOGPROB_ROWS. At a temperature bfloat16 ones are divided in float32: 4V more.
     input buffers, on a GPU: e N H (1 + D), embeddings and deepstack (vllm/model_executor/models/qwen3_vl.py).
     KV cache: kv_cache_bytes, or what gpu_memory_utilization leaves of a GPU, at least a max_model_len. On a
     shared GPU vLLM is given it (with_kv_caches).
@@ -324,9 +324,10 @@ def vllm_memory(
         per_pass = GPU_BATCHED_TOKENS if gpu_bytes >= LARGE_GPU_BYTES else SMALL_GPU_BATCHED_TOKENS
         num_tokens = min(per_pass, num_sequences * engine.max_model_len)
     video_tokens = max(work.max_video_tokens, min(num_tokens, num_sequences * work.max_video_tokens))
-    values = num_tokens * (4 + e) if scores else num_sequences * 4 * VLLM_LOGIT_COPIES
-    if scores and on_gpu:
-        values = min(num_tokens, PROMPT_LOGPROB_ROWS) * 2 * e
+    values = num_sequences * 4 * VLLM_LOGIT_COPIES
+    if scores:
+        of_row = (2 * e if on_gpu else 4 + e) + 4 * (e == 2 and config.rollout.temperature != 1.0)
+        values = of_row * (min(num_tokens, PROMPT_LOGPROB_ROWS) if on_gpu else num_tokens)
     logits = shapes.text.vocab_size * values
     held = {"weights": model_bytes(shapes, e) // shards}
     if on_gpu:

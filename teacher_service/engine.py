@@ -13,6 +13,7 @@ import torch
 from video_opd.config import TeacherConfig
 from video_opd.errors import RunError
 from video_opd.models import forward
+from video_opd.models.policy import BANNED, Policy, score_by_policy
 from video_opd.models.prompting import PromptEncoder
 from video_opd.models.shared_gpu import starting_alone
 from video_opd.models.vllm_engine import check_expansion, start_vllm, vllm_prompt
@@ -52,6 +53,7 @@ class ScoringEngine(ABC):
     seed: int
     encoder: PromptEncoder
     trust_remote_code: bool = False
+    temperature: float = 1.0  # of the policy, of which log-probs and top-K are; not of answers
     num_computed_tokens: int = field(default=0, init=False)  # to score, so far
 
     @abstractmethod
@@ -100,6 +102,7 @@ class TransformersEngine(ScoringEngine):
         with starting_alone(self.config.num_gpus):
             self._model.eval().to(self._device)
         self._logits = forward.ResponseLogits(self._model)
+        self._policy = Policy(self.temperature, self.encoder.pad_ids, self._device)
 
     @torch.inference_mode()
     def score(
@@ -108,7 +111,7 @@ class TransformersEngine(ScoringEngine):
         batch = forward.collate(prompts, responses, self.encoder.tokenizer.pad_token_id, self._device)
         hidden = self._logits.hidden(batch)
         self.num_computed_tokens += sum(tree.num_tokens for tree in batch.trees)
-        logits = self._model.lm_head(hidden).float()
+        logits = self._policy(self._model.lm_head(hidden).float())
         logprobs = forward.token_logprobs(logits, batch.targets).cpu().numpy()
         entropy = forward.token_entropy(logits).cpu().numpy()
         top_k = top_k_of(logits, self.wanted.top_k) if self.wanted.top_k else None
@@ -153,6 +156,7 @@ class VllmEngine(ScoringEngine):
         limits = {"max_num_seqs": self.config.micro_batch, "max_logprobs": max(self.wanted.top_k, 1)}
         options = {"enforce_eager": not self.config.num_gpus} | limits
         self._llm: Any = start_vllm(self.model, self.config, self.seed, self.trust_remote_code, **options)
+        self._llm.collective_rpc(score_by_policy, args=(self.temperature, self.encoder.pad_ids))
         self._second_runner = self._llm.llm_engine.vllm_config.use_v2_model_runner
         self._numbers, self._one_at_a_time = itertools.count(), threading.Lock()
 
@@ -263,7 +267,7 @@ class VllmEngine(ScoringEngine):
         prepared: Prepared = None,
     ) -> Texts:
         how: dict[str, Any] = {"n": num_answers, "temperature": temperature, "max_tokens": max_tokens}
-        how |= {"seed": self.seed, "logit_bias": dict.fromkeys(self.encoder.pad_ids, -100.0)}
+        how |= {"seed": self.seed, "logit_bias": dict.fromkeys(self.encoder.pad_ids, BANNED)}
         outputs = self._run(prepared or [self.prepare(p) for p in prompts], [how] * len(prompts))
         return [[answer.text for answer in output.outputs] for output in outputs]
 

@@ -56,7 +56,8 @@ class TeacherReplica:
         pool, needs, trust = config.teacher_pool, config.loss.needs.teacher, config.trust_remote_code
         encoder = PromptEncoder(model, config.prompt, config.video, trust)
         wanted = Wanted(top_k=config.loss.top_k if needs == "top_k" else 0, hidden=needs == "hidden")
-        return encoder, ENGINES[config.teacher_engine](model, pool, wanted, config.seed, encoder, trust)
+        how = wanted, config.seed, encoder, trust, config.rollout.temperature
+        return encoder, ENGINES[config.teacher_engine](model, pool, *how)
 
     async def score(self, groups: Sequence[TrajectoryGroup]) -> Reply:
         """A ScoreResult per group, in order: scores, or a FailedPrompt where the clip cannot be read.

@@ -21,6 +21,7 @@ from video_opd.config_data import (
     PositiveInt,
     PromptConfig,
     RegularExpression,
+    Temperature,
     VideoConfig,
     attention_problem,
     key,
@@ -45,7 +46,7 @@ class RolloutConfig(ConfigSection):
     prompts_per_call: PositiveInt = key(32, "prompts in flight in one call of an actor")
     prompts_per_result: PositiveInt = key(4, "finished prompts that an actor returns together")
     rollouts_per_prompt: PositiveInt = 1
-    temperature: PositiveFloat = key(1.0, "only 1 is supported: log-probs are those of the policy itself")
+    temperature: Temperature = key(1.0, "of the policy: actors, teacher and learner divide logits by it")
     max_response_tokens: PositiveInt = 64
     max_model_len: PositiveInt = 16000
     max_num_seqs: PositiveInt = key(64, "sequences that vLLM decodes at once")
@@ -59,8 +60,6 @@ class RolloutConfig(ConfigSection):
 
     def problems(self) -> Iterator[str]:
         yield from engine_problems(self.tensor_parallel, self.num_gpus, self.num_cpus)
-        if self.temperature != 1.0:
-            yield f"temperature={self.temperature}: vLLM reports log-probs at temperature 1.0 alone; set 1.0"
 
 
 class TeacherConfig(ConfigSection):
@@ -290,6 +289,11 @@ class Config(ConfigSection):
     def teachers_of(self, prompt_id: str) -> tuple[TeacherModel, ...]:
         """The teachers that score the prompt. The first one gives the teacher's answer to it."""
         return tuple(t for t in self.teacher_models if t.scores(prompt_id))
+
+    @property
+    def learner_temperature(self) -> float:
+        """The actors' and the teacher's, but 1 for sft, which compares with neither."""
+        return 1.0 if self.loss.kind == "sft" else self.rollout.temperature
 
     @property
     def responses_per_prompt(self) -> int:

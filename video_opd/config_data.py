@@ -34,6 +34,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+Temperature = Annotated[float, Field(ge=0.01, le=2)]  # vLLM samples at 0.01 below it, and not above 2
 FileName = Annotated[str, AfterValidator(_file_name)]
 RegularExpression = Annotated[str, AfterValidator(_regular_expression)]
 Dtype = Literal["float32", "bfloat16"]

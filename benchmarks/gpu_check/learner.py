@@ -36,7 +36,7 @@ class Checks(Setting):
         rows = zip(self.encoded, self._responses, actor, advantages, strict=True)
         for prompt, response, old, advantage in rows:
             batch = collate([prompt], [response], self.encoder.tokenizer.pad_token_id, self.bench.device)
-            new = token_logprobs(ResponseLogits(model)(batch), batch.targets)
+            new = token_logprobs(self.policy(ResponseLogits(model)(batch)), batch.targets)
             of_tokens = torch.tensor(np.stack([old, advantage]), dtype=torch.float32, device=new.device)
             loss = sampled_loss(new, of_tokens[0], of_tokens[1]).sum() / sum(map(len, actor))
             loss.backward()

@@ -22,6 +22,7 @@ from video_opd.config import Config
 from video_opd.datasets import read_prompts
 from video_opd.models.forward import ResponseLogits, VideoLLM, collate, load_model, token_logprobs
 from video_opd.models.model_files import read_model_info
+from video_opd.models.policy import Policy
 from video_opd.models.prompting import PromptEncoder
 from video_opd.types import EncodedPrompt, Prompt
 
@@ -42,6 +43,7 @@ class Setting:
         self.prompts: list[Prompt] = read_prompts(self.config.data.train, self.config.video, multiple)
         self.encoder = PromptEncoder(self.config.student, self.config.prompt, self.config.video)
         self.encoded = [self.encoder.encode(p) for p in self.prompts]
+        self.policy = Policy(self.config.rollout.temperature, self.encoder.pad_ids, bench.device)
 
     def random_responses(self) -> Arrays:
         """int32[N] for each prompt: words of the tokenizer."""
@@ -61,7 +63,8 @@ class Setting:
         found = []
         for prompt, response in zip(encoded, responses, strict=True):
             batch = collate([prompt], [response], self.encoder.tokenizer.pad_token_id, self.bench.device)
-            found.append(token_logprobs(ResponseLogits(model)(batch), batch.targets).cpu().numpy())
+            logits = self.policy(ResponseLogits(model)(batch))
+            found.append(token_logprobs(logits, batch.targets).cpu().numpy())
         return found
 
 

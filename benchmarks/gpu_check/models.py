@@ -38,6 +38,7 @@ TINY_HEAD_DIM = 32  # the smallest that vLLM runs on a CPU
 QUERY = "the red square is visible " + "From to seconds the " * 24  # longer than a block of a KV cache
 PIXEL = 8  # a square of the clips' noise
 MAX_POSITIONS = 32768
+TEMPERATURE = 0.9  # of the policy: all that divides logits, or bans ids, takes part
 LR = 1e-3  # a step that is seen in bfloat16
 
 
@@ -199,7 +200,7 @@ def make_config(bench: Bench, *overrides: str) -> Config:
         "learner": {"dtype": bench.dtype, "num_gpus": num_gpus, "zero_stage": 3, "micro_batch": 1, "lr": LR},
         "loss": {"kind": "opd", "clamp": "null"},
     }
-    sections["rollout"] |= {"max_num_seqs": 8, "prompts_per_call": num_prompts}
+    sections["rollout"] |= {"max_num_seqs": 8, "prompts_per_call": num_prompts, "temperature": TEMPERATURE}
     sections["learner"] |= {"gradient_checkpointing": True, "freeze_vision": True, "warmup_frac": 0}
     made = [f"{section}.{key}={value}" for section, of in sections.items() for key, value in of.items()]
     model = folder / bench.model

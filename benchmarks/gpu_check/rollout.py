@@ -10,6 +10,7 @@ from benchmarks.command import timed
 from benchmarks.gpu_check.measure import NOTICED, Arrays, Setting, check_memory, gap, planned, within
 from benchmarks.gpu_check.part import Bench, CheckError
 from video_opd.models.forward import ResponseLogits, collate
+from video_opd.models.policy import score_by_policy
 from video_opd.models.vllm_engine import Completion, vllm_prompt
 from video_opd.types import EncodedPrompt
 from video_opd.weights.buckets import to_buckets
@@ -17,7 +18,6 @@ from video_opd.weights.buckets import to_buckets
 PERTURBED = 0.3  # of a weight's deviation
 PAD_LOGIT = 20.0  # above all others
 NUM_BANNED_ANSWERS = 4
-BAN_SHIFT = 1.0  # a ban that counted in log-probs would move them by far more
 
 
 class Checks(Setting):
@@ -99,7 +99,7 @@ class Checks(Setting):
         if np.isin(tokens, pads).any():
             raise CheckError("a banned token was sampled")
         exact = self._exact(answers, [prompt] * len(answers))
-        told = within([a.logprobs for a in answers], exact, BAN_SHIFT)
+        told = within([a.logprobs for a in answers], exact, self.tolerance)
         return f"none of {len(tokens)} tokens, against a probability of {wanted:.2f}; {told}"
 
     def given_tokens(self) -> str:
@@ -110,6 +110,8 @@ class Checks(Setting):
         from vllm import SamplingParams
 
         self._sample(5)  # fills the cache
+        how = self.config.rollout.temperature, self.encoder.pad_ids
+        self._engine._llm.collective_rpc(score_by_policy, args=how)
         block = self._engine._llm.llm_engine.vllm_config.cache_config.block_size
         responses = self.random_responses()
         pairs = list(zip(self.encoded, responses, strict=True))

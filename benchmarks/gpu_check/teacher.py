@@ -70,7 +70,8 @@ class Checks(Setting):
         release()
         config = self._with(engine)
         wanted = Wanted(top_k=TOP_K if engine == "vllm" else 0)  # vLLM is told the most it will give
-        self._engine = ENGINES[engine](config.student, config.teacher_pool, wanted, 0, self.encoder)
+        how = wanted, 0, self.encoder, False, config.rollout.temperature
+        self._engine = ENGINES[engine](config.student, config.teacher_pool, *how)
         self._engine.wanted = Wanted()
         seconds, scores = timed(self._score_one_by_one)
         told = within([s.logprobs for s in scores], self._expected[0], self.tolerance)
@@ -91,7 +92,8 @@ class Checks(Setting):
     def _best(self, model: VideoLLM, cases: Cases) -> Arrays:
         """float32[N * K] of each response: the K highest log-probs at each of its tokens."""
         batches = (collate([p], [r], 0, self.bench.device) for p, r in zip(*cases, strict=True))
-        return [top_k_of(ResponseLogits(model)(batch), TOP_K).logprobs.ravel() for batch in batches]
+        logits = (self.policy(ResponseLogits(model)(batch)) for batch in batches)
+        return [top_k_of(of_response, TOP_K).logprobs.ravel() for of_response in logits]
 
     def _with(self, engine: str) -> Config:
         pool = self.config.teacher_pool.model_copy(update={"engine": engine})

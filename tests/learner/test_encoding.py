@@ -153,7 +153,7 @@ def test_no_micro_batch_of_an_update_waits_for_an_encode_that_could_have_been_ma
     deepspeed = DeepSpeed(encoder)
     rank.__dict__.update(
         {"_config": CONFIG, "_rank": 0, "_world_size": 1, "_device": "cpu", "_encoder": encoder}
-        | {"_engine": deepspeed, "_teacher_heads": {}, "_vision": None}
+        | {"_engine": deepspeed, "_teacher_heads": {}, "_vision": None, "_policy": torch.clone}
         | {"_is_time": lambda ids: np.zeros(len(ids), bool)}
     )
 

@@ -28,6 +28,7 @@ from video_opd.models.forward import (
     load_model,
     token_logprobs,
 )
+from video_opd.models.policy import Policy
 from video_opd.models.prompting import PromptEncoder
 from video_opd.types import ScoredGroup
 from video_opd.video import frame_cache
@@ -87,6 +88,7 @@ class Rank:
             {"_config": config, "_rank": 0, "_world_size": 1, "_device": "cpu", "_encoder": encoder}
             | {"_engine": self.deepspeed, "_vision": VisionCache.of(self.model, config.learner)}
             | {"_is_time": TimestampTokens(encoder.tokenizer), "_teacher_heads": {}}
+            | {"_policy": Policy(config.learner_temperature, encoder.pad_ids, "cpu")}
         )
         if config.loss.needs.teacher == "hidden":
             self._engine._teacher_heads = dict(zip(("teacher", "other"), heads, strict=True))
@@ -189,9 +191,11 @@ def test_loss_gradient_and_ratios_are_those_of_one_sequence_at_a_time(student, e
         assert gap < 1e-5 * expected[name].norm() or gap < 1e-7, name
 
 
-def test_the_papers_loss_is_a_mean_over_responses_of_sums_over_tokens(student, encoder):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_papers_loss_is_a_mean_over_responses_of_sums_over_tokens(student, encoder, temperature):
     """Eq. 6 of arXiv 2602.02994, with rho from one sequence at a time."""
-    config = make_config("opd", "loss.center=none", "loss.reduction=sequence", *SHARED)
+    how = "loss.reduction=sequence", f"rollout.temperature={temperature}"
+    config = make_config("opd", "loss.center=none", *how, *SHARED)
     groups = make_groups(config, encoder)
     of_responses = []
     for group in groups:
@@ -199,7 +203,9 @@ def test_the_papers_loss_is_a_mean_over_responses_of_sums_over_tokens(student, e
         for t, scores in zip(group.group.trajectories, group.scores, strict=True):
             batch = collate([encoded], [t.response_token_ids], encoder.tokenizer.pad_token_id)
             with torch.no_grad():
-                now = token_logprobs(ResponseLogits(student)(batch), batch.targets).double().numpy()
+                logits = ResponseLogits(student)(batch).double() / temperature
+            logits[:, list(encoder.pad_ids)] = -torch.inf
+            now = token_logprobs(logits, batch.targets).numpy()
             reward = scores.teacher_logprobs.astype(float) - t.actor_logprobs
             of_responses.append(np.sum(np.exp(now - t.actor_logprobs) * reward))
     found = Rank(config, student, encoder).update(groups)["learner/loss"]

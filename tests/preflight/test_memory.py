@@ -47,6 +47,7 @@ from video_opd.config_file import load_demo
 from video_opd.config_learner import LearnerConfig, LossConfig
 from video_opd.errors import ModelError
 from video_opd.models.forward import ResponseBatch, ResponseLoss, by_chunks, collate, prefilled, token_entropy
+from video_opd.models.policy import Policy
 from video_opd.models.qwen_vl import adapt
 from video_opd.models.trees import Packing
 from video_opd.types import EncodedPrompt, Patching
@@ -631,9 +632,10 @@ def test_the_peak_of_passes_that_keep_nothing(model, dtype):
     + [LossConfig(kind="opd_full", divergence="jsd")],
     ids=lambda loss: f"{loss.kind}-{loss.divergence}",
 )
-@pytest.mark.parametrize("chunk", [64, 16])
-def test_copies_of_the_logits_at_the_peak_of_every_loss(loss, chunk):
+@pytest.mark.parametrize(("chunk", "temperature"), [(64, 1.0), (16, 1.0), (64, 0.9)])
+def test_copies_of_the_logits_at_the_peak_of_every_loss(loss, chunk, temperature):
     rows, vocabulary, hidden = 64, 20_000, 16
+    policy = Policy(temperature, (1, 2), "cpu")
     head = torch.nn.Linear(hidden, vocabulary, bias=False)
     tokens = ResponseTokens(
         targets=torch.zeros(rows, dtype=torch.int64),
@@ -641,10 +643,11 @@ def test_copies_of_the_logits_at_the_peak_of_every_loss(loss, chunk):
         advantage=torch.ones(rows),
         top_k=(torch.arange(32).expand(rows, 32), torch.full((rows, 32), -5.0)),
         teacher_logprobs=torch.zeros(rows),
-        teacher_logits=lambda which: torch.zeros(rows, hidden)[which] @ head.weight.detach().T,
+        teacher_logits=lambda which: policy(torch.zeros(rows, hidden)[which] @ head.weight.detach().T),
     )
 
     def of_rows(logits: torch.Tensor, which: slice) -> tuple[torch.Tensor, ...]:
+        logits = policy(logits)
         return *loss_per_token(loss, logits, tokens, which), token_entropy(logits.detach())
 
     with LiveBytes() as live:

@@ -196,6 +196,9 @@ def test_a_teacher_on_vllm_has_logits_of_a_thousand_rows_at_once():
     )
     assert on_gpu.device and on_cpu.device is None
     assert on_gpu.device.phases["logits"] == {"logits": 1024 * 151936 * 2 * 2}
+    scaled = plan_of(config_of("qwen3vl_8b.yaml", *VLLM_TEACHER, "rollout.temperature=0.9"))
+    (scaled,) = (r for r in scaled.roles if r.role == "teacher")
+    assert scaled.device and scaled.device.phases["logits"] == {"logits": 1024 * 151936 * (2 * 2 + 4)}
     assert on_cpu.host.phases["logits"]["logits"] > 10 * 151936 * 1024 * 6
 
 

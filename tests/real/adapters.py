@@ -6,7 +6,8 @@ import torch
 from actors.engine import PolicyEngine
 from learner.adapters import adapter_parameters, choose_trained
 from video_opd.config import Config
-from video_opd.models.forward import ResponseLogits, VideoLLM, collate, load_model
+from video_opd.models.forward import ResponseLogits, VideoLLM, collate, load_model, token_logprobs
+from video_opd.models.policy import Policy
 from video_opd.types import EncodedPrompt
 from video_opd.weights.buckets import WeightBucket, to_buckets
 
@@ -36,7 +37,7 @@ def gaps(engine: PolicyEngine, models: list[VideoLLM], encoded: list[EncodedProm
     found = []
     for prompt, (answer,) in zip(encoded, engine.generate(encoded, [7] * len(encoded)), strict=True):
         batch = collate([prompt], [answer.token_ids], 0)
-        rows = torch.arange(len(batch.targets))
-        exact = [ResponseLogits(m)(batch).log_softmax(-1)[rows, batch.targets].numpy() for m in models]
+        policy = Policy(1.0, list(engine._banned), "cpu")
+        exact = [token_logprobs(policy(ResponseLogits(m)(batch)), batch.targets).numpy() for m in models]
         found.append(np.abs(np.stack(exact) - answer.logprobs))
     return np.concatenate(found, axis=1)

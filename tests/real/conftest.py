@@ -23,6 +23,7 @@ from video_opd.config import Config
 from video_opd.config_file import load_config
 from video_opd.datasets import read_prompts
 from video_opd.models.patches import pixel_values
+from video_opd.models.policy import BANNED
 from video_opd.models.prompting import PromptEncoder
 from video_opd.types import (
     EncodedPrompt,
@@ -114,8 +115,10 @@ def encoder(config) -> PromptEncoder:
 
 
 @torch.no_grad()
-def reference_logprobs(model, prompt: EncodedPrompt, response: np.ndarray) -> np.ndarray:
-    """float32[N, V]: the distribution at each response position, by a plain forward over one sequence."""
+def reference_logprobs(
+    model, prompt: EncodedPrompt, response: np.ndarray, temperature: float = 1.0
+) -> np.ndarray:
+    """float32[N, V]: the policy at each response position, by a plain forward over one sequence."""
     ids = torch.tensor(np.concatenate([prompt.token_ids, response])[None], dtype=torch.int64)
     types = torch.zeros_like(ids)
     types[0, : len(prompt.token_types)] = torch.tensor(prompt.token_types)
@@ -125,7 +128,9 @@ def reference_logprobs(model, prompt: EncodedPrompt, response: np.ndarray) -> np
         pixel_values_videos=pixel_values([prompt], "cpu"),
         video_grid_thw=torch.tensor([prompt.video_grid_thw]),
     ).logits[0]
-    return logits[len(prompt.token_ids) - 1 : -1].log_softmax(-1).numpy()
+    policy = logits[len(prompt.token_ids) - 1 : -1].double() / temperature
+    policy[:, [model.config.image_token_id, model.config.video_token_id]] = BANNED
+    return policy.log_softmax(-1).float().numpy()
 
 
 def scored_groups(

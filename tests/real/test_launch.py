@@ -56,13 +56,14 @@ def broken_clips(tmp_path_factory) -> tuple[list[str], dict[str, Path]]:
 
 @pytest.fixture(scope="module")
 def finished(shared_ray, overrides, broken_clips) -> Path:
-    """A run at lag 1, by video. One more clip is broken between the start-up checks and the end."""
+    """A run at lag 1, by video, at a temperature. One more clip breaks after the start-up checks."""
     data, paths = broken_clips
     path = paths["train00000"].with_name("train00003.mp4")
     whole = path.read_bytes()
     more = [f"num_steps={STEPS}", "run_name=lag1", "max_policy_lag=1"]
     command = [sys.executable, "-c", BREAKING.format(path=str(path)), *overrides, *SHRUNK, *data, *more]
     command += ["checkpoint_every=2", "snapshot_every=3", "curriculum.group_by_video=true"]
+    command += ["rollout.temperature=0.9"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, cwd=ROOT, check=False)
     path.write_bytes(whole)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -419,7 +420,7 @@ def test_dry_run_prints_the_plan_and_starts_nothing(overrides, capsys):
         ("learner.lrr=1", "unknown key learner.lrr; did you mean learner.lr?"),
         ("learner.lr=fast", "learner.lr='fast'"),
         ("num_steps=null", "num_steps"),
-        ("rollout.temperature=0.7", "temperature=0.7"),
+        ("rollout.temperature=0", "rollout.temperature=0"),
         ("groups_per_step=100000", "lower groups_per_step"),
         ("teacher=/nowhere", "/nowhere/config.json"),
         ("data.train.videos=/nowhere", "/nowhere/"),

@@ -66,13 +66,21 @@ def encoded(prompts, encoder) -> list[EncodedPrompt]:
     return encoded
 
 
-def max_gap(engine, model, encoded, seed: int) -> float:
-    answers = engine.generate(encoded, [seed] * len(encoded))
-    gaps = []
-    for prompt, (answer,) in zip(encoded, answers, strict=True):
-        exact = reference_logprobs(model, prompt, answer.token_ids)
-        gaps.append(np.abs(exact[np.arange(len(answer.token_ids)), answer.token_ids] - answer.logprobs).max())
-    return float(max(gaps))
+def sampled(engine, model, encoded, seed: int, temperature: float) -> list[np.ndarray]:
+    """float[4, tokens]: log-probs of the engine and of the policy; the latter's mean and variance."""
+    found, seeds = [], range(seed, seed + len(encoded))
+    for prompt, (answer,) in zip(encoded, engine.generate(encoded, seeds), strict=True):
+        exact = reference_logprobs(model, prompt, answer.token_ids, temperature)
+        p = np.exp(exact)
+        mean = (p * exact).sum(-1)
+        variance = (p * np.square(exact - mean[:, None])).sum(-1)
+        of_tokens = exact[np.arange(len(answer.token_ids)), answer.token_ids]
+        found.append(np.stack([answer.logprobs, of_tokens, mean, variance]))
+    return found
+
+
+def max_gap(engine, model, encoded, seed: int, temperature: float = 1.0) -> float:
+    return max(np.abs(a - b).max() for a, b, *_ in sampled(engine, model, encoded, seed, temperature))
 
 
 def functions_compiled(worker: Any = None) -> int:
@@ -113,6 +121,24 @@ def test_logprobs_match_transformers_before_and_after_a_publication(engine, mode
     engine.start_weight_update()  # of a transfer that another actor's death prevents
     engine.load_weights(2, list(to_buckets(model.named_parameters(), 2, bucket_bytes=1 << 30)))
     assert max_gap(engine, model, encoded, seed=5) < TOLERANCE
+
+
+def test_log_probs_at_a_temperature_are_those_of_the_distribution_that_is_sampled(
+    engine, model, config, encoded, monkeypatch
+):
+    """A greedy answer is that of temperature 1, log-probs too."""
+    greedy = engine.generate(encoded, None)
+    monkeypatch.setattr(engine, "_config", config.rollout.model_copy(update={"temperature": 0.1}))
+    of_tokens = np.concatenate(sampled(engine, model, encoded, 6, 0.1), axis=1)
+    assert np.abs(of_tokens[0] - of_tokens[1]).max() < TOLERANCE
+    _, logprobs, mean, variance = of_tokens
+    assert len(mean) > 50
+    assert abs((logprobs - mean).sum()) < 3 * np.sqrt(variance.sum())
+    at_1 = np.concatenate(sampled(engine, model, encoded, 6, 1.0), axis=1)
+    assert abs((at_1[1] - at_1[2]).sum()) > 6 * np.sqrt(at_1[3].sum()), "sampled at 1, it would be seen"
+    for (expected,), (answer,) in zip(greedy, engine.generate(encoded, None), strict=True):
+        assert answer.token_ids.tolist() == expected.token_ids.tolist()
+        assert np.abs(answer.logprobs - expected.logprobs).max() < TOLERANCE
 
 
 def test_sampling_is_seeded_and_greedy_is_the_argmax(engine, encoded):
@@ -323,7 +349,8 @@ def test_video_pads_are_never_sampled_even_when_the_model_wants_them(engine, mod
             video_grid_thw=torch.tensor([prompt.video_grid_thw]),
         ).last_hidden_state[0, -1]
         model.get_input_embeddings().weight[list(encoder.pad_ids)] = 3 * hidden / hidden.norm()
-    wanted = np.exp(reference_logprobs(model, prompt, np.zeros(1, np.int32))[0, list(encoder.pad_ids)]).sum()
+        wanted = model.lm_head(hidden).softmax(-1)[list(encoder.pad_ids)].sum()
+    of_first = reference_logprobs(model, prompt, np.zeros(1, np.int32))[0]
     engine.load_weights(3, list(to_buckets(model.named_parameters(), 3, bucket_bytes=1 << 30)))
     (answers,) = engine.generate([prompt], [0], 32)
     with torch.no_grad():
@@ -332,6 +359,7 @@ def test_video_pads_are_never_sampled_even_when_the_model_wants_them(engine, mod
     engine.load_weights(4, list(to_buckets(model.named_parameters(), 4, bucket_bytes=1 << 30)))
     assert wanted > 0.9, "without the ban the first token would be a pad"
     assert not any(np.isin(answer.token_ids, encoder.pad_ids).any() for answer in answers)
+    assert all(abs(a.logprobs[0] - of_first[a.token_ids[0]]) < TOLERANCE for a in answers)
 
 
 def test_blank_video_hides_the_clip_and_nothing_else(prompts, encoder):

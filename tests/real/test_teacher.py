@@ -17,11 +17,13 @@ from tests.attention import compare, compare_first_tokens
 from tests.real.conftest import reference_logprobs, scored_groups
 from video_opd.config import Config
 from video_opd.models.forward import load_head, load_model
+from video_opd.models.policy import Policy
 from video_opd.models.prompting import PromptEncoder
 from video_opd.types import Prompt
 
 K = 5
 TOLERANCE = 1e-4
+T = 0.7  # temperature of the policy
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,8 @@ def teacher_encoder(config) -> PromptEncoder:
 
 @pytest.fixture(scope="module", params=[TransformersEngine, VllmEngine], ids=["transformers", "vllm"])
 def engine(request, config, teacher_encoder):
-    return request.param(config.teacher, config.teacher_pool, Wanted(top_k=K), 0, teacher_encoder)
+    how = Wanted(top_k=K), 0, teacher_encoder, False, T
+    return request.param(config.teacher, config.teacher_pool, *how)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,7 @@ def cases(prompts, teacher_encoder):
 def test_scores_match_transformers(engine, config, cases):
     model = load_model(config.teacher, "float32").eval()
     for prompt, response, (logprobs, top_k, _, entropy) in zip(*cases, engine.score(*cases), strict=True):
-        exact = reference_logprobs(model, prompt, response)
+        exact = reference_logprobs(model, prompt, response, T)
         assert logprobs.shape == (len(response),)
         assert np.abs(logprobs - exact[np.arange(len(response)), response]).max() < TOLERANCE
         if entropy is not None:  # vLLM does not give it
@@ -65,8 +68,7 @@ def test_greedy_predictions_follow_the_argmax(engine, config, cases, teacher_enc
     for prompt, (text,) in zip(encoded, engine.predict(encoded, 1, 0.0, 6), strict=True):
         ids: list[int] = []
         for _ in range(6):  # one token at a time, from the whole distribution
-            exact = reference_logprobs(model, prompt, np.asarray([*ids, 0], np.int32))[-1].copy()
-            exact[list(teacher_encoder.pad_ids)] = -np.inf
+            exact = reference_logprobs(model, prompt, np.asarray([*ids, 0], np.int32))[-1]
             token = int(exact.argmax())
             if token in model.generation_config.eos_token_id:
                 break
@@ -91,7 +93,9 @@ def replica_of(config: Config, folder: str, micro_batch: int, video_first: bool)
     prompt = config.prompt.model_copy(update={"video_first": video_first})
     parts: dict[str, Any] = {"video": config.video.model_copy(update={"cache_dir": folder}), "prompt": prompt}
     parts["teacher_pool"] = config.teacher_pool.model_copy(update={"micro_batch": micro_batch})
+    parts["rollout"] = config.rollout.model_copy(update={"temperature": T})
     replica: Any = TeacherReplica(config.model_copy(update=parts), config.teacher_models[0])
+    assert replica._engine.temperature == T
     replica._engine.wanted, replica.seen = Wanted(top_k=K, hidden=True), []
     tower = replica._engine._model.model.visual
     tower.register_forward_pre_hook(lambda _, inputs: replica.seen.append(len(inputs[0])))
@@ -151,10 +155,13 @@ def test_a_teacher_that_is_the_student_gives_no_signal(config, prompts, encoder)
     from actors.engine import PolicyEngine
 
     encoded = [encoder.encode(p) for p in prompts[:8]]
-    policy = PolicyEngine(config, encoder.pad_ids)
+    policy = PolicyEngine(
+        config.model_copy(update={"rollout": config.rollout.model_copy(update={"temperature": T})}),
+        encoder.pad_ids,
+    )
     answers = [row[0] for row in policy.generate(encoded, list(range(8)))]
     for kind in (TransformersEngine, VllmEngine):
-        teacher = kind(config.student, config.teacher_pool, Wanted(), 0, encoder)
+        teacher = kind(config.student, config.teacher_pool, Wanted(), 0, encoder, temperature=T)
         scores = teacher.score(encoded, [a.token_ids for a in answers])
         signal = np.concatenate([s.logprobs - a.logprobs for s, a in zip(scores, answers, strict=True)])
         assert len(signal) >= 8
@@ -168,5 +175,6 @@ def test_shipped_hidden_states_and_the_head_read_from_the_folder_give_the_teache
     engine = TransformersEngine(config.teacher, config.teacher_pool, Wanted(hidden=True), 0, teacher_encoder)
     head, model = load_head(config.teacher, "float32"), load_model(config.teacher, "float32").eval()
     for prompt, response, scores in zip(*cases, engine.score(*cases), strict=True):
-        ours = torch.from_numpy(scores.hidden).matmul(head.T).log_softmax(-1).numpy()
+        ours = Policy(1.0, teacher_encoder.pad_ids, "cpu")(torch.from_numpy(scores.hidden).matmul(head.T))
+        ours = ours.log_softmax(-1).numpy()
         assert np.abs(ours - reference_logprobs(model, prompt, response)).max() < TOLERANCE

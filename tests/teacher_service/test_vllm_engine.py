@@ -5,11 +5,13 @@ such a row among the given tokens has no scores at all, and prompt_logprobs has 
 """
 
 import sys
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,12 +24,43 @@ from video_opd.errors import ParityError, RunError
 from video_opd.types import EncodedPrompt
 
 BLOCK, VOCABULARY, K, EXPANDED = 4, 20, 3, 19
+BANNED, T = (0, 1), 0.7
 
 
-def logprobs_after(prefix: list[int]) -> np.ndarray:
-    """float32[V]: any distribution that depends on the whole prefix."""
+def logits_after(prefix: list[int]) -> np.ndarray:
+    """float32[V]: any that depend on the whole prefix. Banned ids are the likeliest."""
     logits = np.random.default_rng(prefix).normal(size=VOCABULARY)
-    return (logits - np.log(np.exp(logits).sum())).astype(np.float32)
+    logits[[*BANNED]] += 5.0
+    return logits.astype(np.float32)
+
+
+def policy_after(prefix: list[int]) -> np.ndarray:
+    """float64[V]: log-probs of softmax(logits / T) over all ids but the banned ones."""
+    allowed = np.setdiff1d(np.arange(VOCABULARY), BANNED)
+    scaled, found = logits_after(prefix)[allowed].astype(float) / T, np.full(VOCABULARY, -np.inf)
+    found[allowed] = scaled - np.log(np.exp(scaled).sum())
+    return found
+
+
+class Runner:
+    """What vLLM's model runners compute log-probs of prompts with; rows[R, V] stand for hidden states."""
+
+    device = "cpu"
+
+    def __init__(self, second: bool):
+        self.sampler = SimpleNamespace(compute_logprobs=lambda logits: logits.log_softmax(-1))
+        self._head = torch.clone
+        if second:
+            self.prompt_logprobs_worker = SimpleNamespace(
+                compute_prompt_logprobs=lambda logits_of, rows: logits_of(rows).log_softmax(-1),
+                compute_prompt_token_id_logprobs=lambda logits_of, rows: logits_of(rows).log_softmax(-1),
+            )
+
+    def logprobs_after(self, prefix: list[int], kind: str) -> np.ndarray:
+        rows = torch.from_numpy(logits_after(prefix))[None]
+        if second := getattr(self, "prompt_logprobs_worker", None):
+            return getattr(second, f"compute_{kind}")(self._head, rows)[0].numpy()
+        return self.sampler.compute_logprobs(self._head(rows))[0].numpy()
 
 
 class Vllm:
@@ -41,6 +74,10 @@ class Vllm:
         self.num_rendered = self.num_computed = 0
         self._requests: list[Any] = []
         self.silent = False
+        self._runner = Runner(second_runner)
+
+    def collective_rpc(self, method: Callable[..., None], args: tuple) -> None:
+        method(SimpleNamespace(model_runner=self._runner), *args)
 
     def render_cmpl(self, prompts: list[dict[str, Any]], skip_mm_cache: bool) -> list[dict[str, Any]]:
         self.num_rendered += len(prompts)
@@ -65,7 +102,9 @@ class Vllm:
             rows = range(start := how.prompt_logprob_start, len(ids) - 1)
             assert how.prompt_logprob_token_ids.tolist() == [[i] for i in ids[start + 1 :]]
             if first <= start and not self.silent:
-                given = np.asarray([[logprobs_after(ids[: r + 1])[ids[r + 1]]] for r in rows])
+                kind = "prompt_token_id_logprobs"
+                known = [self._runner.logprobs_after(ids[: r + 1], kind) for r in rows]
+                given = np.asarray([[of[ids[r + 1]]] for of, r in zip(known, rows, strict=True)])
         elif hasattr(how, "prompt_logprobs"):
             positions += [self._position(ids, r, how.prompt_logprobs) for r in rows]
         self.num_rows.append(
@@ -76,7 +115,7 @@ class Vllm:
         return SimpleNamespace(request_id=name, **found)
 
     def _position(self, ids: list[int], row: int, k: int) -> dict[int, Any]:
-        known = logprobs_after(ids[: row + 1])
+        known = self._runner.logprobs_after(ids[: row + 1], "prompt_logprobs")
         ranks = (-known).argsort().argsort() + 1
         asked = {*np.flatnonzero(ranks <= k).tolist(), ids[row + 1]}
         return {i: SimpleNamespace(logprob=float(known[i]), rank=int(ranks[i])) for i in asked}
@@ -115,10 +154,11 @@ def vllm():
 
 
 def engine_of(llm: Vllm, top_k: int = 0) -> VllmEngine:
-    config, encoder = TeacherConfig(), SimpleNamespace(pad_ids=(0, 1))
+    config, encoder = TeacherConfig(), SimpleNamespace(pad_ids=BANNED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(teacher_service.engine, "start_vllm", lambda *_, **__: llm)
-        return VllmEngine("m", config, Wanted(top_k=top_k), 0, encoder)  # pyright: ignore[reportArgumentType]
+        how: Any = Wanted(top_k=top_k), 0, encoder, False, T
+        return VllmEngine("m", config, *how)
 
 
 def check(
@@ -128,12 +168,14 @@ def check(
         prompts, responses, engine.score(prompts, responses, prepared), strict=True
     ):
         ids, start = [*prompt.token_ids.tolist(), *response.tolist()], len(prompt.token_ids) - 1
-        rows = np.stack([logprobs_after(ids[: start + i + 1]) for i in range(len(response))])
+        rows = np.stack([policy_after(ids[: start + i + 1]) for i in range(len(response))])
         assert scores.logprobs.dtype == np.float32
-        assert (scores.logprobs == rows[np.arange(len(response)), response]).all()
+        np.testing.assert_allclose(scores.logprobs, rows[np.arange(len(response)), response], atol=1e-5)
         if engine.wanted.top_k:
-            assert scores.top_k is not None and (scores.top_k.logprobs == -np.sort(-rows)[:, :K]).all()
-            assert (np.take_along_axis(rows, scores.top_k.ids.astype(int), 1) == scores.top_k.logprobs).all()
+            assert scores.top_k is not None
+            np.testing.assert_allclose(scores.top_k.logprobs, -np.sort(-rows)[:, :K], atol=1e-5)
+            of_ids = np.take_along_axis(rows, scores.top_k.ids.astype(int), 1)
+            np.testing.assert_allclose(scores.top_k.logprobs, of_ids, atol=1e-5)
 
 
 tokens = st.integers(2, 4)  # so few that sequences often begin alike

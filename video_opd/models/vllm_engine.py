@@ -159,12 +159,15 @@ class SamplingEngine:
         self, model: str, config: RolloutConfig, seed: int, banned_ids: Sequence[int], **options: Any
     ):
         """`banned_ids` are never sampled: the learner would take a sampled video pad for a video."""
+        from video_opd.models.policy import BANNED  # imports torch
+
         self._config = config
-        self._banned = dict.fromkeys(banned_ids, -100.0)
+        self._banned = dict.fromkeys(banned_ids, BANNED)
         self._adapter: Any = None  # a LoRARequest for what is sampled; None: the folder's weights alone
         self._numbers = itertools.count()
         self._one_at_a_time = threading.Lock()
         options |= {"enforce_eager": config.enforce_eager, "max_num_seqs": config.max_num_seqs}
+        options["logprobs_mode"] = "processed_logprobs"  # with the temperature and the ban
         self._llm: Any = start_vllm(model, config, seed, **options)
 
     @property
@@ -232,7 +235,10 @@ class SamplingEngine:
         return sum(state.num_cached_tokens for state in added.states)
 
     def completions(self, encoded: EncodedPrompt, output: Any) -> list[Completion]:
-        """The answers in an output of `step`. Log-probs are those of the model itself, before the ban."""
+        """The answers in an output of `step`. Log-probs are those of the distribution sampled from.
+
+        Of a greedy answer they are those at temperature 1.
+        """
         check_expansion(encoded, output.prompt_token_ids, "the actor")
         return [self._completion(answer) for answer in output.outputs]
 
