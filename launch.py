@@ -69,7 +69,8 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
     The learning task waits for the filled slots of one step, updates, publishes, and frees them.
     """
     config, curriculum = run.config, run.curriculum
-    buffer = run.buffer = TrajectoryBuffer(config.groups_per_step, config.max_policy_lag, until - run.step)
+    sizes = await curriculum.step_sizes(run.step, until)
+    buffer = run.buffer = TrajectoryBuffer(sizes, config.max_policy_lag)
 
     async def sample() -> None:
         while call := await next_call(run, buffer):

@@ -32,6 +32,7 @@ def make_prompts(num_prompts: int) -> list[Prompt]:
 def select(kind: str, sampler: str, num_prompts: int) -> Row:
     """Seconds of one round, and the peak bytes above those of the prompts. Run it in a new process."""
     values = {"kind": kind, "num_selected": NUM_SELECTED, "sampler": sampler, "group_by_video": "true"}
+    values |= {"scc.schedule": "false"} if kind == "scc" else {}
     config = load_demo([f"curriculum.{key}={value}" for key, value in values.items()])
     scheduler = Scheduler(make_prompts(num_prompts), config)
     rng = np.random.default_rng(0)

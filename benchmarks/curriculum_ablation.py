@@ -22,7 +22,7 @@ KINDS = {
     "+TRPV": [*SELECTS, "curriculum.dbtp=false"],
     "+DBTP": [*SELECTS, "curriculum.trpv=false"],
     "TVDF": SELECTS,
-    "SCC": ["curriculum.kind=scc"],
+    "SCC": ["curriculum.kind=scc", "curriculum.scc.schedule=false"],
 }
 COUNTS = ("teacher_calls", "teacher_answers", "steps", "rollouts", "suspended_rollouts")  # of summary.json
 SCORES = ("miou", "r1_07")

@@ -12,17 +12,24 @@ from video_opd.types import TrajectoryGroup
 
 
 def anchors_and_frontier(
-    sigma: np.ndarray, k: int | None, anchor_iou: float, frontier_iou: float, share: float, rng: Generator
+    sigma: np.ndarray,
+    k: int | None,
+    anchor_iou: float,
+    frontier_iou: float,
+    share: float,
+    rng: Generator,
+    most: float = np.inf,
 ) -> np.ndarray:
     """Draws Anchors (sigma_i >= anchor_iou) and Frontier (sigma_i < frontier_iou); int64[k], ascending.
 
-    A `share` are Anchors (paper: 1 of 10). k None: as many as both kinds allow at that share.
+    A `share` are Anchors (paper: 1 of 10). k None: as many as both kinds allow at that share, up to `most`.
     Raises ValueError when there are too few of a kind.
     """
     anchors = np.flatnonzero(reaches(sigma, anchor_iou))
     frontier = np.flatnonzero(~reaches(sigma, frontier_iou))
     if k is None:
-        k = int(min(_at_share(len(anchors), share), _at_share(len(frontier), 1.0 - share), len(sigma)))
+        of_kinds = _at_share(len(anchors), share), _at_share(len(frontier), 1.0 - share)
+        k = int(min(*of_kinds, len(sigma), most))
     num_anchors = round(k * share)
     if k < 1 or num_anchors > len(anchors) or k - num_anchors > len(frontier):
         found = f"{len(anchors)} Anchors (student IoU >= {anchor_iou}) and {len(frontier)} Frontier prompts"

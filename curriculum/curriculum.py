@@ -112,6 +112,9 @@ class Curriculum:
     async def next_selection(self) -> int | None:
         return await self._ask("next_selection")
 
+    async def step_sizes(self, first: int, until: int) -> list[int]:
+        return await self._ask("step_sizes", first, until)
+
     async def next_prompts(self, n: int) -> list[Prompt]:
         started = time.monotonic()
         prompts = await self._change("next_prompts", n)

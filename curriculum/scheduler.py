@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from curriculum.coupling import anchors_and_frontier
+from curriculum.schedule import make_schedule
 from curriculum.state import check_state, describe_dropped, records_table, settings_of, student_ious_in
 from curriculum.tvdf import SAMPLERS, by_video, disagreement, gaussian_draw
 from curriculum.videos import next_videos
@@ -49,6 +50,8 @@ class Scheduler:
         self._queue: deque[int] = deque()
         self._in_flight: dict[int, None] = {}
         self._next_selection = None if config.curriculum.kind == "uniform" else 0  # see next_selection()
+        self._sizes: list[int] = []  # of the round's steps; empty: all are groups_per_step
+        self._first_step = 0  # of the round
         self._asked, self._asked_at = np.zeros(0, np.int64), -1  # see to_ask()
         self._drop_unusable()
 
@@ -88,7 +91,7 @@ class Scheduler:
         asked: np.ndarray | None = None,
         reverse_kl: np.ndarray | None = None,
     ) -> int | None:
-        """DBTP: selects the round's prompts and clears the queue. Returns `next_selection`.
+        """Selects the round's prompts and decides its steps' sizes. Returns `next_selection`.
 
         student_iou: sigma, float64[P], NaN for an unreadable clip or a prompt that was not asked; None where
         the config does not ask the student. asked: as in `validate`. reverse_kl: float64[P], like sigma,
@@ -104,12 +107,33 @@ class Scheduler:
         self._selected = np.zeros(size, bool)
         self._selected[chosen] = True
         self._queue.clear()
-        num_steps = len(chosen) * self._curriculum.passes_per_round // self._config.groups_per_step
-        self._next_selection = step + num_steps if self._curriculum.kind == "tvdf" else None
+        self._first_step, self._sizes = step, self._plan_round(chosen)
+        self._next_selection = step + len(self._sizes) if self._curriculum.kind == "tvdf" else None
         work.step = step
         counts = (self._student_iou.shape[1], len(chosen), size, self._dropped_in_words())
         log.info("round %d: %d of %d prompts; %s", *counts)
         return self._next_selection
+
+    def _plan_round(self, chosen: np.ndarray) -> list[int]:
+        """The sizes of the round's steps, the last one of what is left; empty: the round does not end.
+
+        SCC's schedule also queues its prompts.
+        """
+        full, left = self._config.groups_per_step, len(chosen) * self._curriculum.passes_per_round
+        if self._config.schedule_room:
+            is_anchor = reaches(self._student_iou[chosen, -1], self._curriculum.scc.anchor_iou)
+            order, sizes = make_schedule(chosen[is_anchor], chosen[~is_anchor], self._config, self._rng)
+            self._queue.extend(order.tolist())
+            return sizes
+        if self._curriculum.kind != "tvdf":
+            return []
+        return [min(full, left - done) for done in range(0, left, full)]
+
+    def step_sizes(self, first: int, until: int) -> list[int]:
+        """Prompts of each step from `first` to before `until`, which is at most the end of the round."""
+        if not self._sizes:
+            return [self._config.groups_per_step] * (until - first)
+        return self._sizes[first - self._first_step : until - self._first_step]
 
     def _among(self, places: np.ndarray | None) -> np.ndarray:
         """bool[P]: the prompts at these places; None: all."""
@@ -142,11 +166,12 @@ class Scheduler:
             k = min(k, len(alive))
         if len(alive) < (k or 1):
             raise self._too_few(f"{len(alive)} of {size} prompts are left, {k or 1} are to be selected")
+        room = self._config.schedule_room
         if curriculum.kind == "scc":
-            scc = curriculum.scc
+            scc, sigma, most = curriculum.scc, self._student_iou[alive, -1], room.most if room else np.inf
             bounds = (scc.anchor_iou, scc.frontier_iou, scc.anchor_frac)
             try:
-                chosen = alive[anchors_and_frontier(self._student_iou[alive, -1], k, *bounds, self._rng)]
+                chosen = alive[anchors_and_frontier(sigma, k, *bounds, self._rng, most)]
             except ValueError as error:
                 raise self._too_few(f"{error}: change scc.anchor_frac or the bounds") from None
         elif curriculum.kind == "difficulty":
@@ -154,8 +179,11 @@ class Scheduler:
             chosen = alive[gaussian_draw(self._student_iou[alive, -1], k or len(alive), *gaussian, self._rng)]
         else:
             chosen = self._sample(alive, k or len(alive))
+        if room and len(chosen) < room.num_steps:
+            needed = f"{room.num_steps} steps of SCC's schedule (lower num_steps, or set scc.schedule=false)"
+            raise self._too_few(f"{len(chosen)} of {size} prompts are selected, fewer than the {needed}")
         in_flight = self._config.num_slots
-        if len(chosen) < in_flight:
+        if not room and len(chosen) < in_flight:
             needed = f"(max_policy_lag + 1) * groups_per_step = {in_flight} in flight"
             raise self._too_few(f"{len(chosen)} of {size} prompts are selected, fewer than the {needed}")
         return chosen
@@ -301,6 +329,7 @@ class Scheduler:
             "queue": list(self._queue),
             "asked": (self._asked_at, self._asked.tolist()),
             "round_end": self._next_selection,  # the key of existing checkpoints
+            "sizes": (self._first_step, self._sizes.copy()),
             "settings": settings_of(self._config),
             "random_state": self._rng.bit_generator.state,
         }
@@ -316,6 +345,8 @@ class Scheduler:
         columns = [records[name].to_numpy().copy() for name in names]
         self._selected, self._suspended, self._num_rollouts, self._last_step, self._dropped = columns
         self._asked_at, asked = state.get("asked", (-1, []))  # checkpoints of earlier versions lack it
+        self._first_step, sizes = state.get("sizes", (0, []))
+        self._sizes = list(sizes)
         self._asked, self._queue = np.asarray(asked, np.int64), deque(state["queue"])
         self._in_flight = dict.fromkeys(state["in_flight"])
         self._next_selection = state["round_end"]

@@ -83,7 +83,7 @@ class UpdatePlan:
 
     micro_batches: list[list[Row]]
     most_tokens: list[int]  # of each micro-batch: response tokens of the rank that has most
-    denominator: int  # of the loss; see denominator_of
+    denominator: float  # of the loss; see denominator_of
 
 
 def plan_update(
@@ -93,13 +93,14 @@ def plan_update(
     rank: int,
     ids_of: Callable[[Prompt], np.ndarray],
     video_id: int,
+    num_sequences: int | None = None,
 ) -> UpdatePlan:
     """Deals the rows of each clip to ranks, and packs those of a rank into passes; every rank plans the same.
 
     ids_of: the tokens int32[M] of a prompt whose trajectories have none, as nobody sampled them.
-    video_id: the token that stands for a part of a video.
+    video_id: the token that stands for a part of a video. num_sequences: see denominator_of.
     """
-    denominator = denominator_of(groups, loss.reduction)
+    denominator = denominator_of(groups, loss.reduction, num_sequences)
     rows = _rows_of(groups, loss, ids_of, video_id)
     if not rows:
         return UpdatePlan([], [], denominator)
@@ -112,14 +113,20 @@ def plan_update(
     return UpdatePlan(batches[rank], [max(of_pass) for of_pass in zip(*counts, strict=True)], denominator)
 
 
-def denominator_of(groups: Sequence[ScoredGroup], reduction: Reduction) -> int:
+def denominator_of(
+    groups: Sequence[ScoredGroup], reduction: Reduction, num_sequences: int | None = None
+) -> float:
     """What the sum of the loss over all response tokens, of ALL ranks and micro-batches, is divided by.
 
-    token_mean: response tokens. sequence: rollouts, B in eq. 6 of arXiv 2602.02994. sum: 1. It is known
-    before a clip is read. Suspended and unreadable rollouts stay in it: losing them never scales up the rest.
+    sequence: B in eq. 6 of arXiv 2602.02994, the number of rollouts. With SCC's schedule it is num_sequences,
+    n_t in eq. 8 of arXiv 2609.40055, however many there are. token_mean: so many times a rollout's mean
+    length; without the schedule, all response tokens. sum: 1. It is known before a clip is read. Suspended
+    and unreadable rollouts stay in it: losing them never scales up the rest.
     """
     lengths = [len(t.response_token_ids) for g in groups for t in g.group.sampled]
-    return {"token_mean": sum(lengths), "sequence": len(lengths), "sum": 1}[reduction]
+    sequences = len(lengths) if num_sequences is None else num_sequences
+    tokens = sum(lengths) * sequences / max(1, len(lengths))
+    return {"token_mean": tokens, "sequence": sequences, "sum": 1}[reduction]
 
 
 def _rows_of(

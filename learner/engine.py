@@ -113,7 +113,9 @@ class LearnerEngine:
         """
         config, engine = self._config, self._engine
         tokens = self._encoder.token_ids, self._encoder.pad_ids[0]
-        plan = plan_update(groups, config.loss, config.learner, self._rank, *tokens)
+        room = config.schedule_room
+        num_sequences = room.num_sequences(step) if room else None
+        plan = plan_update(groups, config.loss, config.learner, self._rank, *tokens, num_sequences)
         if not plan.micro_batches:
             return _skipped(0), []
         lr = learning_rate(step, config)

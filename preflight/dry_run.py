@@ -8,6 +8,7 @@ from preflight.inputs import Draft, asked_teachers, make_draft
 from preflight.memory_fit import check_fits, describe_memory, memory_plan
 from preflight.nodes import problems
 from preflight.object_store import describe_store, store_plan
+from preflight.rounds import most_presented
 from preflight.sharing import describe_sharing
 from preflight.time_fit import describe_time, time_plan, train_pool, utilisation
 from video_opd.config import Config, TeacherModel
@@ -44,9 +45,11 @@ def dry_run(
 def describe(config: Config, draft: Draft) -> str:
     """The plan for people."""
     learner, rollout = config.learner, config.rollout
-    rollouts = config.num_steps * config.groups_per_step * rollout.rollouts_per_prompt
+    prompts = most_presented(config)
+    at_most = "at most " if prompts < config.num_steps * config.groups_per_step else ""
+    rollouts = f"{prompts * rollout.rollouts_per_prompt} rollouts"
     student = f"{config.student} ({draft.student.model_type}), {learner.dtype}, ZeRO-{learner.zero_stage}"
-    steps = f"{config.num_steps} steps of {config.groups_per_step} prompts, {rollouts} rollouts"
+    steps = f"{config.num_steps} steps of {at_most}{config.groups_per_step} prompts, {rollouts}"
     splits = {"train": draft.train, "eval": draft.eval}
     data = [_describe_split(name, split, draft.longest.get(name)) for name, split in splits.items()]
     teachers = [_describe_teacher(config, teacher) for teacher in asked_teachers(config)]
@@ -101,6 +104,13 @@ def _describe_clips(config: Config, draft: Draft) -> str:
 
 
 def _describe_curriculum(config: Config) -> str:
+    selection, scc = _describe_selection(config), config.curriculum.scc
+    if not config.curriculum.suspends:
+        return selection
+    return f"{selection}; rollouts of IoU {scc.suspend_iou} or more are suspended"
+
+
+def _describe_selection(config: Config) -> str:
     curriculum = config.curriculum
     if curriculum.kind == "uniform":
         return "uniform: shuffled passes over all"
@@ -108,7 +118,8 @@ def _describe_curriculum(config: Config) -> str:
     if curriculum.pool_sample:
         selected += f" of {curriculum.pool_sample} asked"
     if curriculum.kind == "scc":
-        return f"scc: {selected}, a share of {curriculum.scc.anchor_frac} Anchors"
+        steps = ", presented once, fewer and fewer a step" if curriculum.schedules else ""
+        return f"scc: {selected}, a share of {curriculum.scc.anchor_frac} Anchors{steps}"
     if curriculum.kind == "difficulty":
         mean, std = curriculum.difficulty_mean, curriculum.difficulty_std
         return f"difficulty: {selected}, drawn around a student IoU of {mean} +- {std}"

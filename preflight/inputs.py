@@ -219,6 +219,7 @@ def check_pool(config: Config, split: Split, resumes: bool = False) -> None:
     curriculum, needs, train = config.curriculum, config.loss.needs, split.prompts
     unlabelled = [p.prompt_id for p in train if not p.answer_spans_s]
     users = [f"curriculum.kind={curriculum.kind}"] if curriculum.kind != "uniform" else []
+    users += ["curriculum.scc.gate"] if curriculum.suspends and not users else []
     users += [f"loss.kind={config.loss.kind}"] if needs.rewards or not needs.rollouts else []
     if users and unlabelled:
         named = ", ".join(unlabelled[:3]) + (", ..." if len(unlabelled) > 3 else "")
@@ -229,7 +230,11 @@ def check_pool(config: Config, split: Split, resumes: bool = False) -> None:
         raise ConfigError(f"curriculum.num_selected={selected} of {len(train)} training prompts: lower it")
     sample = curriculum.pool_sample if curriculum.kind != "uniform" else None
     pool = min(selected or len(train), sample or len(train), len(train))
-    if pool < config.num_slots:
+    if room := config.schedule_room:
+        if pool < room.num_steps and not resumes:
+            steps, how = f"{room.num_steps} steps of SCC's schedule", "lower num_steps, add data"
+            raise ConfigError(f"{pool} training prompts for the {steps}: {how}, or set scc.schedule=false")
+    elif pool < config.num_slots:
         remedy = "raise curriculum.num_selected" if selected else "add data"
         remedy = "raise curriculum.pool_sample" if pool == sample else remedy
         slots = f"(max_policy_lag + 1) * groups_per_step = {config.num_slots} slots"

@@ -146,13 +146,12 @@ def _describe_passes(plan: TimePlan) -> str:
 
 
 def _describe_run(plan: TimePlan) -> str:
-    steps = plan.config.num_steps * plan.step_s
-    told = f"{plan.config.num_steps} steps {steps / HOUR_S:.1f} h"
+    told = f"{plan.config.num_steps} steps {plan.steps_s / HOUR_S:.1f} h"
     if not plan.passes:
         return told
     if not plan.knows_pools:
         return f"{told}, and the passes, by the number of prompts"
-    return f"{told}, passes {(plan.run_s - steps) / HOUR_S:.1f} h: {plan.run_s / HOUR_S:.1f} h"
+    return f"{told}, passes {(plan.run_s - plan.steps_s) / HOUR_S:.1f} h: {plan.run_s / HOUR_S:.1f} h"
 
 
 def _describe_split(plan: TimePlan) -> str:

@@ -15,6 +15,7 @@ from preflight.memory import kv_bytes_per_token
 from preflight.memory_fit import MemoryPlan
 from preflight.model_shapes import DTYPE_BYTES, ModelShapes, count, parameters
 from preflight.pools import Pool
+from preflight.rounds import most_presented, steps_of_round
 from preflight.sharing import learner_shares, prompts_of_a_clip, teacher_shares, tree_of
 from preflight.time import Operations, Sizes
 from preflight.zero import adds_on_host, trained
@@ -309,18 +310,22 @@ class TimePlan:
         selected = curriculum.num_selected or curriculum.pool_sample or self.train.num_prompts
         if curriculum.kind != "tvdf" or not selected:
             return 1
-        steps = max(selected * curriculum.passes_per_round // config.groups_per_step, 1)
-        return ceil(config.num_steps / steps)
+        return ceil(config.num_steps / steps_of_round(config, selected))
 
     @property
     def knows_pools(self) -> bool:
         return bool(self.train.num_prompts and self.evaluation.num_prompts)
 
     @property
+    def steps_s(self) -> float:
+        """All steps; a step that has fewer prompts takes so much less time."""
+        return most_presented(self.config) / self.config.groups_per_step * self.step_s
+
+    @property
     def run_s(self) -> float:
         """All steps, and the passes if the prompts are here."""
         passes = sum(p.times * p.seconds for p in self.passes) if self.knows_pools else 0.0
-        return self.config.num_steps * self.step_s + passes
+        return self.steps_s + passes
 
     # --- what they share ---
 

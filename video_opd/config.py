@@ -27,6 +27,7 @@ from video_opd.config_data import (
     key,
 )
 from video_opd.config_learner import LearnerConfig, LossConfig, WeightTransfer
+from video_opd.config_schedule import ScheduleRoom
 
 
 def engine_problems(shards: int, num_gpus: float, num_cpus: float) -> Iterator[str]:
@@ -124,7 +125,7 @@ CurriculumKind = Literal["uniform", "tvdf", "scc", "difficulty"]
 class SccConfig(ConfigSection):
     """Student-curriculum coupling: its pool, its schedule and its gate. See curriculum/coupling.py."""
 
-    schedule: bool = key(False, "kind=scc: fewer and fewer prompts a step, each once; false: whole batches")
+    schedule: bool | None = key(None, "each prompt once, fewer and fewer a step; None: with kind=scc alone")
     gate: bool | None = key(None, "suspend solved rollouts; None: with kind=scc alone")
     anchor_iou: Fraction = key(0.7, "initial student IoU from which a prompt is an Anchor")
     frontier_iou: Fraction = key(0.3, "initial student IoU below which a prompt is Frontier")
@@ -160,6 +161,10 @@ class CurriculumConfig(ConfigSection):
     scc: SccConfig = SccConfig()
 
     def problems(self) -> Iterator[str]:
+        if self.scc.schedule and self.kind != "scc":
+            yield f"scc.schedule=true is for kind=scc, not kind={self.kind}: leave it out"
+        if self.schedules and self.group_by_video:
+            yield "group_by_video, but SCC's schedule says which prompts a step has: set scc.schedule=false"
         if self.select_by == "video" and self.kind != "tvdf":
             yield f"select_by=video, but only kind=tvdf selects by it, not {self.kind}: leave it out"
         if self.pool_sample and self.kind != "uniform" and not (self.asks_teacher or self.asks_student):
@@ -173,6 +178,11 @@ class CurriculumConfig(ConfigSection):
             yield "disagreement=reverse_kl is for kind=tvdf with dbtp=true alone: leave it out"
         if self.disagreement == "reverse_kl" and self.sampler == "gwds":
             yield "sampler=gwds draws around a difference of IoUs, 0.9, not a reverse_kl: use another sampler"
+
+    @property
+    def schedules(self) -> bool:
+        """Whether SCC's schedule says how many prompts a step has."""
+        return self.kind == "scc" and self.scc.schedule is not False
 
     @property
     def suspends(self) -> bool:
@@ -214,7 +224,7 @@ class Config(ConfigSection):
     trust_remote_code: bool = key(False, "run the Python code that a model folder brings (its auto_map)")
     num_steps: PositiveInt
     max_scored_tokens: PositiveInt | None = key(None, "stop after so many tokens scored by the teacher")
-    groups_per_step: PositiveInt = key(32, "prompts of one update")
+    groups_per_step: PositiveInt = key(32, "prompts of one update, at most")
     max_policy_lag: NonNegativeInt = key(0, "0: strictly on-policy")
     checkpoint_every: NonNegativeInt = key(0, "steps between checkpoints; 0: after selections, at the end")
     checkpoint_keep_last: PositiveInt = key(3, "newest checkpoints that are kept")
@@ -306,6 +316,13 @@ class Config(ConfigSection):
         return (self.max_policy_lag + 1) * self.groups_per_step
 
     @property
+    def schedule_room(self) -> ScheduleRoom | None:
+        """None: without SCC's schedule."""
+        sizes = {"num_steps": self.num_steps, "full": self.groups_per_step}
+        room = ScheduleRoom(responses=self.responses_per_prompt, **sizes)
+        return room if self.curriculum.schedules else None
+
+    @property
     def most_actors(self) -> int:
         """Actors that can have work: calls under way at one time, if each is as large as it may be."""
         most = self.rollout.prompts_per_call
@@ -370,5 +387,7 @@ class Config(ConfigSection):
             yield f"curriculum.scc: the gate suspends rollouts, {loss} has none: set scc.gate=false"
         if needs.rewards and self.curriculum.suspends:
             yield f"curriculum.scc: the gate suspends the rollouts that {loss} rewards: set scc.gate=false"
+        if room := self.schedule_room:
+            yield from room.problems(self.curriculum.num_selected)
         if self.needs_teacher and not self.teacher_models:
             yield f"{kinds} needs a teacher: set teacher"

@@ -129,7 +129,7 @@ class TrajectoryGroup:
     prompt: Prompt
     trajectories: tuple[Trajectory, ...]
     cache_hits: CacheHits | None = None  # None: no engine sampled them
-    suspended: tuple[Trajectory, ...] = ()  # neither scored nor in the loss (curriculum.kind=scc)
+    suspended: tuple[Trajectory, ...] = ()  # neither scored nor in the loss (curriculum.scc.gate)
 
     @property
     def sampled(self) -> tuple[Trajectory, ...]:

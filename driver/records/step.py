@@ -65,6 +65,7 @@ async def record(
         "actors/policy_lag_max": float(max(lags, default=math.nan)),
         "actors/rollout_tokens": float(run.totals["rollout_tokens"]),
         "teacher/scored_tokens": float(run.totals["scored_tokens"]),
+        "curriculum/presented": float(len(groups)),
         "curriculum/suspended_frac": num_suspended / max(1, len(sampled)),
         "learner/utilisation": seconds["update"] / wall_s,
         **run.actors.take_metrics(),

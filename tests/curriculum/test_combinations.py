@@ -27,25 +27,32 @@ SOLVED = [True, False, False]  # of a prompt's rollouts
 SELECTING = [f"sampler={s}" for s in SAMPLERS] + ["dbtp=false", "trpv=false", "trpv=false dbtp=false"]
 BY_KL = [f"disagreement=reverse_kl {more}" for more in ("", "trpv=false", "sampler=bbds", "sampler=dsus")]
 KINDS = {
-    "uniform": [""],
+    "uniform": ["", "scc.gate=true"],
     "difficulty": ["num_selected=6"],
-    "tvdf": SELECTING + BY_KL,
-    "scc": ["", "trpv=false", "sampler=bbds", "scc.anchor_frac=0"],
+    "tvdf": [*SELECTING, *BY_KL, "scc.gate=true"],
+    "scc": [
+        *("", "trpv=false", "sampler=bbds", "scc.anchor_frac=0"),
+        *("scc.schedule=false", "scc.gate=false", "scc.schedule=false scc.gate=false"),
+    ],
 }
-REFUSED = {
-    ("scc", "grpo"): "the gate suspends the rollouts that loss.kind=grpo rewards: set scc.gate=false",
-    ("scc", "sft"): "the gate suspends rollouts, loss.kind=sft has none: set scc.gate=false",
-    ("scc", "off_policy_rkd"): "the gate suspends rollouts, loss.kind=off_policy_rkd has none",
-    ("scc", "off_policy_fkd"): "the gate suspends rollouts, loss.kind=off_policy_fkd has none",
+REFUSED = {  # with the gate
+    "grpo": "the gate suspends the rollouts that loss.kind=grpo rewards: set scc.gate=false",
+    "sft": "the gate suspends rollouts, loss.kind=sft has none: set scc.gate=false",
+    "off_policy_rkd": "the gate suspends rollouts, loss.kind=off_policy_rkd has none",
+    "off_policy_fkd": "the gate suspends rollouts, loss.kind=off_policy_fkd has none",
 }
 
 
 BY_KL_ALONE = "curriculum.trpv=false", "curriculum.disagreement=reverse_kl"
 
 
+def is_gated(kind: str, options: str) -> bool:
+    return "gate=true" in options or (kind == "scc" and "gate=false" not in options)
+
+
 def config_of(kind: str, loss: str, options: str = "", *more: str) -> Config:
     chosen = [f"curriculum.{option}" for option in (f"kind={kind}", *options.split())]
-    sizes = ["rollout.rollouts_per_prompt=3", "groups_per_step=2", "max_policy_lag=0"]
+    sizes = ["rollout.rollouts_per_prompt=3", "groups_per_step=2", "max_policy_lag=0", "num_steps=8"]
     return load_demo([*chosen, f"loss={{kind: {loss}}}", *sizes, *more])
 
 
@@ -91,7 +98,8 @@ def one_step(config: Config) -> Any:
     )
     scored: Any = asyncio.run(score(run, groups, groups))
     learner = config.learner.model_copy(update={"micro_batch": 8})
-    return plan_update(scored, config.loss, learner, 0, lambda _: np.zeros(5, np.int32), 99)
+    sequences = (room := config.schedule_room) and room.num_sequences(0)
+    return plan_update(scored, config.loss, learner, 0, lambda _: np.zeros(5, np.int32), 99, sequences)
 
 
 class Clock:
@@ -106,7 +114,8 @@ class Clock:
 @pytest.mark.parametrize(("kind", "loss"), [*product(KINDS, OBJECTIVES)])
 def test_a_curriculum_and_an_objective_work_together_or_are_refused_in_one_line(kind, loss):
     for options in KINDS[kind]:
-        if refused := REFUSED.get((kind, loss)):
+        gated = is_gated(kind, options)
+        if gated and (refused := REFUSED.get(loss)):
             with pytest.raises(ConfigError, match=refused) as caught:
                 config_of(kind, loss, options)
             assert "\n" not in str(caught.value)
@@ -114,7 +123,7 @@ def test_a_curriculum_and_an_objective_work_together_or_are_refused_in_one_line(
         config = config_of(kind, loss, options)
         needs, plan = config.loss.needs, one_step(config)
         responses = config.groups_per_step * (len(SOLVED) if needs.rollouts else 1)
-        trained = responses - (config.groups_per_step if kind == "scc" else 0)
+        trained = responses - (config.groups_per_step if gated else 0)
         (rows,) = plan.micro_batches
         assert (len(rows), plan.denominator) == (trained, 3 * responses), "suspended ones count as tokens"
         advantages = [float(row.advantage[0]) for row in rows]

@@ -224,7 +224,7 @@ def run(config, tmp_path) -> Path:
 
 @pytest.mark.parametrize("kind", ["tvdf", "scc"])
 def test_show_says_who_was_not_asked(config, tmp_path, capsys, kind):
-    options = {"kind": kind, "pool_sample": 3, "scc": {"anchor_frac": 0.5}}
+    options = {"kind": kind, "pool_sample": 3, "scc": {"anchor_frac": 0.5, "schedule": False}}
     config = config.model_copy(update={"curriculum": CurriculumConfig(**options), "groups_per_step": 2})
     scheduler = Scheduler(
         [make_prompt(f"p{i}") for i in range(5)], config.model_copy(update={"max_policy_lag": 0})
@@ -299,7 +299,7 @@ def test_show_explains_one_prompt(run, capsys, prompt_id, expected):
     [
         ({"kind": "tvdf", "dbtp": False, "num_selected": 2}, {"drawn at random: 2 selected"}),
         (
-            {"kind": "scc", "scc": {"anchor_frac": 0.5}, "num_selected": 2},
+            {"kind": "scc", "scc": {"anchor_frac": 0.5, "schedule": False}, "num_selected": 2},
             {"Anchor:", "Frontier:", "neither kind:"},
         ),
         (

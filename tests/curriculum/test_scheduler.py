@@ -204,9 +204,7 @@ def restored(state: dict, num_prompts: int, groups_per_step: int = 1, **options)
     return scheduler
 
 
-def run_rounds(
-    scheduler: Scheduler, per_step: int, first: int, last: int, sigma_seed: int
-) -> list[list[str]]:
+def run_rounds(scheduler: Scheduler, first: int, last: int, sigma_seed: int) -> list[list[str]]:
     """Steps `first` to `last` as the loop does them: select when due, sample, train; sigma varies by step."""
     steps = []
     for step in range(first, last):
@@ -216,7 +214,7 @@ def run_rounds(
                 scheduler.validate(tau)
             sigma = np.random.default_rng([sigma_seed, step]).permutation(np.linspace(0, 1, 24))
             scheduler.start_round(sigma, step)
-        steps.append(issue(scheduler, per_step))
+        steps.append(issue(scheduler, *scheduler.step_sizes(step, step + 1)))
         train(scheduler, steps[-1], step)
     return steps
 
@@ -237,15 +235,15 @@ def test_a_run_stopped_anywhere_and_restored_samples_what_one_that_was_never_sto
         "sampler": sampler,
         "teacher_threshold": 0.5,
         "group_by_video": by_video,
-        "scc": {"anchor_frac": 0.5},
+        "scc": {"anchor_frac": 0.5, "schedule": False},
     }
     if kind != "uniform":
         options["num_selected"] = 4 if kind == "scc" else 9
     scheduler = make_scheduler(24, seed, groups_per_step=2, **options)
-    run_rounds(scheduler, 2, 0, stop, seed)
+    run_rounds(scheduler, 0, stop, seed)
     copy = restored(scheduler.state_dict(), 24, groups_per_step=2, **options)
     assert copy.records() == scheduler.records()
-    assert run_rounds(copy, 2, stop, 12, seed) == run_rounds(scheduler, 2, stop, 12, seed)
+    assert run_rounds(copy, stop, 12, seed) == run_rounds(scheduler, stop, 12, seed)
     assert copy.state_dict() == scheduler.state_dict()
 
 
@@ -381,7 +379,10 @@ def test_the_next_selection_is_at_step_0_then_where_a_round_ends_or_never():
     selections = {}
     for kind in KINDS:
         scheduler = make_scheduler(
-            8, kind=kind, num_selected=4 if kind != "uniform" else None, scc={"anchor_frac": 0.5}
+            8,
+            kind=kind,
+            num_selected=4 if kind != "uniform" else None,
+            scc={"anchor_frac": 0.5, "schedule": False},
         )
         selections[kind] = [scheduler.next_selection()]
         scheduler.retire(
@@ -410,6 +411,23 @@ def test_a_checkpoint_of_another_curriculum_is_refused():
 
 
 # --- rounds ---
+
+
+@pytest.mark.parametrize(("passes", "sizes"), [(1, [32] * 78 + [4]), (2, [32] * 156 + [8])])
+def test_the_last_step_of_a_round_has_what_is_left_of_its_prompts(passes, sizes):
+    """2,500 prompts in steps of 32, as in the paper: 79 steps."""
+    options = {"kind": "tvdf", "num_selected": 2500, "passes_per_round": passes, "trpv": False, "dbtp": False}
+    scheduler = make_scheduler(2600, groups_per_step=32, **options)
+    assert scheduler.start_round(None, 7) == scheduler.next_selection() == 7 + len(sizes)
+    assert scheduler.step_sizes(7, 7 + len(sizes)) == sizes
+    assert scheduler.step_sizes(5 + len(sizes), 7 + len(sizes)) == sizes[-2:]
+    earlier = scheduler.state_dict()
+    del earlier["sizes"]  # as earlier versions wrote it: all steps of the round are whole
+    (copy := make_scheduler(2600, groups_per_step=32, **options)).load_state_dict(earlier)
+    assert copy.step_sizes(9, 11) == [32, 32]
+    counts = Counter(name for size in sizes for name in issue_and_train(scheduler, size, 1))
+    assert len(counts) == 2500 and set(counts.values()) == {passes}
+
 
 ious = st.floats(0, 1)
 
@@ -664,7 +682,7 @@ def test_every_round_keeps_what_the_student_could_do_then():
 
 
 def test_scc_keeps_anchors_and_frontier_for_the_whole_run_and_marks_what_is_suspended():
-    scheduler = make_scheduler(40, kind="scc")
+    scheduler = make_scheduler(40, kind="scc", scc={"schedule": False})
     sigma = (
         [0.9] * 5 + [0.5] * 10 + [0.1] * 25
     )  # 25 Frontier at a share of 0.9: 27 prompts, 3 of them Anchors
@@ -729,7 +747,7 @@ def test_prompts_of_one_video_are_issued_next_to_each_other_when_asked():
             r"1 of 4 prompts are selected, fewer than the .* = 2 in flight",
         ),
         (
-            {"teacher_threshold": 0.1, "kind": "scc"},
+            {"teacher_threshold": 0.1, "kind": "scc", "scc": {"schedule": False}},
             r"0 Anchors .* and 4 Frontier .* cannot give 1 prompts .* none was dropped",
         ),
     ],

@@ -41,16 +41,15 @@ class History:
 
 
 async def simulate(
-    groups_per_step: int,
+    sizes: list[int],
     lag: int,
-    num_steps: int,
     num_samplers: int,
     per_call: int,
     rng: random.Random,
     learner_delay: int = 4,
 ) -> History:
     """Samplers and a learner as in launch.train; of the weights there is only the version number."""
-    buffer, history = TrajectoryBuffer(groups_per_step, lag, num_steps), History()
+    buffer, history = TrajectoryBuffer(sizes, lag), History()
     published, in_use = 0, 0
 
     async def pause(at_most: int) -> None:
@@ -77,18 +76,18 @@ async def simulate(
 
     async def learn() -> None:
         nonlocal published, in_use
-        for step in range(num_steps):
+        for step, size in enumerate(sizes):
             history.steps.append(await buffer.take())
             await pause(learner_delay)
             published = step + 1
             await pause(2)
-            in_use -= groups_per_step
+            in_use -= size
             await buffer.release()
 
     async def watch() -> None:
         for _ in range(TURNS):
             await asyncio.sleep(0)
-        raise AssertionError(f"the run stands still after {len(history.steps)} of {num_steps} steps")
+        raise AssertionError(f"the run stands still after {len(history.steps)} of {len(sizes)} steps")
 
     async with asyncio.timeout(TIME_LIMIT_S), asyncio.TaskGroup() as tasks:
         watchdog = tasks.create_task(watch())
@@ -100,25 +99,22 @@ async def simulate(
 
 
 @given(
-    groups_per_step=st.integers(1, 5),
+    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=8),
     lag=st.integers(0, 3),
-    num_steps=st.integers(1, 8),
     num_samplers=st.integers(1, 4),
     per_call=st.integers(1, 7),
     seed=st.integers(0, 2**32),
 )
 def test_no_trajectory_is_older_than_the_lag_none_is_lost_and_order_is_kept(
-    groups_per_step, lag, num_steps, num_samplers, per_call, seed
+    sizes, lag, num_samplers, per_call, seed
 ):
-    history = asyncio.run(
-        simulate(groups_per_step, lag, num_steps, num_samplers, per_call, random.Random(seed))
-    )
+    history = asyncio.run(simulate(sizes, lag, num_samplers, per_call, random.Random(seed)))
     assert all(0 <= age <= lag for age in history.lags)
     # consumed in the order in which slots were handed out, each slot of the run exactly once
-    n = groups_per_step
-    assert history.slots == [list(range(step * n, (step + 1) * n)) for step in range(num_steps)]
-    assert sorted(history.reserved_at) == list(range(num_steps * n))
-    assert history.most_in_use <= (lag + 1) * n
+    slots = iter(range(sum(sizes)))
+    assert history.slots == [[next(slots) for _ in range(size)] for size in sizes]
+    assert sorted(history.reserved_at) == list(range(sum(sizes)))
+    assert history.most_in_use <= max(sum(sizes[i : i + lag + 1]) for i in range(len(sizes)))
     assert history.samplers_ended == num_samplers
 
 
@@ -126,7 +122,7 @@ def test_no_trajectory_is_older_than_the_lag_none_is_lost_and_order_is_kept(
 def test_the_bound_is_reached_when_sampling_outruns_the_learner(lag):
     """Slots are not held back: a slow learner sees exactly the lag it allows."""
     history = asyncio.run(
-        simulate(2, lag, 8, num_samplers=8, per_call=1, rng=random.Random(0), learner_delay=60)
+        simulate([2] * 8, lag, num_samplers=8, per_call=1, rng=random.Random(0), learner_delay=60)
     )
     assert max(history.lags) == lag
     assert history.most_in_use == (lag + 1) * 2
@@ -149,7 +145,7 @@ async def _settle(task: asyncio.Task) -> bool:
 
 def test_slots_become_free_on_release_not_when_they_are_taken():
     async def scenario():
-        buffer = TrajectoryBuffer(groups_per_step=2, max_policy_lag=0, num_steps=2)
+        buffer = TrajectoryBuffer([2] * 2, max_policy_lag=0)
         assert list(await buffer.reserve(5)) == [0, 1]
         waiting = asyncio.create_task(buffer.reserve(5))
         for slot in (0, 1):
@@ -164,7 +160,7 @@ def test_slots_become_free_on_release_not_when_they_are_taken():
 
 def test_take_waits_for_the_oldest_step_and_returns_it_in_the_order_of_slots():
     async def scenario():
-        buffer = TrajectoryBuffer(groups_per_step=2, max_policy_lag=1, num_steps=2)
+        buffer = TrajectoryBuffer([2] * 2, max_policy_lag=1)
         await buffer.reserve(4)
         taking = asyncio.create_task(buffer.take())
         for slot in (3, 2, 1):
@@ -179,7 +175,7 @@ def test_take_waits_for_the_oldest_step_and_returns_it_in_the_order_of_slots():
 
 def test_waiting_samplers_end_when_another_takes_the_last_slot():
     async def scenario():
-        buffer = TrajectoryBuffer(groups_per_step=1, max_policy_lag=0, num_steps=2)
+        buffer = TrajectoryBuffer([1] * 2, max_policy_lag=0)
         assert list(await buffer.reserve(1)) == [0]
         waiting = [asyncio.create_task(buffer.reserve(1)) for _ in range(3)]
         await buffer.fill(0, make_group("0"))
@@ -193,10 +189,29 @@ def test_waiting_samplers_end_when_another_takes_the_last_slot():
 @pytest.mark.parametrize("slot", [0, 2], ids=["filled before", "never reserved"])
 def test_a_slot_is_filled_once_and_only_after_it_was_reserved(slot):
     async def scenario():
-        buffer = TrajectoryBuffer(groups_per_step=2, max_policy_lag=0, num_steps=3)
+        buffer = TrajectoryBuffer([2] * 3, max_policy_lag=0)
         await buffer.reserve(2)
         await buffer.fill(0, make_group("0"))
         with pytest.raises(AssertionError, match="not reserved or is filled"):
             await buffer.fill(slot, make_group(str(slot)))
+
+    run(scenario())
+
+
+def test_the_slots_of_each_step_open_when_the_weights_are_published_whatever_the_steps_sizes():
+    async def scenario():
+        buffer = TrajectoryBuffer([3, 1, 2], max_policy_lag=1)
+        assert await buffer.reserve(9) == [0, 1, 2, 3], "steps 0 and 1"
+        await buffer.give_back([2, 3])
+        assert await buffer.reserve(None) == [2], "what is left of step 0"
+        assert await buffer.reserve(None) == [3], "all of step 1"
+        assert buffer.counts() == {"buffer/filled": 0, "buffer/reserved": 4, "buffer/free": 0}
+        for slot in range(4):
+            await buffer.fill(slot, make_group(str(slot)))
+        assert len(await buffer.take()) == 3
+        await buffer.release()
+        assert buffer.counts() == {"buffer/filled": 1, "buffer/reserved": 0, "buffer/free": 2}
+        assert await buffer.reserve(None) == [4, 5], "all of step 2"
+        assert await buffer.reserve(9) == [], "the round needs no more"
 
     run(scenario())

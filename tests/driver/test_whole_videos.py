@@ -53,11 +53,14 @@ class History:
     steps: list[list[str]] = field(default_factory=list)
 
 
-async def train(config: Config, scheduler: Scheduler, num_steps: int, broken: Sequence[str] = ()) -> History:
+async def train(
+    config: Config, scheduler: Scheduler, until: int, broken: Sequence[str] = (), first_step: int = 0
+) -> History:
     """As launch.train_round does, with actors that answer after some turns of the event loop."""
     history, rng = History(), random.Random(config.seed)
     run: Any = SimpleNamespace(config=config, curriculum=Local(scheduler))
-    buffer = TrajectoryBuffer(config.groups_per_step, config.max_policy_lag, num_steps)
+    sizes = scheduler.step_sizes(first_step, until)
+    buffer = TrajectoryBuffer(sizes, config.max_policy_lag)
 
     async def sample() -> None:
         while call := await next_call(run, buffer):
@@ -76,7 +79,7 @@ async def train(config: Config, scheduler: Scheduler, num_steps: int, broken: Se
                 slots, prompts = [*slot_of.values(), *slots[len(names) :]], []
 
     async def learn() -> None:
-        for step in range(num_steps):
+        for step in range(first_step, until):
             groups = await buffer.take()
             history.steps.append([g.group.prompt.prompt_id for g in groups])
             for _ in range(rng.randint(0, 5)):

@@ -48,11 +48,14 @@ def build(clips: list[list[list[int]]], top_k: int | None = None) -> list[Scored
 
 
 def plans(
-    groups: list[ScoredGroup], learner: LearnerConfig, loss: LossConfig | None = None
+    groups: list[ScoredGroup],
+    learner: LearnerConfig,
+    loss: LossConfig | None = None,
+    num_sequences: int | None = None,
 ) -> list[UpdatePlan]:
     ranks = range(learner.world_size)
     tokens = (lambda _: np.zeros(3, np.int32)), VIDEO
-    return [plan_update(groups, loss or LOSS, learner, rank, *tokens) for rank in ranks]
+    return [plan_update(groups, loss or LOSS, learner, rank, *tokens, num_sequences) for rank in ranks]
 
 
 def learner_of(micro_batch: int, world_size: int = 1, tree_tokens: int | None = None) -> LearnerConfig:
@@ -269,6 +272,21 @@ def test_a_loss_is_divided_by_tokens_or_responses_suspended_ones_included(reduct
     groups = [make_group("a", [2, 3], suspended=[4]), make_group("b", [5])]
     of_ranks = plans(groups, learner_of(2, 2), LossConfig(reduction=reduction))
     assert [p.denominator for p in of_ranks] == [expected] * 2
+
+
+@pytest.mark.parametrize("kept", [0, 1, 4])
+@pytest.mark.parametrize(("reduction", "expected"), [("token_mean", 32 * 3.5), ("sequence", 32), ("sum", 1)])
+def test_a_preset_number_of_sequences_divides_whatever_was_presented_and_retained(reduction, expected, kept):
+    """n_t = 32 with 4 responses of 2, 3, 4 and 5 tokens, 3.5 in the mean (arXiv 2609.40055, eq. 8)."""
+    lengths = [2, 3, 4, 5]
+    groups = [make_group(f"p{n}", [n]) for n in lengths[:kept]]
+    groups += [make_group(f"p{n}", [], suspended=[n]) for n in lengths[kept:]]
+    of_ranks = plans(groups, learner_of(2, 5), LossConfig(reduction=reduction), num_sequences=32)
+    assert [p.denominator for p in of_ranks] == [expected] * 5
+    trained = [row for plan in of_ranks for row in rows(plan) if row.weight]
+    assert sorted(len(row.advantage) for row in trained) == lengths[:kept]
+    if kept:
+        assert all(rows(plan) for plan in of_ranks), "a rank without a sequence keeps step"
 
 
 @pytest.mark.parametrize("loss", [LossConfig(), LossConfig(center="batch", clamp=1.5)])

@@ -1,6 +1,7 @@
 """A plan's splits: what a start refuses, what a resume goes on without, and prompts that are too long."""
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from curriculum.scheduler import Scheduler
 from curriculum.state import check_state
 from driver.progress import setup_of
 from preflight.dry_run import describe
-from preflight.inputs import check_routes, make_draft, make_plan
+from preflight.inputs import check_pool, check_routes, make_draft, make_plan
 from tests.fakes import make_prompt
 from video_opd import ROOT
 from video_opd.config import Config, TeacherModel
 from video_opd.config_file import load_demo
+from video_opd.datasets import Split
 from video_opd.errors import ClipError, ConfigError, DataError
 from video_opd.grounding import blind_baselines, evaluate
 from video_opd.types import FailedPrompt, Prediction
@@ -93,6 +95,36 @@ def test_a_sample_of_the_pool_must_fill_the_slots(run):
     make_plan(run.config("curriculum.pool_sample=1"))  # uniform asks nobody
     config = run.config("curriculum={kind: tvdf, pool_sample: 5, num_selected: 4}")
     assert "4 selected of 5 asked a round by disagreement" in describe(config, make_draft(config))
+
+
+def test_a_schedule_has_a_prompt_for_each_step_and_the_plan_says_how_many_it_presents(run):
+    with pytest.raises(
+        ConfigError, match=r"^\d+ training prompts for the 400 steps of SCC's schedule: lower"
+    ):
+        make_plan(run.config("curriculum.kind=scc"))
+    config = run.config(
+        "curriculum={kind: scc, num_selected: 5}", "num_steps=5", "rollout.rollouts_per_prompt=2"
+    )
+    said = describe(config, make_draft(config))
+    assert "5 steps of at most 4 prompts, 10 rollouts" in said
+    assert "5 selected, a share of 0.1 Anchors, presented once, fewer and fewer a step; rollouts of" in said
+    gated = run.config("curriculum.scc.gate=true")
+    assert "all; rollouts of IoU 0.7 or more are suspended" in describe(gated, make_draft(gated))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "user"),
+    [
+        (["curriculum.scc.gate=true"], "curriculum.scc.gate"),
+        (["curriculum={kind: tvdf, scc: {gate: true}}"], "curriculum.kind=tvdf"),
+        ([], None),
+    ],
+    ids=["uniform, gate", "tvdf, gate", "uniform"],
+)
+def test_whoever_compares_with_the_ground_truth_needs_it(run, overrides, user):
+    config, prompts = run.config(*overrides), [make_prompt(f"p{i}", answers=None) for i in range(9)]
+    with pytest.raises(ConfigError, match=f"^{user} need ground truth") if user else nullcontext():
+        check_pool(config, Split(pool=[*prompts], key=""))
 
 
 def long_query(run: Run, split: str) -> str:

@@ -206,7 +206,9 @@ def test_the_passes_over_the_pools():
         "teacher's evaluation": (1, 12408),
     }
     passes = sum(p.times * p.seconds for p in plan.passes)
-    assert plan.run_s == pytest.approx(234 * plan.step_s + passes)
+    assert plan.run_s == pytest.approx(3 * 2500 / 32 * plan.step_s + passes), (
+        "79 steps a round, the last of 4"
+    )
     assert f"passes {passes / 3600:.1f} h" in describe_time(plan)
     first, *_ = plan.passes
     number = plan.config.curriculum.num_teacher_predictions
@@ -255,6 +257,15 @@ def test_a_pass_of_scored_rollouts_takes_as_long_as_the_slower_of_both_roles():
         num_prompts=12408,
     )
     assert {p.name: p.times for p in grpo.passes} == {"student": 1, "evaluation": 3}
+
+
+def test_the_steps_of_a_schedule_take_the_time_of_their_prompts():
+    """SCC's: 1,004 presentations in 79 steps (arXiv 2609.40055); whole steps would be 2,528."""
+    scc = ("curriculum.kind=scc", "curriculum.num_selected=1000", "num_steps=79")
+    plan, whole = plan_of(*scc), plan_of(*scc, "curriculum.scc.schedule=false")
+    assert plan.steps_s == pytest.approx(1004 / 32 * plan.step_s)
+    assert whole.steps_s == pytest.approx(79 * plan.step_s)
+    assert plan_of("num_steps=100").steps_s == pytest.approx((2500 + 21 * 32) / 32 * plan.step_s)
 
 
 def test_prompts_of_one_video_share_its_tower_and_their_prefix():

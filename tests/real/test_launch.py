@@ -286,9 +286,14 @@ def test_a_run_that_goes_back_into_a_round_does_what_is_left_of_it_and_ends_with
 def test_coupling_suspends_before_scoring_and_a_second_run_generates_no_teacher_answers(
     overrides, tvdf, config
 ):
-    """scc.suspend_iou=0 suspends all rollouts: no teacher call, no optimizer step, no answer made again."""
+    """scc.suspend_iou=0 suspends all rollouts: no teacher call, no optimizer step, no answer made again.
+
+    Nine prompts in three steps at lag 1, by the schedule: shares of 1, 0.3 and 0.05.
+    """
     more = [
-        "num_steps=2",
+        "num_steps=3",
+        "max_policy_lag=1",
+        "curriculum.num_selected=9",
         "run_name=scc",
         "curriculum.kind=scc",
         "curriculum.scc.anchor_frac=0",
@@ -299,23 +304,22 @@ def test_coupling_suspends_before_scoring_and_a_second_run_generates_no_teacher_
     run = tvdf.with_name("scc")
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["teacher_answers"], summary["teacher_calls"], summary["tokens"]["scored"]) == (0, 0, 0)
-    assert summary["rollouts"] == summary["suspended_rollouts"] == 2 * GROUPS
+    assert summary["rollouts"] == summary["suspended_rollouts"] == 9
+    assert [m["curriculum/presented"] for m in metrics_of(run)] == [6, 2, 1]
     answers = [pq.read_table(r / "curriculum" / "teacher_answers.parquet").to_pylist() for r in (run, tvdf)]
     assert sorted(map(str, answers[0])) == sorted(map(str, answers[1]))
     assert [(m["curriculum/suspended_frac"], m["learner/skipped"]) for m in metrics_of(run)] == [
         (1.0, 1.0)
-    ] * 2
+    ] * 3
     start, end = (
         dict(load_model(str(f), "float32").named_parameters())
-        for f in (config.student, run / "checkpoints/step-2/student")
+        for f in (config.student, run / "checkpoints/step-3/student")
     )
     assert all((start[n] == end[n]).all() for n in start)
     records = pq.read_table(run / "curriculum" / "records.parquet").to_pylist()
-    assert (
-        sum(r["suspended"] for r in records)
-        == len({r["prompt_id"] for r in records if r["num_rollouts"]})
-        > 0
-    )
+    assert [r["prompt_id"] for r in records if r["selected"]] == [
+        r["prompt_id"] for r in records if r["suspended"] and r["num_rollouts"] == 1
+    ]
 
 
 GRPO = [

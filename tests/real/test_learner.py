@@ -808,9 +808,14 @@ def unreadable(group: ScoredGroup) -> ScoredGroup:
 def test_lost_rollouts_never_scale_up_what_is_left_and_alone_they_leave_everything_as_it_was(
     learners, overrides, prompts, encoder, lose, stage
 ):
-    """Two ranks in two micro-batches: some of them have lost one row, some all."""
-    sharded = SHARDED if stage == 3 else ()
-    config = make_config(overrides, 2, stage, "loss.kind=opd", "learner.weight_decay=0.1", *sharded)
+    """Two ranks in two micro-batches: some of them have lost one row, some all.
+
+    Suspended ones with SCC's schedule, whose denominator does not know how many were presented.
+    """
+    more = SHARDED if stage == 3 else ()
+    if lose is suspended:
+        more = ("curriculum.kind=scc", "loss.reduction=sequence")
+    config = make_config(overrides, 2, stage, "loss.kind=opd", "learner.weight_decay=0.1", *more)
     groups = scored_groups(prompts[:7], encoder, seed=0)
 
     async def run():
@@ -818,10 +823,11 @@ def test_lost_rollouts_never_scale_up_what_is_left_and_alone_they_leave_everythi
         skipped = await learner.update([lose(g) for g in groups], 0)
         parameters = await parameters_of(learner, 1)
         mixed = await learner.update([*groups[:4], *map(lose, groups[4:])], 1)
-        active = await (await learners(config)).update(groups[:4], 1)
-        return skipped, parameters, mixed, active.metrics
+        active = await (other := await learners(config)).update(groups[:4], 1)
+        alone = await other.update(groups[:1], 2)
+        return skipped, parameters, mixed, active.metrics, alone.metrics
 
-    skipped, parameters, mixed, active = asyncio.run(run())
+    skipped, parameters, mixed, active, alone = asyncio.run(run())
     lost = [g.group.prompt.prompt_id for g in groups] if lose is unreadable else []
     assert sorted(f.prompt_id for f in skipped.failed) == sorted(lost)
     assert sorted(f.prompt_id for f in mixed.failed) == sorted(lost[4:])
@@ -832,8 +838,9 @@ def test_lost_rollouts_never_scale_up_what_is_left_and_alone_they_leave_everythi
     assert largest_gap(parameters, start) == 0, "no optimizer step and no weight decay"
     assert skipped["learner/skipped"] == 1.0 and skipped["learner/num_tokens"] == 0
     tokens = [len(g.group.trajectories[0].response_token_ids) for g in groups]
-    share = sum(tokens[:4]) / sum(tokens)
+    share = 1.0 if lose is suspended else sum(tokens[:4]) / sum(tokens)
     assert mixed["learner/loss"] == pytest.approx(active["learner/loss"] * share, rel=1e-5)
     assert mixed["learner/grad_norm"] == pytest.approx(active["learner/grad_norm"] * share, rel=1e-4)
     assert active["learner/num_tokens"] == sum(tokens[:4]) and active["learner/dropped_rows"] == 0
+    assert alone["learner/num_tokens"] == tokens[0] and alone["learner/grad_norm"] > 0, "one rank has no row"
     assert mixed["learner/num_tokens"] == sum(tokens[:4] if lose is suspended else tokens)
