@@ -124,9 +124,6 @@ def _describe_selection(config: Config) -> str:
         mean, std = curriculum.difficulty_mean, curriculum.difficulty_std
         return f"difficulty: {selected}, drawn around a student IoU of {mean} +- {std}"
     validated = f"teacher IoU at least {curriculum.teacher_threshold}" if curriculum.trpv else "not validated"
-    chosen = (
-        f"by disagreement ({curriculum.disagreement}, {curriculum.sampler})"
-        if curriculum.dbtp
-        else "at random"
-    )
+    how = f"{curriculum.disagreement}, {curriculum.sampler}"
+    chosen = f"by disagreement ({how})" if curriculum.dbtp else "at random"
     return f"tvdf: {validated}, {selected} a round {chosen}, {curriculum.passes_per_round} pass(es) each"
