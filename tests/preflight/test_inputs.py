@@ -94,7 +94,11 @@ def test_a_sample_of_the_pool_must_fill_the_slots(run):
         make_plan(run.config("curriculum.kind=tvdf", "curriculum.pool_sample=1"))
     make_plan(run.config("curriculum.pool_sample=1"))  # uniform asks nobody
     config = run.config("curriculum={kind: tvdf, pool_sample: 5, num_selected: 4}")
-    assert "4 selected of 5 asked a round by disagreement" in describe(config, make_draft(config))
+    assert "4 selected of 5 asked a round by disagreement (iou, top_k)" in describe(
+        config, make_draft(config)
+    )
+    config = run.config("curriculum={kind: difficulty, num_selected: 4, difficulty_std: 0.1}")
+    assert "4 selected, drawn around a student IoU of 0.3 +- 0.1" in describe(config, make_draft(config))
 
 
 def test_a_schedule_has_a_prompt_for_each_step_and_the_plan_says_how_many_it_presents(run):

@@ -218,7 +218,7 @@ class EngineLoop(Generic[Engine]):
     def _admit(self, engine: Engine, call: _Call) -> bool:
         """Lets the call's prompts that are ready enter the engine. False: the next is for a later step."""
         try:
-            while self._num_answers < self._max_num_seqs and call.prompts.is_ready():
+            while self._num_answers < self._max_num_seqs and call.prompts.is_ready() and not self._commands:
                 ready = call.prompts.peek()
                 if isinstance(ready, _Ready) and not self._admission.fits(ready.beginning):
                     return False

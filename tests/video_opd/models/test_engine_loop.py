@@ -3,6 +3,7 @@
 import asyncio
 import random
 import threading
+import time
 from collections.abc import Coroutine
 from contextlib import aclosing
 from typing import Any
@@ -274,3 +275,29 @@ def test_a_caller_that_stops_leaves_nothing_behind(loop, engine, cancels):
     run(test())
     assert not engine.inside and not loop._call_of and loop._num_answers == 0
     assert encoder.feed._free_bytes == 1000 and (not cancels or len(engine.aborted) == MOST)
+
+
+def test_a_command_that_comes_as_prompts_enter_is_before_the_next_of_them(loop, engine):
+    entered: list[str] = []
+    add = engine.add
+
+    async def test() -> None:
+        events, done = asyncio.get_running_loop(), []
+
+        def add_and_command(rendered, *how):
+            if not entered:
+                while not loop._calls[0].prompts.is_ready():  # the second prompt
+                    time.sleep(0.001)
+                command = loop.command(lambda: entered.append("command"))
+                done.append(asyncio.run_coroutine_threadsafe(command, events))
+                while not loop._commands:
+                    time.sleep(0.001)
+            entered.append(rendered.prompt_id)
+            return add(rendered, *how)
+
+        engine.add = add_and_command
+        await answers(loop, FakeEncoder(), "a", "b")
+        await asyncio.wrap_future(done[0])
+
+    run(test())
+    assert entered == ["a", "command", "b"]
