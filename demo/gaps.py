@@ -1,7 +1,7 @@
 """A demo under the paper's conditions: a start that lacks skills, a pool that is mostly easy, wrong labels.
 
-The start (`demo/models/start`) was never asked for objects of GAP_COLOURS or GAP_SHAPES; it solves the
-others. It also answers a second task, so that forgetting can be measured.
+The start (`demo/models/start`) cannot read the names of GAP_COLOURS and GAP_SHAPES; other queries it mostly
+solves. It also answers a second task, so that forgetting can be measured.
 """
 
 import csv
@@ -41,9 +41,8 @@ from video_opd.types import Prompt
 MODELS = ROOT / "demo" / "models"
 GAP_COLOURS, GAP_SHAPES = ("white", "magenta"), ("pole",)
 Skill = Literal["solved", "gap", "faint"]
-"""Of a prompt: the start was trained on such objects, or not; faint: the teacher itself is bad."""
+"""Of a prompt: the start can read the query, or cannot; faint: the teacher itself is bad."""
 WRONG_LABELS = "wrong.txt"  # the training split's annotations with wrong labels
-SPOIL_FRAC = 0.3  # of all training prompts, whatever their skill
 QUESTION = "{query}?"  # the second task's template
 MAX_ANSWER_TOKENS, BATCH = 4, 64
 
@@ -54,11 +53,12 @@ class Split(NamedTuple):
     seed: int
     num_clips: int
     skills: tuple[Skill, ...]
+    spoil_frac: float = 0.0  # of all prompts, in WRONG_LABELS
 
 
 _POOL: tuple[Skill, ...] = ("solved", "gap", "solved", "faint", "solved", "gap", "solved", "solved")
 SPLITS = {
-    "train": Split(11, 1200, _POOL),
+    "train": Split(11, 1200, _POOL, spoil_frac=0.3),
     "validation": Split(12, 100, ("solved", "gap")),
     "eval": Split(13, 160, ("solved", "gap")),
 }
@@ -119,8 +119,8 @@ def write_gaps(folder: Path, split: Split) -> None:
     with whole_folder(folder) as temporary:
         clips = write_videos(temporary, (_draw(skill, number, rng) for number, skill in skills), rng)
         write_labels(temporary, clips, truth_of(clips))
-        wrong = spoil(truth_of(clips), SPOIL_FRAC, np.random.default_rng([split.seed, 1]))
-        write_labels(temporary, clips, wrong, WRONG_LABELS)
+        labels = spoil(truth_of(clips), split.spoil_frac, np.random.default_rng([split.seed, 1]))
+        write_labels(temporary, clips, labels, WRONG_LABELS)
         rows = ((clip.clip_id, *question) for clip in clips for question in _questions(clip))
         write_csv(temporary / "questions.csv", ("id", "question", "answer"), rows)
 
