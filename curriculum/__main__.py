@@ -115,7 +115,7 @@ def _why(record: dict, records: pa.Table, config: Config) -> list[str]:
         return [f"not asked in round {len(record['student_iou'])}: pool_sample={curriculum.pool_sample}"]
     selected = f"{int(records['selected'].to_numpy().sum())} selected"
     if curriculum.kind == "scc":
-        sigma, scc, kind = np.float64(record["student_iou"][0]), curriculum.scc, "neither kind"
+        sigma, scc, kind = np.array(record["student_iou"][0]), curriculum.scc, "neither kind"
         if reaches(sigma, scc.anchor_iou):
             kind = "Anchor"
         elif not reaches(sigma, scc.frontier_iou):
