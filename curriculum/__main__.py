@@ -19,6 +19,7 @@ from video_opd.cluster.command_line import exit_code_of
 from video_opd.config import Config
 from video_opd.config_file import load_config
 from video_opd.errors import ConfigError
+from video_opd.grounding import reaches
 
 SHOWN = 20
 
@@ -86,10 +87,13 @@ def explain(records: pa.Table, prompt_id: str, config: Config) -> list[str]:
     record, curriculum = found[0], config.curriculum
     lines = [f"{prompt_id}: {state_of(record)}"]
     if record["teacher_iou"] is not None:
-        asked = f"{curriculum.num_teacher_predictions} answers, threshold {curriculum.teacher_threshold}"
-        lines.append(f"teacher: mean IoU {record['teacher_iou']:.3f} over {asked}")
+        asked = _asked(curriculum.num_teacher_predictions)
+        threshold = f"threshold {curriculum.teacher_threshold}"
+        lines.append(f"teacher: {asked}, {record['teacher_iou']:.3f}, {threshold}")
     if any(iou is not None for iou in record["student_iou"]):
-        lines.append(f"student: {_asked_of_student(config)}, by round {_rounds(record)}")
+        number = curriculum.num_student_predictions
+        asked = "IoU of one rollout" if curriculum.scores_student else _asked(number)
+        lines.append(f"student: {asked}, by round {_rounds(record)}")
     lines += [] if record["dropped"] else _why(record, records, config)
     sampled = "never"
     if record["num_rollouts"]:
@@ -98,28 +102,25 @@ def explain(records: pa.Table, prompt_id: str, config: Config) -> list[str]:
     return [*lines, f"sampled: {sampled}"]
 
 
-def _asked_of_student(config: Config) -> str:
-    number = config.curriculum.num_student_predictions
-    if config.curriculum.scores_student:
-        return "IoU of one rollout"
+def _asked(number: int) -> str:
     return f"mean IoU over {number} answers" if number > 1 else "IoU of its greedy answer"
 
 
 def _why(record: dict, records: pa.Table, config: Config) -> list[str]:
     """What decided whether a prompt that is not dropped was selected."""
     curriculum = config.curriculum
-    if curriculum.asks_student and record["student_iou"] and record["student_iou"][-1] is None:
+    if not record["student_iou"]:
+        return ["no round has selected prompts yet"] if curriculum.kind != "uniform" else []
+    if curriculum.asks_student and record["student_iou"][-1] is None:
         return [f"not asked in round {len(record['student_iou'])}: pool_sample={curriculum.pool_sample}"]
     selected = f"{int(records['selected'].to_numpy().sum())} selected"
     if curriculum.kind == "scc":
-        sigma, kind = record["student_iou"][0], "neither kind"
-        if sigma >= curriculum.scc.anchor_iou:
+        sigma, scc, kind = np.array(record["student_iou"][0]), curriculum.scc, "neither kind"
+        if reaches(sigma, scc.anchor_iou):
             kind = "Anchor"
-        elif sigma < curriculum.scc.frontier_iou:
+        elif not reaches(sigma, scc.frontier_iou):
             kind = "Frontier"
-        bounds = (
-            f"Anchors start at {curriculum.scc.anchor_iou}, Frontier ends below {curriculum.scc.frontier_iou}"
-        )
+        bounds = f"Anchors start at {scc.anchor_iou}, Frontier ends below {scc.frontier_iou}"
         return [f"{kind}: {bounds}; {selected}"]
     if curriculum.kind == "difficulty":
         mean, std = curriculum.difficulty_mean, curriculum.difficulty_std

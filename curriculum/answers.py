@@ -31,14 +31,14 @@ def settings_key(config: Config) -> str:
     pool = config.teacher_pool
     # With several teachers, the one that answers is part of the prompt's key instead.
     folder = "" if config.teachers else folder_digest(config.teacher_models[0].model)
-    lengths = (config.curriculum.num_teacher_predictions, config.rollout.max_response_tokens)
-    return _digest((FORMAT, folder, config.teacher_engine, pool.dtype, TEMPERATURE, *lengths))
+    number, temperature = sampling(config.curriculum.num_teacher_predictions)
+    lengths = (number, config.rollout.max_response_tokens)
+    return _digest((FORMAT, folder, config.teacher_engine, pool.dtype, temperature, *lengths))
 
 
-def student_sampling(config: Config) -> tuple[int, float]:
-    """How many answers the student gives to each prompt, and at which temperature; one is greedy: 0."""
-    number = config.curriculum.num_student_predictions
-    return number, TEMPERATURE if number > 1 else 0.0
+def sampling(num_answers: int) -> tuple[int, float]:
+    """How many answers a model gives to each prompt, and at which temperature; a single one is greedy: 0."""
+    return num_answers, TEMPERATURE if num_answers > 1 else 0.0
 
 
 def student_settings_key(config: Config, step: int) -> str:
@@ -47,12 +47,12 @@ def student_settings_key(config: Config, step: int) -> str:
     With scores_student they are rollouts, and their scores those of the run's teachers.
     """
     rollout, teachers = config.rollout, config.teacher_models
-    sampling: tuple = student_sampling(config)
+    sampled: tuple = sampling(config.curriculum.num_student_predictions)
     if config.curriculum.scores_student:
         scored = [(folder_digest(t.model), t.weight, t.prompts) for t in teachers]
-        sampling = (rollout.temperature, config.teacher_engine, config.teacher_pool.dtype, scored)
+        sampled = (rollout.temperature, config.teacher_engine, config.teacher_pool.dtype, scored)
     weights = folder_digest(config.student), step, rollout.dtype, rollout.max_response_tokens
-    return _digest((*weights, config.seed, sampling))
+    return _digest((*weights, config.seed, sampled))
 
 
 def prompt_keys(prompts: Sequence[Prompt], config: Config) -> list[str]:

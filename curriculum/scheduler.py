@@ -205,7 +205,8 @@ class Scheduler:
         return disagreement(self._teacher_iou, sigma)
 
     def _too_few(self, problem: str) -> ConfigError:
-        advice = "lower teacher_threshold, num_selected or groups_per_step, or add data"
+        threshold = "teacher_threshold, " if self._curriculum.trpv and self._curriculum.asks_teacher else ""
+        advice = f"lower {threshold}num_selected or groups_per_step, or add data"
         if self._curriculum.pool_sample:
             advice = f"raise pool_sample={self._curriculum.pool_sample}, {advice}"
         return ConfigError(f"curriculum: {problem}: {self._dropped_in_words()}; {advice}")

@@ -117,9 +117,9 @@ async def teacher_ious(run: Run, asked: np.ndarray) -> np.ndarray:
             run.totals["teacher_answers"] += sum(len(r) for r in results if not isinstance(r, FailedPrompt))
             arrived(prompts, results)
 
-        number = config.curriculum.num_teacher_predictions
+        sampling = on_disk.sampling(config.curriculum.num_teacher_predictions)
         async with more_replicas(run, len(prompts)):
-            return await teacher.predict(prompts, number, on_disk.TEMPERATURE, count)
+            return await teacher.predict(prompts, *sampling, count)
 
     parts = run.folder / on_disk.PARTS
     answers = await ask_the_rest(run, dict(zip(keys, pool, strict=True)), answers, (parts, settings), ask)
@@ -146,7 +146,7 @@ async def ask_round(run: Run, asked: np.ndarray) -> tuple[np.ndarray | None, np.
     async def ask(prompts: Sequence[Prompt], arrived: Arrived) -> Sequence[Any]:
         if config.scores_student:
             return await scored_rollouts(run, prompts, arrived)
-        return await ask_student(run, prompts, arrived, *on_disk.student_sampling(run.config))
+        return await ask_student(run, prompts, arrived, *on_disk.sampling(config.num_student_predictions))
 
     prompt_of = dict(zip(keys, prompts, strict=True))
     answers = await ask_the_rest(run, prompt_of, answers, (parts, settings), ask)

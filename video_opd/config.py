@@ -149,7 +149,7 @@ class CurriculumConfig(ConfigSection):
     pool_sample: PositiveInt | None = key(None, "prompts asked in a round, at random; None: the whole pool")
     passes_per_round: PositiveInt = key(1, "tvdf: how often a selected prompt is sampled in a round")
     teacher_threshold: Fraction = key(0.7, "TRPV: drop prompts whose teacher IoU is lower")
-    num_teacher_predictions: PositiveInt = key(4, "TRPV: teacher answers for each prompt")
+    num_teacher_predictions: PositiveInt = key(4, "TRPV: teacher answers for each prompt; 1: the greedy one")
     num_student_predictions: PositiveInt = key(4, "student answers for each prompt; 1: the greedy one")
     disagreement: Literal["iou", "reverse_kl"] = key(
         "iou", "dbtp: teacher IoU - student IoU, or their reverse KL along one rollout of each prompt"

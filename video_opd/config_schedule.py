@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleRoom:
-    """In prompts. The paper's schedule thins out an epoch of 2,500: 78 full steps of 32, and 4 that are left.
+    """In prompts. The last step is a quarter of the others, half of it repeats: the paper's 8 and 4 of 32.
 
-    Its trainer repeats 4 prompts in that last step, so that each of 8 GPUs has one. Hence a last step of a
-    quarter of the others, half of it repeats: 8 and 4 of 32.
+    Our reading of them: an epoch of 2,500 has 78 full steps and 4 prompts, repeated once for 8 GPUs.
     """
 
     num_steps: int

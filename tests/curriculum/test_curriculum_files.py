@@ -269,7 +269,7 @@ def test_show_lists_prompts_by_state_from_the_newest_records(run, capsys, monkey
             "p0",
             [
                 "p0: dropped",
-                "mean IoU 0.250 over 4 answers, threshold 0.7",
+                "teacher: mean IoU over 4 answers, 0.250, threshold 0.7",
                 "dropped: teacher IoU is below 0.7",
                 "sampled: never",
             ],
@@ -320,9 +320,12 @@ def test_show_explains_prompts_that_disagreement_did_not_decide(config, tmp_path
     scheduler = Scheduler([make_prompt(f"p{i}") for i in range(3)], config)
     scheduler.validate(np.array([0.9, 0.9, 0.9]))
     asked = options["kind"] in ("scc", "difficulty")
-    scheduler.start_round(np.array([0.9, 0.5, 0.1]) if asked else None, 0)
     write_parquet(scheduler.records(), tmp_path / "curriculum" / "records.parquet")
     (tmp_path / "config.yaml").write_text(dump_config(config, {}))
+    main(["show", str(tmp_path), "--prompt", "p0"])
+    assert "no round has selected prompts yet" in capsys.readouterr().out
+    scheduler.start_round(np.array([0.9, 0.5, 0.1]) if asked else None, 0)
+    write_parquet(scheduler.records(), tmp_path / "curriculum" / "records.parquet")
     for i in range(3):
         main(["show", str(tmp_path), "--prompt", f"p{i}"])
     out = capsys.readouterr().out
@@ -395,3 +398,19 @@ def test_records_without_a_round_are_shown_too(config, tmp_path, capsys):
     )
     assert main(["show", str(tmp_path / "plain")]) == 0
     assert "2 prompts" in capsys.readouterr().out
+
+
+def test_show_names_the_kind_that_the_scheduler_took_a_prompt_for(config, tmp_path, capsys):
+    """A mean of IoUs misses 0.7 by rounding alone."""
+    options = {"kind": "scc", "num_selected": 1, "scc": {"anchor_frac": 1.0, "schedule": False}}
+    sizes = {"groups_per_step": 1, "max_policy_lag": 0}
+    config = config.model_copy(update={"curriculum": CurriculumConfig(**options), **sizes})
+    scheduler = Scheduler([make_prompt("p0")], config)
+    scheduler.validate(np.array([0.9]))
+    sigma = np.mean([0.7] * 3)
+    assert sigma < 0.7
+    scheduler.start_round(np.array([sigma]), 0)
+    write_parquet(scheduler.records(), tmp_path / "curriculum" / "records.parquet")
+    (tmp_path / "config.yaml").write_text(dump_config(config, {}))
+    assert main(["show", str(tmp_path), "--prompt", "p0"]) == 0
+    assert "Anchor: Anchors start at 0.7" in capsys.readouterr().out

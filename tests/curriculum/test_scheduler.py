@@ -764,3 +764,9 @@ def test_too_few_prompts_to_select_is_an_error_of_the_config_that_says_how_many_
     with pytest.raises(ConfigError, match=message) as caught:
         start_round(scheduler, [0.6, 0.2, 0.7, 0.9], [0.0] * 4)
     assert "\n" not in str(caught.value)
+
+
+def test_a_threshold_that_dropped_nothing_is_not_what_to_change():
+    scheduler = make_scheduler(2, kind="difficulty", num_selected=2)
+    with pytest.raises(ConfigError, match=r"0 of 2 prompts are left, .*; lower num_selected or groups_per_"):
+        scheduler.start_round(np.full(2, np.nan), 0)

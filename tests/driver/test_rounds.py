@@ -178,10 +178,11 @@ def test_a_student_answers_as_often_as_the_teacher_at_the_same_temperature_and_s
     assert student.sampling == run.teacher.sampling == {(4, 1.0)}
     assert run.curriculum.scheduler.records()["student_iou"].to_pylist() == [[(1 + 0.5 + 0 + 0) / 4]] * 10
     assert run.curriculum.scheduler.records()["disagreement"].to_pylist() == [1 - 0.375] * 10
-    one = config.curriculum.model_copy(update={"num_student_predictions": 1})
+    ones = {"num_student_predictions": 1, "num_teacher_predictions": 1}
+    one = config.curriculum.model_copy(update=ones)
     other = make_run(config.model_copy(update={"curriculum": one}), good(), greedy := good(), "other")
     asyncio.run(start_round(other))
-    assert greedy.sampling == {(1, 0.0)}, "the greedy answer"
+    assert greedy.sampling == other.teacher.sampling == {(1, 0.0)}, "the greedy answer"
 
 
 @pytest.mark.parametrize("change", ["step", "text", "length", "weights", "number", "seed"])
