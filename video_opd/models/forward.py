@@ -167,7 +167,7 @@ class ResponseLogits(torch.nn.Module):
     def __init__(self, model: VideoLLM):
         super().__init__()
         self.model: VideoLLM = model
-        shorten_last_layer(model)
+        self._is_short = shorten_last_layer(model)
 
     def hidden(self, batch: ResponseBatch, cache: Cache | None = None) -> torch.Tensor:
         """The head's input for the response rows, [R, hidden size] in the model's dtype.
@@ -192,7 +192,7 @@ class ResponseLogits(torch.nn.Module):
             use_cache=cache is not None,
             packing=packing,
         ).last_hidden_state
-        return hidden[0]
+        return hidden[0] if self._is_short else hidden[0, batch.rows]
 
     def forward(self, batch: ResponseBatch) -> torch.Tensor:
         return self.model.lm_head(self.hidden(batch)).float()

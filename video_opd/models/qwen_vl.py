@@ -117,10 +117,16 @@ def attend(
     return attention.proj(attended[torch.cat(of_length).argsort()])
 
 
-def shorten_last_layer(model: VideoLLM) -> None:
-    """In passes with a packing, the last decoder layer returns the states of `packing.rows` alone."""
-    layer = model.model.language_model.layers[-1]
-    layer.forward = MethodType(last_layer, layer)
+def shorten_last_layer(model: VideoLLM) -> bool:
+    """Makes the last decoder layer return the states of `packing.rows` alone, in passes with a packing.
+
+    False: it stays, in a model so shallow that features of the tower are added behind that layer.
+    """
+    layers, vision = model.model.language_model.layers, model.config.vision_config
+    if len(getattr(vision, "deepstack_visual_indexes", ())) >= len(layers):
+        return False
+    layers[-1].forward = MethodType(last_layer, layers[-1])
+    return True
 
 
 def last_layer(layer: Any, hidden_states: torch.Tensor, packing: Any = None, **how: Any) -> torch.Tensor:

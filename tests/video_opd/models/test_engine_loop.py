@@ -234,6 +234,7 @@ def test_an_error_of_the_engine_reaches_every_call_every_command_and_all_that_co
                 await late
 
     run(test())
+    loop._thread.join(60)
     assert not loop._thread.is_alive()
 
 

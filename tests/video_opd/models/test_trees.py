@@ -172,6 +172,20 @@ def test_the_last_layer_goes_on_with_the_rows_that_predict_responses_alone(folde
     assert seen == [len(batch.places)] * (len(layers) - 1) + [len(batch.rows)]
 
 
+def test_the_last_layer_is_whole_where_features_of_the_tower_are_added_behind_it(tmp_path):
+    config = MODELS["qwen3_vl"]().config
+    config.text_config.num_hidden_layers = len(config.vision_config.deepstack_visual_indexes)
+    FAMILIES["qwen3_vl"][0]().save_pretrained(tmp_path)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    model, batch = load_model(str(tmp_path), "float32"), collate(*make_case(tmp_path, True), pad_id=0)
+    whole = load_model(str(tmp_path), "float32").model.language_model.norm
+    seen: list[torch.Tensor] = []
+    model.model.language_model.norm.register_forward_hook(lambda _, given, __: seen.append(given[0]))
+    logits = ResponseLogits(model)(batch)
+    expected = model.lm_head(whole(seen[0])[0, batch.rows])
+    assert seen[0].shape[1] == len(batch.places) and torch.equal(logits, expected)
+
+
 def test_a_process_says_once_what_prompts_share_that_differ_before_their_video(cases, monkeypatch, caplog):
     monkeypatch.setattr(forward, "_TOLD", Event())
     pairs = [pair for pair in zip(*cases[True], strict=True) if pair[0].video_metadata["fps"] == FPS]
