@@ -103,8 +103,8 @@ def test_the_estimate_knows_updates_starts_and_jobs():
     assert seconds_of(timing, {"opd": 2.0}) == pytest.approx(25 + 20)
     assert seconds_of(learn, {"grpo": 3.0}) == pytest.approx(25 + 1.2 * 120 + 10 * 3)
     assert seconds_of(learn, {}) > seconds_of(replace(CASE, kind="sft"), {})
-    asks = replace(CASE, overrides=kinds.TVDF)
-    assert seconds_of(asks, {}) == seconds_of(CASE, {}) + 40
+    for overrides in (kinds.TVDF, kinds.SCHEDULE, kinds.OBJECTIVES[kinds.OWN]):
+        assert seconds_of(replace(CASE, overrides=overrides), {}) == seconds_of(CASE, {}) + 40
     assert estimate_s([timing, learn, learn], {"opd": 2.0, "grpo": 3.0}, jobs=2) == pytest.approx(45 + 199)
 
 
@@ -137,6 +137,16 @@ def test_all_kinds_have_the_same_trials_and_seeds(tmp_path):
     assert [case.seed for case in learned] == [0, 1, 2, 3, 4]
     assert learned[0].overrides[-2:] == ("video.fps=1", "learner.betas=[0.9, 0.95]")
     assert of.timing(("grpo", "wrong")) == of.timing(("grpo", "clean"))
+
+
+def test_the_estimate_leaves_out_runs_that_have_learned_at_the_rate_they_were_tuned_to(tmp_path, capsys):
+    of = study_of(tmp_path)
+    of.print_estimate()
+    for case in of.learning(("grpo", "wrong"), 8e-4)[:4]:
+        of.rows.add(case, {})
+    of.print_estimate()
+    first, then = capsys.readouterr().out.splitlines()
+    assert "15 to learn" in first and "11 to learn" in then
 
 
 @pytest.mark.parametrize("kind", [*kinds.OBJECTIVES, *kinds.CURRICULA])
