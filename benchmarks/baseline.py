@@ -1,10 +1,11 @@
 """This system beside what a user would write instead: a plain transformers loop in one process.
 
-`python -m benchmarks.baseline [--quick] [--cases NAME ...]`. The plain loop, benchmarks/plain_loop.py, reads
-with decord, calls the processor once a batch, generates, asks teacher and student for the logits of the
-response alone, and updates. The system is a real launch at lag 0 and 1. Both get the same models, prompts in
-the same order, frames and micro-batches, in float32 with one OpenMP thread a process; they alternate.
-Start-up and the first steps are left out, and the last ones, in which less is sampled.
+`python -m benchmarks.baseline [--quick] [--repeats N] [--cases NAME ...]`. The plain loop,
+benchmarks/plain_loop.py, reads with decord, calls the processor once a batch, generates, asks teacher and
+student for the logits of the response alone, and updates. The system is a real launch at lag 0 and 1. Both
+get the same models, prompts in the same order, frames and micro-batches, in float32, with the demo's
+`worker_env` (one OpenMP thread a process); they alternate. Start-up and the first steps are left out, and the
+last ones, in which less is sampled.
 
 A row for each case and way: seconds, and core-seconds of all processes, a trajectory; response tokens a
 trajectory, which must agree; the system's core-seconds by role, with decode workers and Ray's own processes
@@ -32,6 +33,7 @@ from driver.command_line import prepare
 from driver.records.sinks import read_metrics
 from preflight.inputs import Plan
 from video_opd.config import Config
+from video_opd.config_file import load_demo
 from video_opd.types import Prompt
 from video_opd.video.frame_cache import FrameCache
 
@@ -165,23 +167,24 @@ def compare(rows: Sequence[Row]) -> Row:
 
 
 def main() -> None:
-    parser = make_parser("baseline", __doc__, "one repeat and fewer steps")
+    parser = make_parser("baseline", __doc__, "fewer steps")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     arguments = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the plain loop; the demo's worker_env says the same
-    repeats, trajectories = (1, 128) if arguments.quick else (3, 384)
+    os.environ |= load_demo().worker_env  # the plain loop's too
+    trajectories = 128 if arguments.quick else 384
     rows = []
     for name in arguments.cases:
         case, runs = CASES[name], []
         steps = max(4, trajectories // case.groups)
         with tempfile.TemporaryDirectory() as folder:
             inputs = write_inputs(case, steps, Path(folder))
-            for _ in range(repeats):
+            for _ in range(arguments.repeats):
                 runs += [in_new_process(measure, name, way, steps, inputs) for way in WAYS]
         rows += [medians([run for run in runs if run["way"] == way]) for way in WAYS]
     result = compare(rows)
     note = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs; responses of another length: "
-    title = f"a trajectory of the demo's models, medians of {repeats}"
+    title = f"a trajectory of the demo's models, medians of {arguments.repeats}"
     print_result(result, title, rows, note + (", ".join(result["unequal"]) or "none"))
 
 
