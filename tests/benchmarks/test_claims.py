@@ -233,3 +233,7 @@ def test_fragments_take_their_places_in_a_document(tmp_path):
         assert tables.paste(document, tmp_path / "out") == ["a"]
         assert document.read_text() == old.replace("old", "| new |") + "<!-- b -->\nstays\n<!-- end -->\n"
     assert (tmp_path / "curve.png").read_bytes() == b"png"
+    document.write_text("<!-- a -->\nold\n# All that follows\n")
+    with pytest.raises(ValueError, match="no line <!-- end --> after <!-- a -->"):
+        tables.paste(document, tmp_path / "out")
+    assert "All that follows" in document.read_text()
