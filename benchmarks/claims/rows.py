@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.claims.case import EVAL_EVERY, EVAL_EVERY_OF_MANY, Case, data_folder
+from benchmarks.claims.case import EVAL_EVERY, Case, data_folder
 from benchmarks.command import Row, append_row, read_rows
 from demo import gaps
 from video_opd import ROOT
@@ -82,11 +82,10 @@ def seconds_of(case: Case, update_s: Mapping[str, float]) -> float:
     """About how long a run takes. update_s: quiet seconds of an update, by kind, where measured."""
     if case.part == "start":
         return START_S / 3
-    is_grpo = case.kind.startswith("grpo")
-    each = update_s.get(case.kind, GUESSED_GRPO_S if is_grpo else GUESSED_UPDATE_S)
+    guessed = GUESSED_GRPO_S if case.kind.startswith("grpo") else GUESSED_UPDATE_S
+    each = update_s.get(case.kind, guessed)
     each *= 1.0 if case.part == "time" else CROWDED
-    every = EVAL_EVERY_OF_MANY if is_grpo else EVAL_EVERY
-    evaluating = EVAL_S * (case.steps // every) if case.part == "learn" else 0.0
+    evaluating = EVAL_S * (case.steps // EVAL_EVERY) if case.part == "learn" else 0.0
     asking = ASKING_S if ASKS.intersection(case.overrides) else 0.0
     return START_S + each * case.steps + evaluating + asking
 

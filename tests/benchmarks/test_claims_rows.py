@@ -158,7 +158,7 @@ def test_runs_share_all_but_what_is_compared(tmp_path, kind):
     assert same == (32, 0, 2e-4, 1)
     assert (learn.learner.warmup_frac, learn.learner.final_lr_frac) == (0, 1)
     assert learn.num_steps == (120 if kind == "gate" else 40)
-    assert learn.eval_every == (4 if kind.startswith("grpo") else 8)
+    assert learn.eval_every == 4
     assert "/eval/" in learn.data.eval.videos and "wrong" in learn.data.train.annotations
     tune = config_of(replace(CASE, kind=kind, part="tune", overrides=overrides), tmp_path)
     assert "/validation/" in tune.data.eval.videos and not tune.eval_every
