@@ -29,6 +29,7 @@ class PlainLoop:
         self._teacher: Any = load(config.teacher, dtype=torch.float32).eval().requires_grad_(False)
         self._optimizer = torch.optim.AdamW(self._student.parameters(), config.learner.lr, weight_decay=0.0)
         self._end_ids = self._student.generation_config.eos_token_id
+        self._pad_ids = [self._student.config.video_token_id, self._student.config.image_token_id]
         self._frames: dict[str, np.ndarray] = {}  # by path: a clip is decoded once
 
     def step(self, prompts: Sequence[Prompt]) -> tuple[float, int]:
@@ -86,7 +87,7 @@ class PlainLoop:
             do_sample=True,
             temperature=1.0,
             top_k=0,
-            suppress_tokens=[self._student.config.video_token_id, self._student.config.image_token_id],
+            suppress_tokens=self._pad_ids,
         )
         responses = []
         for row in sampled[:, inputs["input_ids"].shape[1] :]:
@@ -105,10 +106,14 @@ class PlainLoop:
         both = inputs | {name: torch.cat([inputs[name], values], 1) for name, values in more.items()}
         kept = {"logits_to_keep": padded.shape[1] + 1, "use_cache": False}
         with torch.no_grad():
-            teacher = self._teacher(**both, **kept).logits[:, :-1][is_token].log_softmax(-1)
-            top = teacher.topk(self._config.loss.top_k)
-        student = self._student(**both, **kept).logits[:, :-1][is_token]
+            teacher = self._without_pads(self._teacher(**both, **kept).logits[:, :-1][is_token])
+            top = teacher.log_softmax(-1).topk(self._config.loss.top_k)
+        student = self._without_pads(self._student(**both, **kept).logits[:, :-1][is_token])
         return topk_loss(student, top.indices, top.values, self._config.loss.clamp).sum()
+
+    def _without_pads(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits of the tokens that can be sampled, changed in place."""
+        return logits.index_fill_(-1, torch.tensor(self._pad_ids), -torch.inf)
 
 
 def _rows(inputs: Inputs, part: slice) -> Inputs:

@@ -183,8 +183,6 @@ def train(
     logits_of = ResponseLogits(model)
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.95), weight_decay=0.01)
-    hidden: list[torch.Tensor] = []
-    model.model.language_model.register_forward_hook(lambda _, __, out: hidden.append(out.last_hidden_state))
     order, started = random.Random(recipe.seed), time.monotonic()
     for step in range(recipe.stop_after):
         warmup = min(1.0, (step + 1) / 100)
@@ -193,19 +191,18 @@ def train(
             group["lr"] = LR * (warmup * cosine)
         chosen, pad_id = order.sample(examples, BATCH), encoder.tokenizer.pad_token_id
         batch = collate([e.encoded for e in chosen], [e.answer for e in chosen], pad_id)
-        hidden.clear()
-        answer_loss = torch.nn.functional.cross_entropy(logits_of(batch), batch.targets)
+        hidden = logits_of.hidden(replace(batch, rows=torch.arange(len(batch.places))))  # of all tokens
+        answer_loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[batch.rows]), batch.targets)
         labels = torch.from_numpy(np.concatenate([e.labels for e in chosen]))
         pairs = [(at, e) for at, e in zip(packed_places(batch.trees), chosen, strict=True) if len(e.labels)]
         seen = np.concatenate([places[np.flatnonzero(e.encoded.token_types == VIDEO)] for places, e in pairs])
-        auxiliary = _auxiliary_loss(head(hidden[0][0, seen]), labels)
+        auxiliary = _auxiliary_loss(head(hidden[seen]), labels)
         optimizer.zero_grad()
         (answer_loss + auxiliary).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if (step + 1) % VALIDATE_EVERY == 0:
             metrics = validate(model, validation, encoder)
-            hidden.clear()
             losses = f"answer loss {answer_loss.item():.3f} auxiliary {auxiliary.item():.3f}"
             shown = {k: v for k, v in metrics.items() if k in ("miou", "r1@0.7", "second task")}
             scores = " ".join(f"{name} {value:.3f}" for name, value in shown.items())

@@ -1,7 +1,7 @@
 """The objectives: pure functions of tensors (arXiv 2602.02994 §3.1 and App. C, D.1; docs/algorithm.md).
 
 R response tokens, V vocabulary, K teacher tokens. Each loss returns one value per response token, float32[R];
-the caller sums them and divides by the token count of the whole batch, over all ranks and micro-batches.
+the caller sums them over all ranks and micro-batches, and divides: see denominator_of in batching.py.
 """
 
 import math

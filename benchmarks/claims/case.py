@@ -12,7 +12,7 @@ Part = Literal["start", "time", "tune", "learn"]
 GROUPS = 32  # prompts of an update
 # Phases do not overlap, so that two runs fill two cores. A constant learning rate: curves are read within.
 SHARED = ("max_policy_lag=0", f"groups_per_step={GROUPS}", "learner.warmup_frac=0", "learner.final_lr_frac=1")
-EVAL_EVERY, EVAL_EVERY_OF_MANY = 8, 4  # with several rollouts a prompt, equal costs are early in the curve
+EVAL_EVERY = 4  # updates; equal costs can be early in a curve, and lines between far points run below it
 
 
 @dataclass(frozen=True)

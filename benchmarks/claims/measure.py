@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import launch
-from benchmarks.claims.case import EVAL_EVERY, EVAL_EVERY_OF_MANY, GROUPS, SHARED, Case, data_folder
+from benchmarks.claims.case import EVAL_EVERY, GROUPS, SHARED, Case, data_folder
 from benchmarks.command import WARM_UP_STEPS, Row
 from curriculum.answers import FILE as TEACHER_ANSWERS
 from demo import gaps
@@ -55,8 +55,7 @@ def config_of(case: Case, out: Path) -> Config:
     texts = [f"{key}={value}" for key, value in values.items()]
     of_data = gaps.overrides(data_folder(out), case.labels, held_out)
     config = load_demo([*of_data, *SHARED, *texts, *case.overrides])
-    every = EVAL_EVERY if config.responses_per_prompt == 1 else EVAL_EVERY_OF_MANY
-    return config.model_copy(update={"eval_every": every}) if case.part == "learn" else config
+    return config.model_copy(update={"eval_every": EVAL_EVERY}) if case.part == "learn" else config
 
 
 def result_of(summary: Mapping[str, Any], lines: Sequence[Mapping[str, float]], config: Config) -> Row:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.claims.case import EVAL_EVERY, EVAL_EVERY_OF_MANY, Case, data_folder
+from benchmarks.claims.case import EVAL_EVERY, Case, data_folder
 from benchmarks.command import Row, append_row, read_rows
 from demo import gaps
 from video_opd import ROOT
@@ -21,10 +21,10 @@ DECIDE += ("benchmarks/claims/case.py", "benchmarks/claims/measure.py")
 # Until an update of a kind is measured. Of a quiet machine, in seconds:
 GUESSED_UPDATE_S, GUESSED_GRPO_S = 0.8, 3.4
 START_S, EVAL_S = 25.0, 3.0  # start-up, evaluations at both ends and the second task; one evaluation
-ASKING_S = 40.0  # of a curriculum that asks the student before every round
+ASKING_S = 40.0  # of a curriculum that asks the student about the pool, once or before every round
 CROWDED = 1.2  # how much longer an update takes beside another run
 MOST_FAILED = 3
-ASKS = ("curriculum.kind=tvdf", "curriculum.kind=scc")
+ASKS = {f"curriculum.kind={kind}" for kind in ("tvdf", "scc", "difficulty")}
 
 
 def code_digest(root: Path = ROOT) -> str:
@@ -82,12 +82,11 @@ def seconds_of(case: Case, update_s: Mapping[str, float]) -> float:
     """About how long a run takes. update_s: quiet seconds of an update, by kind, where measured."""
     if case.part == "start":
         return START_S / 3
-    is_grpo = case.kind.startswith("grpo")
-    each = update_s.get(case.kind, GUESSED_GRPO_S if is_grpo else GUESSED_UPDATE_S)
+    guessed = GUESSED_GRPO_S if case.kind.startswith("grpo") else GUESSED_UPDATE_S
+    each = update_s.get(case.kind, guessed)
     each *= 1.0 if case.part == "time" else CROWDED
-    every = EVAL_EVERY_OF_MANY if is_grpo else EVAL_EVERY
-    evaluating = EVAL_S * (case.steps // every) if case.part == "learn" else 0.0
-    asking = ASKING_S if any(value in case.overrides for value in ASKS) else 0.0
+    evaluating = EVAL_S * (case.steps // EVAL_EVERY) if case.part == "learn" else 0.0
+    asking = ASKING_S if ASKS.intersection(case.overrides) else 0.0
     return START_S + each * case.steps + evaluating + asking
 
 

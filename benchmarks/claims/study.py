@@ -91,11 +91,12 @@ class Study:
 
     def print_estimate(self) -> None:
         """Of what is left, whatever learning rates tuning will give."""
-        lr = self.arguments.lrs[0]
+        rates = self.arguments.lrs
         first = [self.start, *(self.timing(kind) for kind in self.kinds if self.is_timed)]
         wanted = [*first, *(case for kind in self.kinds for case in self.trials(kind))]
         left = [case for case in dict.fromkeys(wanted) if case not in self.rows]
-        learn = [case for kind in self.kinds for case in self.learning(kind, lr)]
+        every = [case for kind in self.kinds for case in self.learning(kind, rates[0])]
+        learn = [c for c in every if not any(replace(c, lr=lr) in self.rows for lr in rates)]
         seconds = estimate_s([*left, *learn], self.update_s(), self.arguments.jobs)
         numbers = f"{len(left)} runs to time and tune, {len(learn)} to learn"
         print(f"{numbers}: about {seconds / 60:.0f} min", flush=True)

@@ -133,10 +133,9 @@ def draw(comparison: Comparison) -> Figure:
 def paste(document: Path, out: Path) -> list[str]:
     """Puts OUT/NAME.md between the lines `<!-- NAME -->` and `<!-- end -->` of a document; returns the names.
 
-    Parts without a file stay as they are. Copies OUT's pictures beside the document.
+    Parts without a file stay as they are. Copies OUT's pictures beside the document. Raises ValueError, and
+    writes nothing, if the last part has no end.
     """
-    for picture in out.glob("*.png"):
-        shutil.copy(picture, document.parent)
     kept, pasted, inside = list[str](), list[str](), False
     for line in document.read_text().splitlines():
         name = line.removeprefix("<!-- ").removesuffix(" -->") if line.startswith("<!-- ") else ""
@@ -147,5 +146,9 @@ def paste(document: Path, out: Path) -> list[str]:
             kept.append((out / f"{name}.md").read_text().rstrip("\n"))
             pasted.append(name)
             inside = True
+    if inside:
+        raise ValueError(f"{document} has no line <!-- end --> after <!-- {pasted[-1]} -->: add it")
+    for picture in out.glob("*.png"):
+        shutil.copy(picture, document.parent)
     document.write_text("\n".join(kept) + "\n")
     return pasted

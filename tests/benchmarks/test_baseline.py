@@ -98,6 +98,7 @@ def learner_sees(
     from learner.loss import ResponseTokens, loss_per_token
     from teacher_service.engine import top_k_of
     from video_opd.models.forward import ResponseLogits, collate, load_model
+    from video_opd.models.policy import Policy
     from video_opd.models.prompting import PromptEncoder
 
     encoder = PromptEncoder(config.student, config.prompt, config.video)
@@ -105,8 +106,10 @@ def learner_sees(
     batch = collate(encoded, responses, encoder.tokenizer.pad_token_id)
     assert config.teacher
     with torch.no_grad():
+        policy = Policy(config.learner_temperature, encoder.pad_ids, "cpu")
         student, teacher = (
-            ResponseLogits(load_model(path, "float32"))(batch) for path in (config.student, config.teacher)
+            policy(ResponseLogits(load_model(path, "float32"))(batch))
+            for path in (config.student, config.teacher)
         )
     top, zeros = top_k_of(teacher, config.loss.top_k), torch.zeros(len(batch.targets))
     top_k = torch.from_numpy(top.ids).long(), torch.from_numpy(top.logprobs)

@@ -95,6 +95,7 @@ def test_seeds_are_paired():
         ([0.80, 0.75], "yes"),
         ([0.72, 0.66], "yes in every seed, ranges overlap"),
         ([0.72, 0.60], "level"),
+        ([0.70, 0.65], "level"),
         ([0.69, 0.60], "no, the reverse in every seed, ranges overlap"),
         ([0.60, 0.55], "no, the reverse"),
         ([0.99], "one seed, no verdict"),
@@ -147,6 +148,7 @@ def test_cost_is_compared_with_a_fifth(update_s, seen):
         ([0.80, 0.85], "yes", "no"),
         ([0.90, 0.895], "no", "yes"),
         ([0.80, 0.90], "in some seeds", "in some seeds"),
+        ([0.80], "one seed, no verdict", "one seed, no verdict"),
     ],
 )
 def test_forgetting_is_a_fall_below_the_start(accuracies, off_policy, on_policy):
@@ -164,10 +166,19 @@ def test_a_student_passes_its_teacher_or_not():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "end", "seen"), [(3.0, 0.75, "yes"), (3.0, 0.6, "saves, at a loss"), (8.0, 0.9, "no")]
+    ("tokens", "ends", "seen"),
+    [
+        (3.0, [0.75, 0.75], "yes"),
+        (3.0, [0.6, 0.6], "saves, at a loss"),
+        (3.0, [0.5, 0.73], "saves, at a loss"),  # one seed is level
+        (8.0, [0.9, 0.9], "no"),
+        (8.0, [0.9], "no"),
+        (3.0, [0.75], "saves; of the loss: one seed, no verdict"),
+    ],
 )
-def test_the_gate_saves_tokens_at_no_loss(tokens, end, seen):
-    groups = [group("gate", [end], "wrong", tokens=tokens, steps=60), group("TVDF", [0.65], "wrong")]
+def test_the_gate_saves_tokens_at_no_loss(tokens, ends, seen):
+    others = group("TVDF", [0.65] * len(ends), "wrong")
+    groups = [group("gate", ends, "wrong", tokens=tokens, steps=60), others]
     (verdict,) = judged(saves_tokens("gate", "TVDF", "prompts"), *groups, **curriculum_places(groups))
     assert verdict.seen == seen
     if seen == "yes":
@@ -222,3 +233,7 @@ def test_fragments_take_their_places_in_a_document(tmp_path):
         assert tables.paste(document, tmp_path / "out") == ["a"]
         assert document.read_text() == old.replace("old", "| new |") + "<!-- b -->\nstays\n<!-- end -->\n"
     assert (tmp_path / "curve.png").read_bytes() == b"png"
+    document.write_text("<!-- a -->\nold\n# All that follows\n")
+    with pytest.raises(ValueError, match="no line <!-- end --> after <!-- a -->"):
+        tables.paste(document, tmp_path / "out")
+    assert "All that follows" in document.read_text()

@@ -103,8 +103,8 @@ def test_the_estimate_knows_updates_starts_and_jobs():
     assert seconds_of(timing, {"opd": 2.0}) == pytest.approx(25 + 20)
     assert seconds_of(learn, {"grpo": 3.0}) == pytest.approx(25 + 1.2 * 120 + 10 * 3)
     assert seconds_of(learn, {}) > seconds_of(replace(CASE, kind="sft"), {})
-    asks = replace(CASE, overrides=kinds.TVDF)
-    assert seconds_of(asks, {}) == seconds_of(CASE, {}) + 40
+    for overrides in (kinds.TVDF, kinds.SCHEDULE, kinds.OBJECTIVES[kinds.OWN]):
+        assert seconds_of(replace(CASE, overrides=overrides), {}) == seconds_of(CASE, {}) + 40
     assert estimate_s([timing, learn, learn], {"opd": 2.0, "grpo": 3.0}, jobs=2) == pytest.approx(45 + 199)
 
 
@@ -139,6 +139,16 @@ def test_all_kinds_have_the_same_trials_and_seeds(tmp_path):
     assert of.timing(("grpo", "wrong")) == of.timing(("grpo", "clean"))
 
 
+def test_the_estimate_leaves_out_runs_that_have_learned_at_the_rate_they_were_tuned_to(tmp_path, capsys):
+    of = study_of(tmp_path)
+    of.print_estimate()
+    for case in of.learning(("grpo", "wrong"), 8e-4)[:4]:
+        of.rows.add(case, {})
+    of.print_estimate()
+    first, then = capsys.readouterr().out.splitlines()
+    assert "15 to learn" in first and "11 to learn" in then
+
+
 @pytest.mark.parametrize("kind", [*kinds.OBJECTIVES, *kinds.CURRICULA])
 def test_runs_share_all_but_what_is_compared(tmp_path, kind):
     is_objective = kind in kinds.OBJECTIVES
@@ -148,7 +158,7 @@ def test_runs_share_all_but_what_is_compared(tmp_path, kind):
     assert same == (32, 0, 2e-4, 1)
     assert (learn.learner.warmup_frac, learn.learner.final_lr_frac) == (0, 1)
     assert learn.num_steps == (120 if kind == "gate" else 40)
-    assert learn.eval_every == (4 if kind.startswith("grpo") else 8)
+    assert learn.eval_every == 4
     assert "/eval/" in learn.data.eval.videos and "wrong" in learn.data.train.annotations
     tune = config_of(replace(CASE, kind=kind, part="tune", overrides=overrides), tmp_path)
     assert "/validation/" in tune.data.eval.videos and not tune.eval_every

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from demo import gaps
+from demo import gaps, pretrain
 from demo.clips import COLOURS, MAX_SPOILED_IOU, SHAPES
 from demo.gaps import GAP_COLOURS, GAP_SHAPES, MODELS, Split, ensure_gaps, overrides, second_task, skill_of
 from video_opd.answers import parse_span
@@ -114,6 +114,23 @@ def test_a_question_of_the_second_task_has_one_answer_and_no_gap():
             assert [e.colour if wanted == "colour" else e.shape for e in of_named] == [answer]
             asked |= {named, answer}
     assert asked == {*COLOURS, *SHAPES} - {*GAP_COLOURS, *GAP_SHAPES}
+
+
+def test_pretraining_learns_from_the_states_of_video_tokens_and_from_both_tasks(folder, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain, "BATCH", 4)
+    monkeypatch.setattr(pretrain, "VALIDATE_EVERY", 1)
+    config = load_demo(overrides(folder, "clean", "eval"))
+    encoder = PromptEncoder(config.student, config.prompt, config.video)
+    asking, held_out = gaps.question_encoder(Path(config.student), config), config.data.eval
+    examples = pretrain.build_examples(read_prompts(held_out, config.video, 32)[:4], encoder)
+    clips = {e.prompt.clip.clip_id for e in examples}
+    questions = gaps.read_questions(folder / "eval", held_out, config.video)
+    asked = [q for q in questions if q.prompt.clip.clip_id in clips][:4]
+    examples += pretrain.second_examples(asked, asking, examples)
+    recipe = pretrain.RECIPES["start"]._replace(stop_after=1, steps=1)
+    pretrain.train(recipe, examples, examples, encoder)
+    line = capsys.readouterr().out
+    assert line.startswith("step 1 answer loss") and "second task" in line and "nan" not in line
 
 
 def test_the_start_answers_the_second_task_which_the_student_never_saw(folder):

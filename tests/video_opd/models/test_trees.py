@@ -168,8 +168,10 @@ def test_the_last_layer_goes_on_with_the_rows_that_predict_responses_alone(folde
     batch, layers, seen = collate(*cases[True], pad_id=0), model.model.language_model.layers, []
     for layer in layers:
         layer.mlp.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[1]))
-    ResponseLogits(model)(batch)
+    alone = ResponseLogits(model).hidden(batch)
     assert seen == [len(batch.places)] * (len(layers) - 1) + [len(batch.rows)]
+    of_all = ResponseLogits(model).hidden(replace(batch, rows=torch.arange(len(batch.places))))
+    torch.testing.assert_close(of_all[batch.rows], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_the_last_layer_is_whole_where_features_of_the_tower_are_added_behind_it(tmp_path):
