@@ -62,11 +62,16 @@ def take_down(machines: list[Host], output: Path, folder: Path) -> None:
     key = ("-tt", "-i", f"/home/{USER}/ray_bootstrap_key.pem")
     late = head.command("ssh", *key, workers[-1].address, "sleep 600; ray start")
     starting = subprocess.Popen(late, stdin=subprocess.DEVNULL)
+    wait_for(lambda: any("sleep 600" in line for line in workers[-1].processes()), starting, "a late start")
     down = begin(desk, output, "ray", "down", "--yes", FILE)
     wait_for(lambda: not any("monitor.py" in line for line in head.processes()), down, "the autoscaler's end")
     ended = begin(desk, folder / "pkill", "ssh", head.address, 'pkill -f "[r]ay_(bootstrap_key|ssh)"')
     assert ended.wait(PATIENCE_S) == 0
     assert starting.wait(PATIENCE_S) in (-signal.SIGTERM, 255), "255: ssh itself took the signal"
+    deadline = time.monotonic() + PATIENCE_S
+    while any("sleep 600" in line for line in workers[-1].processes()):
+        assert time.monotonic() < deadline, "what the ssh started did not end with it"
+        time.sleep(0.3)
     stop = "source ~/.video_opd.sh && ray stop"
     stops = [begin(desk, folder / f"{w.name}.stop", "ssh", w.address, stop) for w in workers]
     assert [of_one.wait(PATIENCE_S) for of_one in (down, *stops)] == [0, 0, 0, 0]
