@@ -126,7 +126,8 @@ def draw(comparison: Comparison) -> Figure:
     right.set(title=f"the others, and {IN_FRONT[0]}")
     for axes in (left, right):
         axes.set(xlabel="wall seconds of training")
-        axes.legend(fontsize="small", loc="lower right")
+        if axes.lines:
+            axes.legend(fontsize="small", loc="lower right")
     return figure
 
 
