@@ -1,14 +1,16 @@
 """What a run needs of a cluster, the wait until the cluster has it, and the start of Ray."""
 
+import gc
 import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest.mock import patch
 
 import ray
+from ray.exceptions import RayError
 from ray.serve._private.long_poll import LongPollClient
 from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -25,6 +27,7 @@ from video_opd.errors import ClusterError, ConfigError
 from video_opd.models.attention import PACKAGES, missing_for
 
 POLL_S = 2.0
+LAST_POLL_S, CALLBACK_S = 2.0, 0.1  # for the last answer, and what a thread makes of it
 LOCAL_ROLES = 64  # rollout actors and teacher replicas that a local Ray admits: memory limits them, not Ray
 LOCAL_TIMEOUT_S = 60.0  # until a local Ray reports its resources; they do not grow
 # A replica that hangs cannot drain: it must free its device for the next one.
@@ -180,9 +183,19 @@ def warn_of_small_stores(plan: MemoryPlan) -> None:
 
 
 def leave_ray() -> None:
-    """ray.shutdown. Serve's clients poll no more: a call after it would end this process with exit code 1."""
-    with patch.object(LongPollClient, "_poll_next", lambda _: None):
-        ray.shutdown()
+    """ray.shutdown. Serve's clients poll no more: a call after it would end this process with exit code 1.
+
+    So would the answer to a poll that arrives while Ray shuts down. A deletion is answered at once.
+    """
+    clients = [each for each in gc.get_objects() if type(each) is LongPollClient and each.is_running]
+    for client in clients:
+        client.stop()
+    polls = [client._current_ref for client in clients if hasattr(client, "_current_ref")]
+    if polls and ray.is_initialized():
+        with suppress(RayError, ValueError):  # Ray was lost, or these are of another one
+            ray.wait(polls, num_returns=len(polls), timeout=LAST_POLL_S, fetch_local=False)
+        time.sleep(CALLBACK_S)
+    ray.shutdown()
 
 
 def python_path() -> dict[str, str]:

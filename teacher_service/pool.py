@@ -232,5 +232,10 @@ class TeacherPool:
         return {f"teacher/{name}": value for name, value in metrics.items()}
 
     def stop(self) -> None:
-        """Deletes the deployment; the cluster's other Serve applications stay."""
+        """Deletes the deployment; the cluster's other Serve applications stay.
+
+        The handle reports to Serve no more: a report after ray.shutdown would end this process, exit code 1.
+        """
+        if self._handle is not None:
+            self._handle.shutdown()
         serve.delete(self.app, _blocking=False)

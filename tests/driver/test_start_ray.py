@@ -14,8 +14,9 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from ray.serve._private.long_poll import LongPollClient
 
-from driver.start_ray import Need, describe_missing, needs_of, too_large
+from driver.start_ray import Need, describe_missing, leave_ray, needs_of, too_large
 from learner.file_transfer import PART_BYTES, FilePart, read_parts, write_part
 from tests.real.runs import wait_until_gone
 from video_opd.cluster import join as cluster
@@ -268,6 +269,16 @@ def test_a_ray_that_never_starts_is_one_line_and_another_error_is_its_own(messag
     finally:
         ray.end()
     assert len(ray.processes) == times and "\n" not in str(caught.value)
+
+
+def test_who_leaves_ray_stops_serves_clients_for_good():
+    """An update that arrives after ray.shutdown would make a client poll again, and end the process."""
+    client, polls = object.__new__(LongPollClient), []
+    client.is_running = True
+    client.host_actor = SimpleNamespace(listen_for_change=SimpleNamespace(remote=polls.append))
+    leave_ray()
+    client._poll_next()
+    assert not polls
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

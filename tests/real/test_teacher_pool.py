@@ -60,7 +60,10 @@ def pool(local_ray):
     pool = TeacherPool(f"video_opd/{RUN}", config, config.teacher_models[0], EmulatedReplica)
     asyncio.run(pool.start())
     yield pool
+    reports = pool._handle._router._asyncio_router._metrics_manager.metrics_pusher._async_tasks
+    assert reports, "a thread of Serve reports what is queued"
     pool.stop()
+    assert not reports, "it would go on after ray.shutdown"
 
 
 @pytest.fixture
