@@ -69,6 +69,11 @@ class Study:
         steps = min(kinds.TIMED_STEPS, self.arguments.steps)
         return self.case("time", (kind[0], "none"), min(self.arguments.lrs), 0, steps)
 
+    def timings(self) -> list[Case]:
+        """A run of each kind, behind one that is not read: it decodes the clips that they have in common."""
+        timed = [self.timing(kind) for kind in self.kinds if self.is_timed]
+        return [*(replace(case, kind="warm-up") for case in timed[:1]), *timed]
+
     def trials(self, kind: Kind) -> list[Case]:
         return [self.case("tune", self.tuned_as(kind), lr) for lr in self.arguments.lrs]
 
@@ -92,7 +97,7 @@ class Study:
     def print_estimate(self) -> None:
         """Of what is left, whatever learning rates tuning will give."""
         rates = self.arguments.lrs
-        first = [self.start, *(self.timing(kind) for kind in self.kinds if self.is_timed)]
+        first = [self.start, *self.timings()]
         wanted = [*first, *(case for kind in self.kinds for case in self.trials(kind))]
         left = [case for case in dict.fromkeys(wanted) if case not in self.rows]
         every = [case for kind in self.kinds for case in self.learning(kind, rates[0])]
@@ -104,7 +109,7 @@ class Study:
     def tune(self) -> dict[Kind, Tuned]:
         """Runs the start, the timing runs, each alone, and the trials."""
         self.print_estimate()
-        self.run([self.start, *(self.timing(kind) for kind in self.kinds if self.is_timed)], jobs=1)
+        self.run([self.start, *self.timings()], jobs=1)
         self.print_estimate()
         self.run([case for kind in self.kinds for case in self.trials(kind)], self.arguments.jobs)
         return {kind: tuned([self.rows[case] for case in self.trials(kind)]) for kind in self.kinds}

@@ -137,6 +137,8 @@ def test_all_kinds_have_the_same_trials_and_seeds(tmp_path):
     assert [case.seed for case in learned] == [0, 1, 2, 3, 4]
     assert learned[0].overrides[-2:] == ("video.fps=1", "learner.betas=[0.9, 0.95]")
     assert of.timing(("grpo", "wrong")) == of.timing(("grpo", "clean"))
+    assert of.timings() == [replace(of.timings()[1], kind="warm-up"), *map(of.timing, of.kinds)]
+    assert replace(of, is_timed=False).timings() == []
 
 
 def test_the_estimate_leaves_out_runs_that_have_learned_at_the_rate_they_were_tuned_to(tmp_path, capsys):
