@@ -75,9 +75,9 @@ class Host:
         _ip(f"link set v{self.name} {'up' if up else 'down'}")
 
     def processes(self) -> list[str]:
-        """Command lines of all that runs on it, but its sshd and what asks."""
+        """Whole command lines of all that runs on it, but its sshd and what asks. `ps` cuts to $COLUMNS."""
         inside = subprocess.run(
-            [*self._enter(), "ps", "-eo", "args="], capture_output=True, text=True, check=True
+            [*self._enter(), "ps", "-wweo", "args="], capture_output=True, text=True, check=True
         )
         return [
             line
