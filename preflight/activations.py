@@ -15,8 +15,8 @@ They count the tensors of transformers' modules; tests/preflight/test_memory.py 
 
 from preflight.model_shapes import DTYPE_BYTES, ModelShapes
 from preflight.packing import Attended
-from video_opd.config import TeacherConfig
 from video_opd.config_learner import LearnerConfig, LossConfig
+from video_opd.config_teachers import TeacherConfig
 
 
 def logit_copies(loss: LossConfig) -> int:

@@ -11,7 +11,8 @@ from preflight.object_store import describe_store, store_plan
 from preflight.rounds import most_presented
 from preflight.sharing import describe_sharing
 from preflight.time_fit import describe_time, time_plan, train_pool, utilisation
-from video_opd.config import Config, TeacherModel
+from video_opd.config import Config
+from video_opd.config_teachers import TeacherModel
 from video_opd.datasets import Split
 from video_opd.video.clips import num_video_tokens
 

@@ -8,7 +8,8 @@ from preflight.adapters import check_targets
 from preflight.model_shapes import ModelShapes, can_shard, find_shapes, model_bytes, read_shapes
 from preflight.options import check_options
 from video_opd import ROOT
-from video_opd.config import Config, TeacherModel
+from video_opd.config import Config
+from video_opd.config_teachers import TeacherModel
 from video_opd.datasets import Split, read_split
 from video_opd.errors import ConfigError, DataError
 from video_opd.logs import log

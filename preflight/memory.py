@@ -22,8 +22,9 @@ from preflight.zero import (
     trained,
     weight_bytes,
 )
-from video_opd.config import Config, RolloutConfig, TeacherConfig
+from video_opd.config import Config, RolloutConfig
 from video_opd.config_data import VideoConfig
+from video_opd.config_teachers import TeacherConfig
 from video_opd.models.shared_gpu import CONTEXT_BYTES as GPU_CONTEXT_BYTES
 from video_opd.models.vllm_engine import PROCESSED_GIB
 from video_opd.passes import CALLS_AN_ENGINE

@@ -13,7 +13,8 @@ from preflight.gpus import read_machine
 from preflight.inputs import Draft, Plan, asked_teachers, largest_teacher
 from preflight.memory import GIB, RoleMemory, Workload, workload_of, workload_of_budget
 from preflight.model_shapes import ModelShapes, can_shard, count, parameters, read_shapes
-from video_opd.config import Config, RolloutConfig, TeacherConfig
+from video_opd.config import Config, RolloutConfig
+from video_opd.config_teachers import TeacherConfig
 from video_opd.errors import ConfigError
 
 DEFAULT_GPU_BYTES = 80 * GIB

@@ -19,8 +19,9 @@ from preflight.rounds import most_presented, steps_of_round
 from preflight.sharing import learner_shares, prompts_of_a_clip, teacher_shares, tree_of
 from preflight.time import Operations, Sizes
 from preflight.zero import adds_on_host, trained
-from video_opd.config import Config, RolloutConfig, TeacherConfig
+from video_opd.config import Config, RolloutConfig
 from video_opd.config_data import Attention
+from video_opd.config_teachers import TeacherConfig
 
 FUSED = "flash_attention_2"  # vLLM's: no pairs are masked
 SAMPLE = 1000  # prompts, where a pool is not here

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from video_opd.config import TeacherConfig
+from video_opd.config_teachers import TeacherConfig
 from video_opd.errors import RunError
 from video_opd.models import forward
 from video_opd.models.policy import BANNED, Policy, score_by_policy

@@ -22,7 +22,8 @@ from teacher_service.scaling import DEPLOYMENT, GONE_WRONG, Bounds, app_name, au
 from video_opd.cluster.deadline import with_deadline
 from video_opd.cluster.faults import retried
 from video_opd.cluster.placement import bundles_of
-from video_opd.config import Config, TeacherConfig, TeacherModel
+from video_opd.config import Config
+from video_opd.config_teachers import TeacherConfig, TeacherModel
 from video_opd.errors import RunError
 from video_opd.passes import CALLS_AN_ENGINE, Arrived, ask_by_video
 from video_opd.types import TrajectoryGroup

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from teacher_service.calls import Ready, Reply, ScoreCall, in_passes
 from video_opd.answers import parse_span
-from video_opd.config import Config, TeacherModel
+from video_opd.config import Config
+from video_opd.config_teachers import TeacherModel
 from video_opd.logs import log, start_role_log
 from video_opd.models.prompting import PromptEncoder
 from video_opd.passes import passes_by_cut

@@ -20,7 +20,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.generated import serve_pb2
 from ray.serve.schema import ApplicationStatus
 
-from video_opd.config import Config, TeacherConfig, TeacherModel
+from video_opd.config import Config
+from video_opd.config_teachers import TeacherConfig, TeacherModel
 from video_opd.errors import RunError
 
 protobuf: Any = serve_pb2  # its classes are made on import

@@ -11,7 +11,8 @@ from teacher_service.calls import ScoreResult
 from teacher_service.pool import TeacherPool
 from teacher_service.replica import Answers, Prompts, TeacherReplica
 from video_opd.cluster.deadline import with_deadline
-from video_opd.config import Config, TeacherModel
+from video_opd.config import Config
+from video_opd.config_teachers import TeacherModel
 from video_opd.passes import Arrived
 from video_opd.types import FailedPrompt, TeacherScores, TrajectoryGroup
 

@@ -153,7 +153,7 @@ def test_every_package_is_installed():
 
 
 # Limits that ruff has no rule for; those of line length and of statements are in pyproject.toml.
-FILE_LINES, FUNCTION_LINES, LAUNCH_LINES, SOURCE_LINES = 400, 60, 300, 26_600
+FILE_LINES, FUNCTION_LINES, LAUNCH_LINES, SOURCE_LINES = 400, 60, 300, 31_000
 
 
 def test_files_and_functions_are_short():

@@ -24,8 +24,9 @@ from tests.test_architecture import SOURCES
 from tests.video_opd.datasets.test_formats import DATA, GOLDEN, MANIFEST_ROW, VIDEO, golden_file
 from tests.video_opd.datasets.test_formats import config as dataset_config
 from tests.video_opd.test_files import CONFIG, write_model
-from video_opd.config import Config, TeacherModel
+from video_opd.config import Config
 from video_opd.config_file import load_config, parse_section
+from video_opd.config_teachers import TeacherModel
 from video_opd.content import is_inside
 from video_opd.datasets import read_prompts
 from video_opd.datasets.formats import read_annotations, resolve

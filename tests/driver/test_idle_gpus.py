@@ -15,8 +15,9 @@ from driver.start_ray import idle_replicas
 from teacher_service.pool import TeacherPool, deployment_options
 from video_opd import ROOT
 from video_opd.cluster.deadline import waits
-from video_opd.config import Config, TeacherModel
+from video_opd.config import Config
 from video_opd.config_file import load_config
+from video_opd.config_teachers import TeacherModel
 from video_opd.errors import RunError
 
 ROLES = {"rollout": 64.0, "teacher": 64.0, "learner": 4.0}

@@ -16,8 +16,9 @@ from preflight.dry_run import describe
 from preflight.inputs import check_pool, check_routes, make_draft, make_plan
 from tests.fakes import make_prompt
 from video_opd import ROOT
-from video_opd.config import Config, TeacherModel
+from video_opd.config import Config
 from video_opd.config_file import load_demo
+from video_opd.config_teachers import TeacherModel
 from video_opd.datasets import Split
 from video_opd.errors import ClipError, ConfigError, DataError
 from video_opd.grounding import blind_baselines, evaluate

@@ -42,9 +42,9 @@ from preflight.packing import Attended, TreeSize, largest_pass, pass_of
 from preflight.zero import REDUCE_BUCKET, gradient_bytes, optimizer_bytes, trained, weight_bytes
 from tests.learner.test_batching import build, clip_of, clips_of_prompts, plans, rows
 from tests.live_bytes import LiveBytes
-from video_opd.config import TeacherConfig
 from video_opd.config_file import load_demo
 from video_opd.config_learner import LearnerConfig, LossConfig
+from video_opd.config_teachers import TeacherConfig
 from video_opd.errors import ModelError
 from video_opd.models.forward import ResponseBatch, ResponseLoss, by_chunks, collate, prefilled, token_entropy
 from video_opd.models.policy import Policy

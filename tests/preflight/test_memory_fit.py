@@ -13,8 +13,9 @@ from preflight.memory_fit import MemoryPlan, check_fits, host_total
 from preflight.model_shapes import find_shapes, parse_shapes
 from preflight.options import asked_attention
 from video_opd import ROOT
-from video_opd.config import Config, TeacherModel
+from video_opd.config import Config
 from video_opd.config_file import load_config
+from video_opd.config_teachers import TeacherModel
 from video_opd.errors import ConfigError, InputError
 from video_opd.models.lengths import limits
 

@@ -35,8 +35,8 @@ from teacher_service.teachers import Teachers
 from tests.preflight.test_memory_fit import config_of, plan_of
 from tests.real.conftest import DEMO, scored_groups
 from video_opd import ROOT
-from video_opd.config import TeacherModel
 from video_opd.config_file import load_config
+from video_opd.config_teachers import TeacherModel
 
 RUN, CALL_S, CALLERS, PATIENCE_S = "pool-test", 0.1, 6, 600.0
 MOST_ONGOING = 2  # of a replica: deployment_options, with max_batch_requests=1

@@ -17,7 +17,8 @@ from teacher_service.calls import Reply
 from teacher_service.replica import TeacherReplica
 from tests.fakes import make_group, make_prompt
 from tests.teacher_service.test_teacher_service import config_with
-from video_opd.config import Config, TeacherModel
+from video_opd.config import Config
+from video_opd.config_teachers import TeacherModel
 from video_opd.errors import ParityError
 from video_opd.models.feed import Feed
 from video_opd.types import EncodedPrompt, FailedPrompt, Prompt, TrajectoryGroup

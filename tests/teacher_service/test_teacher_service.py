@@ -25,8 +25,9 @@ from tests.fakes import make_prompt
 from tests.video_opd.test_config import MINIMAL
 from video_opd.cluster import command_line as shared_command_line
 from video_opd.cluster import join
-from video_opd.config import Config, TeacherModel
+from video_opd.config import Config
 from video_opd.config_file import parse_config
+from video_opd.config_teachers import TeacherModel
 from video_opd.errors import ConfigError, DeadlineError, PartLostError
 
 seconds = st.floats(0, 100)

@@ -19,7 +19,7 @@ import teacher_service.engine
 from benchmarks.emulated_teacher import EmulatedTeacher
 from teacher_service.engine import VllmEngine, Wanted
 from tests.fakes import make_prompt
-from video_opd.config import TeacherConfig
+from video_opd.config_teachers import TeacherConfig
 from video_opd.errors import ParityError, RunError
 from video_opd.types import EncodedPrompt
 

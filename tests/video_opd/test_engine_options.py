@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from video_opd.cluster.placement import bundles_of, resources_of
-from video_opd.config import RolloutConfig, TeacherConfig
+from video_opd.config import RolloutConfig
+from video_opd.config_teachers import TeacherConfig
 from video_opd.models import shared_gpu, vllm_engine
 from video_opd.models.shared_gpu import keep_to_share, starting_alone
 from video_opd.models.vllm_engine import memory_options, parallel_options, start_vllm

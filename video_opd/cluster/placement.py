@@ -1,6 +1,7 @@
 """The resources of Ray that an engine takes, and how its shards come to one node."""
 
-from video_opd.config import RolloutConfig, TeacherConfig
+from video_opd.config import RolloutConfig
+from video_opd.config_teachers import TeacherConfig
 
 
 def resources_of(engine: RolloutConfig | TeacherConfig, role: str) -> dict[str, float]:

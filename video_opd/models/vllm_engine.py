@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import ray
 
-from video_opd.config import RolloutConfig, TeacherConfig
+from video_opd.config import RolloutConfig
+from video_opd.config_teachers import TeacherConfig
 from video_opd.errors import ParityError
 from video_opd.models.prompting import first_difference
 from video_opd.models.shared_gpu import is_shared, starting_alone
