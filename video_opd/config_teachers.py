@@ -1,0 +1,88 @@
+"""The teachers' part of the configuration: the models, and the pool that serves them."""
+
+import re
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from video_opd.config_data import (
+    ATTENTION,
+    Attention,
+    ConfigSection,
+    Dtype,
+    FileName,
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    RegularExpression,
+    attention_problem,
+    key,
+)
+
+
+def engine_problems(shards: int, num_gpus: float, num_cpus: float) -> Iterator[str]:
+    """What an engine of so many shards cannot have. Two shards on one GPU would stop NCCL."""
+    if num_gpus > 1:
+        yield f"num_gpus={num_gpus:g}, but a process uses one GPU: set num_gpus=1, and tensor_parallel"
+    if shards > 1 and num_gpus not in (0, 1):
+        yield f"tensor_parallel={shards} takes a whole GPU for each shard: set num_gpus=1"
+    if shards > 1 and not (num_gpus or num_cpus):
+        yield f"tensor_parallel={shards} without GPUs needs a share of a CPU for each shard: set num_cpus"
+
+
+class TeacherConfig(ConfigSection):
+    """The teacher service, a Ray Serve deployment."""
+
+    engine: Literal["auto", "transformers", "vllm"] = key(
+        "auto", "vllm on GPUs; transformers on CPUs, for hidden states or another attn_implementation"
+    )
+    num_replicas: PositiveInt = key(1, "at the start; `python -m teacher_service scale N` changes it")
+    max_replicas: PositiveInt | None = key(None, "autoscale up to this; None: fixed, unless `scale` sets it")
+    min_replicas: PositiveInt | None = key(None, "autoscale down to this; None: 1")
+    target_ongoing_requests: PositiveFloat = key(2.0, "autoscaling: calls per replica, queued ones too")
+    upscale_delay_s: NonNegativeFloat = key(10.0, "autoscaling: add replicas after calls queue for this long")
+    downscale_delay_s: NonNegativeFloat = key(120.0, "autoscaling: remove replicas idle for this long")
+    health_check_s: PositiveFloat = key(10.0, "period and timeout of health checks; 3 failures: replaced")
+    max_queued_requests: PositiveInt = key(256, "beyond this callers are told to wait")
+    max_batch_requests: PositiveInt = key(4, "concurrent calls merged into one forward pass")
+    batch_wait_s: NonNegativeFloat = key(0.0, "how long a call waits for others that it is merged with")
+    micro_batch: PositiveInt = key(8, "sequences in one forward pass")
+    max_model_len: PositiveInt = 16000
+    dtype: Dtype = "bfloat16"
+    attn_implementation: Attention = key("sdpa", f"transformers only: {ATTENTION}")
+    kv_cache_bytes: PositiveInt | None = None
+    gpu_memory_utilization: Fraction = 0.85
+    tensor_parallel: PositiveInt = key(1, "shards of a replica, each on a GPU of one node; vllm only")
+    num_gpus: NonNegativeFloat = key(1, "of one replica, or of each of its shards; 0 on a CPU machine")
+    num_cpus: NonNegativeFloat = key(1, "of one replica, or of each of its shards")
+
+    def problems(self) -> Iterator[str]:
+        if self.engine == "vllm" and self.attn_implementation != "sdpa":
+            yield f"attn_implementation={self.attn_implementation} does nothing for engine=vllm: leave it out"
+        if problem := attention_problem(self.attn_implementation, self.dtype, self.num_gpus):
+            yield problem
+        if self.tensor_parallel > 1 and self.engine == "transformers":
+            yield f"tensor_parallel={self.tensor_parallel} is vLLM's: use engine=vllm"
+        if self.tensor_parallel > 1 and self.engine == "auto" and self.attn_implementation != "sdpa":
+            ours = f"attn_implementation={self.attn_implementation} is transformers'"
+            yield f"{ours}, tensor_parallel={self.tensor_parallel} is vLLM's: leave one of them out"
+        yield from engine_problems(self.tensor_parallel, self.num_gpus, self.num_cpus)
+        low, high = self.min_replicas or 1, self.max_replicas
+        if high is None and self.min_replicas is not None:
+            yield f"min_replicas={low} without max_replicas: set both, or neither for a fixed number"
+        if high is not None and not low <= self.num_replicas <= high:
+            yield f"num_replicas={self.num_replicas} is not within min_replicas={low}, max_replicas={high}"
+
+
+class TeacherModel(ConfigSection):
+    """One of several teachers."""
+
+    name: FileName = Field(pattern=r"^[\w.-]+$", description="in metrics, teacher ids and commands")
+    model: str = Field(description="transformers folder")
+    weight: PositiveFloat = key(1.0, "relative weight where several teachers score a prompt")
+    prompts: RegularExpression | None = key(None, "regular expression of the prompt ids it scores; None: all")
+
+    def scores(self, prompt_id: str) -> bool:
+        return self.prompts is None or re.search(self.prompts, prompt_id) is not None
