@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +34,7 @@ from preflight.time_fit import time_plan
 from preflight.time_plan import TimePlan
 from teacher_service.engine import TransformersEngine, Wanted
 from video_opd.config import Config
-from video_opd.models import forward
+from video_opd.models import forward, trees
 from video_opd.models.patches import patches as patches_of
 from video_opd.models.qwen_vl import adapt
 from video_opd.models.trees import Packing, Tree
@@ -109,7 +110,7 @@ class Whole:
         responses = [
             rng.integers(0, 500, length).astype(np.int32) for _ in range(len(self.prompts) * WAYS[way])
         ]
-        work = lambda: self.step(config, responses)
+        work = partial(self.step, config, responses)
         release()
         seconds = [clocked(work) for _ in range(repeats + 1)]
         row = self._memory(config) | self._time(config, seconds)
@@ -334,6 +335,9 @@ def attention(bench: Bench, repeats: int) -> list[Row]:
     row("one sequence", prefix + branch, (prefix + branch) ** 2 / 2, packed(alone))
     row("one sequence, all tokens", total, total**2 / 2, packed(one))
     row("tree", total, pairs, packed(tree))
+    with patch.object(trees, "is_fused", lambda *_: False):
+        under_masks = packed(tree)
+    row("tree, branch by branch under masks", total, pairs, under_masks)
     row("tree, prefix alone", prefix, prefix**2 / 2, packed(Tree((0,), 0, (prefix,))))
     row("one mask, keys repeated", total, pairs, repeated)
     row("one mask", total, pairs, under_one_mask)
