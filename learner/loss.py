@@ -25,10 +25,12 @@ class ResponseTokens:
 
     targets: Tensor  # int64[R]
     actor_logprobs: Tensor  # float32[R]; zeros for the ground truth, which nobody sampled
-    advantage: Tensor  # float32[R]: r_t or the group's advantage; see learner/batching.py
+    advantage: Tensor  # float32[R]: see learner/signals.py
     top_k: tuple[Tensor, Tensor] | None = None  # teacher ids int64[R, K], log-probs float32[R, K]
     teacher_logits: Callable[[slice], Tensor] | None = None  # rows -> float32[rows, V]
     teacher_logprobs: Tensor | None = None  # float32[R]
+    distill: Tensor | None = None  # float32[R], weight of the teacher's part; None: 1
+    is_demonstration: Tensor | None = None  # bool[R], with on_policy_frac; None: no token is
 
 
 def sampled_advantage(teacher: np.ndarray, actor: np.ndarray, loss: LossConfig) -> np.ndarray:
@@ -105,6 +107,18 @@ def grpo_loss(learner: Tensor, actor: Tensor, advantage: Tensor, clip: float) ->
     return -torch.minimum(ratio * advantage, ratio.clamp(1.0 - clip, 1.0 + clip) * advantage)
 
 
+def truth_loss(learner: Tensor, teacher: Tensor, clamp: float | None) -> Tensor:
+    """-rho_t r_t at tokens that nobody sampled: r_t = log pi_T - log pi is against the current student.
+
+    learner, teacher: float32[R], log-probs of the tokens. rho_t is 1; r_t is constant, within `clamp`.
+    """
+    now = learner.detach()
+    advantage = teacher - now
+    if clamp is not None:
+        advantage = advantage.clamp(-clamp, clamp)
+    return sampled_loss(learner, now, advantage)
+
+
 def reference_kl(learner: Tensor, reference: Tensor) -> Tensor:
     """GRPO's k3 estimate of KL(pi_theta || pi_ref): x - 1 - log x >= 0 with x = pi_ref / pi_theta."""
     log_ratio = reference - learner
@@ -120,6 +134,10 @@ def loss_per_token(
     match loss.kind:
         case "opd":
             value = sampled_loss(learner, actor, advantage, loss.max_ratio)
+            if tokens.is_demonstration is not None:
+                assert tokens.teacher_logprobs is not None, "a demonstration needs the teacher's log-probs"
+                of_truth = truth_loss(learner, tokens.teacher_logprobs[rows], loss.clamp)
+                value = value.where(~tokens.is_demonstration[rows], loss.distill_weight * of_truth)
         case "opd_topk":
             assert tokens.top_k is not None, "opd_topk needs the teacher's top-K"
             value = topk_loss(logits, tokens.top_k[0][rows], tokens.top_k[1][rows], loss.clamp)
@@ -134,13 +152,13 @@ def loss_per_token(
             if loss.kl_coef:
                 assert tokens.teacher_logprobs is not None, "kl_coef needs a reference"
                 value = value + loss.kl_coef * reference_kl(learner, tokens.teacher_logprobs[rows])
-        case "off_policy_rkd":  # nobody sampled these tokens: r_t is against the current student
+        case "off_policy_rkd":
             assert tokens.teacher_logprobs is not None, "off_policy_rkd needs the teacher's log-probs"
-            now = learner.detach()
-            advantage = tokens.teacher_logprobs[rows] - now
-            if loss.clamp is not None:
-                advantage = advantage.clamp(-loss.clamp, loss.clamp)
-            value = sampled_loss(learner, now, advantage)
+            value = truth_loss(learner, tokens.teacher_logprobs[rows], loss.clamp)
         case "sft":
             value = -learner
+    if loss.kind in ("opd_topk", "opd_full") and tokens.distill is not None:
+        value = tokens.distill[rows] * value
+        if loss.task_weight:
+            value = value + sampled_loss(learner, actor, advantage, loss.max_ratio)
     return value, learner.detach()

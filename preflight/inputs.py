@@ -221,7 +221,10 @@ def check_pool(config: Config, split: Split, resumes: bool = False) -> None:
     unlabelled = [p.prompt_id for p in train if not p.answer_spans_s]
     users = [f"curriculum.kind={curriculum.kind}"] if curriculum.kind != "uniform" else []
     users += ["curriculum.scc.gate"] if curriculum.suspends and not users else []
-    users += [f"loss.kind={config.loss.kind}"] if needs.rewards or not needs.rollouts else []
+    loss = config.loss
+    users += ["loss.task_weight"] if loss.task_weight else []
+    users += ["loss.on_policy_frac"] if loss.on_policy_frac < 1 else []
+    users += [f"loss.kind={loss.kind}"] if loss.kind == "grpo" or not needs.rollouts else []
     if users and unlabelled:
         named = ", ".join(unlabelled[:3]) + (", ..." if len(unlabelled) > 3 else "")
         missing = f"{len(unlabelled)} of {len(train)} prompts have none ({named})"

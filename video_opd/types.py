@@ -107,6 +107,11 @@ class Trajectory:
     text: str
     predicted_span_s: Span | None  # None: the answer could not be parsed
 
+    @property
+    def is_demonstration(self) -> bool:
+        """Whether it is the ground truth, which nobody sampled."""
+        return self.prompt_fingerprint is None
+
     def __post_init__(self):
         num_tokens, num_logprobs = len(self.response_token_ids), len(self.actor_logprobs)
         if num_tokens != num_logprobs:
@@ -136,6 +141,11 @@ class TrajectoryGroup:
         """All trajectories, suspended ones included."""
         return self.trajectories + self.suspended
 
+    @property
+    def rollouts(self) -> tuple[Trajectory, ...]:
+        """Those that the student sampled, suspended ones included: no demonstration."""
+        return tuple(t for t in self.sampled if not t.is_demonstration)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopK:
@@ -163,7 +173,7 @@ class ScoredGroup:
 
     group: TrajectoryGroup
     scores: tuple[TeacherScores, ...]  # empty without a teacher
-    rewards: tuple[float, ...] | None = None  # one per trajectory
+    rewards: tuple[float, ...] | None = None  # one per trajectory; None: not wanted, or a demonstration
 
     def __post_init__(self):
         prompt_id, trajectories = self.group.prompt.prompt_id, self.group.trajectories
