@@ -29,7 +29,7 @@ class ResponseTokens:
     top_k: tuple[Tensor, Tensor] | None = None  # teacher ids int64[R, K], log-probs float32[R, K]
     teacher_logits: Callable[[slice], Tensor] | None = None  # rows -> float32[rows, V]
     teacher_logprobs: Tensor | None = None  # float32[R]
-    distill: Tensor | None = None  # float32[R], weight of the teacher's part; None: 1
+    distill: Tensor | None = None  # float32[R], weights of the teacher's part; None: 1
     is_demonstration: Tensor | None = None  # bool[R], with on_policy_frac; None: no token is
 
 
@@ -135,9 +135,10 @@ def loss_per_token(
         case "opd":
             value = sampled_loss(learner, actor, advantage, loss.max_ratio)
             if tokens.is_demonstration is not None:
-                assert tokens.teacher_logprobs is not None, "a demonstration needs the teacher's log-probs"
-                of_truth = truth_loss(learner, tokens.teacher_logprobs[rows], loss.clamp)
-                value = value.where(~tokens.is_demonstration[rows], loss.distill_weight * of_truth)
+                teacher, distill = tokens.teacher_logprobs, tokens.distill
+                assert teacher is not None and distill is not None, "a demonstration needs both"
+                of_truth = distill[rows] * truth_loss(learner, teacher[rows], loss.clamp)
+                value = torch.where(tokens.is_demonstration[rows], of_truth, value)
         case "opd_topk":
             assert tokens.top_k is not None, "opd_topk needs the teacher's top-K"
             value = topk_loss(logits, tokens.top_k[0][rows], tokens.top_k[1][rows], loss.clamp)
