@@ -298,6 +298,8 @@ class Config(ConfigSection):
         names = [t.name for t in self.teachers]
         if len(set(names)) < len(names):
             yield f"teachers {', '.join(names)}: give each a name of its own"
+        if self.loss.kl_coef and any(t.weight < 0 for t in self.teachers):
+            yield "loss.kl_coef is a KL to one reference: give the teachers positive weights"
         if self.video.decode_timeout_s >= self.request_timeout_s:
             clip_s, call_s = self.video.decode_timeout_s, self.request_timeout_s
             yield f"video.decode_timeout_s={clip_s:g} must be below request_timeout_s={call_s:g}"

@@ -31,6 +31,7 @@ def _regular_expression(pattern: str) -> str:
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 NegativeFloat = Annotated[float, Field(lt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
