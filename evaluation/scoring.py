@@ -14,6 +14,7 @@ from video_opd.types import Prompt, Span
 
 METRICS = ("miou", *(f"r1@{m}" for m in THRESHOLDS))
 NUM_RESAMPLES = 1000
+DRAWN_AT_ONCE = 2_000_000  # videos: 16 MB
 INTERVAL_PERCENT = (2.5, 97.5)  # of the resamples: a 95 % interval
 
 
@@ -100,25 +101,40 @@ def summarise_answers(scored: Sequence[ScoredAnswer], protocol: Protocol) -> dic
     }
 
 
+def metric_values(scored: Sequence[ScoredAnswer], protocol: Protocol) -> np.ndarray:
+    """float64[prompts, METRICS]: what each prompt adds to the means."""
+    ious = np.array([a.iou for a in scored])
+    return np.stack([ious, *(protocol.reaches(ious, m) for m in THRESHOLDS)], axis=1)
+
+
+def resampled_means(
+    values: np.ndarray, videos: Sequence[str], seed: int, num_resamples: int
+) -> np.ndarray:  # float64[resamples, metrics]
+    """Means of float64[prompts, metrics] over VIDEOS drawn with replacement, each with all its prompts.
+
+    Answers about one video are not independent. A resample's value is the mean over its prompts (Efron and
+    Tibshirani, An Introduction to the Bootstrap, 1993, ch. 8, 13). Equal seeds draw equal videos.
+    """
+    names, of_prompt = np.unique(videos, return_inverse=True)
+    num = len(names)
+    sums = np.zeros((num, values.shape[1]))
+    np.add.at(sums, of_prompt, values)
+    counts, rng, means = np.bincount(of_prompt), np.random.default_rng(seed), []
+    rows = max(1, DRAWN_AT_ONCE // num)
+    for first in range(0, num_resamples, rows):
+        drawn = rng.integers(0, num, (min(rows, num_resamples - first), num))
+        at = drawn + num * np.arange(len(drawn))[:, None]
+        times = np.bincount(at.ravel(), minlength=drawn.size).reshape(drawn.shape)  # [resamples, videos]
+        means.append(times @ sums / (times @ counts)[:, None])
+    return np.concatenate(means)
+
+
 def bootstrap_intervals(
     scored: Sequence[ScoredAnswer], protocol: Protocol, seed: int = 0, num_resamples: int = NUM_RESAMPLES
 ) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of mIoU and R1@m by resampling VIDEOS, each with all its prompts.
-
-    Answers about one video are not independent. A resample's value is the mean over its prompts (Efron and
-    Tibshirani, An Introduction to the Bootstrap, 1993, ch. 8, 13).
-    """
-    ious = np.array([a.iou for a in scored])
-    values = np.stack([ious, *(protocol.reaches(ious, m) for m in THRESHOLDS)], axis=1)  # [prompts, metrics]
-    videos, of_prompt = np.unique([a.question.video for a in scored], return_inverse=True)
-    sums = np.zeros((len(videos), len(METRICS)))
-    np.add.at(sums, of_prompt, values)
-    counts = np.bincount(of_prompt)
-    rng = np.random.default_rng(seed)
-    means = np.empty((num_resamples, len(METRICS)))
-    for row in means:
-        drawn = rng.integers(0, len(videos), len(videos))
-        row[:] = sums[drawn].sum(0) / counts[drawn].sum()
+    """95 % percentile intervals of mIoU and R1@m, see resampled_means."""
+    videos = [a.question.video for a in scored]
+    means = resampled_means(metric_values(scored, protocol), videos, seed, num_resamples)
     low, high = np.percentile(means, INTERVAL_PERCENT, axis=0)
     return {name: (float(low[i]), float(high[i])) for i, name in enumerate(METRICS)}
 
