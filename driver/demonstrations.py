@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,8 @@ def demonstrations(config: Config, prompts: Sequence[Prompt], step: int) -> list
 
     `step` makes the trajectories' ids unique: a prompt returns in every pass.
     """
-    encoder = _encoder(config.student, config.prompt, config.video, config.trust_remote_code)
+    settings: Any = config.student, config.prompt, config.video, config.trust_remote_code
+    encoder = _encoder(*settings)
     groups = []
     for prompt in prompts:
         assert prompt.answer_spans_s, "make_plan refuses unlabelled prompts"
@@ -43,7 +45,7 @@ def demonstrations(config: Config, prompts: Sequence[Prompt], step: int) -> list
             actor_logprobs=np.zeros(len(ids), np.float32),
             finish_reason=FinishReason.STOP,
             text=encoder.tokenizer.decode(ids, skip_special_tokens=True),
-            predicted_span_s=prompt.answer_spans_s[0],
+            predicted_spans_s=prompt.answer_spans_s[:1],
         )
         groups.append(TrajectoryGroup(prompt=prompt, trajectories=(truth,)))
     return groups

@@ -43,8 +43,8 @@ def distill_weights(groups: Sequence[ScoredGroup], loss: LossConfig) -> np.ndarr
     every = [(g.group.prompt, t) for g in groups for t in g.group.trajectories]
     weights = np.full(len(every), loss.distill_weight)
     if loss.task_gate is not None:
-        ious = np.array([0.0 if t.is_demonstration else iou(t, prompt) for prompt, t in every])
-        weights[reaches(ious, loss.task_gate) & [not t.is_demonstration for _, t in every]] = 0.0
+        ious = np.array([-1.0 if t.is_demonstration else iou(t, prompt) for prompt, t in every])
+        weights[reaches(ious, loss.task_gate)] = 0.0
     return weights
 
 

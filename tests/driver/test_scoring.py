@@ -66,7 +66,8 @@ def make_run(config: Config) -> Any:
 
 def rolled_out(run: Any, prompts: list, steps: list[int]) -> list[TrajectoryGroup]:
     async def collect() -> list[TrajectoryGroup]:
-        return [g async for _, results in scoring.roll_out(run, prompts, steps) for g in results]
+        every = [g async for _, results in scoring.roll_out(run, prompts, steps) for g in results]
+        return [g for g in every if isinstance(g, TrajectoryGroup)]
 
     return asyncio.run(collect())
 

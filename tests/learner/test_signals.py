@@ -31,7 +31,7 @@ def rolled(prompt_id: str, spans: list[Any], seed: int = 0) -> ScoredGroup:
     """A rollout for each answer, rewarded by its IoU."""
     group = make_group(prompt_id, range(2, 2 + len(spans)), top_k=K, seed=seed)
     pairs = zip(group.group.trajectories, spans, strict=True)
-    trajectories = tuple(replace(t, predicted_span_s=span) for t, span in pairs)
+    trajectories = tuple(replace(t, predicted_spans_s=(span,) if span else ()) for t, span in pairs)
     prompt = make_prompt(prompt_id, (TRUTH,))
     of_prompt = replace(group.group, prompt=prompt, trajectories=trajectories)
     return replace(group, group=of_prompt, rewards=tuple(iou(t, prompt) for t in trajectories))
@@ -61,7 +61,7 @@ def tokens_of(groups: list[ScoredGroup], loss: LossConfig, baseline: float | Non
     def joined(arrays: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(arrays)).double()
 
-    top = [s.top_k for _, s in rows]
+    top = [s.top_k for _, s in rows if s.top_k]
     marks = [np.full(len(t.response_token_ids), t.is_demonstration) for t, _ in rows]
     teacher = torch.randn(sum(map(len, marks)), V, generator=torch.Generator().manual_seed(1)).double()
     return ResponseTokens(
@@ -224,7 +224,7 @@ def test_the_running_mean_is_of_past_steps_alone_but_at_the_first():
     assert seen == pytest.approx([0.2, 0.2, 0.9 * 0.2 + 0.1 * 0.8])
     assert baseline == pytest.approx(0.9 * (0.9 * 0.2 + 0.1 * 0.8) + 0.1 * 0.5)
     assert next_baseline(0.4, mean_reward([shown("d", 0)]), 0.9) == 0.4, "demonstrations have no reward"
-    assert mean_reward(BY_FOUR) == pytest.approx(np.mean([*BY_FOUR[0].rewards, *BY_FOUR[1].rewards]))
+    assert mean_reward(BY_FOUR) == pytest.approx(np.mean([r for g in BY_FOUR for r in g.rewards or ()]))
 
 
 def test_metrics_of_the_signals_by_hand():

@@ -98,8 +98,8 @@ def with_signals(groups: list[ScoredGroup]) -> list[ScoredGroup]:
     n = len(groups[0].group.trajectories[0].response_token_ids)
     unsampled = {"prompt_token_ids": np.zeros(0, np.int32), "actor_logprobs": np.zeros(n, np.float32)}
     truth = replace(changed(groups[0], prompt_fingerprint=None, **unsampled), rewards=None)
-    spans = groups[1].group.prompt.answer_spans_s
-    return [truth, changed(groups[1], predicted_span_s=spans and spans[0]), *groups[2:]]
+    right = changed(groups[1], predicted_spans_s=groups[1].group.prompt.answer_spans_s)
+    return [truth, right, *groups[2:]]
 
 
 def literal_loss(config, groups, logits: torch.Tensor, targets: torch.Tensor, pad_ids) -> torch.Tensor:
