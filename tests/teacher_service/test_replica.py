@@ -78,8 +78,13 @@ class Parts:
         self._before(names)
 
     def score(
-        self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray], prepared: Sequence[str]
+        self,
+        prompts: Sequence[EncodedPrompt],
+        responses: Sequence[np.ndarray],
+        prepared: Sequence[str],
+        given: Sequence[np.ndarray] | None,
     ) -> list[Any]:
+        assert given is None
         self._asked(prompts, prepared)
         self.num_computed_tokens += 10 + len(prompts)
         unasked = dict.fromkeys(("top_k", "hidden", "entropy"))
