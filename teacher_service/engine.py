@@ -177,10 +177,8 @@ class VllmEngine(ScoringEngine):
         self._second_runner = self._llm.llm_engine.vllm_config.use_v2_model_runner
         self._numbers, self._one_at_a_time = itertools.count(), threading.Lock()
         if self.wanted.is_given and not self._second_runner:
-            how = "set teacher_pool.engine=transformers"
-            raise ConfigError(
-                f"this vLLM cannot score tokens that it is given (loss.top_k_of=student): {how}"
-            )
+            cannot = "this vLLM cannot score tokens that it is given (loss.top_k_of=student)"
+            raise ConfigError(f"{cannot}: set teacher_pool.engine=transformers")
 
     @property
     def _ranks(self) -> bool:

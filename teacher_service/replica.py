@@ -118,8 +118,9 @@ class TeacherReplica:
             prompts, prepared = [r.prompt for *_, r in batch], [r.prepared for *_, r in batch]
             responses = [row.trajectory.response_token_ids for _, row, _ in batch]
             started = time.perf_counter()
-            given = [row.trajectory.top_k_ids for _, row, _ in batch] if self._are_given else None
-            scored = self._engine.score(prompts, responses, prepared, given) if batch else []
+            given = [ids for _, row, _ in batch if (ids := row.trajectory.top_k_ids) is not None]
+            assert len(given) == (len(batch) if self._are_given else 0), "top-K ids of some responses alone"
+            scored = self._engine.score(prompts, responses, prepared, given or None) if batch else []
             engine_s += time.perf_counter() - started
             separate_tokens += sum(map(len, responses)) + sum(len(p.token_ids) for p in prompts)
             for (call, row, _), scores in zip(batch, scored, strict=True):

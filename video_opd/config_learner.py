@@ -101,7 +101,7 @@ class LossConfig(ConfigSection):
             options = "divergence and forward_kl_entropy do nothing"
             yield f"{options} for kind={self.kind}: they are options of opd_topk and opd_full"
         elif self.divergence != "reverse" and self.forward_kl_entropy is not None:
-            yield f"{how} with forward_kl_entropy, which replaces the reverse KL of some tokens: leave one out"
+            yield f"{how} with forward_kl_entropy, which replaces the reverse KL of tokens: leave one out"
         elif self.divergence != "reverse" and self.clamp is not None and self.kind == "opd_topk":
             yield f"{how} with clamp, which only the reverse KL needs: set clamp=null"
         if self.beta != 0.5 and self.divergence != "jsd":

@@ -183,6 +183,7 @@ def check_given(config, encoded, answers, teacher_encoder) -> None:
     scored = engine.score(encoded, responses, None, given)
     for prompt, answer, scores in zip(encoded, answers, scored, strict=True):
         own, exact = (reference_logprobs(m, prompt, answer.token_ids, T) for m in (student, teacher))
+        assert scores.top_k is not None
         ids = scores.top_k.ids
         assert ids.tolist() == answer.top_k_ids.tolist() and ids.shape == (len(answer.token_ids), K)
         assert all(len({*row}) == K for row in ids.tolist())

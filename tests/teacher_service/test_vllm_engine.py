@@ -202,7 +202,7 @@ texts = st.lists(tokens, min_size=1, max_size=2 * BLOCK)
 def test_scores_are_those_of_the_whole_sequence_whatever_the_cache_holds(calls, top_k, second_runner, ahead):
     llm = Vllm(second_runner)
     if top_k[1] and not second_runner:
-        with pytest.raises(ConfigError, match="cannot score tokens that it is given.*engine=transformers"):
+        with pytest.raises(ConfigError, match=r"cannot score tokens that it is given.*engine=transformers"):
             engine_of(llm, *top_k)
         return
     engine = engine_of(llm, *top_k)
