@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from learner.loss import is_unsure
 from video_opd.config import Config
 from video_opd.config_learner import LossConfig
 from video_opd.types import ScoredGroup
@@ -87,6 +88,8 @@ def batch_diagnostics(
     metrics |= reverse_kl(log_ratio, np.concatenate([is_time(t.response_token_ids) for t in trajectories]))
     if loss.kind == "opd" and loss.clamp is not None:
         metrics["learner/clamped_frac"] = float((np.abs(log_ratio) > loss.clamp).mean())
+    if (unsure := is_unsure(scores, loss)) is not None:
+        metrics["learner/forward_kl_frac"] = float(unsure.mean())
     if loss.center == "batch":
         clamped = log_ratio if loss.clamp is None else np.clip(log_ratio, -loss.clamp, loss.clamp)
         metrics["learner/center"] = float(clamped.mean())

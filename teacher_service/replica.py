@@ -44,6 +44,7 @@ class TeacherReplica:
         started, self._pool = time.monotonic(), config.teacher_pool
         self._teacher_id = teacher.name
         self._max_tokens = config.rollout.max_response_tokens
+        self._are_given = bool(config.loss.student_top_k)  # the tokens of top-K
         self._waiting: deque[ScoreCall] = deque()
         # One call after the other, and all in one thread: CUDA's streams are those of a thread
         self._thread = ThreadPoolExecutor(1, "engine")
@@ -56,7 +57,7 @@ class TeacherReplica:
 
         pool, needs, trust = config.teacher_pool, config.loss.needs.teacher, config.trust_remote_code
         encoder = PromptEncoder(model, config.prompt, config.video, trust)
-        wanted = Wanted(top_k=config.loss.top_k if needs == "top_k" else 0, hidden=needs == "hidden")
+        wanted = Wanted(config.loss.top_k if needs == "top_k" else 0, self._are_given, needs == "hidden")
         how = wanted, config.seed, encoder, trust, config.rollout.temperature
         return encoder, ENGINES[config.teacher_engine](model, pool, *how)
 
@@ -117,7 +118,9 @@ class TeacherReplica:
             prompts, prepared = [r.prompt for *_, r in batch], [r.prepared for *_, r in batch]
             responses = [row.trajectory.response_token_ids for _, row, _ in batch]
             started = time.perf_counter()
-            scored = self._engine.score(prompts, responses, prepared) if batch else []
+            given = [ids for _, row, _ in batch if (ids := row.trajectory.top_k_ids) is not None]
+            assert len(given) == (len(batch) if self._are_given else 0), "top-K ids of some responses alone"
+            scored = self._engine.score(prompts, responses, prepared, given or None) if batch else []
             engine_s += time.perf_counter() - started
             separate_tokens += sum(map(len, responses)) + sum(len(p.token_ids) for p in prompts)
             for (call, row, _), scores in zip(batch, scored, strict=True):

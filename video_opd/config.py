@@ -314,6 +314,9 @@ class Config(ConfigSection):
         if needs.teacher == "hidden" and (pool.engine == "vllm" or pool.tensor_parallel > 1):
             how = "use teacher_pool.engine=transformers and tensor_parallel=1"
             yield f"{loss} needs the teacher's hidden states: {how}"
+        if self.loss.student_top_k and self.teacher_engine == "vllm" and not pool.num_gpus:
+            how = "use teacher_pool.engine=transformers and tensor_parallel=1"
+            yield f"loss.top_k_of=student, but vLLM scores tokens that it is given on GPUs alone: {how}"
         if not needs.rollouts and self.curriculum.suspends:
             yield f"curriculum.scc: the gate suspends rollouts, {loss} has none: set scc.gate=false"
         if needs.rewards and self.curriculum.suspends:

@@ -106,12 +106,15 @@ class Trajectory:
     finish_reason: FinishReason
     text: str
     predicted_spans_s: tuple[Span, ...]  # as written, empty: the answer could not be parsed
+    top_k_ids: np.ndarray | None = None  # int32[N, K], the student's likeliest tokens; with top_k_of=student
 
     def __post_init__(self):
         num_tokens, num_logprobs = len(self.response_token_ids), len(self.actor_logprobs)
+        what = f"trajectory {self.trajectory_id}: {num_tokens} response tokens"
         if num_tokens != num_logprobs:
-            what = f"trajectory {self.trajectory_id}"
-            raise ValueError(f"{what}: {num_tokens} response tokens, {num_logprobs} actor log-probs")
+            raise ValueError(f"{what}, {num_logprobs} actor log-probs")
+        if self.top_k_ids is not None and len(self.top_k_ids) != num_tokens:
+            raise ValueError(f"{what}, {len(self.top_k_ids)} rows of the student's top-K")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,10 +142,10 @@ class TrajectoryGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopK:
-    """The teacher's K most likely tokens at each response position, most likely first."""
+    """The K likeliest tokens at each response position, most likely first: the teacher's or the student's."""
 
     ids: np.ndarray  # int32[N, K]
-    logprobs: np.ndarray  # float32[N, K]
+    logprobs: np.ndarray  # float32[N, K], the teacher's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
