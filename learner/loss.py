@@ -29,6 +29,7 @@ class ResponseTokens:
     top_k: tuple[Tensor, Tensor] | None = None  # teacher ids int64[R, K], log-probs float32[R, K]
     teacher_logits: Callable[[slice], Tensor] | None = None  # rows -> float32[rows, V]
     teacher_logprobs: Tensor | None = None  # float32[R]
+    visual_weights: Tensor | None = None  # float32[R], of opd_topk and opd_full; None: 1
 
 
 def sampled_advantage(teacher: np.ndarray, actor: np.ndarray, loss: LossConfig) -> np.ndarray:
@@ -111,6 +112,10 @@ def reference_kl(learner: Tensor, reference: Tensor) -> Tensor:
     return log_ratio.exp() - 1.0 - log_ratio
 
 
+def _weighted(value: Tensor, tokens: ResponseTokens, rows: slice) -> Tensor:
+    return value if tokens.visual_weights is None else value * tokens.visual_weights[rows]
+
+
 def loss_per_token(
     loss: LossConfig, logits: Tensor, tokens: ResponseTokens, rows: slice
 ) -> tuple[Tensor, Tensor]:
@@ -123,12 +128,14 @@ def loss_per_token(
         case "opd_topk":
             assert tokens.top_k is not None, "opd_topk needs the teacher's top-K"
             value = topk_loss(logits, tokens.top_k[0][rows], tokens.top_k[1][rows], loss.clamp)
+            value = _weighted(value, tokens, rows)
         case "opd_full" | "off_policy_fkd":
             assert tokens.teacher_logits is not None, f"{loss.kind} needs the teacher's logits"
             teacher = tokens.teacher_logits(rows)
             shared = min(logits.shape[-1], teacher.shape[-1])  # the rest are padded embeddings
             divergence = loss.divergence if loss.kind == "opd_full" else "forward"
             value = full_loss(logits[:, :shared], teacher[:, :shared], divergence, loss.beta)
+            value = _weighted(value, tokens, rows)
         case "grpo":
             value = grpo_loss(learner, actor, advantage, loss.clip)
             if loss.kl_coef:

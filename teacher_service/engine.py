@@ -73,6 +73,16 @@ class ScoringEngine(ABC):
         In one pass, which computes once what prompts of one clip share, if they are next to each other.
         """
 
+    def logprobs(
+        self, prompts: Encoded, responses: Sequence[np.ndarray], prepared: Prepared = None
+    ) -> list[np.ndarray]:
+        """float32[N] of each response: `score` without what else is wanted."""
+        wanted, self.wanted = self.wanted, Wanted()
+        try:
+            return [scores.logprobs for scores in self.score(prompts, responses, prepared)]
+        finally:
+            self.wanted = wanted
+
     @abstractmethod
     def predict(
         self,
