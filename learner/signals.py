@@ -1,8 +1,8 @@
 """The advantage of every token: the teacher's signal, the task reward, or a constant, put together here.
 
-    advantage_t = d r_t + w A,   d = distill_weight, w = task_weight (docs/algorithm.md)
+    advantage_t = d_t r_t + w A      d_t = distill_weight times the visual weight, w = task_weight
 
-kind=opd trains by it alone. For opd_topk and opd_full the teacher's part is the divergence times d, and the
+kind=opd trains by it alone. For opd_topk and opd_full the teacher's part is the divergence times d_t, and the
 advantage is w A. A demonstration has no advantage: nobody sampled it, so its r_t is known in the loss alone.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from learner.loss import group_advantages, sampled_advantage
+from learner.visual import visual_weights
 from video_opd.config_learner import LossConfig
 from video_opd.grounding import reaches
 from video_opd.rewards import iou
@@ -31,10 +32,11 @@ def signals_of(
 ) -> list[Signal]:
     """One per trajectory. baseline: what rewards are compared with; None: with their group's."""
     distill = distill_weights(groups, loss)
+    weights = visual_weights(groups, loss) if loss.visual_weight else [1.0] * len(distill)
     task = task_advantages(groups, loss, baseline) * (1.0 if loss.kind == "grpo" else loss.task_weight)
     return [
-        Signal((d * r + a).astype(np.float32), np.full(len(r), d, np.float32))
-        for d, r, a in zip(distill, teacher_signals(groups, loss), task, strict=True)
+        Signal((d * v * r + a).astype(np.float32), np.full(len(r), d * v, np.float32))
+        for d, v, r, a in zip(distill, weights, teacher_signals(groups, loss), task, strict=True)
     ]
 
 

@@ -11,7 +11,7 @@ import torch
 
 from learner.batching import plan_update
 from learner.diagnostics import TokenRecords, policy_diagnostics
-from learner.loss import ResponseTokens, loss_per_token
+from learner.loss import ResponseTokens, is_unsure, loss_per_token
 from learner.signals import signal_metrics, signals_of
 from tests.fakes import make_group, make_prompt
 from video_opd import ROOT
@@ -34,7 +34,10 @@ def rolled(prompt_id: str, spans: list[Any], seed: int = 0) -> ScoredGroup:
     trajectories = tuple(replace(t, predicted_spans_s=(span,) if span else ()) for t, span in pairs)
     prompt = make_prompt(prompt_id, (TRUTH,))
     of_prompt = replace(group.group, prompt=prompt, trajectories=trajectories)
-    return replace(group, group=of_prompt, rewards=tuple(iou(t, prompt) for t in trajectories))
+    seen = tuple(
+        replace(s, grey_logprobs=s.teacher_logprobs - 1, entropy=-s.teacher_logprobs) for s in group.scores
+    )
+    return replace(group, scores=seen, group=of_prompt, rewards=tuple(iou(t, prompt) for t in trajectories))
 
 
 def shown(prompt_id: str, seed: int) -> ScoredGroup:
@@ -64,6 +67,7 @@ def tokens_of(groups: list[ScoredGroup], loss: LossConfig, baseline: float | Non
     top = [s.top_k for _, s in rows if s.top_k]
     marks = [np.full(len(t.response_token_ids), t.is_demonstration) for t, _ in rows]
     teacher = torch.randn(sum(map(len, marks)), V, generator=torch.Generator().manual_seed(1)).double()
+    unsure = is_unsure([s for _, s in rows], loss)
     return ResponseTokens(
         targets=joined([t.response_token_ids for t, _ in rows]).long(),
         actor_logprobs=joined([t.actor_logprobs for t, _ in rows]),
@@ -73,6 +77,7 @@ def tokens_of(groups: list[ScoredGroup], loss: LossConfig, baseline: float | Non
         teacher_logprobs=joined([s.teacher_logprobs for _, s in rows]),
         top_k=(joined([t.ids for t in top]).long(), joined([t.logprobs for t in top])),
         teacher_logits=lambda which: teacher[which],
+        is_forward=None if unsure is None else torch.from_numpy(unsure),
     )
 
 
@@ -252,6 +257,11 @@ OPTIONS: dict[str, dict[str, Any]] = {  # add yours: a name, and the keys that t
     "center": {"center": "batch"},
     "max_ratio": {"max_ratio": 1.1},
     "divergence": {"divergence": "jsd"},
+    "beta": {"divergence": "jsd", "beta": 0.2},
+    "forward_kl_entropy": {"forward_kl_entropy": 0.5},
+    "top_k_of": {"top_k_of": "student"},
+    "visual_weight": {"visual_weight": 0.4},
+    "visual_frac": {"visual_weight": 0.4, "visual_frac": 0.5},
     "kl_coef": {"kl_coef": 0.1},
     "distill_weight": {"distill_weight": 0.5},
     "distill_weight=0": {"distill_weight": 0.0},
@@ -321,6 +331,12 @@ def test_two_options_make_a_finite_loss_or_are_refused_in_one_line(kind):
         ({"kind": "opd", "task_weight": 1, "advantage_std": False}, 1, "is for groups of rollouts"),
         ({"kind": "opd", "task_weight": 1, "baseline_decay": 0.5}, 4, "does nothing for groups"),
         ({"kind": "opd", "on_policy_frac": 0}, 1, "on_policy_frac"),
+        (
+            {"kind": "opd", "fixed_advantage": -0.1, "visual_weight": 0.4},
+            1,
+            "of which visual_weight is an option",
+        ),
+        ({"kind": "opd_topk", "on_policy_frac": 0.5, "top_k_of": "student"}, 1, "names as it samples"),
     ],
 )
 def test_an_option_that_does_nothing_is_refused(loss, rollouts, message):
