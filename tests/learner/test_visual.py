@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from learner.batching import plan_update
-from learner.loss import ResponseTokens, full_loss, loss_per_token, sampled_advantage, topk_loss
+from learner.loss import ResponseTokens, divergence, loss_per_token, sampled_advantage, with_tail
 from learner.visual import visual_weights
 from tests.fakes import make_group
 from video_opd.config_learner import LearnerConfig, LossConfig
@@ -93,8 +93,8 @@ def test_each_token_s_distillation_loss_and_gradient_are_multiplied(kind):
         r = torch.from_numpy(sampled_advantage(scores.teacher_logprobs, actor.numpy(), loss))
         plain = {
             "opd": -(learner - actor).exp() * r,
-            "opd_topk": topk_loss(logits, *top_k, 1.0),
-            "opd_full": full_loss(logits, teacher, "reverse"),
+            "opd_topk": divergence(*with_tail(logits, *top_k), clamp=1.0),
+            "opd_full": divergence(logits.log_softmax(-1), teacher.log_softmax(-1)),
         }[kind]
         wanted = (plain * torch.tensor(exact[scores.trajectory_id]))[first:]
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
