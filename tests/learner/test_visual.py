@@ -87,7 +87,9 @@ def test_each_token_s_distillation_loss_and_gradient_are_multiplied(kind):
         top_k = torch.from_numpy(scores.top_k.ids).long(), torch.from_numpy(scores.top_k.logprobs)
         own = None if row.visual_weights is None else torch.from_numpy(row.visual_weights)
         advantage = torch.from_numpy(row.advantage)
-        given_ = ResponseTokens(targets, actor, advantage, top_k, lambda r, t=teacher: t[r], None, own)
+        given_ = ResponseTokens(
+            targets, actor, advantage, top_k, lambda r, t=teacher: t[r], visual_weights=own
+        )
         found, _ = loss_per_token(weighted, logits[first:], given_, slice(first, n))
         learner = logits.log_softmax(-1)[torch.arange(n), targets]
         r = torch.from_numpy(sampled_advantage(scores.teacher_logprobs, actor.numpy(), loss))
