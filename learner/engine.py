@@ -210,6 +210,7 @@ class LearnerEngine:
                 for name, run in groupby(scores, key=lambda s: s.teacher_id)
             ]
             teacher_logits = partial(self._teacher_logits, runs)
+        weights = [row.visual_weights for row in rows if row.visual_weights is not None]
         return ResponseTokens(
             targets=targets,
             actor_logprobs=self._tensor([row.trajectory.actor_logprobs for row in rows]),
@@ -218,6 +219,7 @@ class LearnerEngine:
             top_k=top_k,
             teacher_logits=teacher_logits,
             is_forward=None if unsure is None else self._tensor([unsure]),
+            visual_weights=self._tensor(weights) if weights else None,
         )
 
     def _teacher_logits(self, runs: Runs, which: slice) -> torch.Tensor:

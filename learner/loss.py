@@ -31,6 +31,7 @@ class ResponseTokens:
     teacher_logits: Callable[[slice], Tensor] | None = None  # rows -> float32[rows, V]
     teacher_logprobs: Tensor | None = None  # float32[R]
     is_forward: Tensor | None = None  # bool[R]; see is_unsure
+    visual_weights: Tensor | None = None  # float32[R], of opd_topk and opd_full; None: 1
 
 
 def sampled_advantage(teacher: np.ndarray, actor: np.ndarray, loss: LossConfig) -> np.ndarray:
@@ -150,6 +151,10 @@ def reference_kl(learner: Tensor, reference: Tensor) -> Tensor:
     return log_ratio.exp() - 1.0 - log_ratio
 
 
+def _weighted(value: Tensor, tokens: ResponseTokens, rows: slice) -> Tensor:
+    return value if tokens.visual_weights is None else value * tokens.visual_weights[rows]
+
+
 def loss_per_token(
     loss: LossConfig, logits: Tensor, tokens: ResponseTokens, rows: slice
 ) -> tuple[Tensor, Tensor]:
@@ -164,6 +169,7 @@ def loss_per_token(
             assert tokens.top_k is not None, "opd_topk needs the teacher's top-K"
             both = with_tail(logits, *(of_tokens[rows] for of_tokens in tokens.top_k))
             value = divergence(*both, loss.divergence, loss.beta, loss.clamp, is_forward)
+            value = _weighted(value, tokens, rows)
         case "opd_full" | "off_policy_fkd":
             assert tokens.teacher_logits is not None, f"{loss.kind} needs the teacher's logits"
             teacher = tokens.teacher_logits(rows)
@@ -171,6 +177,7 @@ def loss_per_token(
             both = logits[:, :shared].log_softmax(-1), teacher[:, :shared].log_softmax(-1)
             how = loss.divergence if loss.kind == "opd_full" else "forward"
             value = divergence(*both, how, loss.beta, is_forward=is_forward)
+            value = _weighted(value, tokens, rows)
         case "grpo":
             value = grpo_loss(learner, actor, advantage, loss.clip)
             if loss.kl_coef:

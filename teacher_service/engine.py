@@ -80,6 +80,16 @@ class ScoringEngine(ABC):
         given: top-K ids int32[N, K] of each response, in place of the teacher's own.
         """
 
+    def logprobs(
+        self, prompts: Encoded, responses: Sequence[np.ndarray], prepared: Prepared = None
+    ) -> list[np.ndarray]:
+        """float32[N] of each response: `score` without what else is wanted."""
+        wanted, self.wanted = self.wanted, Wanted()
+        try:
+            return [scores.logprobs for scores in self.score(prompts, responses, prepared)]
+        finally:
+            self.wanted = wanted
+
     @abstractmethod
     def predict(
         self,

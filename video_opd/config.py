@@ -143,6 +143,9 @@ class ChecksConfig(ConfigSection):
     max_logprob_gap: PositiveFloat | None = key(0.5, "bound on p99 of |actor - learner log-prob| at first")
 
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+
 class Config(ConfigSection):
     """The whole configuration of a run."""
 
@@ -180,6 +183,7 @@ class Config(ConfigSection):
     loss: LossConfig = LossConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
     checks: ChecksConfig = ChecksConfig()
+    trackers: tuple[TrackerName, ...] = key(("tensorboard",), "where the metrics also go; docs/operations.md")
     worker_env: dict[str, str] = key({}, "environment variables of every process of the run")
 
     @property
@@ -293,6 +297,8 @@ class Config(ConfigSection):
         names = [t.name for t in self.teachers]
         if len(set(names)) < len(names):
             yield f"teachers {', '.join(names)}: give each a name of its own"
+        if len({*self.trackers}) < len(self.trackers):
+            yield f"trackers names {', '.join(self.trackers)}: name each once"
         if self.video.decode_timeout_s >= self.request_timeout_s:
             clip_s, call_s = self.video.decode_timeout_s, self.request_timeout_s
             yield f"video.decode_timeout_s={clip_s:g} must be below request_timeout_s={call_s:g}"

@@ -72,6 +72,10 @@ class LossConfig(ConfigSection):
     kl_coef: NonNegativeFloat = key(0.0, "grpo: weight of the KL to a reference, the model `teacher`")
     advantage_std: bool = key(True, "grpo: divide a group's advantages by their standard deviation")
     rewards: ImportPaths = key(("video_opd.rewards:iou",), "grpo: import paths of reward functions; summed")
+    visual_weight: OpenFraction | None = key(
+        None, "opd, opd_topk, opd_full: share of the loss of the tokens for which the teacher needs the video"
+    )
+    visual_frac: OpenFraction = key(0.2, "visual_weight: these tokens' share of a response")
     reduction: Reduction = key("token_mean", "the summed loss is divided by tokens, sequences (eq. 6), or 1")
 
     @property
@@ -92,6 +96,11 @@ class LossConfig(ConfigSection):
             yield f"center and max_ratio do nothing for kind={self.kind}: they are options of opd"
         if self.kind not in ("opd", "opd_topk", "off_policy_rkd") and self.clamp is not None:
             yield f"clamp does nothing for kind={self.kind}: it is an option of opd, opd_topk, off_policy_rkd"
+        if self.visual_weight and self.kind not in ("opd", "opd_topk", "opd_full"):
+            which = "it weighs what a teacher says of rollouts, an option of opd, opd_topk and opd_full"
+            yield f"visual_weight does nothing for kind={self.kind}: {which}"
+        if not self.visual_weight and self.visual_frac != type(self).model_fields["visual_frac"].default:
+            yield f"visual_frac={self.visual_frac} does nothing without visual_weight: set that, too"
 
     def _problems_of_divergence(self) -> Iterator[str]:
         how, over_tokens = f"divergence={self.divergence}", self.kind in ("opd_topk", "opd_full")

@@ -105,7 +105,7 @@ class Trajectory:
     actor_logprobs: np.ndarray  # float32[N], log pi_old of the sampled tokens; zeros for the ground truth
     finish_reason: FinishReason
     text: str
-    predicted_span_s: Span | None  # None: the answer could not be parsed
+    predicted_spans_s: tuple[Span, ...]  # as written, empty: the answer could not be parsed
     top_k_ids: np.ndarray | None = None  # int32[N, K], the student's likeliest tokens; with top_k_of=student
 
     def __post_init__(self):
@@ -158,6 +158,7 @@ class TeacherScores:
     top_k: TopK | None
     hidden: np.ndarray | None = None  # float32[N, hidden size], input of the teacher's language-model head
     entropy: np.ndarray | None = None  # float32[N], of the teacher's distribution; None: not available
+    grey_logprobs: np.ndarray | None = None  # float32[N], of the response tokens after grey frames
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +178,7 @@ class ScoredGroup:
             raise ValueError(f"prompt {prompt_id}: {len(ids)} trajectories, {len(self.rewards)} rewards")
         for trajectory, score in zip(trajectories, self.scores, strict=False):
             num_tokens, num_logprobs = len(trajectory.response_token_ids), len(score.teacher_logprobs)
-            per_token = [score.hidden, score.entropy]
+            per_token = [score.hidden, score.entropy, score.grey_logprobs]
             per_token += [score.top_k.ids, score.top_k.logprobs] if score.top_k else []
             if {num_logprobs, *(len(v) for v in per_token if v is not None)} != {num_tokens}:
                 what = f"trajectory {trajectory.trajectory_id}"
@@ -199,7 +200,7 @@ class Prediction:
 
     prompt_id: str
     text: str
-    span_s: Span | None  # None: the answer could not be parsed
+    spans_s: tuple[Span, ...]  # as written, empty: the answer could not be parsed
     reverse_kl: float | None = None  # of student and teacher along it; None: no teacher scored it
 
 

@@ -19,7 +19,7 @@ from video_opd.config import Config
 from video_opd.config_learner import LossConfig
 from video_opd.models.forward import load_head, load_model
 from video_opd.models.policy import Policy
-from video_opd.models.prompting import PromptEncoder
+from video_opd.models.prompting import PromptEncoder, grey_frames
 from video_opd.types import Prompt
 
 K = 5
@@ -88,6 +88,22 @@ def test_several_answers_are_sampled_for_each_prompt(engine, cases):
     assert all(len(set(row)) > 1 for row in answers), "answers at temperature 1 differ"
 
 
+def test_logprobs_on_grey_frames_are_plain_transformers_and_leave_what_is_wanted(
+    engine, config, prompts, cases, teacher_encoder
+):
+    model = load_model(config.teacher, "float32").eval()
+    asked, responses = prompts[:4], cases[1][:4]
+    grey = [teacher_encoder.encode(p, False, *grey_frames(p.clip)) for p in asked]
+    for prompt, encoded, response, found in zip(
+        asked, cases[0], responses, engine.logprobs(grey, responses), strict=False
+    ):
+        unseen = teacher_encoder.encode(prompt, frames=np.full_like(encoded.frames, 128))
+        assert np.array_equal(unseen.token_ids, encoded.token_ids), "the same times"
+        exact = reference_logprobs(model, unseen, response, T)[np.arange(len(response)), response]
+        assert np.abs(found - exact).max() < TOLERANCE
+    assert engine.score(*(c[:1] for c in cases))[0].top_k is not None
+
+
 @contextmanager
 def replica_of(config: Config, folder: str, micro_batch: int, video_first: bool) -> Iterator[Any]:
     """With its tower's patches of each pass, as `seen`, and no clip in its cache."""
@@ -95,6 +111,7 @@ def replica_of(config: Config, folder: str, micro_batch: int, video_first: bool)
     parts: dict[str, Any] = {"video": config.video.model_copy(update={"cache_dir": folder}), "prompt": prompt}
     parts["teacher_pool"] = config.teacher_pool.model_copy(update={"micro_batch": micro_batch})
     parts["rollout"] = config.rollout.model_copy(update={"temperature": T})
+    parts["loss"] = config.loss.model_copy(update={"visual_weight": 0.5})
     replica: Any = TeacherReplica(config.model_copy(update=parts), config.teacher_models[0])
     assert replica._engine.temperature == T
     replica._engine.wanted, replica.seen = Wanted(top_k=K, hidden=True), []
@@ -118,15 +135,23 @@ def test_a_replica_computes_once_what_prompts_of_a_clip_share_and_scores_and_ans
     """With the video after the question, prompts of a clip share its features."""
     asked = of_two_clips(prompts)
 
+    responses: dict[str, np.ndarray] = {}
+
     async def answered(replica: Any) -> tuple[Reply, Reply]:
         groups = [g.group for g in scored_groups(asked, replica._encoder, seed=0, rollouts=2)]
+        responses.update({t.trajectory_id: t.response_token_ids for g in groups for t in g.trajectories})
         return await replica.score(groups), await replica.predict(asked, 2, 0.0)
 
     with replica_of(config, f"{tmp_path}/a", 12, video_first) as replica:
         together, predicted = asyncio.run(answered(replica))
         encoded = [replica._encoder.encode(p) for p in asked]
         assert replica._encoder.frame_cache.num_decodes == 2
-        assert replica.seen == [sum(int(np.prod(e.video_grid_thw)) for e in encoded[:2])] * 2, "a pass each"
+        patches = [int(np.prod(e.video_grid_thw)) for e in encoded[:2]]
+        pairs = zip(asked, encoded, strict=True)
+        grey = [replica._encoder.encode(p, frames=np.full_like(e.frames, 128)) for p, e in pairs]
+        of_grey = sum({e.video_grid_thw: n for e, n in zip(encoded, patches, strict=False)}.values())
+        assert replica.seen == [sum(patches), of_grey, sum(patches)], "a pass each"
+        model = load_model(config.teacher, "float32").eval()
         compare_first_tokens(replica._engine._model, encoded, replica._encoder.tokenizer.pad_token_id)
     with replica_of(config, f"{tmp_path}/b", 1, video_first) as replica:
         alone, predicted_alone = asyncio.run(answered(replica))
@@ -137,13 +162,17 @@ def test_a_replica_computes_once_what_prompts_of_a_clip_share_and_scores_and_ans
     num_video_tokens = sum(np.count_nonzero(e.token_types) for e in encoded[:2])
     saved = alone.computed_tokens - together.computed_tokens
     assert saved > (5 * num_video_tokens if video_first else 0)
-    pairs = zip(flat(together), flat(alone), strict=True)
-    for ours, theirs in pairs:
+    unseen = [prompt for prompt in grey for _ in range(2)]
+    for ours, theirs, prompt in zip(flat(together), flat(alone), unseen, strict=True):
+        response = responses[ours.trajectory_id]
+        exact = reference_logprobs(model, prompt, response, T)[np.arange(len(response)), response]
+        assert np.abs(ours.grey_logprobs - exact).max() < TOLERANCE
+        assert np.abs(ours.grey_logprobs - ours.teacher_logprobs).max() > 100 * TOLERANCE
         assert (ours.trajectory_id, ours.top_k.ids.tolist()) == (
             theirs.trajectory_id,
             theirs.top_k.ids.tolist(),
         )
-        for name in ("teacher_logprobs", "hidden", "entropy"):
+        for name in ("teacher_logprobs", "hidden", "entropy", "grey_logprobs"):
             np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), atol=1e-5, err_msg=name)
         np.testing.assert_allclose(ours.top_k.logprobs, theirs.top_k.logprobs, atol=1e-5)
 
