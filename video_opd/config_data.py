@@ -46,10 +46,9 @@ Cleaning = Literal["as_written", "strip", "parse_query", "time_r1"]
 Annotators = Literal["mean", "majority", "first", "all"]
 PromptStyle = Literal["timelens", "time_r1", "time_r1_think", "timelens2"]
 JsonFormat = Literal["charades_json", "activitynet", "qvhighlights", "timelens_bench", "timelens_100k"]
+ListFormat = Literal["time_r1", "tvgbench", "didemo", "tacos", "videomind"]
 ParquetFormat = Literal["video_opd", "manifest"]
-AnnotationFormat = Literal[
-    "auto", "charades_sta", JsonFormat, "time_r1", "tvgbench", "didemo", "tacos", "videomind", ParquetFormat
-]
+AnnotationFormat = Literal["auto", "charades_sta", "csv", JsonFormat, ListFormat, ParquetFormat]
 
 
 class ConfigSection(BaseModel):
