@@ -41,7 +41,7 @@ class ScoredAnswer:
 
     question: Question
     text: str | None  # None: missing
-    span_s: Span | None  # as scored, in seconds; None: the answer has no interval
+    spans_s: tuple[Span, ...]  # as scored, in seconds; empty: the answer has no interval
     iou: float  # 0 for every failure
     is_reversed: bool  # as written; some protocols put it in order
     failure: str | None  # why the answer could not be right, whatever the truth; None: it could
@@ -49,7 +49,7 @@ class ScoredAnswer:
     @property
     def is_out_of_range(self) -> bool:
         """Whether the interval reaches beyond the clip's end. No protocol clamps or forbids it."""
-        return self.span_s is not None and not max(self.span_s) <= self.question.duration_s
+        return any(not max(span) <= self.question.duration_s for span in self.spans_s)
 
 
 def questions_of(prompts: Sequence[Prompt]) -> list[Question]:
@@ -67,7 +67,7 @@ def score_answer(question: Question, text: str | None, protocol: Protocol, why_m
     reading = None if text is None else protocol.parse(text)
     if reading is None:
         failure = why_missing if text is None else "no interval in the answer"
-        return ScoredAnswer(question, text, span_s=None, iou=0.0, is_reversed=False, failure=failure)
+        return ScoredAnswer(question, text, spans_s=(), iou=0.0, is_reversed=False, failure=failure)
     start, end = span_s = protocol.seconds(reading.span, question.duration_s)
     iou = protocol.score(reading.span, question.answer_spans_s, question.duration_s)
     failure = None
@@ -75,7 +75,7 @@ def score_answer(question: Question, text: str | None, protocol: Protocol, why_m
         failure = "not finite"
     elif start >= end:
         failure = "reversed" if start > end else "zero length"
-    return ScoredAnswer(question, text, span_s, iou, reading.is_reversed, failure)
+    return ScoredAnswer(question, text, (span_s,), iou, reading.is_reversed, failure)
 
 
 def score_answers(
@@ -94,7 +94,7 @@ def score_answers(
 def summarise_answers(scored: Sequence[ScoredAnswer], protocol: Protocol) -> dict[str, float]:
     """mIoU, R1@m, n, and how many are unparsed (missing ones included), reversed, out of range, missing."""
     return {
-        **summarise([a.iou for a in scored], sum(a.span_s is None for a in scored), protocol.reaches),
+        **summarise([a.iou for a in scored], sum(not a.spans_s for a in scored), protocol.reaches),
         "reversed": sum(a.is_reversed for a in scored),
         "out_of_range": sum(a.is_out_of_range for a in scored),
         "missing": sum(a.text is None for a in scored),
