@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from rich.table import Table
 from driver.clock import PHASES
 from driver.passes import TERMINAL
 from driver.records.answers import MODELS, disputed_answers, error_tables, largest_changes, prompt_ious
+from driver.records.masking import masked_config
 from driver.records.sinks import read_metrics
 from video_opd.answers import parse_spans
 from video_opd.config import Config
@@ -107,8 +109,12 @@ def describe_shared(summary: dict[str, Any]) -> str:
     return f"tokens computed: {', '.join(told)}" if told else ""
 
 
-def write_report(folder: Path, config: Config, prompts: Sequence[Prompt], summary: dict[str, Any]) -> None:
-    """Writes report.html, one self-contained file, and learning.png, its first picture."""
+def write_report(
+    folder: Path, config: Config, prompts: Sequence[Prompt], summary: dict[str, Any]
+) -> list[Path]:
+    """Writes report.html, one self-contained file, and of its pictures learning.png and timelines/*.png.
+
+    Returns these files."""
     metrics = read_metrics(folder)
     learning = _learning(metrics, summary)
     learning.savefig(folder / "learning.png", dpi=110)
@@ -119,6 +125,10 @@ def write_report(folder: Path, config: Config, prompts: Sequence[Prompt], summar
         disputed, why_not = disputed_answers(folder / "trajectories", Path(config.student)), ""
     except ModelError as error:
         disputed, why_not = [], str(error)
+    changes = [
+        (caption, embed(_example(p, _frames(cache, p), summary["examples"])))
+        for caption, p in largest_changes(answered, ious)
+    ]
     source = Path(__file__).with_name("report.html.jinja").read_text()
     html = jinja2.Template(source, autoescape=True).render(
         name=folder.name,
@@ -130,16 +140,18 @@ def write_report(folder: Path, config: Config, prompts: Sequence[Prompt], summar
         policy=embed(_policy(metrics)),
         phases=embed(_phases(metrics)),
         curriculum=[(what, embed(figure)) for what, figure in _curriculum(folder, config, metrics)],
-        examples=[
-            (caption, embed(_example(p, _frames(cache, p), summary["examples"])))
-            for caption, p in largest_changes(answered, ious)
-        ],
+        examples=changes,
         errors=error_tables(answered, ious),
         disputed=disputed,
         not_disputed=why_not,
-        config=config.model_dump_json(indent=2),
+        config=json.dumps(masked_config(config), indent=2),
     )
     write_atomically(folder / "report.html", html)
+    (folder / "timelines").mkdir(exist_ok=True)
+    pictures = [folder / "timelines" / f"timeline-{number}.png" for number in range(1, len(changes) + 1)]
+    for path, (_, png) in zip(pictures, changes, strict=True):
+        path.write_bytes(base64.b64decode(png))
+    return [folder / "report.html", folder / "learning.png", *pictures]
 
 
 def embed(figure: Figure) -> str:
