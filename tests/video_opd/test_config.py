@@ -424,6 +424,11 @@ def test_help_lists_every_key_once_with_its_default(capsys):
     assert any(line.startswith("  learner.lr=1e-06") for line in lines)
 
 
+def test_values_and_options_come_in_any_order():
+    parsed = launch.parse_arguments(["seed=1", "--dry-run", "num_steps=2", "--config", "c.yaml", "lr=3"])
+    assert parsed.overrides == ["seed=1", "num_steps=2", "lr=3"] and parsed.dry_run
+
+
 def test_every_described_key_can_be_overridden(path):
     described = [line.strip().partition("=")[0] for line in describe_keys()]
     assert sorted(described) == sorted(leaves())
