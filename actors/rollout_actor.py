@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from video_opd.answers import parse_span
+from video_opd.answers import parse_spans
 from video_opd.cluster.deadline import with_deadline
 from video_opd.config import Config
 from video_opd.errors import WeightsLostError
@@ -186,7 +186,7 @@ class RolloutActor:
                 actor_logprobs=completion.logprobs,
                 finish_reason=completion.finish_reason,
                 text=text,
-                predicted_span_s=parse_span(text),
+                predicted_spans_s=parse_spans(text),
             )
             trajectories.append(trajectory)
         hits = answered.cache_hits

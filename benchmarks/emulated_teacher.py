@@ -64,7 +64,7 @@ def make_trajectory(prompt_id: str, version: int, number: int, tokens: Sequence[
         actor_logprobs=np.zeros(len(response_ids), np.float32),
         finish_reason=FinishReason.STOP,
         text="",
-        predicted_span_s=None,
+        predicted_spans_s=(),
     )
 
 

@@ -92,7 +92,7 @@ class Curriculum:
         if not config.suspends:
             return group
         prompt, reading = group.prompt, config.multi_span_iou
-        ious = [prompt_iou(t.predicted_span_s, prompt, reading) for t in group.trajectories]
+        ious = [prompt_iou(t.predicted_spans_s, prompt, reading) for t in group.trajectories]
         return suspend(group, ious, config.scc.suspend_iou)
 
     async def to_ask(self, step: int) -> np.ndarray:

@@ -29,7 +29,7 @@ def demonstrations(config: Config, prompts: Sequence[Prompt], step: int) -> list
             actor_logprobs=np.zeros(len(ids), np.float32),
             finish_reason=FinishReason.STOP,
             text=encoder.tokenizer.decode(ids, skip_special_tokens=True),
-            predicted_span_s=prompt.answer_spans_s[0],
+            predicted_spans_s=prompt.answer_spans_s[:1],
         )
         groups.append(TrajectoryGroup(prompt=prompt, trajectories=(truth,)))
     return groups

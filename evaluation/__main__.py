@@ -3,12 +3,14 @@
   python -m evaluation --run runs/NAME                                    its last checkpoint's student
   python -m evaluation --model FOLDER --config CONFIG.yaml [key=value ...]
   python -m evaluation --predictions FILE.parquet [--config CONFIG.yaml]  without a model
+  python -m evaluation compare A B                                        two runs or files, prompt by prompt
 
 The questions are those of the config's data.eval. docs/evaluation.md says what every number means.
 """
 
 import argparse
 import asyncio
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,6 +26,7 @@ from rich.table import Table
 
 import video_opd  # noqa: F401  # first: makes transformers importable
 from evaluation import scoring
+from evaluation.compare import check_same_questions, compare, print_comparison
 from evaluation.predictions import count_others, read_answers, read_questions, write_answers
 from evaluation.protocols import PROTOCOLS, Protocol, protocol_named
 from evaluation.scoring import METRICS, Question, questions_of
@@ -184,15 +187,21 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def config_of_run(folder: Path) -> Path:
+    """Raises ConfigError."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{folder} is not a run folder: it has no config.yaml")
+    return path
+
+
 def read_config(parsed: argparse.Namespace) -> Config | None:
     """The config to evaluate with; its `student` is the model asked for. Raises InputError."""
     path, overrides = parsed.config, list(parsed.overrides)
     if parsed.run:
         if path:
             raise ConfigError("--run evaluates with the run's own config: leave out --config")
-        path = parsed.run / "config.yaml"
-        if not path.is_file():
-            raise ConfigError(f"{parsed.run} is not a run folder: it has no config.yaml")
+        path = config_of_run(parsed.run)
         overrides.append(f"student={find_checkpoint(parsed.run) / 'student'}")
     elif parsed.model:
         if not path:
@@ -218,8 +227,62 @@ def run(parsed: argparse.Namespace) -> None:
     print_result(evaluate(answers, protocol, parsed.baselines, folder), folder)
 
 
+def answers_of_run(folder: Path, protocol: Protocol) -> tuple[Answers, str]:
+    """The answers of a run's last student, and what they were made from: files only, no model is asked.
+
+    They are those of `python -m evaluation --run`, and of the run's own end where there are none.
+    """
+    config = resolve_paths(load_config(config_of_run(folder)), Path.cwd())
+    evaluated, summary = folder / "evaluation" / f"{protocol.name}.parquet", folder / "summary.json"
+    if evaluated.exists():
+        return answers_of_file(evaluated, config=None, baselines=False), describe_budget(config)
+    texts = json.loads(summary.read_text())["examples"].get("student_after") if summary.exists() else None
+    if not texts:
+        advice = f"run `python -m evaluation --run {folder} --protocol {protocol.name}` first"
+        raise DataError(f"{folder} has no answers of its last student: {advice}")
+    questions = questions_of(read_splits(config, NO_FRAMES, baselines=False)[0])
+    return Answers(questions, texts, {}, train=[], seed=0), describe_budget(config)
+
+
+def describe_budget(config: Config) -> str:
+    """What a model sees of a video, which a score depends on."""
+    video = config.video
+    return f"{video.fps:g} frames a second, at most {video.max_frames} and {video.max_video_tokens} tokens"
+
+
+def run_compare(arguments: Sequence[str]) -> None:
+    """Raises VideoOPDError."""
+    parser = argparse.ArgumentParser("python -m evaluation compare", description="B against A.")
+    what = "a run folder, or a file PROTOCOL.parquet that `python -m evaluation` wrote"
+    parser.add_argument("a", type=Path, metavar="A", help=what)
+    parser.add_argument("b", type=Path, metavar="B", help="another, of the same questions")
+    parser.add_argument("--protocol", default="strict", metavar="NAME", help=", ".join(PROTOCOLS))
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parsed = parser.parse_args(arguments)
+    protocol, sides, scored = protocol_named(parsed.protocol), {}, []
+    questions: list[Question] = []
+    for side, path in (("a", parsed.a), ("b", parsed.b)):
+        if path.is_dir():
+            answers, video = answers_of_run(path, protocol)
+        else:
+            answers, video = answers_of_file(path, config=None, baselines=False), "video budget unknown"
+        if questions:
+            check_same_questions(questions, answers.questions, (str(parsed.a), str(parsed.b)))
+        questions = questions or answers.questions
+        sides[side] = {"name": str(path), "video": video}
+        scored.append(scoring.score_answers(questions, answers.texts, protocol, answers.why_missing))
+    result = sides | compare(scored[0], scored[1], protocol)
+    if parsed.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print_comparison(result)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 the run failed, 2 bad input."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["compare"]:
+        return exit_code_of(lambda: run_compare(arguments[1:]))
     parsed = parse_arguments(arguments)
     return exit_code_of(lambda: run(parsed))
 

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from teacher_service.calls import Ready, Reply, ScoreCall, in_passes
-from video_opd.answers import parse_span
+from video_opd.answers import parse_spans
 from video_opd.config import Config
 from video_opd.config_teachers import TeacherModel
 from video_opd.logs import log, start_role_log
@@ -160,4 +160,4 @@ class TeacherReplica:
 
     def _read(self, prompt: EncodedPrompt, texts: Sequence[str]) -> list[Prediction]:
         written = map(self._encoder.written, texts)
-        return [Prediction(prompt_id=prompt.prompt_id, text=t, span_s=parse_span(t)) for t in written]
+        return [Prediction(prompt_id=prompt.prompt_id, text=t, spans_s=parse_spans(t)) for t in written]

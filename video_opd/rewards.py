@@ -5,7 +5,7 @@ import pkgutil
 from collections.abc import Callable, Sequence
 
 from video_opd.errors import ConfigError
-from video_opd.grounding import best_iou
+from video_opd.grounding import best_iou, first_span
 from video_opd.types import Prompt, Trajectory
 
 Reward = Callable[[Trajectory, Prompt], float]
@@ -13,12 +13,12 @@ Reward = Callable[[Trajectory, Prompt], float]
 
 def iou(trajectory: Trajectory, prompt: Prompt) -> float:
     """IoU with the nearest true span; 0 for an unparsed response."""
-    return best_iou(trajectory.predicted_span_s, prompt.answer_spans_s or ())
+    return best_iou(first_span(trajectory.predicted_spans_s), prompt.answer_spans_s or ())
 
 
 def time_r1(trajectory: Trajectory, prompt: Prompt) -> float:
     """Time-R1: IoU (1 - |s - s'| / T) (1 - |e - e'| / T) with the nearest true span, T the duration."""
-    span, duration = trajectory.predicted_span_s, prompt.clip.duration_s
+    span, duration = first_span(trajectory.predicted_spans_s), prompt.clip.duration_s
     if span is None or not prompt.answer_spans_s:
         return 0.0
     start, end = max(prompt.answer_spans_s, key=lambda answer: best_iou(span, [answer]))
@@ -28,7 +28,7 @@ def time_r1(trajectory: Trajectory, prompt: Prompt) -> float:
 
 def answer_format(trajectory: Trajectory, prompt: Prompt) -> float:
     """1 for an ordered interval inside the clip, else 0."""
-    span = trajectory.predicted_span_s
+    span = first_span(trajectory.predicted_spans_s)
     return float(span is not None and 0 <= span[0] < span[1] <= prompt.clip.duration_s)
 
 

@@ -107,7 +107,7 @@ class Trajectory:
     actor_logprobs: np.ndarray  # float32[N], log pi_old of the sampled tokens; zeros for the ground truth
     finish_reason: FinishReason
     text: str
-    predicted_span_s: Span | None  # None: the answer could not be parsed
+    predicted_spans_s: tuple[Span, ...]  # as written, empty: the answer could not be parsed
 
     def __post_init__(self):
         num_tokens, num_logprobs = len(self.response_token_ids), len(self.actor_logprobs)
@@ -198,7 +198,7 @@ class Prediction:
 
     prompt_id: str
     text: str
-    span_s: Span | None  # None: the answer could not be parsed
+    spans_s: tuple[Span, ...]  # as written, empty: the answer could not be parsed
     reverse_kl: float | None = None  # of student and teacher along it; None: no teacher scored it
 
 

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.ipc
 
 from video_opd.files.run_folder import write_atomically
-from video_opd.schemas import TRAJECTORIES, span_columns
+from video_opd.schemas import TRAJECTORIES
 from video_opd.types import ScoredGroup, StepReport
 
 
@@ -83,7 +83,7 @@ class TrajectoryLog:
                 "teacher_logprobs": None if s is None else s.teacher_logprobs,
                 "finish_reason": str(t.finish_reason),
                 "text": t.text,
-                **span_columns(t.predicted_span_s),
+                "spans_s": t.predicted_spans_s,
             }
             for g in groups
             for t, s in zip(g.group.trajectories, g.scores or [None] * len(g.group.trajectories), strict=True)
@@ -98,10 +98,12 @@ class TrajectoryLog:
 
 def _keep_steps_before(path: Path, step: int) -> None:
     """Removes later steps from a file, and a last batch cut off by a crash."""
-    kept, temporary = [], path.with_suffix(".tmp")
+    kept, temporary, schema = [], path.with_suffix(".tmp"), TRAJECTORIES
     with pa.OSFile(str(path)) as source, suppress(pa.ArrowInvalid):
-        for batch in pa.ipc.open_stream(source):
+        stream = pa.ipc.open_stream(source)
+        schema = stream.schema  # an earlier version's may differ
+        for batch in stream:
             kept.append(batch.filter(pc.field("step") < step))
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, TRAJECTORIES) as writer:
-        writer.write_table(pa.Table.from_batches(kept, schema=TRAJECTORIES))
+    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_table(pa.Table.from_batches(kept, schema=schema))
     temporary.rename(path)

@@ -10,7 +10,7 @@ import numpy as np
 from driver.records.report import COMPUTED, SEPARATE, ShowStep
 from driver.records.sinks import MetricSinks, TrajectoryLog
 from driver.run import Run
-from video_opd.grounding import best_iou
+from video_opd.grounding import prompt_iou
 from video_opd.types import Prompt, ScoredGroup, StepReport, Trajectory, TrajectoryGroup
 
 
@@ -60,7 +60,7 @@ async def record(
     """Writes the step's metrics. Ground truth that stands in for rollouts does not count as sampled."""
     every = [(g.group.prompt, t) for g in groups for t in g.group.sampled]
     sampled = [(p, t) for p, t in every if t.prompt_fingerprint is not None]
-    scored = [(p, best_iou(t.predicted_span_s, p.answer_spans_s)) for p, t in sampled if p.answer_spans_s]
+    scored = [(p, prompt_iou(t.predicted_spans_s, p, "best")) for p, t in sampled if p.answer_spans_s]
     num_suspended = sum(len(g.group.suspended) for g in groups)
     seconds, tokens_per_s, wall_s = run.clock.take_times()
     run.totals.update({"rollouts": len(sampled), "suspended_rollouts": num_suspended})
@@ -68,7 +68,7 @@ async def record(
     run.totals.update({f"{phase}_s": s for phase, s in seconds.items()})
     metrics = report.metrics | {
         "actors/miou": mean([iou for _, iou in scored]),
-        "actors/unparsed_frac": mean([t.predicted_span_s is None for _, t in sampled]),
+        "actors/unparsed_frac": mean([not t.predicted_spans_s for _, t in sampled]),
         "actors/truncated_frac": mean([t.finish_reason == "length" for _, t in sampled]),
         **source_metrics([g.group.prompt for g in groups], scored),
         **cache_metrics([g.group for g in groups]),

@@ -185,7 +185,7 @@ def test_prompts_wait_from_the_start_of_a_transfer_to_its_new_version(actor):
         assert not actor._engine.entered and not call.done()
         await actor.update_weight_version("5")
         assert version_of(await call) == {5}
-        assert await predicted == [[Prediction(prompt_id="p", text="5", span_s=None)]]
+        assert await predicted == [[Prediction(prompt_id="p", text="5", spans_s=())]]
 
     run(test())
     assert ("p", None) in actor._engine.entered, "predictions are greedy"

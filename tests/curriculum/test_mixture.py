@@ -194,7 +194,9 @@ def test_weights_are_for_what_is_drawn_at_random(options, random):
     if random:
         Config.model_validate(tree)
     else:
-        with pytest.raises(ValueError, match="weights of data[.]train need prompts that are drawn at random"):
+        with pytest.raises(
+            ValueError, match=r"weights of data[.]train need prompts that are drawn at random"
+        ):
             Config.model_validate(tree)
 
 
@@ -202,7 +204,7 @@ def test_a_source_too_small_for_its_share_of_the_prompts_in_flight_is_refused():
     config = with_weights(make_config(groups_per_step=8), {"few": 3.0, "many": 1.0})
     check_weights(config, pool_of({"few": 6, "many": 2}))
     with pytest.raises(
-        ConfigError, match="source few of data[.]train has 5 prompts for a share of 75% of 8 in"
+        ConfigError, match=r"source few of data[.]train has 5 prompts for a share of 75% of 8 in"
     ):
         check_weights(config, pool_of({"few": 5, "many": 20}))
 

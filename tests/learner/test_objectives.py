@@ -180,7 +180,7 @@ def test_rewards_and_trajectories_must_be_as_many():
 
 
 def answer(span):
-    return replace(make_group("p").group.trajectories[0], predicted_span_s=span)
+    return replace(make_group("p").group.trajectories[0], predicted_spans_s=(span,) if span else ())
 
 
 def test_rewards_by_hand():

@@ -72,7 +72,7 @@ def test_an_evaluation_counts_every_prompt_of_the_split(run):
     run.video("eval", 2).unlink()
     plan = make_plan(run.config(), resumes=True)
     truth = [
-        Prediction(prompt_id=p.prompt_id, text="", span_s=(p.answer_spans_s or [(0.0, 0.0)])[0])
+        Prediction(prompt_id=p.prompt_id, text="", spans_s=(p.answer_spans_s or ((0.0, 0.0),))[:1])
         for p in plan.eval.prompts
     ]
     scores = evaluate(truth, plan.eval.pool)

@@ -376,7 +376,7 @@ def test_sft_learns_the_ground_truth_with_neither_teacher_nor_actors(overrides, 
     assert losses[-1] < losses[0] - 0.5
     rows = trajectories_of(run)
     assert (
-        all(r["text"].startswith("From ") and r["start_s"] < r["end_s"] for r in rows)
+        all(r["text"].startswith("From ") and r["spans_s"][0][0] < r["spans_s"][0][1] for r in rows)
         and len(rows) == 8 * GROUPS
     )
     summary = json.loads((run / "summary.json").read_text())

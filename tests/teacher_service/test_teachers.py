@@ -189,7 +189,7 @@ class FakePool:
     ) -> list[list[Prediction]]:
         self.asked += [p.prompt_id for p in prompts]
         return [
-            [Prediction(prompt_id=p.prompt_id, text=self.name, span_s=None)] * num_answers for p in prompts
+            [Prediction(prompt_id=p.prompt_id, text=self.name, spans_s=())] * num_answers for p in prompts
         ]
 
     async def take_metrics(self) -> dict[str, float]:

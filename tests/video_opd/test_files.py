@@ -260,7 +260,7 @@ def test_the_log_holds_every_trajectory_as_it_was_trained_on(tmp_path):
         np.testing.assert_array_equal(np.float32(row["actor_logprobs"]), t.actor_logprobs)
         np.testing.assert_array_equal(np.float32(row["teacher_logprobs"]), s.teacher_logprobs)
         assert (row["finish_reason"], row["text"]) == ("stop", t.text)
-        assert (row["start_s"], row["end_s"]) == t.predicted_span_s
+        assert tuple(map(tuple, row["spans_s"])) == t.predicted_spans_s
 
 
 def test_what_was_logged_before_a_crash_is_readable(tmp_path):
@@ -286,6 +286,17 @@ def test_each_start_of_a_run_logs_into_a_file_of_its_own(tmp_path):
         log.write([make_group("p", [1])], start_step)
         log.close()
     assert [r["step"] for p in sorted(tmp_path.iterdir()) for r in read_log(p)] == [0, 40]
+
+
+def test_a_log_of_a_version_with_one_span_each_keeps_its_columns(tmp_path):
+    schema = pa.schema([("step", pa.int64()), ("start_s", pa.float64()), ("end_s", pa.float64())])
+    path = tmp_path / "from-step-000000.arrows"
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for step in range(3):
+            row = {"step": step, "start_s": 1.0, "end_s": 2.0}
+            writer.write_batch(pa.RecordBatch.from_pylist([row], schema=schema))
+    TrajectoryLog(tmp_path, start_step=2).close()
+    assert [(r["step"], r["start_s"], r["end_s"]) for r in read_log(path)] == [(0, 1.0, 2.0), (1, 1.0, 2.0)]
 
 
 # --- metrics ---
