@@ -34,7 +34,7 @@ def demonstrations(config: Config, prompts: Sequence[Prompt], step: int) -> list
     groups = []
     for prompt in prompts:
         assert prompt.answer_spans_s, "make_plan refuses unlabelled prompts"
-        ids = encoder.answer_ids(prompt.answer_spans_s[0])
+        ids = encoder.answer_ids(prompt.answer_spans_s[0], prompt.style)
         truth = Trajectory(
             trajectory_id=f"{prompt.prompt_id}@{step}#truth",
             prompt_id=prompt.prompt_id,

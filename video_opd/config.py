@@ -132,6 +132,14 @@ class CurriculumConfig(ConfigSection):
         return self.kind in ("scc", "difficulty") or (self.kind == "tvdf" and self.dbtp)
 
     @property
+    def selects_at_random(self) -> bool:
+        """Whether prompts are drawn from the pool by nothing but chance."""
+        at_random = not self.dbtp or self.sampler == "uniform"
+        return self.kind == "uniform" or (
+            self.kind == "tvdf" and at_random and self.select_by == "prompt" and not self.pool_sample
+        )
+
+    @property
     def scores_student(self) -> bool:
         """Whether the student answers with one rollout for each prompt, which the teacher scores."""
         return self.kind == "tvdf" and self.dbtp and self.disagreement == "reverse_kl"
@@ -236,6 +244,11 @@ class Config(ConfigSection):
         return tuple(t for t in self.teacher_models if t.scores(prompt_id))
 
     @property
+    def video_first(self) -> bool:
+        """Whether every prompt shows its video before its text, so that prompts of a clip begin alike."""
+        return all(self.prompt.of_style(style).video_first for style in (None, *self.data.styles.values()))
+
+    @property
     def learner_temperature(self) -> float:
         """The actors' and the teacher's, but 1 for sft, which compares with neither."""
         return 1.0 if self.loss.kind == "sft" else self.rollout.temperature
@@ -297,6 +310,10 @@ class Config(ConfigSection):
             yield f"learner.zero_stage={learner.zero_stage} {adds}: use zero_stage=2, which adds in float32"
 
     def problems(self) -> Iterator[str]:
+        if self.data.weights and not self.curriculum.selects_at_random:
+            drawn = "need prompts that are drawn at random"
+            random = "kind=uniform, or kind=tvdf with dbtp=false and without pool_sample and select_by=video"
+            yield f"the weights of data.train {drawn} ({random}): leave them out, or change curriculum"
         if self.teacher is not None and self.teachers:
             yield "teacher and teachers are both set: list all under teachers, and set teacher=null"
         names = [t.name for t in self.teachers]

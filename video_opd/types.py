@@ -62,6 +62,8 @@ class Prompt:
     clip: Clip
     query: str
     answer_spans_s: tuple[Span, ...] | None  # ground truth; None: unlabelled
+    source: str = ""  # name of its source in data.train, which is empty unless that is a list
+    style: str | None = None  # prompt.style of its source; None: the section prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
