@@ -34,7 +34,7 @@ from evaluation.timelines import write_timelines
 from video_opd.cluster.command_line import exit_code_of
 from video_opd.config import Config
 from video_opd.config_file import load_config, resolve_paths
-from video_opd.datasets import read_prompts
+from video_opd.datasets import read_prompts, read_sources
 from video_opd.errors import ConfigError, DataError
 from video_opd.files.checkpoint import find_checkpoint
 from video_opd.files.run_folder import write_json
@@ -93,7 +93,7 @@ def read_splits(config: Config, multiple: int, baselines: bool) -> tuple[list[Pr
     """data.eval as published, and for the baselines data.train."""
     data, video, runs_dir = config.data, config.video, config.runs_dir
     prompts = read_prompts(data.eval, video, multiple, as_published=True, runs_dir=runs_dir)
-    train = read_prompts(data.train, video, multiple, runs_dir=runs_dir) if baselines else []
+    train = read_sources(data, video, multiple, runs_dir).prompts if baselines else []
     end_workers(video)
     return prompts, train
 

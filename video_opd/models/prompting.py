@@ -26,8 +26,9 @@ GREY = 128  # every pixel of a blank video
 _PADS = re.compile(f"(?:{re.escape(VIDEO_PAD)})+")
 
 
-def chat_messages(config: PromptConfig, query: str) -> list[dict[str, Any]]:
-    """What a chat template takes."""
+def chat_messages(config: PromptConfig, query: str, style: str | None = None) -> list[dict[str, Any]]:
+    """What a chat template takes. style: of the prompt, as in Prompt."""
+    config = config.of_style(style)
     text = {"type": "text", "text": config.template.format(query=query)}
     content = [{"type": "video"}, text] if config.video_first else [text, {"type": "video"}]
     return [{"role": "user", "content": content}]
@@ -123,9 +124,12 @@ class PromptEncoder:
     def _to_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def answer_ids(self, span: Span) -> np.ndarray:
-        """int32[N]: an interval written by prompt.answer_template, with the end token."""
-        text = self._config.answer_template.format(start=span[0], end=span[1]) + self.tokenizer.eos_token
+    def answer_ids(self, span: Span, style: str | None = None) -> np.ndarray:
+        """int32[N]: an interval written by the answer_template of a prompt's style, with the end token."""
+        text = (
+            self._config.of_style(style).answer_template.format(start=span[0], end=span[1])
+            + self.tokenizer.eos_token
+        )
         return np.asarray(self._to_ids(text), dtype=np.int32)
 
     def written(self, response: str) -> str:
@@ -210,7 +214,7 @@ class PromptEncoder:
 
     def _unexpanded(self, prompt: Prompt) -> list[int]:
         """Token ids of the prompt, its video one pad. Raises DataError unless it has one video."""
-        messages = chat_messages(self._config, prompt.query)
+        messages = chat_messages(self._config, prompt.query, prompt.style)
         text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = self._to_ids(text)
         if (found := [ids.count(pad) for pad in self.pad_ids]) != [1, 0]:
