@@ -47,6 +47,7 @@ from video_opd.cluster.deadline import waiting
 from video_opd.config import Config
 from video_opd.errors import InputError, LearnerLostError, SaveError, StoppedError, VideoOPDError, first_error
 from video_opd.files.run_folder import locked, new_run_folder, write_config, write_json
+from video_opd.hub import on_this_node, pinned
 from video_opd.logs import driver_log, work
 from video_opd.schemas import write_parquet
 from video_opd.types import FailedPrompt, ScoredGroup
@@ -204,14 +205,16 @@ def launch(
     Raises SaveError, after everything else is written, if the last checkpoint or the student is not.
     """
     with stopped_by_signals(" before the run began") as said:
-        plan = prepare(config, resumes=resume is not None)
-        memory = memory_plan(config, plan, gpu_memory_gib)
+        local = on_this_node(config)
+        config = pinned(config, local)
+        plan = prepare(local, resumes=resume is not None)
+        memory = memory_plan(local, plan, gpu_memory_gib)
         check_fits(memory, one_machine=False)
-        check_disk(disk_plan(config, memory.student, plan, resume))
+        check_disk(disk_plan(local, memory.student, plan, resume))
         if config.checkpoint_url:
             check_writable(config.checkpoint_url)
         with locked(resume) if resume else new_run_folder(config) as folder:
-            saved = saved_run_to_resume(resume, config, plan, step) if resume else None
+            saved = saved_run_to_resume(resume, local, plan, step) if resume else None
             try:
                 start_ray(config, address)
                 check_gpus(memory)

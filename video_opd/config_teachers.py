@@ -80,7 +80,7 @@ class TeacherModel(ConfigSection):
     """One of several teachers."""
 
     name: FileName = Field(pattern=r"^[\w.-]+$", description="in metrics, teacher ids and commands")
-    model: str = Field(description="transformers folder")
+    model: str = Field(description="transformers folder, or ORG/NAME[@REVISION] of the hub")
     weight: PositiveFloat = key(1.0, "relative weight where several teachers score a prompt")
     prompts: RegularExpression | None = key(None, "regular expression of the prompt ids it scores; None: all")
 
