@@ -41,7 +41,7 @@ class RolloutActor:
 
         start_role_log(config.run_name, name)
         started = time.monotonic()
-        config = on_this_node(config)
+        config = on_this_node(config, teachers=False)
         self._name, self._config = name, config
         self._encoder = PromptEncoder(config.student, config.prompt, config.video, config.trust_remote_code)
         start = partial(PolicyEngine, config, self._encoder.pad_ids)
@@ -189,6 +189,7 @@ class RolloutActor:
                 finish_reason=completion.finish_reason,
                 text=text,
                 predicted_spans_s=parse_spans(text),
+                top_k_ids=completion.top_k_ids,
             )
             trajectories.append(trajectory)
         hits = answered.cache_hits

@@ -34,12 +34,12 @@ from evaluation.timelines import write_timelines
 from video_opd.cluster.command_line import exit_code_of
 from video_opd.config import Config
 from video_opd.config_file import load_config, resolve_paths
-from video_opd.datasets import read_prompts
+from video_opd.datasets import read_prompts, read_sources
 from video_opd.errors import ConfigError, DataError
 from video_opd.files.checkpoint import find_checkpoint
 from video_opd.files.run_folder import write_json
 from video_opd.grounding import describe_odd, odd_truth
-from video_opd.hub import fetch, model_name
+from video_opd.hub import model_name, on_this_node
 from video_opd.models.lengths import PromptLengths, rollout_limit, too_long
 from video_opd.models.model_files import read_model_info
 from video_opd.passes import by_video
@@ -94,7 +94,7 @@ def read_splits(config: Config, multiple: int, baselines: bool) -> tuple[list[Pr
     """data.eval as published, and for the baselines data.train."""
     data, video, runs_dir = config.data, config.video, config.runs_dir
     prompts = read_prompts(data.eval, video, multiple, as_published=True, runs_dir=runs_dir)
-    train = read_prompts(data.train, video, multiple, runs_dir=runs_dir) if baselines else []
+    train = read_sources(data, video, multiple, runs_dir).prompts if baselines else []
     end_workers(video)
     return prompts, train
 
@@ -224,7 +224,7 @@ def run(parsed: argparse.Namespace) -> None:
     else:
         assert config is not None, "read_config gives one for a model or a run"
         os.environ.update(config.worker_env)  # as in the run's processes, before torch is imported
-        config = config.model_copy(update={"student": fetch(config.student)})
+        config = on_this_node(config, teachers=False)
         answers, name = answers_of_model(config, parsed.baselines), model_name(config.student)
     folder = parsed.out or (parsed.run / "evaluation" if parsed.run else Path(f"evaluation-{name}"))
     print_result(evaluate(answers, protocol, parsed.baselines, folder), folder)
@@ -238,19 +238,13 @@ def answers_of_run(folder: Path, protocol: Protocol) -> tuple[Answers, str]:
     config = resolve_paths(load_config(config_of_run(folder)), Path.cwd())
     evaluated, summary = folder / "evaluation" / f"{protocol.name}.parquet", folder / "summary.json"
     if evaluated.exists():
-        return answers_of_file(evaluated, config=None, baselines=False), describe_budget(config)
+        return answers_of_file(evaluated, config=None, baselines=False), config.video.budget
     texts = json.loads(summary.read_text())["examples"].get("student_after") if summary.exists() else None
     if not texts:
         advice = f"run `python -m evaluation --run {folder} --protocol {protocol.name}` first"
         raise DataError(f"{folder} has no answers of its last student: {advice}")
     questions = questions_of(read_splits(config, NO_FRAMES, baselines=False)[0])
-    return Answers(questions, texts, {}, train=[], seed=0), describe_budget(config)
-
-
-def describe_budget(config: Config) -> str:
-    """What a model sees of a video, which a score depends on."""
-    video = config.video
-    return f"{video.fps:g} frames a second, at most {video.max_frames} and {video.max_video_tokens} tokens"
+    return Answers(questions, texts, {}, train=[], seed=0), config.video.budget
 
 
 def run_compare(arguments: Sequence[str]) -> None:

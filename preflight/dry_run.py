@@ -1,5 +1,8 @@
 """`--dry-run`: checks the inputs and prints the plan; starts nothing."""
 
+from collections import Counter
+from collections.abc import Iterator
+
 import video_opd  # noqa: F401  # first: makes transformers importable
 from preflight.devices import DEVICES
 from preflight.disk import describe_disk, disk_plan
@@ -65,6 +68,7 @@ def describe(config: Config, draft: Draft) -> str:
         *(teachers or ["teacher   none"]),
         f"actors    {rollout.num_actors} on vLLM, {rollout.prompts_per_call} prompts a call",
         f"data      {'; '.join(data)}",
+        *_describe_sources(config, draft.train),
         f"video     {_describe_clips(config, draft)}",
         f"loss      {config.loss.kind}, lr {learner.lr:g}",
         f"prompts   curriculum {_describe_curriculum(config)}",
@@ -78,6 +82,21 @@ def _describe_split(name: str, split: Split | None, longest: int | None) -> str:
         return f"{name} NOT checked"
     failed = f", {len(split.failed)} of them cannot be used" if split.failed else ""
     return f"{len(split)} {name} prompts{failed}" + (f", the longest of {longest} tokens" if longest else "")
+
+
+def _describe_sources(config: Config, train: Split | None) -> Iterator[str]:
+    """One line if data.train has several sources: their prompts and shares."""
+    sources, weights = config.data.sources, config.data.weights
+    if train is None or "" in sources:
+        return
+    sizes = Counter(p.source for p in train.prompts)
+    parts = weights or sizes
+    told = [
+        f"{name}: {sizes[name]} prompts, {parts[name] / sum(parts.values()):.1%} of those drawn"
+        + (f", asked as {style}" if (style := config.data.styles[name]) else "")
+        for name in sources
+    ]
+    yield f"sources   {'; '.join(told)}"
 
 
 def _describe_teacher(config: Config, teacher: TeacherModel) -> str:

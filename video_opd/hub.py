@@ -68,13 +68,17 @@ def fetch(model: str, weights: bool = True) -> str:
     raise ModelError(f"{model} cannot be had from the hub, and no folder has that name: {why}")
 
 
-def on_this_node(config: "Config") -> "Config":
-    """The config with folders of this node for its models; see `fetch`. Raises ModelError, ConfigError."""
+def on_this_node(config: "Config", teachers: bool) -> "Config":
+    """The config with folders of this node for the student and, if asked, the teachers; see `fetch`.
+
+    Raises ModelError, ConfigError.
+    """
     named = [model for model in _models(config) if is_hub_model(model)]
     if config.trust_remote_code and named:
         how = f"`hf download {named[0]} --local-dir FOLDER`, read its code, and name the folder"
         raise ConfigError(f"trust_remote_code=true, but no code is downloaded from the hub: {how}")
-    return _with(config, [fetch(model) for model in _models(config)])
+    student, *others = _models(config)
+    return _with(config, [fetch(student), *(fetch(model) if teachers else model for model in others)])
 
 
 def without_weights(config: "Config") -> tuple["Config", list[str]]:
