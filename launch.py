@@ -22,6 +22,7 @@ from driver.command_line import parse_arguments, prepare, read_config, resumed_f
 from driver.held_out import evaluate_end, evaluate_if_due, evaluate_start
 from driver.invariants import check_finite, check_lag, check_logprob_gap
 from driver.progress import SavedRun
+from driver.records.card import write_card
 from driver.records.gauges import export_gauges
 from driver.records.report import print_summary, progress_bar, write_report
 from driver.records.sinks import MetricSinks, TrajectoryLog
@@ -202,8 +203,11 @@ def launch(
     resume: Path | None = None,
     gpu_memory_gib: float | None = None,
     step: int | None = None,
+    command: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Returns the summary. resume: a run folder to continue, from its newest checkpoint or `step`'s.
+
+    command: the arguments that the model card shows.
 
     Raises SaveError, after everything else is written, if the last checkpoint or the student is not.
     """
@@ -230,6 +234,7 @@ def launch(
                         summary = asyncio.run(execute(config, folder, plan, memory, saved, trackers))
                         summary["trackers"] = trackers.states()
                     write_json(folder / "summary.json", summary)
+                    write_card(folder, config, summary, command)
                     trackers.attach(write_report(folder, config, plan.eval.prompts, summary))
                 print_summary(folder, summary)
             finally:
@@ -249,7 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.dry_run:
             dry_run(config, parsed.gpu_memory_gib, parsed.device, parsed.utilisation)
         else:
-            launch(config, parsed.address, resumed_folder(parsed, config), parsed.gpu_memory_gib, parsed.step)
+            resume, shown = resumed_folder(parsed, config), sys.argv[1:] if arguments is None else arguments
+            launch(config, parsed.address, resume, parsed.gpu_memory_gib, parsed.step, shown)
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -275,7 +275,7 @@ def check_routes(config: Config, train: Sequence[Prompt], evaluation: Sequence[P
         if not any(t.scores(prompt.prompt_id) for t in teachers):
             patterns = ", ".join(f"{t.name}: {t.prompts}" for t in teachers)
             raise ConfigError(f"prompt {prompt.prompt_id} has no teacher ({patterns}): widen a pattern")
-    check_weights(config.teachers, train)
+    check_teacher_weights(config.teachers, train)
     for prompt in train if config.loss.needs.teacher in ("top_k", "hidden") else ():
         if len(own := [t for t in teachers if t.scores(prompt.prompt_id)]) > 1:
             has = f"prompt {prompt.prompt_id} has the teachers {', '.join(t.name for t in own)}"
@@ -283,7 +283,7 @@ def check_routes(config: Config, train: Sequence[Prompt], evaluation: Sequence[P
             raise ConfigError(f"{has}, but {why}: give each prompt one, by teachers' prompts")
 
 
-def check_weights(teachers: Sequence[TeacherModel], train: Sequence[Prompt]) -> None:
+def check_teacher_weights(teachers: Sequence[TeacherModel], train: Sequence[Prompt]) -> None:
     """The weights of each prompt's teachers must fit together, and each must count. Raises ConfigError."""
     together: set[str] = set()
     for prompt in train if teachers else ():

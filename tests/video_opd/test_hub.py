@@ -117,7 +117,10 @@ def test_what_cannot_be_had_is_one_line_and_exit_code_2_and_a_dry_run_needs_no_w
         "student=Org/Student trust_remote_code=true": "no code is downloaded from the hub",
     }
     qwen = "Qwen/Qwen3-VL"
-    dry = "student=Org/Bare --dry-run", f"student={qwen}-4B-Instruct@main teacher={qwen}-8B-Instruct --dry-run"
+    dry = (
+        "student=Org/Bare --dry-run",
+        f"student={qwen}-4B-Instruct@main teacher={qwen}-8B-Instruct --dry-run",
+    )
     done = launched(hub, *refused, *dry, module="hub_main")
     *errors, first, second, _ = done.stderr.split("---\n")
     for error, message in zip(errors, refused.values(), strict=True):
