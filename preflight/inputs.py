@@ -69,7 +69,7 @@ def make_plan(config: Config, resumes: bool = False) -> Plan:
         splits[name], longest[name] = fit_lengths(config, name, split, lengths)
     train, evaluation = splits["train"], splits["eval"]
     check_pool(config, train, resumes)
-    check_weights(config, train.prompts)
+    check_source_weights(config, train.prompts)
     check_routes(config, train.prompts, evaluation.prompts)
     return Plan(student, train, evaluation, longest)
 
@@ -160,7 +160,7 @@ def make_draft(config: Config) -> Draft:
     train, evaluation = splits.get("train"), splits.get("eval")
     if train:
         check_pool(config, train)
-        check_weights(config, train.prompts)
+        check_source_weights(config, train.prompts)
     check_routes(config, *(split.prompts if split else [] for split in (train, evaluation)))
     largest = largest_teacher(list(teachers.values()))
     return Draft(student, largest, train, evaluation, longest, unchecked=tuple(unchecked))
@@ -256,7 +256,7 @@ def check_pool(config: Config, split: Split, resumes: bool = False) -> None:
         raise ConfigError(f"{pool} training prompts cannot fill {slots}: {remedy} or lower groups_per_step")
 
 
-def check_weights(config: Config, prompts: Sequence[Prompt]) -> None:
+def check_source_weights(config: Config, prompts: Sequence[Prompt]) -> None:
     """A source must have the prompts that are in flight of it at one time. Raises ConfigError."""
     weights, slots = config.data.weights, config.num_slots
     for name, weight in weights.items():
