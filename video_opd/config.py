@@ -246,6 +246,11 @@ class Config(ConfigSection):
         return self.rollout.rollouts_per_prompt if self.loss.needs.rollouts else 1
 
     @property
+    def rewards_in_groups(self) -> bool:
+        """Whether a reward is compared with its group's; else with the mean of past steps."""
+        return self.rollout.rollouts_per_prompt > 1
+
+    @property
     def num_slots(self) -> int:
         """Prompts under way at one time: the slots of the buffer."""
         return (self.max_policy_lag + 1) * self.groups_per_step
@@ -297,6 +302,8 @@ class Config(ConfigSection):
         names = [t.name for t in self.teachers]
         if len(set(names)) < len(names):
             yield f"teachers {', '.join(names)}: give each a name of its own"
+        if self.loss.kl_coef and any(t.weight < 0 for t in self.teachers):
+            yield "loss.kl_coef is a KL to one reference: give the teachers positive weights"
         if len({*self.trackers}) < len(self.trackers):
             yield f"trackers names {', '.join(self.trackers)}: name each once"
         if self.video.decode_timeout_s >= self.request_timeout_s:
@@ -327,6 +334,10 @@ class Config(ConfigSection):
             yield f"curriculum.scc: the gate suspends rollouts, {loss} has none: set scc.gate=false"
         if needs.rewards and self.curriculum.suspends:
             yield f"curriculum.scc: the gate suspends the rollouts that {loss} rewards: set scc.gate=false"
+        if self.loss.task_weight and not (self.loss.advantage_std or self.rewards_in_groups):
+            yield "loss.advantage_std=false is for groups of rollouts: leave it out at rollouts_per_prompt=1"
+        if self.rewards_in_groups and self.loss.baseline_decay != LossConfig().baseline_decay:
+            yield "loss.baseline_decay does nothing for groups, which have means: leave it out"
         if room := self.schedule_room:
             yield from room.problems(self.curriculum.num_selected)
         if self.needs_teacher and not self.teacher_models:
