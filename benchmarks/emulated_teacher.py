@@ -34,9 +34,7 @@ class EmulatedTeacher:
     def prepare(self, prompt: EncodedPrompt) -> None:
         """Nothing."""
 
-    def score(
-        self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray], prepared: Any = None
-    ) -> list[Any]:
+    def score(self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray], *_: Any) -> list[Any]:
         """Has the fields of engine.TokenScores, whose module imports torch."""
         time.sleep(float(os.environ[CALL_S]))
         unasked = dict.fromkeys(("top_k", "hidden", "entropy"))
@@ -64,7 +62,7 @@ def make_trajectory(prompt_id: str, version: int, number: int, tokens: Sequence[
         actor_logprobs=np.zeros(len(response_ids), np.float32),
         finish_reason=FinishReason.STOP,
         text="",
-        predicted_span_s=None,
+        predicted_spans_s=(),
     )
 
 

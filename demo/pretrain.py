@@ -30,7 +30,7 @@ from demo.gaps import (
     write_gaps,
 )
 from demo.models import STUDENT, TEACHER, Size, build_model, build_processor
-from video_opd.answers import parse_span
+from video_opd.answers import parse_spans
 from video_opd.config import Config
 from video_opd.config_data import DatasetConfig
 from video_opd.config_file import load_demo
@@ -154,7 +154,7 @@ def validate(model: VideoLLM, examples: Sequence[Example], encoder: PromptEncode
         for example, (ids,) in zip(part, answers, strict=True):
             text, prompt_id = encoder.tokenizer.decode(ids), example.prompt.prompt_id
             if len(example.labels):
-                predictions.append(Prediction(prompt_id=prompt_id, text=text, span_s=parse_span(text)))
+                predictions.append(Prediction(prompt_id=prompt_id, text=text, spans_s=parse_spans(text)))
             else:
                 is_right.append(np.array_equal(ids, example.answer[:-1]))
     model.train()

@@ -39,5 +39,5 @@ def _answer(group: TrajectoryGroup, scores: ScoreResult) -> list[Prediction] | F
         return scores
     (rollout,), (of_teacher,) = group.trajectories, ScoredGroup(group=group, scores=scores).scores
     divergence = reverse_kl(rollout.actor_logprobs, of_teacher.teacher_logprobs)
-    answer = {"text": rollout.text, "span_s": rollout.predicted_span_s, "reverse_kl": divergence}
+    answer = {"text": rollout.text, "spans_s": rollout.predicted_spans_s, "reverse_kl": divergence}
     return [Prediction(prompt_id=group.prompt.prompt_id, **answer)]

@@ -192,7 +192,7 @@ async def ask_the_rest(
 def mean_ious(run: Run, asked: np.ndarray, keys: Sequence[str], answers: Answers) -> np.ndarray:
     """float64[P]: the mean IoU of each prompt's answers, NaN without any. asked: places in the pool."""
     reading = run.config.curriculum.multi_span_iou
-    return mean_by_prompt(run, asked, keys, answers, lambda a, prompt: prompt_iou(a.span_s, prompt, reading))
+    return mean_by_prompt(run, asked, keys, answers, lambda a, prompt: prompt_iou(a.spans_s, prompt, reading))
 
 
 def mean_by_prompt(

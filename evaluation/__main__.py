@@ -3,12 +3,14 @@
   python -m evaluation --run runs/NAME                                    its last checkpoint's student
   python -m evaluation --model FOLDER --config CONFIG.yaml [key=value ...]
   python -m evaluation --predictions FILE.parquet [--config CONFIG.yaml]  without a model
+  python -m evaluation compare A B                                        two runs or files, prompt by prompt
 
 The questions are those of the config's data.eval. docs/evaluation.md says what every number means.
 """
 
 import argparse
 import asyncio
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,6 +26,7 @@ from rich.table import Table
 
 import video_opd  # noqa: F401  # first: makes transformers importable
 from evaluation import scoring
+from evaluation.compare import check_same_questions, compare, print_comparison
 from evaluation.predictions import count_others, read_answers, read_questions, write_answers
 from evaluation.protocols import PROTOCOLS, Protocol, protocol_named
 from evaluation.scoring import METRICS, Question, questions_of
@@ -31,11 +34,12 @@ from evaluation.timelines import write_timelines
 from video_opd.cluster.command_line import exit_code_of
 from video_opd.config import Config
 from video_opd.config_file import load_config, resolve_paths
-from video_opd.datasets import read_prompts
+from video_opd.datasets import read_prompts, read_sources
 from video_opd.errors import ConfigError, DataError
 from video_opd.files.checkpoint import find_checkpoint
 from video_opd.files.run_folder import write_json
 from video_opd.grounding import describe_odd, odd_truth
+from video_opd.hub import model_name, on_this_node
 from video_opd.models.lengths import PromptLengths, rollout_limit, too_long
 from video_opd.models.model_files import read_model_info
 from video_opd.passes import by_video
@@ -90,7 +94,7 @@ def read_splits(config: Config, multiple: int, baselines: bool) -> tuple[list[Pr
     """data.eval as published, and for the baselines data.train."""
     data, video, runs_dir = config.data, config.video, config.runs_dir
     prompts = read_prompts(data.eval, video, multiple, as_published=True, runs_dir=runs_dir)
-    train = read_prompts(data.train, video, multiple, runs_dir=runs_dir) if baselines else []
+    train = read_sources(data, video, multiple, runs_dir).prompts if baselines else []
     end_workers(video)
     return prompts, train
 
@@ -171,7 +175,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add, values = parser.add_argument, "configuration values, e.g. data.eval.max_prompts=100"
     add("overrides", nargs="*", metavar="key=value", help=values)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", type=Path, metavar="FOLDER", help="transformers folder; needs --config")
+    model = "transformers folder, or ORG/NAME[@REVISION] of the Hugging Face hub; needs --config"
+    what.add_argument("--model", type=Path, metavar="MODEL", help=model)
     what.add_argument("--run", type=Path, metavar="RUN", help="run folder, e.g. runs/NAME")
     file = "Parquet with the columns prompt_id and text"
     what.add_argument("--predictions", type=Path, metavar="FILE", help=file)
@@ -184,15 +189,21 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def config_of_run(folder: Path) -> Path:
+    """Raises ConfigError."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{folder} is not a run folder: it has no config.yaml")
+    return path
+
+
 def read_config(parsed: argparse.Namespace) -> Config | None:
     """The config to evaluate with; its `student` is the model asked for. Raises InputError."""
     path, overrides = parsed.config, list(parsed.overrides)
     if parsed.run:
         if path:
             raise ConfigError("--run evaluates with the run's own config: leave out --config")
-        path = parsed.run / "config.yaml"
-        if not path.is_file():
-            raise ConfigError(f"{parsed.run} is not a run folder: it has no config.yaml")
+        path = config_of_run(parsed.run)
         overrides.append(f"student={find_checkpoint(parsed.run) / 'student'}")
     elif parsed.model:
         if not path:
@@ -213,13 +224,62 @@ def run(parsed: argparse.Namespace) -> None:
     else:
         assert config is not None, "read_config gives one for a model or a run"
         os.environ.update(config.worker_env)  # as in the run's processes, before torch is imported
-        answers, name = answers_of_model(config, parsed.baselines), Path(config.student).name
+        config = on_this_node(config, teachers=False)
+        answers, name = answers_of_model(config, parsed.baselines), model_name(config.student)
     folder = parsed.out or (parsed.run / "evaluation" if parsed.run else Path(f"evaluation-{name}"))
     print_result(evaluate(answers, protocol, parsed.baselines, folder), folder)
 
 
+def answers_of_run(folder: Path, protocol: Protocol) -> tuple[Answers, str]:
+    """The answers of a run's last student, and what they were made from: files only, no model is asked.
+
+    They are those of `python -m evaluation --run`, and of the run's own end where there are none.
+    """
+    config = resolve_paths(load_config(config_of_run(folder)), Path.cwd())
+    evaluated, summary = folder / "evaluation" / f"{protocol.name}.parquet", folder / "summary.json"
+    if evaluated.exists():
+        return answers_of_file(evaluated, config=None, baselines=False), config.video.budget
+    texts = json.loads(summary.read_text())["examples"].get("student_after") if summary.exists() else None
+    if not texts:
+        advice = f"run `python -m evaluation --run {folder} --protocol {protocol.name}` first"
+        raise DataError(f"{folder} has no answers of its last student: {advice}")
+    questions = questions_of(read_splits(config, NO_FRAMES, baselines=False)[0])
+    return Answers(questions, texts, {}, train=[], seed=0), config.video.budget
+
+
+def run_compare(arguments: Sequence[str]) -> None:
+    """Raises VideoOPDError."""
+    parser = argparse.ArgumentParser("python -m evaluation compare", description="B against A.")
+    what = "a run folder, or a file PROTOCOL.parquet that `python -m evaluation` wrote"
+    parser.add_argument("a", type=Path, metavar="A", help=what)
+    parser.add_argument("b", type=Path, metavar="B", help="another, of the same questions")
+    parser.add_argument("--protocol", default="strict", metavar="NAME", help=", ".join(PROTOCOLS))
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parsed = parser.parse_args(arguments)
+    protocol, sides, scored = protocol_named(parsed.protocol), {}, []
+    questions: list[Question] = []
+    for side, path in (("a", parsed.a), ("b", parsed.b)):
+        if path.is_dir():
+            answers, video = answers_of_run(path, protocol)
+        else:
+            answers, video = answers_of_file(path, config=None, baselines=False), "video budget unknown"
+        if questions:
+            check_same_questions(questions, answers.questions, (str(parsed.a), str(parsed.b)))
+        questions = questions or answers.questions
+        sides[side] = {"name": str(path), "video": video}
+        scored.append(scoring.score_answers(questions, answers.texts, protocol, answers.why_missing))
+    result = sides | compare(scored[0], scored[1], protocol)
+    if parsed.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print_comparison(result)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 the run failed, 2 bad input."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["compare"]:
+        return exit_code_of(lambda: run_compare(arguments[1:]))
     parsed = parse_arguments(arguments)
     return exit_code_of(lambda: run(parsed))
 

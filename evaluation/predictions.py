@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from evaluation.scoring import Question, ScoredAnswer
 from video_opd.errors import DataError
-from video_opd.schemas import EVALUATION, span_columns, write_parquet
+from video_opd.schemas import EVALUATION, write_parquet
 
 
 def write_answers(path: Path, scored: Sequence[ScoredAnswer]) -> None:
@@ -19,10 +19,10 @@ def write_answers(path: Path, scored: Sequence[ScoredAnswer]) -> None:
     rows = [
         {
             **asdict(a.question),
-            **span_columns(a.span_s),
+            "spans_s": a.spans_s,
             "text": a.text,
             "iou": a.iou,
-            "unparsed": a.span_s is None,
+            "unparsed": not a.spans_s,
             "reversed": a.is_reversed,
             "out_of_range": a.is_out_of_range,
             "missing": a.text is None,

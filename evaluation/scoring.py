@@ -14,6 +14,7 @@ from video_opd.types import Prompt, Span
 
 METRICS = ("miou", *(f"r1@{m}" for m in THRESHOLDS))
 NUM_RESAMPLES = 1000
+DRAWN_AT_ONCE = 2_000_000  # videos: 16 MB
 INTERVAL_PERCENT = (2.5, 97.5)  # of the resamples: a 95 % interval
 
 
@@ -40,7 +41,7 @@ class ScoredAnswer:
 
     question: Question
     text: str | None  # None: missing
-    span_s: Span | None  # as scored, in seconds; None: the answer has no interval
+    spans_s: tuple[Span, ...]  # as scored, in seconds; empty: the answer has no interval
     iou: float  # 0 for every failure
     is_reversed: bool  # as written; some protocols put it in order
     failure: str | None  # why the answer could not be right, whatever the truth; None: it could
@@ -48,7 +49,7 @@ class ScoredAnswer:
     @property
     def is_out_of_range(self) -> bool:
         """Whether the interval reaches beyond the clip's end. No protocol clamps or forbids it."""
-        return self.span_s is not None and not max(self.span_s) <= self.question.duration_s
+        return any(not max(span) <= self.question.duration_s for span in self.spans_s)
 
 
 def questions_of(prompts: Sequence[Prompt]) -> list[Question]:
@@ -66,7 +67,7 @@ def score_answer(question: Question, text: str | None, protocol: Protocol, why_m
     reading = None if text is None else protocol.parse(text)
     if reading is None:
         failure = why_missing if text is None else "no interval in the answer"
-        return ScoredAnswer(question, text, span_s=None, iou=0.0, is_reversed=False, failure=failure)
+        return ScoredAnswer(question, text, spans_s=(), iou=0.0, is_reversed=False, failure=failure)
     start, end = span_s = protocol.seconds(reading.span, question.duration_s)
     iou = protocol.score(reading.span, question.answer_spans_s, question.duration_s)
     failure = None
@@ -74,7 +75,7 @@ def score_answer(question: Question, text: str | None, protocol: Protocol, why_m
         failure = "not finite"
     elif start >= end:
         failure = "reversed" if start > end else "zero length"
-    return ScoredAnswer(question, text, span_s, iou, reading.is_reversed, failure)
+    return ScoredAnswer(question, text, (span_s,), iou, reading.is_reversed, failure)
 
 
 def score_answers(
@@ -93,32 +94,47 @@ def score_answers(
 def summarise_answers(scored: Sequence[ScoredAnswer], protocol: Protocol) -> dict[str, float]:
     """mIoU, R1@m, n, and how many are unparsed (missing ones included), reversed, out of range, missing."""
     return {
-        **summarise([a.iou for a in scored], sum(a.span_s is None for a in scored), protocol.reaches),
+        **summarise([a.iou for a in scored], sum(not a.spans_s for a in scored), protocol.reaches),
         "reversed": sum(a.is_reversed for a in scored),
         "out_of_range": sum(a.is_out_of_range for a in scored),
         "missing": sum(a.text is None for a in scored),
     }
 
 
+def metric_values(scored: Sequence[ScoredAnswer], protocol: Protocol) -> np.ndarray:
+    """float64[prompts, METRICS]: what each prompt adds to the means."""
+    ious = np.array([a.iou for a in scored])
+    return np.stack([ious, *(protocol.reaches(ious, m) for m in THRESHOLDS)], axis=1)
+
+
+def resampled_means(
+    values: np.ndarray, videos: Sequence[str], seed: int, num_resamples: int
+) -> np.ndarray:  # float64[resamples, metrics]
+    """Means of float64[prompts, metrics] over VIDEOS drawn with replacement, each with all its prompts.
+
+    Answers about one video are not independent. A resample's value is the mean over its prompts (Efron and
+    Tibshirani, An Introduction to the Bootstrap, 1993, ch. 8, 13). Equal seeds draw equal videos.
+    """
+    names, of_prompt = np.unique(videos, return_inverse=True)
+    num = len(names)
+    sums = np.zeros((num, values.shape[1]))
+    np.add.at(sums, of_prompt, values)
+    counts, rng, means = np.bincount(of_prompt), np.random.default_rng(seed), []
+    rows = max(1, DRAWN_AT_ONCE // num)
+    for first in range(0, num_resamples, rows):
+        drawn = rng.integers(0, num, (min(rows, num_resamples - first), num))
+        at = drawn + num * np.arange(len(drawn))[:, None]
+        times = np.bincount(at.ravel(), minlength=drawn.size).reshape(drawn.shape)  # [resamples, videos]
+        means.append(times @ sums / (times @ counts)[:, None])
+    return np.concatenate(means)
+
+
 def bootstrap_intervals(
     scored: Sequence[ScoredAnswer], protocol: Protocol, seed: int = 0, num_resamples: int = NUM_RESAMPLES
 ) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of mIoU and R1@m by resampling VIDEOS, each with all its prompts.
-
-    Answers about one video are not independent. A resample's value is the mean over its prompts (Efron and
-    Tibshirani, An Introduction to the Bootstrap, 1993, ch. 8, 13).
-    """
-    ious = np.array([a.iou for a in scored])
-    values = np.stack([ious, *(protocol.reaches(ious, m) for m in THRESHOLDS)], axis=1)  # [prompts, metrics]
-    videos, of_prompt = np.unique([a.question.video for a in scored], return_inverse=True)
-    sums = np.zeros((len(videos), len(METRICS)))
-    np.add.at(sums, of_prompt, values)
-    counts = np.bincount(of_prompt)
-    rng = np.random.default_rng(seed)
-    means = np.empty((num_resamples, len(METRICS)))
-    for row in means:
-        drawn = rng.integers(0, len(videos), len(videos))
-        row[:] = sums[drawn].sum(0) / counts[drawn].sum()
+    """95 % percentile intervals of mIoU and R1@m, see resampled_means."""
+    videos = [a.question.video for a in scored]
+    means = resampled_means(metric_values(scored, protocol), videos, seed, num_resamples)
     low, high = np.percentile(means, INTERVAL_PERCENT, axis=0)
     return {name: (float(low[i]), float(high[i])) for i, name in enumerate(METRICS)}
 

@@ -19,8 +19,8 @@ def draw_timelines(scored: Sequence[ScoredAnswer]) -> Figure:
     for axes, answer in zip(figure.subplots(num, 1, squeeze=False)[:, 0], shown, strict=True):
         question, verdict = answer.question, answer.failure or f"IoU {answer.iou:.2f}"
         bars = [(1, span, "C2") for span in question.answer_spans_s]
-        if answer.span_s and not answer.failure:
-            bars.append((0, answer.span_s, "C0"))
+        if not answer.failure:
+            bars += [(0, span, "C0") for span in answer.spans_s]
         for row, (start, end), color in bars:
             axes.barh(row, end - start, left=start, color=color, height=0.7)
         axes.set(yticks=(0, 1), yticklabels=("answer", "truth"), ylim=(-0.5, 1.5))

@@ -75,7 +75,7 @@ def make_group(
                 actor_logprobs=-rng.exponential(1.0, length).astype(np.float32),
                 finish_reason=FinishReason.STOP,
                 text="From 2.0 to 5.0 seconds.",
-                predicted_span_s=(2.0, 5.0),
+                predicted_spans_s=((2.0, 5.0),),
             )
         )
         scores.append(

@@ -88,6 +88,12 @@ class _Time(NamedTuple):
     is_bare: bool  # an integer without a unit, which may count anything
 
 
+def parse_spans(text: str) -> tuple[Span, ...]:
+    """parse_span as a tuple, empty without an interval."""
+    span = parse_span(text)
+    return () if span is None else (span,)
+
+
 def parse_span(text: str) -> Span | None:
     """The interval that a response names, in seconds, or None. A reversed one is returned as written.
 

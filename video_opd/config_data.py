@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from video_opd.content import is_inside
 
@@ -31,9 +32,12 @@ def _regular_expression(pattern: str) -> str:
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+NegativeFloat = Annotated[float, Field(lt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(ge=0.01, le=2)]  # vLLM samples at 0.01 below it, and not above 2
 FileName = Annotated[str, AfterValidator(_file_name)]
 RegularExpression = Annotated[str, AfterValidator(_regular_expression)]
@@ -46,10 +50,9 @@ Cleaning = Literal["as_written", "strip", "parse_query", "time_r1"]
 Annotators = Literal["mean", "majority", "first", "all"]
 PromptStyle = Literal["timelens", "time_r1", "time_r1_think", "timelens2"]
 JsonFormat = Literal["charades_json", "activitynet", "qvhighlights", "timelens_bench", "timelens_100k"]
+ListFormat = Literal["time_r1", "tvgbench", "didemo", "tacos", "videomind"]
 ParquetFormat = Literal["video_opd", "manifest"]
-AnnotationFormat = Literal[
-    "auto", "charades_sta", JsonFormat, "time_r1", "tvgbench", "didemo", "tacos", "videomind", ParquetFormat
-]
+AnnotationFormat = Literal["auto", "charades_sta", "csv", JsonFormat, ListFormat, ParquetFormat]
 
 
 class ConfigSection(BaseModel):
@@ -103,13 +106,54 @@ class DatasetConfig(ConfigSection):
             yield f"query_pattern={self.query_pattern!r} must have one group, the query"
 
 
+class SourceConfig(DatasetConfig):
+    """One of several sources to train on."""
+
+    name: FileName = Field(description="of the source, in its prompts' ids and its metrics")
+    weight: PositiveFloat | None = key(None, "share of the drawn prompts, of the sum; None, for all: by size")
+    prompt: PromptStyle | None = key(None, "published prompt of this source; None: the section prompt")
+
+
+FORMS = ("one", "several")  # of data.train
+Train = Annotated[
+    Annotated[DatasetConfig, Tag("one")] | Annotated[tuple[SourceConfig, ...], Tag("several")],
+    Discriminator(lambda value: FORMS[isinstance(value, list | tuple)]),
+]
+
+
 class DataConfig(ConfigSection):
     """The split to train on and the held-out split."""
 
-    train: DatasetConfig
+    train: Train = Field(description="a split, or a list of them: docs/data.md, several sources")
     eval: DatasetConfig
 
+    @property
+    def sources(self) -> dict[str, DatasetConfig]:
+        """What to train on by the name of its source, which is empty where data.train is no list."""
+        return {"": self.train} if isinstance(self.train, DatasetConfig) else {s.name: s for s in self.train}
+
+    @property
+    def styles(self) -> dict[str, PromptStyle | None]:
+        """prompt.style of each source that is not the section prompt's; by name."""
+        return {
+            name: source.prompt for name, source in self.sources.items() if isinstance(source, SourceConfig)
+        }
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the sources by name; empty: prompts are drawn from their union."""
+        of_all = {
+            name: source.weight for name, source in self.sources.items() if isinstance(source, SourceConfig)
+        }
+        return {name: weight for name, weight in of_all.items() if weight is not None}
+
     def problems(self) -> Iterator[str]:
+        if not isinstance(self.train, DatasetConfig):
+            names = [source.name for source in self.train]
+            if not names or len(set(names)) < len(names):
+                yield f"data.train lists the sources {names}: give one or more, each a name of its own"
+            if 0 < len(self.weights) < len(names):
+                yield "data.train has sources with weight and without: give all one, or none"
         if self.eval.unreadable != "error":
             yield "data.eval.unreadable=drop would leave failures out of the metrics: mend the videos"
         if self.eval.too_long != "error":
@@ -135,6 +179,11 @@ class VideoConfig(ConfigSection):
     cache_dir: str | None = key(None, "folder of the node's cache of frames; None: in the temporary folder")
     cache_bytes: PositiveInt = key(8 << 30, "size of that cache, which outlives the run")
 
+    @property
+    def budget(self) -> str:
+        """What a model sees of a video, which a score depends on."""
+        return f"{self.fps:g} frames a second, at most {self.max_frames} and {self.max_video_tokens} tokens"
+
     def problems(self) -> Iterator[str]:
         fewest, most = f"min_frames={self.min_frames}", f"max_frames={self.max_frames}"
         if self.min_frames > self.max_frames:
@@ -157,6 +206,10 @@ class PromptConfig(ConfigSection):
         style = values.get("style") if isinstance(values, dict) else None
         return STYLES[style] | values if style in STYLES else values
 
+    def of_style(self, style: str | None) -> "PromptConfig":
+        """The section for prompts of a style of their own; None: itself."""
+        return self if style is None else _published(style)
+
     def problems(self) -> Iterator[str]:
         if "{query}" not in self.template:
             yield "template must contain {query}"
@@ -166,3 +219,8 @@ class PromptConfig(ConfigSection):
                 getattr(self, name).format(**known)
             except (KeyError, IndexError, ValueError) as error:
                 yield f"{name} may hold {', '.join(known)} in braces and no other braces ({error!r})"
+
+
+@cache
+def _published(style: str) -> PromptConfig:
+    return PromptConfig.model_validate({"style": style})

@@ -1,5 +1,6 @@
 """Temporal grounding metrics: IoU of intervals, R1@m, mIoU, and baselines that do not see the video."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,11 @@ from video_opd.types import FailedPrompt, Prediction, Prompt, Span
 
 THRESHOLDS = (0.3, 0.5, 0.7)
 ROUNDING = 1e-9  # an IoU that misses a threshold by less has reached it
+
+
+def first_span(spans: Sequence[Span]) -> Span | None:
+    """What counts where one interval is asked for; None: the answer could not be parsed."""
+    return spans[0] if spans else None
 
 
 def temporal_iou(a: Span, b: Span) -> float:
@@ -24,22 +30,49 @@ def best_iou(span: Span | None, answers: Sequence[Span]) -> float:
     return 0.0 if span is None else max((temporal_iou(span, answer) for answer in answers), default=0.0)
 
 
-def merged_iou(span: Span | None, answers: Sequence[Span]) -> float:
-    """IoU with the union of all answers, in seconds covered; 0 for an unparsed response (None)."""
-    if span is None or not np.all(np.isfinite(span)) or span[1] <= span[0]:
-        return 0.0
-    covered = shared = 0.0
-    reached = -np.inf  # answers may overlap: each second counts once
-    for start, end in sorted(answers):
-        start, reached = max(start, reached), max(end, reached)
-        covered += max(0.0, end - start)
-        shared += max(0.0, min(end, span[1]) - max(start, span[0]))
-    return shared / (span[1] - span[0] + covered - shared)
+def merge(spans: Iterable[Span]) -> list[Span]:
+    """The same seconds in disjoint intervals, ascending; without empty, reversed and infinite ones."""
+    merged: list[Span] = []
+    for start, end in sorted(span for span in spans if -math.inf < span[0] < span[1] < math.inf):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return merged
 
 
-def prompt_iou(span: Span | None, prompt: Prompt, multi_span: str) -> float:
-    """IoU with the prompt's ground truth. multi_span: how several spans count, best or merged."""
-    return {"best": best_iou, "merged": merged_iou}[multi_span](span, prompt.answer_spans_s or ())
+def duration_s(spans: Iterable[Span]) -> float:
+    """The length of disjoint intervals together."""
+    return sum(end - start for start, end in spans)
+
+
+def shared_s(a: Sequence[Span], b: Sequence[Span]) -> float:
+    """The seconds in both of two sets of disjoint, ascending intervals."""
+    shared, i, j = 0.0, 0, 0
+    while i < len(a) and j < len(b):
+        shared += max(0.0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
+        if a[i][1] < b[j][1]:
+            i += 1
+        else:
+            j += 1
+    return shared
+
+
+def merged_iou(spans: Iterable[Span], answers: Iterable[Span]) -> float:
+    """IoU of two sets of intervals, by the seconds that each covers; 0 where one covers none."""
+    predicted, truth = merge(spans), merge(answers)
+    shared = shared_s(predicted, truth)
+    union = duration_s(predicted) + duration_s(truth) - shared
+    return shared / union if shared > 0 else 0.0
+
+
+def prompt_iou(spans: Sequence[Span], prompt: Prompt, multi_span: str) -> float:
+    """IoU of an answer with the prompt's ground truth. multi_span: how several spans count.
+
+    best: the answer's first with the nearest true one; merged: the seconds that either set covers.
+    """
+    truth = prompt.answer_spans_s or ()
+    return merged_iou(spans, truth) if multi_span == "merged" else best_iou(first_span(spans), truth)
 
 
 def reaches(ious: np.ndarray, threshold: float) -> np.ndarray:
@@ -81,7 +114,7 @@ def describe_odd(counts: Mapping[str, int]) -> str:
 
 def evaluate(predictions: Sequence[Prediction], prompts: Sequence[Prompt | FailedPrompt]) -> dict[str, float]:
     """Scores one prediction per prompt. A prompt without one counts as IoU 0 and as unparsed."""
-    by_id = {p.prompt_id: p.span_s for p in predictions}
+    by_id = {p.prompt_id: first_span(p.spans_s) for p in predictions}
     spans = [by_id.get(p.prompt_id) for p in prompts]
     return summarise(_best_ious(spans, prompts), spans.count(None))
 

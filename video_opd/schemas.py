@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from video_opd.types import Prediction
+from video_opd.types import Prediction, Span
 
 _SPANS = pa.list_(pa.list_(pa.float64()))  # [start, end] each, seconds from the start of the clip
-_ANSWER = [("text", pa.string()), ("start_s", pa.float64()), ("end_s", pa.float64())]  # null: unparsed
+_ANSWER = [("text", pa.string()), ("spans_s", _SPANS)]  # without any: unparsed
 
 RECORDS = pa.schema(
     [
@@ -78,7 +79,7 @@ EVALUATION = pa.schema(
         ("query", pa.string()),
         ("duration_s", pa.float64()),
         ("answer_spans_s", _SPANS),  # ground truth
-        *_ANSWER,  # text null: missing; the span as the protocol scored it
+        *_ANSWER,  # text null: missing; the spans as the protocol scored them
         ("iou", pa.float64()),
         ("unparsed", pa.bool_()),
         ("reversed", pa.bool_()),
@@ -113,7 +114,7 @@ def answers_table(answers: Mapping[str, Sequence[Prediction]], schema: pa.Schema
     """One row for each answer: its key, in the first column of `schema`, its prompt, text and span."""
     rows = [
         {schema.names[0]: key, "prompt_id": p.prompt_id, "text": p.text}
-        | {"reverse_kl": p.reverse_kl, **span_columns(p.span_s)}
+        | {"reverse_kl": p.reverse_kl, "spans_s": p.spans_s}
         for key, predictions in answers.items()
         for p in predictions
     ]
@@ -124,13 +125,14 @@ def answers_in(table: pa.Table) -> dict[str, list[Prediction]]:
     """The answers of an answers_table, by key."""
     answers: dict[str, list[Prediction]] = {}
     for row in table.to_pylist():
-        span = None if row["start_s"] is None else (row["start_s"], row["end_s"])
         divergence = row.get("reverse_kl")  # files of earlier versions lack it
-        answer = Prediction(prompt_id=row["prompt_id"], text=row["text"], span_s=span, reverse_kl=divergence)
-        answers.setdefault(row[table.column_names[0]], []).append(answer)
+        answer = {"prompt_id": row["prompt_id"], "text": row["text"], "spans_s": spans_in(row)}
+        answers.setdefault(row[table.column_names[0]], []).append(Prediction(**answer, reverse_kl=divergence))
     return answers
 
 
-def span_columns(span: tuple[float, float] | None) -> dict[str, float | None]:
-    """The columns start_s and end_s."""
-    return {"start_s": span[0] if span else None, "end_s": span[1] if span else None}
+def spans_in(row: Mapping[str, Any]) -> tuple[Span, ...]:
+    """The spans of an answer's row, also of files of earlier versions: start_s and end_s, null: unparsed."""
+    if "start_s" in row:
+        return () if row["start_s"] is None else ((row["start_s"], row["end_s"]),)
+    return tuple((start, end) for start, end in row["spans_s"] or ())

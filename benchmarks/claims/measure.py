@@ -34,7 +34,7 @@ def measure(case: Case, out: Path) -> Row:
         else:
             folder = out / "runs" / case.name
             shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
-            summary = launch.launch(config)
+            summary = launch.launch(config, address="local")  # not a Ray that happens to be there
             row = result_of(summary, read_metrics(folder), config)
             if case.part == "learn":
                 student = checkpoint_folder(folder, summary["steps"]) / "student"
@@ -76,7 +76,18 @@ def result_of(summary: Mapping[str, Any], lines: Sequence[Mapping[str, float]], 
     row |= {"update_s": float(np.median(np.diff(ends))) if len(ends) > 1 else None}
     row |= {"select_s": seconds.get("select", 0.0), "train_s": seconds["train"] - seconds.get("evaluate", 0)}
     row |= {"teacher_miou": teacher["miou"] if teacher else None, "dropped": len(summary["dropped"])}
+    row |= {"metrics": first_and_last(lines, "learner/")}
     return row | {"suspended": summary["suspended_rollouts"], "curve": curve}
+
+
+def first_and_last(lines: Sequence[Mapping[str, float]], prefix: str) -> dict[str, list[float]]:
+    """Means over the first and the last quarter of the steps, of the metrics that all these steps have."""
+    few = max(1, len(lines) // 4)
+    parts = lines[:few], lines[-few:]
+    names = [
+        n for n in lines[0] if n.startswith(prefix) and all(n in line for part in parts for line in part)
+    ]
+    return {name: [float(np.mean([line[name] for line in part])) for part in parts] for name in names}
 
 
 def scores_in(line: Mapping[str, float]) -> dict[str, float]:

@@ -21,8 +21,8 @@ DECIDE += ("benchmarks/claims/case.py", "benchmarks/claims/measure.py")
 # Until an update of a kind is measured. Of a quiet machine, in seconds:
 GUESSED_UPDATE_S, GUESSED_GRPO_S = 0.8, 3.4
 START_S, EVAL_S = 25.0, 3.0  # start-up, evaluations at both ends and the second task; one evaluation
-ASKING_S = 40.0  # of a curriculum that asks the student about the pool, once or before every round
-CROWDED = 1.2  # how much longer an update takes beside another run
+ASKING_S = 70.0  # of a curriculum that asks the student about the pool, once or before every round
+CROWDED = 2.2  # how much longer a run takes beside two others on two cores: median of docs/results_rows.jsonl
 MOST_FAILED = 3
 ASKS = {f"curriculum.kind={kind}" for kind in ("tvdf", "scc", "difficulty")}
 
@@ -84,10 +84,10 @@ def seconds_of(case: Case, update_s: Mapping[str, float]) -> float:
         return START_S / 3
     guessed = GUESSED_GRPO_S if case.kind.startswith("grpo") else GUESSED_UPDATE_S
     each = update_s.get(case.kind, guessed)
-    each *= 1.0 if case.part == "time" else CROWDED
     evaluating = EVAL_S * (case.steps // EVAL_EVERY) if case.part == "learn" else 0.0
     asking = ASKING_S if ASKS.intersection(case.overrides) else 0.0
-    return START_S + each * case.steps + evaluating + asking
+    quiet = START_S + each * case.steps + evaluating + asking
+    return quiet * (1.0 if case.part == "time" else CROWDED)
 
 
 def estimate_s(cases: Sequence[Case], update_s: Mapping[str, float], jobs: int) -> float:

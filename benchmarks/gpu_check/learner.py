@@ -99,7 +99,7 @@ def made_up_groups(of: Setting, responses: Arrays, actor: Arrays, advantages: Ar
             actor_logprobs=old,
             finish_reason=FinishReason.LENGTH,
             text="",
-            predicted_span_s=None,
+            predicted_spans_s=(),
         )
         scores = TeacherScores(
             trajectory_id=trajectory.trajectory_id,

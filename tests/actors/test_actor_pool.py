@@ -83,7 +83,7 @@ class FakeActor:
 
     async def _predict(self, prompts: Sequence[Prompt], *_: Any) -> list[list[Prediction]]:
         await self._act()
-        return [[Prediction(prompt_id=p.prompt_id, text=str(self.version), span_s=None)] for p in prompts]
+        return [[Prediction(prompt_id=p.prompt_id, text=str(self.version), spans_s=())] for p in prompts]
 
     async def _rollout(self, prompts: Sequence[Prompt], for_selection: bool):
         async def value(prompt: Prompt, version: int) -> list[FailedPrompt]:
@@ -234,7 +234,7 @@ def test_predictions_keep_two_calls_at_each_actor_and_a_video_in_one():
         assert asked == (4, 1.0, False)
         calls.append([p.clip.clip_id for p in prompts])
         await held.wait()
-        return [[Prediction(prompt_id=p.prompt_id, text="", span_s=None)] for p in prompts]
+        return [[Prediction(prompt_id=p.prompt_id, text="", spans_s=())] for p in prompts]
 
     async def run() -> None:
         pool = await started(FakePool(config, random.Random(0), 0.0))

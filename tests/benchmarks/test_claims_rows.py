@@ -12,7 +12,7 @@ import launch
 from benchmarks import command, curriculum_ablation, objectives
 from benchmarks.claims import kinds, study
 from benchmarks.claims.case import Case
-from benchmarks.claims.measure import config_of, measure, result_of
+from benchmarks.claims.measure import config_of, first_and_last, measure, result_of
 from benchmarks.claims.rows import DECIDE, Rows, code_digest, estimate_s, run_missing, seconds_of
 from benchmarks.command import read_rows
 from demo import gaps
@@ -101,11 +101,13 @@ def test_many_failures_end_the_command(tmp_path):
 def test_the_estimate_knows_updates_starts_and_jobs():
     timing, learn = replace(CASE, part="time", steps=10), replace(CASE, kind="grpo")
     assert seconds_of(timing, {"opd": 2.0}) == pytest.approx(25 + 20)
-    assert seconds_of(learn, {"grpo": 3.0}) == pytest.approx(25 + 1.2 * 120 + 10 * 3)
+    assert seconds_of(learn, {"grpo": 3.0}) == pytest.approx(2.2 * (25 + 120 + 10 * 3))
     assert seconds_of(learn, {}) > seconds_of(replace(CASE, kind="sft"), {})
     for overrides in (kinds.TVDF, kinds.SCHEDULE, kinds.OBJECTIVES[kinds.OWN]):
-        assert seconds_of(replace(CASE, overrides=overrides), {}) == seconds_of(CASE, {}) + 40
-    assert estimate_s([timing, learn, learn], {"opd": 2.0, "grpo": 3.0}, jobs=2) == pytest.approx(45 + 199)
+        assert seconds_of(replace(CASE, overrides=overrides), {}) == pytest.approx(
+            seconds_of(CASE, {}) + 2.2 * 70
+        )
+    assert estimate_s([timing, learn, learn], {"opd": 2.0, "grpo": 3.0}, jobs=2) == pytest.approx(45 + 385)
 
 
 def study_of(tmp_path: Path, **given) -> study.Study:
@@ -161,10 +163,10 @@ def test_runs_share_all_but_what_is_compared(tmp_path, kind):
     assert (learn.learner.warmup_frac, learn.learner.final_lr_frac) == (0, 1)
     assert learn.num_steps == (120 if kind == "gate" else 40)
     assert learn.eval_every == 4
-    assert "/eval/" in learn.data.eval.videos and "wrong" in learn.data.train.annotations
+    assert "/eval/" in learn.data.eval.videos and "wrong" in learn.data.sources[""].annotations
     tune = config_of(replace(CASE, kind=kind, part="tune", overrides=overrides), tmp_path)
     assert "/validation/" in tune.data.eval.videos and not tune.eval_every
-    assert "wrong" not in tune.data.train.annotations
+    assert "wrong" not in tune.data.sources[""].annotations
     seen = learn.curriculum.num_selected
     if kind == kinds.OWN:
         assert seen and seen * learn.curriculum.passes_per_round == 40 * 32
@@ -203,6 +205,13 @@ def test_a_run_becomes_a_row_with_its_curve(tmp_path):
     assert [p["prompts"] for p in result_of(summary, lines, off_policy)["curve"]] == [0, 160, 224]
 
 
+def test_a_metric_is_read_in_the_first_and_the_last_quarter():
+    lines = [{"learner/a": float(step), "wall_s": 1.0} for step in range(9)]
+    lines[8] |= {"learner/b": 1.0}  # not in every step that is read
+    assert first_and_last(lines, "learner/") == {"learner/a": [0.5, 7.5]}
+    assert first_and_last(lines[:1], "learner/") == {"learner/a": [0.0, 0.0]}
+
+
 @pytest.mark.parametrize("part", ["tune", "time", "learn"])
 def test_the_last_student_answers_the_second_task_and_one_run_keeps_the_teachers_answers(
     tmp_path, monkeypatch, part
@@ -210,8 +219,8 @@ def test_the_last_student_answers_the_second_task_and_one_run_keeps_the_teachers
     case, asked = replace(CASE, part=part, steps=2), []
     folder = tmp_path / "runs" / case.name
 
-    def launched(config) -> dict:
-        assert not (folder / "old").exists() and config.run_name == case.name
+    def launched(config, address) -> dict:
+        assert address == "local" and not (folder / "old").exists() and config.run_name == case.name
         os.write(1, b"a line of the run\n")
         (folder / "checkpoints" / "step-2" / "student").mkdir(parents=True)
         (folder / "student").mkdir()  # the best on the evaluation split

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curriculum import answers as on_disk
@@ -97,7 +98,9 @@ def test_prompt_keys_follow_the_file_the_frames_and_the_text(config, tmp_path):
     moved = overridden(
         config, data={"train": config.data.train.model_copy(update={"videos": str(copied / "videos")})}
     )
-    assert prompt_keys(read_prompts(moved.data.train, config.video, 32), config) == keys, "content, not path"
+    assert prompt_keys(read_prompts(moved.data.sources[""], config.video, 32), config) == keys, (
+        "content, not path"
+    )
     fewer = config.video.model_copy(update={"fps": 1.0})
     assert not set(prompt_keys(read_prompts(config.data.train, fewer, 32), config)) & set(keys)
     assert not set(prompt_keys(prompts, overridden(config, prompt={"video_first": True}))) & set(keys)
@@ -108,7 +111,21 @@ def write_answers(run: Path, settings: str, answers: dict[str, list[Prediction]]
 
 
 def answers_of(prompt_id: str, *spans) -> list[Prediction]:
-    return [Prediction(prompt_id=prompt_id, text=str(span), span_s=span) for span in spans]
+    return [
+        Prediction(prompt_id=prompt_id, text=str(span), spans_s=(span,) if span else ()) for span in spans
+    ]
+
+
+def test_answers_of_a_version_with_one_span_each_are_read(tmp_path):
+    names = ("prompt_key", "prompt_id", "text", "start_s", "end_s")
+    rows = [("k", "a", "1 to 2", 1.0, 2.0), ("k", "a", "no", None, None), ("l", "b", "2 to 1", 2.0, 1.0)]
+    table = pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows])
+    pq.write_table(table.replace_schema_metadata({"settings": "s"}), tmp_path / "old.parquet")
+    read = on_disk.read_answers([tmp_path / "old.parquet"], "s")
+    assert {key: [a.spans_s for a in answers] for key, answers in read.items()} == {
+        "k": [((1.0, 2.0),), ()],
+        "l": [((2.0, 1.0),)],
+    }
 
 
 def test_answers_are_found_in_other_runs_by_key_and_settings(tmp_path):

@@ -89,11 +89,12 @@ CURRICULUM = {
 def progress_at(step: int) -> Progress:
     return Progress(
         step=step,
+        baseline=0.1 + 0.2,
         totals=Counter(rollouts=7),
         evaluations={"teacher": {"miou": 0.75, "n": 2}, "student_before": {"miou": 0.25, "n": 2}},
         examples={
-            "teacher": [Prediction(prompt_id="e", text="From 1 to 2", span_s=(1.0, 2.0))],
-            "student_before": [Prediction(prompt_id="e", text="ä", span_s=None)],
+            "teacher": [Prediction(prompt_id="e", text="From 1 to 2", spans_s=((1.0, 2.0),))],
+            "student_before": [Prediction(prompt_id="e", text="ä", spans_s=())],
         },
         failed_eval={"f": "broken"},
     )

@@ -23,9 +23,9 @@ class Actors:
     num_wanted, num_right = 1, 0
 
     async def predict(self, prompts: Any, *_: Any, **__: Any) -> list[list[Prediction]]:
-        spans = [(2.0, 5.0) if i < self.num_right else None for i in range(len(prompts))]
+        spans = [((2.0, 5.0),) if i < self.num_right else () for i in range(len(prompts))]
         pairs = zip(prompts, spans, strict=True)
-        return [[Prediction(prompt_id=p.prompt_id, text=str(s), span_s=s)] for p, s in pairs]
+        return [[Prediction(prompt_id=p.prompt_id, text=str(s), spans_s=s)] for p, s in pairs]
 
 
 def make_run(actors: Actors, progress: Progress) -> Any:
@@ -69,7 +69,7 @@ def test_of_many_evaluations_the_answers_of_the_last_and_the_best_stay_and_all_s
 
 def test_a_checkpoint_with_the_answers_of_all_steps_is_read_and_goes_on_with_fewer(tmp_path):
     evaluations = {at_step(n): {"miou": n / 10} for n in (1, 3, 2)}
-    answers = {name: [Prediction(prompt_id="e0", text="", span_s=None)] for name in evaluations}
+    answers = {name: [Prediction(prompt_id="e0", text="", spans_s=())] for name in evaluations}
     old = Progress(step=3, evaluations=evaluations, examples=answers)
     write_progress(tmp_path, old, CURRICULUM, SETUP)
     run = make_run(Actors(), read_progress(tmp_path, SETUP).progress)

@@ -29,7 +29,7 @@ class Answering:
     ) -> list:
         assert (num_answers, temperature) == (1, 0.0), "evaluation is greedy"
         self.asked.append(blank_video)
-        return [[Prediction(prompt_id=p.prompt_id, text="", span_s=p.answer_spans_s[0])] for p in prompts]
+        return [[Prediction(prompt_id=p.prompt_id, text="", spans_s=p.answer_spans_s[:1])] for p in prompts]
 
 
 def make_run(step: int, num_actors: int = 1, evaluated: tuple[str, ...] = ()) -> Any:

@@ -66,7 +66,10 @@ class Model:
     async def _answer(self, prompts: Sequence[Prompt], num_answers: int) -> list[Any]:
         failed = await self.take(prompts)
         spans = [*self._spans, *[self._spans[-1]] * num_answers][:num_answers]
-        answers = [[Prediction(prompt_id=p.prompt_id, text="", span_s=s) for s in spans] for p in prompts]
+        answers = [
+            [Prediction(prompt_id=p.prompt_id, text="", spans_s=(s,) if s else ()) for s in spans]
+            for p in prompts
+        ]
         return [f or a for f, a in zip(failed, answers, strict=True)]
 
 
@@ -292,7 +295,7 @@ class Student(Model):
     def _rolled_out(self, prompt: Prompt) -> TrajectoryGroup:
         (trajectory,) = make_group(prompt.prompt_id, [1 + int(prompt.prompt_id[1:])]).group.trajectories
         ones = np.ones(len(trajectory.response_token_ids), np.float32)
-        rollout = replace(trajectory, actor_logprobs=-ones, predicted_span_s=self._spans[0])
+        rollout = replace(trajectory, actor_logprobs=-ones, predicted_spans_s=(self._spans[0],))
         return TrajectoryGroup(prompt=prompt, trajectories=(rollout,))
 
 

@@ -25,10 +25,10 @@ from evaluation.scoring import (
 )
 from evaluation.timelines import NUM_SHOWN, draw_timelines
 from tests.fakes import make_prompt
-from video_opd.answers import parse_span
+from video_opd.answers import parse_spans
 from video_opd.config_file import load_config
 from video_opd.errors import DataError, ParityError
-from video_opd.grounding import blind_baselines, evaluate
+from video_opd.grounding import blind_baselines, evaluate, first_span
 from video_opd.schemas import EVALUATION
 from video_opd.types import FailedPrompt, Prediction, Span
 
@@ -100,7 +100,9 @@ def test_the_strict_protocol_gives_launchs_numbers_to_the_last_bit():
     texts = {
         p.prompt_id: "From {:.1f} to {:.1f} seconds.".format(*rng.uniform(0, 12, 2)) for p in prompts[:280]
     }
-    answers = [Prediction(prompt_id=name, text=text, span_s=parse_span(text)) for name, text in texts.items()]
+    answers = [
+        Prediction(prompt_id=name, text=text, spans_s=parse_spans(text)) for name, text in texts.items()
+    ]
     launchs = evaluate(answers, prompts)
     ours = summarise_answers(score_answers(questions_of(prompts), texts, STRICT, {}), STRICT)
     assert {key: ours[key] for key in launchs} == launchs
@@ -112,7 +114,7 @@ def test_one_answer_has_other_numbers_under_other_protocols():
     wanted = question("p", answers=((24.0, 30.0),), duration_s=60.0)
     texts = {"p": "First 00:24 - 00:30, then 40 to 50."}
     numbers = {name: score_answers([wanted], texts, p, {})[0] for name, p in PROTOCOLS.items()}
-    assert {name: a.span_s for name, a in numbers.items()} == {
+    assert {name: first_span(a.spans_s) for name, a in numbers.items()} == {
         "strict": (24.0, 30.0),
         "timelens": (24.0, 30.0),
         "time_r1": (40.0, 50.0),
@@ -216,8 +218,7 @@ def test_answers_written_and_read_back_score_the_same(scored, tmp_path):
         "duration_s": 12.0,
         "answer_spans_s": [[2.0, 6.0]],
         "text": TEXTS["half"],
-        "start_s": 2.0,
-        "end_s": 4.0,
+        "spans_s": [[2.0, 4.0]],
         "iou": 0.5,
         "unparsed": False,
         "reversed": False,
@@ -225,7 +226,7 @@ def test_answers_written_and_read_back_score_the_same(scored, tmp_path):
         "missing": False,
         "failure": None,
     }
-    assert rows["huge"]["end_s"] == math.inf and rows["huge"]["out_of_range"]
+    assert rows["huge"]["spans_s"][0][1] == math.inf and rows["huge"]["out_of_range"]
 
 
 def test_timelines_show_some_prompts_with_their_verdict(scored):
@@ -334,13 +335,13 @@ def test_a_models_failures_count_and_an_engines_error_is_exit_code_1(config, tmp
     def ask(config, prompts, blanks):
         texts = [f"From {p.answer_spans_s[0][0]} to {p.answer_spans_s[0][1]} seconds." for p in prompts[:2]]
         answers = [
-            Prediction(prompt_id=p.prompt_id, text=t, span_s=None)
+            Prediction(prompt_id=p.prompt_id, text=t, spans_s=())
             for p, t in zip(prompts, texts, strict=False)
         ]
         failed = [FailedPrompt(prompt_id=p.prompt_id, reason="torn") for p in prompts[2:]]
         return [
             [*answers, *failed],
-            [Prediction(prompt_id=p.prompt_id, text="?", span_s=None) for p in prompts],
+            [Prediction(prompt_id=p.prompt_id, text="?", spans_s=()) for p in prompts],
         ]
 
     model = ["--model", str(DEMO.parents[1] / "demo" / "models" / "student"), "--out", str(tmp_path), *config]
@@ -371,7 +372,7 @@ def test_a_model_is_asked_video_by_video_and_answers_are_in_the_callers_order(mo
 
     async def predict(loop, encoder, prompts, blank_video, on_answer):
         asked.extend(p.clip.clip_id for p in prompts)
-        return [[Prediction(prompt_id=p.prompt_id, text=str(blank_video), span_s=None)] for p in prompts]
+        return [[Prediction(prompt_id=p.prompt_id, text=str(blank_video), spans_s=())] for p in prompts]
 
     async def fail(*_, **__):
         raise ParityError("the processor sees 7 tokens")

@@ -72,7 +72,7 @@ def test_an_evaluation_counts_every_prompt_of_the_split(run):
     run.video("eval", 2).unlink()
     plan = make_plan(run.config(), resumes=True)
     truth = [
-        Prediction(prompt_id=p.prompt_id, text="", span_s=(p.answer_spans_s or [(0.0, 0.0)])[0])
+        Prediction(prompt_id=p.prompt_id, text="", spans_s=(p.answer_spans_s or ((0.0, 0.0),))[:1])
         for p in plan.eval.prompts
     ]
     scores = evaluate(truth, plan.eval.pool)
@@ -122,9 +122,10 @@ def test_a_schedule_has_a_prompt_for_each_step_and_the_plan_says_how_many_it_pre
     [
         (["curriculum.scc.gate=true"], "curriculum.scc.gate"),
         (["curriculum={kind: tvdf, scc: {gate: true}}"], "curriculum.kind=tvdf"),
+        (["loss.task_weight=0.5", "loss.on_policy_frac=0.5"], "loss.task_weight and loss.on_policy_frac"),
         ([], None),
     ],
-    ids=["uniform, gate", "tvdf, gate", "uniform"],
+    ids=["uniform, gate", "tvdf, gate", "signals", "uniform"],
 )
 def test_whoever_compares_with_the_ground_truth_needs_it(run, overrides, user):
     config, prompts = run.config(*overrides), [make_prompt(f"p{i}", answers=None) for i in range(9)]

@@ -162,7 +162,7 @@ def scored_groups(
                     actor_logprobs=(rng.normal(-6.5, 0.3, n) * sampled).astype(np.float32),
                     finish_reason=FinishReason.STOP,
                     text="",
-                    predicted_span_s=None,
+                    predicted_spans_s=(),
                 )
             )
             logprobs = np.log(rng.dirichlet(np.ones(top_k + 1), n)[:, :top_k]).astype(np.float32)

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -260,7 +259,7 @@ def test_the_log_holds_every_trajectory_as_it_was_trained_on(tmp_path):
         np.testing.assert_array_equal(np.float32(row["actor_logprobs"]), t.actor_logprobs)
         np.testing.assert_array_equal(np.float32(row["teacher_logprobs"]), s.teacher_logprobs)
         assert (row["finish_reason"], row["text"]) == ("stop", t.text)
-        assert (row["start_s"], row["end_s"]) == t.predicted_span_s
+        assert tuple(map(tuple, row["spans_s"])) == t.predicted_spans_s
 
 
 def test_what_was_logged_before_a_crash_is_readable(tmp_path):
@@ -288,6 +287,17 @@ def test_each_start_of_a_run_logs_into_a_file_of_its_own(tmp_path):
     assert [r["step"] for p in sorted(tmp_path.iterdir()) for r in read_log(p)] == [0, 40]
 
 
+def test_a_log_of_a_version_with_one_span_each_keeps_its_columns(tmp_path):
+    schema = pa.schema([("step", pa.int64()), ("start_s", pa.float64()), ("end_s", pa.float64())])
+    path = tmp_path / "from-step-000000.arrows"
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for step in range(3):
+            row = {"step": step, "start_s": 1.0, "end_s": 2.0}
+            writer.write_batch(pa.RecordBatch.from_pylist([row], schema=schema))
+    TrajectoryLog(tmp_path, start_step=2).close()
+    assert [(r["step"], r["start_s"], r["end_s"]) for r in read_log(path)] == [(0, 1.0, 2.0), (1, 1.0, 2.0)]
+
+
 # --- metrics ---
 
 
@@ -306,24 +316,6 @@ def test_metrics_are_one_line_a_step(tmp_path):
     assert read_metrics(tmp_path) == [
         {"step": s, "policy_version": s + 1, "wall_s": float(s), "learner/loss": 0.5 + s} for s in range(3)
     ]
-
-
-def test_tensorboard_reads_each_scalar_of_a_step_from_one_event(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
-    sinks = MetricSinks(tmp_path, 3)
-    for step, loss in ((3, 0.5), (4, math.nan)):
-        report = StepReport(step=step, policy_version=4, metrics={"learner/loss": loss, "x": step / 2})
-        sinks.write(report, wall_s=10.0 + step)
-    sinks.close()
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    board = EventAccumulator(str(file)).Reload()
-    read = {
-        name: [(e.step, e.wall_time, e.value) for e in board.Scalars(name)] for name in ("learner/loss", "x")
-    }
-    assert read == {"learner/loss": [(3, 13.0, 0.5)], "x": [(3, 13.0, 1.5), (4, 14.0, 2.0)]}
-    assert sum(1 for _ in EventFileLoader(str(file)).Load()) == 3, "one a step after the file's head"
 
 
 def test_a_resumed_run_keeps_each_step_once(tmp_path):

@@ -82,25 +82,31 @@ def test_best_iou_is_that_of_the_nearest_answer_and_zero_for_no_interval():
 spans = st.tuples(st.integers(0, 12), st.integers(0, 12)).filter(lambda s: s[0] < s[1])
 
 
-@given(span=spans, answers=st.lists(spans, min_size=1, max_size=4))
-def test_merged_iou_is_that_with_the_union_of_all_answers_on_a_fine_grid(span, answers):
-    covered = {t for a, b in answers for t in range(a, b)}
-    predicted = set(range(*span))
-    assert merged_iou(span, answers) == pytest.approx(len(covered & predicted) / len(covered | predicted))
-    assert merged_iou(span, answers[:1]) == pytest.approx(best_iou(span, answers[:1]))
+sets = st.lists(spans, min_size=1, max_size=4)
 
 
-@pytest.mark.parametrize("bad", [None, (3.0, 3.0), (4.0, 2.0), (0.0, float("nan")), (float("-inf"), 1.0)])
-def test_merged_iou_of_no_interval_is_zero(bad):
-    assert merged_iou(bad, [(0.0, 4.0), (6.0, 8.0)]) == 0.0
+@given(predicted=sets, answers=sets)
+def test_merged_iou_is_that_of_the_seconds_that_two_sets_cover_on_a_fine_grid(predicted, answers):
+    ours, theirs = ({t for a, b in of for t in range(a, b)} for of in (predicted, answers))
+    assert merged_iou(predicted, answers) == pytest.approx(len(ours & theirs) / len(ours | theirs))
+    assert merged_iou(answers, predicted) == merged_iou(predicted, answers)
+    assert merged_iou(predicted[:1], answers[:1]) == best_iou(predicted[0], answers[:1])
+
+
+@pytest.mark.parametrize("bad", [(3.0, 3.0), (4.0, 2.0), (0.0, float("nan")), (float("-inf"), 1.0)])
+def test_merged_iou_leaves_out_what_is_no_interval(bad):
+    truth = [(0.0, 4.0), (6.0, 8.0)]
+    assert merged_iou([], truth) == merged_iou([bad], truth) == merged_iou(truth, [bad]) == 0.0
+    assert merged_iou([bad, (6.0, 8.0)], truth) == pytest.approx(2 / 6)
 
 
 def test_a_prompt_of_several_spans_is_read_as_its_nearest_or_as_their_union():
     prompt = make_prompt("p", ((0.0, 2.0), (6.0, 8.0)))
-    assert prompt_iou((0.0, 2.0), prompt, "best") == 1.0
-    assert prompt_iou((0.0, 2.0), prompt, "merged") == 0.5
-    assert prompt_iou((0.0, 8.0), prompt, "merged") == 0.5
-    assert prompt_iou(None, prompt, "best") == prompt_iou(None, prompt, "merged") == 0.0
+    assert prompt_iou(((0.0, 2.0), (6.0, 8.0)), prompt, "best") == 1.0
+    assert prompt_iou(((0.0, 2.0),), prompt, "merged") == 0.5
+    assert prompt_iou(((0.0, 8.0),), prompt, "merged") == 0.5
+    assert prompt_iou(((0.0, 2.0), (6.0, 8.0)), prompt, "merged") == 1.0
+    assert prompt_iou((), prompt, "best") == prompt_iou((), prompt, "merged") == 0.0
 
 
 def test_summary_counts_thresholds_inclusively_and_over_every_prompt():
@@ -121,7 +127,7 @@ def test_nothing_to_summarise_is_an_error():
 
 
 def prediction(prompt_id: str, span: Span | None) -> Prediction:
-    return Prediction(prompt_id=prompt_id, text="", span_s=span)
+    return Prediction(prompt_id=prompt_id, text="", spans_s=(span,) if span else ())
 
 
 def test_prompts_without_a_prediction_or_without_an_interval_stay_in_the_denominator():

@@ -18,6 +18,10 @@ CLEANINGS = {
 """Named after the codebases that do so: parse_query is the function of VideoMind and TimeLens."""
 
 
+_NUMBER = re.compile(r"-?\d+(?:\.\d*)?", re.ASCII)
+_CLOCK = re.compile(r"(?:(\d+):([0-5]\d)|(\d+)):([0-5]\d(?:\.\d*)?)", re.ASCII)  # H:MM or M, then :SS
+
+
 def get(record: dict[str, Any], key: str, where: str) -> Any:
     """A value that must be there."""
     if key not in record:
@@ -50,6 +54,17 @@ def number(value: Any, key: str, where: str) -> float:
         if type(value) in (int, float):
             return float(value)
     raise wrong(f"{key} must be a number", value, where)
+
+
+def clock_seconds(value: Any, key: str, where: str) -> float:
+    """Seconds from a text: a number, or a clock time M:SS or H:MM:SS, each with decimals or without."""
+    written = text(value, key, where).strip()
+    if _NUMBER.fullmatch(written):
+        return float(written)
+    if (match := _CLOCK.fullmatch(written)) is None:
+        raise wrong(f"{key} must be seconds (62.5) or a clock time (1:02.5, 0:01:02.5)", value, where)
+    hours, of_hour, minutes, rest = match.groups(default="0")
+    return float(int(hours) * 3600 + int(of_hour) * 60 + int(minutes) * 60) + float(rest)
 
 
 def positive(value: Any, key: str, where: str) -> float:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, get_args
 
 from video_opd.config_data import AnnotationFormat, DatasetConfig
-from video_opd.datasets import fields, released
+from video_opd.datasets import fields, released, table
 from video_opd.datasets.annotation import Annotation
 from video_opd.datasets.manifest import is_parquet, read_manifest
 from video_opd.datasets.source import Record, Source, as_record, describe, is_by_video, read_source
@@ -81,6 +81,10 @@ def _from_records(dataset: DatasetConfig, _: Format) -> Iterator[Record]:
 
 def _from_rows(dataset: DatasetConfig, _: Format) -> Iterator[Record]:
     yield from released.rows(dataset)
+
+
+def _from_table(dataset: DatasetConfig, _: Format) -> Iterator[Record]:
+    yield from table.rows(dataset)
 
 
 def _from_events(dataset: DatasetConfig, _: Format) -> Iterator[Record]:
@@ -172,6 +176,7 @@ FORMATS = {  # the first whose marks are all there is detected
     "activitynet": _SENTENCES,  # known by its videos' ids
     "timelens_bench": Format(_from_videos, "video", "queries", "spans", fields.one_pair),
     "charades_sta": replace(_LINES, marks="##", options={"lengths": None}),
+    "csv": Format(_from_table, "video", "query", "spans", marks="header", cleaning="strip"),
     "video_opd": replace(_RELEASED, options={"query_pattern": None}),  # Parquet: detected by its columns
 }
 """The names are those of config_data.AnnotationFormat, except `auto` and `manifest`."""
@@ -193,6 +198,8 @@ def _first_annotation(source: Source) -> tuple[str, dict[str, Any], str]:
     """(its video in an object of objects, otherwise empty; its object; what the file holds, for errors)."""
     if source.text.lstrip()[0] not in "{[":
         _, line = next(source.lines())
+        if table.header(source)[0]:
+            return "", {"header": None}, ""
         return "", {"##": None} if "##" in source.text else {}, f"text that begins with {line[:60]!r}"
     values = source.values()
     _, first = next(values)

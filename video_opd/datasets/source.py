@@ -22,9 +22,8 @@ PACKED = {  # first bytes of files that are not text
     b"\x28\xb5\x2f\xfd": "zstd: unpack it",
     b"PK\x03\x04": "zip: unpack it",
     b"PAR1": "Parquet: use format auto",
-    b"\xff\xfe": "UTF-16: save it as UTF-8",
-    b"\xfe\xff": "UTF-16: save it as UTF-8",
 }
+UTF16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks; Excel writes them
 NUM_KEYS = 5  # of an object that an error names
 _TEXT = re.compile(r"\S")
 
@@ -122,10 +121,10 @@ def describe(value: Any, depth: int = 2) -> str:
 
 
 def read_source(path: str | Path) -> Source:
-    """Raises DataError for a file that cannot be read or is not UTF-8."""
+    """Raises DataError for a file that cannot be read or is neither UTF-8 nor UTF-16 with its mark."""
     try:
         content = Path(path).read_bytes()
-        text = content.decode("utf-8-sig")
+        text = content.decode("utf-16" if content.startswith(UTF16) else "utf-8-sig")
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): check the path") from error
     except UnicodeDecodeError as error:

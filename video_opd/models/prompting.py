@@ -26,8 +26,9 @@ GREY = 128  # every pixel of a blank video
 _PADS = re.compile(f"(?:{re.escape(VIDEO_PAD)})+")
 
 
-def chat_messages(config: PromptConfig, query: str) -> list[dict[str, Any]]:
-    """What a chat template takes."""
+def chat_messages(config: PromptConfig, query: str, style: str | None = None) -> list[dict[str, Any]]:
+    """What a chat template takes. style: of the prompt, as in Prompt."""
+    config = config.of_style(style)
     text = {"type": "text", "text": config.template.format(query=query)}
     content = [{"type": "video"}, text] if config.video_first else [text, {"type": "video"}]
     return [{"role": "user", "content": content}]
@@ -84,6 +85,12 @@ def fingerprint(
     return digest.hexdigest()
 
 
+def grey_frames(clip: Clip) -> tuple[np.ndarray, str]:
+    """uint8[F, H, W, 3], read-only: a blank video in the place of the clip's frames; and its digest."""
+    shape = len(clip.frame_indices), *clip.frame_size, 3
+    return np.broadcast_to(np.uint8(GREY), shape), f"grey {shape}"
+
+
 class PromptEncoder:
     """Prompt -> EncodedPrompt, with a model folder's processor. Every process that sees prompts holds one.
 
@@ -117,9 +124,12 @@ class PromptEncoder:
     def _to_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def answer_ids(self, span: Span) -> np.ndarray:
-        """int32[N]: an interval written by prompt.answer_template, with the end token."""
-        text = self._config.answer_template.format(start=span[0], end=span[1]) + self.tokenizer.eos_token
+    def answer_ids(self, span: Span, style: str | None = None) -> np.ndarray:
+        """int32[N]: an interval written by the answer_template of a prompt's style, with the end token."""
+        text = (
+            self._config.of_style(style).answer_template.format(start=span[0], end=span[1])
+            + self.tokenizer.eos_token
+        )
         return np.asarray(self._to_ids(text), dtype=np.int32)
 
     def written(self, response: str) -> str:
@@ -169,7 +179,7 @@ class PromptEncoder:
             frames, digest = self.frame_cache.read_with_digest(clip)
         digest = digest or digest_of(frames)
         if blank_video:
-            frames, digest = np.full_like(frames, GREY), f"grey {frames.shape}"
+            frames, digest = grey_frames(clip)
         metadata, unexpanded = video_metadata(clip), self._unexpanded(prompt)
         video = self._video_text(json.dumps(metadata))
         self._check_size(clip, video)
@@ -204,7 +214,7 @@ class PromptEncoder:
 
     def _unexpanded(self, prompt: Prompt) -> list[int]:
         """Token ids of the prompt, its video one pad. Raises DataError unless it has one video."""
-        messages = chat_messages(self._config, prompt.query)
+        messages = chat_messages(self._config, prompt.query, prompt.style)
         text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = self._to_ids(text)
         if (found := [ids.count(pad) for pad in self.pad_ids]) != [1, 0]:

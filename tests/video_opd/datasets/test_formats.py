@@ -47,6 +47,11 @@ GOLDEN: dict[str, list[tuple]] = {
         ("3MSZA:2", "3MSZA.mp4", "a person ## laughs.", [[0.0, 12.0]], 12.0, None, None),
         ("I28Y0:3", "I28Y0.webm", "person closes a door", [[0.5, 4.25]], 12.02, None, None),
     ],
+    "csv": [  # one prompt for each video and query, its rows are intervals
+        ("3MSZA:2", "3MSZA.mp4", "The light goes on, at last", [[2.4, 8.2], [10.0, 11.5]], None, None, None),
+        ("I28Y0:3", "I28Y0.webm", "A door opens", [[1.0, 4.0]], None, None, None),
+        ("3MSZA:6", "3MSZA.mp4", "she sits", [[1.0, 2.0]], None, None, None),
+    ],
     "charades_json": [
         ("3MSZA:1", "3MSZA.mp4", "person turn a light on.", [[2.4, 8.2]], 12.0, None, None),
         ("3MSZA:2", "3MSZA.mp4", "Person  sits.", [[1.0, 5.0]], 12.0, None, None),
@@ -522,7 +527,7 @@ def test_a_value_that_cannot_be_is_named_with_its_place(name, old, new, named, v
 @pytest.mark.parametrize("name", GOLDEN)
 def test_a_file_that_is_not_utf8_is_named(name, videos, tmp_path):
     path = tmp_path / golden_file(name).name
-    path.write_bytes(golden_file(name).read_text().encode("utf-16"))
+    path.write_bytes(golden_file(name).read_text().encode("utf-32"))
     for asked in ("auto", name):
         failure(config(path, videos, asked), DataError, str(path), "not UTF-8")
 
@@ -623,7 +628,6 @@ def test_json_of_another_structure_than_the_named_format_is_described(name, text
     ("content", "named"),
     [
         (gzip.compress(b"{}", mtime=0), "is not UTF-8 text but gzip: unpack it"),
-        ("{}".encode("utf-16"), "but UTF-16: save it as UTF-8"),
         ("{}".encode("utf-16-le"), "(a zero at byte 1): save it as UTF-8"),
         (b"PAR1\x15", "but Parquet: use format auto"),
         (b"PK\x03\x04", "but zip"),

@@ -1,0 +1,170 @@
+"""Signals beside the teacher: each option against its objective alone, at equal prompts.
+
+`python -m benchmarks.signals [--quick] [--out DIR]`, in the folder of the repository. The learning rate is
+the one that the objective's trials on the validation split give; benchmarks.objectives with the same DIR has
+the same trials. A metric of its own is the mean of the first and of the last quarter of the updates. Writes
+Markdown into DIR; an interrupted command goes on where it was. The last line is one JSON object.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from benchmarks.claims import kinds, study, tables
+from benchmarks.claims.reading import Group, difference
+from benchmarks.command import spread
+
+LOSSES = {"opd": "kind: opd, clamp: 3, center: batch", "opd_topk": "kind: opd_topk, top_k: 32, clamp: 3"}
+SEEDS = 3
+TEACHER, START = "model: demo/models/teacher", "model: demo/models/start"
+
+
+class Option(NamedTuple):
+    """An option of one objective: where it is from, when to use it, a metric of its own, and its keys."""
+
+    base: str
+    source: str
+    use: str
+    metric: str  # in metrics.jsonl
+    loss: str = ""  # keys beside the objective's, or with `kind` in place of them
+    teachers: tuple[str, ...] = ()  # instead of the one teacher
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        own = self.loss if self.loss.startswith("kind") else f"{LOSSES[self.base]}, {self.loss}"
+        values = (f"loss={{{own if self.loss else LOSSES[self.base]}}}",)
+        if self.teachers:
+            values += ("teacher=null", f"teachers=[{', '.join(f'{{{keys}}}' for keys in self.teachers)}]")
+        return values
+
+
+OPTIONS: dict[str, Option] = {
+    "task reward": Option(
+        "opd",
+        "GRPO, arXiv 2402.03300, and its users",
+        "there are labels, and the teacher is not much better than the student",
+        "learner/reward",
+        "task_weight: 0.5",
+    ),
+    "task reward, gated": Option(
+        "opd",
+        "ours, after SCC's gate",
+        "the same; what the student already solves shall not move towards the teacher",
+        "learner/gated_frac",
+        "task_weight: 0.5, task_gate: 0.7",
+    ),
+    "fixed advantage": Option(
+        "opd",
+        "OPSA, arXiv 2608.31046",
+        "a control: if it ties, what you see is not distillation",
+        "learner/entropy",
+        "kind: opd, fixed_advantage: -1.0",
+    ),
+    "signed teachers": Option(
+        "opd",
+        "G-OPD, arXiv 2602.12125",
+        "the teacher was trained from a base that you have: go beyond it",
+        "learner/reverse_kl",
+        teachers=(f"name: teacher, {TEACHER}, weight: 1.25", f"name: base, {START}, weight: -0.25"),
+    ),
+    "demonstrations": Option(
+        "opd_topk",
+        "GKD, arXiv 2306.13649",
+        "the student's own answers are still poor, and labels are good",
+        "learner/demonstration_frac",
+        "on_policy_frac: 0.75",
+    ),
+    "visual advantage": Option(
+        "opd_topk",
+        "VA-OPD, arXiv 2605.21924",
+        "the student answers without looking: its score on grey frames is high",
+        "learner/visual_advantage",
+        "visual_weight: 0.5",
+    ),
+    "forward KL where unsure": Option(
+        "opd_topk",
+        "arXiv 2603.07079",
+        "the student becomes surer than its teacher: entropy falls early",
+        "learner/forward_kl_frac",
+        "forward_kl_entropy: 0.3",
+    ),
+    "student's top-K": Option(
+        "opd_topk",
+        "ours",
+        "the student puts mass on tokens that are not among the teacher's K",
+        "learner/reverse_kl",
+        "top_k_of: student",
+    ),
+    "Jensen-Shannon": Option(
+        "opd_topk",
+        "GKD, arXiv 2306.13649",
+        "the reverse KL is unstable; it needs no clamp",
+        "learner/reverse_kl",
+        "kind: opd_topk, top_k: 32, divergence: jsd",
+    ),
+}
+
+
+def overrides(kind: str, steps: int) -> tuple[str, ...]:
+    """Of an option, or of an objective alone."""
+    return kinds.objective_overrides(kind, steps) if kind in LOSSES else OPTIONS[kind].overrides
+
+
+def rows_of(groups: Sequence[Group]) -> list[dict[str, str]]:
+    """A row for each option; differences are of the same seeds."""
+    of_kind = {group.kind: group for group in groups}
+    rows = []
+    for name, option in ((name, OPTIONS[name]) for name in of_kind if name in OPTIONS):
+        group, base = of_kind[name], of_kind[option.base]
+        first, last = zip(*(row["metrics"].get(option.metric, [0.0, 0.0]) for row in group.rows), strict=True)
+        keys = [option.loss, *(f"teachers: {{{keys}}}" for keys in option.teachers)]
+        rows.append(
+            {
+                "option": name,
+                "source": option.source,
+                "when to use it": option.use,
+                "keys": " ".join(f"`{text}`" for text in keys if text),
+                "beside": f"`{option.base}`",
+                "mIoU": spread(list((group.read("miou") or {}).values())),
+                "less the objective alone": str(
+                    difference(group.read("miou") or {}, base.read("miou") or {})
+                ),
+                "its own metric": f"{option.metric}: {spread(first)}, then {spread(last)}",
+            }
+        )
+    return rows
+
+
+def report(of: study.Study, groups: Sequence[Group]) -> None:
+    """Writes the fragment; prints the result."""
+    signals = rows_of(groups)
+    alone = [group for group in groups if group.kind in LOSSES]
+    scores = [
+        f"`{g.kind}` alone, learning rate {g.lr:g}: mIoU {tables.read(g, 'miou', tables.END)}" for g in alone
+    ]
+    text = f"{'. '.join(scores)}. {study.setting(of, groups)}{tables.markdown(signals)}"
+    study.write(of, {"signals": text})
+    print(json.dumps({"signals": signals}))
+
+
+def main() -> None:
+    quick = "the first option, one learning rate and seed, 4 updates"
+    parser = study.make_parser("signals", __doc__, quick, list(OPTIONS))
+    parser.set_defaults(seeds=SEEDS)
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.kinds, arguments.seeds, arguments.steps = arguments.kinds[:1], 1, 4
+        arguments.lrs = arguments.lrs[:1]
+    bases = dict.fromkeys(OPTIONS[kind].base for kind in arguments.kinds)
+    labels = (arguments.labels or ["clean"])[0]
+    wanted = [*((base, labels) for base in bases), *((kind, labels) for kind in arguments.kinds)]
+
+    def tuned_as(kind: study.Kind) -> study.Kind:
+        return (kind[0] if kind[0] in LOSSES else OPTIONS[kind[0]].base, "none")
+
+    of = study.Study(arguments, study.open_rows(arguments), wanted, overrides, tuned_as, False)
+    report(of, of.learn(of.tune()))
+
+
+if __name__ == "__main__":
+    main()
