@@ -293,6 +293,8 @@ class Config(ConfigSection):
         names = [t.name for t in self.teachers]
         if len(set(names)) < len(names):
             yield f"teachers {', '.join(names)}: give each a name of its own"
+        for teacher in self.teachers:
+            yield from teacher.view_problems(self.prompt, self.video)
         if self.video.decode_timeout_s >= self.request_timeout_s:
             clip_s, call_s = self.video.decode_timeout_s, self.request_timeout_s
             yield f"video.decode_timeout_s={clip_s:g} must be below request_timeout_s={call_s:g}"

@@ -18,7 +18,7 @@ from tests.real.conftest import reference_logprobs, scored_groups
 from video_opd.config import Config
 from video_opd.models.forward import load_head, load_model
 from video_opd.models.policy import Policy
-from video_opd.models.prompting import PromptEncoder, grey_frames
+from video_opd.models.prompting import PromptEncoder, without_video
 from video_opd.types import Prompt
 
 K = 5
@@ -92,7 +92,7 @@ def test_logprobs_on_grey_frames_are_plain_transformers_and_leave_what_is_wanted
 ):
     model = load_model(config.teacher, "float32").eval()
     asked, responses = prompts[:4], cases[1][:4]
-    grey = [teacher_encoder.encode(p, False, *grey_frames(p.clip)) for p in asked]
+    grey = [without_video(p) for p in cases[0][:4]]
     for prompt, encoded, response, found in zip(
         asked, cases[0], responses, engine.logprobs(grey, responses), strict=False
     ):
