@@ -41,7 +41,9 @@ def prompt_of(info: VideoInfo, cut_s: tuple[float, float] | None, spans: tuple) 
     st.tuples(st.floats(0, 6), st.floats(0.1, 4)),
     st.sampled_from([0.0, 0.5, 2.0]),
 )
-def test_a_crop_shows_frames_within_it_alone_at_their_true_times(num_frames, fps, uneven, cut_s, span, margin):
+def test_a_crop_shows_frames_within_it_alone_at_their_true_times(
+    num_frames, fps, uneven, cut_s, span, margin
+):
     info, times = video(num_frames, fps, uneven)
     spans = ((span[0], span[0] + span[1]),)
     prompt = prompt_of(info, cut_s, spans)
