@@ -9,7 +9,6 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from teacher_service.calls import Ready, Reply, ScoreCall, in_passes
-from video_opd.answers import parse_spans
 from video_opd.config import Config
 from video_opd.config_teachers import TeacherModel
 from video_opd.logs import log, start_role_log
@@ -159,5 +158,5 @@ class TeacherReplica:
         return Reply([answers[place] for place in range(len(answers))], engine_s, num_calls=1)
 
     def _read(self, prompt: EncodedPrompt, texts: Sequence[str]) -> list[Prediction]:
-        written = map(self._encoder.written, texts)
-        return [Prediction(prompt_id=prompt.prompt_id, text=t, spans_s=parse_spans(t)) for t in written]
+        name, spans_in, written = prompt.prompt_id, self._encoder.spans_in, map(self._encoder.written, texts)
+        return [Prediction(prompt_id=name, text=t, spans_s=spans_in(t)) for t in written]

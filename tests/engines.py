@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from video_opd.answers import parse_spans
 from video_opd.models.feed import Ahead, Feed
 from video_opd.models.vllm_engine import Added
 from video_opd.types import FailedPrompt, Prompt
@@ -103,3 +104,6 @@ class FakeEncoder:
 
     def written(self, response: str) -> str:
         return response
+
+    def spans_in(self, text: str) -> tuple:
+        return parse_spans(text, as_set=False)

@@ -136,6 +136,12 @@ class CurriculumConfig(ConfigSection):
         """Whether the student answers with one rollout for each prompt, which the teacher scores."""
         return self.kind == "tvdf" and self.dbtp and self.disagreement == "reverse_kl"
 
+    @property
+    def scores_one_span(self) -> bool:
+        """Whether it looks at the IoU of an answer's first interval."""
+        looks = self.asks_teacher or self.asks_student or self.suspends
+        return looks and self.multi_span_iou == "best"
+
 
 class ChecksConfig(ConfigSection):
     """Self-checks of a running run."""
@@ -318,6 +324,8 @@ class Config(ConfigSection):
             yield f"curriculum.scc: the gate suspends rollouts, {loss} has none: set scc.gate=false"
         if needs.rewards and self.curriculum.suspends:
             yield f"curriculum.scc: the gate suspends the rollouts that {loss} rewards: set scc.gate=false"
+        if self.prompt.asks_for_sets and self.curriculum.scores_one_span:
+            yield "curriculum.multi_span_iou=best scores one interval, prompt asks for sets: set it to merged"
         if room := self.schedule_room:
             yield from room.problems(self.curriculum.num_selected)
         if self.needs_teacher and not self.teacher_models:

@@ -1,14 +1,16 @@
 """Configuration of annotations, videos and prompts, with the types that all sections share."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from video_opd.content import is_inside
+from video_opd.types import Span
 
 STYLES: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("prompt_styles.yaml").read_text())
 """Keys of PromptConfig by prompt.style."""
@@ -142,12 +144,29 @@ class VideoConfig(ConfigSection):
             yield f"{fewest} and {most} must be even: tokens cover two frames"
 
 
+class _Pairs(tuple[Span, ...]):
+    """Intervals that a format field writes as JSON, {spans:.1f} as [[1.0, 2.0], [3.5, 4.0]]."""
+
+    def __format__(self, spec: str) -> str:
+        return f"[{', '.join(f'[{start:{spec}}, {end:{spec}}]' for start, end in self)}]"
+
+
+def _fields(template: str) -> set[str]:
+    try:
+        return {name for _, name, _, _ in Formatter().parse(template) if name}
+    except ValueError:  # which problems() reports
+        return set()
+
+
 class PromptConfig(ConfigSection):
     """The text around a query."""
 
     style: PromptStyle = key("timelens", "published prompt; sets the other keys where they are not given")
     template: str = key(STYLES["timelens"]["template"], "must contain {query}")
-    answer_template: str = key(STYLES["timelens"]["answer_template"], "ground truth written as an answer")
+    answer_template: str = key(
+        STYLES["timelens"]["answer_template"],
+        "ground truth written as an answer; with {spans:.1f} all true spans, and answers are read as sets",
+    )
     video_first: bool = key(STYLES["timelens"]["video_first"], "video before the text")
 
     @model_validator(mode="before")
@@ -156,12 +175,31 @@ class PromptConfig(ConfigSection):
         style = values.get("style") if isinstance(values, dict) else None
         return STYLES[style] | values if style in STYLES else values
 
+    @property
+    def asks_for_sets(self) -> bool:
+        """Whether an answer is a set of intervals, and not one."""
+        return "spans" in _fields(self.answer_template)
+
+    @property
+    def span_iou(self) -> Literal["best", "merged"]:
+        """How answers are scored, see grounding.prompt_iou."""
+        return "merged" if self.asks_for_sets else "best"
+
+    def answer(self, spans: Sequence[Span]) -> tuple[str, tuple[Span, ...]]:
+        """The ground truth written as an answer, and the part of it that is written: all, or the first."""
+        (start, end), *_ = spans
+        written = tuple(spans) if self.asks_for_sets else ((start, end),)
+        return self.answer_template.format(start=start, end=end, spans=_Pairs(spans)), written
+
     def problems(self) -> Iterator[str]:
         if "{query}" not in self.template:
             yield "template must contain {query}"
-        values = {"template": {"query": ""}, "answer_template": {"start": 0.0, "end": 0.0}}
+        times = {"start": 0.0, "end": 0.0, "spans": _Pairs([(0.0, 0.0)])}
+        values = {"template": {"query": ""}, "answer_template": times}
         for name, known in values.items():
             try:
                 getattr(self, name).format(**known)
             except (KeyError, IndexError, ValueError) as error:
                 yield f"{name} may hold {', '.join(known)} in braces and no other braces ({error!r})"
+        if self.asks_for_sets and _fields(self.answer_template) & {"start", "end"}:
+            yield "answer_template: {spans} writes all intervals: leave out {start} and {end}"

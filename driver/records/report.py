@@ -23,11 +23,11 @@ from rich.table import Table
 from driver.clock import PHASES
 from driver.passes import TERMINAL
 from driver.records.sinks import read_metrics
-from video_opd.answers import parse_span
+from video_opd.answers import parse_spans
 from video_opd.config import Config
 from video_opd.errors import ClipError
 from video_opd.files.run_folder import write_atomically
-from video_opd.grounding import THRESHOLDS, describe_odd
+from video_opd.grounding import THRESHOLDS, describe_odd, merge
 from video_opd.types import Prompt
 from video_opd.video.frame_cache import FrameCache
 
@@ -123,7 +123,10 @@ def write_report(folder: Path, config: Config, prompts: Sequence[Prompt], summar
         policy=embed(_policy(metrics)),
         phases=embed(_phases(metrics)),
         curriculum=[(what, embed(figure)) for what, figure in _curriculum(folder, config, metrics)],
-        examples=[embed(_example(p, _frames(cache, p), summary["examples"])) for p in shown],
+        examples=[
+            embed(_example(p, _frames(cache, p), summary["examples"], config.prompt.asks_for_sets))
+            for p in shown
+        ],
         config=config.model_dump_json(indent=2),
     )
     write_atomically(folder / "report.html", html)
@@ -257,7 +260,9 @@ def _frames(cache: FrameCache, prompt: Prompt) -> np.ndarray | str:
         return str(error)
 
 
-def _example(prompt: Prompt, frames: np.ndarray | str, examples: dict[str, dict[str, str]]) -> Figure:
+def _example(
+    prompt: Prompt, frames: np.ndarray | str, examples: dict[str, dict[str, str]], as_sets: bool = False
+) -> Figure:
     """Frames of the clip, or why there are none, above the answers and the truth.
 
     `examples`: texts by evaluation and prompt id.
@@ -273,8 +278,9 @@ def _example(prompt: Prompt, frames: np.ndarray | str, examples: dict[str, dict[
     strip.set(yticks=[])
     strip.set_title(f'"{prompt.query}"', parse_math=False)
     labels = "student_before", "student_after", "teacher", "truth"
-    answers = [parse_span(examples.get(name, {}).get(prompt.prompt_id, "")) for name in labels[:-1]]
-    bars_s = [(row, span, "C0") for row, span in enumerate(answers) if span and span[0] < span[1] < math.inf]
+    texts = [examples.get(name, {}).get(prompt.prompt_id, "") for name in labels[:-1]]
+    answers = [merge(parse_spans(text, as_sets)) for text in texts]
+    bars_s = [(row, span, "C0") for row, spans in enumerate(answers) for span in spans]
     bars_s += [(len(answers), span, "C2") for span in prompt.answer_spans_s or ()]
     for row, (start, end), colour in bars_s:
         axes.barh(row, end - start, left=start, color=colour, height=0.6)

@@ -17,7 +17,7 @@ def summarise(run: Run, records: pa.Table, seconds: Mapping[str, float]) -> dict
     dropped = records.filter(pc.field("dropped") != "").to_pylist()
     return {
         **{k: run.evaluations.get(k) for k in ("teacher", "student_before", "student_after")},
-        "baselines": blind_baselines(plan.train.prompts, plan.eval.pool, config.seed)
+        "baselines": blind_baselines(plan.train.prompts, plan.eval.pool, config.seed, config.prompt.span_iou)
         | {"no_video": run.evaluations.get("no_video")},
         "odd_truth": odd_truth((p.answer_spans_s or (), p.clip.duration_s) for p in plan.eval.prompts),
         "steps": run.step,
