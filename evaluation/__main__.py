@@ -29,10 +29,11 @@ from evaluation import scoring
 from evaluation.compare import check_same_questions, compare, print_comparison
 from evaluation.predictions import count_others, read_answers, read_questions, write_answers
 from evaluation.protocols import PROTOCOLS, Protocol, protocol_named
-from evaluation.scoring import METRICS, Question, questions_of
+from evaluation.scoring import Question, questions_of
 from evaluation.timelines import write_timelines
 from video_opd.cluster.command_line import exit_code_of
 from video_opd.config import Config
+from video_opd.config_data import describe_budget
 from video_opd.config_file import load_config, resolve_paths
 from video_opd.datasets import read_prompts
 from video_opd.errors import ConfigError, DataError
@@ -61,6 +62,7 @@ class Answers:
     seed: int
     blank: Mapping[str, str | None] | None = None  # answers on grey frames; None: not asked for
     other_prompts: int = 0  # answers to none of the questions
+    video: dict[str, float | None] | None = None  # VideoConfig.budget; None: not known
 
 
 def ask_model(config: Config, prompts: Sequence[Prompt], blanks: bool) -> list[list[Answer]]:
@@ -110,7 +112,8 @@ def answers_of_model(config: Config, baselines: bool) -> Answers:
     passes = ask_model(config, prompts, blanks=baselines)
     texts, *blank = ({a.prompt_id: a.text for a in got if isinstance(a, Prediction)} for got in passes)
     why_missing = {a.prompt_id: a.reason for a in passes[0] if isinstance(a, FailedPrompt)}
-    return Answers(questions, texts, why_missing, train, config.seed, blank[0] if blank else None)
+    grey = blank[0] if blank else None
+    return Answers(questions, texts, why_missing, train, config.seed, grey, video=config.video.budget)
 
 
 def answers_of_file(path: Path, config: Config | None, baselines: bool) -> Answers:
@@ -135,6 +138,7 @@ def evaluate(answers: Answers, protocol: Protocol, baselines: bool, folder: Path
     result = {
         "protocol": protocol.name,
         "source": protocol.source,
+        "video": answers.video,
         "result": scoring.summarise_answers(scored, protocol),
         "intervals_95": scoring.bootstrap_intervals(scored, protocol, answers.seed),
         "num_videos": len({q.video for q in questions}),
@@ -151,14 +155,16 @@ def evaluate(answers: Answers, protocol: Protocol, baselines: bool, folder: Path
 
 def print_result(result: dict[str, Any], folder: Path) -> None:
     main, name = result["result"], result["protocol"]
-    headings = (metric.replace("miou", "mIoU").replace("r1", "R1") for metric in METRICS)
+    metrics = result["intervals_95"]
+    headings = (m.replace("miou", "mIoU").replace("r1", "R1").replace("_auc", " AUC") for m in metrics)
     title = f"protocol {name}, {main['n']} prompts on {result['num_videos']} videos"
     table = Table("", *headings, title=title)
-    table.add_row("answers", *(f"{main[m]:.3f}" for m in METRICS))
-    table.add_row("95 % interval", *("{:.3f}–{:.3f}".format(*result["intervals_95"][m]) for m in METRICS))
+    table.add_row("answers", *(f"{main[m]:.3f}" for m in metrics))
+    table.add_row("95 % interval", *("{:.3f}–{:.3f}".format(*interval) for interval in metrics.values()))
     for baseline, values in result["baselines"].items():
-        table.add_row(baseline.replace("_", " "), *(f"{values[m]:.3f}" for m in METRICS))
-    lines = [", ".join(f"{count.replace('_', ' ')} {main[count]}" for count in COUNTS)]
+        table.add_row(baseline.replace("_", " "), *(f"{values[m]:.3f}" for m in metrics))
+    lines = [describe_budget(result["video"])]
+    lines += [", ".join(f"{count.replace('_', ' ')} {main[count]}" for count in COUNTS)]
     if odd := result["odd_truth"]:
         lines.append(describe_odd(odd))
     if result["other_prompts"]:
@@ -233,21 +239,16 @@ def answers_of_run(folder: Path, protocol: Protocol) -> tuple[Answers, str]:
     They are those of `python -m evaluation --run`, and of the run's own end where there are none.
     """
     config = resolve_paths(load_config(config_of_run(folder)), Path.cwd())
+    budget = describe_budget(config.video.budget)
     evaluated, summary = folder / "evaluation" / f"{protocol.name}.parquet", folder / "summary.json"
     if evaluated.exists():
-        return answers_of_file(evaluated, config=None, baselines=False), describe_budget(config)
+        return answers_of_file(evaluated, config=None, baselines=False), budget
     texts = json.loads(summary.read_text())["examples"].get("student_after") if summary.exists() else None
     if not texts:
         advice = f"run `python -m evaluation --run {folder} --protocol {protocol.name}` first"
         raise DataError(f"{folder} has no answers of its last student: {advice}")
     questions = questions_of(read_splits(config, NO_FRAMES, baselines=False)[0])
-    return Answers(questions, texts, {}, train=[], seed=0), describe_budget(config)
-
-
-def describe_budget(config: Config) -> str:
-    """What a model sees of a video, which a score depends on."""
-    video = config.video
-    return f"{video.fps:g} frames a second, at most {video.max_frames} and {video.max_video_tokens} tokens"
+    return Answers(questions, texts, {}, train=[], seed=0), budget
 
 
 def run_compare(arguments: Sequence[str]) -> None:
@@ -265,7 +266,7 @@ def run_compare(arguments: Sequence[str]) -> None:
         if path.is_dir():
             answers, video = answers_of_run(path, protocol)
         else:
-            answers, video = answers_of_file(path, config=None, baselines=False), "video budget unknown"
+            answers, video = answers_of_file(path, config=None, baselines=False), describe_budget(None)
         if questions:
             check_same_questions(questions, answers.questions, (str(parsed.a), str(parsed.b)))
         questions = questions or answers.questions

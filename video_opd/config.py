@@ -326,6 +326,9 @@ class Config(ConfigSection):
             yield f"curriculum.scc: the gate suspends the rollouts that {loss} rewards: set scc.gate=false"
         if self.prompt.asks_for_sets and self.curriculum.scores_one_span:
             yield "curriculum.multi_span_iou=best scores one interval, prompt asks for sets: set it to merged"
+        of_one = [r for r in self.loss.rewards if r in ("video_opd.rewards:iou", "video_opd.rewards:time_r1")]
+        if self.prompt.asks_for_sets and needs.rewards and of_one:
+            yield f"loss.rewards: {of_one[0]} scores one interval, prompt asks for sets: use merged_iou"
         if room := self.schedule_room:
             yield from room.problems(self.curriculum.num_selected)
         if self.needs_teacher and not self.teacher_models:

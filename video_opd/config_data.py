@@ -1,7 +1,7 @@
 """Configuration of annotations, videos and prompts, with the types that all sections share."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
@@ -142,6 +142,21 @@ class VideoConfig(ConfigSection):
             yield f"{fewest} is more than {most}"
         if self.min_frames % 2 or self.max_frames % 2:
             yield f"{fewest} and {most} must be even: tokens cover two frames"
+
+    @property
+    def budget(self) -> dict[str, float | None]:
+        """What a model sees of a video at most, on which every score depends."""
+        names = ("fps", "min_frames", "max_frames", "max_video_tokens", "max_frame_tokens")
+        return {name: getattr(self, name) for name in names}
+
+
+def describe_budget(budget: Mapping[str, float | None] | None) -> str:
+    """One line about VideoConfig.budget; None: not known."""
+    if budget is None:
+        return "video budget: unknown, the answers are a file's"
+    frames = f"{budget['fps']:g} fps, {budget['min_frames']} to {budget['max_frames']} frames"
+    pair = f", {most} a pair of frames" if (most := budget["max_frame_tokens"]) else ""
+    return f"video budget: {frames}, at most {budget['max_video_tokens']} tokens{pair}"
 
 
 class _Pairs(tuple[Span, ...]):

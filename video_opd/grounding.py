@@ -66,6 +66,29 @@ def merged_iou(spans: Iterable[Span], answers: Iterable[Span]) -> float:
     return shared / union if shared > 0 else 0.0
 
 
+def wasserstein_s(a: Iterable[Span], b: Iterable[Span]) -> float:
+    """W1 in seconds between the uniform distributions over two sets: the integral of |F_a - F_b|.
+
+    inf if either covers no time. Both distribution functions are linear between the ends of intervals.
+    """
+    sets = merge(a), merge(b)
+    if not all(sets):
+        return math.inf
+    ends = np.unique(np.array(sets[0] + sets[1]))  # float64[E], ascending
+    shares = []
+    for spans in sets:
+        lengths = np.diff(spans)[:, 0]
+        reached = np.repeat(np.cumsum(lengths), 2)
+        reached[::2] -= lengths  # float64[2 per span]: seconds covered before each end
+        shares.append(np.interp(ends, np.ravel(spans), reached / lengths.sum()))
+    gap = shares[0] - shares[1]
+    left, right, widths = gap[:-1], gap[1:], np.diff(ends)
+    size = np.abs(left) + np.abs(right)
+    crosses = left * right < 0
+    areas = np.where(crosses, (left**2 + right**2) / np.where(crosses, size, 1.0), size) / 2
+    return float(areas @ widths)
+
+
 def prompt_iou(spans: Sequence[Span], prompt: Prompt, multi_span: str) -> float:
     """IoU of an answer with the prompt's ground truth. multi_span: how several spans count.
 

@@ -50,8 +50,9 @@ async def record(
     """Writes the step's metrics. Ground truth that stands in for rollouts does not count as sampled."""
     every = [(g.group.prompt, t) for g in groups for t in g.group.sampled]
     sampled = [(p, t) for p, t in every if t.prompt_fingerprint is not None]
-    span_iou = run.config.prompt.span_iou
-    ious = [prompt_iou(t.predicted_spans_s, p, span_iou) for p, t in sampled if p.answer_spans_s]
+    ious = [
+        prompt_iou(t.predicted_spans_s, p, run.config.prompt.span_iou) for p, t in sampled if p.answer_spans_s
+    ]
     num_suspended = sum(len(g.group.suspended) for g in groups)
     seconds, tokens_per_s, wall_s = run.clock.take_times()
     run.totals.update({"rollouts": len(sampled), "suspended_rollouts": num_suspended})

@@ -23,6 +23,7 @@ def summarise(run: Run, records: pa.Table, seconds: Mapping[str, float]) -> dict
         "steps": run.step,
         "seed": config.seed,
         "loss": config.loss.kind,
+        "video": config.video.budget,
         "seconds": {**seconds, **{k.removesuffix("_s"): v for k, v in totals.items() if k.endswith("_s")}},
         "tokens": {k: totals[f"{k}_tokens"] for k in ("rollout", "scored")}
         | {k: total for k, total in totals.items() if k.endswith((COMPUTED, SEPARATE))},

@@ -12,7 +12,7 @@ from driver.progress import Progress
 from driver.records.report import COLUMNS, print_summary
 from driver.run import Run
 from tests.fakes import make_prompt
-from video_opd.config_data import PromptConfig
+from video_opd.config_data import PromptConfig, VideoConfig
 from video_opd.datasets.prompts import Split
 from video_opd.types import Prediction
 
@@ -89,6 +89,7 @@ def test_a_run_that_has_no_student_before_says_what_the_trained_one_reaches(caps
         "seconds": {"total": 60.0},
         "dropped": {},
         "tokens": {},
+        "video": VideoConfig().budget,
         "odd_truth": {},
     }
     print_summary(Path("runs/name"), summary)

@@ -28,7 +28,7 @@ from tests.fakes import make_prompt
 from video_opd.answers import parse_spans
 from video_opd.config_file import load_config
 from video_opd.errors import DataError, ParityError
-from video_opd.grounding import blind_baselines, evaluate, first_span
+from video_opd.grounding import blind_baselines, evaluate
 from video_opd.schemas import EVALUATION
 from video_opd.types import FailedPrompt, Prediction, Span
 
@@ -115,19 +115,25 @@ def test_one_answer_has_other_numbers_under_other_protocols():
     wanted = question("p", answers=((24.0, 30.0),), duration_s=60.0)
     texts = {"p": "First 00:24 - 00:30, then 40 to 50."}
     numbers = {name: score_answers([wanted], texts, p, {})[0] for name, p in PROTOCOLS.items()}
-    assert {name: first_span(a.spans_s) for name, a in numbers.items()} == {
-        "strict": (24.0, 30.0),
-        "timelens": (24.0, 30.0),
-        "time_r1": (40.0, 50.0),
-        "vtimellm": (24.0, 30.0),
-        "lmms_eval": (0.0, 24.0),
+    assert {name: a.spans_s for name, a in numbers.items()} == {
+        "strict": ((24.0, 30.0),),
+        "timelens": ((24.0, 30.0),),
+        "time_r1": ((40.0, 50.0),),
+        "vtimellm": ((24.0, 30.0),),
+        "lmms_eval": ((0.0, 24.0),),
+        "timelens_strict": ((24.0, 30.0),),
+        "strict_sets": ((24.0, 30.0), (40.0, 50.0)),
+        "timelens2": ((24.0, 0.0), (40.0, 50.0)),
+        "vue_tr": ((24.0, 0.0), (40.0, 50.0)),
     }
     assert {name: a.iou for name, a in numbers.items()} == dict.fromkeys(PROTOCOLS, 0.0) | {
         "strict": 1.0,
         "timelens": 1.0,
         "vtimellm": 1.0,
+        "timelens_strict": 1.0,
+        "strict_sets": 6 / 16,
     }
-    assert [name for name, a in numbers.items() if a.is_reversed] == ["lmms_eval"]
+    assert [name for name, a in numbers.items() if a.is_reversed] == ["lmms_eval", "timelens2", "vue_tr"]
 
 
 @pytest.mark.parametrize(
@@ -254,13 +260,14 @@ def dump(scored, tmp_path) -> str:
     return str(tmp_path / "dump.parquet")
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", ["strict", "timelens", "time_r1", "vtimellm", "lmms_eval", "vue_tr"])
 def test_a_dump_is_scored_again_without_a_model_or_a_config(dump, tmp_path, capsys, protocol):
     assert main(["--predictions", dump, "--protocol", protocol, "--out", str(tmp_path / "out")]) == 0
     result = json.loads((tmp_path / "out" / f"{protocol}.json").read_text())
     assert (result["result"]["n"], result["result"]["missing"], result["num_videos"]) == (12, 2, 6)
     assert result["baselines"].keys() == {"random"}
     out = capsys.readouterr().out
+    assert result["video"] is None and "video budget: unknown" in out
     assert (
         "n 12, unparsed" in out
         and "missing 2" in out
@@ -351,6 +358,14 @@ def test_a_models_failures_count_and_an_engines_error_is_exit_code_1(config, tmp
     result = json.loads((tmp_path / "strict.json").read_text())
     n = result["result"]["n"]
     assert (result["result"]["miou"], result["result"]["missing"]) == (pytest.approx(2 / n), n - 2)
+    assert result["video"] | {"max_video_tokens": 1} == {
+        "fps": 2.0,
+        "min_frames": 4,
+        "max_frames": 24,
+        "max_video_tokens": 1,
+        "max_frame_tokens": None,
+    }
+    assert "video budget: 2 fps, 4 to 24 frames, at most " in capsys.readouterr().out
     assert result["baselines"]["no_video"]["unparsed"] == n and "best_constant" in result["baselines"]
     assert pq.read_table(tmp_path / "strict.parquet")["failure"].to_pylist() == [
         None,
