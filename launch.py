@@ -27,6 +27,7 @@ from driver.records.report import print_summary, progress_bar, write_report
 from driver.records.sinks import MetricSinks, TrajectoryLog
 from driver.records.step import Outputs, num_tokens, record
 from driver.records.summary import summarise
+from driver.records.trackers import Trackers
 from driver.recovery import learner_lost, poll_control, recover, watch
 from driver.rounds import next_call, start_round, validate_first
 from driver.run import Run, create_parts, publish_weights, start_parts
@@ -54,7 +55,8 @@ from video_opd.types import FailedPrompt, ScoredGroup
 async def train(run: Run) -> None:
     """Trains to num_steps, in rounds: the curriculum selects prompts, then the loop runs over them."""
     last = run.config.num_steps
-    sinks, log = MetricSinks(run.folder, run.step), TrajectoryLog(run.folder / "trajectories", run.step)
+    sinks = MetricSinks(run.folder, run.step, run.trackers)
+    log = TrajectoryLog(run.folder / "trajectories", run.step)
     with closing(sinks), closing(log), progress_bar(last, run.step) as progress:
         while run.step < last and not run.is_over:
             if run.step == run.next_selection:
@@ -164,11 +166,16 @@ async def train_to_the_end(run: Run) -> None:
 
 
 async def execute(
-    config: Config, folder: Path, plan: Plan, memory: MemoryPlan, resume_from: SavedRun | None
+    config: Config,
+    folder: Path,
+    plan: Plan,
+    memory: MemoryPlan,
+    resume_from: SavedRun | None,
+    trackers: Trackers,
 ) -> dict[str, Any]:
     """One run from start to summary, from the beginning or from a checkpoint."""
     began = time.monotonic()
-    run = create_parts(folder, config, plan, memory, resume_from)
+    run = create_parts(folder, config, plan, memory, resume_from, trackers)
     async with asyncio.TaskGroup() as tasks, ended_with_ray(run), shutdown_at_end(run):
         beside = [tasks.create_task(watch(run))]
         try:
@@ -212,10 +219,12 @@ def launch(
                 if saved is None:
                     write_config(folder, config)
                 said.text = f": {how_to_resume(folder)}"
-                with driver_log(folder, saved.progress.step if saved else 0):
-                    summary = asyncio.run(execute(config, folder, plan, memory, saved))
-                write_json(folder / "summary.json", summary)
-                write_report(folder, config, plan.eval.prompts, summary)
+                with Trackers(folder, config) as trackers:
+                    with driver_log(folder, saved.progress.step if saved else 0):
+                        summary = asyncio.run(execute(config, folder, plan, memory, saved, trackers))
+                        summary["trackers"] = trackers.states()
+                    write_json(folder / "summary.json", summary)
+                    trackers.attach(write_report(folder, config, plan.eval.prompts, summary))
                 print_summary(folder, summary)
             finally:
                 leave_ray()

@@ -186,6 +186,7 @@ class RolloutActor:
                 finish_reason=completion.finish_reason,
                 text=text,
                 predicted_spans_s=self._encoder.spans_in(text),
+                top_k_ids=completion.top_k_ids,
             )
             trajectories.append(trajectory)
         hits = answered.cache_hits

@@ -9,6 +9,7 @@ from math import ceil, inf
 import numpy as np
 
 from learner.loss import group_advantages, sampled_advantage
+from learner.visual import visual_weights
 from video_opd.config_learner import LearnerConfig, LossConfig, Reduction
 from video_opd.models.trees import trees_of
 from video_opd.types import Clip, Prompt, ScoredGroup, TeacherScores, Trajectory
@@ -25,6 +26,7 @@ class Row:
     is_video: np.ndarray  # bool[M + N]
     advantage: np.ndarray  # float32[N]; see advantages_of
     scores: TeacherScores | None
+    visual_weights: np.ndarray | None  # float32[N], of the token's loss; None: 1, or opd, whose r_t has them
     weight: float  # 1, or 0 for a row that only keeps ranks in step, as one whose clip cannot be read
 
 
@@ -136,12 +138,15 @@ def _rows_of(
     if not trajectories:
         return []
     scores = [s for g in groups for s in g.scores] or [None] * len(trajectories)
+    in_loss = loss.visual_weight and loss.kind != "opd"
+    weights = visual_weights(groups, loss) if in_loss else [None] * len(trajectories)
     rows = []
-    columns = zip(trajectories, advantages_of(groups, loss), scores, strict=True)
-    for (prompt, trajectory), advantage, score in columns:
+    columns = zip(trajectories, advantages_of(groups, loss), scores, weights, strict=True)
+    for (prompt, trajectory), advantage, score, of_tokens in columns:
         asked = trajectory.prompt_token_ids if len(trajectory.prompt_token_ids) else ids_of(prompt)
         token_ids = np.concatenate([asked, trajectory.response_token_ids])
-        rows.append(Row(prompt, trajectory, token_ids, token_ids == video_id, advantage, score, 1.0))
+        is_video = token_ids == video_id
+        rows.append(Row(prompt, trajectory, token_ids, is_video, advantage, score, of_tokens, 1.0))
     return rows
 
 
@@ -218,7 +223,10 @@ def _filled(passes: list[list[Row]], rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def advantages_of(groups: Sequence[ScoredGroup], loss: LossConfig) -> list[np.ndarray]:
-    """float32[N] per trajectory: its group's advantage (grpo), r_t of scored rollouts, or zeros."""
+    """float32[N] per trajectory: its group's advantage (grpo), r_t of scored rollouts, or zeros.
+
+    With loss.visual_weight it is w_t r_t (visual.py).
+    """
     trajectories = [t for g in groups for t in g.group.trajectories]
     lengths = [len(t.response_token_ids) for t in trajectories]
     if loss.needs.rewards:
@@ -228,4 +236,7 @@ def advantages_of(groups: Sequence[ScoredGroup], loss: LossConfig) -> list[np.nd
         return [np.zeros(n, np.float32) for n in lengths]
     teacher = np.concatenate([s.teacher_logprobs for g in groups for s in g.scores])
     actor = np.concatenate([t.actor_logprobs for t in trajectories])
-    return np.split(sampled_advantage(teacher, actor, loss), np.cumsum(lengths)[:-1])
+    advantage = sampled_advantage(teacher, actor, loss)
+    if loss.visual_weight:
+        advantage *= np.concatenate(visual_weights(groups, loss))
+    return np.split(advantage, np.cumsum(lengths)[:-1])

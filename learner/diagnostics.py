@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from learner.loss import is_unsure
+from learner.visual import visual_advantage
 from video_opd.config import Config
 from video_opd.config_learner import LossConfig
 from video_opd.types import ScoredGroup
@@ -70,7 +72,7 @@ def _quantiles(name: str, values: np.ndarray, *levels: str) -> dict[str, float]:
 def batch_diagnostics(
     groups: Sequence[ScoredGroup], config: Config, is_time: TimestampTokens
 ) -> dict[str, float]:
-    """Of the batch, the same on every rank: lengths, rewards, the teacher's entropy, the reverse KL."""
+    """Of the batch, the same on every rank: lengths, rewards, the teacher's entropy, the reverse KL, v_t."""
     loss, trajectories = config.loss, [t for g in groups for t in g.group.trajectories]
     lengths = [len(t.response_token_ids) for t in trajectories]
     metrics = {"learner/num_tokens": float(sum(lengths)), "learner/response_tokens": float(np.mean(lengths))}
@@ -84,9 +86,17 @@ def batch_diagnostics(
         return metrics
     pairs = zip(trajectories, scores, strict=True)
     log_ratio = np.concatenate([s.teacher_logprobs - t.actor_logprobs for t, s in pairs])
-    metrics |= reverse_kl(log_ratio, np.concatenate([is_time(t.response_token_ids) for t in trajectories]))
+    times = np.concatenate([is_time(t.response_token_ids) for t in trajectories])
+    metrics |= reverse_kl(log_ratio, times)
+    if loss.visual_weight:
+        advantage = np.concatenate([visual_advantage(s) for s in scores])
+        metrics["learner/visual_advantage"] = float(advantage.mean())
+        if times.any():
+            metrics["learner/visual_advantage_time"] = float(advantage[times].mean())
     if loss.kind == "opd" and loss.clamp is not None:
         metrics["learner/clamped_frac"] = float((np.abs(log_ratio) > loss.clamp).mean())
+    if (unsure := is_unsure(scores, loss)) is not None:
+        metrics["learner/forward_kl_frac"] = float(unsure.mean())
     if loss.center == "batch":
         clamped = log_ratio if loss.clamp is None else np.clip(log_ratio, -loss.clamp, loss.clamp)
         metrics["learner/center"] = float(clamped.mean())

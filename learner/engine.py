@@ -31,7 +31,7 @@ from learner.diagnostics import TimestampTokens, TokenRecords, batch_diagnostics
 from learner.encoding import EncodedRows, encoded_rows
 from learner.export import write_student
 from learner.loading import load_student
-from learner.loss import ResponseTokens, loss_per_token
+from learner.loss import ResponseTokens, is_unsure, loss_per_token
 from learner.safe_load import read_weights_only
 from learner.saving import taken_to_the_end, writing_on_all_ranks
 from learner.universal import TAG as universal_tag
@@ -203,12 +203,14 @@ class LearnerEngine:
         if self._config.loss.needs.teacher == "top_k":
             top = [s.top_k for s in scores if s.top_k is not None]
             top_k = (self._tensor([t.ids for t in top]).long(), self._tensor([t.logprobs for t in top]))
+        unsure = is_unsure(scores, self._config.loss)
         if self._teacher_heads:
             runs = [
                 (self._tensor([s.hidden for s in run if s.hidden is not None]), self._teacher_heads[name])
                 for name, run in groupby(scores, key=lambda s: s.teacher_id)
             ]
             teacher_logits = partial(self._teacher_logits, runs)
+        weights = [row.visual_weights for row in rows if row.visual_weights is not None]
         return ResponseTokens(
             targets=targets,
             actor_logprobs=self._tensor([row.trajectory.actor_logprobs for row in rows]),
@@ -216,6 +218,8 @@ class LearnerEngine:
             teacher_logprobs=self._tensor([s.teacher_logprobs for s in scores]) if scores else None,
             top_k=top_k,
             teacher_logits=teacher_logits,
+            is_forward=None if unsure is None else self._tensor([unsure]),
+            visual_weights=self._tensor(weights) if weights else None,
         )
 
     def _teacher_logits(self, runs: Runs, which: slice) -> torch.Tensor:

@@ -200,6 +200,9 @@ def check_teacher(config: Config, student: ModelShapes, teacher: ModelShapes) ->
     top_k, vocabulary = config.loss.top_k, teacher.text.vocab_size
     if config.loss.needs.teacher == "top_k" and top_k > vocabulary:
         raise ConfigError(f"loss.top_k={top_k}, but the teacher has {vocabulary} tokens: lower it")
+    if config.loss.student_top_k and (own := student.text.vocab_size) > vocabulary:
+        embeddings = f"{own} embeddings of the student, and {vocabulary} of the teacher"
+        raise ConfigError(f"loss.top_k_of=student with {embeddings}, which cannot score all: use teacher")
 
 
 def check_shards(section: str, shards: int, shapes: ModelShapes) -> None:

@@ -22,6 +22,7 @@ def combine(weights: Sequence[float], scores: Sequence[TeacherScores]) -> Teache
 
     r_t becomes the weighted sum of the log-ratios, and the objective that of the reverse KLs. One teacher's
     scores stay as they are. Several keep the mean entropy, if all have one, but no top-K or hidden states.
+    Log-probs after grey frames are combined alike, so that v_t is the weighted sum of theirs.
     """
     if len(scores) == 1:
         return scores[0]
@@ -31,12 +32,14 @@ def combine(weights: Sequence[float], scores: Sequence[TeacherScores]) -> Teache
         return np.tensordot(shares, values, 1).astype(np.float32)
 
     entropies = [s.entropy for s in scores if s.entropy is not None]
+    grey = [s.grey_logprobs for s in scores if s.grey_logprobs is not None]
     return TeacherScores(
         trajectory_id=scores[0].trajectory_id,
         teacher_id="+".join(s.teacher_id for s in scores),
         teacher_logprobs=mean([s.teacher_logprobs for s in scores]),
         top_k=None,
         entropy=mean(entropies) if len(entropies) == len(scores) else None,
+        grey_logprobs=mean(grey) if grey else None,
     )
 
 

@@ -149,6 +149,9 @@ class ChecksConfig(ConfigSection):
     max_logprob_gap: PositiveFloat | None = key(0.5, "bound on p99 of |actor - learner log-prob| at first")
 
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+
 class Config(ConfigSection):
     """The whole configuration of a run."""
 
@@ -186,6 +189,7 @@ class Config(ConfigSection):
     loss: LossConfig = LossConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
     checks: ChecksConfig = ChecksConfig()
+    trackers: tuple[TrackerName, ...] = key(("tensorboard",), "where the metrics also go; docs/operations.md")
     worker_env: dict[str, str] = key({}, "environment variables of every process of the run")
 
     @property
@@ -299,6 +303,8 @@ class Config(ConfigSection):
         names = [t.name for t in self.teachers]
         if len(set(names)) < len(names):
             yield f"teachers {', '.join(names)}: give each a name of its own"
+        if len({*self.trackers}) < len(self.trackers):
+            yield f"trackers names {', '.join(self.trackers)}: name each once"
         if self.video.decode_timeout_s >= self.request_timeout_s:
             clip_s, call_s = self.video.decode_timeout_s, self.request_timeout_s
             yield f"video.decode_timeout_s={clip_s:g} must be below request_timeout_s={call_s:g}"
@@ -320,6 +326,9 @@ class Config(ConfigSection):
         if needs.teacher == "hidden" and (pool.engine == "vllm" or pool.tensor_parallel > 1):
             how = "use teacher_pool.engine=transformers and tensor_parallel=1"
             yield f"{loss} needs the teacher's hidden states: {how}"
+        if self.loss.student_top_k and self.teacher_engine == "vllm" and not pool.num_gpus:
+            how = "use teacher_pool.engine=transformers and tensor_parallel=1"
+            yield f"loss.top_k_of=student, but vLLM scores tokens that it is given on GPUs alone: {how}"
         if not needs.rollouts and self.curriculum.suspends:
             yield f"curriculum.scc: the gate suspends rollouts, {loss} has none: set scc.gate=false"
         if needs.rewards and self.curriculum.suspends:

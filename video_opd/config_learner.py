@@ -56,16 +56,26 @@ class LossConfig(ConfigSection):
     """The objective: docs/algorithm.md and learner/loss.py."""
 
     kind: LossKind = key("opd", "on-policy distillation, or one of its baselines; see docs/algorithm.md")
-    top_k: PositiveInt = key(64, "opd_topk: teacher tokens kept at each position")
+    top_k: PositiveInt = key(64, "opd_topk: tokens compared at each position")
+    top_k_of: Literal["teacher", "student"] = key("teacher", "opd_topk: whose likeliest tokens these are")
     center: Literal["none", "batch"] = key("none", "opd: subtract the batch mean from the signal r")
     clamp: PositiveFloat | None = key(None, "opd, opd_topk, off_policy_rkd: bound of |log-ratio|")
     max_ratio: PositiveFloat | None = key(None, "opd: truncate importance ratios; None: no bound")
-    divergence: Literal["reverse", "forward", "jsd"] = key("reverse", "opd_full: KL(student || teacher), ...")
-    beta: OpenFraction = key(0.5, "opd_full, divergence=jsd: weight of the teacher")
+    divergence: Literal["reverse", "forward", "jsd"] = key(
+        "reverse", "opd_topk, opd_full: KL(student || teacher), KL(teacher || student), Jensen-Shannon"
+    )
+    beta: OpenFraction = key(0.5, "divergence=jsd: weight of the teacher")
+    forward_kl_entropy: PositiveFloat | None = key(
+        None, "opd_topk, opd_full: forward KL where the teacher's entropy is at least this, in nats"
+    )
     clip: OpenFraction = key(0.2, "grpo: importance ratios count within 1 +- clip")
     kl_coef: NonNegativeFloat = key(0.0, "grpo: weight of the KL to a reference, the model `teacher`")
     advantage_std: bool = key(True, "grpo: divide a group's advantages by their standard deviation")
     rewards: ImportPaths = key(("video_opd.rewards:iou",), "grpo: import paths of reward functions; summed")
+    visual_weight: OpenFraction | None = key(
+        None, "opd, opd_topk, opd_full: share of the loss of the tokens for which the teacher needs the video"
+    )
+    visual_frac: OpenFraction = key(0.2, "visual_weight: these tokens' share of a response")
     reduction: Reduction = key("token_mean", "the summed loss is divided by tokens, sequences (eq. 6), or 1")
 
     @property
@@ -73,13 +83,38 @@ class LossConfig(ConfigSection):
         needs = OBJECTIVES[self.kind]
         return replace(needs, teacher="logprobs") if self.kl_coef else needs
 
+    @property
+    def student_top_k(self) -> int:
+        """Of how many of its likeliest tokens the student tells the ids when it samples."""
+        return self.top_k if self.top_k_of == "student" else 0
+
     def problems(self) -> Iterator[str]:
+        yield from self._problems_of_divergence()
         if self.kind != "grpo" and self.kl_coef:
             yield f"kl_coef does nothing for kind={self.kind}: it is an option of grpo"
         if self.kind != "opd" and (self.center != "none" or self.max_ratio is not None):
             yield f"center and max_ratio do nothing for kind={self.kind}: they are options of opd"
         if self.kind not in ("opd", "opd_topk", "off_policy_rkd") and self.clamp is not None:
             yield f"clamp does nothing for kind={self.kind}: it is an option of opd, opd_topk, off_policy_rkd"
+        if self.visual_weight and self.kind not in ("opd", "opd_topk", "opd_full"):
+            which = "it weighs what a teacher says of rollouts, an option of opd, opd_topk and opd_full"
+            yield f"visual_weight does nothing for kind={self.kind}: {which}"
+        if not self.visual_weight and self.visual_frac != type(self).model_fields["visual_frac"].default:
+            yield f"visual_frac={self.visual_frac} does nothing without visual_weight: set that, too"
+
+    def _problems_of_divergence(self) -> Iterator[str]:
+        how, over_tokens = f"divergence={self.divergence}", self.kind in ("opd_topk", "opd_full")
+        if self.top_k_of != "teacher" and self.kind != "opd_topk":
+            yield f"top_k_of does nothing for kind={self.kind}: it is an option of opd_topk"
+        if not over_tokens and (self.divergence != "reverse" or self.forward_kl_entropy is not None):
+            options = "divergence and forward_kl_entropy do nothing"
+            yield f"{options} for kind={self.kind}: they are options of opd_topk and opd_full"
+        elif self.divergence != "reverse" and self.forward_kl_entropy is not None:
+            yield f"{how} with forward_kl_entropy, which replaces the reverse KL of tokens: leave one out"
+        elif self.divergence != "reverse" and self.clamp is not None and self.kind == "opd_topk":
+            yield f"{how} with clamp, which only the reverse KL needs: set clamp=null"
+        if self.beta != 0.5 and self.divergence != "jsd":
+            yield f"beta does nothing for {how}: it is an option of divergence=jsd"
 
 
 class LearnerConfig(ConfigSection):

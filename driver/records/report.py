@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from rich.table import Table
 
 from driver.clock import PHASES
 from driver.passes import TERMINAL
+from driver.records.masking import masked_config
 from driver.records.sinks import read_metrics
 from video_opd.answers import parse_spans
 from video_opd.config import Config
@@ -107,13 +109,19 @@ def describe_shared(summary: dict[str, Any]) -> str:
     return f"tokens computed: {', '.join(told)}" if told else ""
 
 
-def write_report(folder: Path, config: Config, prompts: Sequence[Prompt], summary: dict[str, Any]) -> None:
-    """Writes report.html, one self-contained file, and learning.png, its first picture."""
+def write_report(
+    folder: Path, config: Config, prompts: Sequence[Prompt], summary: dict[str, Any]
+) -> list[Path]:
+    """Writes report.html, one self-contained file, and of its pictures learning.png and timelines/*.png.
+
+    Returns these files."""
     metrics = read_metrics(folder)
     learning = _learning(metrics, summary)
     learning.savefig(folder / "learning.png", dpi=110)
     cache = FrameCache(config.video)
     shown = [p for p in prompts if p.prompt_id not in summary["failed_eval"]][:NUM_EXAMPLES]
+    answered, as_sets = summary["examples"], config.prompt.asks_for_sets
+    examples = [embed(_example(p, _frames(cache, p), answered, as_sets)) for p in shown]
     source = Path(__file__).with_name("report.html.jinja").read_text()
     html = jinja2.Template(source, autoescape=True).render(
         name=folder.name,
@@ -126,13 +134,15 @@ def write_report(folder: Path, config: Config, prompts: Sequence[Prompt], summar
         policy=embed(_policy(metrics)),
         phases=embed(_phases(metrics)),
         curriculum=[(what, embed(figure)) for what, figure in _curriculum(folder, config, metrics)],
-        examples=[
-            embed(_example(p, _frames(cache, p), summary["examples"], config.prompt.asks_for_sets))
-            for p in shown
-        ],
-        config=config.model_dump_json(indent=2),
+        examples=examples,
+        config=json.dumps(masked_config(config), indent=2),
     )
     write_atomically(folder / "report.html", html)
+    (folder / "timelines").mkdir(exist_ok=True)
+    pictures = [folder / "timelines" / f"timeline-{number}.png" for number in range(1, len(examples) + 1)]
+    for path, png in zip(pictures, examples, strict=True):
+        path.write_bytes(base64.b64decode(png))
+    return [folder / "report.html", folder / "learning.png", *pictures]
 
 
 def embed(figure: Figure) -> str:

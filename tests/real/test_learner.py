@@ -111,14 +111,17 @@ def literal_loss(config, groups, logits: torch.Tensor, targets: torch.Tensor, pa
         case "opd_topk":
             ids = concatenated(s.top_k.ids for s in scores).long()
             top = concatenated(s.top_k.logprobs for s in scores)
-            of_set = student.gather(-1, ids)
-            tail, teacher_tail = 1 - of_set.exp().sum(-1), 1 - top.exp().sum(-1)
-            return (of_set.exp() * (of_set - top)).sum() + (tail * (tail / teacher_tail).log()).sum()
+            p, q = (
+                torch.cat([of_set.exp(), 1 - of_set.exp().sum(-1, keepdim=True)], -1)
+                for of_set in (student.gather(-1, ids), top)
+            )
+            return by_entropy(loss, p.log(), q.log(), -(q * q.log()).sum(-1)).sum()
         case "opd_full" | "off_policy_fkd":
             embeddings = load_model(config.teacher, "float32").get_input_embeddings().weight.detach()
             whole = policy(concatenated(s.hidden for s in scores).float() @ embeddings.T)
-            p, q = (student, whole) if loss.kind == "opd_full" else (whole, student)
-            return (p.exp() * (p - q)).sum()
+            if loss.kind == "off_policy_fkd":
+                return (whole.exp() * (whole - student)).sum()
+            return by_entropy(loss, student, whole, concatenated(s.entropy for s in scores)).sum()
         case "grpo":
             advantages = []
             for group in groups:
@@ -130,6 +133,16 @@ def literal_loss(config, groups, logits: torch.Tensor, targets: torch.Tensor, pa
             away = (teacher - taken).exp() - 1 - (teacher - taken)
             return (-torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a) + loss.kl_coef * away).sum()
     raise AssertionError(loss.kind)
+
+
+def by_entropy(loss, p: torch.Tensor, q: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of log-probs, or KL(q || p) where the entropy of q is large."""
+    reverse, forward = (p.exp() * (p - q)).sum(-1), (q.exp() * (q - p)).sum(-1)
+    if loss.forward_kl_entropy is None:
+        return reverse
+    is_forward = entropy >= loss.forward_kl_entropy
+    assert 0.2 < is_forward.float().mean() < 0.8
+    return torch.where(is_forward, forward, reverse)
 
 
 def untrained(config) -> VideoLLM:
@@ -229,9 +242,9 @@ def largest_gap(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> f
 EVERY_OBJECTIVE = [
     (1, 2, "opd_topk"),
     (2, 0, "opd"),
-    (2, 2, "opd_topk"),
+    (2, 2, "opd_topk loss.forward_kl_entropy=1.8"),
     (2, 3, "opd"),
-    (2, 2, "opd_full"),
+    (2, 2, "opd_full loss.forward_kl_entropy=0.7"),
     (2, 2, "grpo"),
     (2, 2, "off_policy_fkd"),
 ]
@@ -253,7 +266,7 @@ def test_ranks_compute_what_one_process_does(learners, overrides, prompts, encod
     options = [*grpo, *SHARDED] if stage == 3 else grpo
     if world_size == 2:
         options = [*options, "rollout.temperature=0.7"]
-    config = make_config(overrides, world_size, stage, f"loss.kind={loss}", *options)
+    config = make_config(overrides, world_size, stage, *f"loss.kind={loss}".split(), *options)
     expected = reference(config, prompts, encoder)
 
     async def run():

@@ -101,7 +101,7 @@ def test_merged_iou_leaves_out_what_is_no_interval(bad):
     assert merged_iou([bad, (6.0, 8.0)], truth) == pytest.approx(2 / 6)
 
 
-def literal_wasserstein(a: list[Span], b: list[Span], atoms_a_cell: int) -> float:
+def literal_wasserstein(a: list[tuple[int, int]], b: list[tuple[int, int]], atoms_a_cell: int) -> float:
     """Both sets as equally many atoms, spread evenly over their cells of a second, and moved in order."""
     cells = [sorted({t for start, end in of for t in range(start, end)}) for of in (a, b)]
     num = len(cells[0]) * len(cells[1]) * atoms_a_cell
