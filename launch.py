@@ -32,7 +32,7 @@ from driver.recovery import learner_lost, poll_control, recover, watch
 from driver.rounds import next_call, start_round, validate_first
 from driver.run import Run, create_parts, publish_weights, start_parts
 from driver.run_state import Phase
-from driver.scoring import roll_out, score
+from driver.scoring import count_rewards, reward_baseline, roll_out, score
 from driver.signals import stopped_by_signals
 from driver.start_ray import leave_ray, start_ray, warn_of_small_stores
 from driver.stopping import ended_with_ray, how_to_resume, shutdown_at_end
@@ -72,7 +72,8 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
     """
     config, curriculum = run.config, run.curriculum
     sizes = await curriculum.step_sizes(run.step, until)
-    buffer = run.buffer = TrajectoryBuffer(sizes, config.max_policy_lag)
+    buffer, first = TrajectoryBuffer(sizes, config.max_policy_lag), run.step
+    run.buffer = buffer
 
     async def sample() -> None:
         while call := await next_call(run, buffer):
@@ -80,10 +81,11 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
             while slots:  # the slot of a failed prompt goes to another prompt
                 prompts = prompts or await curriculum.next_prompts(len(slots))
                 slot_of = {p.prompt_id: slot for p, slot in zip(prompts, slots, strict=False)}
+                steps = [first + buffer.step_of(slot) for slot in slot_of.values()]
                 async with asyncio.TaskGroup() as scoring:  # each result as soon as it arrives
                     tasks = [
                         scoring.create_task(score_and_fill(slot_of, reference, results))
-                        async for reference, results in roll_out(run, prompts)
+                        async for reference, results in roll_out(run, prompts, steps)
                     ]
                 filled = set[int]().union(*(task.result() for task in tasks))
                 slots, prompts = [slot for slot in slots if slot not in filled], []
@@ -118,7 +120,7 @@ async def learn_step(run: Run, buffer: TrajectoryBuffer, outputs: Outputs) -> No
     lags = check_lag(groups, step, config.max_policy_lag)
     run.state.enter(Phase.UPDATING)  # a signal now waits for the end of the step
     with run.clock("update"):
-        report = await run.learner.update(groups, step)
+        report = await run.learner.update(groups, step, reward_baseline(run, groups))
     run.clock.count("update", sum(num_tokens(g.group.trajectories) for g in groups))
     check_finite(report)
     check_logprob_gap(run, report)
@@ -128,6 +130,7 @@ async def learn_step(run: Run, buffer: TrajectoryBuffer, outputs: Outputs) -> No
         if config.loss.needs.rollouts:
             with run.clock("publish"):
                 await publish_weights(run, policy_version=step + 1)
+    count_rewards(run, groups)
     run.progress.step = work.step = step + 1
     await buffer.release()  # only now may new prompts enter
     report.metrics.update({"time/step_s": time.monotonic() - started, "learner/wait_s": wait_s})

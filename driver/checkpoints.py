@@ -87,7 +87,7 @@ async def restore(run: Run) -> None:
 async def start_over(run: Run) -> None:
     """Goes back to the beginning, with a learner that has just started. Evaluations of the start stay."""
     run.state.enter(Phase.RESTORING)
-    run.progress.step = work.step = 0
+    run.progress.step, run.progress.baseline, work.step = 0, None, 0
     run.totals.clear()
     for of in (run.evaluations, run.progress.examples):
         for name in of.keys() - {TEACHER, BEFORE}:

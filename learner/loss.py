@@ -26,12 +26,13 @@ class ResponseTokens:
 
     targets: Tensor  # int64[R]
     actor_logprobs: Tensor  # float32[R]; zeros for the ground truth, which nobody sampled
-    advantage: Tensor  # float32[R]: r_t or the group's advantage; see learner/batching.py
+    advantage: Tensor  # float32[R]: see learner/signals.py
     top_k: tuple[Tensor, Tensor] | None = None  # ids int64[R, K], the teacher's log-probs float32[R, K]
     teacher_logits: Callable[[slice], Tensor] | None = None  # rows -> float32[rows, V]
     teacher_logprobs: Tensor | None = None  # float32[R]
     is_forward: Tensor | None = None  # bool[R]; see is_unsure
-    visual_weights: Tensor | None = None  # float32[R], of opd_topk and opd_full; None: 1
+    distill: Tensor | None = None  # float32[R], weights of the teacher's part; None: 1
+    is_demonstration: Tensor | None = None  # bool[R], with on_policy_frac; None: no token is
 
 
 def sampled_advantage(teacher: np.ndarray, actor: np.ndarray, loss: LossConfig) -> np.ndarray:
@@ -145,14 +146,22 @@ def grpo_loss(learner: Tensor, actor: Tensor, advantage: Tensor, clip: float) ->
     return -torch.minimum(ratio * advantage, ratio.clamp(1.0 - clip, 1.0 + clip) * advantage)
 
 
+def truth_loss(learner: Tensor, teacher: Tensor, clamp: float | None) -> Tensor:
+    """-rho_t r_t at tokens that nobody sampled: r_t = log pi_T - log pi is against the current student.
+
+    learner, teacher: float32[R], log-probs of the tokens. rho_t is 1; r_t is constant, within `clamp`.
+    """
+    now = learner.detach()
+    advantage = teacher - now
+    if clamp is not None:
+        advantage = advantage.clamp(-clamp, clamp)
+    return sampled_loss(learner, now, advantage)
+
+
 def reference_kl(learner: Tensor, reference: Tensor) -> Tensor:
     """GRPO's k3 estimate of KL(pi_theta || pi_ref): x - 1 - log x >= 0 with x = pi_ref / pi_theta."""
     log_ratio = reference - learner
     return log_ratio.exp() - 1.0 - log_ratio
-
-
-def _weighted(value: Tensor, tokens: ResponseTokens, rows: slice) -> Tensor:
-    return value if tokens.visual_weights is None else value * tokens.visual_weights[rows]
 
 
 def loss_per_token(
@@ -165,11 +174,15 @@ def loss_per_token(
     match loss.kind:
         case "opd":
             value = sampled_loss(learner, actor, advantage, loss.max_ratio)
+            if tokens.is_demonstration is not None:
+                teacher, distill = tokens.teacher_logprobs, tokens.distill
+                assert teacher is not None and distill is not None, "a demonstration needs both"
+                of_truth = distill[rows] * truth_loss(learner, teacher[rows], loss.clamp)
+                value = torch.where(tokens.is_demonstration[rows], of_truth, value)
         case "opd_topk":
             assert tokens.top_k is not None, "opd_topk needs the teacher's top-K"
             both = with_tail(logits, *(of_tokens[rows] for of_tokens in tokens.top_k))
             value = divergence(*both, loss.divergence, loss.beta, loss.clamp, is_forward)
-            value = _weighted(value, tokens, rows)
         case "opd_full" | "off_policy_fkd":
             assert tokens.teacher_logits is not None, f"{loss.kind} needs the teacher's logits"
             teacher = tokens.teacher_logits(rows)
@@ -177,19 +190,18 @@ def loss_per_token(
             both = logits[:, :shared].log_softmax(-1), teacher[:, :shared].log_softmax(-1)
             how = loss.divergence if loss.kind == "opd_full" else "forward"
             value = divergence(*both, how, loss.beta, is_forward=is_forward)
-            value = _weighted(value, tokens, rows)
         case "grpo":
             value = grpo_loss(learner, actor, advantage, loss.clip)
             if loss.kl_coef:
                 assert tokens.teacher_logprobs is not None, "kl_coef needs a reference"
                 value = value + loss.kl_coef * reference_kl(learner, tokens.teacher_logprobs[rows])
-        case "off_policy_rkd":  # nobody sampled these tokens: r_t is against the current student
+        case "off_policy_rkd":
             assert tokens.teacher_logprobs is not None, "off_policy_rkd needs the teacher's log-probs"
-            now = learner.detach()
-            advantage = tokens.teacher_logprobs[rows] - now
-            if loss.clamp is not None:
-                advantage = advantage.clamp(-loss.clamp, loss.clamp)
-            value = sampled_loss(learner, now, advantage)
+            value = truth_loss(learner, tokens.teacher_logprobs[rows], loss.clamp)
         case "sft":
             value = -learner
+    if loss.kind in ("opd_topk", "opd_full") and tokens.distill is not None:
+        value = tokens.distill[rows] * value
+        if loss.task_weight:
+            value = value + sampled_loss(learner, actor, advantage, loss.max_ratio)
     return value, learner.detach()

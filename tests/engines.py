@@ -106,4 +106,4 @@ class FakeEncoder:
         return response
 
     def spans_in(self, text: str) -> tuple:
-        return parse_spans(text, as_set=False)
+        return parse_spans(text)

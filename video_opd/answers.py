@@ -95,10 +95,10 @@ def parse_span(text: str) -> Span | None:
 
     It is the first that follows the thought, outside quotations unless all are inside one.
     """
-    return next(iter(parse_spans(text, as_set=False)), None)
+    return next(iter(parse_spans(text)), None)
 
 
-def parse_spans(text: str, as_set: bool) -> tuple[Span, ...]:
+def parse_spans(text: str, as_set: bool = False) -> tuple[Span, ...]:
     """parse_span's interval; `as_set`: all that the response names, as written. Empty: none.
 
     Of a set only the first JSON array of pairs counts, if one has an interval: the rest are words about it.

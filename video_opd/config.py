@@ -252,6 +252,11 @@ class Config(ConfigSection):
         return self.rollout.rollouts_per_prompt if self.loss.needs.rollouts else 1
 
     @property
+    def rewards_in_groups(self) -> bool:
+        """Whether a reward is compared with its group's; else with the mean of past steps."""
+        return self.rollout.rollouts_per_prompt > 1
+
+    @property
     def num_slots(self) -> int:
         """Prompts under way at one time: the slots of the buffer."""
         return (self.max_policy_lag + 1) * self.groups_per_step
@@ -297,12 +302,24 @@ class Config(ConfigSection):
             adds = f"adds gradients of {num_batches} micro-batches in bfloat16"
             yield f"learner.zero_stage={learner.zero_stage} {adds}: use zero_stage=2, which adds in float32"
 
+    def _scores_of_one_span(self) -> Iterator[str]:
+        """What would look at the first interval of a set alone."""
+        if self.curriculum.scores_one_span:
+            yield "curriculum.multi_span_iou=best scores one interval, prompt asks for sets: set it to merged"
+        of_one = {"video_opd.rewards:iou", "video_opd.rewards:time_r1"} & set(self.loss.rewards)
+        if self.loss.needs.rewards and of_one:
+            yield f"loss.rewards: {min(of_one)} scores one interval, prompt asks for sets: use merged_iou"
+        if self.loss.task_gate is not None:
+            yield "loss.task_gate looks at one interval, prompt asks for sets: leave it out"
+
     def problems(self) -> Iterator[str]:
         if self.teacher is not None and self.teachers:
             yield "teacher and teachers are both set: list all under teachers, and set teacher=null"
         names = [t.name for t in self.teachers]
         if len(set(names)) < len(names):
             yield f"teachers {', '.join(names)}: give each a name of its own"
+        if self.loss.kl_coef and any(t.weight < 0 for t in self.teachers):
+            yield "loss.kl_coef is a KL to one reference: give the teachers positive weights"
         if len({*self.trackers}) < len(self.trackers):
             yield f"trackers names {', '.join(self.trackers)}: name each once"
         if self.video.decode_timeout_s >= self.request_timeout_s:
@@ -333,11 +350,12 @@ class Config(ConfigSection):
             yield f"curriculum.scc: the gate suspends rollouts, {loss} has none: set scc.gate=false"
         if needs.rewards and self.curriculum.suspends:
             yield f"curriculum.scc: the gate suspends the rollouts that {loss} rewards: set scc.gate=false"
-        if self.prompt.asks_for_sets and self.curriculum.scores_one_span:
-            yield "curriculum.multi_span_iou=best scores one interval, prompt asks for sets: set it to merged"
-        of_one = [r for r in self.loss.rewards if r in ("video_opd.rewards:iou", "video_opd.rewards:time_r1")]
-        if self.prompt.asks_for_sets and needs.rewards and of_one:
-            yield f"loss.rewards: {of_one[0]} scores one interval, prompt asks for sets: use merged_iou"
+        if self.prompt.asks_for_sets:
+            yield from self._scores_of_one_span()
+        if self.loss.task_weight and not (self.loss.advantage_std or self.rewards_in_groups):
+            yield "loss.advantage_std=false is for groups of rollouts: leave it out at rollouts_per_prompt=1"
+        if self.rewards_in_groups and self.loss.baseline_decay != LossConfig().baseline_decay:
+            yield "loss.baseline_decay does nothing for groups, which have means: leave it out"
         if room := self.schedule_room:
             yield from room.problems(self.curriculum.num_selected)
         if self.needs_teacher and not self.teacher_models:

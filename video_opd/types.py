@@ -108,6 +108,11 @@ class Trajectory:
     predicted_spans_s: tuple[Span, ...]  # as written, empty: the answer could not be parsed
     top_k_ids: np.ndarray | None = None  # int32[N, K], the student's likeliest tokens; with top_k_of=student
 
+    @property
+    def is_demonstration(self) -> bool:
+        """Whether it is the ground truth, which nobody sampled."""
+        return self.prompt_fingerprint is None
+
     def __post_init__(self):
         num_tokens, num_logprobs = len(self.response_token_ids), len(self.actor_logprobs)
         what = f"trajectory {self.trajectory_id}: {num_tokens} response tokens"
@@ -139,6 +144,11 @@ class TrajectoryGroup:
         """All trajectories, suspended ones included."""
         return self.trajectories + self.suspended
 
+    @property
+    def rollouts(self) -> tuple[Trajectory, ...]:
+        """Those that the student sampled, suspended ones included: no demonstration."""
+        return tuple(t for t in self.sampled if not t.is_demonstration)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopK:
@@ -167,7 +177,7 @@ class ScoredGroup:
 
     group: TrajectoryGroup
     scores: tuple[TeacherScores, ...]  # empty without a teacher
-    rewards: tuple[float, ...] | None = None  # one per trajectory
+    rewards: tuple[float, ...] | None = None  # one per trajectory; None: not wanted, or a demonstration
 
     def __post_init__(self):
         prompt_id, trajectories = self.group.prompt.prompt_id, self.group.trajectories

@@ -101,7 +101,7 @@ class Checks(Setting):
 
     @torch.no_grad()
     def _best(self, model: VideoLLM, cases: Cases, given: Arrays | None = None) -> Arrays:
-        """float32[N * K] of each response: the K highest log-probs at each of its tokens, or of those given."""
+        """float32[N * K] of each response: the K highest log-probs at each token, or of those given."""
         batches = (collate([p], [r], 0, self.bench.device) for p, r in zip(*cases, strict=True))
         logits = (self.policy(ResponseLogits(model)(batch)) for batch in batches)
         asked = [None] * len(cases[1]) if given is None else [[ids] for ids in given]

@@ -48,8 +48,7 @@ async def record(
     run: Run, outputs: Outputs, report: StepReport, groups: list[ScoredGroup], lags: list[int]
 ) -> None:
     """Writes the step's metrics. Ground truth that stands in for rollouts does not count as sampled."""
-    every = [(g.group.prompt, t) for g in groups for t in g.group.sampled]
-    sampled = [(p, t) for p, t in every if t.prompt_fingerprint is not None]
+    sampled = [(g.group.prompt, t) for g in groups for t in g.group.rollouts]
     ious = [
         prompt_iou(t.predicted_spans_s, p, run.config.prompt.span_iou) for p, t in sampled if p.answer_spans_s
     ]

@@ -88,7 +88,7 @@ def read_tensorboard(run: Path) -> tuple[Rows, dict[str, Any]]:
 
 def wandb_records(file: Path) -> Iterator[Any]:
     """The records of a .wandb file: LevelDB's log format behind 7 bytes of its own."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
     data, at, record = file.read_bytes(), 7, b""
     while at < len(data):

@@ -101,8 +101,7 @@ def test_the_strict_protocol_gives_launchs_numbers_to_the_last_bit():
         p.prompt_id: "From {:.1f} to {:.1f} seconds.".format(*rng.uniform(0, 12, 2)) for p in prompts[:280]
     }
     answers = [
-        Prediction(prompt_id=name, text=text, spans_s=parse_spans(text, as_set=False))
-        for name, text in texts.items()
+        Prediction(prompt_id=name, text=text, spans_s=parse_spans(text)) for name, text in texts.items()
     ]
     launchs = evaluate(answers, prompts)
     ours = summarise_answers(score_answers(questions_of(prompts), texts, STRICT, {}), STRICT)

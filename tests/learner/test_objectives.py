@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from learner.batching import advantages_of, plan_update
+from learner.batching import plan_update
 from learner.loss import ResponseTokens, divergence, group_advantages, grpo_loss, loss_per_token
+from learner.signals import signals_of
 from tests.fakes import make_group, make_prompt
 from video_opd.config_learner import OBJECTIVES, LearnerConfig, LossConfig, LossKind
 from video_opd.errors import ConfigError
@@ -173,8 +174,8 @@ def with_rewards(prompt_id: str, rewards: list[float], lengths: list[int]) -> Sc
 
 def test_an_advantage_is_that_of_the_own_group_on_every_token():
     groups = [with_rewards("a", [1.0, 0.0], [2, 3]), with_rewards("b", [0.2, 0.2], [1, 1])]
-    advantages = advantages_of(groups, LossConfig(kind="grpo", advantage_std=False))
-    assert [s.tolist() for s in advantages] == [[0.5] * 2, [-0.5] * 3, [0.0], [0.0]]
+    signals = signals_of(groups, LossConfig(kind="grpo", advantage_std=False))
+    assert [s.advantage.tolist() for s in signals] == [[0.5] * 2, [-0.5] * 3, [0.0], [0.0]]
     learner = LearnerConfig(micro_batch=2, world_size=2)
     plans = [
         plan_update(groups, LossConfig(kind="grpo"), learner, rank, lambda _: NONE, 99) for rank in range(2)

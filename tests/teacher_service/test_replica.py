@@ -106,7 +106,7 @@ class Parts:
         return text
 
     def spans_in(self, text: str) -> tuple:
-        return parse_spans(text, as_set=False)
+        return parse_spans(text)
 
 
 def replica_of(parts: Parts, **pool: Any) -> TeacherReplica:

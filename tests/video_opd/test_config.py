@@ -223,6 +223,22 @@ def test_an_override_that_is_not_yaml_is_named(path, override):
     assert repr(override) in message and "not YAML" in message
 
 
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["loss.kind=grpo", "rollout.rollouts_per_prompt=2"], "use merged_iou"),
+        (["loss.task_weight=1", "loss.rewards=[video_opd.rewards:time_r1]"], "use merged_iou"),
+        (
+            ["loss.task_weight=1", "loss.rewards=[video_opd.rewards:merged_iou]", "loss.task_gate=0.5"],
+            "task_gate",
+        ),
+        (["curriculum.kind=tvdf"], "multi_span_iou=best"),
+    ],
+)
+def test_sets_are_not_scored_by_their_first_interval(path, overrides, told):
+    assert told in problem(path, "prompt.style=timelens2", *overrides)
+
+
 @pytest.mark.parametrize("text", ["a: [1,\nb: 2", "\tkey: value", "a: b: c", "key: \x00"])
 def test_a_file_that_is_not_yaml_is_named(path, text):
     path.write_text(text)
@@ -427,6 +443,11 @@ def test_help_lists_every_key_once_with_its_default(capsys):
         assert sum(line.startswith(f"  {key}=") for line in lines) == 1, key
     assert "  student=required  transformers folder of the student" in lines
     assert any(line.startswith("  learner.lr=1e-06") for line in lines)
+
+
+def test_values_and_options_come_in_any_order():
+    parsed = launch.parse_arguments(["seed=1", "--dry-run", "num_steps=2", "--config", "c.yaml", "lr=3"])
+    assert parsed.overrides == ["seed=1", "num_steps=2", "lr=3"] and parsed.dry_run
 
 
 def test_every_described_key_can_be_overridden(path):
