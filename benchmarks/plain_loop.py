@@ -63,7 +63,7 @@ class PlainLoop:
 
     def encode(self, prompts: Sequence[Prompt]) -> Inputs:
         """Padded on the left, so that all responses begin in one column."""
-        messages = [chat_messages(self._config.prompt, p.query) for p in prompts]
+        messages = [chat_messages(self._config.prompt, p.query, p.style) for p in prompts]
         texts = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return dict(
             self._processor(

@@ -153,7 +153,8 @@ def validate(model: VideoLLM, examples: Sequence[Example], encoder: PromptEncode
         for example, (ids,) in zip(part, answers, strict=True):
             text, prompt_id = encoder.tokenizer.decode(ids), example.prompt.prompt_id
             if len(example.labels):
-                predictions.append(Prediction(prompt_id=prompt_id, text=text, spans_s=encoder.spans_in(text)))
+                spans = encoder.spans_in(text, example.prompt.style)
+                predictions.append(Prediction(prompt_id=prompt_id, text=text, spans_s=spans))
             else:
                 is_right.append(np.array_equal(ids, example.answer[:-1]))
     model.train()

@@ -77,8 +77,9 @@ def read_config(arguments: argparse.Namespace) -> Config:
 
 def prepare(config: Config, resumes: bool = False) -> Plan:
     """make_plan, after writing the demo's clips where they are missing. Raises InputError; starts nothing."""
-    if Path(config.data.train.annotations).is_relative_to(ROOT / "demo" / "data"):
-        ensure_clips(ROOT / "demo" / "data")
+    demo = ROOT / "demo" / "data"
+    if any(Path(source.annotations).is_relative_to(demo) for source in config.data.sources.values()):
+        ensure_clips(demo)
     return make_plan(config, resumes)
 
 

@@ -33,13 +33,13 @@ from evaluation.scoring import Question, questions_of
 from evaluation.timelines import write_timelines
 from video_opd.cluster.command_line import exit_code_of
 from video_opd.config import Config
-from video_opd.config_data import describe_budget
 from video_opd.config_file import load_config, resolve_paths
-from video_opd.datasets import read_prompts
+from video_opd.datasets import read_prompts, read_sources
 from video_opd.errors import ConfigError, DataError
 from video_opd.files.checkpoint import find_checkpoint
 from video_opd.files.run_folder import write_json
 from video_opd.grounding import describe_odd, odd_truth
+from video_opd.hub import model_name, on_this_node
 from video_opd.models.lengths import PromptLengths, rollout_limit, too_long
 from video_opd.models.model_files import read_model_info
 from video_opd.passes import by_video
@@ -47,6 +47,7 @@ from video_opd.types import FailedPrompt, Prediction, Prompt
 from video_opd.video.descriptions import end_workers
 
 COUNTS = ("n", "unparsed", "reversed", "out_of_range", "missing")
+UNKNOWN = "unknown, the answers are a file's"  # of a video budget
 Answer = Prediction | FailedPrompt
 NO_FRAMES = 1  # read_prompts' multiple when no frame is read: its size does not matter
 
@@ -62,7 +63,7 @@ class Answers:
     seed: int
     blank: Mapping[str, str | None] | None = None  # answers on grey frames; None: not asked for
     other_prompts: int = 0  # answers to none of the questions
-    video: dict[str, float | None] | None = None  # VideoConfig.budget; None: not known
+    video: str = UNKNOWN  # VideoConfig.budget of the model that was asked
 
 
 def ask_model(config: Config, prompts: Sequence[Prompt], blanks: bool) -> list[list[Answer]]:
@@ -95,7 +96,7 @@ def read_splits(config: Config, multiple: int, baselines: bool) -> tuple[list[Pr
     """data.eval as published, and for the baselines data.train."""
     data, video, runs_dir = config.data, config.video, config.runs_dir
     prompts = read_prompts(data.eval, video, multiple, as_published=True, runs_dir=runs_dir)
-    train = read_prompts(data.train, video, multiple, runs_dir=runs_dir) if baselines else []
+    train = read_sources(data, video, multiple, runs_dir).prompts if baselines else []
     end_workers(video)
     return prompts, train
 
@@ -163,7 +164,7 @@ def print_result(result: dict[str, Any], folder: Path) -> None:
     table.add_row("95 % interval", *("{:.3f}–{:.3f}".format(*interval) for interval in metrics.values()))
     for baseline, values in result["baselines"].items():
         table.add_row(baseline.replace("_", " "), *(f"{values[m]:.3f}" for m in metrics))
-    lines = [describe_budget(result["video"])]
+    lines = [f"video budget: {result['video']}"]
     lines += [", ".join(f"{count.replace('_', ' ')} {main[count]}" for count in COUNTS)]
     if odd := result["odd_truth"]:
         lines.append(describe_odd(odd))
@@ -180,7 +181,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add, values = parser.add_argument, "configuration values, e.g. data.eval.max_prompts=100"
     add("overrides", nargs="*", metavar="key=value", help=values)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", type=Path, metavar="FOLDER", help="transformers folder; needs --config")
+    model = "transformers folder, or ORG/NAME[@REVISION] of the Hugging Face hub; needs --config"
+    what.add_argument("--model", type=Path, metavar="MODEL", help=model)
     what.add_argument("--run", type=Path, metavar="RUN", help="run folder, e.g. runs/NAME")
     file = "Parquet with the columns prompt_id and text"
     what.add_argument("--predictions", type=Path, metavar="FILE", help=file)
@@ -228,7 +230,8 @@ def run(parsed: argparse.Namespace) -> None:
     else:
         assert config is not None, "read_config gives one for a model or a run"
         os.environ.update(config.worker_env)  # as in the run's processes, before torch is imported
-        answers, name = answers_of_model(config, parsed.baselines), Path(config.student).name
+        config = on_this_node(config, teachers=False)
+        answers, name = answers_of_model(config, parsed.baselines), model_name(config.student)
     folder = parsed.out or (parsed.run / "evaluation" if parsed.run else Path(f"evaluation-{name}"))
     print_result(evaluate(answers, protocol, parsed.baselines, folder), folder)
 
@@ -239,16 +242,15 @@ def answers_of_run(folder: Path, protocol: Protocol) -> tuple[Answers, str]:
     They are those of `python -m evaluation --run`, and of the run's own end where there are none.
     """
     config = resolve_paths(load_config(config_of_run(folder)), Path.cwd())
-    budget = describe_budget(config.video.budget)
     evaluated, summary = folder / "evaluation" / f"{protocol.name}.parquet", folder / "summary.json"
     if evaluated.exists():
-        return answers_of_file(evaluated, config=None, baselines=False), budget
+        return answers_of_file(evaluated, config=None, baselines=False), config.video.budget
     texts = json.loads(summary.read_text())["examples"].get("student_after") if summary.exists() else None
     if not texts:
         advice = f"run `python -m evaluation --run {folder} --protocol {protocol.name}` first"
         raise DataError(f"{folder} has no answers of its last student: {advice}")
     questions = questions_of(read_splits(config, NO_FRAMES, baselines=False)[0])
-    return Answers(questions, texts, {}, train=[], seed=0), budget
+    return Answers(questions, texts, {}, train=[], seed=0), config.video.budget
 
 
 def run_compare(arguments: Sequence[str]) -> None:
@@ -266,7 +268,7 @@ def run_compare(arguments: Sequence[str]) -> None:
         if path.is_dir():
             answers, video = answers_of_run(path, protocol)
         else:
-            answers, video = answers_of_file(path, config=None, baselines=False), describe_budget(None)
+            answers, video = answers_of_file(path, config=None, baselines=False), UNKNOWN
         if questions:
             check_same_questions(questions, answers.questions, (str(parsed.a), str(parsed.b)))
         questions = questions or answers.questions

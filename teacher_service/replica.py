@@ -14,6 +14,7 @@ import numpy as np
 from teacher_service.calls import Ready, Reply, ScoreCall, in_passes
 from video_opd.config import Config
 from video_opd.config_teachers import TeacherModel
+from video_opd.hub import fetch
 from video_opd.logs import log, start_role_log
 from video_opd.models.prompting import PromptEncoder, grey_frames
 from video_opd.passes import passes_by_cut
@@ -51,7 +52,7 @@ class TeacherReplica:
         self._waiting: deque[ScoreCall] = deque()
         # One call after the other, and all in one thread: CUDA's streams are those of a thread
         self._thread = ThreadPoolExecutor(1, "engine")
-        self._encoder, self._engine = self._thread.submit(self._load, config, teacher.model).result()
+        self._encoder, self._engine = self._thread.submit(self._load, config, fetch(teacher.model)).result()
         log.info("started in %.1f s", time.monotonic() - started)
 
     def _load(self, config: Config, model: str) -> tuple[PromptEncoder, "ScoringEngine"]:
@@ -182,4 +183,4 @@ class TeacherReplica:
 
     def _read(self, prompt: EncodedPrompt, texts: Sequence[str]) -> list[Prediction]:
         name, spans_in, written = prompt.prompt_id, self._encoder.spans_in, map(self._encoder.written, texts)
-        return [Prediction(prompt_id=name, text=t, spans_s=spans_in(t)) for t in written]
+        return [Prediction(prompt_id=name, text=t, spans_s=spans_in(t, prompt.style)) for t in written]

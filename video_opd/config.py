@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -25,6 +24,7 @@ from video_opd.config_data import (
 from video_opd.config_learner import LearnerConfig, LossConfig, WeightTransfer
 from video_opd.config_schedule import ScheduleRoom
 from video_opd.config_teachers import TeacherConfig, TeacherModel, engine_problems
+from video_opd.hub import model_name
 
 
 class RolloutConfig(ConfigSection):
@@ -132,6 +132,14 @@ class CurriculumConfig(ConfigSection):
         return self.kind in ("scc", "difficulty") or (self.kind == "tvdf" and self.dbtp)
 
     @property
+    def selects_at_random(self) -> bool:
+        """Whether prompts are drawn from the pool by nothing but chance."""
+        at_random = not self.dbtp or self.sampler == "uniform"
+        return self.kind == "uniform" or (
+            self.kind == "tvdf" and at_random and self.select_by == "prompt" and not self.pool_sample
+        )
+
+    @property
     def scores_student(self) -> bool:
         """Whether the student answers with one rollout for each prompt, which the teacher scores."""
         return self.kind == "tvdf" and self.dbtp and self.disagreement == "reverse_kl"
@@ -158,8 +166,8 @@ class Config(ConfigSection):
     run_name: FileName | None = key(None, "name of the run folder; None: made from the time")
     runs_dir: str = "runs"
     seed: int = 0
-    student: str = Field(description="transformers folder of the student")
-    teacher: str | None = key(None, "transformers folder of the teacher, where one is needed")
+    student: str = Field(description="transformers folder, or ORG/NAME[@REVISION] of the Hugging Face hub")
+    teacher: str | None = key(None, "as student, where a teacher is needed")
     teachers: tuple[TeacherModel, ...] = key((), "instead of `teacher`: {name, model, weight, prompts} each")
     trust_remote_code: bool = key(False, "run the Python code that a model folder brings (its auto_map)")
     num_steps: PositiveInt
@@ -234,12 +242,22 @@ class Config(ConfigSection):
         """All teachers of the run; empty without one."""
         if self.teacher is None:
             return self.teachers
-        name = re.sub(r"[^\w.-]", "_", Path(self.teacher).name)
+        name = re.sub(r"[^\w.-]", "_", model_name(self.teacher))
         return (TeacherModel(name=name, model=self.teacher),)
 
     def teachers_of(self, prompt_id: str) -> tuple[TeacherModel, ...]:
         """The teachers that score the prompt. The first one gives the teacher's answer to it."""
         return tuple(t for t in self.teacher_models if t.scores(prompt_id))
+
+    @property
+    def video_first(self) -> bool:
+        """Whether every prompt shows its video before its text, so that prompts of a clip begin alike."""
+        return all(words.video_first for words in self.prompts)
+
+    @property
+    def prompts(self) -> list[PromptConfig]:
+        """The section prompt, and those of the sources that have a style of their own."""
+        return [self.prompt.of_style(style) for style in (None, *self.data.styles.values())]
 
     @property
     def learner_temperature(self) -> float:
@@ -304,15 +322,21 @@ class Config(ConfigSection):
 
     def _scores_of_one_span(self) -> Iterator[str]:
         """What would look at the first interval of a set alone."""
+        if not any(words.asks_for_sets for words in self.prompts):
+            return
         if self.curriculum.scores_one_span:
-            yield "curriculum.multi_span_iou=best scores one interval, prompt asks for sets: set it to merged"
+            yield "curriculum.multi_span_iou=best scores one interval, a prompt asks for sets: use merged"
         of_one = {"video_opd.rewards:iou", "video_opd.rewards:time_r1"} & set(self.loss.rewards)
         if self.loss.needs.rewards and of_one:
-            yield f"loss.rewards: {min(of_one)} scores one interval, prompt asks for sets: use merged_iou"
+            yield f"loss.rewards: {min(of_one)} scores one interval, a prompt asks for sets: use merged_iou"
         if self.loss.task_gate is not None:
-            yield "loss.task_gate looks at one interval, prompt asks for sets: leave it out"
+            yield "loss.task_gate looks at one interval, a prompt asks for sets: leave it out"
 
     def problems(self) -> Iterator[str]:
+        if self.data.weights and not self.curriculum.selects_at_random:
+            drawn = "need prompts that are drawn at random"
+            random = "kind=uniform, or kind=tvdf with dbtp=false and without pool_sample and select_by=video"
+            yield f"the weights of data.train {drawn} ({random}): leave them out, or change curriculum"
         if self.teacher is not None and self.teachers:
             yield "teacher and teachers are both set: list all under teachers, and set teacher=null"
         names = [t.name for t in self.teachers]
@@ -350,8 +374,7 @@ class Config(ConfigSection):
             yield f"curriculum.scc: the gate suspends rollouts, {loss} has none: set scc.gate=false"
         if needs.rewards and self.curriculum.suspends:
             yield f"curriculum.scc: the gate suspends the rollouts that {loss} rewards: set scc.gate=false"
-        if self.prompt.asks_for_sets:
-            yield from self._scores_of_one_span()
+        yield from self._scores_of_one_span()
         if self.loss.task_weight and not (self.loss.advantage_std or self.rewards_in_groups):
             yield "loss.advantage_std=false is for groups of rollouts: leave it out at rollouts_per_prompt=1"
         if self.rewards_in_groups and self.loss.baseline_decay != LossConfig().baseline_decay:

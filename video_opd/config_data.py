@@ -1,13 +1,14 @@
 """Configuration of annotations, videos and prompts, with the types that all sections share."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from video_opd.content import is_inside
 from video_opd.types import Span
@@ -107,13 +108,54 @@ class DatasetConfig(ConfigSection):
             yield f"query_pattern={self.query_pattern!r} must have one group, the query"
 
 
+class SourceConfig(DatasetConfig):
+    """One of several sources to train on."""
+
+    name: FileName = Field(description="of the source, in its prompts' ids and its metrics")
+    weight: PositiveFloat | None = key(None, "share of the drawn prompts, of the sum; None, for all: by size")
+    prompt: PromptStyle | None = key(None, "published prompt of this source; None: the section prompt")
+
+
+FORMS = ("one", "several")  # of data.train
+Train = Annotated[
+    Annotated[DatasetConfig, Tag("one")] | Annotated[tuple[SourceConfig, ...], Tag("several")],
+    Discriminator(lambda value: FORMS[isinstance(value, list | tuple)]),
+]
+
+
 class DataConfig(ConfigSection):
     """The split to train on and the held-out split."""
 
-    train: DatasetConfig
+    train: Train = Field(description="a split, or a list of them: docs/data.md, several sources")
     eval: DatasetConfig
 
+    @property
+    def sources(self) -> dict[str, DatasetConfig]:
+        """What to train on by the name of its source, which is empty where data.train is no list."""
+        return {"": self.train} if isinstance(self.train, DatasetConfig) else {s.name: s for s in self.train}
+
+    @property
+    def styles(self) -> dict[str, PromptStyle | None]:
+        """prompt.style of each source that is not the section prompt's; by name."""
+        return {
+            name: source.prompt for name, source in self.sources.items() if isinstance(source, SourceConfig)
+        }
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the sources by name; empty: prompts are drawn from their union."""
+        of_all = {
+            name: source.weight for name, source in self.sources.items() if isinstance(source, SourceConfig)
+        }
+        return {name: weight for name, weight in of_all.items() if weight is not None}
+
     def problems(self) -> Iterator[str]:
+        if not isinstance(self.train, DatasetConfig):
+            names = [source.name for source in self.train]
+            if not names or len(set(names)) < len(names):
+                yield f"data.train lists the sources {names}: give one or more, each a name of its own"
+            if 0 < len(self.weights) < len(names):
+                yield "data.train has sources with weight and without: give all one, or none"
         if self.eval.unreadable != "error":
             yield "data.eval.unreadable=drop would leave failures out of the metrics: mend the videos"
         if self.eval.too_long != "error":
@@ -139,27 +181,19 @@ class VideoConfig(ConfigSection):
     cache_dir: str | None = key(None, "folder of the node's cache of frames; None: in the temporary folder")
     cache_bytes: PositiveInt = key(8 << 30, "size of that cache, which outlives the run")
 
+    @property
+    def budget(self) -> str:
+        """What a model sees of a video, which a score depends on."""
+        frames = f"{self.fps:g} frames a second, {self.min_frames} to {self.max_frames}"
+        pair = f", {self.max_frame_tokens} a pair of frames" if self.max_frame_tokens else ""
+        return f"{frames}, at most {self.max_video_tokens} tokens{pair}"
+
     def problems(self) -> Iterator[str]:
         fewest, most = f"min_frames={self.min_frames}", f"max_frames={self.max_frames}"
         if self.min_frames > self.max_frames:
             yield f"{fewest} is more than {most}"
         if self.min_frames % 2 or self.max_frames % 2:
             yield f"{fewest} and {most} must be even: tokens cover two frames"
-
-    @property
-    def budget(self) -> dict[str, float | None]:
-        """What a model sees of a video at most, on which every score depends."""
-        names = ("fps", "min_frames", "max_frames", "max_video_tokens", "max_frame_tokens")
-        return {name: getattr(self, name) for name in names}
-
-
-def describe_budget(budget: Mapping[str, float | None] | None) -> str:
-    """One line about VideoConfig.budget; None: not known."""
-    if budget is None:
-        return "video budget: unknown, the answers are a file's"
-    frames = f"{budget['fps']:g} fps, {budget['min_frames']} to {budget['max_frames']} frames"
-    pair = f", {most} a pair of frames" if (most := budget["max_frame_tokens"]) else ""
-    return f"video budget: {frames}, at most {budget['max_video_tokens']} tokens{pair}"
 
 
 class _Pairs(tuple[Span, ...]):
@@ -209,6 +243,10 @@ class PromptConfig(ConfigSection):
         written = tuple(spans) if self.asks_for_sets else ((start, end),)
         return self.answer_template.format(start=start, end=end, spans=_Pairs(spans)), written
 
+    def of_style(self, style: str | None) -> "PromptConfig":
+        """The section for prompts of a style of their own; None: itself."""
+        return self if style is None else _published(style)
+
     def problems(self) -> Iterator[str]:
         if "{query}" not in self.template:
             yield "template must contain {query}"
@@ -221,3 +259,8 @@ class PromptConfig(ConfigSection):
                 yield f"{name} may hold {', '.join(known)} in braces and no other braces ({error!r})"
         if self.asks_for_sets and _fields(self.answer_template) & {"start", "end"}:
             yield "answer_template: {spans} writes all intervals: leave out {start} and {end}"
+
+
+@cache
+def _published(style: str) -> PromptConfig:
+    return PromptConfig.model_validate({"style": style})

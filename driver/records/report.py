@@ -28,7 +28,6 @@ from driver.records.masking import masked_config
 from driver.records.sinks import read_metrics
 from video_opd.answers import parse_spans
 from video_opd.config import Config
-from video_opd.config_data import describe_budget
 from video_opd.errors import ClipError, ModelError
 from video_opd.files.run_folder import write_atomically
 from video_opd.grounding import THRESHOLDS, describe_odd, merge
@@ -92,7 +91,7 @@ def print_summary(folder: Path, summary: dict[str, Any]) -> None:
         student = f"mIoU {after - before['miou']:+.3f}{share}" if before else f"mIoU {after:.3f}{share}"
     steps = f"after {summary['steps']} steps in {summary['seconds']['total'] / 60:.1f} min"
     console.print(f"{student}, {steps}; {len(summary['dropped'])} prompts dropped")
-    console.print(describe_budget(summary["video"]), soft_wrap=True)
+    console.print(f"video budget: {summary['video']}", soft_wrap=True)
     if shared := describe_shared(summary):
         console.print(shared, soft_wrap=True)
     if odd := summary["odd_truth"]:
@@ -138,7 +137,6 @@ def write_report(
         summary=summary,
         rows=_rows(summary),
         shared=describe_shared(summary),
-        budget=describe_budget(summary["video"]),
         columns=COLUMNS.values(),
         learning=embed(learning),
         policy=embed(_policy(metrics)),

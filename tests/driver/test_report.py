@@ -49,7 +49,7 @@ def test_a_report_is_written_though_held_out_clips_are_gone(tmp_path, summary):
     html = (tmp_path / "report.html").read_text()
     assert html.count("frames, truth and answers") == len(PROMPTS)
     assert "Tokens computed: learner 25 of 100 (75% saved)" in html
-    assert "video budget: 2 fps, 4 to 768 frames, at most 8192 tokens, 256 a pair of frames" in html
+    assert "video budget: 2 frames a second, 4 to 768, at most 8192 tokens, 256 a pair of frames" in html
 
 
 def test_what_sequences_share_is_added_up_over_the_steps_and_told(tmp_path, summary, capsys):
@@ -96,6 +96,6 @@ def test_the_printed_summary_counts_odd_truth(tmp_path, summary, capsys):
     print_summary(tmp_path, summary)
     out = capsys.readouterr().out
     assert "odd truth, scored as published: reversed 1" in out
-    assert "video budget: 2 fps, 4 to 768 frames, at most 8192 tokens, 256 a pair of frames\n" in out
+    assert "video budget: 2 frames a second, 4 to 768, at most 8192 tokens, 256 a pair of frames\n" in out
     print_summary(tmp_path, summary | {"odd_truth": {}})
     assert "odd" not in capsys.readouterr().out

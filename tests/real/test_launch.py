@@ -111,7 +111,7 @@ def test_clips_that_cannot_be_read_are_named_and_have_their_places_in_the_pool(
     summary = json.loads((finished / "summary.json").read_text())
     dropped = {i: r for i, r in summary["dropped"].items() if i.split(":")[0] in paths}
     config = load_config(DEMO, [*overrides, *SHRUNK, *data])
-    lines = Path(config.data.train.annotations).read_text().splitlines()
+    lines = Path(config.data.sources[""].annotations).read_text().splitlines()
     good = [line if line.split()[0] not in paths else "" for line in lines]
     assert len(dropped) == good.count("") and {i.split(":")[0] for i in dropped} == set(paths)
     assert all(str(paths[prompt_id.split(":")[0]]) in reason for prompt_id, reason in dropped.items())

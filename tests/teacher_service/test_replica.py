@@ -105,7 +105,7 @@ class Parts:
     def written(self, text: str) -> str:
         return text
 
-    def spans_in(self, text: str) -> tuple:
+    def spans_in(self, text: str, style: str | None) -> tuple:
         return parse_spans(text)
 
 

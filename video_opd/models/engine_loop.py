@@ -292,7 +292,8 @@ async def predict(
             if isinstance(result, FailedPrompt):
                 answers[result.prompt_id] = result
             else:
-                name, texts = result.prompt.prompt_id, [encoder.written(c.text) for c in result.completions]
-                read = ((text, encoder.spans_in(text)) for text in texts)
+                name, style = result.prompt.prompt_id, result.prompt.style
+                texts = [encoder.written(c.text) for c in result.completions]
+                read = ((text, encoder.spans_in(text, style)) for text in texts)
                 answers[name] = [Prediction(prompt_id=name, text=t, spans_s=spans) for t, spans in read]
     return [answers[p.prompt_id] for p in prompts]

@@ -57,11 +57,12 @@ class PromptLengths:
                 )
         clips = {id(p.clip): p.clip for p in prompts}  # prompts of a clip share it
         videos = dict(zip(clips, self._of_videos(list(clips.values())), strict=True))
-        texts = self._count([self._text(p.query) for p in prompts])
+        texts = self._count([self._text(p) for p in prompts])
         return [text - 1 + videos[id(p.clip)] for text, p in zip(texts, prompts, strict=True)]
 
-    def _text(self, query: str) -> str:
-        return self._template.render(messages=chat_messages(self._config, query), add_generation_prompt=True)
+    def _text(self, prompt: Prompt) -> str:
+        messages = chat_messages(self._config, prompt.query, prompt.style)
+        return self._template.render(messages=messages, add_generation_prompt=True)
 
     def _of_videos(self, clips: Sequence[Clip]) -> list[int]:
         """What stands in the place of each video's pad."""
