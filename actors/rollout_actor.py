@@ -187,6 +187,7 @@ class RolloutActor:
                 finish_reason=completion.finish_reason,
                 text=text,
                 predicted_spans_s=parse_spans(text),
+                top_k_ids=completion.top_k_ids,
             )
             trajectories.append(trajectory)
         hits = answered.cache_hits

@@ -24,7 +24,7 @@ Observation = tuple[str, int, bool]  # of a group: prompt id, number of rollouts
 
 
 def observation(group: ScoredGroup) -> Observation:
-    return group.group.prompt.prompt_id, len(group.group.sampled), not group.group.trajectories
+    return group.group.prompt.prompt_id, len(group.group.rollouts), not group.group.trajectories
 
 
 class Scheduler:
@@ -293,7 +293,8 @@ class Scheduler:
             self._in_flight.pop(i, None)  # a prompt that the learner could not read was retired before
             self._num_rollouts[i] += num_rollouts
             self._last_step[i] = step
-            self._suspended[i] = suspended
+            if num_rollouts:  # a demonstration says nothing of the student
+                self._suspended[i] = suspended
         return self.metrics()
 
     def reissue(self) -> None:
@@ -372,7 +373,7 @@ class Scheduler:
             "curriculum/selected": int(selected.sum()),
             "curriculum/dropped": int(np.count_nonzero(self._dropped)),
             "curriculum/suspended": int(self._suspended.sum()),
-            "curriculum/seen_frac": float((self._num_rollouts[selected] > 0).sum() / max(1, selected.sum())),
+            "curriculum/seen_frac": float((self._last_step[selected] >= 0).sum() / max(1, selected.sum())),
         }
 
 

@@ -50,7 +50,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--gpu-memory-gib", type=float, help="memory of one GPU (default: this machine's, or 80 without one)")
     add("--device", choices=DEVICES, help=f"with --dry-run: the GPU (default: this machine's, or {DEFAULT})")
     add("--utilisation", nargs=3, type=float, metavar=SHARES, help=UTILISATION)
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_intermixed_args(arguments)  # values and options in any order
     if not parsed.dry_run and (parsed.device or parsed.utilisation):
         parser.error("--device and --utilisation are for the plan that --dry-run prints: add it")
     return parsed

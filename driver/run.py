@@ -16,6 +16,7 @@ from curriculum.curriculum import Curriculum
 from driver.buffer import TrajectoryBuffer
 from driver.clock import PhaseClock
 from driver.progress import Progress, SavedRun
+from driver.records.trackers import Trackers
 from driver.run_state import RunState
 from driver.start_ray import idle_replicas, python_path
 from driver.upload import Uploads
@@ -52,6 +53,7 @@ class Run:
     curriculum: Curriculum
     rewards: list[Reward]  # empty: the objective needs none
     uploads: Uploads | None = None  # None: checkpoints stay here
+    trackers: Trackers | None = None  # None: metrics.jsonl alone
     gauges: Gauges = field(default_factory=Gauges)  # for Prometheus
     clock: PhaseClock = field(default_factory=PhaseClock)
     state: RunState = field(default_factory=RunState)
@@ -86,7 +88,12 @@ class Run:
 
 
 def create_parts(
-    folder: Path, given: Config, plan: Plan, memory: MemoryPlan, resume_from: SavedRun | None = None
+    folder: Path,
+    given: Config,
+    plan: Plan,
+    memory: MemoryPlan,
+    resume_from: SavedRun | None = None,
+    trackers: Trackers | None = None,
 ) -> Run:
     """Creates the processes of a run. Raises ConfigError if a run of that name is on this Ray."""
     name, env = f"video_opd/{folder.name}", python_path() | given.worker_env
@@ -107,6 +114,7 @@ def create_parts(
         curriculum=Curriculum(name, plan.train.pool, config),
         rewards=load_rewards(config.loss.rewards) if config.loss.needs.rewards else [],
         uploads=Uploads(url, folder, *limits) if url else None,
+        trackers=trackers,
         progress=progress,
         resume_from=resume_from,
         newest_checkpoint=progress.step if resume_from else None,

@@ -6,7 +6,7 @@ the intervals read in it; `duration` may be missing.
 """
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def own_questions(path: Path) -> tuple[list[Question], dict[str, str | None]]:
     return questions, texts
 
 
-def answers_to(questions: Sequence[Question], path: Path) -> dict[str, str | None]:
+def answers_to(questions: Sequence[Question], path: Path) -> Mapping[str, str | None]:
     """The texts by the ids of their questions, or by their own keys where they answer none of these.
 
     A question is known by its video, its query and its first true span. Raises DataError.

@@ -4,10 +4,8 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
-
 from learner.batching import Row
-from video_opd.models.prompting import GREY, Encoded, PromptEncoder, check_parity
+from video_opd.models.prompting import Encoded, PromptEncoder, check_parity, grey_frames
 from video_opd.types import EncodedPrompt, FailedPrompt, Prompt
 from video_opd.video.clips import frames_key
 
@@ -72,9 +70,8 @@ def _micro_batch(
         prompt = encoded[frames_key(row.prompt.clip)][row.prompt.prompt_id]
         if isinstance(prompt, FailedPrompt):
             batch.failed.extend([prompt] if row.weight else [])
-            clip, row = row.prompt.clip, replace(row, weight=0.0)
-            grey = np.full((len(clip.frame_indices), *clip.frame_size, 3), GREY, np.uint8)
-            prompt = encoder.encode(row.prompt, frames=grey)
+            row = replace(row, weight=0.0)
+            prompt = encoder.encode(row.prompt, False, *grey_frames(row.prompt.clip))
         else:
             check_parity(prompt, row.trajectory, "the learner")
         batch.rows.append(row)

@@ -9,7 +9,7 @@ from preflight.model_shapes import ModelShapes, can_shard, find_shapes, model_by
 from preflight.options import check_options
 from video_opd import ROOT
 from video_opd.config import Config
-from video_opd.config_teachers import TeacherModel
+from video_opd.config_teachers import TeacherModel, weights_problem
 from video_opd.datasets import Split, read_sources, read_split
 from video_opd.errors import ConfigError, DataError
 from video_opd.logs import log
@@ -69,7 +69,7 @@ def make_plan(config: Config, resumes: bool = False) -> Plan:
         splits[name], longest[name] = fit_lengths(config, name, split, lengths)
     train, evaluation = splits["train"], splits["eval"]
     check_pool(config, train, resumes)
-    check_weights(config, train.prompts)
+    check_shares(config, train.prompts)
     check_routes(config, train.prompts, evaluation.prompts)
     return Plan(student, train, evaluation, longest)
 
@@ -160,7 +160,7 @@ def make_draft(config: Config) -> Draft:
     train, evaluation = splits.get("train"), splits.get("eval")
     if train:
         check_pool(config, train)
-        check_weights(config, train.prompts)
+        check_shares(config, train.prompts)
     check_routes(config, *(split.prompts if split else [] for split in (train, evaluation)))
     largest = largest_teacher(list(teachers.values()))
     return Draft(student, largest, train, evaluation, longest, unchecked=tuple(unchecked))
@@ -208,6 +208,9 @@ def check_teacher(config: Config, student: ModelShapes, teacher: ModelShapes) ->
     top_k, vocabulary = config.loss.top_k, teacher.text.vocab_size
     if config.loss.needs.teacher == "top_k" and top_k > vocabulary:
         raise ConfigError(f"loss.top_k={top_k}, but the teacher has {vocabulary} tokens: lower it")
+    if config.loss.student_top_k and (own := student.text.vocab_size) > vocabulary:
+        embeddings = f"{own} embeddings of the student, and {vocabulary} of the teacher"
+        raise ConfigError(f"loss.top_k_of=student with {embeddings}, which cannot score all: use teacher")
 
 
 def check_shards(section: str, shards: int, shapes: ModelShapes) -> None:
@@ -229,7 +232,10 @@ def check_pool(config: Config, split: Split, resumes: bool = False) -> None:
     unlabelled = [p.prompt_id for p in train if not p.answer_spans_s]
     users = [f"curriculum.kind={curriculum.kind}"] if curriculum.kind != "uniform" else []
     users += ["curriculum.scc.gate"] if curriculum.suspends and not users else []
-    users += [f"loss.kind={config.loss.kind}"] if needs.rewards or not needs.rollouts else []
+    loss = config.loss
+    users += ["loss.task_weight"] if loss.task_weight else []
+    users += ["loss.on_policy_frac"] if loss.on_policy_frac < 1 else []
+    users += [f"loss.kind={loss.kind}"] if loss.kind == "grpo" or not needs.rollouts else []
     if users and unlabelled:
         named = ", ".join(unlabelled[:3]) + (", ..." if len(unlabelled) > 3 else "")
         missing = f"{len(unlabelled)} of {len(train)} prompts have none ({named})"
@@ -250,7 +256,7 @@ def check_pool(config: Config, split: Split, resumes: bool = False) -> None:
         raise ConfigError(f"{pool} training prompts cannot fill {slots}: {remedy} or lower groups_per_step")
 
 
-def check_weights(config: Config, prompts: Sequence[Prompt]) -> None:
+def check_shares(config: Config, prompts: Sequence[Prompt]) -> None:
     """A source must have the prompts that are in flight of it at one time. Raises ConfigError."""
     weights, slots = config.data.weights, config.num_slots
     for name, weight in weights.items():
@@ -269,8 +275,23 @@ def check_routes(config: Config, train: Sequence[Prompt], evaluation: Sequence[P
         if not any(t.scores(prompt.prompt_id) for t in teachers):
             patterns = ", ".join(f"{t.name}: {t.prompts}" for t in teachers)
             raise ConfigError(f"prompt {prompt.prompt_id} has no teacher ({patterns}): widen a pattern")
+    check_weights(config.teachers, train)
     for prompt in train if config.loss.needs.teacher in ("top_k", "hidden") else ():
         if len(own := [t for t in teachers if t.scores(prompt.prompt_id)]) > 1:
             has = f"prompt {prompt.prompt_id} has the teachers {', '.join(t.name for t in own)}"
             why = f"loss.kind={config.loss.kind} needs more than log-probs, which alone can be combined"
             raise ConfigError(f"{has}, but {why}: give each prompt one, by teachers' prompts")
+
+
+def check_weights(teachers: Sequence[TeacherModel], train: Sequence[Prompt]) -> None:
+    """The weights of each prompt's teachers must fit together, and each must count. Raises ConfigError."""
+    together: set[str] = set()
+    for prompt in train if teachers else ():
+        own = [t for t in teachers if t.scores(prompt.prompt_id)]
+        if problem := weights_problem(own):
+            raise ConfigError(f"prompt {prompt.prompt_id}: {problem}")
+        together |= {t.name for t in own} if len(own) > 1 else set()
+    alone = [t for t in teachers if t.weight != 1 and t.name not in together]
+    if train and alone:
+        does = f"weight={alone[0].weight:g} of teacher {alone[0].name} does nothing"
+        raise ConfigError(f"{does}: it shares no training prompt with another; leave the weight out")

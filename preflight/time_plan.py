@@ -147,8 +147,8 @@ class TimePlan:
         of_tree = time.tree_forward(shapes, size, tree, rows, self._teacher_attention)
         operations = of_tree * (config.responses_per_prompt / tree.members)
         num_units = self._largest_share(pool.num_replicas, config.rollout.prompts_per_result)
-        terms = {"prefill": self._prefill_s(pool, shapes, operations, size)}
-        feed = self._feed_s(size, pool.num_cpus, self._teacher_pixels_s)
+        terms = {"prefill": self._views * self._prefill_s(pool, shapes, operations, size)}
+        feed = self._feed_s(size, pool.num_cpus, self._views * self._teacher_pixels_s)
         return Phase("score", pool.num_replicas, "prompt", num_units, terms, feed)
 
     def _update(self) -> Phase:
@@ -253,8 +253,8 @@ class TimePlan:
         tree = tree_of(self.config, size, prompts, 1, rollout.max_response_tokens, most)
         rows = tree.members * rollout.max_response_tokens
         operations = time.tree_forward(shapes, size, tree, rows, self._teacher_attention)
-        prefill_s = self._prefill_s(engine, shapes, operations * (1 / tree.members), size)
-        feed_s = self._pass_feed_s(pool, engine.num_cpus, self._teacher_pixels_s)
+        prefill_s = self._views * self._prefill_s(engine, shapes, operations * (1 / tree.members), size)
+        feed_s = self._pass_feed_s(pool, engine.num_cpus, self._views * self._teacher_pixels_s)
         return num_prompts / engine.num_replicas * max(prefill_s, feed_s)
 
     def _pass_feed_s(self, pool: Pool, num_cpus: float, a_token_s: float) -> float:
@@ -365,6 +365,11 @@ class TimePlan:
         at_once = int(max(1, min(number, at_once, fit)))
         read = time.decode_bytes(shapes, engine.dtype, shards, size, (number, response), at_once)
         return read / (self.device.memory * self.use.bandwidth)
+
+    @property
+    def _views(self) -> int:
+        """Passes to score a response: one more on grey frames with loss.visual_weight."""
+        return 2 if self.config.loss.visual_weight else 1
 
     @property
     def _teacher_attention(self) -> Attention:

@@ -37,6 +37,7 @@ class Ready(NamedTuple):
 
     prompt: EncodedPrompt
     prepared: Any  # ScoringEngine.prepare's
+    grey: "Ready | None" = None  # the same with grey frames, where it is scored, too
 
 
 MakeReady = Callable[[Sequence[Prompt]], Iterator[Ready | FailedPrompt]]

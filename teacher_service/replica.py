@@ -5,15 +5,18 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from teacher_service.calls import Ready, Reply, ScoreCall, in_passes
 from video_opd.answers import parse_spans
 from video_opd.config import Config
 from video_opd.config_teachers import TeacherModel
 from video_opd.logs import log, start_role_log
-from video_opd.models.prompting import PromptEncoder
+from video_opd.models.prompting import PromptEncoder, grey_frames
 from video_opd.passes import passes_by_cut
 from video_opd.types import (
     EncodedPrompt,
@@ -44,6 +47,8 @@ class TeacherReplica:
         started, self._pool = time.monotonic(), config.teacher_pool
         self._teacher_id = teacher.name
         self._max_tokens = config.rollout.max_response_tokens
+        self._are_given = bool(config.loss.student_top_k)  # the tokens of top-K
+        self._scores_grey = config.loss.visual_weight is not None
         self._waiting: deque[ScoreCall] = deque()
         # One call after the other, and all in one thread: CUDA's streams are those of a thread
         self._thread = ThreadPoolExecutor(1, "engine")
@@ -56,16 +61,17 @@ class TeacherReplica:
 
         pool, needs, trust = config.teacher_pool, config.loss.needs.teacher, config.trust_remote_code
         encoder = PromptEncoder(model, config.prompt, config.video, trust)
-        wanted = Wanted(top_k=config.loss.top_k if needs == "top_k" else 0, hidden=needs == "hidden")
+        wanted = Wanted(config.loss.top_k if needs == "top_k" else 0, self._are_given, needs == "hidden")
         how = wanted, config.seed, encoder, trust, config.rollout.temperature
         return encoder, ENGINES[config.teacher_engine](model, pool, *how)
 
     async def score(self, groups: Sequence[TrajectoryGroup]) -> Reply:
         """A ScoreResult per group, in order: scores, or a FailedPrompt where the clip cannot be read.
 
+        With loss.visual_weight each pass is made once more on grey frames, for the log-probs alone.
         When the engine is free it takes as many of the waiting calls as fill a pass.
         """
-        call = ScoreCall(groups, self._make_ready)
+        call = ScoreCall(groups, partial(self._make_ready, with_grey=self._scores_grey))
         await asyncio.sleep(self._pool.batch_wait_s)
         self._waiting.append(call)
         self._thread.submit(self._score_waiting)
@@ -78,11 +84,17 @@ class TeacherReplica:
         work = self._predict, passes, coming, num_answers, temperature
         return await asyncio.get_running_loop().run_in_executor(self._thread, *work)
 
-    def _make_ready(self, prompts: Prompts) -> Iterator[Ready | FailedPrompt]:
+    def _make_ready(self, prompts: Prompts, with_grey: bool = False) -> Iterator[Ready | FailedPrompt]:
         """Each prompt, in order, encoded and prepared ahead of the caller."""
+        asked = {p.prompt_id: p for p in prompts}
 
         def ready(encoded: EncodedPrompt) -> Ready:
-            return Ready(encoded, self._engine.prepare(encoded))
+            prepared = self._engine.prepare(encoded)
+            if not with_grey:
+                return Ready(encoded, prepared)
+            prompt = asked[encoded.prompt_id]
+            grey = self._encoder.encode(prompt, False, *grey_frames(prompt.clip))
+            return Ready(encoded, prepared, Ready(grey, self._engine.prepare(grey)))
 
         return self._encoder.prepare_ahead(prompts, ready)
 
@@ -116,16 +128,26 @@ class TeacherReplica:
             batch = [(call, row, ready) for call, row, ready in found if ready]
             prompts, prepared = [r.prompt for *_, r in batch], [r.prepared for *_, r in batch]
             responses = [row.trajectory.response_token_ids for _, row, _ in batch]
+            num_tokens = sum(map(len, responses)) + sum(len(p.token_ids) for p in prompts)
             started = time.perf_counter()
-            scored = self._engine.score(prompts, responses, prepared) if batch else []
+            given = [ids for _, row, _ in batch if (ids := row.trajectory.top_k_ids) is not None]
+            assert len(given) == (len(batch) if self._are_given else 0), "top-K ids of some responses alone"
+            scored = self._engine.score(prompts, responses, prepared, given or None) if batch else []
+            separate_tokens += num_tokens
+            of_grey: Sequence[np.ndarray | None] = [None] * len(batch)
+            if grey := [r.grey for *_, r in batch if r.grey]:
+                prompts, prepared = [g.prompt for g in grey], [g.prepared for g in grey]
+                of_grey = self._engine.logprobs(prompts, responses, prepared)
+                separate_tokens += num_tokens
             engine_s += time.perf_counter() - started
-            separate_tokens += sum(map(len, responses)) + sum(len(p.token_ids) for p in prompts)
-            for (call, row, _), scores in zip(batch, scored, strict=True):
-                call.add(row, self._named(row.trajectory, scores))
+            for (call, row, _), scores, unseen in zip(batch, scored, of_grey, strict=True):
+                call.add(row, self._named(row.trajectory, scores, unseen))
         tokens = self._engine.num_computed_tokens - computed_before, separate_tokens
         return [Reply(call.results(), engine_s, len(calls), *tokens) for call in calls]
 
-    def _named(self, trajectory: Trajectory, scores: "TokenScores") -> TeacherScores:
+    def _named(
+        self, trajectory: Trajectory, scores: "TokenScores", grey_logprobs: np.ndarray | None
+    ) -> TeacherScores:
         return TeacherScores(
             trajectory_id=trajectory.trajectory_id,
             teacher_id=self._teacher_id,
@@ -133,6 +155,7 @@ class TeacherReplica:
             top_k=scores.top_k,
             hidden=scores.hidden,
             entropy=scores.entropy,
+            grey_logprobs=grey_logprobs,
         )
 
     def _predict(

@@ -151,6 +151,9 @@ class ChecksConfig(ConfigSection):
     max_logprob_gap: PositiveFloat | None = key(0.5, "bound on p99 of |actor - learner log-prob| at first")
 
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+
 class Config(ConfigSection):
     """The whole configuration of a run."""
 
@@ -188,6 +191,7 @@ class Config(ConfigSection):
     loss: LossConfig = LossConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
     checks: ChecksConfig = ChecksConfig()
+    trackers: tuple[TrackerName, ...] = key(("tensorboard",), "where the metrics also go; docs/operations.md")
     worker_env: dict[str, str] = key({}, "environment variables of every process of the run")
 
     @property
@@ -255,6 +259,11 @@ class Config(ConfigSection):
         return self.rollout.rollouts_per_prompt if self.loss.needs.rollouts else 1
 
     @property
+    def rewards_in_groups(self) -> bool:
+        """Whether a reward is compared with its group's; else with the mean of past steps."""
+        return self.rollout.rollouts_per_prompt > 1
+
+    @property
     def num_slots(self) -> int:
         """Prompts under way at one time: the slots of the buffer."""
         return (self.max_policy_lag + 1) * self.groups_per_step
@@ -310,6 +319,10 @@ class Config(ConfigSection):
         names = [t.name for t in self.teachers]
         if len(set(names)) < len(names):
             yield f"teachers {', '.join(names)}: give each a name of its own"
+        if self.loss.kl_coef and any(t.weight < 0 for t in self.teachers):
+            yield "loss.kl_coef is a KL to one reference: give the teachers positive weights"
+        if len({*self.trackers}) < len(self.trackers):
+            yield f"trackers names {', '.join(self.trackers)}: name each once"
         if self.video.decode_timeout_s >= self.request_timeout_s:
             clip_s, call_s = self.video.decode_timeout_s, self.request_timeout_s
             yield f"video.decode_timeout_s={clip_s:g} must be below request_timeout_s={call_s:g}"
@@ -331,10 +344,17 @@ class Config(ConfigSection):
         if needs.teacher == "hidden" and (pool.engine == "vllm" or pool.tensor_parallel > 1):
             how = "use teacher_pool.engine=transformers and tensor_parallel=1"
             yield f"{loss} needs the teacher's hidden states: {how}"
+        if self.loss.student_top_k and self.teacher_engine == "vllm" and not pool.num_gpus:
+            how = "use teacher_pool.engine=transformers and tensor_parallel=1"
+            yield f"loss.top_k_of=student, but vLLM scores tokens that it is given on GPUs alone: {how}"
         if not needs.rollouts and self.curriculum.suspends:
             yield f"curriculum.scc: the gate suspends rollouts, {loss} has none: set scc.gate=false"
         if needs.rewards and self.curriculum.suspends:
             yield f"curriculum.scc: the gate suspends the rollouts that {loss} rewards: set scc.gate=false"
+        if self.loss.task_weight and not (self.loss.advantage_std or self.rewards_in_groups):
+            yield "loss.advantage_std=false is for groups of rollouts: leave it out at rollouts_per_prompt=1"
+        if self.rewards_in_groups and self.loss.baseline_decay != LossConfig().baseline_decay:
+            yield "loss.baseline_decay does nothing for groups, which have means: leave it out"
         if room := self.schedule_room:
             yield from room.problems(self.curriculum.num_selected)
         if self.needs_teacher and not self.teacher_models:

@@ -32,9 +32,12 @@ def _regular_expression(pattern: str) -> str:
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+NegativeFloat = Annotated[float, Field(lt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(ge=0.01, le=2)]  # vLLM samples at 0.01 below it, and not above 2
 FileName = Annotated[str, AfterValidator(_file_name)]
 RegularExpression = Annotated[str, AfterValidator(_regular_expression)]

@@ -1,4 +1,4 @@
-"""Rewards for loss.kind=grpo: functions (trajectory, prompt) -> float, named by import path."""
+"""Rewards of the task: functions (trajectory, prompt) -> float, named by import path."""
 
 import math
 import pkgutil
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from video_opd.errors import ConfigError
 from video_opd.grounding import best_iou, first_span
-from video_opd.types import Prompt, Trajectory
+from video_opd.types import Prompt, ScoredGroup, Trajectory
 
 Reward = Callable[[Trajectory, Prompt], float]
 
@@ -44,6 +44,22 @@ def load_rewards(paths: Sequence[str]) -> list[Reward]:
             raise ConfigError(f"loss.rewards: {path} is not a function")
         rewards.append(reward)
     return rewards
+
+
+def mean_reward(groups: Sequence[ScoredGroup]) -> float | None:
+    """Of all rollouts of a batch; None without any."""
+    rewards = [reward for group in groups for reward in group.rewards or ()]
+    return sum(rewards) / len(rewards) if rewards else None
+
+
+def next_baseline(baseline: float | None, mean: float | None, decay: float) -> float | None:
+    """The baseline after a step of this mean reward: b' = decay b + (1 - decay) mean, or the first mean.
+
+    None: no step has had a reward yet.
+    """
+    if baseline is None or mean is None:
+        return mean if baseline is None else baseline
+    return decay * baseline + (1.0 - decay) * mean
 
 
 def total_reward(rewards: Sequence[Reward], trajectory: Trajectory, prompt: Prompt) -> float:

@@ -108,12 +108,20 @@ class Trajectory:
     finish_reason: FinishReason
     text: str
     predicted_spans_s: tuple[Span, ...]  # as written, empty: the answer could not be parsed
+    top_k_ids: np.ndarray | None = None  # int32[N, K], the student's likeliest tokens; with top_k_of=student
+
+    @property
+    def is_demonstration(self) -> bool:
+        """Whether it is the ground truth, which nobody sampled."""
+        return self.prompt_fingerprint is None
 
     def __post_init__(self):
         num_tokens, num_logprobs = len(self.response_token_ids), len(self.actor_logprobs)
+        what = f"trajectory {self.trajectory_id}: {num_tokens} response tokens"
         if num_tokens != num_logprobs:
-            what = f"trajectory {self.trajectory_id}"
-            raise ValueError(f"{what}: {num_tokens} response tokens, {num_logprobs} actor log-probs")
+            raise ValueError(f"{what}, {num_logprobs} actor log-probs")
+        if self.top_k_ids is not None and len(self.top_k_ids) != num_tokens:
+            raise ValueError(f"{what}, {len(self.top_k_ids)} rows of the student's top-K")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,13 +146,18 @@ class TrajectoryGroup:
         """All trajectories, suspended ones included."""
         return self.trajectories + self.suspended
 
+    @property
+    def rollouts(self) -> tuple[Trajectory, ...]:
+        """Those that the student sampled, suspended ones included: no demonstration."""
+        return tuple(t for t in self.sampled if not t.is_demonstration)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopK:
-    """The teacher's K most likely tokens at each response position, most likely first."""
+    """The K likeliest tokens at each response position, most likely first: the teacher's or the student's."""
 
     ids: np.ndarray  # int32[N, K]
-    logprobs: np.ndarray  # float32[N, K]
+    logprobs: np.ndarray  # float32[N, K], the teacher's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +170,7 @@ class TeacherScores:
     top_k: TopK | None
     hidden: np.ndarray | None = None  # float32[N, hidden size], input of the teacher's language-model head
     entropy: np.ndarray | None = None  # float32[N], of the teacher's distribution; None: not available
+    grey_logprobs: np.ndarray | None = None  # float32[N], of the response tokens after grey frames
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +179,7 @@ class ScoredGroup:
 
     group: TrajectoryGroup
     scores: tuple[TeacherScores, ...]  # empty without a teacher
-    rewards: tuple[float, ...] | None = None  # one per trajectory
+    rewards: tuple[float, ...] | None = None  # one per trajectory; None: not wanted, or a demonstration
 
     def __post_init__(self):
         prompt_id, trajectories = self.group.prompt.prompt_id, self.group.trajectories
@@ -176,7 +190,7 @@ class ScoredGroup:
             raise ValueError(f"prompt {prompt_id}: {len(ids)} trajectories, {len(self.rewards)} rewards")
         for trajectory, score in zip(trajectories, self.scores, strict=False):
             num_tokens, num_logprobs = len(trajectory.response_token_ids), len(score.teacher_logprobs)
-            per_token = [score.hidden, score.entropy]
+            per_token = [score.hidden, score.entropy, score.grey_logprobs]
             per_token += [score.top_k.ids, score.top_k.logprobs] if score.top_k else []
             if {num_logprobs, *(len(v) for v in per_token if v is not None)} != {num_tokens}:
                 what = f"trajectory {trajectory.trajectory_id}"

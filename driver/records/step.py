@@ -58,8 +58,7 @@ async def record(
     run: Run, outputs: Outputs, report: StepReport, groups: list[ScoredGroup], lags: list[int]
 ) -> None:
     """Writes the step's metrics. Ground truth that stands in for rollouts does not count as sampled."""
-    every = [(g.group.prompt, t) for g in groups for t in g.group.sampled]
-    sampled = [(p, t) for p, t in every if t.prompt_fingerprint is not None]
+    sampled = [(g.group.prompt, t) for g in groups for t in g.group.rollouts]
     scored = [(p, prompt_iou(t.predicted_spans_s, p, "best")) for p, t in sampled if p.answer_spans_s]
     num_suspended = sum(len(g.group.suspended) for g in groups)
     seconds, tokens_per_s, wall_s = run.clock.take_times()

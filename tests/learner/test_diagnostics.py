@@ -139,6 +139,14 @@ def test_batch_diagnostics_tell_what_the_objective_has(is_time):
     assert metrics["learner/reverse_kl"] == pytest.approx(-log_ratio.mean(), rel=1e-6)
     assert metrics["learner/clamped_frac"] == (np.abs(log_ratio) > 0.1).mean()
     assert metrics["learner/center"] == pytest.approx(np.clip(log_ratio, -0.1, 0.1).mean(), rel=1e-6)
+    grey = tuple(replace(s, grey_logprobs=s.teacher_logprobs - np.float32(0.5)) for s in scores)
+    grey[0].grey_logprobs[:] += 2.0  # there the video makes the teacher's tokens less likely
+    seen = batch_diagnostics([replace(group, scores=grey)], config_of(visual_weight=0.5), is_time)
+    times = np.concatenate([is_time(t.response_token_ids) for t in short])
+    assert 0 < times[3:].sum() < times.sum()
+    assert seen["learner/visual_advantage"] == pytest.approx(0.5 * 5 / 8, rel=1e-5)
+    of_times = 0.5 * times[3:].sum() / times.sum()
+    assert seen["learner/visual_advantage_time"] == pytest.approx(of_times, rel=1e-5)
     unknown = batch_diagnostics([group], config_of(kind="opd_topk"), is_time)
     assert "teacher/entropy" not in unknown and "learner/clamped_frac" not in unknown
     rewarded = replace(group, scores=(), rewards=(0.5, 1.0))

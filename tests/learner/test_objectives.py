@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from learner.batching import advantages_of, plan_update
-from learner.loss import ResponseTokens, full_loss, group_advantages, grpo_loss, loss_per_token
+from learner.batching import plan_update
+from learner.loss import ResponseTokens, divergence, group_advantages, grpo_loss, loss_per_token
+from learner.signals import signals_of
 from tests.fakes import make_group, make_prompt
 from video_opd.config_learner import OBJECTIVES, LearnerConfig, LossConfig, LossKind
 from video_opd.errors import ConfigError
@@ -34,6 +35,10 @@ def softmax(row: np.ndarray) -> np.ndarray:
 
 def kl(p: np.ndarray, q: np.ndarray) -> float:
     return float(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+
+
+def full_loss(logits: torch.Tensor, teacher: torch.Tensor, how: str, beta: float = 0.5) -> torch.Tensor:
+    return divergence(logits.log_softmax(-1), teacher.log_softmax(-1), how, beta)
 
 
 def literal_full(student: np.ndarray, teacher: np.ndarray, divergence: str, beta: float) -> float:
@@ -143,7 +148,7 @@ def test_off_policy_rkd_weighs_each_truth_token_by_how_much_more_the_teacher_lik
 def test_off_policy_fkd_is_the_forward_divergence_at_the_truth():
     logits, teacher, targets = draw(4)
     tokens = ResponseTokens(targets, torch.zeros(R), torch.zeros(R), None, lambda rows: teacher[rows])
-    loss, _ = loss_per_token(LossConfig(kind="off_policy_fkd", divergence="reverse"), logits, tokens, ALL)
+    loss, _ = loss_per_token(LossConfig(kind="off_policy_fkd"), logits, tokens, ALL)
     torch.testing.assert_close(loss, full_loss(logits, teacher, "forward"))
 
 
@@ -160,8 +165,8 @@ def with_rewards(prompt_id: str, rewards: list[float], lengths: list[int]) -> Sc
 
 def test_an_advantage_is_that_of_the_own_group_on_every_token():
     groups = [with_rewards("a", [1.0, 0.0], [2, 3]), with_rewards("b", [0.2, 0.2], [1, 1])]
-    advantages = advantages_of(groups, LossConfig(kind="grpo", advantage_std=False))
-    assert [s.tolist() for s in advantages] == [[0.5] * 2, [-0.5] * 3, [0.0], [0.0]]
+    signals = signals_of(groups, LossConfig(kind="grpo", advantage_std=False))
+    assert [s.advantage.tolist() for s in signals] == [[0.5] * 2, [-0.5] * 3, [0.0], [0.0]]
     learner = LearnerConfig(micro_batch=2, world_size=2)
     plans = [
         plan_update(groups, LossConfig(kind="grpo"), learner, rank, lambda _: NONE, 99) for rank in range(2)

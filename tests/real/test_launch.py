@@ -435,6 +435,7 @@ def test_dry_run_prints_the_plan_and_starts_nothing(overrides, capsys):
         ("loss={kind: grpo, clamp: 3}", "clamp does nothing for kind=grpo"),
         ("loss={kind: opd_full, divergence: jsd, beta: 1.5}", "loss.beta=1.5"),
         ("loss={kind: opd_topk, top_k: 100000}", "loss.top_k=100000, but the teacher has"),
+        ("loss={kind: opd, top_k_of: student}", "top_k_of does nothing for kind=opd"),
         ("teacher=null", "needs a teacher"),
         ("learner.betas=[0.9", "'learner.betas=[0.9': the value is not YAML"),
         ("--nosuch", "unrecognized arguments: --nosuch"),

@@ -16,9 +16,10 @@ from teacher_service.replica import TeacherReplica
 from tests.attention import compare, compare_first_tokens
 from tests.real.conftest import reference_logprobs, scored_groups
 from video_opd.config import Config
+from video_opd.config_learner import LossConfig
 from video_opd.models.forward import load_head, load_model
 from video_opd.models.policy import Policy
-from video_opd.models.prompting import PromptEncoder
+from video_opd.models.prompting import PromptEncoder, grey_frames
 from video_opd.types import Prompt
 
 K = 5
@@ -87,6 +88,22 @@ def test_several_answers_are_sampled_for_each_prompt(engine, cases):
     assert all(len(set(row)) > 1 for row in answers), "answers at temperature 1 differ"
 
 
+def test_logprobs_on_grey_frames_are_plain_transformers_and_leave_what_is_wanted(
+    engine, config, prompts, cases, teacher_encoder
+):
+    model = load_model(config.teacher, "float32").eval()
+    asked, responses = prompts[:4], cases[1][:4]
+    grey = [teacher_encoder.encode(p, False, *grey_frames(p.clip)) for p in asked]
+    for prompt, encoded, response, found in zip(
+        asked, cases[0], responses, engine.logprobs(grey, responses), strict=False
+    ):
+        unseen = teacher_encoder.encode(prompt, frames=np.full_like(encoded.frames, 128))
+        assert np.array_equal(unseen.token_ids, encoded.token_ids), "the same times"
+        exact = reference_logprobs(model, unseen, response, T)[np.arange(len(response)), response]
+        assert np.abs(found - exact).max() < TOLERANCE
+    assert engine.score(*(c[:1] for c in cases))[0].top_k is not None
+
+
 @contextmanager
 def replica_of(config: Config, folder: str, micro_batch: int, video_first: bool) -> Iterator[Any]:
     """With its tower's patches of each pass, as `seen`, and no clip in its cache."""
@@ -94,6 +111,7 @@ def replica_of(config: Config, folder: str, micro_batch: int, video_first: bool)
     parts: dict[str, Any] = {"video": config.video.model_copy(update={"cache_dir": folder}), "prompt": prompt}
     parts["teacher_pool"] = config.teacher_pool.model_copy(update={"micro_batch": micro_batch})
     parts["rollout"] = config.rollout.model_copy(update={"temperature": T})
+    parts["loss"] = config.loss.model_copy(update={"visual_weight": 0.5})
     replica: Any = TeacherReplica(config.model_copy(update=parts), config.teacher_models[0])
     assert replica._engine.temperature == T
     replica._engine.wanted, replica.seen = Wanted(top_k=K, hidden=True), []
@@ -117,15 +135,23 @@ def test_a_replica_computes_once_what_prompts_of_a_clip_share_and_scores_and_ans
     """With the video after the question, prompts of a clip share its features."""
     asked = of_two_clips(prompts)
 
+    responses: dict[str, np.ndarray] = {}
+
     async def answered(replica: Any) -> tuple[Reply, Reply]:
         groups = [g.group for g in scored_groups(asked, replica._encoder, seed=0, rollouts=2)]
+        responses.update({t.trajectory_id: t.response_token_ids for g in groups for t in g.trajectories})
         return await replica.score(groups), await replica.predict(asked, 2, 0.0)
 
     with replica_of(config, f"{tmp_path}/a", 12, video_first) as replica:
         together, predicted = asyncio.run(answered(replica))
         encoded = [replica._encoder.encode(p) for p in asked]
         assert replica._encoder.frame_cache.num_decodes == 2
-        assert replica.seen == [sum(int(np.prod(e.video_grid_thw)) for e in encoded[:2])] * 2, "a pass each"
+        patches = [int(np.prod(e.video_grid_thw)) for e in encoded[:2]]
+        pairs = zip(asked, encoded, strict=True)
+        grey = [replica._encoder.encode(p, frames=np.full_like(e.frames, 128)) for p, e in pairs]
+        of_grey = sum({e.video_grid_thw: n for e, n in zip(encoded, patches, strict=False)}.values())
+        assert replica.seen == [sum(patches), of_grey, sum(patches)], "a pass each"
+        model = load_model(config.teacher, "float32").eval()
         compare_first_tokens(replica._engine._model, encoded, replica._encoder.tokenizer.pad_token_id)
     with replica_of(config, f"{tmp_path}/b", 1, video_first) as replica:
         alone, predicted_alone = asyncio.run(answered(replica))
@@ -136,13 +162,17 @@ def test_a_replica_computes_once_what_prompts_of_a_clip_share_and_scores_and_ans
     num_video_tokens = sum(np.count_nonzero(e.token_types) for e in encoded[:2])
     saved = alone.computed_tokens - together.computed_tokens
     assert saved > (5 * num_video_tokens if video_first else 0)
-    pairs = zip(flat(together), flat(alone), strict=True)
-    for ours, theirs in pairs:
+    unseen = [prompt for prompt in grey for _ in range(2)]
+    for ours, theirs, prompt in zip(flat(together), flat(alone), unseen, strict=True):
+        response = responses[ours.trajectory_id]
+        exact = reference_logprobs(model, prompt, response, T)[np.arange(len(response)), response]
+        assert np.abs(ours.grey_logprobs - exact).max() < TOLERANCE
+        assert np.abs(ours.grey_logprobs - ours.teacher_logprobs).max() > 100 * TOLERANCE
         assert (ours.trajectory_id, ours.top_k.ids.tolist()) == (
             theirs.trajectory_id,
             theirs.top_k.ids.tolist(),
         )
-        for name in ("teacher_logprobs", "hidden", "entropy"):
+        for name in ("teacher_logprobs", "hidden", "entropy", "grey_logprobs"):
             np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), atol=1e-5, err_msg=name)
         np.testing.assert_allclose(ours.top_k.logprobs, theirs.top_k.logprobs, atol=1e-5)
 
@@ -151,15 +181,17 @@ def flat(reply: Reply) -> list[Any]:
     return [scores for of_group in reply.results for scores in of_group]
 
 
-def test_a_teacher_that_is_the_student_gives_no_signal(config, prompts, encoder):
+def test_a_teacher_that_is_the_student_gives_no_signal_and_a_teacher_scores_the_students_top_k(
+    config, prompts, encoder, teacher_encoder
+):
     from actors.engine import PolicyEngine
 
     encoded = [encoder.encode(p) for p in prompts[:8]]
-    policy = PolicyEngine(
-        config.model_copy(update={"rollout": config.rollout.model_copy(update={"temperature": T})}),
-        encoder.pad_ids,
-    )
+    parts: dict[str, Any] = {"rollout": config.rollout.model_copy(update={"temperature": T})}
+    parts["loss"] = LossConfig(kind="opd_topk", top_k=K, top_k_of="student")
+    policy = PolicyEngine(config.model_copy(update=parts), encoder.pad_ids)
     answers = [row[0] for row in policy.generate(encoded, list(range(8)))]
+    check_given(config, [teacher_encoder.encode(p) for p in prompts[:8]], answers, teacher_encoder)
     for kind in (TransformersEngine, VllmEngine):
         teacher = kind(config.student, config.teacher_pool, Wanted(), 0, encoder, temperature=T)
         scores = teacher.score(encoded, [a.token_ids for a in answers])
@@ -167,6 +199,28 @@ def test_a_teacher_that_is_the_student_gives_no_signal(config, prompts, encoder)
         assert len(signal) >= 8
         assert np.abs(signal).max() < TOLERANCE
         assert all(s.top_k is None and s.hidden is None for s in scores)
+
+
+def check_given(config, encoded, answers, teacher_encoder) -> None:
+    """The teacher's log-probs of the student's likeliest tokens, and these tokens, are transformers'."""
+    how = Wanted(top_k=K, is_given=True), 0, teacher_encoder, False, T
+    engine = TransformersEngine(config.teacher, config.teacher_pool, *how)
+    responses, given = [a.token_ids for a in answers], [a.top_k_ids for a in answers]
+    for of_answer in given:
+        of_answer.flags.writeable = False  # as from Ray's object store
+    student, teacher = (load_model(path, "float32").eval() for path in (config.student, config.teacher))
+    scored = engine.score(encoded, responses, None, given)
+    for prompt, answer, scores in zip(encoded, answers, scored, strict=True):
+        own, exact = (reference_logprobs(m, prompt, answer.token_ids, T) for m in (student, teacher))
+        assert scores.top_k is not None
+        ids = scores.top_k.ids
+        assert ids.tolist() == answer.top_k_ids.tolist() and ids.shape == (len(answer.token_ids), K)
+        assert all(len({*row}) == K for row in ids.tolist())
+        likeliest = np.sort(own, axis=1)[:, ::-1][:, :K]
+        assert np.abs(np.take_along_axis(own, ids.astype(int), 1) - likeliest).max() < TOLERANCE
+        assert np.abs(np.take_along_axis(exact, ids.astype(int), 1) - scores.top_k.logprobs).max() < TOLERANCE
+    outside = [t not in row for a in answers for t, row in zip(a.token_ids, a.top_k_ids, strict=True)]
+    assert any(outside), "the sampled token need not be among them"
 
 
 def test_shipped_hidden_states_and_the_head_read_from_the_folder_give_the_teachers_distribution(

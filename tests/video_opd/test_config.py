@@ -87,6 +87,9 @@ def test_a_missing_key_is_named_in_full(path, section, key):
         "learner.lora_rank=513",
         "loss.kind=grpo",
         "loss.kl_coef=0.1",
+        "loss={kind: sft, visual_weight: 0.5}",
+        "loss.visual_frac=0.3",
+        "loss.visual_weight=0",
         "rollout.num_actors=0",
         "rollout.temperature=0.001",
         "rollout.temperature=2.1",
@@ -422,6 +425,11 @@ def test_help_lists_every_key_once_with_its_default(capsys):
     assert any(line.startswith("  learner.lr=1e-06") for line in lines)
 
 
+def test_values_and_options_come_in_any_order():
+    parsed = launch.parse_arguments(["seed=1", "--dry-run", "num_steps=2", "--config", "c.yaml", "lr=3"])
+    assert parsed.overrides == ["seed=1", "num_steps=2", "lr=3"] and parsed.dry_run
+
+
 def test_every_described_key_can_be_overridden(path):
     described = [line.strip().partition("=")[0] for line in describe_keys()]
     described = [name for name in described if ".N." not in name]  # of the items of data.train as a list
@@ -453,4 +461,12 @@ def test_auto_is_vllm_on_gpus_and_transformers_where_that_alone_can(path, overri
 @pytest.mark.parametrize("pool", ["engine=vllm", "tensor_parallel=2"])
 def test_hidden_states_and_vllm_are_refused_in_one_line(path, pool):
     message = problem(path, "loss.kind=opd_full", f"teacher_pool.{pool}")
+    assert message.count("use teacher_pool.engine=transformers and tensor_parallel=1") == 1
+
+
+@pytest.mark.parametrize("pool", ["engine=vllm", "tensor_parallel=2"])
+def test_given_tokens_and_vllm_without_gpus_are_refused_in_one_line(path, pool):
+    student = "loss={kind: opd_topk, top_k_of: student}"
+    assert load_config(path, [student, f"teacher_pool.{pool}"]).loss.student_top_k == 64
+    message = problem(path, student, f"teacher_pool.{pool}", "teacher_pool.num_gpus=0")
     assert message.count("use teacher_pool.engine=transformers and tensor_parallel=1") == 1

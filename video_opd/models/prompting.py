@@ -85,6 +85,12 @@ def fingerprint(
     return digest.hexdigest()
 
 
+def grey_frames(clip: Clip) -> tuple[np.ndarray, str]:
+    """uint8[F, H, W, 3], read-only: a blank video in the place of the clip's frames; and its digest."""
+    shape = len(clip.frame_indices), *clip.frame_size, 3
+    return np.broadcast_to(np.uint8(GREY), shape), f"grey {shape}"
+
+
 class PromptEncoder:
     """Prompt -> EncodedPrompt, with a model folder's processor. Every process that sees prompts holds one.
 
@@ -173,7 +179,7 @@ class PromptEncoder:
             frames, digest = self.frame_cache.read_with_digest(clip)
         digest = digest or digest_of(frames)
         if blank_video:
-            frames, digest = np.full_like(frames, GREY), f"grey {frames.shape}"
+            frames, digest = grey_frames(clip)
         metadata, unexpanded = video_metadata(clip), self._unexpanded(prompt)
         video = self._video_text(json.dumps(metadata))
         self._check_size(clip, video)
