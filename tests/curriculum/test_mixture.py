@@ -17,7 +17,7 @@ from curriculum.scheduler import Scheduler
 from driver.records.step import source_metrics
 from preflight.inputs import check_shares, fit_lengths
 from tests.curriculum.test_scheduler import issue_and_train, make_config
-from tests.fakes import make_prompt
+from tests.fakes import make_clip, make_prompt
 from video_opd import ROOT
 from video_opd.config import Config, CurriculumConfig
 from video_opd.config_data import DataConfig
@@ -110,6 +110,16 @@ def test_a_uniform_curriculum_issues_the_weights_not_the_sizes(seed):
     assert set(Counter(issued).values()) == {30, 180 // 6, 60 // 18, 60 // 18 + 1}
     other = issue_and_train(Scheduler(pool_of({"few": 6, "many": 18}), config), 1, 240)
     assert issued == other, "seeded"
+
+
+def test_whole_videos_may_be_drawn_by_weight():
+    config = with_weights(make_config(groups_per_step=4, group_by_video=True), {"few": 3.0, "many": 1.0})
+    pool = [
+        replace(p, clip=make_clip(f"{p.source}{i // 2}"))
+        for i, p in enumerate(pool_of({"few": 8, "many": 24}))
+    ]
+    issued = issue_and_train(Scheduler(pool, config), 4, 64)
+    assert len(issued) == 256 and abs(Counter(map(source_of, issued))["few"] - 192) <= 8
 
 
 def test_without_weights_the_pool_is_the_union():

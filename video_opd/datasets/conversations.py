@@ -26,17 +26,14 @@ def rows(dataset: DatasetConfig) -> Iterator[Record]:
         roles = [message.get("role") for message in messages] if _is_objects(messages) else []
         if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
             raise fields.wrong("messages must be turns of user and assistant", roles or messages, where)
-        asked = [_text(message.get("content"), where) for message in messages]
+        texts = [_text(message.get("content"), where) for message in messages]
         video = record["video_id"] if "video_id" in record else _video(messages[0].get("content"), where)
         for turn in range(len(messages) // 2):
             place = f"{where}, turn {turn + 1}"
-            if (found := pattern.search(asked[2 * turn].replace(MARK, ""))) is None:
-                raise fields.wrong("the question does not match query_pattern", asked[2 * turn], place)
-            yield (
-                place,
-                f"{number}.{turn + 1}",
-                {"video": video, "query": found[1] or "", "answer": asked[2 * turn + 1]},
-            )
+            if (found := pattern.search(texts[2 * turn].replace(MARK, ""))) is None:
+                raise fields.wrong("the question does not match query_pattern", texts[2 * turn], place)
+            of_turn = {"video": video, "query": found[1] or "", "answer": texts[2 * turn + 1]}
+            yield place, f"{number}.{turn + 1}", of_turn
 
 
 def intervals(value: Any, key: str, where: str) -> tuple[Span, ...]:
