@@ -69,7 +69,7 @@ def make_plan(config: Config, resumes: bool = False) -> Plan:
         splits[name], longest[name] = fit_lengths(config, name, split, lengths)
     train, evaluation = splits["train"], splits["eval"]
     check_pool(config, train, resumes)
-    check_shares(config, train.prompts)
+    check_source_weights(config, train.prompts)
     check_routes(config, train.prompts, evaluation.prompts)
     return Plan(student, train, evaluation, longest)
 
@@ -160,7 +160,7 @@ def make_draft(config: Config) -> Draft:
     train, evaluation = splits.get("train"), splits.get("eval")
     if train:
         check_pool(config, train)
-        check_shares(config, train.prompts)
+        check_source_weights(config, train.prompts)
     check_routes(config, *(split.prompts if split else [] for split in (train, evaluation)))
     largest = largest_teacher(list(teachers.values()))
     return Draft(student, largest, train, evaluation, longest, unchecked=tuple(unchecked))
@@ -256,7 +256,7 @@ def check_pool(config: Config, split: Split, resumes: bool = False) -> None:
         raise ConfigError(f"{pool} training prompts cannot fill {slots}: {remedy} or lower groups_per_step")
 
 
-def check_shares(config: Config, prompts: Sequence[Prompt]) -> None:
+def check_source_weights(config: Config, prompts: Sequence[Prompt]) -> None:
     """A source must have the prompts that are in flight of it at one time. Raises ConfigError."""
     weights, slots = config.data.weights, config.num_slots
     for name, weight in weights.items():
@@ -275,7 +275,7 @@ def check_routes(config: Config, train: Sequence[Prompt], evaluation: Sequence[P
         if not any(t.scores(prompt.prompt_id) for t in teachers):
             patterns = ", ".join(f"{t.name}: {t.prompts}" for t in teachers)
             raise ConfigError(f"prompt {prompt.prompt_id} has no teacher ({patterns}): widen a pattern")
-    check_weights(config.teachers, train)
+    check_teacher_weights(config.teachers, train)
     for prompt in train if config.loss.needs.teacher in ("top_k", "hidden") else ():
         if len(own := [t for t in teachers if t.scores(prompt.prompt_id)]) > 1:
             has = f"prompt {prompt.prompt_id} has the teachers {', '.join(t.name for t in own)}"
@@ -283,7 +283,7 @@ def check_routes(config: Config, train: Sequence[Prompt], evaluation: Sequence[P
             raise ConfigError(f"{has}, but {why}: give each prompt one, by teachers' prompts")
 
 
-def check_weights(teachers: Sequence[TeacherModel], train: Sequence[Prompt]) -> None:
+def check_teacher_weights(teachers: Sequence[TeacherModel], train: Sequence[Prompt]) -> None:
     """The weights of each prompt's teachers must fit together, and each must count. Raises ConfigError."""
     together: set[str] = set()
     for prompt in train if teachers else ():

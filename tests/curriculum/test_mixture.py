@@ -15,7 +15,7 @@ from curriculum.answers import student_prompt_keys
 from curriculum.mixture import Mixture, apportion
 from curriculum.scheduler import Scheduler
 from driver.records.step import source_metrics
-from preflight.inputs import check_shares, fit_lengths
+from preflight.inputs import check_source_weights, fit_lengths
 from tests.curriculum.test_scheduler import issue_and_train, make_config
 from tests.fakes import make_clip, make_prompt
 from video_opd import ROOT
@@ -212,11 +212,11 @@ def test_weights_are_for_what_is_drawn_at_random(options, random):
 
 def test_a_source_too_small_for_its_share_of_the_prompts_in_flight_is_refused():
     config = with_weights(make_config(groups_per_step=8), {"few": 3.0, "many": 1.0})
-    check_shares(config, pool_of({"few": 6, "many": 2}))
+    check_source_weights(config, pool_of({"few": 6, "many": 2}))
     with pytest.raises(
         ConfigError, match=r"source few of data[.]train has 5 prompts for a share of 75% of 8 in"
     ):
-        check_shares(config, pool_of({"few": 5, "many": 20}))
+        check_source_weights(config, pool_of({"few": 5, "many": 20}))
 
 
 @pytest.fixture(scope="module")
