@@ -22,6 +22,7 @@ from driver.command_line import parse_arguments, prepare, read_config, resumed_f
 from driver.held_out import evaluate_end, evaluate_if_due, evaluate_start
 from driver.invariants import check_finite, check_lag, check_logprob_gap
 from driver.progress import SavedRun
+from driver.records.card import write_card
 from driver.records.gauges import export_gauges
 from driver.records.report import print_summary, progress_bar, write_report
 from driver.records.sinks import MetricSinks, TrajectoryLog
@@ -47,6 +48,7 @@ from video_opd.cluster.deadline import waiting
 from video_opd.config import Config
 from video_opd.errors import InputError, LearnerLostError, SaveError, StoppedError, VideoOPDError, first_error
 from video_opd.files.run_folder import locked, new_run_folder, write_config, write_json
+from video_opd.hub import on_this_node, pinned
 from video_opd.logs import driver_log, work
 from video_opd.schemas import write_parquet
 from video_opd.types import FailedPrompt, ScoredGroup
@@ -201,20 +203,25 @@ def launch(
     resume: Path | None = None,
     gpu_memory_gib: float | None = None,
     step: int | None = None,
+    command: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Returns the summary. resume: a run folder to continue, from its newest checkpoint or `step`'s.
+
+    command: the arguments that the model card shows.
 
     Raises SaveError, after everything else is written, if the last checkpoint or the student is not.
     """
     with stopped_by_signals(" before the run began") as said:
-        plan = prepare(config, resumes=resume is not None)
-        memory = memory_plan(config, plan, gpu_memory_gib)
+        local = on_this_node(config, teachers=config.needs_teacher)
+        config = pinned(config, local)
+        plan = prepare(local, resumes=resume is not None)
+        memory = memory_plan(local, plan, gpu_memory_gib)
         check_fits(memory, one_machine=False)
-        check_disk(disk_plan(config, memory.student, plan, resume))
+        check_disk(disk_plan(local, memory.student, plan, resume))
         if config.checkpoint_url:
             check_writable(config.checkpoint_url)
         with locked(resume) if resume else new_run_folder(config) as folder:
-            saved = saved_run_to_resume(resume, config, plan, step) if resume else None
+            saved = saved_run_to_resume(resume, local, plan, step) if resume else None
             try:
                 start_ray(config, address)
                 check_gpus(memory)
@@ -227,6 +234,7 @@ def launch(
                         summary = asyncio.run(execute(config, folder, plan, memory, saved, trackers))
                         summary["trackers"] = trackers.states()
                     write_json(folder / "summary.json", summary)
+                    write_card(folder, config, summary, command)
                     trackers.attach(write_report(folder, config, plan.eval.prompts, summary))
                 print_summary(folder, summary)
             finally:
@@ -246,7 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.dry_run:
             dry_run(config, parsed.gpu_memory_gib, parsed.device, parsed.utilisation)
         else:
-            launch(config, parsed.address, resumed_folder(parsed, config), parsed.gpu_memory_gib, parsed.step)
+            resume, shown = resumed_folder(parsed, config), sys.argv[1:] if arguments is None else arguments
+            launch(config, parsed.address, resume, parsed.gpu_memory_gib, parsed.step, shown)
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -29,6 +29,7 @@ from video_opd.cluster.faults import cause_of
 from video_opd.cluster.run_control import create_control
 from video_opd.config import Config
 from video_opd.errors import LearnerLostError
+from video_opd.hub import with_models_of
 from video_opd.logs import log
 from video_opd.passes import Arrived
 from video_opd.prometheus import Gauges, count
@@ -44,7 +45,7 @@ class Run:
 
     folder: Path
     config: Config
-    given: Config  # as config.yaml has it: `config` also names the run
+    given: Config  # as config.yaml has it: `config` also names the run, and models by their folders here
     plan: Plan
     control: Any  # the RunControl actor
     actors: ActorPool
@@ -100,6 +101,7 @@ def create_parts(
     for warning in given.warnings():
         log.warning("warning: %s", warning)
     config = with_kv_caches(memory).model_copy(update={"run_name": folder.name, "worker_env": env})
+    shipped = with_models_of(config, given)  # other nodes have the models of the hub in other folders
     url, limits = config.checkpoint_url, (config.max_retries, config.upload_timeout_s)
     progress = resume_from.progress if resume_from else Progress()
     run = Run(
@@ -108,10 +110,10 @@ def create_parts(
         given=given,
         plan=plan,
         control=create_control(name),
-        actors=ActorPool(name, config),
-        teacher=create_teacher(name, config),
-        learner=Learner(name, config),
-        curriculum=Curriculum(name, plan.train.pool, config),
+        actors=ActorPool(name, shipped),
+        teacher=create_teacher(name, shipped),
+        learner=Learner(name, shipped),
+        curriculum=Curriculum(name, plan.train.pool, shipped),
         rewards=load_rewards(config.loss.rewards) if config.loss.needs.rewards else [],
         uploads=Uploads(url, folder, *limits) if url else None,
         trackers=trackers,

@@ -39,6 +39,7 @@ from video_opd.errors import ConfigError, DataError
 from video_opd.files.checkpoint import find_checkpoint
 from video_opd.files.run_folder import write_json
 from video_opd.grounding import describe_odd, odd_truth
+from video_opd.hub import model_name, on_this_node
 from video_opd.models.lengths import PromptLengths, rollout_limit, too_long
 from video_opd.models.model_files import read_model_info
 from video_opd.passes import by_video
@@ -181,7 +182,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add, values = parser.add_argument, "configuration values, e.g. data.eval.max_prompts=100"
     add("overrides", nargs="*", metavar="key=value", help=values)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", type=Path, metavar="FOLDER", help="transformers folder; needs --config")
+    model = "transformers folder, or ORG/NAME[@REVISION] of the Hugging Face hub; needs --config"
+    what.add_argument("--model", type=Path, metavar="MODEL", help=model)
     what.add_argument("--run", type=Path, metavar="RUN", help="run folder, e.g. runs/NAME")
     file = "Parquet with the columns prompt_id and text, or TimeLens' JSON of predictions"
     what.add_argument("--predictions", type=Path, metavar="FILE", help=file)
@@ -229,7 +231,8 @@ def run(parsed: argparse.Namespace) -> None:
     else:
         assert config is not None, "read_config gives one for a model or a run"
         os.environ.update(config.worker_env)  # as in the run's processes, before torch is imported
-        answers, name = answers_of_model(config, parsed.baselines), Path(config.student).name
+        config = on_this_node(config, teachers=False)
+        answers, name = answers_of_model(config, parsed.baselines), model_name(config.student)
     folder = parsed.out or (parsed.run / "evaluation" if parsed.run else Path(f"evaluation-{name}"))
     print_result(evaluate(answers, protocol, parsed.baselines, folder), folder)
 
@@ -242,19 +245,13 @@ def answers_of_run(folder: Path, protocol: Protocol) -> tuple[Answers, str]:
     config = resolve_paths(load_config(config_of_run(folder)), Path.cwd())
     evaluated, summary = folder / "evaluation" / f"{protocol.name}.parquet", folder / "summary.json"
     if evaluated.exists():
-        return answers_of_file(evaluated, config=None, baselines=False), describe_budget(config)
+        return answers_of_file(evaluated, config=None, baselines=False), config.video.budget
     texts = json.loads(summary.read_text())["examples"].get("student_after") if summary.exists() else None
     if not texts:
         advice = f"run `python -m evaluation --run {folder} --protocol {protocol.name}` first"
         raise DataError(f"{folder} has no answers of its last student: {advice}")
     questions = questions_of(read_splits(config, NO_FRAMES, baselines=False)[0])
-    return Answers(questions, texts, {}, train=[], seed=0), describe_budget(config)
-
-
-def describe_budget(config: Config) -> str:
-    """What a model sees of a video, which a score depends on."""
-    video = config.video
-    return f"{video.fps:g} frames a second, at most {video.max_frames} and {video.max_video_tokens} tokens"
+    return Answers(questions, texts, {}, train=[], seed=0), config.video.budget
 
 
 def run_compare(arguments: Sequence[str]) -> None:

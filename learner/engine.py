@@ -37,6 +37,7 @@ from learner.saving import taken_to_the_end, writing_on_all_ranks
 from learner.universal import TAG as universal_tag
 from learner.vision_cache import VisionCache
 from video_opd.config import Config
+from video_opd.hub import on_this_node
 from video_opd.models.forward import (
     ResponseBatch,
     ResponseLoss,
@@ -74,6 +75,8 @@ class LearnerEngine:
     """Holds the student under DeepSpeed ZeRO. Every method is called on all ranks with the same arguments."""
 
     def __init__(self, config: Config, rank: int, world_size: int, master: tuple[str, int]):
+        self._base = config.student
+        config = on_this_node(config, teachers=config.loss.needs.teacher == "hidden")
         self._config, self._rank, self._world_size = config, rank, world_size
         learner = config.learner
         self._deepspeed = _init_deepspeed(config, rank, world_size, master)
@@ -275,7 +278,7 @@ class LearnerEngine:
         if self._config.learner.lora_rank:
             adapters = dict(self.adapters(alone_on="cpu"))
             if self._rank == 0:
-                write_adapter(folder / "adapter", adapters, self._config.learner, self._config.student)
+                write_adapter(folder / "adapter", adapters, self._config.learner, self._base)
 
     def export(self, folder: Path) -> None:
         """Rank 0 writes the student alone, for transformers and vLLM."""

@@ -17,6 +17,7 @@ from preflight.time_fit import describe_time, time_plan, train_pool, utilisation
 from video_opd.config import Config
 from video_opd.config_teachers import TeacherModel
 from video_opd.datasets import Split
+from video_opd.hub import without_weights
 from video_opd.video.clips import num_video_tokens
 
 
@@ -30,10 +31,13 @@ def dry_run(
 
     device, shares: the GPU and what is reached of it (preflight/devices.py).
     Writes nothing but what videos hold (video_opd/video/descriptions.py)."""
-    use, draft = utilisation(shares), make_draft(config)
+    use, (local, missing) = utilisation(shares), without_weights(config)
+    for note in missing:
+        print(f"NOT CHECKED  {note}")
+    draft = make_draft(local)
     if device and gpu_memory_gib is None:
         gpu_memory_gib = DEVICES[device].memory_gib
-    memory = memory_plan(config, draft, gpu_memory_gib)
+    memory = memory_plan(local, draft, gpu_memory_gib)
     print(describe(config, draft))
     print(describe_memory(memory))
     print(describe_sharing(config, train_pool(memory, draft)))

@@ -15,6 +15,7 @@ from teacher_service.calls import Ready, Reply, ScoreCall, in_passes
 from video_opd.answers import parse_spans
 from video_opd.config import Config
 from video_opd.config_teachers import TeacherModel
+from video_opd.hub import fetch
 from video_opd.logs import log, start_role_log
 from video_opd.models.prompting import PromptEncoder, grey_frames
 from video_opd.passes import passes_by_cut
@@ -52,7 +53,7 @@ class TeacherReplica:
         self._waiting: deque[ScoreCall] = deque()
         # One call after the other, and all in one thread: CUDA's streams are those of a thread
         self._thread = ThreadPoolExecutor(1, "engine")
-        self._encoder, self._engine = self._thread.submit(self._load, config, teacher.model).result()
+        self._encoder, self._engine = self._thread.submit(self._load, config, fetch(teacher.model)).result()
         log.info("started in %.1f s", time.monotonic() - started)
 
     def _load(self, config: Config, model: str) -> tuple[PromptEncoder, "ScoringEngine"]:

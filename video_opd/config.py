@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -25,6 +24,7 @@ from video_opd.config_data import (
 from video_opd.config_learner import LearnerConfig, LossConfig, WeightTransfer
 from video_opd.config_schedule import ScheduleRoom
 from video_opd.config_teachers import TeacherConfig, TeacherModel, engine_problems
+from video_opd.hub import model_name
 
 
 class RolloutConfig(ConfigSection):
@@ -160,8 +160,8 @@ class Config(ConfigSection):
     run_name: FileName | None = key(None, "name of the run folder; None: made from the time")
     runs_dir: str = "runs"
     seed: int = 0
-    student: str = Field(description="transformers folder of the student")
-    teacher: str | None = key(None, "transformers folder of the teacher, where one is needed")
+    student: str = Field(description="transformers folder, or ORG/NAME[@REVISION] of the Hugging Face hub")
+    teacher: str | None = key(None, "as student, where a teacher is needed")
     teachers: tuple[TeacherModel, ...] = key((), "instead of `teacher`: {name, model, weight, prompts} each")
     trust_remote_code: bool = key(False, "run the Python code that a model folder brings (its auto_map)")
     num_steps: PositiveInt
@@ -236,7 +236,7 @@ class Config(ConfigSection):
         """All teachers of the run; empty without one."""
         if self.teacher is None:
             return self.teachers
-        name = re.sub(r"[^\w.-]", "_", Path(self.teacher).name)
+        name = re.sub(r"[^\w.-]", "_", model_name(self.teacher))
         return (TeacherModel(name=name, model=self.teacher),)
 
     def teachers_of(self, prompt_id: str) -> tuple[TeacherModel, ...]:

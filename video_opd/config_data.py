@@ -184,6 +184,11 @@ class VideoConfig(ConfigSection):
     cache_dir: str | None = key(None, "folder of the node's cache of frames; None: in the temporary folder")
     cache_bytes: PositiveInt = key(8 << 30, "size of that cache, which outlives the run")
 
+    @property
+    def budget(self) -> str:
+        """What a model sees of a video, which a score depends on."""
+        return f"{self.fps:g} frames a second, at most {self.max_frames} and {self.max_video_tokens} tokens"
+
     def problems(self) -> Iterator[str]:
         fewest, most = f"min_frames={self.min_frames}", f"max_frames={self.max_frames}"
         if self.min_frames > self.max_frames:

@@ -15,6 +15,7 @@ from video_opd import ROOT
 from video_opd.config import Config
 from video_opd.config_data import FORMS, ConfigSection
 from video_opd.errors import ConfigError
+from video_opd.hub import is_hub_model
 
 QUOTES = "'\"!|>&"  # a value that begins with one is not as it is written
 NUM_PROBLEMS = 8  # of a configuration, that an error names
@@ -73,7 +74,8 @@ def resolve_paths(config: Config, base: Path) -> Config:
     paths += [(split, ("annotations", "lengths", "videos")) for split in splits]
     for section, names in paths:
         for name in names:
-            if section[name] is not None:
+            is_model = name in ("student", "teacher", "model")
+            if section[name] is not None and not (is_model and is_hub_model(section[name], base)):
                 section[name] = str((base / section[name]).resolve())
     return Config.model_validate(tree)
 

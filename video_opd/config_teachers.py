@@ -83,7 +83,7 @@ class TeacherModel(ConfigSection):
     """One of several teachers."""
 
     name: FileName = Field(pattern=r"^[\w.-]+$", description="in metrics, teacher ids and commands")
-    model: str = Field(description="transformers folder")
+    model: str = Field(description="transformers folder, or ORG/NAME[@REVISION] of the hub")
     weight: FiniteFloat = key(1.0, "where several score a prompt: relative; with negative ones, as it is")
     prompts: RegularExpression | None = key(None, "regular expression of the prompt ids it scores; None: all")
 

@@ -421,7 +421,7 @@ def test_help_lists_every_key_once_with_its_default(capsys):
     lines = capsys.readouterr().out.splitlines()
     for key in leaves():
         assert sum(line.startswith(f"  {key}=") for line in lines) == 1, key
-    assert "  student=required  transformers folder of the student" in lines
+    assert "  student=required  transformers folder, or ORG/NAME[@REVISION] of the Hugging Face hub" in lines
     assert any(line.startswith("  learner.lr=1e-06") for line in lines)
 
 
