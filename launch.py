@@ -22,16 +22,18 @@ from driver.command_line import parse_arguments, prepare, read_config, resumed_f
 from driver.held_out import evaluate_end, evaluate_if_due, evaluate_start
 from driver.invariants import check_finite, check_lag, check_logprob_gap
 from driver.progress import SavedRun
+from driver.records.card import write_card
 from driver.records.gauges import export_gauges
 from driver.records.report import print_summary, progress_bar, write_report
 from driver.records.sinks import MetricSinks, TrajectoryLog
 from driver.records.step import Outputs, num_tokens, record
 from driver.records.summary import summarise
+from driver.records.trackers import Trackers
 from driver.recovery import learner_lost, poll_control, recover, watch
 from driver.rounds import next_call, start_round, validate_first
 from driver.run import Run, create_parts, publish_weights, start_parts
 from driver.run_state import Phase
-from driver.scoring import roll_out, score
+from driver.scoring import count_rewards, reward_baseline, roll_out, score
 from driver.signals import stopped_by_signals
 from driver.start_ray import leave_ray, start_ray, warn_of_small_stores
 from driver.stopping import ended_with_ray, how_to_resume, shutdown_at_end
@@ -46,6 +48,7 @@ from video_opd.cluster.deadline import waiting
 from video_opd.config import Config
 from video_opd.errors import InputError, LearnerLostError, SaveError, StoppedError, VideoOPDError, first_error
 from video_opd.files.run_folder import locked, new_run_folder, write_config, write_json
+from video_opd.hub import on_this_node, pinned
 from video_opd.logs import driver_log, work
 from video_opd.schemas import write_parquet
 from video_opd.types import FailedPrompt, ScoredGroup
@@ -54,7 +57,8 @@ from video_opd.types import FailedPrompt, ScoredGroup
 async def train(run: Run) -> None:
     """Trains to num_steps, in rounds: the curriculum selects prompts, then the loop runs over them."""
     last = run.config.num_steps
-    sinks, log = MetricSinks(run.folder, run.step), TrajectoryLog(run.folder / "trajectories", run.step)
+    sinks = MetricSinks(run.folder, run.step, run.trackers)
+    log = TrajectoryLog(run.folder / "trajectories", run.step)
     with closing(sinks), closing(log), progress_bar(last, run.step) as progress:
         while run.step < last and not run.is_over:
             if run.step == run.next_selection:
@@ -70,7 +74,8 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
     """
     config, curriculum = run.config, run.curriculum
     sizes = await curriculum.step_sizes(run.step, until)
-    buffer = run.buffer = TrajectoryBuffer(sizes, config.max_policy_lag)
+    buffer, first = TrajectoryBuffer(sizes, config.max_policy_lag), run.step
+    run.buffer = buffer
 
     async def sample() -> None:
         while call := await next_call(run, buffer):
@@ -78,10 +83,11 @@ async def train_round(run: Run, until: int, outputs: Outputs) -> None:
             while slots:  # the slot of a failed prompt goes to another prompt
                 prompts = prompts or await curriculum.next_prompts(len(slots))
                 slot_of = {p.prompt_id: slot for p, slot in zip(prompts, slots, strict=False)}
+                steps = [first + buffer.step_of(slot) for slot in slot_of.values()]
                 async with asyncio.TaskGroup() as scoring:  # each result as soon as it arrives
                     tasks = [
                         scoring.create_task(score_and_fill(slot_of, reference, results))
-                        async for reference, results in roll_out(run, prompts)
+                        async for reference, results in roll_out(run, prompts, steps)
                     ]
                 filled = set[int]().union(*(task.result() for task in tasks))
                 slots, prompts = [slot for slot in slots if slot not in filled], []
@@ -116,7 +122,7 @@ async def learn_step(run: Run, buffer: TrajectoryBuffer, outputs: Outputs) -> No
     lags = check_lag(groups, step, config.max_policy_lag)
     run.state.enter(Phase.UPDATING)  # a signal now waits for the end of the step
     with run.clock("update"):
-        report = await run.learner.update(groups, step)
+        report = await run.learner.update(groups, step, reward_baseline(run, groups))
     run.clock.count("update", sum(num_tokens(g.group.trajectories) for g in groups))
     check_finite(report)
     check_logprob_gap(run, report)
@@ -126,6 +132,7 @@ async def learn_step(run: Run, buffer: TrajectoryBuffer, outputs: Outputs) -> No
         if config.loss.needs.rollouts:
             with run.clock("publish"):
                 await publish_weights(run, policy_version=step + 1)
+    count_rewards(run, groups)
     run.progress.step = work.step = step + 1
     await buffer.release()  # only now may new prompts enter
     report.metrics.update({"time/step_s": time.monotonic() - started, "learner/wait_s": wait_s})
@@ -164,11 +171,16 @@ async def train_to_the_end(run: Run) -> None:
 
 
 async def execute(
-    config: Config, folder: Path, plan: Plan, memory: MemoryPlan, resume_from: SavedRun | None
+    config: Config,
+    folder: Path,
+    plan: Plan,
+    memory: MemoryPlan,
+    resume_from: SavedRun | None,
+    trackers: Trackers,
 ) -> dict[str, Any]:
     """One run from start to summary, from the beginning or from a checkpoint."""
     began = time.monotonic()
-    run = create_parts(folder, config, plan, memory, resume_from)
+    run = create_parts(folder, config, plan, memory, resume_from, trackers)
     async with asyncio.TaskGroup() as tasks, ended_with_ray(run), shutdown_at_end(run):
         beside = [tasks.create_task(watch(run))]
         try:
@@ -191,20 +203,25 @@ def launch(
     resume: Path | None = None,
     gpu_memory_gib: float | None = None,
     step: int | None = None,
+    command: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Returns the summary. resume: a run folder to continue, from its newest checkpoint or `step`'s.
+
+    command: the arguments that the model card shows.
 
     Raises SaveError, after everything else is written, if the last checkpoint or the student is not.
     """
     with stopped_by_signals(" before the run began") as said:
-        plan = prepare(config, resumes=resume is not None)
-        memory = memory_plan(config, plan, gpu_memory_gib)
+        local = on_this_node(config, teachers=config.needs_teacher)
+        config = pinned(config, local)
+        plan = prepare(local, resumes=resume is not None)
+        memory = memory_plan(local, plan, gpu_memory_gib)
         check_fits(memory, one_machine=False)
-        check_disk(disk_plan(config, memory.student, plan, resume))
+        check_disk(disk_plan(local, memory.student, plan, resume))
         if config.checkpoint_url:
             check_writable(config.checkpoint_url)
         with locked(resume) if resume else new_run_folder(config) as folder:
-            saved = saved_run_to_resume(resume, config, plan, step) if resume else None
+            saved = saved_run_to_resume(resume, local, plan, step) if resume else None
             try:
                 start_ray(config, address)
                 check_gpus(memory)
@@ -212,10 +229,13 @@ def launch(
                 if saved is None:
                     write_config(folder, config)
                 said.text = f": {how_to_resume(folder)}"
-                with driver_log(folder, saved.progress.step if saved else 0):
-                    summary = asyncio.run(execute(config, folder, plan, memory, saved))
-                write_json(folder / "summary.json", summary)
-                write_report(folder, config, plan.eval.prompts, summary)
+                with Trackers(folder, config) as trackers:
+                    with driver_log(folder, saved.progress.step if saved else 0):
+                        summary = asyncio.run(execute(config, folder, plan, memory, saved, trackers))
+                        summary["trackers"] = trackers.states()
+                    write_json(folder / "summary.json", summary)
+                    write_card(folder, config, summary, command)
+                    trackers.attach(write_report(folder, config, plan.eval.prompts, summary))
                 print_summary(folder, summary)
             finally:
                 leave_ray()
@@ -234,7 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.dry_run:
             dry_run(config, parsed.gpu_memory_gib, parsed.device, parsed.utilisation)
         else:
-            launch(config, parsed.address, resumed_folder(parsed, config), parsed.gpu_memory_gib, parsed.step)
+            resume, shown = resumed_folder(parsed, config), sys.argv[1:] if arguments is None else arguments
+            launch(config, parsed.address, resume, parsed.gpu_memory_gib, parsed.step, shown)
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -24,7 +24,8 @@ class PolicyEngine(SamplingEngine):
         else:
             options["worker_extension_cls"] = WORKER
             options["weight_transfer_config"] = {"backend": BACKENDS[config.weight_transfer]}
-        super().__init__(config.student, config.rollout, config.seed, banned_ids, **options)
+        how = config.rollout, config.seed, banned_ids, config.loss.student_top_k
+        super().__init__(config.student, *how, **options)
         self._is_updating = False
 
     def load_weights(self, policy_version: int, buckets: Sequence[WeightBucket]) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import ray
 
-from video_opd.answers import parse_spans
 from video_opd.cluster.deadline import with_deadline
 from video_opd.config import Config
 from video_opd.errors import WeightsLostError
+from video_opd.hub import on_this_node
 from video_opd.logs import log, start_role_log, work
 from video_opd.models.engine_loop import Answered, EngineLoop, Request, predict
 from video_opd.models.prompting import PromptEncoder
@@ -40,6 +40,7 @@ class RolloutActor:
 
         start_role_log(config.run_name, name)
         started = time.monotonic()
+        config = on_this_node(config, teachers=False)
         self._name, self._config = name, config
         self._encoder = PromptEncoder(config.student, config.prompt, config.video, config.trust_remote_code)
         start = partial(PolicyEngine, config, self._encoder.pad_ids)
@@ -186,7 +187,8 @@ class RolloutActor:
                 actor_logprobs=completion.logprobs,
                 finish_reason=completion.finish_reason,
                 text=text,
-                predicted_spans_s=parse_spans(text),
+                predicted_spans_s=self._encoder.spans_in(text, prompt.style),
+                top_k_ids=completion.top_k_ids,
             )
             trajectories.append(trajectory)
         hits = answered.cache_hits

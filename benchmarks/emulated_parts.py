@@ -56,7 +56,9 @@ class EmulatedRank:
     def start(self, master: tuple[str, int]) -> None:
         pass
 
-    def update(self, groups: list[ScoredGroup], step: int) -> tuple[dict[str, float], list[FailedPrompt]]:
+    def update(
+        self, groups: list[ScoredGroup], step: int, baseline: float | None = None
+    ) -> tuple[dict[str, float], list[FailedPrompt]]:
         time.sleep(self._update_s)
         return {"learner/loss": 0.0, "learner/grad_norm": 0.0}, []
 

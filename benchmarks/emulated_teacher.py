@@ -35,9 +35,7 @@ class EmulatedTeacher:
     def prepare(self, prompt: EncodedPrompt) -> None:
         """Nothing."""
 
-    def score(
-        self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray], prepared: Any = None
-    ) -> list[Any]:
+    def score(self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray], *_: Any) -> list[Any]:
         """Has the fields of engine.TokenScores, whose module imports torch."""
         time.sleep(float(os.environ[CALL_S]))
         unasked = dict.fromkeys(("top_k", "hidden", "entropy"))

@@ -9,7 +9,7 @@ from decord import VideoReader
 from torch.nn.functional import interpolate
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from learner.loss import topk_loss
+from learner.loss import divergence, with_tail
 from video_opd.config import Config
 from video_opd.models.prompting import chat_messages, video_metadata
 from video_opd.types import Clip, Prompt
@@ -63,7 +63,7 @@ class PlainLoop:
 
     def encode(self, prompts: Sequence[Prompt]) -> Inputs:
         """Padded on the left, so that all responses begin in one column."""
-        messages = [chat_messages(self._config.prompt, p.query) for p in prompts]
+        messages = [chat_messages(self._config.prompt, p.query, p.style) for p in prompts]
         texts = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return dict(
             self._processor(
@@ -109,7 +109,8 @@ class PlainLoop:
             teacher = self._without_pads(self._teacher(**both, **kept).logits[:, :-1][is_token])
             top = teacher.log_softmax(-1).topk(self._config.loss.top_k)
         student = self._without_pads(self._student(**both, **kept).logits[:, :-1][is_token])
-        return topk_loss(student, top.indices, top.values, self._config.loss.clamp).sum()
+        both = with_tail(student, top.indices, top.values)
+        return divergence(*both, clamp=self._config.loss.clamp).sum()
 
     def _without_pads(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits of the tokens that can be sampled, changed in place."""

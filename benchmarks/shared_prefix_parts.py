@@ -22,7 +22,7 @@ from teacher_service.replica import TeacherReplica
 from video_opd.config import Config
 from video_opd.config_data import PromptConfig
 from video_opd.config_file import load_demo
-from video_opd.datasets import read_prompts
+from video_opd.datasets import read_sources
 from video_opd.models.forward import ResponseBatch, ResponseLogits
 from video_opd.models.prompting import PromptEncoder
 from video_opd.types import EncodedPrompt, Prompt, ScoredGroup, TeacherScores, Trajectory, TrajectoryGroup
@@ -87,7 +87,7 @@ class Step:
     """The sequences of one step, those of a clip next to each other."""
 
     def __init__(self, case: Case, config: Config, encoder: PromptEncoder, seed: int):
-        rng, prompts = np.random.default_rng(seed), read_prompts(config.data.train, config.video, 32)
+        rng, prompts = np.random.default_rng(seed), read_sources(config.data, config.video, 32).prompts
         encoded = [encoder.encode(prompt) for prompt in prompts]
         self.prompts = [prompt for prompt in encoded for _ in range(case.rollouts)]  # of each sequence
         self.groups = [self._group(case, *pair, rng) for pair in zip(prompts, encoded, strict=True)]

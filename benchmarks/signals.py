@@ -26,22 +26,88 @@ class Option(NamedTuple):
     source: str
     use: str
     metric: str  # in metrics.jsonl
-    loss: str = ""  # further keys of `loss`
+    loss: str = ""  # keys beside the objective's, or with `kind` in place of them
     teachers: tuple[str, ...] = ()  # instead of the one teacher
 
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        own = self.loss if self.loss.startswith("kind") else f"{LOSSES[self.base]}, {self.loss}"
+        values = (f"loss={{{own if self.loss else LOSSES[self.base]}}}",)
+        if self.teachers:
+            values += ("teacher=null", f"teachers=[{', '.join(f'{{{keys}}}' for keys in self.teachers)}]")
+        return values
 
-OPTIONS: dict[str, Option] = {}
+
+OPTIONS: dict[str, Option] = {
+    "task reward": Option(
+        "opd",
+        "GRPO, arXiv 2402.03300, and its users",
+        "there are labels, and the teacher is not much better than the student",
+        "learner/reward",
+        "task_weight: 0.5",
+    ),
+    "task reward, gated": Option(
+        "opd",
+        "ours, after SCC's gate",
+        "the same; what the student already solves shall not move towards the teacher",
+        "learner/gated_frac",
+        "task_weight: 0.5, task_gate: 0.7",
+    ),
+    "fixed advantage": Option(
+        "opd",
+        "OPSA, arXiv 2608.31046",
+        "a control: if it ties, what you see is not distillation",
+        "learner/entropy",
+        "kind: opd, fixed_advantage: -1.0",
+    ),
+    "signed teachers": Option(
+        "opd",
+        "G-OPD, arXiv 2602.12125",
+        "the teacher was trained from a base that you have: go beyond it",
+        "learner/reverse_kl",
+        teachers=(f"name: teacher, {TEACHER}, weight: 1.25", f"name: base, {START}, weight: -0.25"),
+    ),
+    "demonstrations": Option(
+        "opd_topk",
+        "GKD, arXiv 2306.13649",
+        "the student's own answers are still poor, and labels are good",
+        "learner/demonstration_frac",
+        "on_policy_frac: 0.75",
+    ),
+    "visual advantage": Option(
+        "opd_topk",
+        "VA-OPD, arXiv 2605.21924",
+        "the student answers without looking: its score on grey frames is high",
+        "learner/visual_advantage",
+        "visual_weight: 0.5",
+    ),
+    "forward KL where unsure": Option(
+        "opd_topk",
+        "arXiv 2603.07079",
+        "the student becomes surer than its teacher: entropy falls early",
+        "learner/forward_kl_frac",
+        "forward_kl_entropy: 0.3",
+    ),
+    "student's top-K": Option(
+        "opd_topk",
+        "ours",
+        "the student puts mass on tokens that are not among the teacher's K",
+        "learner/reverse_kl",
+        "top_k_of: student",
+    ),
+    "Jensen-Shannon": Option(
+        "opd_topk",
+        "GKD, arXiv 2306.13649",
+        "the reverse KL is unstable; it needs no clamp",
+        "learner/reverse_kl",
+        "kind: opd_topk, top_k: 32, divergence: jsd",
+    ),
+}
 
 
 def overrides(kind: str, steps: int) -> tuple[str, ...]:
     """Of an option, or of an objective alone."""
-    if kind in LOSSES:
-        return kinds.objective_overrides(kind, steps)
-    option = OPTIONS[kind]
-    values = (f"loss={{{', '.join(filter(None, (LOSSES[option.base], option.loss)))}}}",)
-    if option.teachers:
-        values += ("teacher=null", f"teachers=[{', '.join(f'{{{keys}}}' for keys in option.teachers)}]")
-    return values
+    return kinds.objective_overrides(kind, steps) if kind in LOSSES else OPTIONS[kind].overrides
 
 
 def rows_of(groups: Sequence[Group]) -> list[dict[str, str]]:

@@ -89,9 +89,10 @@ def student_prompt_keys(prompts: Sequence[Prompt], config: Config) -> list[str]:
 
 def _shown(prompt: Prompt, config: Config) -> tuple:
     """What a model is shown of a video, and asked."""
-    clip, asked = prompt.clip, (config.prompt.template, config.prompt.video_first)
+    clip, words = prompt.clip, config.prompt.of_style(prompt.style)
+    asked = words.template, words.video_first
     frames = (clip.frame_indices.tobytes(), clip.timestamps_s.tobytes(), clip.duration_s, clip.frame_size)
-    return (*frames, prompt.query, asked)
+    return (*frames, prompt.query, asked, *(["sets"] if words.asks_for_sets else []))
 
 
 def _digest(parts: tuple) -> str:

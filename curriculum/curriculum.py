@@ -89,7 +89,7 @@ class Curriculum:
     def route(self, group: TrajectoryGroup) -> TrajectoryGroup:
         """The part of the group that the teacher scores: without the rollouts that the gate suspends."""
         config = self._config.curriculum
-        if not config.suspends:
+        if not config.suspends or not group.rollouts:  # a demonstration is not gated
             return group
         prompt, reading = group.prompt, config.multi_span_iou
         ious = [prompt_iou(t.predicted_spans_s, prompt, reading) for t in group.trajectories]

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from curriculum.coupling import anchors_and_frontier
+from curriculum.mixture import Mixture
 from curriculum.schedule import make_schedule
 from curriculum.state import check_state, describe_dropped, records_table, settings_of, student_ious_in
 from curriculum.tvdf import SAMPLERS, by_video, disagreement, gaussian_draw
@@ -23,7 +24,7 @@ Observation = tuple[str, int, bool]  # of a group: prompt id, number of rollouts
 
 
 def observation(group: ScoredGroup) -> Observation:
-    return group.group.prompt.prompt_id, len(group.group.sampled), not group.group.trajectories
+    return group.group.prompt.prompt_id, len(group.group.rollouts), not group.group.trajectories
 
 
 class Scheduler:
@@ -39,7 +40,9 @@ class Scheduler:
         clips = [p.clip if isinstance(p, Prompt) else None for p in pool]
         self._video = _codes(c.video_path if c else "" for c in clips)
         self._cut = _codes(f"{c.start_s} {c.duration_s}" if c else "" for c in clips)
-        self._rng = np.random.default_rng(config.seed)
+        self._rng, weights = np.random.default_rng(config.seed), config.data.weights
+        sources = [p.source if isinstance(p, Prompt) else "" for p in pool]
+        self._mixture = Mixture(sources, weights) if weights else None
         size = len(self._prompts)
         self._teacher_iou = np.full(size, np.nan)
         self._student_iou = np.zeros((size, 0))  # a column for each round
@@ -189,7 +192,9 @@ class Scheduler:
         return chosen
 
     def _sample(self, candidates: np.ndarray, k: int) -> np.ndarray:
-        """k of the candidates, by the configured sampler."""
+        """k of the candidates, by the configured sampler, or by the weights of their sources."""
+        if self._mixture:
+            return self._mixture.select(candidates, k, self._rng)
         sampler = self._curriculum.sampler if self._curriculum.dbtp else "uniform"
         delta = self._disagreement()[candidates]
         assert sampler == "uniform" or np.isfinite(delta).all(), "disagreement needs both answers of a prompt"
@@ -259,13 +264,15 @@ class Scheduler:
         return issued
 
     def _refill(self, wanted: int) -> None:
-        """Queues one more pass over the selected prompts, shuffled."""
+        """Queues one more pass over the selected prompts, shuffled; with weights as many draws."""
         alive = np.flatnonzero(self._selected & (self._dropped == ""))
         available = len(alive) - int(np.isin(alive, list(self._in_flight)).sum())
         if available < wanted:
             lack = f"{available} prompts that are not in flight, {wanted} more are needed"
             dropped = f"{np.count_nonzero(self._dropped)} of {len(self._prompts)} were dropped"
             raise RunError(f"the curriculum has {lack} ({dropped}): add data or lower groups_per_step")
+        if self._mixture and self._curriculum.kind == "uniform":
+            alive = self._mixture.next_pass(alive, self._shuffle)
         self._queue.extend(self._shuffle(alive).tolist())
 
     def _shuffle(self, which: np.ndarray) -> np.ndarray:
@@ -286,7 +293,8 @@ class Scheduler:
             self._in_flight.pop(i, None)  # a prompt that the learner could not read was retired before
             self._num_rollouts[i] += num_rollouts
             self._last_step[i] = step
-            self._suspended[i] = suspended
+            if num_rollouts:  # a demonstration says nothing of the student
+                self._suspended[i] = suspended
         return self.metrics()
 
     def reissue(self) -> None:
@@ -324,7 +332,8 @@ class Scheduler:
 
     def state_dict(self) -> dict[str, Any]:
         """All mutable state: `records` in Arrow, the rest plain values."""
-        return {
+        mixture = {"mixture": self._mixture.state_dict()} if self._mixture else {}
+        return mixture | {
             "records": self.records(),
             "in_flight": list(self._in_flight),
             "queue": list(self._queue),
@@ -352,6 +361,8 @@ class Scheduler:
         self._in_flight = dict.fromkeys(state["in_flight"])
         self._next_selection = state["round_end"]
         self._rng.bit_generator.state = state["random_state"]
+        if self._mixture:
+            self._mixture.load_state_dict(state["mixture"])
         self._drop_unusable()
 
     def metrics(self) -> dict[str, float]:
@@ -362,7 +373,7 @@ class Scheduler:
             "curriculum/selected": int(selected.sum()),
             "curriculum/dropped": int(np.count_nonzero(self._dropped)),
             "curriculum/suspended": int(self._suspended.sum()),
-            "curriculum/seen_frac": float((self._num_rollouts[selected] > 0).sum() / max(1, selected.sum())),
+            "curriculum/seen_frac": float((self._last_step[selected] >= 0).sum() / max(1, selected.sum())),
         }
 
 

@@ -18,7 +18,8 @@ def settings_of(config: Config) -> dict[str, Any]:
     """The settings that must stay the same when a run resumes."""
     names, room = ("kind", "asks_teacher", "asks_student"), config.schedule_room
     schedule = {"scc.schedule": f"{room.num_steps} steps of {room.full}"} if room else {}
-    return {name: getattr(config.curriculum, name) for name in names} | schedule
+    weights = {"weights": config.data.weights} if config.data.weights else {}
+    return {name: getattr(config.curriculum, name) for name in names} | schedule | weights
 
 
 def check_state(state: Mapping[str, Any], prompt_ids: Sequence[str], config: Config) -> None:

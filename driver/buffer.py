@@ -62,6 +62,10 @@ class TrajectoryBuffer:
             self._next_slot -= len(slots)
             self._changed.notify_all()
 
+    def step_of(self, slot: int) -> int:
+        """Which step of the round trains on it, from 0 on."""
+        return bisect_right(self._ends, slot) - 1
+
     async def fill(self, slot: int, group: ScoredGroup) -> None:
         async with self._changed:
             free = slot < self._next_slot and slot not in self._filled

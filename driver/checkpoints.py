@@ -9,6 +9,7 @@ from curriculum.answers import forget_student_answers
 from driver.export import SNAPSHOTS, STUDENT, export_snapshot, export_student, exported_step, snapshot_steps
 from driver.held_out import AFTER, BEFORE, NO_VIDEO, TEACHER, at_step, best_step, miou_by_step
 from driver.progress import find_saved_run, setup_of, write_progress
+from driver.records.trackers import STATE as TRACKERS
 from driver.run import Run
 from driver.run_state import Phase
 from driver.saving import removed_if_unfinished, try_to_save
@@ -86,7 +87,7 @@ async def restore(run: Run) -> None:
 async def start_over(run: Run) -> None:
     """Goes back to the beginning, with a learner that has just started. Evaluations of the start stay."""
     run.state.enter(Phase.RESTORING)
-    run.progress.step = work.step = 0
+    run.progress.step, run.progress.baseline, work.step = 0, None, 0
     run.totals.clear()
     for of in (run.evaluations, run.progress.examples):
         for name in of.keys() - {TEACHER, BEFORE}:
@@ -126,6 +127,8 @@ def set_aside_after(run_dir: Path, step: int) -> Path | None:
             shutil.copytree(run_dir / name, folder / name)
         elif (run_dir / name).exists():
             shutil.copy2(run_dir / name, folder / name)
+    if (run_dir / TRACKERS).exists():  # what follows is another run there
+        (run_dir / TRACKERS).rename(folder / TRACKERS)
     if (exported_step(run_dir) or 0) > step:
         (run_dir / STUDENT).rename(folder / STUDENT)
     for number in later:

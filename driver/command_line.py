@@ -50,7 +50,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--gpu-memory-gib", type=float, help="memory of one GPU (default: this machine's, or 80 without one)")
     add("--device", choices=DEVICES, help=f"with --dry-run: the GPU (default: this machine's, or {DEFAULT})")
     add("--utilisation", nargs=3, type=float, metavar=SHARES, help=UTILISATION)
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_intermixed_args(arguments)  # values and options in any order
     if not parsed.dry_run and (parsed.device or parsed.utilisation):
         parser.error("--device and --utilisation are for the plan that --dry-run prints: add it")
     return parsed
@@ -77,8 +77,9 @@ def read_config(arguments: argparse.Namespace) -> Config:
 
 def prepare(config: Config, resumes: bool = False) -> Plan:
     """make_plan, after writing the demo's clips where they are missing. Raises InputError; starts nothing."""
-    if Path(config.data.train.annotations).is_relative_to(ROOT / "demo" / "data"):
-        ensure_clips(ROOT / "demo" / "data")
+    demo = ROOT / "demo" / "data"
+    if any(Path(source.annotations).is_relative_to(demo) for source in config.data.sources.values()):
+        ensure_clips(demo)
     return make_plan(config, resumes)
 
 

@@ -11,8 +11,7 @@ from video_opd.types import ScoredGroup, StepReport
 
 def check_lag(groups: Sequence[ScoredGroup], step: int, max_policy_lag: int) -> list[int]:
     """The policy lag of every sampled trajectory. Raises ParityError if one exceeds the bound."""
-    sampled = (t for g in groups for t in g.group.sampled if t.prompt_fingerprint is not None)
-    lags = [step - t.policy_version for t in sampled]
+    lags = [step - t.policy_version for g in groups for t in g.group.rollouts]
     if lags and (min(lags) < 0 or max(lags) > max_policy_lag):
         found = f"policy lags {min(lags)} to {max(lags)}"
         raise ParityError(f"step {step}: {found}, allowed 0 to {max_policy_lag}")

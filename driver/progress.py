@@ -30,6 +30,7 @@ class Progress:
     """What a run has done so far; a checkpoint saves it as it is."""
 
     step: int = 0  # the next to do
+    baseline: float | None = None  # running mean of the rewards of past steps; None: of none
     totals: Counter[str] = field(default_factory=Counter)  # what the summary counts
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)  # by name: teacher, step_N, ...
     examples: dict[str, list[Prediction]] = field(default_factory=dict)  # answers, by the same names, of some
@@ -95,6 +96,7 @@ def read_progress(folder: Path, setup: dict[str, Any]) -> SavedRun:
         world_size = learner["world_size"]
         progress = Progress(
             **{name: state[name] for name in ("step", "evaluations", "failed_eval")},
+            baseline=state.get("baseline"),  # checkpoints of earlier versions lack it
             totals=Counter(state["totals"]),
             examples=answers_in(pq.read_table(folder / _PREDICTIONS)),
         )

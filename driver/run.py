@@ -16,6 +16,7 @@ from curriculum.curriculum import Curriculum
 from driver.buffer import TrajectoryBuffer
 from driver.clock import PhaseClock
 from driver.progress import Progress, SavedRun
+from driver.records.trackers import Trackers
 from driver.run_state import RunState
 from driver.start_ray import idle_replicas, python_path
 from driver.upload import Uploads
@@ -28,6 +29,7 @@ from video_opd.cluster.faults import cause_of
 from video_opd.cluster.run_control import create_control
 from video_opd.config import Config
 from video_opd.errors import LearnerLostError
+from video_opd.hub import with_models_of
 from video_opd.logs import log
 from video_opd.passes import Arrived
 from video_opd.prometheus import Gauges, count
@@ -43,7 +45,7 @@ class Run:
 
     folder: Path
     config: Config
-    given: Config  # as config.yaml has it: `config` also names the run
+    given: Config  # as config.yaml has it: `config` also names the run, and models by their folders here
     plan: Plan
     control: Any  # the RunControl actor
     actors: ActorPool
@@ -52,6 +54,7 @@ class Run:
     curriculum: Curriculum
     rewards: list[Reward]  # empty: the objective needs none
     uploads: Uploads | None = None  # None: checkpoints stay here
+    trackers: Trackers | None = None  # None: metrics.jsonl alone
     gauges: Gauges = field(default_factory=Gauges)  # for Prometheus
     clock: PhaseClock = field(default_factory=PhaseClock)
     state: RunState = field(default_factory=RunState)
@@ -86,13 +89,19 @@ class Run:
 
 
 def create_parts(
-    folder: Path, given: Config, plan: Plan, memory: MemoryPlan, resume_from: SavedRun | None = None
+    folder: Path,
+    given: Config,
+    plan: Plan,
+    memory: MemoryPlan,
+    resume_from: SavedRun | None = None,
+    trackers: Trackers | None = None,
 ) -> Run:
     """Creates the processes of a run. Raises ConfigError if a run of that name is on this Ray."""
     name, env = f"video_opd/{folder.name}", python_path() | given.worker_env
     for warning in given.warnings():
         log.warning("warning: %s", warning)
     config = with_kv_caches(memory).model_copy(update={"run_name": folder.name, "worker_env": env})
+    shipped = with_models_of(config, given)  # other nodes have the models of the hub in other folders
     url, limits = config.checkpoint_url, (config.max_retries, config.upload_timeout_s)
     progress = resume_from.progress if resume_from else Progress()
     run = Run(
@@ -101,12 +110,13 @@ def create_parts(
         given=given,
         plan=plan,
         control=create_control(name),
-        actors=ActorPool(name, config),
-        teacher=create_teacher(name, config),
-        learner=Learner(name, config),
-        curriculum=Curriculum(name, plan.train.pool, config),
+        actors=ActorPool(name, shipped),
+        teacher=create_teacher(name, shipped),
+        learner=Learner(name, shipped),
+        curriculum=Curriculum(name, plan.train.pool, shipped),
         rewards=load_rewards(config.loss.rewards) if config.loss.needs.rewards else [],
         uploads=Uploads(url, folder, *limits) if url else None,
+        trackers=trackers,
         progress=progress,
         resume_from=resume_from,
         newest_checkpoint=progress.step if resume_from else None,

@@ -8,19 +8,27 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from actors.actor_pool import RolloutResult
-from driver.demonstrations import demonstrations
+from driver.demonstrations import demonstrations, is_demonstrated
 from driver.records.step import num_tokens
 from driver.run import Run
 from teacher_service.calls import ScoreResult
-from video_opd.rewards import total_reward
+from video_opd.rewards import mean_reward, next_baseline, total_reward
 from video_opd.types import FailedPrompt, Prompt, ScoredGroup, TrajectoryGroup
 
 
-async def roll_out(run: Run, prompts: list[Prompt]) -> AsyncIterator[tuple[Any, Sequence[RolloutResult]]]:
-    """Rollouts as they arrive, as (reference, results); the ground truth if the objective uses that."""
-    if not run.config.loss.needs.rollouts:
-        groups = demonstrations(run.config, prompts, run.step)
+async def roll_out(
+    run: Run, prompts: list[Prompt], steps: Sequence[int]
+) -> AsyncIterator[tuple[Any, Sequence[RolloutResult]]]:
+    """Rollouts as they arrive, as (reference, results); the ground truth if the objective uses that.
+
+    steps: which update each prompt is for.
+    """
+    shown = [p for p, step in zip(prompts, steps, strict=True) if is_demonstrated(run.config, p, step)]
+    if shown:
+        groups = demonstrations(run.config, shown, run.step)
         yield groups, groups
+    ids = {p.prompt_id for p in shown}
+    if not (prompts := [p for p in prompts if p.prompt_id not in ids]):
         return
     with run.clock("rollout"):
         async for reference, results in run.actors.rollout(prompts):
@@ -67,6 +75,22 @@ def _scored(run: Run, group: TrajectoryGroup, scores: ScoreResult) -> ScoredGrou
     if isinstance(scores, FailedPrompt):
         return scores
     rewards = None
-    if run.rewards:
+    if run.rewards and group.rollouts:
         rewards = tuple(total_reward(run.rewards, t, group.prompt) for t in group.trajectories)
     return ScoredGroup(group=group, scores=scores, rewards=rewards)
+
+
+def reward_baseline(run: Run, groups: Sequence[ScoredGroup]) -> float | None:
+    """What this step's rewards are compared with at one rollout a prompt; None: with their groups'.
+
+    The running mean of past steps, which the batch itself is no part of; the first step's own mean reward.
+    """
+    if not run.rewards or run.config.rewards_in_groups:
+        return None
+    return mean_reward(groups) if run.progress.baseline is None else run.progress.baseline
+
+
+def count_rewards(run: Run, groups: Sequence[ScoredGroup]) -> None:
+    """Takes the step's rewards into the running mean, once it has been trained on."""
+    decay = run.config.loss.baseline_decay
+    run.progress.baseline = next_baseline(run.progress.baseline, mean_reward(groups), decay)

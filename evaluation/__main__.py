@@ -2,7 +2,7 @@
 
   python -m evaluation --run runs/NAME                                    its last checkpoint's student
   python -m evaluation --model FOLDER --config CONFIG.yaml [key=value ...]
-  python -m evaluation --predictions FILE.parquet [--config CONFIG.yaml]  without a model
+  python -m evaluation --predictions FILE [--config CONFIG.yaml]          without a model
   python -m evaluation compare A B                                        two runs or files, prompt by prompt
 
 The questions are those of the config's data.eval. docs/evaluation.md says what every number means.
@@ -25,20 +25,21 @@ from rich.progress import Progress
 from rich.table import Table
 
 import video_opd  # noqa: F401  # first: makes transformers importable
-from evaluation import scoring
+from evaluation import scoring, timelens
 from evaluation.compare import check_same_questions, compare, print_comparison
 from evaluation.predictions import count_others, read_answers, read_questions, write_answers
 from evaluation.protocols import PROTOCOLS, Protocol, protocol_named
-from evaluation.scoring import METRICS, Question, questions_of
+from evaluation.scoring import Question, questions_of
 from evaluation.timelines import write_timelines
 from video_opd.cluster.command_line import exit_code_of
 from video_opd.config import Config
 from video_opd.config_file import load_config, resolve_paths
-from video_opd.datasets import read_prompts
+from video_opd.datasets import read_prompts, read_sources
 from video_opd.errors import ConfigError, DataError
 from video_opd.files.checkpoint import find_checkpoint
 from video_opd.files.run_folder import write_json
 from video_opd.grounding import describe_odd, odd_truth
+from video_opd.hub import model_name, on_this_node
 from video_opd.models.lengths import PromptLengths, rollout_limit, too_long
 from video_opd.models.model_files import read_model_info
 from video_opd.passes import by_video
@@ -46,6 +47,7 @@ from video_opd.types import FailedPrompt, Prediction, Prompt
 from video_opd.video.descriptions import end_workers
 
 COUNTS = ("n", "unparsed", "reversed", "out_of_range", "missing")
+UNKNOWN = "unknown, the answers are a file's"  # of a video budget
 Answer = Prediction | FailedPrompt
 NO_FRAMES = 1  # read_prompts' multiple when no frame is read: its size does not matter
 
@@ -61,6 +63,7 @@ class Answers:
     seed: int
     blank: Mapping[str, str | None] | None = None  # answers on grey frames; None: not asked for
     other_prompts: int = 0  # answers to none of the questions
+    video: str = UNKNOWN  # VideoConfig.budget of the model that was asked
 
 
 def ask_model(config: Config, prompts: Sequence[Prompt], blanks: bool) -> list[list[Answer]]:
@@ -93,7 +96,7 @@ def read_splits(config: Config, multiple: int, baselines: bool) -> tuple[list[Pr
     """data.eval as published, and for the baselines data.train."""
     data, video, runs_dir = config.data, config.video, config.runs_dir
     prompts = read_prompts(data.eval, video, multiple, as_published=True, runs_dir=runs_dir)
-    train = read_prompts(data.train, video, multiple, runs_dir=runs_dir) if baselines else []
+    train = read_sources(data, video, multiple, runs_dir).prompts if baselines else []
     end_workers(video)
     return prompts, train
 
@@ -110,16 +113,24 @@ def answers_of_model(config: Config, baselines: bool) -> Answers:
     passes = ask_model(config, prompts, blanks=baselines)
     texts, *blank = ({a.prompt_id: a.text for a in got if isinstance(a, Prediction)} for got in passes)
     why_missing = {a.prompt_id: a.reason for a in passes[0] if isinstance(a, FailedPrompt)}
-    return Answers(questions, texts, why_missing, train, config.seed, blank[0] if blank else None)
+    grey = blank[0] if blank else None
+    return Answers(questions, texts, why_missing, train, config.seed, grey, video=config.video.budget)
 
 
 def answers_of_file(path: Path, config: Config | None, baselines: bool) -> Answers:
     """The file's answers to the config's questions, or without a config to its own. Raises InputError."""
-    texts, why_missing = read_answers(path)
+    is_timelens = path.suffix in timelens.SUFFIXES
     if config is None:
+        if is_timelens:
+            return Answers(*timelens.own_questions(path), why_missing={}, train=[], seed=0)
+        texts, why_missing = read_answers(path)
         return Answers(read_questions(path), texts, why_missing, train=[], seed=0)
     prompts, train = read_splits(config, NO_FRAMES, baselines)
     questions = questions_of(prompts)
+    if is_timelens:
+        texts, why_missing = timelens.answers_to(questions, path), {}
+    else:
+        texts, why_missing = read_answers(path)
     others = count_others(questions, texts, path)
     return Answers(questions, texts, why_missing, train, config.seed, other_prompts=others)
 
@@ -135,6 +146,7 @@ def evaluate(answers: Answers, protocol: Protocol, baselines: bool, folder: Path
     result = {
         "protocol": protocol.name,
         "source": protocol.source,
+        "video": answers.video,
         "result": scoring.summarise_answers(scored, protocol),
         "intervals_95": scoring.bootstrap_intervals(scored, protocol, answers.seed),
         "num_videos": len({q.video for q in questions}),
@@ -151,14 +163,16 @@ def evaluate(answers: Answers, protocol: Protocol, baselines: bool, folder: Path
 
 def print_result(result: dict[str, Any], folder: Path) -> None:
     main, name = result["result"], result["protocol"]
-    headings = (metric.replace("miou", "mIoU").replace("r1", "R1") for metric in METRICS)
+    metrics = result["intervals_95"]
+    headings = (m.replace("miou", "mIoU").replace("r1", "R1").replace("_auc", " AUC") for m in metrics)
     title = f"protocol {name}, {main['n']} prompts on {result['num_videos']} videos"
     table = Table("", *headings, title=title)
-    table.add_row("answers", *(f"{main[m]:.3f}" for m in METRICS))
-    table.add_row("95 % interval", *("{:.3f}–{:.3f}".format(*result["intervals_95"][m]) for m in METRICS))
+    table.add_row("answers", *(f"{main[m]:.3f}" for m in metrics))
+    table.add_row("95 % interval", *("{:.3f}–{:.3f}".format(*interval) for interval in metrics.values()))
     for baseline, values in result["baselines"].items():
-        table.add_row(baseline.replace("_", " "), *(f"{values[m]:.3f}" for m in METRICS))
-    lines = [", ".join(f"{count.replace('_', ' ')} {main[count]}" for count in COUNTS)]
+        table.add_row(baseline.replace("_", " "), *(f"{values[m]:.3f}" for m in metrics))
+    lines = [f"video budget: {result['video']}"]
+    lines += [", ".join(f"{count.replace('_', ' ')} {main[count]}" for count in COUNTS)]
     if odd := result["odd_truth"]:
         lines.append(describe_odd(odd))
     if result["other_prompts"]:
@@ -174,9 +188,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add, values = parser.add_argument, "configuration values, e.g. data.eval.max_prompts=100"
     add("overrides", nargs="*", metavar="key=value", help=values)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", type=Path, metavar="FOLDER", help="transformers folder; needs --config")
+    model = "transformers folder, or ORG/NAME[@REVISION] of the Hugging Face hub; needs --config"
+    what.add_argument("--model", type=Path, metavar="MODEL", help=model)
     what.add_argument("--run", type=Path, metavar="RUN", help="run folder, e.g. runs/NAME")
-    file = "Parquet with the columns prompt_id and text"
+    file = "Parquet with the columns prompt_id and text, or TimeLens' JSON of predictions"
     what.add_argument("--predictions", type=Path, metavar="FILE", help=file)
     needed = "YAML file that names the data; not needed for --predictions that this command wrote"
     add("--config", type=Path, help=needed)
@@ -222,7 +237,8 @@ def run(parsed: argparse.Namespace) -> None:
     else:
         assert config is not None, "read_config gives one for a model or a run"
         os.environ.update(config.worker_env)  # as in the run's processes, before torch is imported
-        answers, name = answers_of_model(config, parsed.baselines), Path(config.student).name
+        config = on_this_node(config, teachers=False)
+        answers, name = answers_of_model(config, parsed.baselines), model_name(config.student)
     folder = parsed.out or (parsed.run / "evaluation" if parsed.run else Path(f"evaluation-{name}"))
     print_result(evaluate(answers, protocol, parsed.baselines, folder), folder)
 
@@ -235,19 +251,13 @@ def answers_of_run(folder: Path, protocol: Protocol) -> tuple[Answers, str]:
     config = resolve_paths(load_config(config_of_run(folder)), Path.cwd())
     evaluated, summary = folder / "evaluation" / f"{protocol.name}.parquet", folder / "summary.json"
     if evaluated.exists():
-        return answers_of_file(evaluated, config=None, baselines=False), describe_budget(config)
+        return answers_of_file(evaluated, config=None, baselines=False), config.video.budget
     texts = json.loads(summary.read_text())["examples"].get("student_after") if summary.exists() else None
     if not texts:
         advice = f"run `python -m evaluation --run {folder} --protocol {protocol.name}` first"
         raise DataError(f"{folder} has no answers of its last student: {advice}")
     questions = questions_of(read_splits(config, NO_FRAMES, baselines=False)[0])
-    return Answers(questions, texts, {}, train=[], seed=0), describe_budget(config)
-
-
-def describe_budget(config: Config) -> str:
-    """What a model sees of a video, which a score depends on."""
-    video = config.video
-    return f"{video.fps:g} frames a second, at most {video.max_frames} and {video.max_video_tokens} tokens"
+    return Answers(questions, texts, {}, train=[], seed=0), config.video.budget
 
 
 def run_compare(arguments: Sequence[str]) -> None:
@@ -265,7 +275,7 @@ def run_compare(arguments: Sequence[str]) -> None:
         if path.is_dir():
             answers, video = answers_of_run(path, protocol)
         else:
-            answers, video = answers_of_file(path, config=None, baselines=False), "video budget unknown"
+            answers, video = answers_of_file(path, config=None, baselines=False), UNKNOWN
         if questions:
             check_same_questions(questions, answers.questions, (str(parsed.a), str(parsed.b)))
         questions = questions or answers.questions

@@ -8,8 +8,7 @@ from math import ceil, inf
 
 import numpy as np
 
-from learner.loss import group_advantages, sampled_advantage
-from learner.visual import visual_weights
+from learner.signals import Signal, signals_of
 from video_opd.config_learner import LearnerConfig, LossConfig, Reduction
 from video_opd.models.trees import trees_of
 from video_opd.types import Clip, Prompt, ScoredGroup, TeacherScores, Trajectory
@@ -24,9 +23,8 @@ class Row:
     trajectory: Trajectory
     token_ids: np.ndarray  # int32[M + N], of prompt and response
     is_video: np.ndarray  # bool[M + N]
-    advantage: np.ndarray  # float32[N]; see advantages_of
+    signal: Signal
     scores: TeacherScores | None
-    visual_weights: np.ndarray | None  # float32[N], of the token's loss; None: 1, or opd, whose r_t has them
     weight: float  # 1, or 0 for a row that only keeps ranks in step, as one whose clip cannot be read
 
 
@@ -96,14 +94,16 @@ def plan_update(
     ids_of: Callable[[Prompt], np.ndarray],
     video_id: int,
     num_sequences: int | None = None,
+    baseline: float | None = None,
 ) -> UpdatePlan:
     """Deals the rows of each clip to ranks, and packs those of a rank into passes; every rank plans the same.
 
     ids_of: the tokens int32[M] of a prompt whose trajectories have none, as nobody sampled them.
     video_id: the token that stands for a part of a video. num_sequences: see denominator_of.
+    baseline: see signals_of.
     """
     denominator = denominator_of(groups, loss.reduction, num_sequences)
-    rows = _rows_of(groups, loss, ids_of, video_id)
+    rows = _rows_of(groups, signals_of(groups, loss, baseline), ids_of, video_id)
     if not rows:
         return UpdatePlan([], [], denominator)
     of_clips = defaultdict(list)
@@ -111,7 +111,7 @@ def plan_update(
         of_clips[_clip_key(row.prompt.clip)].append(row)
     of_ranks = _deal([part for of_clip in of_clips.values() for part in _parts(of_clip, learner)], learner)
     batches = [_filled(passes, rows) for passes in of_ranks]
-    counts = [[sum(len(row.advantage) for row in batch) for batch in of_rank] for of_rank in batches]
+    counts = [[sum(len(row.signal.advantage) for row in batch) for batch in of_rank] for of_rank in batches]
     return UpdatePlan(batches[rank], [max(of_pass) for of_pass in zip(*counts, strict=True)], denominator)
 
 
@@ -132,21 +132,18 @@ def denominator_of(
 
 
 def _rows_of(
-    groups: Sequence[ScoredGroup], loss: LossConfig, ids_of: Callable[[Prompt], np.ndarray], video_id: int
+    groups: Sequence[ScoredGroup],
+    signals: Sequence[Signal],
+    ids_of: Callable[[Prompt], np.ndarray],
+    video_id: int,
 ) -> list[Row]:
     trajectories = [(g.group.prompt, t) for g in groups for t in g.group.trajectories]
-    if not trajectories:
-        return []
     scores = [s for g in groups for s in g.scores] or [None] * len(trajectories)
-    in_loss = loss.visual_weight and loss.kind != "opd"
-    weights = visual_weights(groups, loss) if in_loss else [None] * len(trajectories)
     rows = []
-    columns = zip(trajectories, advantages_of(groups, loss), scores, weights, strict=True)
-    for (prompt, trajectory), advantage, score, of_tokens in columns:
+    for (prompt, trajectory), signal, score in zip(trajectories, signals, scores, strict=True):
         asked = trajectory.prompt_token_ids if len(trajectory.prompt_token_ids) else ids_of(prompt)
         token_ids = np.concatenate([asked, trajectory.response_token_ids])
-        is_video = token_ids == video_id
-        rows.append(Row(prompt, trajectory, token_ids, is_video, advantage, score, of_tokens, 1.0))
+        rows.append(Row(prompt, trajectory, token_ids, token_ids == video_id, signal, score, 1.0))
     return rows
 
 
@@ -220,23 +217,3 @@ def _filled(passes: list[list[Row]], rows: Sequence[Row]) -> list[list[Row]]:
     own = [row for of_pass in passes for row in of_pass] or rows
     filler = replace(min(own, key=lambda row: len(row.token_ids)), weight=0.0)
     return [of_pass or [filler] for of_pass in passes]
-
-
-def advantages_of(groups: Sequence[ScoredGroup], loss: LossConfig) -> list[np.ndarray]:
-    """float32[N] per trajectory: its group's advantage (grpo), r_t of scored rollouts, or zeros.
-
-    With loss.visual_weight it is w_t r_t (visual.py).
-    """
-    trajectories = [t for g in groups for t in g.group.trajectories]
-    lengths = [len(t.response_token_ids) for t in trajectories]
-    if loss.needs.rewards:
-        advantages = [group_advantages(g.rewards or (), loss.advantage_std) for g in groups if g.rewards]
-        return [np.full(n, a, np.float32) for n, a in zip(lengths, np.concatenate(advantages), strict=True)]
-    if loss.needs.teacher == "none" or not loss.needs.rollouts:
-        return [np.zeros(n, np.float32) for n in lengths]
-    teacher = np.concatenate([s.teacher_logprobs for g in groups for s in g.scores])
-    actor = np.concatenate([t.actor_logprobs for t in trajectories])
-    advantage = sampled_advantage(teacher, actor, loss)
-    if loss.visual_weight:
-        advantage *= np.concatenate(visual_weights(groups, loss))
-    return np.split(advantage, np.cumsum(lengths)[:-1])

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from learner.loss import is_unsure
+from learner.signals import signal_metrics
 from learner.visual import visual_advantage
 from video_opd.config import Config
 from video_opd.config_learner import LossConfig
@@ -49,6 +51,8 @@ class TokenRecords(NamedTuple):
 
 def policy_diagnostics(tokens: TokenRecords, loss: LossConfig) -> dict[str, float]:
     """The student's entropy; with rollouts, how far the learner's policy is from the actor's, per token."""
+    if not len(tokens.entropy):  # demonstrations alone
+        return {}
     metrics = {"learner/entropy": float(tokens.entropy.mean())}
     if not loss.needs.rollouts:
         return metrics
@@ -69,31 +73,33 @@ def _quantiles(name: str, values: np.ndarray, *levels: str) -> dict[str, float]:
 
 
 def batch_diagnostics(
-    groups: Sequence[ScoredGroup], config: Config, is_time: TimestampTokens
+    groups: Sequence[ScoredGroup], config: Config, is_time: TimestampTokens, baseline: float | None = None
 ) -> dict[str, float]:
-    """Of the batch, the same on every rank: lengths, rewards, the teacher's entropy, the reverse KL, v_t."""
+    """Of the batch, the same on every rank: lengths, signals, the teacher's entropy, rollouts' KL."""
     loss, trajectories = config.loss, [t for g in groups for t in g.group.trajectories]
     lengths = [len(t.response_token_ids) for t in trajectories]
     metrics = {"learner/num_tokens": float(sum(lengths)), "learner/response_tokens": float(np.mean(lengths))}
-    if rewards := [r for g in groups for r in g.rewards or ()]:
-        metrics["learner/reward"] = float(np.mean(rewards))
-        metrics["learner/flat_groups_frac"] = float(np.mean([len(set(g.rewards or ())) <= 1 for g in groups]))
+    metrics |= signal_metrics(groups, loss, baseline)
     scores = [s for g in groups for s in g.scores]
     if entropies := [s.entropy for s in scores if s.entropy is not None]:
         metrics["teacher/entropy"] = float(np.concatenate(entropies).mean())
     if not scores or not loss.needs.rollouts:
         return metrics
-    pairs = zip(trajectories, scores, strict=True)
+    pairs = [(t, s) for t, s in zip(trajectories, scores, strict=True) if not t.is_demonstration]
+    if not pairs:
+        return metrics
     log_ratio = np.concatenate([s.teacher_logprobs - t.actor_logprobs for t, s in pairs])
-    times = np.concatenate([is_time(t.response_token_ids) for t in trajectories])
+    times = np.concatenate([is_time(t.response_token_ids) for t, _ in pairs])
     metrics |= reverse_kl(log_ratio, times)
     if loss.visual_weight:
-        advantage = np.concatenate([visual_advantage(s) for s in scores])
+        advantage = np.concatenate([visual_advantage(s) for _, s in pairs])
         metrics["learner/visual_advantage"] = float(advantage.mean())
         if times.any():
             metrics["learner/visual_advantage_time"] = float(advantage[times].mean())
     if loss.kind == "opd" and loss.clamp is not None:
         metrics["learner/clamped_frac"] = float((np.abs(log_ratio) > loss.clamp).mean())
+    if (unsure := is_unsure(scores, loss)) is not None:
+        metrics["learner/forward_kl_frac"] = float(unsure.mean())
     if loss.center == "batch":
         clamped = log_ratio if loss.clamp is None else np.clip(log_ratio, -loss.clamp, loss.clamp)
         metrics["learner/center"] = float(clamped.mean())

@@ -31,12 +31,13 @@ from learner.diagnostics import TimestampTokens, TokenRecords, batch_diagnostics
 from learner.encoding import EncodedRows, encoded_rows
 from learner.export import write_student
 from learner.loading import load_student
-from learner.loss import ResponseTokens, loss_per_token
+from learner.loss import ResponseTokens, is_unsure, loss_per_token
 from learner.safe_load import read_weights_only
 from learner.saving import taken_to_the_end, writing_on_all_ranks
 from learner.universal import TAG as universal_tag
 from learner.vision_cache import VisionCache
 from video_opd.config import Config
+from video_opd.hub import on_this_node
 from video_opd.models.forward import (
     ResponseBatch,
     ResponseLoss,
@@ -74,6 +75,8 @@ class LearnerEngine:
     """Holds the student under DeepSpeed ZeRO. Every method is called on all ranks with the same arguments."""
 
     def __init__(self, config: Config, rank: int, world_size: int, master: tuple[str, int]):
+        self._base = config.student
+        config = on_this_node(config, teachers=config.loss.needs.teacher == "hidden")
         self._config, self._rank, self._world_size = config, rank, world_size
         learner = config.learner
         self._deepspeed = _init_deepspeed(config, rank, world_size, master)
@@ -106,7 +109,9 @@ class LearnerEngine:
     def _model(self) -> VideoLLM:
         return self._engine.module.model
 
-    def update(self, groups: Sequence[ScoredGroup], step: int) -> tuple[dict[str, float], list[FailedPrompt]]:
+    def update(
+        self, groups: Sequence[ScoredGroup], step: int, baseline: float | None = None
+    ) -> tuple[dict[str, float], list[FailedPrompt]]:
         """One optimizer step; none, and no weight decay, if every rollout is suspended or unreadable.
 
         Returns metrics, the same on every rank, and the prompts whose clips this rank could not read.
@@ -115,7 +120,7 @@ class LearnerEngine:
         tokens = self._encoder.token_ids, self._encoder.pad_ids[0]
         room = config.schedule_room
         num_sequences = room.num_sequences(step) if room else None
-        plan = plan_update(groups, config.loss, config.learner, self._rank, *tokens, num_sequences)
+        plan = plan_update(groups, config.loss, config.learner, self._rank, *tokens, num_sequences, baseline)
         if not plan.micro_batches:
             return _skipped(0), []
         lr = learning_rate(step, config)
@@ -160,7 +165,7 @@ class LearnerEngine:
             "learner/computed_tokens": float(computed),
             "learner/separate_tokens": float(separate),
             **policy_diagnostics(TokenRecords.of_all_ranks([mine], self._world_size), config.loss),
-            **batch_diagnostics(groups, config, self._is_time),
+            **batch_diagnostics(groups, config, self._is_time, baseline),
             **(self._vision.take_metrics() if self._vision and config.learner.vision_cache_bytes else {}),
         }
         return metrics, failed
@@ -185,7 +190,7 @@ class LearnerEngine:
     def _loss_sum(
         self, rows: list[Row], batch: ResponseBatch, most_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The summed loss of a micro-batch; float32[4, tokens]: TokenRecords, and the weights of tokens."""
+        """The summed loss of a micro-batch; float32[4, tokens]: TokenRecords, and above 0 those to record."""
         tokens = self._response_tokens(rows, batch.targets)
 
         def loss(logits: torch.Tensor, which: slice) -> tuple[torch.Tensor, ...]:
@@ -193,8 +198,9 @@ class LearnerEngine:
             return *loss_per_token(self._config.loss, logits, tokens, which), token_entropy(logits.detach())
 
         per_token, learner, entropy = self._engine(batch, loss, most_tokens)
-        weights = self._tensor([np.full(len(row.advantage), row.weight, np.float32) for row in rows])
-        records = torch.stack([learner, tokens.actor_logprobs, entropy, weights])
+        weights = self._per_token(rows, [row.weight for row in rows])
+        recorded = weights if tokens.is_demonstration is None else weights * ~tokens.is_demonstration
+        records = torch.stack([learner, tokens.actor_logprobs, entropy, recorded])
         return (per_token * weights).sum(), records
 
     def _response_tokens(self, rows: list[Row], targets: torch.Tensor) -> ResponseTokens:
@@ -203,25 +209,33 @@ class LearnerEngine:
         if self._config.loss.needs.teacher == "top_k":
             top = [s.top_k for s in scores if s.top_k is not None]
             top_k = (self._tensor([t.ids for t in top]).long(), self._tensor([t.logprobs for t in top]))
+        unsure = is_unsure(scores, self._config.loss)
         if self._teacher_heads:
             runs = [
                 (self._tensor([s.hidden for s in run if s.hidden is not None]), self._teacher_heads[name])
                 for name, run in groupby(scores, key=lambda s: s.teacher_id)
             ]
             teacher_logits = partial(self._teacher_logits, runs)
-        weights = [row.visual_weights for row in rows if row.visual_weights is not None]
+        shown = self._per_token(rows, [row.trajectory.is_demonstration for row in rows])
         return ResponseTokens(
             targets=targets,
             actor_logprobs=self._tensor([row.trajectory.actor_logprobs for row in rows]),
-            advantage=self._tensor([row.advantage for row in rows]),
+            advantage=self._tensor([row.signal.advantage for row in rows]),
+            distill=self._tensor([row.signal.distill for row in rows]),
+            is_demonstration=shown.bool() if self._config.loss.on_policy_frac < 1 else None,
             teacher_logprobs=self._tensor([s.teacher_logprobs for s in scores]) if scores else None,
             top_k=top_k,
             teacher_logits=teacher_logits,
-            visual_weights=self._tensor(weights) if weights else None,
+            is_forward=None if unsure is None else self._tensor([unsure]),
         )
 
     def _teacher_logits(self, runs: Runs, which: slice) -> torch.Tensor:
         return self._policy(rows_of(runs, which))
+
+    def _per_token(self, rows: list[Row], values: Sequence[float]) -> torch.Tensor:
+        """float32[tokens]: each row's value at its response tokens."""
+        lengths = [len(row.signal.advantage) for row in rows]
+        return torch.from_numpy(np.repeat(np.array(values, np.float32), lengths)).to(self._device)
 
     def _tensor(self, arrays: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(self._device)
@@ -264,7 +278,7 @@ class LearnerEngine:
         if self._config.learner.lora_rank:
             adapters = dict(self.adapters(alone_on="cpu"))
             if self._rank == 0:
-                write_adapter(folder / "adapter", adapters, self._config.learner, self._config.student)
+                write_adapter(folder / "adapter", adapters, self._config.learner, self._base)
 
     def export(self, folder: Path) -> None:
         """Rank 0 writes the student alone, for transformers and vLLM."""

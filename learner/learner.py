@@ -92,10 +92,10 @@ class Learner:
         if self._bundles:
             remove_placement_group(self._bundles)
 
-    async def update(self, groups: list[ScoredGroup], step: int) -> StepReport:
-        """One optimizer step; the weights after it are version step + 1."""
+    async def update(self, groups: list[ScoredGroup], step: int, baseline: float | None = None) -> StepReport:
+        """One optimizer step; its weights are version step + 1. baseline: of rewards, see signals_of."""
         self._published = None
-        of_ranks = await self._all("update", ray.put(groups), step)
+        of_ranks = await self._all("update", ray.put(groups), step, baseline)
         failed = {f.prompt_id: f for _, of_rank in of_ranks for f in of_rank}
         metrics, _ = of_ranks[0]
         return StepReport(step=step, policy_version=step + 1, metrics=metrics, failed=tuple(failed.values()))

@@ -42,10 +42,12 @@ class LearnerRank:
         self._engine = LearnerEngine(self._config, self._rank, self._config.learner.world_size, master)
         log.info("started; rank 0 is at %s:%d", *master)
 
-    def update(self, groups: list[ScoredGroup], step: int) -> tuple[dict[str, float], list[FailedPrompt]]:
+    def update(
+        self, groups: list[ScoredGroup], step: int, baseline: float | None = None
+    ) -> tuple[dict[str, float], list[FailedPrompt]]:
         """See LearnerEngine.update."""
         work.step = step
-        return self._engine.update(groups, step)
+        return self._engine.update(groups, step, baseline)
 
     def put_weights(self, policy_version: int) -> tuple[list[ray.ObjectRef], int]:
         """Puts the weights into the object store; returns rank 0's references to the buckets, and bytes."""

@@ -23,7 +23,9 @@ def logit_copies(loss: LossConfig) -> int:
     """Float32 copies of a chunk's logits [rows, V] at the peak of learner/loss.py and token_entropy."""
     if loss.needs.teacher != "hidden":
         return 5
-    return 12 if loss.kind == "opd_full" and loss.divergence == "jsd" else 8
+    if loss.kind == "opd_full" and loss.divergence == "jsd":
+        return 12
+    return 8 if loss.forward_kl_entropy is None else 10
 
 
 def text_layer_saved(shapes: ModelShapes, e: int) -> int:

@@ -1,5 +1,8 @@
 """`--dry-run`: checks the inputs and prints the plan; starts nothing."""
 
+from collections import Counter
+from collections.abc import Iterator
+
 import video_opd  # noqa: F401  # first: makes transformers importable
 from preflight.devices import DEVICES
 from preflight.disk import describe_disk, disk_plan
@@ -14,6 +17,7 @@ from preflight.time_fit import describe_time, time_plan, train_pool, utilisation
 from video_opd.config import Config
 from video_opd.config_teachers import TeacherModel
 from video_opd.datasets import Split
+from video_opd.hub import without_weights
 from video_opd.video.clips import num_video_tokens
 
 
@@ -27,10 +31,13 @@ def dry_run(
 
     device, shares: the GPU and what is reached of it (preflight/devices.py).
     Writes nothing but what videos hold (video_opd/video/descriptions.py)."""
-    use, draft = utilisation(shares), make_draft(config)
+    use, (local, missing) = utilisation(shares), without_weights(config)
+    for note in missing:
+        print(f"NOT CHECKED  {note}")
+    draft = make_draft(local)
     if device and gpu_memory_gib is None:
         gpu_memory_gib = DEVICES[device].memory_gib
-    memory = memory_plan(config, draft, gpu_memory_gib)
+    memory = memory_plan(local, draft, gpu_memory_gib)
     print(describe(config, draft))
     print(describe_memory(memory))
     print(describe_sharing(config, train_pool(memory, draft)))
@@ -61,6 +68,7 @@ def describe(config: Config, draft: Draft) -> str:
         *(teachers or ["teacher   none"]),
         f"actors    {rollout.num_actors} on vLLM, {rollout.prompts_per_call} prompts a call",
         f"data      {'; '.join(data)}",
+        *_describe_sources(config, draft.train),
         f"video     {_describe_clips(config, draft)}",
         f"loss      {config.loss.kind}, lr {learner.lr:g}",
         f"prompts   curriculum {_describe_curriculum(config)}",
@@ -74,6 +82,21 @@ def _describe_split(name: str, split: Split | None, longest: int | None) -> str:
         return f"{name} NOT checked"
     failed = f", {len(split.failed)} of them cannot be used" if split.failed else ""
     return f"{len(split)} {name} prompts{failed}" + (f", the longest of {longest} tokens" if longest else "")
+
+
+def _describe_sources(config: Config, train: Split | None) -> Iterator[str]:
+    """One line if data.train has several sources: their prompts and shares."""
+    sources, weights = config.data.sources, config.data.weights
+    if train is None or "" in sources:
+        return
+    sizes = Counter(p.source for p in train.prompts)
+    parts = weights or sizes
+    told = [
+        f"{name}: {sizes[name]} prompts, {parts[name] / sum(parts.values()):.1%} of those drawn"
+        + (f", asked as {style}" if (style := config.data.styles[name]) else "")
+        for name in sources
+    ]
+    yield f"sources   {'; '.join(told)}"
 
 
 def _describe_teacher(config: Config, teacher: TeacherModel) -> str:

@@ -11,8 +11,8 @@ from preflight.options import check_options
 from preflight.views import check_crop, view_of
 from video_opd import ROOT
 from video_opd.config import Config
-from video_opd.config_teachers import TeacherModel
-from video_opd.datasets import Split, read_split
+from video_opd.config_teachers import TeacherModel, weights_problem
+from video_opd.datasets import Split, read_sources, read_split
 from video_opd.errors import ConfigError, DataError
 from video_opd.logs import log
 from video_opd.models.lengths import Limit, PromptLengths, limits, teacher_limits, too_long
@@ -74,16 +74,19 @@ def make_plan(config: Config, resumes: bool = False) -> Plan:
     views = check_views(config, splits, {t.model: read_shapes(t.model) for t in asked_teachers(config)})
     train, evaluation = splits["train"], splits["eval"]
     check_pool(config, train, resumes)
+    check_source_weights(config, train.prompts)
     check_routes(config, train.prompts, evaluation.prompts)
     return Plan(student, train, evaluation, longest, views)
 
 
 def _read(config: Config, name: str, multiple: int, resumes: bool = False) -> Split:
     """data.train, or data.eval, whose true intervals are as published. Raises InputError."""
-    dataset = getattr(config.data, name)
-    if resumes:
-        dataset = dataset.model_copy(update={"unreadable": "drop"})
-    split = read_split(dataset, config.video, multiple, name == "eval", config.runs_dir)
+    video, runs_dir, held_out = config.video, config.runs_dir, config.data.eval
+    if name == "train":
+        split = read_sources(config.data, video, multiple, runs_dir, drops=resumes)
+    else:
+        dataset = held_out.model_copy(update={"unreadable": "drop"}) if resumes else held_out
+        split = read_split(dataset, video, multiple, as_published=True, runs_dir=runs_dir)
     check_decoding(config, split.prompts)
     if split.failed:
         first, reason = next(iter(split.failed.items()))
@@ -148,12 +151,15 @@ def without_long(
     bounds: Sequence[Limit],
 ) -> Split:
     """The split without those of its `prompts`, of so many tokens, that exceed a bound. As fit_lengths."""
-    failed, choice = too_long(prompts, lengths, bounds), getattr(config.data, name).too_long
-    if failed and (choice == "error" or len(failed) == len(split.prompts)):
-        first, reason = next(iter(failed.items()))
-        may_drop = name == "train" and choice == "error"
+    failed = too_long(prompts, lengths, bounds)
+    sources = config.data.sources if name == "train" else {"": config.data.eval}
+    of_source = {p.prompt_id: sources[p.source].too_long for p in split.prompts if p.prompt_id in failed}
+    refused = [prompt_id for prompt_id, choice in of_source.items() if choice == "error"]
+    if refused or (failed and len(failed) == len(split.prompts)):
+        first = (refused or list(failed))[0]
+        may_drop = name == "train" and refused
         drop = f"; data.{name}.too_long=drop leaves them out" if may_drop else ""
-        raise DataError(f"prompt {first}: {reason} ({len(failed)} such prompts in data.{name}{drop})")
+        raise DataError(f"prompt {first}: {failed[first]} ({len(failed)} such prompts in data.{name}{drop})")
     if failed:
         log.warning("data.%s: %d of %d prompts are too long and dropped", name, len(failed), len(split))
     return split.without(failed)
@@ -185,10 +191,11 @@ def make_draft(config: Config) -> Draft:
         unchecked.append("lengths of prompts: the student's tokenizer.json is missing, so they are estimated")
     splits: dict[str, Split] = {}
     longest = {}
-    for name, d in (("train", config.data.train), ("eval", config.data.eval)):
+    for name, sources in (("train", [*config.data.sources.values()]), ("eval", [config.data.eval])):
         # If only some of its files exist, reading reports the missing one.
-        if not any(Path(path).exists() for path in (d.annotations, d.lengths, d.videos) if path):
-            unchecked.append(f"annotations and videos of data.{name}: {d.annotations} does not exist")
+        if not any(Path(p).exists() for d in sources for p in (d.annotations, d.lengths, d.videos) if p):
+            absent = ", ".join(d.annotations for d in sources)
+            unchecked.append(f"annotations and videos of data.{name}: {absent} does not exist")
             continue
         splits[name] = _read(config, name, student.size_multiple)
         if lengths:
@@ -199,6 +206,7 @@ def make_draft(config: Config) -> Draft:
     train, evaluation = splits.get("train"), splits.get("eval")
     if train:
         check_pool(config, train)
+        check_source_weights(config, train.prompts)
     check_routes(config, *(split.prompts if split else [] for split in (train, evaluation)))
     largest = largest_teacher(list(teachers.values()))
     return Draft(student, largest, train, evaluation, longest, tuple(unchecked), views)
@@ -246,6 +254,9 @@ def check_teacher(config: Config, student: ModelShapes, teacher: ModelShapes) ->
     top_k, vocabulary = config.loss.top_k, teacher.text.vocab_size
     if config.loss.needs.teacher == "top_k" and top_k > vocabulary:
         raise ConfigError(f"loss.top_k={top_k}, but the teacher has {vocabulary} tokens: lower it")
+    if config.loss.student_top_k and (own := student.text.vocab_size) > vocabulary:
+        embeddings = f"{own} embeddings of the student, and {vocabulary} of the teacher"
+        raise ConfigError(f"loss.top_k_of=student with {embeddings}, which cannot score all: use teacher")
 
 
 def check_shards(section: str, shards: int, shapes: ModelShapes) -> None:
@@ -267,7 +278,10 @@ def check_pool(config: Config, split: Split, resumes: bool = False) -> None:
     unlabelled = [p.prompt_id for p in train if not p.answer_spans_s]
     users = [f"curriculum.kind={curriculum.kind}"] if curriculum.kind != "uniform" else []
     users += ["curriculum.scc.gate"] if curriculum.suspends and not users else []
-    users += [f"loss.kind={config.loss.kind}"] if needs.rewards or not needs.rollouts else []
+    loss = config.loss
+    users += ["loss.task_weight"] if loss.task_weight else []
+    users += ["loss.on_policy_frac"] if loss.on_policy_frac < 1 else []
+    users += [f"loss.kind={loss.kind}"] if loss.kind == "grpo" or not needs.rollouts else []
     if users and unlabelled:
         named = ", ".join(unlabelled[:3]) + (", ..." if len(unlabelled) > 3 else "")
         missing = f"{len(unlabelled)} of {len(train)} prompts have none ({named})"
@@ -288,6 +302,16 @@ def check_pool(config: Config, split: Split, resumes: bool = False) -> None:
         raise ConfigError(f"{pool} training prompts cannot fill {slots}: {remedy} or lower groups_per_step")
 
 
+def check_source_weights(config: Config, prompts: Sequence[Prompt]) -> None:
+    """A source must have the prompts that are in flight of it at one time. Raises ConfigError."""
+    weights, slots = config.data.weights, config.num_slots
+    for name, weight in weights.items():
+        share, number = weight / sum(weights.values()), sum(p.source == name for p in prompts)
+        if number < share * slots:
+            has = f"source {name} of data.train has {number} prompts for a share of {share:.0%}"
+            raise ConfigError(f"{has} of {slots} in flight: lower its weight or groups_per_step, or add data")
+
+
 def check_routes(config: Config, train: Sequence[Prompt], evaluation: Sequence[Prompt]) -> None:
     """Every prompt must have a teacher, and only one if more than log-probs is needed. Raises ConfigError."""
     teachers = asked_teachers(config)
@@ -297,8 +321,23 @@ def check_routes(config: Config, train: Sequence[Prompt], evaluation: Sequence[P
         if not any(t.scores(prompt.prompt_id) for t in teachers):
             patterns = ", ".join(f"{t.name}: {t.prompts}" for t in teachers)
             raise ConfigError(f"prompt {prompt.prompt_id} has no teacher ({patterns}): widen a pattern")
+    check_teacher_weights(config.teachers, train)
     for prompt in train if config.loss.needs.teacher in ("top_k", "hidden") else ():
         if len(own := [t for t in teachers if t.scores(prompt.prompt_id)]) > 1:
             has = f"prompt {prompt.prompt_id} has the teachers {', '.join(t.name for t in own)}"
             why = f"loss.kind={config.loss.kind} needs more than log-probs, which alone can be combined"
             raise ConfigError(f"{has}, but {why}: give each prompt one, by teachers' prompts")
+
+
+def check_teacher_weights(teachers: Sequence[TeacherModel], train: Sequence[Prompt]) -> None:
+    """The weights of each prompt's teachers must fit together, and each must count. Raises ConfigError."""
+    together: set[str] = set()
+    for prompt in train if teachers else ():
+        own = [t for t in teachers if t.scores(prompt.prompt_id)]
+        if problem := weights_problem(own):
+            raise ConfigError(f"prompt {prompt.prompt_id}: {problem}")
+        together |= {t.name for t in own} if len(own) > 1 else set()
+    alone = [t for t in teachers if t.weight != 1 and t.name not in together]
+    if train and alone:
+        does = f"weight={alone[0].weight:g} of teacher {alone[0].name} does nothing"
+        raise ConfigError(f"{does}: it shares no training prompt with another; leave the weight out")

@@ -179,7 +179,7 @@ def split_clips(config: Config, longest: int) -> int:
     Their features stay for later passes (learner/vision_cache.py). longest: tokens of a sequence."""
     learner, rollout = config.learner, config.rollout
     own = rollout.max_response_tokens + TEXT_TOKENS
-    prefix = max(0, longest - own) if config.prompt.video_first else 0
+    prefix = max(0, longest - own) if config.video_first else 0
     by_tokens = ((learner.tree_tokens or inf) - prefix) // (longest - prefix)
     fit = max(1, min(learner.micro_batch, by_tokens))
     return int(config.groups_per_step * config.responses_per_prompt // (fit + 1))

@@ -13,6 +13,7 @@ from typing import Any
 
 from preflight.quantization import Quantization, read_quantization
 from video_opd.errors import ModelError
+from video_opd.hub import model_name
 from video_opd.models.model_files import SUPPORTED, read_json, vision_config
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -98,21 +99,21 @@ def find_shapes(folder: str | Path, committed: Path) -> ModelShapes:
     """The shapes of a model folder; if it does not exist, of `committed`/NAME.json. Raises ModelError.
 
     X-GRPO has the shapes of X-Instruct, from which it was trained."""
-    folder = Path(folder)
+    folder, name = Path(folder), model_name(folder)
     if folder.exists():
         return read_shapes(folder)
-    path = committed / f"{folder.name.replace('-GRPO', '-Instruct')}.json"
+    path = committed / f"{name.replace('-GRPO', '-Instruct')}.json"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in committed.glob("*.json")))
         why = f"does not exist, and it is none of the models with committed shapes ({known})"
         raise ModelError(f"{folder} {why}: name a model folder or one of these")
-    return parse_shapes(read_json(path), folder.name, str(path), committed=True)
+    return parse_shapes(read_json(path), name, str(path), committed=True)
 
 
 def read_shapes(folder: str | Path) -> ModelShapes:
     """The shapes in a model folder's config.json. Raises ModelError."""
     path = Path(folder) / "config.json"
-    return parse_shapes(read_json(path), Path(folder).name, str(path))
+    return parse_shapes(read_json(path), model_name(folder), str(path))
 
 
 def parse_shapes(config: Mapping[str, Any], name: str, source: str, committed: bool = False) -> ModelShapes:

@@ -26,11 +26,11 @@ def store_plan(plan: MemoryPlan) -> StorePlan:
 def _trajectories_bytes(plan: MemoryPlan) -> int:
     """The trajectories of all slots, with what the teacher says of them.
 
-    Each 4M of prompt ids, 12N of response ids and both log-probs, 8NK of top-K, 4N(H + 1) of hidden states,
-    4N of log-probs after grey frames.
+    Each 4M of prompt ids, 12N of response ids and both log-probs, 8NK of top-K, 4NK of the student's ids,
+    4N of log-probs after grey frames, 4N(H + 1) of hidden states.
     """
     config, teacher, needs = plan.config, plan.teacher, plan.config.loss.needs
-    of_token = 12 + (8 * config.loss.top_k if needs.teacher == "top_k" else 0)
+    of_token = 12 + (8 * config.loss.top_k if needs.teacher == "top_k" else 0) + 4 * config.loss.student_top_k
     of_token += 4 if config.loss.visual_weight else 0
     if needs.teacher == "hidden" and teacher:
         of_token += 4 * (teacher.text.hidden + 1)

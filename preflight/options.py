@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,12 @@ from video_opd.errors import ConfigError
 from video_opd.models.attention import missing_for
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # without it this machine is none of the nodes with GPUs
+TRACKERS = {  # the packages of each; mlflow needs the last two to write where no server is
+    "tensorboard": (),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow", "sqlalchemy", "alembic"),
+    "trackio": ("trackio",),
+}
 CHECK = (sys.executable, "-m", "learner.deepspeed_config")
 
 
@@ -25,6 +32,7 @@ def asked_attention(config: Config) -> Iterator[tuple[str, Attention]]:
 
 def check_options(config: Config) -> list[str]:
     """What only the nodes can tell. Raises ConfigError for what is missing here, or DeepSpeed refuses."""
+    check_trackers(config)
     check_deepspeed(config)
     unchecked = []
     for section, attention in asked_attention(config):
@@ -39,6 +47,16 @@ def check_options(config: Config) -> list[str]:
 def lacks(key: str, missing: str, where: str = "this machine") -> str:
     """The message for people."""
     return f"{key} needs the package {missing}, and {where} has none: install it, or use sdpa"
+
+
+def check_trackers(config: Config) -> None:
+    """Raises ConfigError for a tracker whose packages are not installed here, where the driver runs."""
+    for name in config.trackers:
+        if missing := [package for package in TRACKERS[name] if not find_spec(package)]:
+            remedy = f"pip install '.[{name}]' in the checkout, or leave it out"
+            raise ConfigError(
+                f"trackers names {name}, and {' and '.join(missing)} is not installed: {remedy}"
+            )
 
 
 def check_deepspeed(config: Config) -> None:

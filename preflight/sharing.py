@@ -84,13 +84,13 @@ def tree_of(
     """`number` responses to each of `prompts` of a clip, or an equal part of them.
 
     most: sequences of a pass; most_tokens: its packed tokens."""
-    together = prompts if config.prompt.video_first else 1.0
+    together = prompts if config.video_first else 1.0
     own = min(TEXT_TOKENS, size.tokens) if together > 1 else 0.0
     prefix, branch = size.tokens - own, own + response
     fit = most if most_tokens is None or not branch else min(most, (most_tokens - prefix) // branch)
     of_tree = together * number
     members = of_tree / max(1, ceil(of_tree / max(1.0, fit) - 1e-9))
-    clips = 1.0 if config.prompt.video_first else min(1.0, members / min(most, prompts * number))
+    clips = 1.0 if config.video_first else min(1.0, members / min(most, prompts * number))
     squared = max(size.squared - 2 * own * size.tokens + own**2, 0.0)
     return TreeSize(prefix, squared, members, members * branch, members * branch**2, clips)
 

@@ -1,7 +1,7 @@
 """Teachers that see more than the student: what they see of each prompt, checked before a start."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from preflight.memory import Workload, workload_of
 from preflight.model_shapes import ModelShapes
@@ -48,13 +48,13 @@ def view_of(
         return None
     prompt, video = teacher.view(config.prompt, config.video)
     infos = describe_all(dict.fromkeys(p.clip.video_path for p in own), video, config.runs_dir)
-    margin_frac, seen = teacher.crop_margin_frac if is_cropped else None, []
-    for asked in own:
+    seen = []
+    for asked in own if is_cropped else [replace(p, answer_spans_s=None) for p in own]:
         try:
             info = infos[asked.clip.video_path]
             if isinstance(info, ClipError):
                 raise info
-            seen.append(viewed(asked, video, shapes.size_multiple, info, margin_frac))
+            seen.append(viewed(asked, teacher, video, shapes.size_multiple, info))
         except ClipError as error:
             what = f"prompt {asked.prompt_id}, as teacher {teacher.name} sees it"
             raise DataError(f"{what}: {error}: change its video or crop_margin_frac, or the data") from error

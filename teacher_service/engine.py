@@ -11,18 +11,19 @@ import numpy as np
 import torch
 
 from video_opd.config_teachers import TeacherConfig
-from video_opd.errors import RunError
+from video_opd.errors import ConfigError, RunError
 from video_opd.models import forward
 from video_opd.models.policy import BANNED, Policy, score_by_policy
 from video_opd.models.prompting import PromptEncoder
 from video_opd.models.shared_gpu import starting_alone
-from video_opd.models.vllm_engine import check_expansion, start_vllm, vllm_prompt
+from video_opd.models.vllm_engine import check_expansion, most_likely, start_vllm, vllm_prompt
 from video_opd.types import EncodedPrompt, TopK
 
 Encoded = Sequence[EncodedPrompt]
 Prepared = Sequence[Any] | None
+Given = Sequence[np.ndarray] | None
 Rendered = dict[str, Any]  # vLLM's input
-Pair = tuple[Rendered, np.ndarray]  # a prompt with a response int32[N]
+Pair = tuple[Rendered, np.ndarray]  # a prompt; int32[N, 1 + K], the response and tokens given beside it
 Texts = list[list[str]]  # the answers to each prompt
 
 
@@ -39,7 +40,8 @@ class TokenScores(NamedTuple):
 class Wanted:
     """What the objective needs from the teacher in addition to log-probs."""
 
-    top_k: int = 0
+    top_k: int = 0  # K
+    is_given: bool = False  # the ids of the K tokens are given with each response
     hidden: bool = False
 
 
@@ -66,11 +68,16 @@ class ScoringEngine(ABC):
 
     @abstractmethod
     def score(
-        self, prompts: Encoded, responses: Sequence[np.ndarray], prepared: Prepared = None
+        self,
+        prompts: Encoded,
+        responses: Sequence[np.ndarray],
+        prepared: Prepared = None,
+        given: Given = None,
     ) -> list[TokenScores]:
         """The scores of each response int32[N], with all that is wanted; prepared: of each prompt.
 
         In one pass, which computes once what prompts of one clip share, if they are next to each other.
+        given: top-K ids int32[N, K] of each response, in place of the teacher's own.
         """
 
     def logprobs(
@@ -95,9 +102,14 @@ class ScoringEngine(ABC):
         """`num_answers` texts for each prompt, in one pass like `score`; temperature 0 is greedy."""
 
 
-def top_k_of(logits: torch.Tensor, k: int) -> TopK:
-    """The k most likely tokens of each row of logits[R, V]."""
-    values, ids = logits.log_softmax(-1).topk(k, dim=-1)
+def top_k_of(logits: torch.Tensor, k: int, given: Given = None) -> TopK:
+    """The k most likely tokens of each row of logits[R, V], or the `given` ones."""
+    logprobs = logits.log_softmax(-1)
+    if given is None:
+        values, ids = logprobs.topk(k, dim=-1)
+    else:
+        ids = torch.from_numpy(np.concatenate(given)).to(logits.device)
+        values = logprobs.gather(-1, ids.long())
     return TopK(ids=ids.to(torch.int32).cpu().numpy(), logprobs=values.cpu().numpy())
 
 
@@ -116,7 +128,11 @@ class TransformersEngine(ScoringEngine):
 
     @torch.inference_mode()
     def score(
-        self, prompts: Encoded, responses: Sequence[np.ndarray], prepared: Prepared = None
+        self,
+        prompts: Encoded,
+        responses: Sequence[np.ndarray],
+        prepared: Prepared = None,
+        given: Given = None,
     ) -> list[TokenScores]:
         batch = forward.collate(prompts, responses, self.encoder.tokenizer.pad_token_id, self._device)
         hidden = self._logits.hidden(batch)
@@ -124,7 +140,7 @@ class TransformersEngine(ScoringEngine):
         logits = self._policy(self._model.lm_head(hidden).float())
         logprobs = forward.token_logprobs(logits, batch.targets).cpu().numpy()
         entropy = forward.token_entropy(logits).cpu().numpy()
-        top_k = top_k_of(logits, self.wanted.top_k) if self.wanted.top_k else None
+        top_k = top_k_of(logits, self.wanted.top_k, given) if self.wanted.top_k else None
         kept = hidden.float().cpu().numpy() if self.wanted.hidden else None
         scores = []
         for stop, length in zip(np.cumsum(batch.lengths), batch.lengths, strict=True):
@@ -163,12 +179,21 @@ class VllmEngine(ScoringEngine):
     """
 
     def __post_init__(self) -> None:
-        limits = {"max_num_seqs": self.config.micro_batch, "max_logprobs": max(self.wanted.top_k, 1)}
+        most = self.wanted.top_k + self.wanted.is_given  # the response's own token is asked for beside them
+        limits = {"max_num_seqs": self.config.micro_batch, "max_logprobs": max(most, 1)}
         options = {"enforce_eager": not self.config.num_gpus} | limits
         self._llm: Any = start_vllm(self.model, self.config, self.seed, self.trust_remote_code, **options)
         self._llm.collective_rpc(score_by_policy, args=(self.temperature, self.encoder.pad_ids))
         self._second_runner = self._llm.llm_engine.vllm_config.use_v2_model_runner
         self._numbers, self._one_at_a_time = itertools.count(), threading.Lock()
+        if self.wanted.is_given and not self._second_runner:
+            cannot = "this vLLM cannot score tokens that it is given (loss.top_k_of=student)"
+            raise ConfigError(f"{cannot}: set teacher_pool.engine=transformers")
+
+    @property
+    def _ranks(self) -> bool:
+        """Whether vLLM is asked for the likeliest tokens, not for those of _rows."""
+        return not self._second_runner or bool(self.wanted.top_k and not self.wanted.is_given)
 
     def prepare(self, prompt: EncodedPrompt) -> Rendered:
         """vLLM's processing of a prompt: patches from frames, and expanded ids. Raises ParityError."""
@@ -178,13 +203,20 @@ class VllmEngine(ScoringEngine):
         return rendered
 
     def score(
-        self, prompts: Encoded, responses: Sequence[np.ndarray], prepared: Prepared = None
+        self,
+        prompts: Encoded,
+        responses: Sequence[np.ndarray],
+        prepared: Prepared = None,
+        given: Given = None,
     ) -> list[TokenScores]:
         rendered = prepared or [self.prepare(p) for p in prompts]
-        pairs = list(zip(rendered, responses, strict=True))
+        asked = [r[:, None] for r in responses]
+        if given is not None:
+            asked = [np.concatenate(of_response, 1) for of_response in zip(asked, given, strict=True)]
+        pairs = list(zip(rendered, asked, strict=True))
         found: list[TokenScores | None] = [None] * len(pairs)
         if self._second_runner:
-            found = self._score_top_k(pairs) if self.wanted.top_k else self._ask(pairs, cached=True)
+            found = self._score_top_k(pairs) if self._ranks else self._ask(pairs, cached=True)
         missing = [pair for pair, scores in zip(pairs, found, strict=True) if scores is None]
         again = iter(self._ask(missing, cached=False))
         scores = [of_pair or next(again) for of_pair in found]
@@ -212,30 +244,34 @@ class VllmEngine(ScoringEngine):
         That happens when a block of the cache ends in the response, or with the prompt's last token.
         """
         inputs, sampling = [], []
-        for rendered, response in pairs:
+        for rendered, asked in pairs:
             ids = rendered["prompt_token_ids"]
-            inputs.append(rendered | {"prompt_token_ids": ids + response.tolist()})
+            inputs.append(rendered | {"prompt_token_ids": ids + asked[:, 0].tolist()})
             how = {"max_tokens": 1, "detokenize": False, "skip_reading_prefix_cache": not cached}
-            sampling.append(how | self._rows(len(ids), response))
+            sampling.append(how | self._rows(len(ids), asked))
         outputs = self._prefill(inputs, sampling)
         return [self._read(pair[1], output) for pair, output in zip(pairs, outputs, strict=True)]
 
-    def _rows(self, num_prompt_tokens: int, response: np.ndarray) -> dict[str, Any]:
+    def _rows(self, num_prompt_tokens: int, asked: np.ndarray) -> dict[str, Any]:
         """What to ask for; prompt_logprob_start has no effect on prompt_logprobs."""
-        if self.wanted.top_k or not self._second_runner:
+        if self._ranks:
             return {"prompt_logprobs": self.wanted.top_k}
-        given = response[:, None].astype(np.int32)
+        given = asked.astype(np.int32)
         return {"prompt_logprob_start": num_prompt_tokens - 1, "prompt_logprob_token_ids": given}
 
-    def _read(self, response: np.ndarray, output: Any) -> TokenScores | None:
-        if self.wanted.top_k or not self._second_runner:
+    def _read(self, asked: np.ndarray, output: Any) -> TokenScores | None:
+        if self._ranks:
+            response = asked[:, 0]
             positions = output.prompt_logprobs[1:][-len(response) :]  # of the first token nothing is known
             if len(positions) < len(response):
                 return None
             logprobs = [p[token].logprob for p, token in zip(positions, response.tolist(), strict=True)]
             return TokenScores(np.asarray(logprobs, np.float32), self._top_k_of(positions))
-        given = output.prompt_token_id_logprobs
-        return None if given is None else TokenScores(np.array(given[:, 0], np.float32))
+        if output.prompt_token_id_logprobs is None:
+            return None
+        own, *others = np.array(output.prompt_token_id_logprobs, np.float32).T
+        top_k = TopK(ids=asked[:, 1:], logprobs=np.stack(others, 1)) if others else None
+        return TokenScores(own, top_k)
 
     def _prefill(self, inputs: Sequence[Rendered], sampling: Sequence[dict[str, Any]]) -> list[Any]:
         """As `_run`; counts what the prefix cache did not hold."""
@@ -263,10 +299,9 @@ class VllmEngine(ScoringEngine):
         k = self.wanted.top_k
         if not k:
             return None
-        best = [sorted(p.items(), key=lambda item: item[1].rank)[:k] for p in positions]
-        ids = np.asarray([[token for token, _ in row] for row in best], np.int32)
-        logprobs = np.asarray([[entry.logprob for _, entry in row] for row in best], np.float32)
-        return TopK(ids=ids, logprobs=logprobs)
+        best = [most_likely(p, k) for p in positions]
+        logprobs = [[p[token].logprob for token in row] for p, row in zip(positions, best, strict=True)]
+        return TopK(ids=np.asarray(best, np.int32), logprobs=np.asarray(logprobs, np.float32))
 
     def predict(
         self,

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from teacher_service.calls import Ready, Reply, ScoreCall, in_passes
-from video_opd.answers import parse_spans
 from video_opd.config import Config
 from video_opd.config_teachers import TeacherModel
+from video_opd.hub import fetch
 from video_opd.logs import log, start_role_log
 from video_opd.models.prompting import PromptEncoder, without_video
 from video_opd.passes import passes_by_cut
@@ -48,11 +48,13 @@ class TeacherReplica:
         started, self._pool = time.monotonic(), config.teacher_pool
         self._teacher = teacher
         self._max_tokens = config.rollout.max_response_tokens
+        self._are_given = bool(config.loss.student_top_k)  # the tokens of top-K
         self._scores_grey = config.loss.visual_weight is not None
         self._waiting: deque[ScoreCall] = deque()
         # One call after the other, and all in one thread: CUDA's streams are those of a thread
         self._thread = ThreadPoolExecutor(1, "engine")
-        self._encoder, self._engine = self._thread.submit(self._load, config, teacher).result()
+        fetched = teacher.model_copy(update={"model": fetch(teacher.model)})
+        self._encoder, self._engine = self._thread.submit(self._load, config, fetched).result()
         log.info("started in %.1f s", time.monotonic() - started)
 
     def _load(self, config: Config, teacher: TeacherModel) -> tuple[PromptEncoder, "ScoringEngine"]:
@@ -65,7 +67,7 @@ class TeacherReplica:
             encoder = ViewEncoder(config, teacher)
         else:
             encoder = PromptEncoder(teacher.model, config.prompt, config.video, trust)
-        wanted = Wanted(top_k=config.loss.top_k if needs == "top_k" else 0, hidden=needs == "hidden")
+        wanted = Wanted(config.loss.top_k if needs == "top_k" else 0, self._are_given, needs == "hidden")
         how = wanted, config.seed, encoder, trust, config.rollout.temperature
         return encoder, ENGINES[config.teacher_engine](teacher.model, pool, *how)
 
@@ -135,7 +137,9 @@ class TeacherReplica:
             responses = [row.trajectory.response_token_ids for _, row, _ in batch]
             num_tokens = sum(map(len, responses)) + sum(len(p.token_ids) for p in prompts)
             started = time.perf_counter()
-            scored = self._engine.score(prompts, responses, prepared) if batch else []
+            given = [ids for _, row, _ in batch if (ids := row.trajectory.top_k_ids) is not None]
+            assert len(given) == (len(batch) if self._are_given else 0), "top-K ids of some responses alone"
+            scored = self._engine.score(prompts, responses, prepared, given or None) if batch else []
             separate_tokens += num_tokens
             of_grey: Sequence[np.ndarray | None] = [None] * len(batch)
             if grey := [r.grey for *_, r in batch if r.grey]:
@@ -185,5 +189,5 @@ class TeacherReplica:
         return Reply([answers[place] for place in range(len(answers))], engine_s, num_calls=1)
 
     def _read(self, prompt: EncodedPrompt, texts: Sequence[str]) -> list[Prediction]:
-        written = map(self._encoder.written, texts)
-        return [Prediction(prompt_id=prompt.prompt_id, text=t, spans_s=parse_spans(t)) for t in written]
+        name, spans_in, written = prompt.prompt_id, self._encoder.spans_in, map(self._encoder.written, texts)
+        return [Prediction(prompt_id=name, text=t, spans_s=spans_in(t, prompt.style)) for t in written]

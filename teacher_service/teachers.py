@@ -12,21 +12,22 @@ from teacher_service.pool import TeacherPool
 from teacher_service.replica import Answers, Prompts, TeacherReplica
 from video_opd.cluster.deadline import with_deadline
 from video_opd.config import Config
-from video_opd.config_teachers import TeacherModel
+from video_opd.config_teachers import TeacherModel, shares_of
 from video_opd.passes import Arrived
 from video_opd.types import FailedPrompt, TeacherScores, TrajectoryGroup
 
 
 def combine(weights: Sequence[float], scores: Sequence[TeacherScores]) -> TeacherScores:
-    """The scores of one trajectory as one: sum_i w_i log pi_i, with weights divided by their sum.
+    """The scores of one trajectory as one: sum_i w_i log pi_i, with the weights of shares_of.
 
     r_t becomes the weighted sum of the log-ratios, and the objective that of the reverse KLs. One teacher's
-    scores stay as they are. Several keep the mean entropy, if all have one, but no top-K or hidden states.
-    Log-probs after grey frames are combined alike, so that v_t is the weighted sum of theirs.
+    scores stay as they are. Several keep the mean entropy, if all have one and no weight is negative, but no
+    top-K or hidden states. Log-probs after grey frames are combined alike, so that v_t is the weighted sum of
+    theirs.
     """
     if len(scores) == 1:
         return scores[0]
-    shares = np.asarray(weights, np.float64) / np.sum(weights)
+    shares = shares_of(weights)
 
     def mean(values: list[np.ndarray]) -> np.ndarray:
         return np.tensordot(shares, values, 1).astype(np.float32)
@@ -38,7 +39,7 @@ def combine(weights: Sequence[float], scores: Sequence[TeacherScores]) -> Teache
         teacher_id="+".join(s.teacher_id for s in scores),
         teacher_logprobs=mean([s.teacher_logprobs for s in scores]),
         top_k=None,
-        entropy=mean(entropies) if len(entropies) == len(scores) else None,
+        entropy=mean(entropies) if len(entropies) == len(scores) and min(shares) > 0 else None,
         grey_logprobs=mean(grey) if grey else None,
     )
 

@@ -25,7 +25,7 @@ class ViewEncoder(PromptEncoder):
     def __init__(self, config: Config, teacher: TeacherModel):
         prompt, video = teacher.view(config.prompt, config.video)
         super().__init__(teacher.model, prompt, video, config.trust_remote_code)
-        self._video, self._margin_frac = video, teacher.crop_margin_frac
+        self._video, self._teacher = video, teacher
         self._multiple = self._patching.patch_size * self._patching.merge_size
         self._describe = lru_cache(INFOS_KEPT)(lambda path: describe_video(path, video))
         most_bytes = (
@@ -45,4 +45,4 @@ class ViewEncoder(PromptEncoder):
     def seen(self, prompt: Prompt) -> Prompt:
         """The prompt with the teacher's own clip. Raises ClipError."""
         info: VideoInfo = self._describe(prompt.clip.video_path)
-        return viewed(prompt, self._video, self._multiple, info, self._margin_frac)
+        return viewed(prompt, self._teacher, self._video, self._multiple, info)

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -25,6 +24,7 @@ from video_opd.config_data import (
 from video_opd.config_learner import LearnerConfig, LossConfig, WeightTransfer
 from video_opd.config_schedule import ScheduleRoom
 from video_opd.config_teachers import TeacherConfig, TeacherModel, engine_problems
+from video_opd.hub import model_name
 
 
 class RolloutConfig(ConfigSection):
@@ -132,9 +132,23 @@ class CurriculumConfig(ConfigSection):
         return self.kind in ("scc", "difficulty") or (self.kind == "tvdf" and self.dbtp)
 
     @property
+    def selects_at_random(self) -> bool:
+        """Whether prompts are drawn from the pool by nothing but chance."""
+        at_random = not self.dbtp or self.sampler == "uniform"
+        return self.kind == "uniform" or (
+            self.kind == "tvdf" and at_random and self.select_by == "prompt" and not self.pool_sample
+        )
+
+    @property
     def scores_student(self) -> bool:
         """Whether the student answers with one rollout for each prompt, which the teacher scores."""
         return self.kind == "tvdf" and self.dbtp and self.disagreement == "reverse_kl"
+
+    @property
+    def scores_one_span(self) -> bool:
+        """Whether it looks at the IoU of an answer's first interval."""
+        looks = self.asks_teacher or self.asks_student or self.suspends
+        return looks and self.multi_span_iou == "best"
 
 
 class ChecksConfig(ConfigSection):
@@ -143,14 +157,17 @@ class ChecksConfig(ConfigSection):
     max_logprob_gap: PositiveFloat | None = key(0.5, "bound on p99 of |actor - learner log-prob| at first")
 
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+
 class Config(ConfigSection):
     """The whole configuration of a run."""
 
     run_name: FileName | None = key(None, "name of the run folder; None: made from the time")
     runs_dir: str = "runs"
     seed: int = 0
-    student: str = Field(description="transformers folder of the student")
-    teacher: str | None = key(None, "transformers folder of the teacher, where one is needed")
+    student: str = Field(description="transformers folder, or ORG/NAME[@REVISION] of the Hugging Face hub")
+    teacher: str | None = key(None, "as student, where a teacher is needed")
     teachers: tuple[TeacherModel, ...] = key((), "instead of `teacher`: {name, model, weight, prompts} each")
     trust_remote_code: bool = key(False, "run the Python code that a model folder brings (its auto_map)")
     num_steps: PositiveInt
@@ -180,6 +197,7 @@ class Config(ConfigSection):
     loss: LossConfig = LossConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
     checks: ChecksConfig = ChecksConfig()
+    trackers: tuple[TrackerName, ...] = key(("tensorboard",), "where the metrics also go; docs/operations.md")
     worker_env: dict[str, str] = key({}, "environment variables of every process of the run")
 
     @property
@@ -224,12 +242,22 @@ class Config(ConfigSection):
         """All teachers of the run; empty without one."""
         if self.teacher is None:
             return self.teachers
-        name = re.sub(r"[^\w.-]", "_", Path(self.teacher).name)
+        name = re.sub(r"[^\w.-]", "_", model_name(self.teacher))
         return (TeacherModel(name=name, model=self.teacher),)
 
     def teachers_of(self, prompt_id: str) -> tuple[TeacherModel, ...]:
         """The teachers that score the prompt. The first one gives the teacher's answer to it."""
         return tuple(t for t in self.teacher_models if t.scores(prompt_id))
+
+    @property
+    def video_first(self) -> bool:
+        """Whether every prompt shows its video before its text, so that prompts of a clip begin alike."""
+        return all(words.video_first for words in self.prompts)
+
+    @property
+    def prompts(self) -> list[PromptConfig]:
+        """The section prompt, and those of the sources that have a style of their own."""
+        return [self.prompt.of_style(style) for style in (None, *self.data.styles.values())]
 
     @property
     def learner_temperature(self) -> float:
@@ -240,6 +268,11 @@ class Config(ConfigSection):
     def responses_per_prompt(self) -> int:
         """In a step: rollouts, or the one of the data or the teacher."""
         return self.rollout.rollouts_per_prompt if self.loss.needs.rollouts else 1
+
+    @property
+    def rewards_in_groups(self) -> bool:
+        """Whether a reward is compared with its group's; else with the mean of past steps."""
+        return self.rollout.rollouts_per_prompt > 1
 
     @property
     def num_slots(self) -> int:
@@ -287,14 +320,33 @@ class Config(ConfigSection):
             adds = f"adds gradients of {num_batches} micro-batches in bfloat16"
             yield f"learner.zero_stage={learner.zero_stage} {adds}: use zero_stage=2, which adds in float32"
 
+    def _scores_of_one_span(self) -> Iterator[str]:
+        """What would look at the first interval of a set alone."""
+        if not any(words.asks_for_sets for words in self.prompts):
+            return
+        if self.curriculum.scores_one_span:
+            yield "curriculum.multi_span_iou=best scores one interval, a prompt asks for sets: use merged"
+        of_one = {"video_opd.rewards:iou", "video_opd.rewards:time_r1"} & set(self.loss.rewards)
+        if self.loss.needs.rewards and of_one:
+            yield f"loss.rewards: {min(of_one)} scores one interval, a prompt asks for sets: use merged_iou"
+        if self.loss.task_gate is not None:
+            yield "loss.task_gate looks at one interval, a prompt asks for sets: leave it out"
+
     def problems(self) -> Iterator[str]:
+        if self.data.weights and not self.curriculum.selects_at_random:
+            drawn = "need prompts that are drawn at random"
+            random = "kind=uniform, or kind=tvdf with dbtp=false and without pool_sample and select_by=video"
+            yield f"the weights of data.train {drawn} ({random}): leave them out, or change curriculum"
         if self.teacher is not None and self.teachers:
             yield "teacher and teachers are both set: list all under teachers, and set teacher=null"
         names = [t.name for t in self.teachers]
         if len(set(names)) < len(names):
             yield f"teachers {', '.join(names)}: give each a name of its own"
-        for teacher in self.teachers:
-            yield from teacher.view_problems(self.prompt, self.video)
+        if self.loss.kl_coef and any(t.weight < 0 for t in self.teachers):
+            yield "loss.kl_coef is a KL to one reference: give the teachers positive weights"
+        if len({*self.trackers}) < len(self.trackers):
+            yield f"trackers names {', '.join(self.trackers)}: name each once"
+        yield from (p for t in self.teachers for p in t.view_problems(self.prompt, self.video))
         if self.video.decode_timeout_s >= self.request_timeout_s:
             clip_s, call_s = self.video.decode_timeout_s, self.request_timeout_s
             yield f"video.decode_timeout_s={clip_s:g} must be below request_timeout_s={call_s:g}"
@@ -316,10 +368,18 @@ class Config(ConfigSection):
         if needs.teacher == "hidden" and (pool.engine == "vllm" or pool.tensor_parallel > 1):
             how = "use teacher_pool.engine=transformers and tensor_parallel=1"
             yield f"{loss} needs the teacher's hidden states: {how}"
+        if self.loss.student_top_k and self.teacher_engine == "vllm" and not pool.num_gpus:
+            how = "use teacher_pool.engine=transformers and tensor_parallel=1"
+            yield f"loss.top_k_of=student, but vLLM scores tokens that it is given on GPUs alone: {how}"
         if not needs.rollouts and self.curriculum.suspends:
             yield f"curriculum.scc: the gate suspends rollouts, {loss} has none: set scc.gate=false"
         if needs.rewards and self.curriculum.suspends:
             yield f"curriculum.scc: the gate suspends the rollouts that {loss} rewards: set scc.gate=false"
+        yield from self._scores_of_one_span()
+        if self.loss.task_weight and not (self.loss.advantage_std or self.rewards_in_groups):
+            yield "loss.advantage_std=false is for groups of rollouts: leave it out at rollouts_per_prompt=1"
+        if self.rewards_in_groups and self.loss.baseline_decay != LossConfig().baseline_decay:
+            yield "loss.baseline_decay does nothing for groups, which have means: leave it out"
         if room := self.schedule_room:
             yield from room.problems(self.curriculum.num_selected)
         if self.needs_teacher and not self.teacher_models:

@@ -1,14 +1,17 @@
 """Configuration of annotations, videos and prompts, with the types that all sections share."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from video_opd.content import is_inside
+from video_opd.types import Span
 
 STYLES: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("prompt_styles.yaml").read_text())
 """Keys of PromptConfig by prompt.style."""
@@ -31,9 +34,12 @@ def _regular_expression(pattern: str) -> str:
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+NegativeFloat = Annotated[float, Field(lt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(ge=0.01, le=2)]  # vLLM samples at 0.01 below it, and not above 2
 FileName = Annotated[str, AfterValidator(_file_name)]
 RegularExpression = Annotated[str, AfterValidator(_regular_expression)]
@@ -46,9 +52,10 @@ Cleaning = Literal["as_written", "strip", "parse_query", "time_r1"]
 Annotators = Literal["mean", "majority", "first", "all"]
 PromptStyle = Literal["timelens", "time_r1", "time_r1_think", "timelens2"]
 JsonFormat = Literal["charades_json", "activitynet", "qvhighlights", "timelens_bench", "timelens_100k"]
-ListFormat = Literal["time_r1", "tvgbench", "didemo", "tacos", "videomind"]
+ListFormat = Literal["time_r1", "tvgbench", "didemo", "tacos", "videomind", "vue_tr", "moment_seeker"]
+EventFormat = Literal["timelens2", "timelens2_chat", "ego4d_nlq"]
 ParquetFormat = Literal["video_opd", "manifest"]
-AnnotationFormat = Literal["auto", "charades_sta", "csv", JsonFormat, ListFormat, ParquetFormat]
+AnnotationFormat = Literal["auto", "charades_sta", "csv", JsonFormat, ListFormat, EventFormat, ParquetFormat]
 
 
 class ConfigSection(BaseModel):
@@ -89,8 +96,12 @@ class DatasetConfig(ConfigSection):
     cleaning: Cleaning | None = key(None, "how queries are cleaned; None: as the format's codebase does")
     round_s: NonNegativeFloat | None = key(None, "times become multiples of it; 0: no; None: as the codebase")
     annotators: Annotators | None = key(None, "didemo: which annotators' intervals count; None: mean")
-    cuts: Literal["apply", "ignore"] | None = key(None, "apply: annotated parts are the clips; None: apply")
-    query_pattern: RegularExpression | None = key(None, "video_opd: its one group is the query; None: known")
+    cuts: Literal["apply", "ignore"] | None = key(
+        None, "apply: annotated parts are the clips; None: apply, ego4d_nlq: ignore"
+    )
+    query_pattern: RegularExpression | None = key(
+        None, "video_opd, timelens2_chat: its group is the query; None: known"
+    )
     clamp_s: NonNegativeFloat = key(0.0, "train: cut intervals that end up to this far beyond the clip's end")
     max_prompts: PositiveInt | None = key(None, "use only this many prompts, the first ones")
     unreadable: Literal["error", "drop"] = key("error", "train: a bad video ends the launch, or is left out")
@@ -102,13 +113,54 @@ class DatasetConfig(ConfigSection):
             yield f"query_pattern={self.query_pattern!r} must have one group, the query"
 
 
+class SourceConfig(DatasetConfig):
+    """One of several sources to train on."""
+
+    name: FileName = Field(description="of the source, in its prompts' ids and its metrics")
+    weight: PositiveFloat | None = key(None, "share of the drawn prompts, of the sum; None, for all: by size")
+    prompt: PromptStyle | None = key(None, "published prompt of this source; None: the section prompt")
+
+
+FORMS = ("one", "several")  # of data.train
+Train = Annotated[
+    Annotated[DatasetConfig, Tag("one")] | Annotated[tuple[SourceConfig, ...], Tag("several")],
+    Discriminator(lambda value: FORMS[isinstance(value, list | tuple)]),
+]
+
+
 class DataConfig(ConfigSection):
     """The split to train on and the held-out split."""
 
-    train: DatasetConfig
+    train: Train = Field(description="a split, or a list of them: docs/data.md, several sources")
     eval: DatasetConfig
 
+    @property
+    def sources(self) -> dict[str, DatasetConfig]:
+        """What to train on by the name of its source, which is empty where data.train is no list."""
+        return {"": self.train} if isinstance(self.train, DatasetConfig) else {s.name: s for s in self.train}
+
+    @property
+    def styles(self) -> dict[str, PromptStyle | None]:
+        """prompt.style of each source that is not the section prompt's; by name."""
+        return {
+            name: source.prompt for name, source in self.sources.items() if isinstance(source, SourceConfig)
+        }
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the sources by name; empty: prompts are drawn from their union."""
+        of_all = {
+            name: source.weight for name, source in self.sources.items() if isinstance(source, SourceConfig)
+        }
+        return {name: weight for name, weight in of_all.items() if weight is not None}
+
     def problems(self) -> Iterator[str]:
+        if not isinstance(self.train, DatasetConfig):
+            names = [source.name for source in self.train]
+            if not names or len(set(names)) < len(names):
+                yield f"data.train lists the sources {names}: give one or more, each a name of its own"
+            if 0 < len(self.weights) < len(names):
+                yield "data.train has sources with weight and without: give all one, or none"
         if self.eval.unreadable != "error":
             yield "data.eval.unreadable=drop would leave failures out of the metrics: mend the videos"
         if self.eval.too_long != "error":
@@ -134,6 +186,13 @@ class VideoConfig(ConfigSection):
     cache_dir: str | None = key(None, "folder of the node's cache of frames; None: in the temporary folder")
     cache_bytes: PositiveInt = key(8 << 30, "size of that cache, which outlives the run")
 
+    @property
+    def budget(self) -> str:
+        """What a model sees of a video, which a score depends on."""
+        frames = f"{self.fps:g} frames a second, {self.min_frames} to {self.max_frames}"
+        pair = f", {self.max_frame_tokens} a pair of frames" if self.max_frame_tokens else ""
+        return f"{frames}, at most {self.max_video_tokens} tokens{pair}"
+
     def problems(self) -> Iterator[str]:
         fewest, most = f"min_frames={self.min_frames}", f"max_frames={self.max_frames}"
         if self.min_frames > self.max_frames:
@@ -142,12 +201,29 @@ class VideoConfig(ConfigSection):
             yield f"{fewest} and {most} must be even: tokens cover two frames"
 
 
+class _Pairs(tuple[Span, ...]):
+    """Intervals that a format field writes as JSON, {spans:.1f} as [[1.0, 2.0], [3.5, 4.0]]."""
+
+    def __format__(self, spec: str) -> str:
+        return f"[{', '.join(f'[{start:{spec}}, {end:{spec}}]' for start, end in self)}]"
+
+
+def _fields(template: str) -> set[str]:
+    try:
+        return {name for _, name, _, _ in Formatter().parse(template) if name}
+    except ValueError:  # which problems() reports
+        return set()
+
+
 class PromptConfig(ConfigSection):
     """The text around a query."""
 
     style: PromptStyle = key("timelens", "published prompt; sets the other keys where they are not given")
     template: str = key(STYLES["timelens"]["template"], "must contain {query}")
-    answer_template: str = key(STYLES["timelens"]["answer_template"], "ground truth written as an answer")
+    answer_template: str = key(
+        STYLES["timelens"]["answer_template"],
+        "ground truth written as an answer; with {spans:.1f} all true spans, and answers are read as sets",
+    )
     video_first: bool = key(STYLES["timelens"]["video_first"], "video before the text")
 
     @model_validator(mode="before")
@@ -156,12 +232,40 @@ class PromptConfig(ConfigSection):
         style = values.get("style") if isinstance(values, dict) else None
         return STYLES[style] | values if style in STYLES else values
 
+    @property
+    def asks_for_sets(self) -> bool:
+        """Whether an answer is a set of intervals, and not one."""
+        return "spans" in _fields(self.answer_template)
+
+    @property
+    def span_iou(self) -> Literal["best", "merged"]:
+        """How answers are scored, see grounding.prompt_iou."""
+        return "merged" if self.asks_for_sets else "best"
+
+    def answer(self, spans: Sequence[Span]) -> tuple[str, tuple[Span, ...]]:
+        """The ground truth written as an answer, and the part of it that is written: all, or the first."""
+        (start, end), *_ = spans
+        written = tuple(spans) if self.asks_for_sets else ((start, end),)
+        return self.answer_template.format(start=start, end=end, spans=_Pairs(spans)), written
+
+    def of_style(self, style: str | None) -> "PromptConfig":
+        """The section for prompts of a style of their own; None: itself."""
+        return self if style is None else _published(style)
+
     def problems(self) -> Iterator[str]:
         if "{query}" not in self.template:
             yield "template must contain {query}"
-        values = {"template": {"query": ""}, "answer_template": {"start": 0.0, "end": 0.0}}
+        times = {"start": 0.0, "end": 0.0, "spans": _Pairs([(0.0, 0.0)])}
+        values = {"template": {"query": ""}, "answer_template": times}
         for name, known in values.items():
             try:
                 getattr(self, name).format(**known)
             except (KeyError, IndexError, ValueError) as error:
                 yield f"{name} may hold {', '.join(known)} in braces and no other braces ({error!r})"
+        if self.asks_for_sets and _fields(self.answer_template) & {"start", "end"}:
+            yield "answer_template: {spans} writes all intervals: leave out {start} and {end}"
+
+
+@cache
+def _published(style: str) -> PromptConfig:
+    return PromptConfig.model_validate({"style": style})

@@ -13,8 +13,9 @@ from pydantic.fields import FieldInfo
 
 from video_opd import ROOT
 from video_opd.config import Config
-from video_opd.config_data import ConfigSection
+from video_opd.config_data import FORMS, ConfigSection
 from video_opd.errors import ConfigError
+from video_opd.hub import is_hub_model
 
 QUOTES = "'\"!|>&"  # a value that begins with one is not as it is written
 NUM_PROBLEMS = 8  # of a configuration, that an error names
@@ -68,10 +69,13 @@ def resolve_paths(config: Config, base: Path) -> Config:
     tree = config.model_dump()
     paths = [(tree, ("student", "teacher", "runs_dir")), (tree["video"], ("quarantine", "cache_dir"))]
     paths += [(teacher, ("model",)) for teacher in tree["teachers"]]
-    paths += [(split, ("annotations", "lengths", "videos")) for split in tree["data"].values()]
+    train, held_out = tree["data"]["train"], tree["data"]["eval"]
+    splits = [held_out, *([train] if isinstance(train, dict) else train)]
+    paths += [(split, ("annotations", "lengths", "videos")) for split in splits]
     for section, names in paths:
         for name in names:
-            if section[name] is not None:
+            is_model = name in ("student", "teacher", "model")
+            if section[name] is not None and not (is_model and is_hub_model(section[name], base)):
                 section[name] = str((base / section[name]).resolve())
     return Config.model_validate(tree)
 
@@ -79,7 +83,7 @@ def resolve_paths(config: Config, base: Path) -> Config:
 def describe_keys() -> Iterator[str]:
     """One line per key: name, default, meaning."""
     for name, field in _keys(Config):
-        if not _is_model(field.annotation):
+        if not _forms(field.annotation)[0]:
             default = "required" if field.is_required() else field.default
             yield f"  {name}={default}  {field.description or ''}".rstrip()
 
@@ -88,8 +92,20 @@ def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fie
     """Every key and section below `section`, by its dotted name."""
     for name, field in section.model_fields.items():
         yield prefix + name, field
-        if _is_model(field.annotation):
-            yield from _keys(field.annotation, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
+        one, several = _forms(field.annotation)
+        if one:
+            yield from _keys(one, f"{prefix}{name}.")
+        if one and several:  # the keys that only an item of a list has
+            own = several.model_fields.keys() - one.model_fields.keys()
+            yield from ((f"{prefix}{name}.N.{key}", several.model_fields[key]) for key in sorted(own))
+
+
+def _forms(kind: Any) -> tuple[Any, Any]:
+    """The section that a key is, and that of the items of the list that it may be; None: it is none."""
+    is_union = get_origin(kind) in (Union, UnionType)
+    members = [_bare(member) for member in get_args(kind)] if is_union else [kind]
+    lists = [get_args(member)[0] for member in members if get_origin(member) is tuple]
+    return next(filter(_is_model, members), None), next(filter(_is_model, lists), None)
 
 
 def _is_model(kind: Any) -> bool:
@@ -150,6 +166,8 @@ def _parse(text: str) -> Any:
 def _construct(tree: Any, kind: Any) -> Any:
     """Plain values from those of _parse, for a key of type `kind`: text is as it is written."""
     kind = _bare(kind)
+    if all(forms := _forms(kind)):
+        kind = tuple[forms[1], ...] if isinstance(tree, list) else forms[0]
     if isinstance(tree, _Scalar):
         return tree.text if _is_text(kind) else tree.value()
     if isinstance(tree, dict):
@@ -179,7 +197,8 @@ def _is_text(kind: Any) -> bool:
 
 def _explain(error: Any) -> str:
     """One line for one of pydantic's errors."""
-    key, message = ".".join(str(part) for part in error["loc"]), error["msg"].removeprefix("Value error, ")
+    key = ".".join(str(part) for part in error["loc"] if part not in FORMS)
+    message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, [name for name, _ in _keys(Config)], n=1, cutoff=0.0)[0]
         return f"unknown key {key}; did you mean {near}?"

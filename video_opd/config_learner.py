@@ -13,10 +13,12 @@ from video_opd.config_data import (
     ConfigSection,
     Dtype,
     Fraction,
+    NegativeFloat,
     NonNegativeFloat,
     NonNegativeInt,
     OpenFraction,
     PositiveFloat,
+    PositiveFraction,
     PositiveInt,
     RegularExpression,
     attention_problem,
@@ -52,20 +54,47 @@ OBJECTIVES: dict[LossKind, Objective] = {
 }
 
 
+ON_POLICY = "opd, opd_topk, opd_full"
+
+
 class LossConfig(ConfigSection):
     """The objective: docs/algorithm.md and learner/loss.py."""
 
     kind: LossKind = key("opd", "on-policy distillation, or one of its baselines; see docs/algorithm.md")
-    top_k: PositiveInt = key(64, "opd_topk: teacher tokens kept at each position")
+    top_k: PositiveInt = key(64, "opd_topk: tokens compared at each position")
+    top_k_of: Literal["teacher", "student"] = key("teacher", "opd_topk: whose likeliest tokens these are")
     center: Literal["none", "batch"] = key("none", "opd: subtract the batch mean from the signal r")
     clamp: PositiveFloat | None = key(None, "opd, opd_topk, off_policy_rkd: bound of |log-ratio|")
-    max_ratio: PositiveFloat | None = key(None, "opd: truncate importance ratios; None: no bound")
-    divergence: Literal["reverse", "forward", "jsd"] = key("reverse", "opd_full: KL(student || teacher), ...")
-    beta: OpenFraction = key(0.5, "opd_full, divergence=jsd: weight of the teacher")
+    max_ratio: PositiveFloat | None = key(
+        None, "opd, task_weight: truncate importance ratios; None: no bound"
+    )
+    divergence: Literal["reverse", "forward", "jsd"] = key(
+        "reverse", "opd_topk, opd_full: KL(student || teacher), KL(teacher || student), Jensen-Shannon"
+    )
+    beta: OpenFraction = key(0.5, "divergence=jsd: weight of the teacher")
+    forward_kl_entropy: PositiveFloat | None = key(
+        None, "opd_topk, opd_full: forward KL where the teacher's entropy is at least this, in nats"
+    )
     clip: OpenFraction = key(0.2, "grpo: importance ratios count within 1 +- clip")
     kl_coef: NonNegativeFloat = key(0.0, "grpo: weight of the KL to a reference, the model `teacher`")
-    advantage_std: bool = key(True, "grpo: divide a group's advantages by their standard deviation")
-    rewards: ImportPaths = key(("video_opd.rewards:iou",), "grpo: import paths of reward functions; summed")
+    advantage_std: bool = key(True, "grpo, task_weight: divide a group's advantages by their std")
+    rewards: ImportPaths = key(
+        ("video_opd.rewards:iou",), "grpo, task_weight: import paths of reward functions; summed"
+    )
+    distill_weight: NonNegativeFloat = key(1.0, f"{ON_POLICY}: weight of the teacher's signal or divergence")
+    task_weight: NonNegativeFloat = key(0.0, f"{ON_POLICY}: weight of the rewards' advantage beside it")
+    baseline_decay: Fraction = key(
+        0.9, "task_weight, one rollout a prompt: decay of the mean reward, a baseline"
+    )
+    task_gate: Fraction | None = key(
+        None, "task_weight: from this IoU on, a rollout has no signal of the teacher"
+    )
+    fixed_advantage: NegativeFloat | None = key(
+        None, "opd: the same for all tokens, without a teacher; a control"
+    )
+    on_policy_frac: PositiveFraction = key(
+        1.0, f"{ON_POLICY}: share of prompts with rollouts; the others train on the ground truth"
+    )
     visual_weight: OpenFraction | None = key(
         None, "opd, opd_topk, opd_full: share of the loss of the tokens for which the teacher needs the video"
     )
@@ -75,12 +104,27 @@ class LossConfig(ConfigSection):
     @property
     def needs(self) -> Objective:
         needs = OBJECTIVES[self.kind]
-        return replace(needs, teacher="logprobs") if self.kl_coef else needs
+        if self.kl_coef:
+            needs = replace(needs, teacher="logprobs")
+        if self.fixed_advantage is not None or not self.distill_weight:
+            needs = replace(needs, teacher="none")
+        return replace(needs, rewards=True) if self.task_weight else needs
+
+    def _changed(self, *names: str) -> list[str]:
+        """Those of the keys that are not at their defaults."""
+        return [n for n in names if getattr(self, n) != type(self).model_fields[n].default]
+
+    @property
+    def student_top_k(self) -> int:
+        """Of how many of its likeliest tokens the student tells the ids when it samples."""
+        return self.top_k if self.top_k_of == "student" else 0
 
     def problems(self) -> Iterator[str]:
+        yield from self._signal_problems()
+        yield from self._problems_of_divergence()
         if self.kind != "grpo" and self.kl_coef:
             yield f"kl_coef does nothing for kind={self.kind}: it is an option of grpo"
-        if self.kind != "opd" and (self.center != "none" or self.max_ratio is not None):
+        if self.kind != "opd" and (self.center != "none" or (self.max_ratio and not self.task_weight)):
             yield f"center and max_ratio do nothing for kind={self.kind}: they are options of opd"
         if self.kind not in ("opd", "opd_topk", "off_policy_rkd") and self.clamp is not None:
             yield f"clamp does nothing for kind={self.kind}: it is an option of opd, opd_topk, off_policy_rkd"
@@ -89,6 +133,46 @@ class LossConfig(ConfigSection):
             yield f"visual_weight does nothing for kind={self.kind}: {which}"
         if not self.visual_weight and self.visual_frac != type(self).model_fields["visual_frac"].default:
             yield f"visual_frac={self.visual_frac} does nothing without visual_weight: set that, too"
+
+    def _problems_of_divergence(self) -> Iterator[str]:
+        how, over_tokens = f"divergence={self.divergence}", self.kind in ("opd_topk", "opd_full")
+        if self.top_k_of != "teacher" and self.kind != "opd_topk":
+            yield f"top_k_of does nothing for kind={self.kind}: it is an option of opd_topk"
+        if not over_tokens and (self.divergence != "reverse" or self.forward_kl_entropy is not None):
+            options = "divergence and forward_kl_entropy do nothing"
+            yield f"{options} for kind={self.kind}: they are options of opd_topk and opd_full"
+        elif self.divergence != "reverse" and self.forward_kl_entropy is not None:
+            yield f"{how} with forward_kl_entropy, which replaces the reverse KL of tokens: leave one out"
+        elif self.divergence != "reverse" and self.clamp is not None and self.kind == "opd_topk":
+            yield f"{how} with clamp, which only the reverse KL needs: set clamp=null"
+        if self.beta != 0.5 and self.divergence != "jsd":
+            yield f"beta does nothing for {how}: it is an option of divergence=jsd"
+
+    def _signal_problems(self) -> Iterator[str]:
+        """Of the signals beside the teacher (docs/algorithm.md)."""
+        beside = self._changed("distill_weight", "task_weight", "on_policy_frac")
+        if beside and self.kind not in ON_POLICY.split(", "):
+            yield f"{beside[0]} does nothing for kind={self.kind}: it is an option of {ON_POLICY}"
+        of_task = self._changed("task_gate", "baseline_decay")
+        if of_task and not self.task_weight:
+            yield f"{of_task[0]} does nothing without a task reward: set task_weight"
+        if (of_rewards := self._changed("rewards", "advantage_std")) and not self.needs.rewards:
+            yield f"{of_rewards[0]} does nothing for kind={self.kind}: use kind=grpo, or set task_weight"
+        if self.fixed_advantage is not None and self.kind != "opd":
+            yield f"fixed_advantage does nothing for kind={self.kind}: it is an option of opd"
+        if self.on_policy_frac < 1 and self.top_k_of == "student":
+            yield "top_k_of=student are tokens that it names as it samples: set on_policy_frac=1"
+        of_teacher = self._changed("clamp", "center", "on_policy_frac", "visual_weight")
+        if self.fixed_advantage is not None and (given := [*of_teacher, *self._changed("distill_weight")]):
+            yield f"fixed_advantage takes the place of the teacher's signal, of which {given[0]} is an option"
+        if self.distill_weight:
+            return
+        if not self.task_weight:
+            yield "distill_weight=0 leaves nothing to train on: set task_weight too"
+        if self.kind != "opd":
+            yield f"distill_weight=0 leaves nothing of kind={self.kind}: use kind=opd, which is the same then"
+        if given := [*of_teacher, *self._changed("task_gate")]:
+            yield f"distill_weight=0 leaves no teacher's signal, of which {given[0]} is an option"
 
 
 class LearnerConfig(ConfigSection):

@@ -1,7 +1,7 @@
 """The teachers' part of the configuration: the models, and the pool that serves them."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
@@ -12,6 +12,7 @@ from video_opd.config_data import (
     ConfigSection,
     Dtype,
     FileName,
+    FiniteFloat,
     Fraction,
     NonNegativeFloat,
     PositiveFloat,
@@ -22,6 +23,8 @@ from video_opd.config_data import (
     attention_problem,
     key,
 )
+
+WEIGHT_TOLERANCE = 1e-6
 
 
 def engine_problems(shards: int, num_gpus: float, num_cpus: float) -> Iterator[str]:
@@ -86,8 +89,8 @@ class TeacherModel(ConfigSection):
     """One of several teachers. With `prompt`, `video` or `crop_margin_frac` it sees more than the student."""
 
     name: FileName = Field(pattern=r"^[\w.-]+$", description="in metrics, teacher ids and commands")
-    model: str = Field(description="transformers folder")
-    weight: PositiveFloat = key(1.0, "relative weight where several teachers score a prompt")
+    model: str = Field(description="transformers folder, or ORG/NAME[@REVISION] of the hub")
+    weight: FiniteFloat = key(1.0, "where several score a prompt: relative; with negative ones, as it is")
     prompts: RegularExpression | None = key(None, "regular expression of the prompt ids it scores; None: all")
     prompt: dict[str, Any] = key({}, "keys of `prompt` that it has otherwise: style, template, video_first")
     video: dict[str, Any] = key({}, f"keys of `video` that it has otherwise: {', '.join(sorted(VIEW_KEYS))}")
@@ -126,3 +129,31 @@ class TeacherModel(ConfigSection):
 
     def scores(self, prompt_id: str) -> bool:
         return self.prompts is None or re.search(self.prompts, prompt_id) is not None
+
+    def problems(self) -> Iterator[str]:
+        if not self.weight:
+            yield f"teacher {self.name} with weight=0 says nothing: leave it out"
+
+
+def shares_of(weights: Sequence[float]) -> list[float]:
+    """w_i in log p = sum_i w_i log pi_i, which sum to 1: relative weights; with a negative one, as given.
+
+    G-OPD (arXiv 2602.12125): lambda and 1 - lambda of a teacher and of its base give
+    r = lambda (log pi_T - log pi_base) + (log pi_base - log pi_old).
+    """
+    total = 1.0 if min(weights) < 0 else sum(weights)
+    return [weight / total for weight in weights]
+
+
+def weights_problem(teachers: Sequence[TeacherModel]) -> str | None:
+    """What is wrong with the weights of the teachers of one prompt."""
+    weights = [t.weight for t in teachers]
+    if min(weights) > 0:
+        return None
+    if len(weights) == 1:
+        return f"its one teacher, {teachers[0].name}, has a negative weight: leave it out"
+    if abs(sum(weights) - 1) > WEIGHT_TOLERANCE:
+        return f"weights with a negative one must sum to 1, not {sum(weights):g}: lambda and 1 - lambda"
+    if weights[0] < 0:
+        return f"its first teacher, {teachers[0].name}, answers it, but has a negative weight: name it later"
+    return None

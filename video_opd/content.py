@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import BinaryIO
 
+from video_opd.hub import commit_of, model_name
+
 _BLOCK_BYTES = 64 << 10
 _WINDOWS_PATH = re.compile(r"[A-Za-z]:|.*\\", re.DOTALL)  # a drive, or a backslash
 
@@ -49,7 +51,9 @@ def file_stamp(path: str | Path) -> str:
 
 
 def folder_digest(folder: str | Path) -> str:
-    """Digest of the names and digests of all files in a model folder."""
+    """Digest of the names and digests of all files in a model folder, or of its commit on the hub."""
+    if commit := commit_of(folder):  # its cache may have more or fewer of the files
+        return f"{model_name(folder)}@{commit}"
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(p for p in Path(folder).iterdir() if p.is_file()):
         digest.update(f"{path.name}:{file_digest(path)};".encode())

@@ -12,6 +12,7 @@ from typing import Any
 
 from video_opd.logs import work
 
+TAGS = {"teacher": "teacher", "sources": "source"}  # of metrics named ROOM/NAME/...
 BY_ROUND = ("actors/miou", "eval/miou")  # also exported by round of the curriculum
 
 
@@ -39,11 +40,14 @@ class Gauges:
         self._values |= {(n, known): float(v) for n, v in values.items() if math.isfinite(v)}
 
     def set_step(self, metrics: Mapping[str, float]) -> None:
-        """Sets a step's metrics: teacher/NAME/queue_s becomes teacher/queue_s with the tag `teacher`."""
+        """Sets a step's metrics: teacher/NAME/queue_s becomes teacher/queue_s with the tag `teacher`.
+
+        And sources/NAME/share sources/share with the tag `source`.
+        """
         for name, value in metrics.items():
             room, *middle, leaf = name.split("/")
-            if room == "teacher" and middle:
-                self.set({f"{room}/{leaf}": value}, teacher=middle[0])
+            if room in TAGS and middle:
+                self.set({f"{room}/{leaf}": value}, **{TAGS[room]: middle[0]})
             else:
                 self.set({name: value})
         if "curriculum/round" in metrics:

@@ -62,6 +62,8 @@ class Prompt:
     clip: Clip
     query: str
     answer_spans_s: tuple[Span, ...] | None  # ground truth; None: unlabelled
+    source: str = ""  # name of its source in data.train, which is empty unless that is a list
+    style: str | None = None  # prompt.style of its source; None: the section prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +92,7 @@ class EncodedPrompt:
     token_types: np.ndarray  # int32[M], transformers' mm_token_type_ids
     second_per_grid: float | None  # seconds between token grids (Qwen2.5-VL); None: times are text (Qwen3-VL)
     fingerprint: str  # hash of token ids, grid, frame indices and pixels (docs/algorithm.md)
+    style: str | None = None  # the prompt's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,12 +109,20 @@ class Trajectory:
     finish_reason: FinishReason
     text: str
     predicted_spans_s: tuple[Span, ...]  # as written, empty: the answer could not be parsed
+    top_k_ids: np.ndarray | None = None  # int32[N, K], the student's likeliest tokens; with top_k_of=student
+
+    @property
+    def is_demonstration(self) -> bool:
+        """Whether it is the ground truth, which nobody sampled."""
+        return self.prompt_fingerprint is None
 
     def __post_init__(self):
         num_tokens, num_logprobs = len(self.response_token_ids), len(self.actor_logprobs)
+        what = f"trajectory {self.trajectory_id}: {num_tokens} response tokens"
         if num_tokens != num_logprobs:
-            what = f"trajectory {self.trajectory_id}"
-            raise ValueError(f"{what}: {num_tokens} response tokens, {num_logprobs} actor log-probs")
+            raise ValueError(f"{what}, {num_logprobs} actor log-probs")
+        if self.top_k_ids is not None and len(self.top_k_ids) != num_tokens:
+            raise ValueError(f"{what}, {len(self.top_k_ids)} rows of the student's top-K")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,13 +147,18 @@ class TrajectoryGroup:
         """All trajectories, suspended ones included."""
         return self.trajectories + self.suspended
 
+    @property
+    def rollouts(self) -> tuple[Trajectory, ...]:
+        """Those that the student sampled, suspended ones included: no demonstration."""
+        return tuple(t for t in self.sampled if not t.is_demonstration)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopK:
-    """The teacher's K most likely tokens at each response position, most likely first."""
+    """The K likeliest tokens at each response position, most likely first: the teacher's or the student's."""
 
     ids: np.ndarray  # int32[N, K]
-    logprobs: np.ndarray  # float32[N, K]
+    logprobs: np.ndarray  # float32[N, K], the teacher's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +180,7 @@ class ScoredGroup:
 
     group: TrajectoryGroup
     scores: tuple[TeacherScores, ...]  # empty without a teacher
-    rewards: tuple[float, ...] | None = None  # one per trajectory
+    rewards: tuple[float, ...] | None = None  # one per trajectory; None: not wanted, or a demonstration
 
     def __post_init__(self):
         prompt_id, trajectories = self.group.prompt.prompt_id, self.group.trajectories

@@ -19,7 +19,7 @@ from preflight.memory_fit import memory_plan
 from preflight.time_fit import time_plan
 from preflight.time_plan import TimePlan
 from video_opd.config import Config
-from video_opd.datasets import read_prompts
+from video_opd.datasets import read_sources
 from video_opd.models.forward import ResponseLogits, VideoLLM, collate, load_model, token_logprobs
 from video_opd.models.model_files import read_model_info
 from video_opd.models.policy import Policy
@@ -40,7 +40,7 @@ class Setting:
         self.bench, self.config = bench, make_config(bench, *overrides)
         self.tolerance = TOLERANCE[bench.dtype]
         multiple = read_model_info(self.config.student).size_multiple
-        self.prompts: list[Prompt] = read_prompts(self.config.data.train, self.config.video, multiple)
+        self.prompts: list[Prompt] = read_sources(self.config.data, self.config.video, multiple).prompts
         self.encoder = PromptEncoder(self.config.student, self.config.prompt, self.config.video)
         self.encoded = [self.encoder.encode(p) for p in self.prompts]
         self.policy = Policy(self.config.rollout.temperature, self.encoder.pad_ids, bench.device)

@@ -29,7 +29,7 @@ PARTS = {
         _part(
             "teacher",
             *("reference", "tree", "transformers", "transformers_memory"),
-            *("vllm", "vllm_alike", "vllm_top_k", "vllm_memory"),
+            *("vllm", "vllm_alike", "vllm_top_k", "vllm_given", "vllm_memory"),
         ),
         _part("learner", "reference", "tree", "step", "weights", "memory"),
         _part("object_store", "publication", module="transfer"),

@@ -1,6 +1,7 @@
 """Both engines of the teacher against transformers in float32."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from benchmarks.command import timed
 from benchmarks.gpu_check.measure import Arrays, Setting, check_memory, planned, release, within
-from benchmarks.gpu_check.part import Bench
+from benchmarks.gpu_check.part import Bench, NotHere
 from benchmarks.gpu_check.tree import compare
 from teacher_service.engine import ENGINES, TokenScores, Wanted, top_k_of
 from video_opd.config import Config
@@ -33,6 +34,10 @@ class Checks(Setting):
         self._model = model = self.float32_model()
         seconds, self._expected = timed(lambda: [self.exact(model, *cases) for cases in self._cases])
         self._expected_best = [self._best(model, cases) for cases in self._cases]
+        rng = np.random.default_rng(2)
+        self._given = [[rng.integers(0, 500, (len(r), TOP_K)) for r in own] for _, own in self._cases]
+        both = zip(self._cases, self._given, strict=True)
+        self._expected_given = [self._best(model, cases, given) for cases, given in both]
         return f"{sum(map(len, self._expected))} responses in {seconds:.2f} s"
 
     def tree(self) -> str:
@@ -48,28 +53,39 @@ class Checks(Setting):
         return check_memory(self._with("transformers"), "teacher")
 
     def vllm(self) -> str:
+        _need_vllm()
         return self._scores("vllm")
 
     def vllm_alike(self) -> str:
         """Responses to one prompt that begin alike: vLLM gives no scores of what its prefix cache holds."""
+        _need_vllm()
         scores = self._engine.score(*self._cases[1])
         return within([s.logprobs for s in scores], self._expected[1], self.tolerance)
 
     def vllm_top_k(self) -> str:
         """With an empty prefix cache, with a full one, and with responses that begin alike."""
+        _need_vllm()
         self._engine.wanted = Wanted(top_k=TOP_K)
         self._engine._llm.reset_prefix_cache()
         told = [self._top_k(self._cases[i], self._expected[i], self._expected_best[i]) for i in (0, 0, 1)]
         return "; ".join(told)
 
+    def vllm_given(self) -> str:
+        """Of tokens that are given beside the response, as the student's likeliest are."""
+        self._engine.wanted = Wanted(TOP_K, is_given=True)
+        self._engine._llm.reset_prefix_cache()
+        every = zip(self._cases, self._expected, self._expected_given, self._given, strict=True)
+        return "; ".join(self._top_k(*of_cases) for of_cases in every)
+
     def vllm_memory(self) -> str:
+        _need_vllm()
         return check_memory(self._with("vllm"), "teacher")
 
     def _scores(self, engine: str) -> str:
         self._engine = self._model = None
         release()
         config = self._with(engine)
-        wanted = Wanted(top_k=TOP_K if engine == "vllm" else 0)  # vLLM is told the most it will give
+        wanted = Wanted(top_k=TOP_K + 1 if engine == "vllm" else 0)  # vLLM is told the most it will give
         how = wanted, 0, self.encoder, False, config.rollout.temperature
         self._engine = ENGINES[engine](config.student, config.teacher_pool, *how)
         self._engine.wanted = Wanted()
@@ -83,18 +99,25 @@ class Checks(Setting):
         pairs = zip(self.encoded, self._responses, strict=True)
         return [scores for p, r in pairs for scores in self._engine.score([p], [r])]
 
-    def _top_k(self, cases: Cases, expected: Arrays, best: Arrays) -> str:
-        scores = self._engine.score(*cases)
+    def _top_k(self, cases: Cases, expected: Arrays, best: Arrays, given: Arrays | None = None) -> str:
+        scores = self._engine.score(*cases, None, given)
         within([s.logprobs for s in scores], expected, self.tolerance)
         return within([s.top_k.logprobs.ravel() for s in scores], best, self.tolerance)
 
     @torch.no_grad()
-    def _best(self, model: VideoLLM, cases: Cases) -> Arrays:
-        """float32[N * K] of each response: the K highest log-probs at each of its tokens."""
+    def _best(self, model: VideoLLM, cases: Cases, given: Arrays | None = None) -> Arrays:
+        """float32[N * K] of each response: the K highest log-probs at each token, or of those given."""
         batches = (collate([p], [r], 0, self.bench.device) for p, r in zip(*cases, strict=True))
         logits = (self.policy(ResponseLogits(model)(batch)) for batch in batches)
-        return [top_k_of(of_response, TOP_K).logprobs.ravel() for of_response in logits]
+        asked = [None] * len(cases[1]) if given is None else [[ids] for ids in given]
+        pairs = zip(logits, asked, strict=True)
+        return [top_k_of(of_response, TOP_K, ids).logprobs.ravel() for of_response, ids in pairs]
 
     def _with(self, engine: str) -> Config:
         pool = self.config.teacher_pool.model_copy(update={"engine": engine})
         return self.config.model_copy(update={"teacher_pool": pool})
+
+
+def _need_vllm() -> None:
+    if find_spec("vllm") is None:
+        raise NotHere("vLLM is not installed")

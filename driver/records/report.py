@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,17 +23,20 @@ from rich.table import Table
 
 from driver.clock import PHASES
 from driver.passes import TERMINAL
+from driver.records.answers import MODELS, disputed_answers, error_tables, largest_changes, prompt_ious
+from driver.records.masking import masked_config
 from driver.records.sinks import read_metrics
-from video_opd.answers import parse_span
+from video_opd.answers import parse_spans
 from video_opd.config import Config
-from video_opd.errors import ClipError
+from video_opd.errors import ClipError, ModelError
 from video_opd.files.run_folder import write_atomically
-from video_opd.grounding import THRESHOLDS, describe_odd
+from video_opd.grounding import THRESHOLDS, describe_odd, merge
 from video_opd.types import Prompt
 from video_opd.video.frame_cache import FrameCache
 
 COLUMNS = {"miou": "mIoU", **{f"r1@{m}": f"R1@{m}" for m in THRESHOLDS}}
-NUM_EXAMPLES, NUM_EXAMPLE_FRAMES, MAX_ROUNDS_SHOWN = 4, 12, 4
+NUM_EXAMPLE_FRAMES, MAX_ROUNDS_SHOWN = 12, 4
+MAX_COLUMNS = 300  # of a curve; longer runs are drawn as a band with its median
 ROWS = {
     "teacher": "teacher",
     "student_before": "student before",
@@ -87,6 +91,7 @@ def print_summary(folder: Path, summary: dict[str, Any]) -> None:
         student = f"mIoU {after - before['miou']:+.3f}{share}" if before else f"mIoU {after:.3f}{share}"
     steps = f"after {summary['steps']} steps in {summary['seconds']['total'] / 60:.1f} min"
     console.print(f"{student}, {steps}; {len(summary['dropped'])} prompts dropped")
+    console.print(f"video budget: {summary['video']}", soft_wrap=True)
     if shared := describe_shared(summary):
         console.print(shared, soft_wrap=True)
     if odd := summary["odd_truth"]:
@@ -105,13 +110,27 @@ def describe_shared(summary: dict[str, Any]) -> str:
     return f"tokens computed: {', '.join(told)}" if told else ""
 
 
-def write_report(folder: Path, config: Config, prompts: Sequence[Prompt], summary: dict[str, Any]) -> None:
-    """Writes report.html, one self-contained file, and learning.png, its first picture."""
+def write_report(
+    folder: Path, config: Config, prompts: Sequence[Prompt], summary: dict[str, Any]
+) -> list[Path]:
+    """Writes report.html, one self-contained file, and of its pictures learning.png and timelines/*.png.
+
+    Returns these files."""
     metrics = read_metrics(folder)
     learning = _learning(metrics, summary)
     learning.savefig(folder / "learning.png", dpi=110)
     cache = FrameCache(config.video)
-    shown = [p for p in prompts if p.prompt_id not in summary["failed_eval"]][:NUM_EXAMPLES]
+    answered = [p for p in prompts if p.prompt_id not in summary["failed_eval"]]
+    texts, as_sets = summary["examples"], config.prompt.asks_for_sets
+    ious = prompt_ious(answered, texts, as_sets)
+    try:
+        disputed, why_not = disputed_answers(folder / "trajectories", Path(config.student)), ""
+    except ModelError as error:
+        disputed, why_not = [], str(error)
+    changes = [
+        (caption, embed(_example(p, _frames(cache, p), texts, as_sets)))
+        for caption, p in largest_changes(answered, ious)
+    ]
     source = Path(__file__).with_name("report.html.jinja").read_text()
     html = jinja2.Template(source, autoescape=True).render(
         name=folder.name,
@@ -123,10 +142,18 @@ def write_report(folder: Path, config: Config, prompts: Sequence[Prompt], summar
         policy=embed(_policy(metrics)),
         phases=embed(_phases(metrics)),
         curriculum=[(what, embed(figure)) for what, figure in _curriculum(folder, config, metrics)],
-        examples=[embed(_example(p, _frames(cache, p), summary["examples"])) for p in shown],
-        config=config.model_dump_json(indent=2),
+        examples=changes,
+        errors=error_tables(answered, ious),
+        disputed=disputed,
+        not_disputed=why_not,
+        config=json.dumps(masked_config(config), indent=2),
     )
     write_atomically(folder / "report.html", html)
+    (folder / "timelines").mkdir(exist_ok=True)
+    pictures = [folder / "timelines" / f"timeline-{number}.png" for number in range(1, len(changes) + 1)]
+    for path, (_, png) in zip(pictures, changes, strict=True):
+        path.write_bytes(base64.b64decode(png))
+    return [folder / "report.html", folder / "learning.png", *pictures]
 
 
 def embed(figure: Figure) -> str:
@@ -152,11 +179,33 @@ def _series(metrics: Metrics, name: str) -> list[float]:
     return [m.get(name, math.nan) for m in metrics]
 
 
+def thinned(steps: Sequence[float], low: Sequence[float], high: Sequence[float]) -> np.ndarray:
+    """float64[4, columns]: first step, lowest and median of `low`, highest of `high` of each part of a run.
+
+    At most MAX_COLUMNS parts keep all extremes. Values that are not finite are left out.
+    """
+    points = np.array([steps, low, high], dtype=float)
+    points = points[:, np.isfinite(points).all(0)]
+    parts = np.array_split(points, min(MAX_COLUMNS, max(1, points.shape[1])), axis=1)
+    columns = [(x[0], y.min(), np.median(y), z.max()) for x, y, z in parts if len(x)]
+    return np.array(columns).reshape(-1, 4).T
+
+
+def _curve(axes: Axes, steps: Sequence[float], values: Sequence[float], colour: str, **look: Any) -> None:
+    """A line; of a long run the median, within a band from the lowest to the highest."""
+    if len(steps) <= 2 * MAX_COLUMNS:
+        axes.plot(steps, values, color=colour, **look)
+        return
+    step, low, median, high = thinned(steps, values, values)
+    axes.fill_between(step, low, high, color=colour, alpha=0.2, linewidth=0)
+    axes.plot(step, median, color=colour, **look)
+
+
 def _plot(axes: Axes, metrics: Metrics, lines: Mapping[str, tuple[str, str]], ylabel: str) -> None:
     """Plots the metrics that the run has: `lines` gives the label and colour of each."""
     for name, (label, colour) in lines.items():
         if any(name in m for m in metrics):
-            axes.plot(_series(metrics, "step"), _series(metrics, name), color=colour, label=label, alpha=0.8)
+            _curve(axes, _series(metrics, "step"), _series(metrics, name), colour, label=label, alpha=0.8)
             axes.legend(fontsize="x-small")
     axes.set(xlabel="step", ylabel=ylabel)
 
@@ -177,7 +226,7 @@ def _histogram(
 def _learning(metrics: Metrics, summary: dict[str, Any]) -> Figure:
     figure, (left, right) = _panels(3.2, 2)
     steps, rollouts = _series(metrics, "step"), _series(metrics, "actors/miou")
-    left.plot(steps, rollouts, color="C0", alpha=0.35, label="rollouts of the step")
+    _curve(left, steps, rollouts, "C0", alpha=0.35, label="rollouts of the step")
     evaluated = {m["step"] + 1: m["eval/miou"] for m in metrics if "eval/miou" in m}
     if evaluated:
         left.plot(list(evaluated), list(evaluated.values()), color="C0", marker="o", label="held-out split")
@@ -195,8 +244,9 @@ def _policy(metrics: Metrics) -> Figure:
     """Entropy of student and teacher; importance ratios of the learner's policy to the sampling policy."""
     figure, (left, right) = _panels(2.6, 2)
     _plot(left, metrics, ENTROPY, "entropy, nats a token")
-    steps, low, high = (_series(metrics, name) for name in ("step", "learner/ratio_p01", "learner/ratio_p99"))
-    right.fill_between(steps, low, high, alpha=0.3, label="1 to 99 %")
+    names = "step", "learner/ratio_p01", "learner/ratio_p99"
+    step, low, _, high = thinned(*(_series(metrics, name) for name in names))
+    right.fill_between(step, low, high, alpha=0.3, label="1 to 99 %")
     _plot(right, metrics, {"learner/ratio_p50": ("median", "C0")}, "importance ratio")
     return figure
 
@@ -257,7 +307,9 @@ def _frames(cache: FrameCache, prompt: Prompt) -> np.ndarray | str:
         return str(error)
 
 
-def _example(prompt: Prompt, frames: np.ndarray | str, examples: dict[str, dict[str, str]]) -> Figure:
+def _example(
+    prompt: Prompt, frames: np.ndarray | str, examples: dict[str, dict[str, str]], as_sets: bool = False
+) -> Figure:
     """Frames of the clip, or why there are none, above the answers and the truth.
 
     `examples`: texts by evaluation and prompt id.
@@ -272,12 +324,13 @@ def _example(prompt: Prompt, frames: np.ndarray | str, examples: dict[str, dict[
         strip.imshow(np.concatenate(list(frames[shown]), axis=1), aspect="auto", extent=(0, duration, 0, 1))
     strip.set(yticks=[])
     strip.set_title(f'"{prompt.query}"', parse_math=False)
-    labels = "student_before", "student_after", "teacher", "truth"
-    answers = [parse_span(examples.get(name, {}).get(prompt.prompt_id, "")) for name in labels[:-1]]
-    bars_s = [(row, span, "C0") for row, span in enumerate(answers) if span and span[0] < span[1] < math.inf]
-    bars_s += [(len(answers), span, "C2") for span in prompt.answer_spans_s or ()]
+    texts = [examples.get(name, {}).get(prompt.prompt_id, "") for name in MODELS]
+    bars_s = [
+        (row, span, "C0") for row, text in enumerate(texts) for span in merge(parse_spans(text, as_sets))
+    ]
+    bars_s += [(len(MODELS), span, "C2") for span in prompt.answer_spans_s or ()]
     for row, (start, end), colour in bars_s:
         axes.barh(row, end - start, left=start, color=colour, height=0.6)
-    axes.set(yticks=range(4), yticklabels=["before", "after", "teacher", "truth"])
+    axes.set(yticks=range(len(MODELS) + 1), yticklabels=[*MODELS.values(), "truth"])
     axes.set(xlim=(0, duration), xlabel="seconds")
     return figure

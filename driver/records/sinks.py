@@ -1,35 +1,32 @@
-"""metrics.jsonl, TensorBoard, and the log of every trajectory that was trained on."""
+"""metrics.jsonl, which trackers follow, and the log of every trajectory that was trained on."""
 
 import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
 
+from driver.records.trackers import Trackers
 from video_opd.files.run_folder import write_atomically
 from video_opd.schemas import TRAJECTORIES
 from video_opd.types import ScoredGroup, StepReport
 
 
 class MetricSinks:
-    """Writes metrics.jsonl, one line per step, and TensorBoard, finite values only. A resumed run appends."""
+    """Writes metrics.jsonl, one line per step, finite values only, and feeds trackers. A resume appends."""
 
-    def __init__(self, run_dir: Path, start_step: int):
-        from tensorboard.compat.proto import event_pb2
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        path = run_dir / "metrics.jsonl"
+    def __init__(self, run_dir: Path, start_step: int, trackers: Trackers | None = None):
+        path, kept = run_dir / "metrics.jsonl", []
         if path.exists():
             kept = [line for line in _whole_lines(path) if json.loads(line)["step"] < start_step]
             write_atomically(path, "".join(line + "\n" for line in kept))
-        self._file = path.open("a")
-        self._board = EventFileWriter(str(run_dir / "tensorboard"))
-        self._event: Any = vars(event_pb2)["Event"]  # one a step: tensorboard's Writer takes 20 times as long
+        self._file, self._trackers = path.open("a"), trackers
+        if trackers:
+            trackers.begin([json.loads(line) for line in kept])
 
     def write(self, report: StepReport, wall_s: float) -> None:
         """`wall_s`: seconds since the epoch."""
@@ -37,12 +34,11 @@ class MetricSinks:
         line = {"step": report.step, "policy_version": report.policy_version, "wall_s": wall_s, **known}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        scalars = [{"tag": name, "simple_value": value} for name, value in known.items()]
-        self._board.add_event(self._event(step=report.step, wall_time=wall_s, summary={"value": scalars}))
+        if self._trackers:
+            self._trackers.write(line)
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:

@@ -11,7 +11,7 @@ from driver.records.report import COMPUTED, SEPARATE, ShowStep
 from driver.records.sinks import MetricSinks, TrajectoryLog
 from driver.run import Run
 from video_opd.grounding import prompt_iou
-from video_opd.types import ScoredGroup, StepReport, Trajectory, TrajectoryGroup
+from video_opd.types import Prompt, ScoredGroup, StepReport, Trajectory, TrajectoryGroup
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,34 @@ def cache_metrics(groups: Iterable[TrajectoryGroup]) -> dict[str, float]:
     }
 
 
+def source_metrics(prompts: Sequence[Prompt], rollouts: Iterable[tuple[Prompt, float]]) -> dict[str, float]:
+    """Of each source of the step's prompts its share, and the mean IoU of its rollouts that have a truth."""
+    ious: dict[str, list[float]] = {p.source: [] for p in prompts if p.source}
+    for prompt, iou in rollouts:
+        if prompt.source:
+            ious[prompt.source].append(iou)
+    shares = {f"sources/{s}/share": sum(p.source == s for p in prompts) / len(prompts) for s in ious}
+    return shares | {f"sources/{s}/miou": mean(of_source) for s, of_source in ious.items()}
+
+
 async def record(
     run: Run, outputs: Outputs, report: StepReport, groups: list[ScoredGroup], lags: list[int]
 ) -> None:
     """Writes the step's metrics. Ground truth that stands in for rollouts does not count as sampled."""
-    every = [(g.group.prompt, t) for g in groups for t in g.group.sampled]
-    sampled = [(p, t) for p, t in every if t.prompt_fingerprint is not None]
-    ious = [prompt_iou(t.predicted_spans_s, p, "best") for p, t in sampled if p.answer_spans_s]
+    sampled = [(g.group.prompt, t) for g in groups for t in g.group.rollouts]
+    readings = [run.config.prompt.of_style(p.style).span_iou for p, _ in sampled]
+    pairs = zip(sampled, readings, strict=True)
+    scored = [(p, prompt_iou(t.predicted_spans_s, p, how)) for (p, t), how in pairs if p.answer_spans_s]
     num_suspended = sum(len(g.group.suspended) for g in groups)
     seconds, tokens_per_s, wall_s = run.clock.take_times()
     run.totals.update({"rollouts": len(sampled), "suspended_rollouts": num_suspended})
     run.totals.update(rollout_tokens=num_tokens(t for _, t in sampled))
     run.totals.update({f"{phase}_s": s for phase, s in seconds.items()})
     metrics = report.metrics | {
-        "actors/miou": mean(ious),
+        "actors/miou": mean([iou for _, iou in scored]),
         "actors/unparsed_frac": mean([not t.predicted_spans_s for _, t in sampled]),
         "actors/truncated_frac": mean([t.finish_reason == "length" for _, t in sampled]),
+        **source_metrics([g.group.prompt for g in groups], scored),
         **cache_metrics([g.group for g in groups]),
         "actors/policy_lag_mean": mean(lags),
         "actors/policy_lag_max": float(max(lags, default=math.nan)),

@@ -62,7 +62,8 @@ class Engine(FakeEngine):
     def completions(self, prompt: Any, output: Any) -> list[Any]:
         ids, text = np.array([1], np.int32), str(output.request.version)
         logprobs = np.zeros(1, np.float32)
-        return [Completion(ids, logprobs, FinishReason.STOP, text) for _ in range(output.request.n)]
+        made = ids, logprobs, FinishReason.STOP, text, np.array([[int(text)]], np.int32)
+        return [Completion(*made) for _ in range(output.request.n)]
 
 
 class Encoder(FakeEncoder):
@@ -106,6 +107,7 @@ def version_of(trajectories: list[Trajectory]) -> set[int]:
     """Of the weights that answered; everything else about them is of the same version."""
     for t in trajectories:
         assert t.policy_version == int(t.text) and f"@{t.policy_version}#" in t.trajectory_id
+        assert t.top_k_ids is not None and t.top_k_ids.tolist() == [[t.policy_version]]
     return {t.policy_version for t in trajectories}
 
 

@@ -163,10 +163,10 @@ def test_runs_share_all_but_what_is_compared(tmp_path, kind):
     assert (learn.learner.warmup_frac, learn.learner.final_lr_frac) == (0, 1)
     assert learn.num_steps == (120 if kind == "gate" else 40)
     assert learn.eval_every == 4
-    assert "/eval/" in learn.data.eval.videos and "wrong" in learn.data.train.annotations
+    assert "/eval/" in learn.data.eval.videos and "wrong" in learn.data.sources[""].annotations
     tune = config_of(replace(CASE, kind=kind, part="tune", overrides=overrides), tmp_path)
     assert "/validation/" in tune.data.eval.videos and not tune.eval_every
-    assert "wrong" not in tune.data.train.annotations
+    assert "wrong" not in tune.data.sources[""].annotations
     seen = learn.curriculum.num_selected
     if kind == kinds.OWN:
         assert seen and seen * learn.curriculum.passes_per_round == 40 * 32

@@ -126,12 +126,16 @@ def test_a_curriculum_and_an_objective_work_together_or_are_refused_in_one_line(
         trained = responses - (config.groups_per_step if gated else 0)
         (rows,) = plan.micro_batches
         assert (len(rows), plan.denominator) == (trained, 3 * responses), "suspended ones count as tokens"
-        advantages = [float(row.advantage[0]) for row in rows]
+        advantages = [float(row.signal.advantage[0]) for row in rows]
         if loss == "grpo":
-            good = [float(row.advantage[0]) for row in rows if row.trajectory.predicted_spans_s != ((8, 9),)]
+            good = [
+                float(row.signal.advantage[0])
+                for row in rows
+                if row.trajectory.predicted_spans_s != ((8, 9),)
+            ]
             assert abs(sum(advantages)) < 1e-5 and len(good) == 2 and min(good) > 0
         else:
-            assert any(advantages) == (needs.rollouts and needs.teacher != "none")
+            assert any(advantages) == (loss == "opd")
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,9 @@ def test_prompt_keys_follow_the_file_the_frames_and_the_text(config, tmp_path):
     moved = overridden(
         config, data={"train": config.data.train.model_copy(update={"videos": str(copied / "videos")})}
     )
-    assert prompt_keys(read_prompts(moved.data.train, config.video, 32), config) == keys, "content, not path"
+    assert prompt_keys(read_prompts(moved.data.sources[""], config.video, 32), config) == keys, (
+        "content, not path"
+    )
     fewer = config.video.model_copy(update={"fps": 1.0})
     assert not set(prompt_keys(read_prompts(config.data.train, fewer, 32), config)) & set(keys)
     assert not set(prompt_keys(prompts, overridden(config, prompt={"video_first": True}))) & set(keys)

@@ -38,7 +38,9 @@ def folder(tmp_path_factory) -> Path:
 def prompts_of(folder: Path, *choice) -> tuple[list[Prompt], list[Prompt]]:
     """Those of training and of the evaluation."""
     config = load_demo(overrides(folder, *choice))
-    train, held_out = (read_prompts(data, config.video, 32) for data in (config.data.train, config.data.eval))
+    train, held_out = (
+        read_prompts(data, config.video, 32) for data in (config.data.sources[""], config.data.eval)
+    )
     return train, held_out
 
 

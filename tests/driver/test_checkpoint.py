@@ -89,6 +89,7 @@ CURRICULUM = {
 def progress_at(step: int) -> Progress:
     return Progress(
         step=step,
+        baseline=0.1 + 0.2,
         totals=Counter(rollouts=7),
         evaluations={"teacher": {"miou": 0.75, "n": 2}, "student_before": {"miou": 0.25, "n": 2}},
         examples={

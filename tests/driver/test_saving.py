@@ -139,7 +139,9 @@ def test_a_run_that_starts_over_forgets_what_the_lost_student_reached(tmp_path):
     run.curriculum = SimpleNamespace(start_over=nothing, next_selection=nothing)  # pyright: ignore
     for name in ("teacher", "student_before", "step_2", "student_after", "no_video"):
         run.evaluations[name], run.progress.examples[name] = {"miou": 0.5}, []
+    run.progress.baseline = 0.5
     asyncio.run(start_over(run))
+    assert run.progress.baseline is None
     assert [*run.evaluations] == [*run.progress.examples] == ["teacher", "student_before"]
     assert run.step == 0 and miou_by_step(run) == {}
 

@@ -155,14 +155,14 @@ def test_a_row_of_weight_zero_is_its_ranks_shortest_and_stands_where_nothing_els
             if any(row.weight == 0.0 for row in of_pass):
                 (filler,) = of_pass
                 assert all(len({clip_of(row) for row in m}) == 1 for m in plan.micro_batches)
-                assert len(filler.advantage) == len(filler.trajectory.response_token_ids)
+                assert len(filler.signal.advantage) == len(filler.trajectory.response_token_ids)
                 assert not own or len(filler.token_ids) == min(len(row.token_ids) for row in own)
 
 
 @given(clips=clips_of_prompts, learner=learners)
 def test_every_rank_knows_how_many_tokens_the_fullest_has(clips, learner):
     of_ranks = plans(build(clips), learner)
-    counted = [[sum(len(row.advantage) for row in m) for m in p.micro_batches] for p in of_ranks]
+    counted = [[sum(len(row.signal.advantage) for row in m) for m in p.micro_batches] for p in of_ranks]
     assert all(p.most_tokens == [max(of_all) for of_all in zip(*counted, strict=True)] for p in of_ranks)
 
 
@@ -263,7 +263,7 @@ def test_a_prompt_that_nobody_sampled_has_the_tokens_that_it_will_be_encoded_to(
 def test_every_rank_divides_by_the_token_count_of_all_ranks(clips, learner):
     of_ranks = plans(build(clips), learner)
     assert {p.denominator for p in of_ranks} == {sum(sum(map(sum, clip)) for clip in clips)}
-    counted = sum(len(row.advantage) for p in of_ranks for row in rows(p) if row.weight)
+    counted = sum(len(row.signal.advantage) for p in of_ranks for row in rows(p) if row.weight)
     assert counted == of_ranks[0].denominator
 
 
@@ -284,7 +284,7 @@ def test_a_preset_number_of_sequences_divides_whatever_was_presented_and_retaine
     of_ranks = plans(groups, learner_of(2, 5), LossConfig(reduction=reduction), num_sequences=32)
     assert [p.denominator for p in of_ranks] == [expected] * 5
     trained = [row for plan in of_ranks for row in rows(plan) if row.weight]
-    assert sorted(len(row.advantage) for row in trained) == lengths[:kept]
+    assert sorted(len(row.signal.advantage) for row in trained) == lengths[:kept]
     if kept:
         assert all(rows(plan) for plan in of_ranks), "a rank without a sequence keeps step"
 
@@ -302,7 +302,7 @@ def test_rows_carry_their_own_advantage_centred_on_the_whole_batch(loss, clips, 
     for plan in plans(groups, learner, loss):
         for row in rows(plan):
             name = row.trajectory.trajectory_id
-            np.testing.assert_allclose(row.advantage, raw[name] - mean, atol=1e-5)
+            np.testing.assert_allclose(row.signal.advantage, raw[name] - mean, atol=1e-5)
             assert row.scores is not None and row.scores.top_k is top_k[name]
             assert row.prompt.prompt_id == row.trajectory.prompt_id
 

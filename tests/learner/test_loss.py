@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from learner.loss import MIN_TAIL, ResponseTokens, loss_per_token, sampled_advantage, sampled_loss, topk_loss
+from learner.loss import (
+    MIN_TAIL,
+    ResponseTokens,
+    divergence,
+    loss_per_token,
+    sampled_advantage,
+    sampled_loss,
+    with_tail,
+)
 from video_opd.config_learner import LossConfig
 
 V = 6
@@ -35,6 +43,12 @@ def gradient(value: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
 def teacher_top_k(teacher: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     logprobs, ids = teacher.topk(k, dim=-1)
     return ids, logprobs
+
+
+def topk_loss(
+    logits: torch.Tensor, ids: torch.Tensor, teacher: torch.Tensor, clamp: float | None = None
+) -> torch.Tensor:
+    return divergence(*with_tail(logits, ids, teacher), clamp=clamp)
 
 
 def bucketed_kl(student_logits: np.ndarray, teacher_logprobs: np.ndarray, ids: np.ndarray) -> float:

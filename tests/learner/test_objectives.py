@@ -8,12 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from learner.batching import advantages_of, plan_update
-from learner.loss import ResponseTokens, full_loss, group_advantages, grpo_loss, loss_per_token
+from learner.batching import plan_update
+from learner.loss import ResponseTokens, divergence, group_advantages, grpo_loss, loss_per_token
+from learner.signals import signals_of
 from tests.fakes import make_group, make_prompt
 from video_opd.config_learner import OBJECTIVES, LearnerConfig, LossConfig, LossKind
 from video_opd.errors import ConfigError
-from video_opd.rewards import answer_format, iou, load_rewards, time_r1, total_reward
+from video_opd.rewards import (
+    answer_format,
+    iou,
+    load_rewards,
+    merged_iou,
+    parse_penalty,
+    temporal_wasserstein,
+    time_r1,
+    total_reward,
+)
 from video_opd.types import ScoredGroup
 
 R, V = 4, 6
@@ -34,6 +44,10 @@ def softmax(row: np.ndarray) -> np.ndarray:
 
 def kl(p: np.ndarray, q: np.ndarray) -> float:
     return float(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+
+
+def full_loss(logits: torch.Tensor, teacher: torch.Tensor, how: str, beta: float = 0.5) -> torch.Tensor:
+    return divergence(logits.log_softmax(-1), teacher.log_softmax(-1), how, beta)
 
 
 def literal_full(student: np.ndarray, teacher: np.ndarray, divergence: str, beta: float) -> float:
@@ -143,7 +157,7 @@ def test_off_policy_rkd_weighs_each_truth_token_by_how_much_more_the_teacher_lik
 def test_off_policy_fkd_is_the_forward_divergence_at_the_truth():
     logits, teacher, targets = draw(4)
     tokens = ResponseTokens(targets, torch.zeros(R), torch.zeros(R), None, lambda rows: teacher[rows])
-    loss, _ = loss_per_token(LossConfig(kind="off_policy_fkd", divergence="reverse"), logits, tokens, ALL)
+    loss, _ = loss_per_token(LossConfig(kind="off_policy_fkd"), logits, tokens, ALL)
     torch.testing.assert_close(loss, full_loss(logits, teacher, "forward"))
 
 
@@ -160,8 +174,8 @@ def with_rewards(prompt_id: str, rewards: list[float], lengths: list[int]) -> Sc
 
 def test_an_advantage_is_that_of_the_own_group_on_every_token():
     groups = [with_rewards("a", [1.0, 0.0], [2, 3]), with_rewards("b", [0.2, 0.2], [1, 1])]
-    advantages = advantages_of(groups, LossConfig(kind="grpo", advantage_std=False))
-    assert [s.tolist() for s in advantages] == [[0.5] * 2, [-0.5] * 3, [0.0], [0.0]]
+    signals = signals_of(groups, LossConfig(kind="grpo", advantage_std=False))
+    assert [s.advantage.tolist() for s in signals] == [[0.5] * 2, [-0.5] * 3, [0.0], [0.0]]
     learner = LearnerConfig(micro_batch=2, world_size=2)
     plans = [
         plan_update(groups, LossConfig(kind="grpo"), learner, rank, lambda _: NONE, 99) for rank in range(2)
@@ -179,8 +193,9 @@ def test_rewards_and_trajectories_must_be_as_many():
 # --- rewards ---
 
 
-def answer(span):
-    return replace(make_group("p").group.trajectories[0], predicted_spans_s=(span,) if span else ())
+def answer(*spans):
+    spans = tuple(span for span in spans if span)
+    return replace(make_group("p").group.trajectories[0], predicted_spans_s=spans)
 
 
 def test_rewards_by_hand():
@@ -195,6 +210,25 @@ def test_rewards_by_hand():
         0.0,
     ]
     assert [reward(answer(None), prompt) for reward in (iou, time_r1, answer_format)] == [0.0] * 3
+
+
+def test_rewards_of_sets_by_hand():
+    """W1 by the quantile functions: of the truth 2 + 4u below u = 1/2, then 6 + 4u."""
+    prompt = make_prompt("p", ((2.0, 4.0), (8.0, 10.0)), duration_s=12.0)
+    # 2 + 2u, then 7 + 2u
+    both, touching = answer((8.0, 9.0), (2.0, 3.0)), answer((2.0, 3.0), (3.0, 4.0), (8.0, 10.0))
+    assert merged_iou(both, prompt) == 0.5 and merged_iou(touching, prompt) == 1.0
+    assert temporal_wasserstein(both, prompt) == pytest.approx(math.exp(-0.5 / 4))
+    assert temporal_wasserstein(touching, prompt) == 1.0
+    assert temporal_wasserstein(answer((10.0, 12.0)), prompt) == pytest.approx(math.exp(-5.0 / 4))
+    assert iou(both, prompt) == 0.5 and iou(answer((0.0, 1.0), (2.0, 4.0)), prompt) == 0.0, "the first"
+    nothing = [answer(), answer((3.0, 3.0)), answer((4.0, 2.0)), answer((2.0, math.inf))]
+    assert [parse_penalty(a, prompt) for a in (both, *nothing)] == [0.0, -1.0, -1.0, -1.0, -1.0]
+    assert {r(a, prompt) for a in nothing for r in (merged_iou, temporal_wasserstein)} == {0.0}
+    assert temporal_wasserstein(both, make_prompt("u", None)) == 0.0
+    assert (
+        answer_format(both, prompt) == 1.0 and answer_format(answer((1.0, 2.0), (5.0, 13.0)), prompt) == 0.0
+    )
 
 
 def test_rewards_are_summed_and_named_by_import_path():

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from learner.batching import plan_update
-from learner.loss import ResponseTokens, full_loss, loss_per_token, sampled_advantage, topk_loss
+from learner.loss import ResponseTokens, divergence, loss_per_token, sampled_advantage, with_tail
 from learner.visual import visual_weights
 from tests.fakes import make_group
 from video_opd.config_learner import LearnerConfig, LossConfig
@@ -78,23 +78,22 @@ def test_each_token_s_distillation_loss_and_gradient_are_multiplied(kind):
     exact = {s.trajectory_id: of for g in asked for s, of in zip(g.scores, literal(g, 0.6, 0.3), strict=True)}
     assert len(rows) == len(exact)
     for row in rows:
-        n, scores = len(row.advantage), row.scores
+        n, scores = len(row.signal.advantage), row.scores
         assert scores and scores.top_k
         first = min(2, n - 1)
         logits = torch.randn(n, 50, dtype=torch.float64, requires_grad=True)
         teacher, targets = torch.randn(n, 50), torch.from_numpy(row.trajectory.response_token_ids).long()
         actor = torch.from_numpy(row.trajectory.actor_logprobs)
         top_k = torch.from_numpy(scores.top_k.ids).long(), torch.from_numpy(scores.top_k.logprobs)
-        own = None if row.visual_weights is None else torch.from_numpy(row.visual_weights)
-        advantage = torch.from_numpy(row.advantage)
-        given_ = ResponseTokens(targets, actor, advantage, top_k, lambda r, t=teacher: t[r], None, own)
+        own = {name: torch.from_numpy(of) for name, of in vars(row.signal).items()}
+        given_ = ResponseTokens(targets, actor, top_k=top_k, teacher_logits=lambda r, t=teacher: t[r], **own)
         found, _ = loss_per_token(weighted, logits[first:], given_, slice(first, n))
         learner = logits.log_softmax(-1)[torch.arange(n), targets]
         r = torch.from_numpy(sampled_advantage(scores.teacher_logprobs, actor.numpy(), loss))
         plain = {
             "opd": -(learner - actor).exp() * r,
-            "opd_topk": topk_loss(logits, *top_k, 1.0),
-            "opd_full": full_loss(logits, teacher, "reverse"),
+            "opd_topk": divergence(*with_tail(logits, *top_k), clamp=1.0),
+            "opd_full": divergence(logits.log_softmax(-1), teacher.log_softmax(-1)),
         }[kind]
         wanted = (plain * torch.tensor(exact[scores.trajectory_id]))[first:]
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)

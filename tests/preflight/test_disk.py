@@ -159,7 +159,10 @@ def test_the_store_is_planned_for_one_version_of_the_weights():
     lagging, sampled = stores(IN_STORE, "max_policy_lag=2"), stores("rollout.rollouts_per_prompt=3")
     assert lagging.weights == stores(IN_STORE).weights
     assert lagging.trajectories == sampled.trajectories == 3 * stores().trajectories
-    assert stores("loss.kind=opd_topk").trajectories > stores().trajectories + 2 * 32 * 64 * 64 * 8 - 1
+    of_teacher = stores("loss.kind=opd_topk").trajectories
+    assert of_teacher > stores().trajectories + 2 * 32 * 64 * 64 * 8 - 1
+    of_student = stores("loss.kind=opd_topk", "loss.top_k_of=student").trajectories
+    assert of_student == of_teacher + (of_teacher - stores().trajectories) // 2, "its ids travel twice"
 
 
 @pytest.mark.parametrize("way", ["object_store", "collective"])

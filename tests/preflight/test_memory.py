@@ -629,8 +629,14 @@ def test_the_peak_of_passes_that_keep_nothing(model, dtype):
         LossConfig(kind=k)
         for k in ("opd", "opd_topk", "opd_full", "grpo", "off_policy_rkd", "off_policy_fkd", "sft")
     ]
-    + [LossConfig(kind="opd_full", divergence="jsd")],
-    ids=lambda loss: f"{loss.kind}-{loss.divergence}",
+    + [
+        LossConfig(kind="opd_full", divergence="jsd"),
+        LossConfig(kind="opd_full", divergence="forward"),
+        LossConfig(kind="opd_full", forward_kl_entropy=1.0),
+        LossConfig(kind="opd_topk", divergence="jsd"),
+        LossConfig(kind="opd_topk", forward_kl_entropy=1.0),
+    ],
+    ids=lambda loss: f"{loss.kind}-{loss.divergence}-{loss.forward_kl_entropy}",
 )
 @pytest.mark.parametrize(("chunk", "temperature"), [(64, 1.0), (16, 1.0), (64, 0.9)])
 def test_copies_of_the_logits_at_the_peak_of_every_loss(loss, chunk, temperature):
@@ -644,6 +650,7 @@ def test_copies_of_the_logits_at_the_peak_of_every_loss(loss, chunk, temperature
         top_k=(torch.arange(32).expand(rows, 32), torch.full((rows, 32), -5.0)),
         teacher_logprobs=torch.zeros(rows),
         teacher_logits=lambda which: policy(torch.zeros(rows, hidden)[which] @ head.weight.detach().T),
+        is_forward=torch.arange(rows) % 2 > 0 if loss.forward_kl_entropy else None,
     )
 
     def of_rows(logits: torch.Tensor, which: slice) -> tuple[torch.Tensor, ...]:

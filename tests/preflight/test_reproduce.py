@@ -148,4 +148,4 @@ def test_the_configs_agree_on_what_the_paper_fixes():
     learner = released.learner
     assert (learner.lr_decay, learner.final_lr_frac, learner.weight_decay) == ("cosine", 0.0, 0.1)
     assert learner.betas == (0.9, 0.95) and released.rollout.temperature == 0.9
-    assert released.data.train.format == "video_opd" and released.curriculum.kind == "uniform"
+    assert released.data.sources[""].format == "video_opd" and released.curriculum.kind == "uniform"

@@ -111,7 +111,7 @@ def test_clips_that_cannot_be_read_are_named_and_have_their_places_in_the_pool(
     summary = json.loads((finished / "summary.json").read_text())
     dropped = {i: r for i, r in summary["dropped"].items() if i.split(":")[0] in paths}
     config = load_config(DEMO, [*overrides, *SHRUNK, *data])
-    lines = Path(config.data.train.annotations).read_text().splitlines()
+    lines = Path(config.data.sources[""].annotations).read_text().splitlines()
     good = [line if line.split()[0] not in paths else "" for line in lines]
     assert len(dropped) == good.count("") and {i.split(":")[0] for i in dropped} == set(paths)
     assert all(str(paths[prompt_id.split(":")[0]]) in reason for prompt_id, reason in dropped.items())
@@ -435,6 +435,7 @@ def test_dry_run_prints_the_plan_and_starts_nothing(overrides, capsys):
         ("loss={kind: grpo, clamp: 3}", "clamp does nothing for kind=grpo"),
         ("loss={kind: opd_full, divergence: jsd, beta: 1.5}", "loss.beta=1.5"),
         ("loss={kind: opd_topk, top_k: 100000}", "loss.top_k=100000, but the teacher has"),
+        ("loss={kind: opd, top_k_of: student}", "top_k_of does nothing for kind=opd"),
         ("teacher=null", "needs a teacher"),
         ("learner.betas=[0.9", "'learner.betas=[0.9': the value is not YAML"),
         ("--nosuch", "unrecognized arguments: --nosuch"),

@@ -44,6 +44,7 @@ from video_opd.weights.buckets import unpack
 # for all of them.
 LR, STEPS = 1e-3, 2
 WORST, RMS = 0.2 * LR, 0.002 * LR
+BASELINE = 0.4  # of rewards
 
 
 # DeepSpeed keeps parameters of up to 1e5 elements whole, so all of these models'.
@@ -79,12 +80,26 @@ def make_config(overrides, world_size: int, stage: int, *more: str):
 
 def batches(config, prompts, encoder):
     """Seven groups a step: neither ranks nor micro-batches come out even."""
-    needs = config.loss.needs
-    rollouts = 2 if needs.rewards else 1
-    return [
-        scored_groups(prompts[i * 7 : i * 7 + 7], encoder, seed=i, rollouts=rollouts, sampled=needs.rollouts)
+    sampled, rollouts = config.loss.needs.rollouts, config.rollout.rollouts_per_prompt
+    steps = [
+        scored_groups(prompts[i * 7 : i * 7 + 7], encoder, seed=i, rollouts=rollouts, sampled=sampled)
         for i in range(STEPS)
     ]
+    return [with_signals(groups) for groups in steps] if config.loss.task_weight else steps
+
+
+def with_signals(groups: list[ScoredGroup]) -> list[ScoredGroup]:
+    """The first response is the ground truth, and the second one's answer is right."""
+
+    def changed(group: ScoredGroup, **changes: Any) -> ScoredGroup:
+        (trajectory,) = group.group.trajectories
+        return replace(group, group=replace(group.group, trajectories=(replace(trajectory, **changes),)))
+
+    n = len(groups[0].group.trajectories[0].response_token_ids)
+    unsampled = {"prompt_token_ids": np.zeros(0, np.int32), "actor_logprobs": np.zeros(n, np.float32)}
+    truth = replace(changed(groups[0], prompt_fingerprint=None, **unsampled), rewards=None)
+    right = changed(groups[1], predicted_spans_s=groups[1].group.prompt.answer_spans_s)
+    return [truth, right, *groups[2:]]
 
 
 def literal_loss(config, groups, logits: torch.Tensor, targets: torch.Tensor, pad_ids) -> torch.Tensor:
@@ -106,19 +121,29 @@ def literal_loss(config, groups, logits: torch.Tensor, targets: torch.Tensor, pa
     teacher = concatenated(s.teacher_logprobs for s in scores)
     ratio = (taken - actor).exp()
     match loss.kind:
+        case "opd" if loss.task_weight:
+            sizes = [len(t.response_token_ids) for t in trajectories]
+            rewards = [g.rewards[0] - BASELINE if g.rewards else 0.0 for g in groups]
+            a, place = (torch.tensor(np.repeat(v, sizes)) for v in (rewards, range(len(sizes))))
+            r = loss.distill_weight * (teacher - torch.where(place == 0, taken.detach(), actor))
+            of_rollouts = ratio * (r * (place > 1) + loss.task_weight * a)
+            return -torch.where(place == 0, r * taken, of_rollouts).sum()
         case "opd":
             return -(ratio * (teacher - actor)).sum()
         case "opd_topk":
             ids = concatenated(s.top_k.ids for s in scores).long()
             top = concatenated(s.top_k.logprobs for s in scores)
-            of_set = student.gather(-1, ids)
-            tail, teacher_tail = 1 - of_set.exp().sum(-1), 1 - top.exp().sum(-1)
-            return (of_set.exp() * (of_set - top)).sum() + (tail * (tail / teacher_tail).log()).sum()
+            p, q = (
+                torch.cat([of_set.exp(), 1 - of_set.exp().sum(-1, keepdim=True)], -1)
+                for of_set in (student.gather(-1, ids), top)
+            )
+            return by_entropy(loss, p.log(), q.log(), -(q * q.log()).sum(-1)).sum()
         case "opd_full" | "off_policy_fkd":
             embeddings = load_model(config.teacher, "float32").get_input_embeddings().weight.detach()
             whole = policy(concatenated(s.hidden for s in scores).float() @ embeddings.T)
-            p, q = (student, whole) if loss.kind == "opd_full" else (whole, student)
-            return (p.exp() * (p - q)).sum()
+            if loss.kind == "off_policy_fkd":
+                return (whole.exp() * (whole - student)).sum()
+            return by_entropy(loss, student, whole, concatenated(s.entropy for s in scores)).sum()
         case "grpo":
             advantages = []
             for group in groups:
@@ -130,6 +155,16 @@ def literal_loss(config, groups, logits: torch.Tensor, targets: torch.Tensor, pa
             away = (teacher - taken).exp() - 1 - (teacher - taken)
             return (-torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a) + loss.kl_coef * away).sum()
     raise AssertionError(loss.kind)
+
+
+def by_entropy(loss, p: torch.Tensor, q: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of log-probs, or KL(q || p) where the entropy of q is large."""
+    reverse, forward = (p.exp() * (p - q)).sum(-1), (q.exp() * (q - p)).sum(-1)
+    if loss.forward_kl_entropy is None:
+        return reverse
+    is_forward = entropy >= loss.forward_kl_entropy
+    assert 0.2 < is_forward.float().mean() < 0.8
+    return torch.where(is_forward, forward, reverse)
 
 
 def untrained(config) -> VideoLLM:
@@ -215,7 +250,8 @@ async def parameters_of(learner: Learner, version: int) -> dict[str, np.ndarray]
 async def train(learner: Learner, config, prompts, encoder, folder=None):
     """The learner's parameters after the same updates; its metrics; checkpoint if asked."""
     batched = enumerate(batches(config, prompts, encoder))
-    reports = [await learner.update(groups, step) for step, groups in batched]
+    baseline = BASELINE if config.loss.task_weight else None
+    reports = [await learner.update(groups, step, baseline) for step, groups in batched]
     if folder:
         await learner.save(folder)
     return await parameters_of(learner, STEPS), [r.metrics for r in reports]
@@ -226,12 +262,17 @@ def largest_gap(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> f
     return max(float(np.abs(ours[n] - theirs[n]).max()) for n in ours)
 
 
+GRPO = ["rollout.rollouts_per_prompt=2", "loss.kl_coef=0.5"]
+SIGNALS = [
+    f"loss.{option}"
+    for option in ("distill_weight=0.5", "task_weight=0.7", "task_gate=0.7", "on_policy_frac=0.8")
+]
 EVERY_OBJECTIVE = [
     (1, 2, "opd_topk"),
     (2, 0, "opd"),
-    (2, 2, "opd_topk"),
+    (2, 2, "opd_topk loss.forward_kl_entropy=1.8"),
     (2, 3, "opd"),
-    (2, 2, "opd_full"),
+    (2, 2, "opd_full loss.forward_kl_entropy=0.7"),
     (2, 2, "grpo"),
     (2, 2, "off_policy_fkd"),
 ]
@@ -249,11 +290,10 @@ def test_a_rank_starts_without_torchs_compiler(learners, overrides):
 
 @pytest.mark.parametrize(("world_size", "stage", "loss"), EVERY_OBJECTIVE)
 def test_ranks_compute_what_one_process_does(learners, overrides, prompts, encoder, world_size, stage, loss):
-    grpo = ["rollout.rollouts_per_prompt=2", "loss.kl_coef=0.5"] if loss == "grpo" else []
-    options = [*grpo, *SHARDED] if stage == 3 else grpo
+    options = {("grpo", 2): GRPO, ("opd", 3): SHARDED, ("opd", 0): SIGNALS}.get((loss, stage), [])
     if world_size == 2:
         options = [*options, "rollout.temperature=0.7"]
-    config = make_config(overrides, world_size, stage, f"loss.kind={loss}", *options)
+    config = make_config(overrides, world_size, stage, *f"loss.kind={loss}".split(), *options)
     expected = reference(config, prompts, encoder)
 
     async def run():

@@ -23,6 +23,7 @@ from tests.real.conftest import reference_logprobs
 from tests.videos import noise, write_video
 from video_opd import ROOT
 from video_opd.answers import parse_span
+from video_opd.config_learner import LossConfig
 from video_opd.models import vllm_engine
 from video_opd.models.engine_loop import Answered, EngineLoop, Request
 from video_opd.models.forward import load_model
@@ -34,6 +35,7 @@ from video_opd.weights.buckets import WeightBucket, to_buckets
 
 KV_BLOCK_TOKENS = 128  # of vLLM on a CPU
 BLOCK_TOKENS = 32  # the fewest there
+TOP_K = 25  # more than vLLM tells by default
 TOLERANCE = 1e-4
 TIMEOUT_S = 60.0
 
@@ -41,9 +43,10 @@ TIMEOUT_S = 60.0
 @pytest.fixture(scope="module")
 def engine(config, encoder) -> PolicyEngine:
     """With small KV blocks: a tiny clip's tokens fill two."""
+    loss = LossConfig(kind="opd_topk", top_k=TOP_K, top_k_of="student")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vllm_engine, "start_vllm", partial(vllm_engine.start_vllm, block_size=BLOCK_TOKENS))
-        return PolicyEngine(config, encoder.pad_ids)
+        return PolicyEngine(config.model_copy(update={"loss": loss}), encoder.pad_ids)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,10 @@ def sampled(engine, model, encoded, seed: int, temperature: float) -> list[np.nd
         mean = (p * exact).sum(-1)
         variance = (p * np.square(exact - mean[:, None])).sum(-1)
         of_tokens = exact[np.arange(len(answer.token_ids)), answer.token_ids]
+        assert answer.top_k_ids.shape == (len(of_tokens), TOP_K) and answer.top_k_ids.dtype == np.int32
+        told = np.take_along_axis(exact, answer.top_k_ids.astype(int), 1)
+        likeliest = np.abs(told - np.sort(exact, axis=1)[:, ::-1][:, :TOP_K]).max() < TOLERANCE / temperature
+        assert likeliest or np.abs(answer.logprobs - of_tokens).max() > TOLERANCE, "of other weights, neither"
         found.append(np.stack([answer.logprobs, of_tokens, mean, variance]))
     return found
 

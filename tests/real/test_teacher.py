@@ -17,6 +17,7 @@ from teacher_service.replica import TeacherReplica
 from tests.attention import compare, compare_first_tokens
 from tests.real.conftest import reference_logprobs, scored_groups
 from video_opd.config import Config
+from video_opd.config_learner import LossConfig
 from video_opd.config_teachers import TeacherModel
 from video_opd.models.forward import load_head, load_model
 from video_opd.models.policy import Policy
@@ -182,15 +183,17 @@ def flat(reply: Reply) -> list[Any]:
     return [scores for of_group in reply.results for scores in of_group]
 
 
-def test_a_teacher_that_is_the_student_gives_no_signal(config, prompts, encoder):
+def test_a_teacher_that_is_the_student_gives_no_signal_and_a_teacher_scores_the_students_top_k(
+    config, prompts, encoder, teacher_encoder
+):
     from actors.engine import PolicyEngine
 
     encoded = [encoder.encode(p) for p in prompts[:8]]
-    policy = PolicyEngine(
-        config.model_copy(update={"rollout": config.rollout.model_copy(update={"temperature": T})}),
-        encoder.pad_ids,
-    )
+    parts: dict[str, Any] = {"rollout": config.rollout.model_copy(update={"temperature": T})}
+    parts["loss"] = LossConfig(kind="opd_topk", top_k=K, top_k_of="student")
+    policy = PolicyEngine(config.model_copy(update=parts), encoder.pad_ids)
     answers = [row[0] for row in policy.generate(encoded, list(range(8)))]
+    check_given(config, [teacher_encoder.encode(p) for p in prompts[:8]], answers, teacher_encoder)
     for kind in (TransformersEngine, VllmEngine):
         teacher = kind(config.student, config.teacher_pool, Wanted(), 0, encoder, temperature=T)
         scores = teacher.score(encoded, [a.token_ids for a in answers])
@@ -198,6 +201,28 @@ def test_a_teacher_that_is_the_student_gives_no_signal(config, prompts, encoder)
         assert len(signal) >= 8
         assert np.abs(signal).max() < TOLERANCE
         assert all(s.top_k is None and s.hidden is None for s in scores)
+
+
+def check_given(config, encoded, answers, teacher_encoder) -> None:
+    """The teacher's log-probs of the student's likeliest tokens, and these tokens, are transformers'."""
+    how = Wanted(top_k=K, is_given=True), 0, teacher_encoder, False, T
+    engine = TransformersEngine(config.teacher, config.teacher_pool, *how)
+    responses, given = [a.token_ids for a in answers], [a.top_k_ids for a in answers]
+    for of_answer in given:
+        of_answer.flags.writeable = False  # as from Ray's object store
+    student, teacher = (load_model(path, "float32").eval() for path in (config.student, config.teacher))
+    scored = engine.score(encoded, responses, None, given)
+    for prompt, answer, scores in zip(encoded, answers, scored, strict=True):
+        own, exact = (reference_logprobs(m, prompt, answer.token_ids, T) for m in (student, teacher))
+        assert scores.top_k is not None
+        ids = scores.top_k.ids
+        assert ids.tolist() == answer.top_k_ids.tolist() and ids.shape == (len(answer.token_ids), K)
+        assert all(len({*row}) == K for row in ids.tolist())
+        likeliest = np.sort(own, axis=1)[:, ::-1][:, :K]
+        assert np.abs(np.take_along_axis(own, ids.astype(int), 1) - likeliest).max() < TOLERANCE
+        assert np.abs(np.take_along_axis(exact, ids.astype(int), 1) - scores.top_k.logprobs).max() < TOLERANCE
+    outside = [t not in row for a in answers for t, row in zip(a.token_ids, a.top_k_ids, strict=True)]
+    assert any(outside), "the sampled token need not be among them"
 
 
 def test_shipped_hidden_states_and_the_head_read_from_the_folder_give_the_teachers_distribution(

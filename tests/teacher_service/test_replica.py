@@ -17,6 +17,7 @@ from teacher_service.calls import Reply
 from teacher_service.replica import TeacherReplica
 from tests.fakes import make_group, make_prompt
 from tests.teacher_service.test_teacher_service import config_with
+from video_opd.answers import parse_spans
 from video_opd.config import Config
 from video_opd.config_teachers import TeacherModel
 from video_opd.errors import ParityError
@@ -78,12 +79,17 @@ class Parts:
         self._before(names)
 
     def score(
-        self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray], prepared: Sequence[str]
+        self,
+        prompts: Sequence[EncodedPrompt],
+        responses: Sequence[np.ndarray],
+        prepared: Sequence[str],
+        given: Sequence[np.ndarray] | None,
     ) -> list[Any]:
         self._asked(prompts, prepared)
         self.num_computed_tokens += 10 + len(prompts)
-        unasked = dict.fromkeys(("top_k", "hidden", "entropy"))
-        return [SimpleNamespace(logprobs=-r.astype(np.float32), **unasked) for r in responses]
+        unasked = dict.fromkeys(("hidden", "entropy"))
+        pairs = zip(responses, given or [None] * len(responses), strict=True)
+        return [SimpleNamespace(logprobs=-r.astype(np.float32), top_k=ids, **unasked) for r, ids in pairs]
 
     def predict(
         self,
@@ -98,6 +104,9 @@ class Parts:
 
     def written(self, text: str) -> str:
         return text
+
+    def spans_in(self, text: str, style: str | None) -> tuple:
+        return parse_spans(text)
 
 
 def replica_of(parts: Parts, **pool: Any) -> TeacherReplica:
@@ -237,6 +246,21 @@ def test_a_prompt_that_returns_in_a_call_is_encoded_once_and_a_broken_one_fails_
     asyncio.run(all_of(replica.score(groups)))
     assert parts.num_encoded == Counter(a=1 + 2 + 1, b=1 + 2 + 1, c=3)
     assert parts.feed._free_bytes == 1000
+
+
+def test_the_students_tokens_reach_the_engine_beside_their_responses():
+    replica = replica_of(Parts(broken="b"), micro_batch=2)
+    replica._are_given = True
+    rng, groups = np.random.default_rng(0), []
+    for of_prompt in (group("a", (2, 5), "v"), group("b"), group("c", (4,), "w"), group("d", (1, 3), "v")):
+        ids = [rng.integers(0, 9, (len(t.response_token_ids), 3)) for t in of_prompt.trajectories]
+        pairs = zip(of_prompt.trajectories, ids, strict=True)
+        groups.append(replace(of_prompt, trajectories=tuple(replace(t, top_k_ids=of) for t, of in pairs)))
+    (reply,) = asyncio.run(all_of(replica.score(groups)))
+    assert isinstance(reply.results.pop(1), FailedPrompt) and groups.pop(1)
+    for scores, of_prompt in zip(reply.results, groups, strict=True):
+        given = [t.top_k_ids for t in of_prompt.trajectories]
+        assert all(s.top_k is ids for s, ids in zip(scores, given, strict=True))
 
 
 def test_a_call_that_is_given_up_is_not_scored_unless_it_was_begun_and_frees_its_bytes():

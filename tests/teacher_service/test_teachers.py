@@ -57,6 +57,13 @@ def scores_of(values: Sequence[float], name: str = "t", entropy: bool = True) ->
         (ALONE | {"teachers": [MATHS, MATHS]}, "give each a name of its own"),
         (ALONE | {"teachers": [MATHS | {"prompts": "("}]}, "not a regular expression"),
         (ALONE | {"teachers": [MATHS | {"weight": 0}]}, "weight"),
+        (ALONE | {"teachers": [MATHS | {"weight": float("nan")}]}, "weight"),
+        (
+            ALONE
+            | {"teachers": [MATHS | {"weight": 1.5}, COOKS | {"weight": -0.5}]}
+            | {"loss": {"kind": "grpo", "kl_coef": 0.1}, "rollout": {"rollouts_per_prompt": 2}},
+            "kl_coef is a KL to one reference",
+        ),
         (ALONE | {"teachers": [MATHS | {"name": "a/b"}]}, "name"),
         (ALONE | {"teachers": [{"name": "m"}]}, "missing key teachers.0.model"),
         (ALONE | {"teachers": [MATHS | {"video": {"decoder": "pyav"}}]}, "video.decoder is the same for all"),
@@ -131,6 +138,30 @@ def test_objectives_of_logprobs_take_several(loss):
     check_routes(config, [make_prompt("c1")], [])
 
 
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ((1.25, -0.25), None),
+        ((2.0, 3.0), None),
+        ((1.5, 0.7, -1.2), None),
+        ((1.25, -0.5), "prompt c1: weights with a negative one must sum to 1, not 0.75"),
+        ((1.25, -0.250002), "must sum to 1"),
+        ((-0.25, 1.25), "prompt c1: its first teacher, maths, answers it, but has a negative weight"),
+        ((-1.0,), "prompt c1: its one teacher, maths, has a negative weight"),
+        ((2.0,), "weight=2 of teacher maths does nothing"),
+    ],
+)
+def test_weights_of_a_prompt_s_teachers_count_and_fit_together(weights, said):
+    teachers = [t | {"weight": w} for t, w in zip((MATHS, COOKS, ALL), weights, strict=False)]
+    config = config_with(*teachers)
+    if said is None:
+        return check_routes(config, [make_prompt("c1")], [])
+    with pytest.raises(ConfigError, match=said) as caught:
+        check_routes(config, [make_prompt("c1")], [])
+    assert "\n" not in str(caught.value)
+    check_routes(config, [], [])  # the data are elsewhere
+
+
 # --- what their scores become ---
 
 values = st.lists(st.floats(-20, 0, width=32), min_size=1, max_size=5)
@@ -151,6 +182,17 @@ def test_the_reward_is_the_weighted_sum_of_the_log_ratios(data, weights, num_tok
     assert combined.teacher_id == "+".join(f"t{i}" for i in range(len(weights)))
     assert combined.teacher_logprobs.dtype == np.float32 and combined.top_k is None
     assert combined.entropy == pytest.approx(-combined.teacher_logprobs, abs=1e-4)
+
+
+@given(st.data(), st.floats(1.01, 4), st.integers(1, 6))
+def test_a_teacher_and_its_base_extrapolate(data, strength, num_tokens):
+    """G-OPD's r = lambda (log pi_T - log pi_base) + (log pi_base - log pi_old)."""
+    tokens = st.lists(st.floats(-20, 0, width=32), min_size=num_tokens, max_size=num_tokens)
+    teacher, base, actor = (np.asarray(data.draw(tokens), np.float32) for _ in range(3))
+    combined = combine([strength, 1 - strength], [scores_of(list(v)) for v in (teacher, base)])
+    reward = sampled_advantage(combined.teacher_logprobs, actor, config_with(MATHS).loss)
+    expected = strength * (teacher.astype(float) - base) + (base.astype(float) - actor)
+    assert reward == pytest.approx(expected, abs=1e-4) and combined.entropy is None
 
 
 def test_one_teacher_s_scores_stay_as_they_are():

@@ -20,7 +20,7 @@ from benchmarks.emulated_teacher import EmulatedTeacher
 from teacher_service.engine import VllmEngine, Wanted
 from tests.fakes import make_prompt
 from video_opd.config_teachers import TeacherConfig
-from video_opd.errors import ParityError, RunError
+from video_opd.errors import ConfigError, ParityError, RunError
 from video_opd.types import EncodedPrompt
 
 BLOCK, VOCABULARY, K, EXPANDED = 4, 20, 3, 19
@@ -100,11 +100,12 @@ class Vllm:
         given, positions = None, [None]
         if hasattr(how, "prompt_logprob_token_ids"):
             rows = range(start := how.prompt_logprob_start, len(ids) - 1)
-            assert how.prompt_logprob_token_ids.tolist() == [[i] for i in ids[start + 1 :]]
+            asked = how.prompt_logprob_token_ids.tolist()
+            assert [row[0] for row in asked] == ids[start + 1 :]
             if first <= start and not self.silent:
                 kind = "prompt_token_id_logprobs"
                 known = [self._runner.logprobs_after(ids[: r + 1], kind) for r in rows]
-                given = np.asarray([[of[ids[r + 1]]] for of, r in zip(known, rows, strict=True)])
+                given = np.asarray([of[row] for of, row in zip(known, asked, strict=True)])
         elif hasattr(how, "prompt_logprobs"):
             positions += [self._position(ids, r, how.prompt_logprobs) for r in rows]
         self.num_rows.append(
@@ -153,27 +154,37 @@ def vllm():
         yield
 
 
-def engine_of(llm: Vllm, top_k: int = 0) -> VllmEngine:
+def engine_of(llm: Vllm, top_k: int = 0, is_given: bool = False) -> VllmEngine:
     config, encoder = TeacherConfig(), SimpleNamespace(pad_ids=BANNED)
+
+    def start(*_: Any, max_logprobs: int, **options: Any) -> Vllm:
+        assert max_logprobs >= top_k + is_given, "vLLM refuses to tell more"
+        return llm
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teacher_service.engine, "start_vllm", lambda *_, **__: llm)
-        how: Any = Wanted(top_k=top_k), 0, encoder, False, T
+        patch.setattr(teacher_service.engine, "start_vllm", start)
+        how: Any = Wanted(top_k, is_given), 0, encoder, False, T
         return VllmEngine("m", config, *how)
 
 
 def check(
     engine: VllmEngine, prompts: list[EncodedPrompt], responses: list[np.ndarray], prepared: Any
 ) -> None:
-    for prompt, response, scores in zip(
-        prompts, responses, engine.score(prompts, responses, prepared), strict=True
-    ):
+    rng, is_given = np.random.default_rng(0), engine.wanted.is_given
+    # the response's own token need not be among them
+    ids = [np.stack([rng.permutation(np.arange(2, VOCABULARY))[:K] for _ in r]) for r in responses]
+    found = engine.score(prompts, responses, prepared, ids if is_given else None)
+    for prompt, response, of_student, scores in zip(prompts, responses, ids, found, strict=True):
         ids, start = [*prompt.token_ids.tolist(), *response.tolist()], len(prompt.token_ids) - 1
         rows = np.stack([policy_after(ids[: start + i + 1]) for i in range(len(response))])
         assert scores.logprobs.dtype == np.float32
         np.testing.assert_allclose(scores.logprobs, rows[np.arange(len(response)), response], atol=1e-5)
         if engine.wanted.top_k:
             assert scores.top_k is not None
-            np.testing.assert_allclose(scores.top_k.logprobs, -np.sort(-rows)[:, :K], atol=1e-5)
+            if is_given:
+                assert scores.top_k.ids.tolist() == of_student.tolist()
+            else:
+                np.testing.assert_allclose(scores.top_k.logprobs, -np.sort(-rows)[:, :K], atol=1e-5)
             of_ids = np.take_along_axis(rows, scores.top_k.ids.astype(int), 1)
             np.testing.assert_allclose(scores.top_k.logprobs, of_ids, atol=1e-5)
 
@@ -184,13 +195,17 @@ texts = st.lists(tokens, min_size=1, max_size=2 * BLOCK)
 
 @given(
     st.lists(st.tuples(texts, st.lists(texts, min_size=1, max_size=4)), min_size=1, max_size=3),
-    st.sampled_from([0, K]),
+    st.sampled_from([(0, False), (K, False), (K, True)]),
     st.booleans(),
     st.booleans(),
 )
 def test_scores_are_those_of_the_whole_sequence_whatever_the_cache_holds(calls, top_k, second_runner, ahead):
     llm = Vllm(second_runner)
-    engine = engine_of(llm, top_k)
+    if top_k[1] and not second_runner:
+        with pytest.raises(ConfigError, match=r"cannot score tokens that it is given.*engine=transformers"):
+            engine_of(llm, *top_k)
+        return
+    engine = engine_of(llm, *top_k)
     for text, answers in calls:  # each call finds what those before have left in the cache
         prompt = encoded(text)
         prompts, responses = [prompt] * len(answers), [np.asarray(a, np.int32) for a in answers]
@@ -200,15 +215,15 @@ def test_scores_are_those_of_the_whole_sequence_whatever_the_cache_holds(calls, 
     assert engine.num_computed_tokens == llm.num_computed
 
 
-@pytest.mark.parametrize("top_k", [0, K])
-def test_the_head_sees_the_response_rows_and_at_most_a_block_of_a_long_prompt(top_k):
+@pytest.mark.parametrize(("top_k", "is_given"), [(0, False), (K, False), (K, True)])
+def test_the_head_sees_the_response_rows_and_at_most_a_block_of_a_long_prompt(top_k, is_given):
     rng, llm = np.random.default_rng(0), Vllm()
-    engine = engine_of(llm, top_k)
+    engine = engine_of(llm, top_k, is_given)
     prompts = [encoded(rng.integers(2, 9, 50 + i).tolist()) for i in range(2 * BLOCK)]
     responses = [rng.integers(2, 9, 3).astype(np.int32) for _ in prompts]
     check(engine, prompts, responses, None)
     rows = [n for n in llm.num_rows if n]
-    assert len(rows) == len(prompts) and max(rows) <= 3 + (BLOCK if top_k else 0)
+    assert len(rows) == len(prompts) and max(rows) <= 3 + (BLOCK if top_k and not is_given else 0)
 
 
 def test_scores_that_vllm_never_gives_and_other_ids_than_the_processors_end_the_run():

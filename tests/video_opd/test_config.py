@@ -5,7 +5,7 @@ import yaml
 
 import launch
 from video_opd import ROOT
-from video_opd.answers import parse_span
+from video_opd.answers import parse_spans
 from video_opd.config import Config
 from video_opd.config_data import STYLES
 from video_opd.config_file import describe_keys, dump_config, load_config, resolve_paths
@@ -101,6 +101,8 @@ def test_a_missing_key_is_named_in_full(path, section, key):
         "prompt.template=When?",
         "prompt.answer_template={begin}",
         "prompt.style=own",
+        "prompt.answer_template='{spans:.1f} {start}'",
+        "prompt.answer_template='{spans:x}'",
         "data.eval.unreadable=drop",
         "data.eval.faulty=drop",
         "video.min_frames=1000",
@@ -120,7 +122,10 @@ def test_a_bad_value_is_named_by_its_key(path, override):
 def test_a_prompt_style_sets_what_is_not_given_and_its_answers_are_understood(path, style, tmp_path):
     prompt = load_config(path, [f"prompt.style={style}"]).prompt
     assert {key: getattr(prompt, key) for key in STYLES[style]} == STYLES[style]
-    assert parse_span(prompt.answer_template.format(start=3.5, end=12.0)) == (3.5, 12.0)
+    truth = ((3.5, 12.0), (20.0, 21.5))
+    text, written = prompt.answer(truth)
+    assert written == (truth if style == "timelens2" else truth[:1])
+    assert parse_spans(text, prompt.asks_for_sets) == written
     own = load_config(
         path, [f"prompt.style={style}", "prompt.template=When {query}?", "prompt.video_first=false"]
     )
@@ -218,6 +223,22 @@ def test_an_override_that_is_not_yaml_is_named(path, override):
     assert repr(override) in message and "not YAML" in message
 
 
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["loss.kind=grpo", "rollout.rollouts_per_prompt=2"], "use merged_iou"),
+        (["loss.task_weight=1", "loss.rewards=[video_opd.rewards:time_r1]"], "use merged_iou"),
+        (
+            ["loss.task_weight=1", "loss.rewards=[video_opd.rewards:merged_iou]", "loss.task_gate=0.5"],
+            "task_gate",
+        ),
+        (["curriculum.kind=tvdf"], "multi_span_iou=best"),
+    ],
+)
+def test_sets_are_not_scored_by_their_first_interval(path, overrides, told):
+    assert told in problem(path, "prompt.style=timelens2", *overrides)
+
+
 @pytest.mark.parametrize("text", ["a: [1,\nb: 2", "\tkey: value", "a: b: c", "key: \x00"])
 def test_a_file_that_is_not_yaml_is_named(path, text):
     path.write_text(text)
@@ -246,8 +267,8 @@ def test_overrides_reach_nested_keys_and_leave_the_rest(path):
     config = load_config(
         path, ["data.train.max_prompts=7", "learner.betas=[0.8, 0.95]", "loss.clamp=3", "run_name=a=b"]
     )
-    assert config.data.train.max_prompts == 7 and config.data.eval.max_prompts is None
-    assert config.data.train.annotations == "a.txt"
+    assert config.data.sources[""].max_prompts == 7 and config.data.eval.max_prompts is None
+    assert config.data.sources[""].annotations == "a.txt"
     assert config.learner.betas == (0.8, 0.95)
     assert config.loss.clamp == 3.0
     assert config.run_name == "a=b"
@@ -260,7 +281,7 @@ def test_an_override_of_a_section_that_another_repeats_by_reference_changes_that
         "data:\n  train: &split {annotations: a.txt, lengths: l.csv, videos: v}\n  eval: *split\n"
     )
     config = load_config(path, ["data.train.max_prompts=7"])
-    assert config.data.train.max_prompts == 7 and config.data.eval.max_prompts is None
+    assert config.data.sources[""].max_prompts == 7 and config.data.eval.max_prompts is None
 
 
 def test_later_overrides_win_and_null_unsets(path):
@@ -294,7 +315,7 @@ def test_text_that_looks_like_something_else_is_as_it_is_written(path, text):
     """A key that holds text, one that may be unset, one of a choice, and the values of a mapping."""
     overrides = ("run_name", "student", "data.train.videos", "worker_env.A", "video.quarantine")
     config = load_config(path, [f"{key}={text}" for key in overrides])
-    found = (config.run_name, config.student, config.data.train.videos, config.worker_env["A"])
+    found = (config.run_name, config.student, config.data.sources[""].videos, config.worker_env["A"])
     assert {*found, config.video.quarantine} == {text}
 
 
@@ -360,8 +381,9 @@ def test_many_problems_are_counted_and_a_long_value_is_cut(path):
 def test_the_configs_for_real_models_start_on_charades_sta_as_it_is_published(name):
     """Four of its training intervals are reversed; others end up to two seconds after the video."""
     data = load_config(ROOT / "configs" / name).data
-    assert "charades_sta_train" in data.train.annotations
-    assert (data.train.faulty, data.train.clamp_s, data.eval.faulty) == ("drop", 2.0, "error")
+    train = data.sources[""]
+    assert "charades_sta_train" in train.annotations
+    assert (train.faulty, train.clamp_s, data.eval.faulty) == ("drop", 2.0, "error")
 
 
 def test_a_configuration_cannot_be_changed(path):
@@ -420,12 +442,18 @@ def test_help_lists_every_key_once_with_its_default(capsys):
     lines = capsys.readouterr().out.splitlines()
     for key in leaves():
         assert sum(line.startswith(f"  {key}=") for line in lines) == 1, key
-    assert "  student=required  transformers folder of the student" in lines
+    assert "  student=required  transformers folder, or ORG/NAME[@REVISION] of the Hugging Face hub" in lines
     assert any(line.startswith("  learner.lr=1e-06") for line in lines)
+
+
+def test_values_and_options_come_in_any_order():
+    parsed = launch.parse_arguments(["seed=1", "--dry-run", "num_steps=2", "--config", "c.yaml", "lr=3"])
+    assert parsed.overrides == ["seed=1", "num_steps=2", "lr=3"] and parsed.dry_run
 
 
 def test_every_described_key_can_be_overridden(path):
     described = [line.strip().partition("=")[0] for line in describe_keys()]
+    described = [name for name in described if ".N." not in name]  # of the items of data.train as a list
     assert sorted(described) == sorted(leaves())
 
 
@@ -454,4 +482,12 @@ def test_auto_is_vllm_on_gpus_and_transformers_where_that_alone_can(path, overri
 @pytest.mark.parametrize("pool", ["engine=vllm", "tensor_parallel=2"])
 def test_hidden_states_and_vllm_are_refused_in_one_line(path, pool):
     message = problem(path, "loss.kind=opd_full", f"teacher_pool.{pool}")
+    assert message.count("use teacher_pool.engine=transformers and tensor_parallel=1") == 1
+
+
+@pytest.mark.parametrize("pool", ["engine=vllm", "tensor_parallel=2"])
+def test_given_tokens_and_vllm_without_gpus_are_refused_in_one_line(path, pool):
+    student = "loss={kind: opd_topk, top_k_of: student}"
+    assert load_config(path, [student, f"teacher_pool.{pool}"]).loss.student_top_k == 64
+    message = problem(path, student, f"teacher_pool.{pool}", "teacher_pool.num_gpus=0")
     assert message.count("use teacher_pool.engine=transformers and tensor_parallel=1") == 1

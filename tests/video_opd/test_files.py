@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -317,24 +316,6 @@ def test_metrics_are_one_line_a_step(tmp_path):
     assert read_metrics(tmp_path) == [
         {"step": s, "policy_version": s + 1, "wall_s": float(s), "learner/loss": 0.5 + s} for s in range(3)
     ]
-
-
-def test_tensorboard_reads_each_scalar_of_a_step_from_one_event(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
-    sinks = MetricSinks(tmp_path, 3)
-    for step, loss in ((3, 0.5), (4, math.nan)):
-        report = StepReport(step=step, policy_version=4, metrics={"learner/loss": loss, "x": step / 2})
-        sinks.write(report, wall_s=10.0 + step)
-    sinks.close()
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    board = EventAccumulator(str(file)).Reload()
-    read = {
-        name: [(e.step, e.wall_time, e.value) for e in board.Scalars(name)] for name in ("learner/loss", "x")
-    }
-    assert read == {"learner/loss": [(3, 13.0, 0.5)], "x": [(3, 13.0, 1.5), (4, 14.0, 2.0)]}
-    assert sum(1 for _ in EventFileLoader(str(file)).Load()) == 3, "one a step after the file's head"
 
 
 def test_a_resumed_run_keeps_each_step_once(tmp_path):

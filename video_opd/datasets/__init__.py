@@ -1,5 +1,5 @@
 """Annotation files -> one manifest -> prompts. Formats and options: docs/data.md."""
 
-from video_opd.datasets.prompts import Split, read_prompts, read_split
+from video_opd.datasets.prompts import Split, read_prompts, read_sources, read_split
 
-__all__ = ["Split", "read_prompts", "read_split"]
+__all__ = ["Split", "read_prompts", "read_sources", "read_split"]

@@ -3,11 +3,11 @@
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 
-from video_opd.config_data import DatasetConfig, VideoConfig
+from video_opd.config_data import DataConfig, DatasetConfig, VideoConfig
 from video_opd.datasets.annotation import ODD, Annotation, fit
 from video_opd.datasets.formats import read_annotations, resolve
 from video_opd.datasets.videos import VideoFolder, video_id
@@ -62,6 +62,32 @@ def read_prompts(
 ) -> list[Prompt]:
     """The prompts of read_split that can be used."""
     return read_split(dataset, video, multiple, as_published, runs_dir).prompts
+
+
+def read_sources(
+    data: DataConfig, video: VideoConfig, multiple: int, runs_dir: str | None = None, drops: bool = False
+) -> Split:
+    """data.train: one split, or the union of its sources, in their order. Raises as read_split.
+
+    Of several, an id is SOURCE/VIDEO_ID:NUMBER. drops: unreadable=drop, whatever the sources say.
+    """
+    choice = {"unreadable": "drop"} if drops else {}
+    splits = {
+        name: read_split(source.model_copy(update=choice), video, multiple, runs_dir=runs_dir)
+        for name, source in data.sources.items()
+    }
+    if "" in splits:
+        return splits[""]
+    pool = [_of_source(p, name, data.styles[name]) for name, split in splits.items() for p in split.pool]
+    key = repr([(name, split.key) for name, split in splits.items()])
+    return Split(pool, hashlib.blake2b(key.encode(), digest_size=16).hexdigest())
+
+
+def _of_source(prompt: Prompt | FailedPrompt, name: str, style: str | None) -> Prompt | FailedPrompt:
+    prompt_id = f"{name}/{prompt.prompt_id}"
+    if isinstance(prompt, FailedPrompt):
+        return replace(prompt, prompt_id=prompt_id)
+    return replace(prompt, prompt_id=prompt_id, source=name, style=style)
 
 
 def read_split(

@@ -23,18 +23,23 @@ MARKS = 2  # of vision, around the tokens of each pair of frames
 _RESERVED = (VIDEO_PAD, "<|image_pad|>")
 
 
+def read_tokenizer(folder: str | Path) -> Any:
+    """The tokenizers.Tokenizer of a model folder. Raises ModelError."""
+    from tokenizers import Tokenizer
+
+    path = Path(folder, "tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more special
+        raise ModelError(f"{path} cannot be read as a tokenizer ({error})") from error
+
+
 class PromptLengths:
     """Counts the tokens that PromptEncoder.encode gives, exactly (tests/video_opd/test_lengths.py)."""
 
     def __init__(self, folder: str | Path, model_type: str, multiple: int, config: PromptConfig):
         """multiple: as plan_clip's. Raises ModelError if the folder lacks tokenizer.json or a template."""
-        from tokenizers import Tokenizer
-
-        path = Path(folder, "tokenizer.json")
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing more special
-            raise ModelError(f"{path} cannot be read as a tokenizer ({error})") from error
+        self._tokenizer = read_tokenizer(folder)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         try:
@@ -52,11 +57,12 @@ class PromptLengths:
                 )
         clips = {id(p.clip): p.clip for p in prompts}  # prompts of a clip share it
         videos = dict(zip(clips, self._of_videos(list(clips.values())), strict=True))
-        texts = self._count([self._text(p.query) for p in prompts])
+        texts = self._count([self._text(p) for p in prompts])
         return [text - 1 + videos[id(p.clip)] for text, p in zip(texts, prompts, strict=True)]
 
-    def _text(self, query: str) -> str:
-        return self._template.render(messages=chat_messages(self._config, query), add_generation_prompt=True)
+    def _text(self, prompt: Prompt) -> str:
+        messages = chat_messages(self._config, prompt.query, prompt.style)
+        return self._template.render(messages=messages, add_generation_prompt=True)
 
     def _of_videos(self, clips: Sequence[Clip]) -> list[int]:
         """What stands in the place of each video's pad."""

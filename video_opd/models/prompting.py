@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from video_opd.answers import opened_thought
+from video_opd.answers import opened_thought, parse_spans
 from video_opd.config_data import PromptConfig, VideoConfig
 from video_opd.errors import ClipError, DataError, ModelError, ParityError
 from video_opd.logs import log
@@ -27,8 +27,9 @@ GREY = 128  # every pixel of a blank video
 _PADS = re.compile(f"(?:{re.escape(VIDEO_PAD)})+")
 
 
-def chat_messages(config: PromptConfig, query: str) -> list[dict[str, Any]]:
-    """What a chat template takes."""
+def chat_messages(config: PromptConfig, query: str, style: str | None = None) -> list[dict[str, Any]]:
+    """What a chat template takes. style: of the prompt, as in Prompt."""
+    config = config.of_style(style)
     text = {"type": "text", "text": config.template.format(query=query)}
     content = [{"type": "video"}, text] if config.video_first else [text, {"type": "video"}]
     return [{"role": "user", "content": content}]
@@ -129,14 +130,18 @@ class PromptEncoder:
     def _to_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def answer_ids(self, span: Span) -> np.ndarray:
-        """int32[N]: an interval written by prompt.answer_template, with the end token."""
-        text = self._config.answer_template.format(start=span[0], end=span[1]) + self.tokenizer.eos_token
-        return np.asarray(self._to_ids(text), dtype=np.int32)
+    def answer_ids(self, spans: Sequence[Span], style: str | None = None) -> np.ndarray:
+        """int32[N]: the ground truth as the answer_template of a prompt's style, with the end token."""
+        text, _ = self._config.of_style(style).answer(spans)
+        return np.asarray(self._to_ids(text + self.tokenizer.eos_token), dtype=np.int32)
 
     def written(self, response: str) -> str:
         """The response with the tag of the thought that its prompt, and not the response, has opened."""
         return self._thought + response
+
+    def spans_in(self, text: str, style: str | None) -> tuple[Span, ...]:
+        """The interval that a response, as `written`, names; all if prompts of the style ask for sets."""
+        return parse_spans(text, self._config.of_style(style).asks_for_sets)
 
     def encode_all(self, prompts: Sequence[Prompt], blank_video: bool = False) -> list[Encoded]:
         """encode for each, in order, or a FailedPrompt. video.decode_workers clips are read at once."""
@@ -202,6 +207,7 @@ class PromptEncoder:
             token_types=token_types,
             second_per_grid=video.second_per_grid,
             fingerprint=fingerprint(token_ids, video.grid_thw, clip.frame_indices, digest, timing),
+            style=prompt.style,
         )
 
     def token_ids(self, prompt: Prompt) -> np.ndarray:
@@ -216,7 +222,7 @@ class PromptEncoder:
 
     def _unexpanded(self, prompt: Prompt) -> list[int]:
         """Token ids of the prompt, its video one pad. Raises DataError unless it has one video."""
-        messages = chat_messages(self._config, prompt.query)
+        messages = chat_messages(self._config, prompt.query, prompt.style)
         text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = self._to_ids(text)
         if (found := [ids.count(pad) for pad in self.pad_ids]) != [1, 0]:

@@ -8,7 +8,7 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,24 +151,40 @@ class Completion:
     logprobs: np.ndarray  # float32[N]
     finish_reason: FinishReason
     text: str
+    top_k_ids: np.ndarray | None = None  # int32[N, K], the likeliest tokens; None for K = 0
+
+
+def most_likely(position: Mapping[int, Any], k: int) -> list[int]:
+    """The k likeliest tokens of vLLM's log-probs of a position, which hold the given token's too."""
+    return sorted(position, key=lambda token: position[token].rank)[:k]
 
 
 class SamplingEngine:
     """Samples from a student's folder with vLLM. For one thread, except `render`."""
 
     def __init__(
-        self, model: str, config: RolloutConfig, seed: int, banned_ids: Sequence[int], **options: Any
+        self,
+        model: str,
+        config: RolloutConfig,
+        seed: int,
+        banned_ids: Sequence[int],
+        top_k: int = 0,
+        **options: Any,
     ):
-        """`banned_ids` are never sampled: the learner would take a sampled video pad for a video."""
+        """`banned_ids` are never sampled: the learner would take a sampled video pad for a video.
+
+        top_k: K, of how many of the likeliest tokens answers have the ids.
+        """
         from video_opd.models.policy import BANNED  # imports torch
 
-        self._config = config
+        self._config, self._top_k = config, top_k
         self._banned = dict.fromkeys(banned_ids, BANNED)
         self._adapter: Any = None  # a LoRARequest for what is sampled; None: the folder's weights alone
         self._numbers = itertools.count()
         self._one_at_a_time = threading.Lock()
         options |= {"enforce_eager": config.enforce_eager, "max_num_seqs": config.max_num_seqs}
         options["logprobs_mode"] = "processed_logprobs"  # with the temperature and the ban
+        options["max_logprobs"] = top_k
         self._llm: Any = start_vllm(model, config, seed, **options)
 
     @property
@@ -208,7 +224,7 @@ class SamplingEngine:
             temperature=0.0 if seed is None else temperature or self._config.temperature,
             seed=seed,
             max_tokens=self._config.max_response_tokens,
-            logprobs=0,
+            logprobs=self._top_k,
             logit_bias=self._banned,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -259,4 +275,6 @@ class SamplingEngine:
         assert not np.isin(ids, list(self._banned)).any(), f"a banned token was sampled: {ids}"
         steps = zip(answer.logprobs, answer.token_ids, strict=True)
         logprobs = np.asarray([step[token].logprob for step, token in steps], np.float32)
-        return Completion(ids, logprobs, FinishReason(answer.finish_reason), answer.text)
+        top = [most_likely(step, self._top_k) for step in answer.logprobs]
+        top_k_ids = np.asarray(top, np.int32) if self._top_k else None
+        return Completion(ids, logprobs, FinishReason(answer.finish_reason), answer.text, top_k_ids)

@@ -4,29 +4,32 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from video_opd.config_data import VideoConfig
+from video_opd.config_teachers import TeacherModel
 from video_opd.types import Prompt, Span
 from video_opd.video.clips import plan_clip
 from video_opd.video.video_file import VideoInfo
 
 
 def viewed(
-    prompt: Prompt, video: VideoConfig, multiple: int, info: VideoInfo, margin_frac: float | None = None
+    prompt: Prompt, teacher: TeacherModel, video: VideoConfig, multiple: int, info: VideoInfo
 ) -> Prompt:
-    """The prompt whose clip's frames are chosen by `video`; times still count from the clip's own start.
+    """The prompt as the teacher sees it: its frames are chosen by `video`, the teacher's own.
 
-    margin_frac: frames are those within `crop_of` its true spans alone, shown at their times in the whole
-    clip, so that an answer in seconds means the same; None, or no true spans: of the whole clip.
+    With crop_margin_frac and true spans they are those within `crop_of`, shown at their times in the whole
+    clip, so that an answer in seconds means the same. A teacher's own prompt takes the place of a source's.
     multiple: as plan_clip's; info: what describe_video says of the clip's video. Raises ClipError.
     """
     clip = prompt.clip
     whole = (clip.start_s, clip.duration_s) == (0.0, info.num_frames / clip.video_fps)
     part = None if whole else (clip.start_s, clip.start_s + clip.duration_s)
+    margin_frac = teacher.crop_margin_frac
     if margin_frac is not None and prompt.answer_spans_s:
         least_s = video.min_frames / video.fps
         start, end = crop_of(prompt.answer_spans_s, clip.duration_s, margin_frac, least_s)
         part = clip.start_s + start, clip.start_s + end
     seen = plan_clip(clip.clip_id, clip.video_path, video, multiple, part, info)
-    return replace(prompt, clip=replace(seen, start_s=clip.start_s, duration_s=clip.duration_s))
+    seen = replace(seen, start_s=clip.start_s, duration_s=clip.duration_s)
+    return replace(prompt, clip=seen, style=None if teacher.prompt else prompt.style)
 
 
 def crop_of(spans: Sequence[Span], duration_s: float, margin_frac: float, least_s: float) -> Span:

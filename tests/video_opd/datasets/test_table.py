@@ -2,7 +2,7 @@
 
 import pytest
 
-from video_opd.config_data import DatasetConfig
+from video_opd.config_data import AnnotationFormat, DatasetConfig
 from video_opd.datasets.fields import clock_seconds
 from video_opd.datasets.formats import detect, read_annotations, resolve
 from video_opd.datasets.source import read_source
@@ -12,7 +12,7 @@ ROWS = [["video", "start", "end", "query"], ["a.mp4", "1", "2.5", "a cat"], ["b"
 READ = [("a:2", "a.mp4", "a cat", ((1.0, 2.5),)), ("b:3", "b", "two", ((5.0, 3605.5),))]
 
 
-def read(path, name="csv"):
+def read(path, name: AnnotationFormat = "csv"):
     dataset = resolve(DatasetConfig(format=name, annotations=str(path), videos="videos"))
     return [(a.prompt_id, a.video, a.query, a.spans_s) for a in read_annotations(dataset)]
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tests.fakes import make_prompt
 from video_opd.config_data import VideoConfig
+from video_opd.config_teachers import TeacherModel
 from video_opd.errors import ClipError
 from video_opd.types import Prompt
 from video_opd.video.clips import plan_clip
@@ -25,6 +26,10 @@ def video(num_frames: int, fps: float, uneven: bool) -> tuple[VideoInfo, np.ndar
     shown = times if uneven else None
     info = VideoInfo(num_frames=num_frames, fps=fps, size=(64, 96), key_gap=None, times_s=shown)
     return info, times
+
+
+def teacher(margin_frac: float | None) -> TeacherModel:
+    return TeacherModel(name="t", model="m", crop_margin_frac=margin_frac)
 
 
 def prompt_of(info: VideoInfo, cut_s: tuple[float, float] | None, spans: tuple) -> Prompt:
@@ -48,7 +53,7 @@ def test_a_crop_shows_frames_within_it_alone_at_their_true_times(
     spans = ((span[0], span[0] + span[1]),)
     prompt = prompt_of(info, cut_s, spans)
     clip, start_s = prompt.clip, cut_s[0] if cut_s else 0.0
-    seen = viewed(prompt, OWN, 32, info, margin).clip
+    seen = viewed(prompt, teacher(margin), OWN, 32, info).clip
     assert (seen.start_s, seen.duration_s, seen.clip_id) == (clip.start_s, clip.duration_s, clip.clip_id)
     np.testing.assert_allclose(seen.timestamps_s, times[seen.frame_indices] - start_s, atol=1e-9)
     wide = max(margin * span[1], (OWN.min_frames / OWN.fps - span[1]) / 2)
@@ -58,9 +63,9 @@ def test_a_crop_shows_frames_within_it_alone_at_their_true_times(
     assert np.isin(seen.frame_indices, np.arange(within[0] - 1, within[-1] + 1)).all()
     assert seen.frame_indices[0] - within[0] <= 1, "from its first frame on"
     assert len(seen.frame_indices) >= min(OWN.min_frames, len(within) // 2 * 2)
-    plain = viewed(prompt, RUN, 32, info).clip
+    plain = viewed(prompt, teacher(None), RUN, 32, info).clip
     assert (plain.frame_indices == clip.frame_indices).all() and plain.frame_size == clip.frame_size
-    more = viewed(prompt, OWN, 32, info).clip
+    more = viewed(prompt, teacher(None), OWN, 32, info).clip
     assert len(more.frame_indices) > len(clip.frame_indices)
     assert more.timestamps_s.max() <= clip.duration_s
 
@@ -74,4 +79,4 @@ def test_several_spans_are_in_one_crop_and_a_short_one_gets_room():
 def test_a_crop_of_less_than_two_frames_is_an_error():
     info, _ = video(30, 0.5, uneven=False)
     with pytest.raises(ClipError, match="at least 2 are needed"):
-        viewed(prompt_of(info, None, ((10.0, 10.5),)), OWN, 32, info, 0.0)
+        viewed(prompt_of(info, None, ((10.0, 10.5),)), teacher(0.0), OWN, 32, info)
