@@ -85,7 +85,7 @@ def _shown(prompt: Prompt, config: Config) -> tuple:
     clip, words = prompt.clip, config.prompt.of_style(prompt.style)
     asked = words.template, words.video_first
     frames = (clip.frame_indices.tobytes(), clip.timestamps_s.tobytes(), clip.duration_s, clip.frame_size)
-    return (*frames, prompt.query, asked)
+    return (*frames, prompt.query, asked, *(["sets"] if words.asks_for_sets else []))
 
 
 def _digest(parts: tuple) -> str:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from teacher_service.calls import Ready, Reply, ScoreCall, in_passes
-from video_opd.answers import parse_spans
 from video_opd.config import Config
 from video_opd.config_teachers import TeacherModel
 from video_opd.hub import fetch
@@ -183,5 +182,5 @@ class TeacherReplica:
         return Reply([answers[place] for place in range(len(answers))], engine_s, num_calls=1)
 
     def _read(self, prompt: EncodedPrompt, texts: Sequence[str]) -> list[Prediction]:
-        written = map(self._encoder.written, texts)
-        return [Prediction(prompt_id=prompt.prompt_id, text=t, spans_s=parse_spans(t)) for t in written]
+        name, spans_in, written = prompt.prompt_id, self._encoder.spans_in, map(self._encoder.written, texts)
+        return [Prediction(prompt_id=name, text=t, spans_s=spans_in(t, prompt.style)) for t in written]

@@ -144,6 +144,12 @@ class CurriculumConfig(ConfigSection):
         """Whether the student answers with one rollout for each prompt, which the teacher scores."""
         return self.kind == "tvdf" and self.dbtp and self.disagreement == "reverse_kl"
 
+    @property
+    def scores_one_span(self) -> bool:
+        """Whether it looks at the IoU of an answer's first interval."""
+        looks = self.asks_teacher or self.asks_student or self.suspends
+        return looks and self.multi_span_iou == "best"
+
 
 class ChecksConfig(ConfigSection):
     """Self-checks of a running run."""
@@ -246,7 +252,12 @@ class Config(ConfigSection):
     @property
     def video_first(self) -> bool:
         """Whether every prompt shows its video before its text, so that prompts of a clip begin alike."""
-        return all(self.prompt.of_style(style).video_first for style in (None, *self.data.styles.values()))
+        return all(words.video_first for words in self.prompts)
+
+    @property
+    def prompts(self) -> list[PromptConfig]:
+        """The section prompt, and those of the sources that have a style of their own."""
+        return [self.prompt.of_style(style) for style in (None, *self.data.styles.values())]
 
     @property
     def learner_temperature(self) -> float:
@@ -309,6 +320,18 @@ class Config(ConfigSection):
             adds = f"adds gradients of {num_batches} micro-batches in bfloat16"
             yield f"learner.zero_stage={learner.zero_stage} {adds}: use zero_stage=2, which adds in float32"
 
+    def _scores_of_one_span(self) -> Iterator[str]:
+        """What would look at the first interval of a set alone."""
+        if not any(words.asks_for_sets for words in self.prompts):
+            return
+        if self.curriculum.scores_one_span:
+            yield "curriculum.multi_span_iou=best scores one interval, a prompt asks for sets: use merged"
+        of_one = {"video_opd.rewards:iou", "video_opd.rewards:time_r1"} & set(self.loss.rewards)
+        if self.loss.needs.rewards and of_one:
+            yield f"loss.rewards: {min(of_one)} scores one interval, a prompt asks for sets: use merged_iou"
+        if self.loss.task_gate is not None:
+            yield "loss.task_gate looks at one interval, a prompt asks for sets: leave it out"
+
     def problems(self) -> Iterator[str]:
         if self.data.weights and not self.curriculum.selects_at_random:
             drawn = "need prompts that are drawn at random"
@@ -351,6 +374,7 @@ class Config(ConfigSection):
             yield f"curriculum.scc: the gate suspends rollouts, {loss} has none: set scc.gate=false"
         if needs.rewards and self.curriculum.suspends:
             yield f"curriculum.scc: the gate suspends the rollouts that {loss} rewards: set scc.gate=false"
+        yield from self._scores_of_one_span()
         if self.loss.task_weight and not (self.loss.advantage_std or self.rewards_in_groups):
             yield "loss.advantage_std=false is for groups of rollouts: leave it out at rollouts_per_prompt=1"
         if self.rewards_in_groups and self.loss.baseline_decay != LossConfig().baseline_decay:

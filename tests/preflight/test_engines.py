@@ -65,6 +65,15 @@ def test_what_vllm_can_load_passes(parts, teacher):
     check(*VLLM, f"teacher_pool.tensor_parallel={parts}", teacher=teacher)
 
 
+def test_a_teacher_that_cannot_score_all_of_the_students_tokens_is_one_line():
+    few, many = (find_shapes(f"Qwen2.5-VL-{size}-Instruct", SHAPES) for size in ("3B", "7B"))
+    asked = "teacher=t", "loss={kind: opd_topk, top_k_of: student}"
+    config = load_config(ROOT / "configs" / "qwen3vl_8b.yaml", asked)
+    check_teacher(config, few, many)
+    with pytest.raises(ConfigError, match="152064 embeddings of the student, and 151936 of the teacher"):
+        check_teacher(config, many, few)
+
+
 def test_a_dry_run_refuses_it_too(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     config = str(ROOT / "configs" / "qwen3vl_8b.yaml")

@@ -122,9 +122,10 @@ def test_a_schedule_has_a_prompt_for_each_step_and_the_plan_says_how_many_it_pre
     [
         (["curriculum.scc.gate=true"], "curriculum.scc.gate"),
         (["curriculum={kind: tvdf, scc: {gate: true}}"], "curriculum.kind=tvdf"),
+        (["loss.task_weight=0.5", "loss.on_policy_frac=0.5"], "loss.task_weight and loss.on_policy_frac"),
         ([], None),
     ],
-    ids=["uniform, gate", "tvdf, gate", "uniform"],
+    ids=["uniform, gate", "tvdf, gate", "signals", "uniform"],
 )
 def test_whoever_compares_with_the_ground_truth_needs_it(run, overrides, user):
     config, prompts = run.config(*overrides), [make_prompt(f"p{i}", answers=None) for i in range(9)]

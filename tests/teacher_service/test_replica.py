@@ -17,6 +17,7 @@ from teacher_service.calls import Reply
 from teacher_service.replica import TeacherReplica
 from tests.fakes import make_group, make_prompt
 from tests.teacher_service.test_teacher_service import config_with
+from video_opd.answers import parse_spans
 from video_opd.config import Config
 from video_opd.config_teachers import TeacherModel
 from video_opd.errors import ParityError
@@ -103,6 +104,9 @@ class Parts:
 
     def written(self, text: str) -> str:
         return text
+
+    def spans_in(self, text: str, style: str | None) -> tuple:
+        return parse_spans(text)
 
 
 def replica_of(parts: Parts, **pool: Any) -> TeacherReplica:

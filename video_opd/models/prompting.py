@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from video_opd.answers import opened_thought
+from video_opd.answers import opened_thought, parse_spans
 from video_opd.config_data import PromptConfig, VideoConfig
 from video_opd.errors import ClipError, DataError, ModelError, ParityError
 from video_opd.logs import log
@@ -124,17 +124,18 @@ class PromptEncoder:
     def _to_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def answer_ids(self, span: Span, style: str | None = None) -> np.ndarray:
-        """int32[N]: an interval written by the answer_template of a prompt's style, with the end token."""
-        text = (
-            self._config.of_style(style).answer_template.format(start=span[0], end=span[1])
-            + self.tokenizer.eos_token
-        )
-        return np.asarray(self._to_ids(text), dtype=np.int32)
+    def answer_ids(self, spans: Sequence[Span], style: str | None = None) -> np.ndarray:
+        """int32[N]: the ground truth as the answer_template of a prompt's style, with the end token."""
+        text, _ = self._config.of_style(style).answer(spans)
+        return np.asarray(self._to_ids(text + self.tokenizer.eos_token), dtype=np.int32)
 
     def written(self, response: str) -> str:
         """The response with the tag of the thought that its prompt, and not the response, has opened."""
         return self._thought + response
+
+    def spans_in(self, text: str, style: str | None) -> tuple[Span, ...]:
+        """The interval that a response, as `written`, names; all if prompts of the style ask for sets."""
+        return parse_spans(text, self._config.of_style(style).asks_for_sets)
 
     def encode_all(self, prompts: Sequence[Prompt], blank_video: bool = False) -> list[Encoded]:
         """encode for each, in order, or a FailedPrompt. video.decode_workers clips are read at once."""
@@ -200,6 +201,7 @@ class PromptEncoder:
             token_types=token_types,
             second_per_grid=video.second_per_grid,
             fingerprint=fingerprint(token_ids, video.grid_thw, clip.frame_indices, digest, timing),
+            style=prompt.style,
         )
 
     def token_ids(self, prompt: Prompt) -> np.ndarray:
