@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import ray
 
-from video_opd.answers import parse_spans
 from video_opd.cluster.deadline import with_deadline
 from video_opd.config import Config
 from video_opd.errors import WeightsLostError
@@ -188,7 +187,7 @@ class RolloutActor:
                 actor_logprobs=completion.logprobs,
                 finish_reason=completion.finish_reason,
                 text=text,
-                predicted_spans_s=parse_spans(text),
+                predicted_spans_s=self._encoder.spans_in(text, prompt.style),
                 top_k_ids=completion.top_k_ids,
             )
             trajectories.append(trajectory)

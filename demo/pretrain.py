@@ -30,7 +30,6 @@ from demo.gaps import (
     write_gaps,
 )
 from demo.models import STUDENT, TEACHER, Size, build_model, build_processor
-from video_opd.answers import parse_spans
 from video_opd.config import Config
 from video_opd.config_data import DatasetConfig
 from video_opd.config_file import load_demo
@@ -83,7 +82,7 @@ def build_examples(prompts: Sequence[Prompt], encoder: PromptEncoder) -> list[Ex
     for prompt in prompts:
         clip_id, encoded = prompt.clip.clip_id, encoder.encode(prompt)
         encoded = replace(encoded, frames=frames.setdefault(clip_id, encoded.frames))
-        answer = encoder.answer_ids(_answer(prompt))
+        answer = encoder.answer_ids([_answer(prompt)])
         examples.append(Example(prompt, encoded, answer, _labels(prompt, of_clip[clip_id])))
     return examples
 
@@ -154,7 +153,8 @@ def validate(model: VideoLLM, examples: Sequence[Example], encoder: PromptEncode
         for example, (ids,) in zip(part, answers, strict=True):
             text, prompt_id = encoder.tokenizer.decode(ids), example.prompt.prompt_id
             if len(example.labels):
-                predictions.append(Prediction(prompt_id=prompt_id, text=text, spans_s=parse_spans(text)))
+                spans = encoder.spans_in(text, example.prompt.style)
+                predictions.append(Prediction(prompt_id=prompt_id, text=text, spans_s=spans))
             else:
                 is_right.append(np.array_equal(ids, example.answer[:-1]))
     model.train()

@@ -25,7 +25,7 @@ def is_demonstrated(config: Config, prompt: Prompt, step: int) -> bool:
 
 
 def demonstrations(config: Config, prompts: Sequence[Prompt], step: int) -> list[TrajectoryGroup]:
-    """One trajectory for each prompt: the first true span in the words of prompt.answer_template.
+    """One trajectory for each prompt: its first true span, of sets all, in prompt.answer_template.
 
     `step` makes the trajectories' ids unique: a prompt returns in every pass.
     """
@@ -34,7 +34,7 @@ def demonstrations(config: Config, prompts: Sequence[Prompt], step: int) -> list
     groups = []
     for prompt in prompts:
         assert prompt.answer_spans_s, "make_plan refuses unlabelled prompts"
-        ids = encoder.answer_ids(prompt.answer_spans_s[0], prompt.style)
+        ids = encoder.answer_ids(prompt.answer_spans_s, prompt.style)
         truth = Trajectory(
             trajectory_id=f"{prompt.prompt_id}@{step}#truth",
             prompt_id=prompt.prompt_id,
@@ -45,7 +45,7 @@ def demonstrations(config: Config, prompts: Sequence[Prompt], step: int) -> list
             actor_logprobs=np.zeros(len(ids), np.float32),
             finish_reason=FinishReason.STOP,
             text=encoder.tokenizer.decode(ids, skip_special_tokens=True),
-            predicted_spans_s=prompt.answer_spans_s[:1],
+            predicted_spans_s=config.prompt.of_style(prompt.style).answer(prompt.answer_spans_s)[1],
         )
         groups.append(TrajectoryGroup(prompt=prompt, trajectories=(truth,)))
     return groups

@@ -92,8 +92,9 @@ async def evaluate_teacher(run: Run) -> None:
 def _record(run: Run, name: str, results: Answers) -> None:
     """Keeps the scores, and the answers but for those of steps that are neither the last nor the best."""
     evaluations, examples = run.progress.evaluations, run.progress.examples
+    span_iou = run.config.prompt.span_iou
     answers = [r[0] for r in results if not isinstance(r, FailedPrompt)]
-    evaluations[name], examples[name] = evaluate(answers, run.plan.eval.pool), answers
+    evaluations[name], examples[name] = evaluate(answers, run.plan.eval.pool, span_iou), answers
     miou = {step: evaluations[of]["miou"] for step, of in _steps(examples).items()}
     for step in miou.keys() - {max(miou, default=None), best_step(miou)}:
         del examples[at_step(step)]

@@ -2,7 +2,7 @@
 
   python -m evaluation --run runs/NAME                                    its last checkpoint's student
   python -m evaluation --model FOLDER --config CONFIG.yaml [key=value ...]
-  python -m evaluation --predictions FILE.parquet [--config CONFIG.yaml]  without a model
+  python -m evaluation --predictions FILE [--config CONFIG.yaml]          without a model
   python -m evaluation compare A B                                        two runs or files, prompt by prompt
 
 The questions are those of the config's data.eval. docs/evaluation.md says what every number means.
@@ -25,11 +25,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 import video_opd  # noqa: F401  # first: makes transformers importable
-from evaluation import scoring
+from evaluation import scoring, timelens
 from evaluation.compare import check_same_questions, compare, print_comparison
 from evaluation.predictions import count_others, read_answers, read_questions, write_answers
 from evaluation.protocols import PROTOCOLS, Protocol, protocol_named
-from evaluation.scoring import METRICS, Question, questions_of
+from evaluation.scoring import Question, questions_of
 from evaluation.timelines import write_timelines
 from video_opd.cluster.command_line import exit_code_of
 from video_opd.config import Config
@@ -47,6 +47,7 @@ from video_opd.types import FailedPrompt, Prediction, Prompt
 from video_opd.video.descriptions import end_workers
 
 COUNTS = ("n", "unparsed", "reversed", "out_of_range", "missing")
+UNKNOWN = "unknown, the answers are a file's"  # of a video budget
 Answer = Prediction | FailedPrompt
 NO_FRAMES = 1  # read_prompts' multiple when no frame is read: its size does not matter
 
@@ -62,6 +63,7 @@ class Answers:
     seed: int
     blank: Mapping[str, str | None] | None = None  # answers on grey frames; None: not asked for
     other_prompts: int = 0  # answers to none of the questions
+    video: str = UNKNOWN  # VideoConfig.budget of the model that was asked
 
 
 def ask_model(config: Config, prompts: Sequence[Prompt], blanks: bool) -> list[list[Answer]]:
@@ -111,16 +113,24 @@ def answers_of_model(config: Config, baselines: bool) -> Answers:
     passes = ask_model(config, prompts, blanks=baselines)
     texts, *blank = ({a.prompt_id: a.text for a in got if isinstance(a, Prediction)} for got in passes)
     why_missing = {a.prompt_id: a.reason for a in passes[0] if isinstance(a, FailedPrompt)}
-    return Answers(questions, texts, why_missing, train, config.seed, blank[0] if blank else None)
+    grey = blank[0] if blank else None
+    return Answers(questions, texts, why_missing, train, config.seed, grey, video=config.video.budget)
 
 
 def answers_of_file(path: Path, config: Config | None, baselines: bool) -> Answers:
     """The file's answers to the config's questions, or without a config to its own. Raises InputError."""
-    texts, why_missing = read_answers(path)
+    is_timelens = path.suffix in timelens.SUFFIXES
     if config is None:
+        if is_timelens:
+            return Answers(*timelens.own_questions(path), why_missing={}, train=[], seed=0)
+        texts, why_missing = read_answers(path)
         return Answers(read_questions(path), texts, why_missing, train=[], seed=0)
     prompts, train = read_splits(config, NO_FRAMES, baselines)
     questions = questions_of(prompts)
+    if is_timelens:
+        texts, why_missing = timelens.answers_to(questions, path), {}
+    else:
+        texts, why_missing = read_answers(path)
     others = count_others(questions, texts, path)
     return Answers(questions, texts, why_missing, train, config.seed, other_prompts=others)
 
@@ -136,6 +146,7 @@ def evaluate(answers: Answers, protocol: Protocol, baselines: bool, folder: Path
     result = {
         "protocol": protocol.name,
         "source": protocol.source,
+        "video": answers.video,
         "result": scoring.summarise_answers(scored, protocol),
         "intervals_95": scoring.bootstrap_intervals(scored, protocol, answers.seed),
         "num_videos": len({q.video for q in questions}),
@@ -152,14 +163,16 @@ def evaluate(answers: Answers, protocol: Protocol, baselines: bool, folder: Path
 
 def print_result(result: dict[str, Any], folder: Path) -> None:
     main, name = result["result"], result["protocol"]
-    headings = (metric.replace("miou", "mIoU").replace("r1", "R1") for metric in METRICS)
+    metrics = result["intervals_95"]
+    headings = (m.replace("miou", "mIoU").replace("r1", "R1").replace("_auc", " AUC") for m in metrics)
     title = f"protocol {name}, {main['n']} prompts on {result['num_videos']} videos"
     table = Table("", *headings, title=title)
-    table.add_row("answers", *(f"{main[m]:.3f}" for m in METRICS))
-    table.add_row("95 % interval", *("{:.3f}–{:.3f}".format(*result["intervals_95"][m]) for m in METRICS))
+    table.add_row("answers", *(f"{main[m]:.3f}" for m in metrics))
+    table.add_row("95 % interval", *("{:.3f}–{:.3f}".format(*interval) for interval in metrics.values()))
     for baseline, values in result["baselines"].items():
-        table.add_row(baseline.replace("_", " "), *(f"{values[m]:.3f}" for m in METRICS))
-    lines = [", ".join(f"{count.replace('_', ' ')} {main[count]}" for count in COUNTS)]
+        table.add_row(baseline.replace("_", " "), *(f"{values[m]:.3f}" for m in metrics))
+    lines = [f"video budget: {result['video']}"]
+    lines += [", ".join(f"{count.replace('_', ' ')} {main[count]}" for count in COUNTS)]
     if odd := result["odd_truth"]:
         lines.append(describe_odd(odd))
     if result["other_prompts"]:
@@ -178,7 +191,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     model = "transformers folder, or ORG/NAME[@REVISION] of the Hugging Face hub; needs --config"
     what.add_argument("--model", type=Path, metavar="MODEL", help=model)
     what.add_argument("--run", type=Path, metavar="RUN", help="run folder, e.g. runs/NAME")
-    file = "Parquet with the columns prompt_id and text"
+    file = "Parquet with the columns prompt_id and text, or TimeLens' JSON of predictions"
     what.add_argument("--predictions", type=Path, metavar="FILE", help=file)
     needed = "YAML file that names the data; not needed for --predictions that this command wrote"
     add("--config", type=Path, help=needed)
@@ -262,7 +275,7 @@ def run_compare(arguments: Sequence[str]) -> None:
         if path.is_dir():
             answers, video = answers_of_run(path, protocol)
         else:
-            answers, video = answers_of_file(path, config=None, baselines=False), "video budget unknown"
+            answers, video = answers_of_file(path, config=None, baselines=False), UNKNOWN
         if questions:
             check_same_questions(questions, answers.questions, (str(parsed.a), str(parsed.b)))
         questions = questions or answers.questions

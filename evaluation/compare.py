@@ -10,9 +10,10 @@ from rich.table import Table
 from evaluation.protocols import Protocol
 from evaluation.scoring import (
     INTERVAL_PERCENT,
-    METRICS,
     Question,
     ScoredAnswer,
+    mean_of_counted,
+    metric_names,
     metric_values,
     resampled_means,
 )
@@ -45,13 +46,14 @@ def compare(
     answers of each of their prompts, so what makes a video hard cancels out (see resampled_means).
     """
     values_a, values_b = metric_values(a, protocol), metric_values(b, protocol)
-    difference = values_b - values_a
-    means = resampled_means(difference, [x.question.video for x in a], seed, NUM_RESAMPLES)
-    low, high = np.percentile(means, INTERVAL_PERCENT, axis=0)
-    columns = np.stack([values_a.mean(0), values_b.mean(0), difference.mean(0), low, high], axis=1).tolist()
+    videos = [x.question.video for x in a]
+    means = [resampled_means(values, videos, seed, NUM_RESAMPLES) for values in (values_a, values_b)]
+    low, high = np.percentile(means[1] - means[0], INTERVAL_PERCENT, axis=0)
+    of_a, of_b = mean_of_counted(values_a), mean_of_counted(values_b)
+    columns = np.stack([of_a, of_b, of_b - of_a, low, high], axis=1).tolist()
     metrics = {
         name: {"a": of_a, "b": of_b, "difference": by, "interval_95": interval}
-        for name, (of_a, of_b, by, *interval) in zip(METRICS, columns, strict=True)
+        for name, (of_a, of_b, by, *interval) in zip(metric_names(protocol), columns, strict=True)
     }
     changes = sorted(zip(a, b, strict=True), key=lambda pair: pair[0].iou - pair[1].iou)  # best first
     better = [pair for pair in changes if pair[1].iou - pair[0].iou > SAME_IOU]

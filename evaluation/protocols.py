@@ -1,4 +1,4 @@
-"""Named protocols: how a codebase reads an interval out of an answer, and when that interval counts.
+"""Named protocols: how a codebase reads intervals out of an answer, and when they count.
 
 docs/evaluation.md has their differences in one table. Every pattern starts at the start of a run of digits
 and never backtracks into one, so an answer is read in time linear in its length.
@@ -7,16 +7,18 @@ and never backtracks into one, so an answer is read in time linear in its length
 import math
 import operator
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
-from video_opd.answers import parse_span
+from evaluation.sets import AREAS, outward, read_timelens2, vue_iou
+from video_opd.answers import parse_spans
 from video_opd.errors import ConfigError
-from video_opd.grounding import reaches, temporal_iou
+from video_opd.grounding import merged_iou, reaches, temporal_iou
 from video_opd.types import Span
 
 _DECIMAL = r"(\d++\.?+\d*+)"  # 12, 12., 12.5
@@ -52,6 +54,13 @@ def _first(pattern: re.Pattern[str], text: str) -> Span | None:
 def _clock_seconds(match: re.Match[str]) -> float:
     hours, minutes = match[1] or 0, match[2] or match[3]
     return int(hours) * 3600 + int(minutes) * 60 + float(match[4])
+
+
+def _whole(span: Span) -> Span:
+    """Both ends rounded to whole seconds, halves to even."""
+    if not (math.isfinite(span[0]) and math.isfinite(span[1])):
+        return span
+    return float(round(span[0])), float(round(span[1]))
 
 
 def read_timelens(text: str) -> Span | None:
@@ -90,11 +99,24 @@ def read_lmms_eval(text: str) -> Span | None:
     return _pair([match[0] for match in map(_LOOSE.search, sentences) if match])
 
 
+def _one(read: Callable[[str], Span | None]) -> Callable[[str], tuple[Span, ...]]:
+    return lambda text: () if (pair := read(text)) is None else (pair,)
+
+
+def _parse(as_set: bool) -> Callable[[str], tuple[Span, ...]]:
+    return partial(parse_spans, as_set=as_set)
+
+
 class Reading(NamedTuple):
     """What a protocol reads in an answer."""
 
-    span: Span  # what is scored: seconds, or shares of the clip's duration for a protocol with `shares`
-    is_reversed: bool  # as it was written
+    spans: tuple[Span, ...]  # what is scored: seconds, or shares of the duration for a protocol with `shares`
+    is_reversed: bool  # one of them, as it was written
+
+    @property
+    def span(self) -> Span:
+        """The first; the only one, unless the protocol scores sets."""
+        return self.spans[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,28 +125,38 @@ class Protocol:
 
     name: str
     source: str  # repository and files
-    read: Callable[[str], Span | None]  # the pair that counts, as written
+    read: Callable[[str], tuple[Span, ...]]  # the pairs that count, as written: one, unless answers are sets
     shares: bool = False  # `read` gives shares of the clip's duration, not seconds
     swaps: bool = False  # a reversed pair is put in order
-    whole_seconds: bool = False  # both ends are rounded, halves to even
+    rounded: Callable[[Span], Span] | None = None  # to whole seconds
     iou: Callable[[Span, Span], float] = hull_iou
+    set_iou: Callable[[Sequence[Span], Sequence[Span]], float] | None = (
+        None  # of an answer with all true spans
+    )
     iou_decimals: int | None = None  # to which each IoU is rounded
     # (float64[N] IoUs, threshold) -> bool[N]; ge compares to the last bit
     reaches: Callable[[np.ndarray, float], np.ndarray] = operator.ge
+    # by name: (spans as scored, true spans) -> what a prompt adds to the mean, NaN: it does not count
+    areas: Mapping[str, Callable[[Sequence[Span], Sequence[Span]], float]] = field(default_factory=dict)
 
     def parse(self, text: str) -> Reading | None:
         """None: the answer holds no pair that counts."""
-        pair = self.read(text)
-        if pair is None:
+        if not (pairs := self.read(text)):
             return None
-        (start, end), is_reversed = pair, pair[1] < pair[0]
-        if self.whole_seconds and math.isfinite(start) and math.isfinite(end):
-            start, end = float(round(start)), float(round(end))
-        return Reading((end, start) if self.swaps and is_reversed else (start, end), is_reversed)
+        is_reversed = any(end < start for start, end in pairs)
+        if self.swaps:
+            pairs = tuple((min(pair), max(pair)) for pair in pairs)
+        return Reading(tuple(map(self.rounded, pairs)) if self.rounded else pairs, is_reversed)
 
     def seconds(self, span: Span, duration_s: float) -> Span:
         """A reading's span in seconds."""
         return (span[0] * duration_s, span[1] * duration_s) if self.shares else span
+
+    def score_set(self, spans: Sequence[Span], answer_spans_s: Sequence[Span], duration_s: float) -> float:
+        """IoU of a reading's spans with the true ones."""
+        if self.set_iou:
+            return self.set_iou(spans, answer_spans_s)
+        return self.score(spans[0], answer_spans_s, duration_s)
 
     def score(self, span: Span, answer_spans_s: Sequence[Span], duration_s: float) -> float:
         """IoU of a reading's span with the nearest true span."""
@@ -137,20 +169,28 @@ class Protocol:
     def score_seconds(self, span_s: Span, answer_spans_s: Sequence[Span], duration_s: float) -> float:
         """IoU of a baseline's interval, which was not read from an answer."""
         span = (span_s[0] / duration_s, span_s[1] / duration_s) if self.shares else span_s
-        return self.score(span, answer_spans_s, duration_s)
+        return self.score_set([span], answer_spans_s, duration_s)
 
 
 _STRICT = "this project: video_opd/answers.py, video_opd/grounding.py"
 _TIMELENS = "timelens/utils.py, evaluation/eval_dataloader.py, evaluation/compute_metrics.py"
 _TIME_R1 = "xiaomi-research/time-r1: evaluate.py, src/vllm_inference/eval_all.py"
 _VTIMELLM = "huangb23/VTimeLLM: vtimellm/eval/eval.py, vtimellm/eval/metric.py"
+_TIMELENS_STRICT = f"TencentARC/TimeLens: {_TIMELENS}, with > for >="
+_VUE = "evaluation/vlmeval/dataset/vidi_vue_tr.py"
+_TIMELENS2 = f"MCG-NJU/TimeLens2: {_VUE}, moment_seeker.py, ego4d_nlq_v2.py"
+_VUE_TR = f"bytedance/vidi: VUE_TR/qa_eval.py; read as MCG-NJU/TimeLens2: {_VUE}"
 _LMMS_EVAL = "EvolvingLMMs-Lab/lmms-eval: lmms_eval/tasks/charades_sta/eval_tvg.py"
 _ALL = (
-    Protocol("strict", _STRICT, parse_span, iou=temporal_iou, reaches=reaches),
-    Protocol("timelens", f"TencentARC/TimeLens: {_TIMELENS}", read_timelens, whole_seconds=True),
-    Protocol("time_r1", _TIME_R1, read_time_r1, reaches=operator.gt),
-    Protocol("vtimellm", _VTIMELLM, read_vtimellm, shares=True, iou_decimals=2),
-    Protocol("lmms_eval", _LMMS_EVAL, read_lmms_eval, swaps=True),
+    Protocol("strict", _STRICT, _parse(as_set=False), iou=temporal_iou, reaches=reaches),
+    Protocol("timelens", f"TencentARC/TimeLens: {_TIMELENS}", _one(read_timelens), rounded=_whole),
+    Protocol("time_r1", _TIME_R1, _one(read_time_r1), reaches=operator.gt),
+    Protocol("vtimellm", _VTIMELLM, _one(read_vtimellm), shares=True, iou_decimals=2),
+    Protocol("lmms_eval", _LMMS_EVAL, _one(read_lmms_eval), swaps=True),
+    Protocol("timelens_strict", _TIMELENS_STRICT, _one(read_timelens), rounded=_whole, reaches=operator.gt),
+    Protocol("strict_sets", _STRICT, _parse(as_set=True), set_iou=merged_iou, reaches=reaches),
+    Protocol("timelens2", _TIMELENS2, read_timelens2, rounded=outward, set_iou=vue_iou),
+    Protocol("vue_tr", _VUE_TR, read_timelens2, rounded=outward, set_iou=vue_iou, areas=AREAS),
 )
 PROTOCOLS = {protocol.name: protocol for protocol in _ALL}
 

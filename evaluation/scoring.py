@@ -68,14 +68,17 @@ def score_answer(question: Question, text: str | None, protocol: Protocol, why_m
     if reading is None:
         failure = why_missing if text is None else "no interval in the answer"
         return ScoredAnswer(question, text, spans_s=(), iou=0.0, is_reversed=False, failure=failure)
-    start, end = span_s = protocol.seconds(reading.span, question.duration_s)
-    iou = protocol.score(reading.span, question.answer_spans_s, question.duration_s)
-    failure = None
+    spans_s = tuple(protocol.seconds(span, question.duration_s) for span in reading.spans)
+    iou = protocol.score_set(reading.spans, question.answer_spans_s, question.duration_s)
+    failures = [_failure(*span) for span in spans_s]
+    failure = failures[0] if all(failures) else None
+    return ScoredAnswer(question, text, spans_s, iou, reading.is_reversed, failure)
+
+
+def _failure(start: float, end: float) -> str | None:
     if not (math.isfinite(start) and math.isfinite(end)):
-        failure = "not finite"
-    elif start >= end:
-        failure = "reversed" if start > end else "zero length"
-    return ScoredAnswer(question, text, (span_s,), iou, reading.is_reversed, failure)
+        return "not finite"
+    return ("reversed" if start > end else "zero length") if start >= end else None
 
 
 def score_answers(
@@ -92,19 +95,38 @@ def score_answers(
 
 
 def summarise_answers(scored: Sequence[ScoredAnswer], protocol: Protocol) -> dict[str, float]:
-    """mIoU, R1@m, n, and how many are unparsed (missing ones included), reversed, out of range, missing."""
+    """mIoU, R1@m, areas, n, and counts: unparsed (missing ones included), reversed, out of range, missing."""
+    answers = [(a.spans_s, a.question.answer_spans_s) for a in scored]
     return {
         **summarise([a.iou for a in scored], sum(not a.spans_s for a in scored), protocol.reaches),
+        **_areas(answers, protocol),
         "reversed": sum(a.is_reversed for a in scored),
         "out_of_range": sum(a.is_out_of_range for a in scored),
         "missing": sum(a.text is None for a in scored),
     }
 
 
+def _areas(answers: Sequence[Any], protocol: Protocol) -> dict[str, float]:
+    """The protocol's areas over pairs (spans as scored, true spans)."""
+    values = {name: [area(*pair) for pair in answers] for name, area in protocol.areas.items()}
+    return {name: float(mean_of_counted(np.array(of))) for name, of in values.items()}
+
+
+def metric_names(protocol: Protocol) -> tuple[str, ...]:
+    return *METRICS, *protocol.areas
+
+
 def metric_values(scored: Sequence[ScoredAnswer], protocol: Protocol) -> np.ndarray:
-    """float64[prompts, METRICS]: what each prompt adds to the means."""
+    """float64[prompts, metrics]: what each prompt adds to the means, in metric_names' order; NaN: nothing."""
     ious = np.array([a.iou for a in scored])
-    return np.stack([ious, *(protocol.reaches(ious, m) for m in THRESHOLDS)], axis=1)
+    areas = [[f(a.spans_s, a.question.answer_spans_s) for a in scored] for f in protocol.areas.values()]
+    return np.stack([ious, *(protocol.reaches(ious, m) for m in THRESHOLDS), *areas], axis=1)
+
+
+def mean_of_counted(values: np.ndarray) -> np.ndarray:
+    """Means over the first axis without NaN; 0 where there is nothing else."""
+    counted = ~np.isnan(values)
+    return np.where(counted, values, 0.0).sum(0) / np.maximum(counted.sum(0), 1)
 
 
 def resampled_means(
@@ -112,20 +134,23 @@ def resampled_means(
 ) -> np.ndarray:  # float64[resamples, metrics]
     """Means of float64[prompts, metrics] over VIDEOS drawn with replacement, each with all its prompts.
 
+    NaN: a value that does not count.
+
     Answers about one video are not independent. A resample's value is the mean over its prompts (Efron and
     Tibshirani, An Introduction to the Bootstrap, 1993, ch. 8, 13). Equal seeds draw equal videos.
     """
     names, of_prompt = np.unique(videos, return_inverse=True)
     num = len(names)
-    sums = np.zeros((num, values.shape[1]))
-    np.add.at(sums, of_prompt, values)
-    counts, rng, means = np.bincount(of_prompt), np.random.default_rng(seed), []
+    sums, counts = np.zeros((2, num, values.shape[1]))
+    np.add.at(sums, of_prompt, np.nan_to_num(values))
+    np.add.at(counts, of_prompt, ~np.isnan(values))
+    rng, means = np.random.default_rng(seed), []
     rows = max(1, DRAWN_AT_ONCE // num)
     for first in range(0, num_resamples, rows):
         drawn = rng.integers(0, num, (min(rows, num_resamples - first), num))
         at = drawn + num * np.arange(len(drawn))[:, None]
         times = np.bincount(at.ravel(), minlength=drawn.size).reshape(drawn.shape)  # [resamples, videos]
-        means.append(times @ sums / (times @ counts)[:, None])
+        means.append(times @ sums / np.maximum(times @ counts, 1.0))
     return np.concatenate(means)
 
 
@@ -136,7 +161,7 @@ def bootstrap_intervals(
     videos = [a.question.video for a in scored]
     means = resampled_means(metric_values(scored, protocol), videos, seed, num_resamples)
     low, high = np.percentile(means, INTERVAL_PERCENT, axis=0)
-    return {name: (float(low[i]), float(high[i])) for i, name in enumerate(METRICS)}
+    return {name: (float(low[i]), float(high[i])) for i, name in enumerate(metric_names(protocol))}
 
 
 def blind_baselines(
@@ -150,7 +175,8 @@ def blind_baselines(
     def score(spans_s: Sequence[Span]) -> dict[str, Any]:
         pairs = zip(questions, spans_s, strict=True)
         ious = [protocol.score_seconds(span, q.answer_spans_s, q.duration_s) for q, span in pairs]
-        return summarise(ious, reached=protocol.reaches)
+        answers = [([span], q.answer_spans_s) for q, span in zip(questions, spans_s, strict=True)]
+        return summarise(ious, reached=protocol.reaches) | _areas(answers, protocol)
 
     durations = [q.duration_s for q in questions]
     baselines = {}

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from video_opd.answers import parse_spans
 from video_opd.models.feed import Ahead, Feed
 from video_opd.models.vllm_engine import Added
 from video_opd.types import FailedPrompt, Prompt
@@ -80,7 +81,7 @@ def encoded(prompt: Prompt) -> Any:
     """Ten tokens of the clip, and two others."""
     ids, types = np.arange(12, dtype=np.int32), np.arange(12) < 10
     seen = {"token_ids": ids, "token_types": types, "frames_digest": prompt.clip.clip_id}
-    return SimpleNamespace(prompt_id=prompt.prompt_id, was_processed=False, **seen)
+    return SimpleNamespace(prompt_id=prompt.prompt_id, style=prompt.style, was_processed=False, **seen)
 
 
 class FakeEncoder:
@@ -103,3 +104,6 @@ class FakeEncoder:
 
     def written(self, response: str) -> str:
         return response
+
+    def spans_in(self, text: str, style: str | None) -> tuple:
+        return parse_spans(text)

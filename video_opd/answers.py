@@ -1,4 +1,4 @@
-"""Responses -> intervals: what follows the thought, and the interval that it names.
+"""Responses -> intervals: what follows the thought, and the interval or the set of them that it names.
 
 docs/evaluation.md lists what is read. Reading takes time linear in the response's length and never raises.
 """
@@ -6,6 +6,7 @@ docs/evaluation.md lists what is read. Reading takes time linear in the response
 import math
 import re
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 from video_opd.types import Span
@@ -76,6 +77,7 @@ _QUOTED = re.compile(
     r"\"[^\"\n]*+\"|“[^“”]*+”|(?<!\w)'(?:[^'\n]|(?<=\w)'(?=\w))*+'(?!\w)|(?<!\w)‘(?:[^‘’\n]|(?<=\w)’(?=\w))*+’"
 )
 _OTHER_WORD = re.compile(rf"\b(?!(?:from|between|to|and|until)\b|{_UNIT})[^\W\d_]{{2,}}", re.IGNORECASE)
+_ARRAY_OF_PAIRS = re.compile(r"\[\s*+\[[^\[\]]*+\](?:\s*+,\s*+\[[^\[\]]*+\])*+\s*+,?+\s*+\]")
 
 
 class _Time(NamedTuple):
@@ -88,29 +90,35 @@ class _Time(NamedTuple):
     is_bare: bool  # an integer without a unit, which may count anything
 
 
-def parse_spans(text: str) -> tuple[Span, ...]:
-    """parse_span as a tuple, empty without an interval."""
-    span = parse_span(text)
-    return () if span is None else (span,)
-
-
 def parse_span(text: str) -> Span | None:
     """The interval that a response names, in seconds, or None. A reversed one is returned as written.
 
     It is the first that follows the thought, outside quotations unless all are inside one.
     """
+    return next(iter(parse_spans(text)), None)
+
+
+def parse_spans(text: str, as_set: bool = False) -> tuple[Span, ...]:
+    """parse_span's interval; `as_set`: all that the response names, as written. Empty: none.
+
+    Of a set only the first JSON array of pairs counts, if one has an interval: the rest are words about it.
+    """
     answer = _without_commas(_answer_of(text).translate(_WIDE).strip())
+    if as_set:
+        arrays = (tuple(_spans(array[0], as_set)) for array in _ARRAY_OF_PAIRS.finditer(answer))
+        if spans := next(filter(None, arrays), ()):
+            return spans
 
     def without_times(quotation: re.Match[str]) -> str:
         quoted = quotation[0]
         is_answer = len(quoted) == len(answer) or not _OTHER_WORD.search(quoted)
         return quoted if is_answer or not re.search(r"\d", quoted) else "\N{PILCROW SIGN}"
 
-    outside = _QUOTED.sub(without_times, answer)
-    span = next((span for span, _ in _intervals(outside)), None)
-    if span or outside == answer:
-        return span
-    return next((span for span, is_bare in _intervals(answer) if not is_bare), None)
+    outside, most = _QUOTED.sub(without_times, answer), None if as_set else 1
+    found = tuple(islice(_spans(outside, as_set), most))
+    if found or outside == answer:
+        return found
+    return tuple(islice(_spans(answer, as_set, bare=False), most))
 
 
 def opened_thought(prompt: str) -> str:
@@ -154,22 +162,35 @@ def _without_commas(text: str) -> str:
     return _COMMA_NUMBER.sub(plain, text)
 
 
-def _intervals(text: str) -> Iterator[tuple[Span, bool]]:
-    """The pairs of times in `text` that are joined, or told as start and end; and whether both are bare."""
+def _spans(text: str, disjoint: bool, bare: bool = True) -> Iterator[Span]:
+    """The pairs of times in `text` that are joined, or told as start and end; not `bare`: without bare pairs.
+
+    `disjoint`: no time is in two of them (5 to 10 and 15 to 20).
+    """
+    last_end = -1
+    for span, is_bare, (start, end) in _intervals(text):
+        if (bare or not is_bare) and not (disjoint and start < last_end):
+            yield span
+            last_end = end
+
+
+def _intervals(text: str) -> Iterator[tuple[Span, bool, tuple[int, int]]]:
+    """All pairs, whether both times are bare, and from where to where in `text` they stand."""
     previous = started = ended = None
     for time in _times(text):
         gap = text[previous.end if previous else 0 : time.start]
         if previous and _joins(text, previous, time, gap) and _is_interval(text, previous, time):
             scale = 1.0 if previous.unit_s else time.unit_s or 1.0  # 1 - 2 minutes
-            yield (previous.seconds * scale, time.seconds), previous.is_bare and time.is_bare
+            is_bare = previous.is_bare and time.is_bare
+            yield (previous.seconds * scale, time.seconds), is_bare, (previous.start, time.end)
         is_time = not math.isnan(time.seconds) and not _COUNTED.match(text, time.end)
         label = _LABEL.search(gap[-_NEAR:]) if is_time else None
         if label and label["start"]:
             if ended and ended is previous and '"' in gap:  # JSON has no order
-                yield (time.seconds, ended.seconds), False
+                yield (time.seconds, ended.seconds), False, (ended.start, time.end)
             started, ended = time, None
         elif label and started:
-            yield (started.seconds, time.seconds), False
+            yield (started.seconds, time.seconds), False, (started.start, time.end)
             started = None
         elif label:
             ended = time

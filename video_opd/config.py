@@ -144,6 +144,12 @@ class CurriculumConfig(ConfigSection):
         """Whether the student answers with one rollout for each prompt, which the teacher scores."""
         return self.kind == "tvdf" and self.dbtp and self.disagreement == "reverse_kl"
 
+    @property
+    def scores_one_span(self) -> bool:
+        """Whether it looks at the IoU of an answer's first interval."""
+        looks = self.asks_teacher or self.asks_student or self.suspends
+        return looks and self.multi_span_iou == "best"
+
 
 class ChecksConfig(ConfigSection):
     """Self-checks of a running run."""
@@ -246,7 +252,12 @@ class Config(ConfigSection):
     @property
     def video_first(self) -> bool:
         """Whether every prompt shows its video before its text, so that prompts of a clip begin alike."""
-        return all(self.prompt.of_style(style).video_first for style in (None, *self.data.styles.values()))
+        return all(words.video_first for words in self.prompts)
+
+    @property
+    def prompts(self) -> list[PromptConfig]:
+        """The section prompt, and those of the sources that have a style of their own."""
+        return [self.prompt.of_style(style) for style in (None, *self.data.styles.values())]
 
     @property
     def learner_temperature(self) -> float:
@@ -309,11 +320,19 @@ class Config(ConfigSection):
             adds = f"adds gradients of {num_batches} micro-batches in bfloat16"
             yield f"learner.zero_stage={learner.zero_stage} {adds}: use zero_stage=2, which adds in float32"
 
-    def problems(self) -> Iterator[str]:
-        if self.data.weights and not self.curriculum.selects_at_random:
-            drawn = "need prompts that are drawn at random"
-            random = "kind=uniform, or kind=tvdf with dbtp=false and without pool_sample and select_by=video"
-            yield f"the weights of data.train {drawn} ({random}): leave them out, or change curriculum"
+    def _scores_of_one_span(self) -> Iterator[str]:
+        """What would look at the first interval of a set alone."""
+        if not any(words.asks_for_sets for words in self.prompts):
+            return
+        if self.curriculum.scores_one_span:
+            yield "curriculum.multi_span_iou=best scores one interval, a prompt asks for sets: use merged"
+        of_one = {"video_opd.rewards:iou", "video_opd.rewards:time_r1"} & set(self.loss.rewards)
+        if self.loss.needs.rewards and of_one:
+            yield f"loss.rewards: {min(of_one)} scores one interval, a prompt asks for sets: use merged_iou"
+        if self.loss.task_gate is not None:
+            yield "loss.task_gate looks at one interval, a prompt asks for sets: leave it out"
+
+    def _teacher_problems(self) -> Iterator[str]:
         if self.teacher is not None and self.teachers:
             yield "teacher and teachers are both set: list all under teachers, and set teacher=null"
         names = [t.name for t in self.teachers]
@@ -321,6 +340,14 @@ class Config(ConfigSection):
             yield f"teachers {', '.join(names)}: give each a name of its own"
         if self.loss.kl_coef and any(t.weight < 0 for t in self.teachers):
             yield "loss.kl_coef is a KL to one reference: give the teachers positive weights"
+        yield from (p for t in self.teachers for p in t.view_problems(self.prompt, self.video))
+
+    def problems(self) -> Iterator[str]:
+        if self.data.weights and not self.curriculum.selects_at_random:
+            drawn = "need prompts that are drawn at random"
+            random = "kind=uniform, or kind=tvdf with dbtp=false and without pool_sample and select_by=video"
+            yield f"the weights of data.train {drawn} ({random}): leave them out, or change curriculum"
+        yield from self._teacher_problems()
         if len({*self.trackers}) < len(self.trackers):
             yield f"trackers names {', '.join(self.trackers)}: name each once"
         if self.video.decode_timeout_s >= self.request_timeout_s:
@@ -351,6 +378,7 @@ class Config(ConfigSection):
             yield f"curriculum.scc: the gate suspends rollouts, {loss} has none: set scc.gate=false"
         if needs.rewards and self.curriculum.suspends:
             yield f"curriculum.scc: the gate suspends the rollouts that {loss} rewards: set scc.gate=false"
+        yield from self._scores_of_one_span()
         if self.loss.task_weight and not (self.loss.advantage_std or self.rewards_in_groups):
             yield "loss.advantage_std=false is for groups of rollouts: leave it out at rollouts_per_prompt=1"
         if self.rewards_in_groups and self.loss.baseline_decay != LossConfig().baseline_decay:

@@ -1,15 +1,17 @@
 """Configuration of annotations, videos and prompts, with the types that all sections share."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from video_opd.content import is_inside
+from video_opd.types import Span
 
 STYLES: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("prompt_styles.yaml").read_text())
 """Keys of PromptConfig by prompt.style."""
@@ -50,9 +52,10 @@ Cleaning = Literal["as_written", "strip", "parse_query", "time_r1"]
 Annotators = Literal["mean", "majority", "first", "all"]
 PromptStyle = Literal["timelens", "time_r1", "time_r1_think", "timelens2"]
 JsonFormat = Literal["charades_json", "activitynet", "qvhighlights", "timelens_bench", "timelens_100k"]
-ListFormat = Literal["time_r1", "tvgbench", "didemo", "tacos", "videomind"]
+ListFormat = Literal["time_r1", "tvgbench", "didemo", "tacos", "videomind", "vue_tr", "moment_seeker"]
+EventFormat = Literal["timelens2", "timelens2_chat", "ego4d_nlq"]
 ParquetFormat = Literal["video_opd", "manifest"]
-AnnotationFormat = Literal["auto", "charades_sta", "csv", JsonFormat, ListFormat, ParquetFormat]
+AnnotationFormat = Literal["auto", "charades_sta", "csv", JsonFormat, ListFormat, EventFormat, ParquetFormat]
 
 
 class ConfigSection(BaseModel):
@@ -93,8 +96,12 @@ class DatasetConfig(ConfigSection):
     cleaning: Cleaning | None = key(None, "how queries are cleaned; None: as the format's codebase does")
     round_s: NonNegativeFloat | None = key(None, "times become multiples of it; 0: no; None: as the codebase")
     annotators: Annotators | None = key(None, "didemo: which annotators' intervals count; None: mean")
-    cuts: Literal["apply", "ignore"] | None = key(None, "apply: annotated parts are the clips; None: apply")
-    query_pattern: RegularExpression | None = key(None, "video_opd: its one group is the query; None: known")
+    cuts: Literal["apply", "ignore"] | None = key(
+        None, "apply: annotated parts are the clips; None: apply, ego4d_nlq: ignore"
+    )
+    query_pattern: RegularExpression | None = key(
+        None, "video_opd, timelens2_chat: its group is the query; None: known"
+    )
     clamp_s: NonNegativeFloat = key(0.0, "train: cut intervals that end up to this far beyond the clip's end")
     max_prompts: PositiveInt | None = key(None, "use only this many prompts, the first ones")
     unreadable: Literal["error", "drop"] = key("error", "train: a bad video ends the launch, or is left out")
@@ -182,7 +189,9 @@ class VideoConfig(ConfigSection):
     @property
     def budget(self) -> str:
         """What a model sees of a video, which a score depends on."""
-        return f"{self.fps:g} frames a second, at most {self.max_frames} and {self.max_video_tokens} tokens"
+        frames = f"{self.fps:g} frames a second, {self.min_frames} to {self.max_frames}"
+        pair = f", {self.max_frame_tokens} a pair of frames" if self.max_frame_tokens else ""
+        return f"{frames}, at most {self.max_video_tokens} tokens{pair}"
 
     def problems(self) -> Iterator[str]:
         fewest, most = f"min_frames={self.min_frames}", f"max_frames={self.max_frames}"
@@ -192,12 +201,29 @@ class VideoConfig(ConfigSection):
             yield f"{fewest} and {most} must be even: tokens cover two frames"
 
 
+class _Pairs(tuple[Span, ...]):
+    """Intervals that a format field writes as JSON, {spans:.1f} as [[1.0, 2.0], [3.5, 4.0]]."""
+
+    def __format__(self, spec: str) -> str:
+        return f"[{', '.join(f'[{start:{spec}}, {end:{spec}}]' for start, end in self)}]"
+
+
+def _fields(template: str) -> set[str]:
+    try:
+        return {name for _, name, _, _ in Formatter().parse(template) if name}
+    except ValueError:  # which problems() reports
+        return set()
+
+
 class PromptConfig(ConfigSection):
     """The text around a query."""
 
     style: PromptStyle = key("timelens", "published prompt; sets the other keys where they are not given")
     template: str = key(STYLES["timelens"]["template"], "must contain {query}")
-    answer_template: str = key(STYLES["timelens"]["answer_template"], "ground truth written as an answer")
+    answer_template: str = key(
+        STYLES["timelens"]["answer_template"],
+        "ground truth written as an answer; with {spans:.1f} all true spans, and answers are read as sets",
+    )
     video_first: bool = key(STYLES["timelens"]["video_first"], "video before the text")
 
     @model_validator(mode="before")
@@ -206,6 +232,22 @@ class PromptConfig(ConfigSection):
         style = values.get("style") if isinstance(values, dict) else None
         return STYLES[style] | values if style in STYLES else values
 
+    @property
+    def asks_for_sets(self) -> bool:
+        """Whether an answer is a set of intervals, and not one."""
+        return "spans" in _fields(self.answer_template)
+
+    @property
+    def span_iou(self) -> Literal["best", "merged"]:
+        """How answers are scored, see grounding.prompt_iou."""
+        return "merged" if self.asks_for_sets else "best"
+
+    def answer(self, spans: Sequence[Span]) -> tuple[str, tuple[Span, ...]]:
+        """The ground truth written as an answer, and the part of it that is written: all, or the first."""
+        (start, end), *_ = spans
+        written = tuple(spans) if self.asks_for_sets else ((start, end),)
+        return self.answer_template.format(start=start, end=end, spans=_Pairs(spans)), written
+
     def of_style(self, style: str | None) -> "PromptConfig":
         """The section for prompts of a style of their own; None: itself."""
         return self if style is None else _published(style)
@@ -213,12 +255,15 @@ class PromptConfig(ConfigSection):
     def problems(self) -> Iterator[str]:
         if "{query}" not in self.template:
             yield "template must contain {query}"
-        values = {"template": {"query": ""}, "answer_template": {"start": 0.0, "end": 0.0}}
+        times = {"start": 0.0, "end": 0.0, "spans": _Pairs([(0.0, 0.0)])}
+        values = {"template": {"query": ""}, "answer_template": times}
         for name, known in values.items():
             try:
                 getattr(self, name).format(**known)
             except (KeyError, IndexError, ValueError) as error:
                 yield f"{name} may hold {', '.join(known)} in braces and no other braces ({error!r})"
+        if self.asks_for_sets and _fields(self.answer_template) & {"start", "end"}:
+            yield "answer_template: {spans} writes all intervals: leave out {start} and {end}"
 
 
 @cache

@@ -66,6 +66,29 @@ def merged_iou(spans: Iterable[Span], answers: Iterable[Span]) -> float:
     return shared / union if shared > 0 else 0.0
 
 
+def wasserstein_s(a: Iterable[Span], b: Iterable[Span]) -> float:
+    """W1 in seconds between the uniform distributions over two sets: the integral of |F_a - F_b|.
+
+    inf if either covers no time. Both distribution functions are linear between the ends of intervals.
+    """
+    sets = merge(a), merge(b)
+    if not all(sets):
+        return math.inf
+    ends = np.unique(np.array(sets[0] + sets[1]))  # float64[E], ascending
+    shares = []
+    for spans in sets:
+        lengths = np.diff(spans)[:, 0]
+        reached = np.repeat(np.cumsum(lengths), 2)
+        reached[::2] -= lengths  # float64[2 per span]: seconds covered before each end
+        shares.append(np.interp(ends, np.ravel(spans), reached / lengths.sum()))
+    gap = shares[0] - shares[1]
+    left, right, widths = gap[:-1], gap[1:], np.diff(ends)
+    size = np.abs(left) + np.abs(right)
+    crosses = left * right < 0
+    areas = np.where(crosses, (left**2 + right**2) / np.where(crosses, size, 1.0), size) / 2
+    return float(areas @ widths)
+
+
 def prompt_iou(spans: Sequence[Span], prompt: Prompt, multi_span: str) -> float:
     """IoU of an answer with the prompt's ground truth. multi_span: how several spans count.
 
@@ -112,11 +135,16 @@ def describe_odd(counts: Mapping[str, int]) -> str:
     return f"odd truth, scored as published: {kinds}"
 
 
-def evaluate(predictions: Sequence[Prediction], prompts: Sequence[Prompt | FailedPrompt]) -> dict[str, float]:
-    """Scores one prediction per prompt. A prompt without one counts as IoU 0 and as unparsed."""
-    by_id = {p.prompt_id: first_span(p.spans_s) for p in predictions}
-    spans = [by_id.get(p.prompt_id) for p in prompts]
-    return summarise(_best_ious(spans, prompts), spans.count(None))
+def evaluate(
+    predictions: Sequence[Prediction], prompts: Sequence[Prompt | FailedPrompt], span_iou: str = "best"
+) -> dict[str, float]:
+    """Scores one prediction per prompt. A prompt without one counts as IoU 0 and as unparsed.
+
+    span_iou: as prompt_iou's multi_span.
+    """
+    by_id = {p.prompt_id: p.spans_s for p in predictions}
+    spans = [by_id.get(p.prompt_id, ()) for p in prompts]
+    return summarise(_ious(spans, prompts, span_iou), spans.count(()))
 
 
 def best_constant_interval(answers: Sequence[tuple[Sequence[Span], float]], grid: int = 24) -> Span:
@@ -146,7 +174,10 @@ def random_spans(durations_s: Sequence[float], seed: int) -> list[Span]:
 
 
 def blind_baselines(
-    train: Sequence[Prompt], evaluation: Sequence[Prompt | FailedPrompt], seed: int = 0
+    train: Sequence[Prompt],
+    evaluation: Sequence[Prompt | FailedPrompt],
+    seed: int = 0,
+    span_iou: str = "best",
 ) -> dict[str, Any]:
     """Scores without a model: the constant interval that is best on `train`, and a random interval.
 
@@ -159,12 +190,15 @@ def blind_baselines(
     constant = None
     if labelled:
         start, end = best_constant_interval(labelled)
-        constant = summarise(_best_ious([(start * d, end * d) for d in durations], readable) + failed)
+        constant = summarise(_ious([[(start * d, end * d)] for d in durations], readable, span_iou) + failed)
         constant |= {"interval_frac": [float(start), float(end)]}
-    random = summarise(_best_ious(random_spans(durations, seed), readable) + failed)
+    drawn = [[span] for span in random_spans(durations, seed)]
+    random = summarise(_ious(drawn, readable, span_iou) + failed)
     return {"best_constant": constant, "random": random}
 
 
-def _best_ious(spans: Sequence[Span | None], prompts: Sequence[Prompt | FailedPrompt]) -> list[float]:
-    truth = (p.answer_spans_s or () if isinstance(p, Prompt) else () for p in prompts)
-    return [best_iou(span, of_prompt) for span, of_prompt in zip(spans, truth, strict=True)]
+def _ious(
+    spans: Sequence[Sequence[Span]], prompts: Sequence[Prompt | FailedPrompt], span_iou: str
+) -> list[float]:
+    pairs = zip(spans, prompts, strict=True)
+    return [prompt_iou(of, p, span_iou) if isinstance(p, Prompt) else 0.0 for of, p in pairs]

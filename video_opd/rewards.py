@@ -4,6 +4,7 @@ import math
 import pkgutil
 from collections.abc import Callable, Sequence
 
+from video_opd import grounding
 from video_opd.errors import ConfigError
 from video_opd.grounding import best_iou, first_span
 from video_opd.types import Prompt, ScoredGroup, Trajectory
@@ -12,7 +13,7 @@ Reward = Callable[[Trajectory, Prompt], float]
 
 
 def iou(trajectory: Trajectory, prompt: Prompt) -> float:
-    """IoU with the nearest true span; 0 for an unparsed response."""
+    """IoU of the first interval with the nearest true span; 0 for an unparsed response."""
     return best_iou(first_span(trajectory.predicted_spans_s), prompt.answer_spans_s or ())
 
 
@@ -27,9 +28,35 @@ def time_r1(trajectory: Trajectory, prompt: Prompt) -> float:
 
 
 def answer_format(trajectory: Trajectory, prompt: Prompt) -> float:
-    """1 for an ordered interval inside the clip, else 0."""
-    span = first_span(trajectory.predicted_spans_s)
-    return float(span is not None and 0 <= span[0] < span[1] <= prompt.clip.duration_s)
+    """1 for an ordered interval inside the clip, of a set for such intervals alone; else 0."""
+    spans, duration = trajectory.predicted_spans_s, prompt.clip.duration_s
+    return float(bool(spans) and all(0 <= start < end <= duration for start, end in spans))
+
+
+def merged_iou(trajectory: Trajectory, prompt: Prompt) -> float:
+    """IoU of the answer's and the true set, by the seconds that each covers; 0 for an unparsed response.
+
+    TimeLens2 (arXiv 2607.17423), tiou, with merged true spans.
+    """
+    return grounding.merged_iou(trajectory.predicted_spans_s, prompt.answer_spans_s or ())
+
+
+def temporal_wasserstein(trajectory: Trajectory, prompt: Prompt) -> float:
+    """exp(-W1 / |truth|) of the answer's and the true set, |truth| in seconds covered; 0 for an unparsed one.
+
+    TimeLens2 (arXiv 2607.17423), twass1: see grounding.wasserstein_s. It also tells apart answers that do not
+    overlap with the truth.
+    """
+    truth = grounding.merge(prompt.answer_spans_s or ())
+    if not truth:
+        return 0.0
+    distance_s = grounding.wasserstein_s(trajectory.predicted_spans_s, truth)
+    return math.exp(-distance_s / grounding.duration_s(truth))
+
+
+def parse_penalty(trajectory: Trajectory, prompt: Prompt) -> float:
+    """-1 for a response without an interval whose start is before its end, else 0 (TimeLens2)."""
+    return 0.0 if grounding.merge(trajectory.predicted_spans_s) else -1.0
 
 
 def load_rewards(paths: Sequence[str]) -> list[Reward]:

@@ -92,6 +92,7 @@ class EncodedPrompt:
     token_types: np.ndarray  # int32[M], transformers' mm_token_type_ids
     second_per_grid: float | None  # seconds between token grids (Qwen2.5-VL); None: times are text (Qwen3-VL)
     fingerprint: str  # hash of token ids, grid, frame indices and pixels (docs/algorithm.md)
+    style: str | None = None  # the prompt's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,11 +26,14 @@ DOUBTED, PREFERRED = "214,39,40", "44,160,44"  # by the teacher: red, green
 Ious = Mapping[str, np.ndarray]  # float64[prompts] by evaluation; NaN: a prompt without truth
 
 
-def prompt_ious(prompts: Sequence[Prompt], examples: Mapping[str, Mapping[str, str]]) -> Ious:
+def prompt_ious(
+    prompts: Sequence[Prompt], examples: Mapping[str, Mapping[str, str]], as_sets: bool = False
+) -> Ious:
     """Of each model that answered; a missing answer is IoU 0. `examples`: texts by evaluation and prompt."""
+    reading = "merged" if as_sets else "best"
 
     def iou(prompt: Prompt, text: str) -> float:
-        return prompt_iou(parse_spans(text), prompt, "best") if prompt.answer_spans_s else np.nan
+        return prompt_iou(parse_spans(text, as_sets), prompt, reading) if prompt.answer_spans_s else np.nan
 
     asked = [name for name in MODELS if examples.get(name)]
     return {n: np.array([iou(p, examples[n].get(p.prompt_id, "")) for p in prompts]) for n in asked}

@@ -91,6 +91,7 @@ def print_summary(folder: Path, summary: dict[str, Any]) -> None:
         student = f"mIoU {after - before['miou']:+.3f}{share}" if before else f"mIoU {after:.3f}{share}"
     steps = f"after {summary['steps']} steps in {summary['seconds']['total'] / 60:.1f} min"
     console.print(f"{student}, {steps}; {len(summary['dropped'])} prompts dropped")
+    console.print(f"video budget: {summary['video']}", soft_wrap=True)
     if shared := describe_shared(summary):
         console.print(shared, soft_wrap=True)
     if odd := summary["odd_truth"]:
@@ -120,13 +121,14 @@ def write_report(
     learning.savefig(folder / "learning.png", dpi=110)
     cache = FrameCache(config.video)
     answered = [p for p in prompts if p.prompt_id not in summary["failed_eval"]]
-    ious = prompt_ious(answered, summary["examples"])
+    texts, as_sets = summary["examples"], config.prompt.asks_for_sets
+    ious = prompt_ious(answered, texts, as_sets)
     try:
         disputed, why_not = disputed_answers(folder / "trajectories", Path(config.student)), ""
     except ModelError as error:
         disputed, why_not = [], str(error)
     changes = [
-        (caption, embed(_example(p, _frames(cache, p), summary["examples"])))
+        (caption, embed(_example(p, _frames(cache, p), texts, as_sets)))
         for caption, p in largest_changes(answered, ious)
     ]
     source = Path(__file__).with_name("report.html.jinja").read_text()
@@ -305,7 +307,9 @@ def _frames(cache: FrameCache, prompt: Prompt) -> np.ndarray | str:
         return str(error)
 
 
-def _example(prompt: Prompt, frames: np.ndarray | str, examples: dict[str, dict[str, str]]) -> Figure:
+def _example(
+    prompt: Prompt, frames: np.ndarray | str, examples: dict[str, dict[str, str]], as_sets: bool = False
+) -> Figure:
     """Frames of the clip, or why there are none, above the answers and the truth.
 
     `examples`: texts by evaluation and prompt id.
@@ -321,7 +325,9 @@ def _example(prompt: Prompt, frames: np.ndarray | str, examples: dict[str, dict[
     strip.set(yticks=[])
     strip.set_title(f'"{prompt.query}"', parse_math=False)
     texts = [examples.get(name, {}).get(prompt.prompt_id, "") for name in MODELS]
-    bars_s = [(row, span, "C0") for row, text in enumerate(texts) for span in merge(parse_spans(text))]
+    bars_s = [
+        (row, span, "C0") for row, text in enumerate(texts) for span in merge(parse_spans(text, as_sets))
+    ]
     bars_s += [(len(MODELS), span, "C2") for span in prompt.answer_spans_s or ()]
     for row, (start, end), colour in bars_s:
         axes.barh(row, end - start, left=start, color=colour, height=0.6)

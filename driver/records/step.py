@@ -59,7 +59,9 @@ async def record(
 ) -> None:
     """Writes the step's metrics. Ground truth that stands in for rollouts does not count as sampled."""
     sampled = [(g.group.prompt, t) for g in groups for t in g.group.rollouts]
-    scored = [(p, prompt_iou(t.predicted_spans_s, p, "best")) for p, t in sampled if p.answer_spans_s]
+    readings = [run.config.prompt.of_style(p.style).span_iou for p, _ in sampled]
+    pairs = zip(sampled, readings, strict=True)
+    scored = [(p, prompt_iou(t.predicted_spans_s, p, how)) for (p, t), how in pairs if p.answer_spans_s]
     num_suspended = sum(len(g.group.suspended) for g in groups)
     seconds, tokens_per_s, wall_s = run.clock.take_times()
     run.totals.update({"rollouts": len(sampled), "suspended_rollouts": num_suspended})

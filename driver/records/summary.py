@@ -17,12 +17,13 @@ def summarise(run: Run, records: pa.Table, seconds: Mapping[str, float]) -> dict
     dropped = records.filter(pc.field("dropped") != "").to_pylist()
     return {
         **{k: run.evaluations.get(k) for k in ("teacher", "student_before", "student_after")},
-        "baselines": blind_baselines(plan.train.prompts, plan.eval.pool, config.seed)
+        "baselines": blind_baselines(plan.train.prompts, plan.eval.pool, config.seed, config.prompt.span_iou)
         | {"no_video": run.evaluations.get("no_video")},
         "odd_truth": odd_truth((p.answer_spans_s or (), p.clip.duration_s) for p in plan.eval.prompts),
         "steps": run.step,
         "seed": config.seed,
         "loss": config.loss.kind,
+        "video": config.video.budget,
         "seconds": {**seconds, **{k.removesuffix("_s"): v for k, v in totals.items() if k.endswith("_s")}},
         "tokens": {k: totals[f"{k}_tokens"] for k in ("rollout", "scored")}
         | {k: total for k, total in totals.items() if k.endswith((COMPUTED, SEPARATE))},

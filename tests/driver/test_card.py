@@ -34,7 +34,7 @@ def test_the_card_of_a_model_of_the_hub(tmp_path):
     for told in (
         *(f"Org/Student-2B@{COMMIT}", "/models/Teacher-8B", "loss.kind=opd", "7 of a run of 9", "mIoU 0.500"),
         "| student before | 0.500 | 1.000 | 0.500 | 0.000 |",
-        "| video | 2 frames a second, at most 768 and 8192 tokens |",
+        "| video | 2 frames a second, 4 to 768, at most 8192 tokens |",
         "python launch.py --config 'my config.yaml' 'worker_env.KEY=***' 'checkpoint_url=s3://***@b/x'",
     ):
         assert told in card.text

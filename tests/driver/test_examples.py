@@ -11,6 +11,7 @@ from driver.progress import Progress, write_progress
 from driver.run import Run
 from tests.driver.test_checkpoint import CURRICULUM, SETUP, read_progress
 from tests.fakes import make_prompt
+from video_opd.config_data import PromptConfig
 from video_opd.datasets.prompts import Split
 from video_opd.types import FailedPrompt, Prediction, Prompt
 
@@ -30,7 +31,7 @@ class Actors:
 
 def make_run(actors: Actors, progress: Progress) -> Any:
     parts: Any = {n: None for n in ("folder", "given", "control", "learner", "curriculum")}
-    config: Any = SimpleNamespace()
+    config: Any = SimpleNamespace(prompt=PromptConfig())
     parts |= {"plan": SimpleNamespace(eval=Split(POOL, ""), train=[]), "config": config, "rewards": []}
     return Run(actors=actors, teacher=Actors(), progress=progress, **parts)  # type: ignore[arg-type]
 

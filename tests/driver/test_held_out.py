@@ -12,6 +12,7 @@ from driver.progress import Progress
 from driver.records.report import COLUMNS, print_summary
 from driver.run import Run
 from tests.fakes import make_prompt
+from video_opd.config_data import PromptConfig, VideoConfig
 from video_opd.datasets.prompts import Split
 from video_opd.types import Prediction
 
@@ -36,7 +37,7 @@ def make_run(step: int, num_actors: int = 1, evaluated: tuple[str, ...] = ()) ->
     parts: Any = {name: None for name in ("learner", "curriculum", "control")}
     parts |= {"plan": SimpleNamespace(eval=Split(list(PROMPTS), "")), "rewards": [], "published": step}
     parts |= {"actors": Answering(num_actors), "teacher": Answering()}
-    config: Any = SimpleNamespace(max_scored_tokens=None)
+    config: Any = SimpleNamespace(max_scored_tokens=None, prompt=PromptConfig())
     run = Run(folder=None, config=config, given=config, progress=Progress(step=step), **parts)  # pyright: ignore
     for name in evaluated:
         run.evaluations[name], run.progress.examples[name] = {"miou": 0.25}, [name]  # pyright: ignore
@@ -88,6 +89,7 @@ def test_a_run_that_has_no_student_before_says_what_the_trained_one_reaches(caps
         "seconds": {"total": 60.0},
         "dropped": {},
         "tokens": {},
+        "video": VideoConfig().budget,
         "odd_truth": {},
     }
     print_summary(Path("runs/name"), summary)

@@ -22,6 +22,7 @@ from tests.driver.test_report import SCORES
 from tests.fakes import make_prompt
 from tests.video_opd.test_config import MINIMAL
 from video_opd import ROOT
+from video_opd.config_data import VideoConfig
 from video_opd.config_file import parse_config
 from video_opd.errors import ModelError
 from video_opd.grounding import blind_baselines
@@ -60,6 +61,7 @@ def summary_of(prompts, examples) -> dict:
         **{"steps": 10_000, "seed": 0, "loss": "opd", "seconds": {"total": 60.0, "start_up": 1.0}},
         "dropped": {f"{HOSTILE}{i}": f"teacher <b>IoU</b> {i}" for i in range(3000)},
         "failed_eval": {"gone": HOSTILE},
+        "video": VideoConfig().budget,
         **{"tokens": {"rollout": 0, "scored": 0}, "rollouts": 0, "examples": examples},
     }
 

@@ -33,6 +33,7 @@ def summary():
         "odd_truth": {"reversed": 1},
         **{"steps": 1, "seed": 0, "loss": "opd", "seconds": {"total": 60.0, "start_up": 1.0}, "dropped": {}},
         "failed_eval": {},
+        "video": VideoConfig(max_frame_tokens=256).budget,
         **{"tokens": {"rollout": 0, "scored": 0}, "teacher_calls": 0, "rollouts": 0, "suspended_rollouts": 0},
         "examples": {"student_before": {"a": "From 2.0 to 5.0 seconds.", "b": f"0 to {'9' * 400}"}},
     }
@@ -48,6 +49,7 @@ def test_a_report_is_written_though_held_out_clips_are_gone(tmp_path, summary):
     html = (tmp_path / "report.html").read_text()
     assert html.count("frames, truth and answers") == len(PROMPTS)
     assert "Tokens computed: learner 25 of 100 (75% saved)" in html
+    assert "video budget: 2 frames a second, 4 to 768, at most 8192 tokens, 256 a pair of frames" in html
 
 
 def test_what_sequences_share_is_added_up_over_the_steps_and_told(tmp_path, summary, capsys):
@@ -92,6 +94,8 @@ def test_the_reason_is_in_the_place_of_the_frames(tmp_path, summary):
 
 def test_the_printed_summary_counts_odd_truth(tmp_path, summary, capsys):
     print_summary(tmp_path, summary)
-    assert "odd truth, scored as published: reversed 1" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "odd truth, scored as published: reversed 1" in out
+    assert "video budget: 2 frames a second, 4 to 768, at most 8192 tokens, 256 a pair of frames\n" in out
     print_summary(tmp_path, summary | {"odd_truth": {}})
     assert "odd" not in capsys.readouterr().out

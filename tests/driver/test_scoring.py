@@ -94,7 +94,7 @@ def test_a_drawn_prompt_is_answered_by_its_truth_and_the_others_by_the_actors():
     assert {i for i, g in groups.items() if not g.rollouts} == truths
     encoder = PromptEncoder(run.config.student, run.config.prompt, run.config.video)
     (truth,) = groups[min(truths)].trajectories
-    assert truth.response_token_ids.tolist() == encoder.answer_ids((2.0, 5.0)).tolist()
+    assert truth.response_token_ids.tolist() == encoder.answer_ids([(2.0, 5.0)]).tolist()
 
 
 def test_a_demonstration_is_no_rollout():

@@ -128,7 +128,7 @@ def test_a_run_is_its_evaluation_or_else_its_last_answers(files, split_folder, t
     result = json.loads(capsys.readouterr().out)
     assert result["metrics"]["miou"] == {"a": 1.0, "b": 1.0, "difference": 0.0, "interval_95": [0.0, 0.0]}
     assert (result["n"], result["same"]) == (len(lines), len(lines))
-    assert result["a"]["video"].startswith("3 frames a second, at most 24 and ")
+    assert result["a"]["video"].startswith("3 frames a second, 4 to 24, at most ")
     (run / "evaluation").mkdir()
     Path(files[0]).rename(run / "evaluation" / "strict.parquet")
     assert main(["compare", str(run), files[1], "--json"]) == 0

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,14 +24,15 @@ from evaluation.scoring import (
 )
 from evaluation.timelines import NUM_SHOWN, draw_timelines
 from tests.fakes import make_prompt
+from video_opd import ROOT
 from video_opd.answers import parse_spans
 from video_opd.config_file import load_config
 from video_opd.errors import DataError, ParityError
-from video_opd.grounding import blind_baselines, evaluate, first_span
+from video_opd.grounding import blind_baselines, evaluate
 from video_opd.schemas import EVALUATION
 from video_opd.types import FailedPrompt, Prediction, Span
 
-DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
+DEMO = ROOT / "configs" / "demo.yaml"
 STRICT = PROTOCOLS["strict"]
 TEXTS = {
     "right": "From 2.0 to 6.0 seconds.",
@@ -114,19 +114,25 @@ def test_one_answer_has_other_numbers_under_other_protocols():
     wanted = question("p", answers=((24.0, 30.0),), duration_s=60.0)
     texts = {"p": "First 00:24 - 00:30, then 40 to 50."}
     numbers = {name: score_answers([wanted], texts, p, {})[0] for name, p in PROTOCOLS.items()}
-    assert {name: first_span(a.spans_s) for name, a in numbers.items()} == {
-        "strict": (24.0, 30.0),
-        "timelens": (24.0, 30.0),
-        "time_r1": (40.0, 50.0),
-        "vtimellm": (24.0, 30.0),
-        "lmms_eval": (0.0, 24.0),
+    assert {name: a.spans_s for name, a in numbers.items()} == {
+        "strict": ((24.0, 30.0),),
+        "timelens": ((24.0, 30.0),),
+        "time_r1": ((40.0, 50.0),),
+        "vtimellm": ((24.0, 30.0),),
+        "lmms_eval": ((0.0, 24.0),),
+        "timelens_strict": ((24.0, 30.0),),
+        "strict_sets": ((24.0, 30.0), (40.0, 50.0)),
+        "timelens2": ((24.0, 0.0), (40.0, 50.0)),
+        "vue_tr": ((24.0, 0.0), (40.0, 50.0)),
     }
     assert {name: a.iou for name, a in numbers.items()} == dict.fromkeys(PROTOCOLS, 0.0) | {
         "strict": 1.0,
         "timelens": 1.0,
         "vtimellm": 1.0,
+        "timelens_strict": 1.0,
+        "strict_sets": 6 / 16,
     }
-    assert [name for name, a in numbers.items() if a.is_reversed] == ["lmms_eval"]
+    assert [name for name, a in numbers.items() if a.is_reversed] == ["lmms_eval", "timelens2", "vue_tr"]
 
 
 @pytest.mark.parametrize(
@@ -253,13 +259,14 @@ def dump(scored, tmp_path) -> str:
     return str(tmp_path / "dump.parquet")
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", ["strict", "timelens", "time_r1", "vtimellm", "lmms_eval", "vue_tr"])
 def test_a_dump_is_scored_again_without_a_model_or_a_config(dump, tmp_path, capsys, protocol):
     assert main(["--predictions", dump, "--protocol", protocol, "--out", str(tmp_path / "out")]) == 0
     result = json.loads((tmp_path / "out" / f"{protocol}.json").read_text())
     assert (result["result"]["n"], result["result"]["missing"], result["num_videos"]) == (12, 2, 6)
     assert result["baselines"].keys() == {"random"}
     out = capsys.readouterr().out
+    assert "unknown" in result["video"] and "video budget: unknown" in out
     assert (
         "n 12, unparsed" in out
         and "missing 2" in out
@@ -270,18 +277,6 @@ def test_a_dump_is_scored_again_without_a_model_or_a_config(dump, tmp_path, caps
         row["prompt_id"]: row for row in pq.read_table(tmp_path / "out" / f"{protocol}.parquet").to_pylist()
     }
     assert rows["damaged"]["failure"] == "video v.mp4 cannot be decoded"
-
-
-@pytest.fixture
-def config(split_folder) -> list[str]:
-    """Arguments that make the questions those of a few real clips; the model folder need not exist."""
-    files = {"annotations": "annotations.txt", "lengths": "lengths.csv", "videos": "videos"}
-    data = [
-        f"data.{split}.{key}={split_folder / name}"
-        for split in ("train", "eval")
-        for key, name in files.items()
-    ]
-    return ["--config", str(DEMO), "student=/nowhere", *data]
 
 
 def test_predictions_of_another_program_are_scored_on_the_configs_split(
@@ -350,6 +345,8 @@ def test_a_models_failures_count_and_an_engines_error_is_exit_code_1(config, tmp
     result = json.loads((tmp_path / "strict.json").read_text())
     n = result["result"]["n"]
     assert (result["result"]["miou"], result["result"]["missing"]) == (pytest.approx(2 / n), n - 2)
+    assert result["video"].startswith("2 frames a second, 4 to 24, at most ")
+    assert "video budget: 2 frames a second, 4 to 24, at most " in capsys.readouterr().out
     assert result["baselines"]["no_video"]["unparsed"] == n and "best_constant" in result["baselines"]
     assert pq.read_table(tmp_path / "strict.parquet")["failure"].to_pylist() == [
         None,

@@ -22,6 +22,7 @@ from video_opd.errors import ConfigError
 from video_opd.grounding import summarise, temporal_iou
 from video_opd.types import Span
 
+SETS = ("strict_sets", "timelens2", "vue_tr")
 NAMES = ("strict", "timelens", "time_r1", "vtimellm", "lmms_eval")
 # An answer, then what each of NAMES scores: seconds, for vtimellm shares of the clip; None: no interval.
 TABLE = [
@@ -192,7 +193,7 @@ def test_an_answer_is_read_as_each_codebase_reads_it(row):
 
 
 def test_the_table_is_of_all_protocols_and_tells_every_two_apart():
-    assert tuple(PROTOCOLS) == NAMES and len(TABLE) >= 60
+    assert tuple(PROTOCOLS) == (*NAMES, "timelens_strict", *SETS) and len(TABLE) >= 60
     for a in range(len(NAMES)):
         for b in range(a):
             assert sum(row[1 + a] != row[1 + b] for row in TABLE) >= 5, (NAMES[a], NAMES[b])
@@ -210,7 +211,7 @@ def test_only_lmms_eval_puts_a_reversed_pair_in_order_and_all_say_that_it_was_re
     assert ious == {"strict": 0.0, "timelens": 0.0, "time_r1": 0.0, "vtimellm": 0.0, "lmms_eval": 1.0}
 
 
-def test_a_threshold_that_is_met_exactly_counts_except_in_time_r1():
+def test_a_threshold_that_is_met_exactly_counts_except_in_time_r1_and_timelens_strict():
     ious = np.array([0.5])
     assert {name: bool(p.reaches(ious, 0.5)[0]) for name, p in PROTOCOLS.items()} == {
         "strict": True,
@@ -218,12 +219,16 @@ def test_a_threshold_that_is_met_exactly_counts_except_in_time_r1():
         "time_r1": False,
         "vtimellm": True,
         "lmms_eval": True,
+        "timelens_strict": False,
+        "strict_sets": True,
+        "timelens2": True,
+        "vue_tr": True,
     }
 
 
 def test_only_strict_forgives_a_rounding_error_below_a_threshold():
     ious = np.array([0.7 - 1e-12])
-    assert [name for name, p in PROTOCOLS.items() if p.reaches(ious, 0.7)[0]] == ["strict"]
+    assert [name for name, p in PROTOCOLS.items() if p.reaches(ious, 0.7)[0]] == ["strict", "strict_sets"]
 
 
 def test_vtimellm_rounds_each_iou_to_two_decimals_and_reads_shares_of_the_video():
@@ -269,7 +274,7 @@ def test_the_hull_gives_the_same_iou_as_the_union(a: Span, b: Span):
 
 def test_an_unknown_protocol_names_the_known_ones():
     with pytest.raises(ConfigError, match="strict, timelens, time_r1, vtimellm, lmms_eval"):
-        protocol_named("timelens2")
+        protocol_named("timelens3")
 
 
 SHORT, LONG = 500, 30_000
@@ -290,6 +295,13 @@ def test_very_long_answers_are_read_as_shorter_ones_are(name):
 
     for unit in HARD:
         assert read(unit, LONG) == read(unit, SHORT), unit
+
+
+@pytest.mark.parametrize("name", SETS[:2])
+def test_very_long_sets_are_read_in_linear_time(name):
+    for unit in ("[", "[[", "[ ", "[1,", "[[1,2],", "[[1],", "-1 ", "1 - 2 ", "1, ", '"1', "- "):
+        assert PROTOCOLS[name].parse(unit * 10_000 + "x") is None or unit.count("1")
+    assert len(PROTOCOLS[name].parse(f"[{'[1, 2], ' * 9_999}[1, 2]]").spans) == 10_000
 
 
 @pytest.mark.parametrize("name", NAMES)

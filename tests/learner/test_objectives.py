@@ -14,7 +14,16 @@ from learner.signals import signals_of
 from tests.fakes import make_group, make_prompt
 from video_opd.config_learner import OBJECTIVES, LearnerConfig, LossConfig, LossKind
 from video_opd.errors import ConfigError
-from video_opd.rewards import answer_format, iou, load_rewards, time_r1, total_reward
+from video_opd.rewards import (
+    answer_format,
+    iou,
+    load_rewards,
+    merged_iou,
+    parse_penalty,
+    temporal_wasserstein,
+    time_r1,
+    total_reward,
+)
 from video_opd.types import ScoredGroup
 
 R, V = 4, 6
@@ -184,8 +193,9 @@ def test_rewards_and_trajectories_must_be_as_many():
 # --- rewards ---
 
 
-def answer(span):
-    return replace(make_group("p").group.trajectories[0], predicted_spans_s=(span,) if span else ())
+def answer(*spans):
+    spans = tuple(span for span in spans if span)
+    return replace(make_group("p").group.trajectories[0], predicted_spans_s=spans)
 
 
 def test_rewards_by_hand():
@@ -200,6 +210,25 @@ def test_rewards_by_hand():
         0.0,
     ]
     assert [reward(answer(None), prompt) for reward in (iou, time_r1, answer_format)] == [0.0] * 3
+
+
+def test_rewards_of_sets_by_hand():
+    """W1 by the quantile functions: of the truth 2 + 4u below u = 1/2, then 6 + 4u."""
+    prompt = make_prompt("p", ((2.0, 4.0), (8.0, 10.0)), duration_s=12.0)
+    # 2 + 2u, then 7 + 2u
+    both, touching = answer((8.0, 9.0), (2.0, 3.0)), answer((2.0, 3.0), (3.0, 4.0), (8.0, 10.0))
+    assert merged_iou(both, prompt) == 0.5 and merged_iou(touching, prompt) == 1.0
+    assert temporal_wasserstein(both, prompt) == pytest.approx(math.exp(-0.5 / 4))
+    assert temporal_wasserstein(touching, prompt) == 1.0
+    assert temporal_wasserstein(answer((10.0, 12.0)), prompt) == pytest.approx(math.exp(-5.0 / 4))
+    assert iou(both, prompt) == 0.5 and iou(answer((0.0, 1.0), (2.0, 4.0)), prompt) == 0.0, "the first"
+    nothing = [answer(), answer((3.0, 3.0)), answer((4.0, 2.0)), answer((2.0, math.inf))]
+    assert [parse_penalty(a, prompt) for a in (both, *nothing)] == [0.0, -1.0, -1.0, -1.0, -1.0]
+    assert {r(a, prompt) for a in nothing for r in (merged_iou, temporal_wasserstein)} == {0.0}
+    assert temporal_wasserstein(both, make_prompt("u", None)) == 0.0
+    assert (
+        answer_format(both, prompt) == 1.0 and answer_format(answer((1.0, 2.0), (5.0, 13.0)), prompt) == 0.0
+    )
 
 
 def test_rewards_are_summed_and_named_by_import_path():

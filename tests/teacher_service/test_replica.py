@@ -17,6 +17,7 @@ from teacher_service.calls import Reply
 from teacher_service.replica import TeacherReplica
 from tests.fakes import make_group, make_prompt
 from tests.teacher_service.test_teacher_service import config_with
+from video_opd.answers import parse_spans
 from video_opd.config import Config
 from video_opd.config_teachers import TeacherModel
 from video_opd.errors import ParityError
@@ -104,10 +105,13 @@ class Parts:
     def written(self, text: str) -> str:
         return text
 
+    def spans_in(self, text: str, style: str | None) -> tuple:
+        return parse_spans(text)
+
 
 def replica_of(parts: Parts, **pool: Any) -> TeacherReplica:
     class Replica(TeacherReplica):
-        def _load(self, config: Config, model: str) -> Any:
+        def _load(self, config: Config, teacher: TeacherModel) -> Any:
             parts.threads.add(threading.get_ident())
             return parts, parts
 

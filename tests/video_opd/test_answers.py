@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from video_opd.answers import opened_thought, parse_span
+from video_opd.answers import opened_thought, parse_span, parse_spans
 
 OPENED = "Scenes:\n- 28.2s to 35.5s: people.\n- From 195.2s to 220.7s: basketball.\n</think>\n\n"
 THOUGHTS = [
@@ -248,3 +248,61 @@ def test_reading_is_linear(unit):
 def test_a_thought_that_the_chat_template_opens_is_known(prompt, tag):
     assert opened_thought(prompt) == tag
     assert parse_span(tag + "Perhaps 3 - 4") == (None if tag else (3.0, 4.0))
+
+
+# --- sets ---
+
+A_AND_B = ((5.0, 10.0), (15.0, 20.5))
+SETS = [
+    ("[[5.0, 10.0], [15.0, 20.5]]", A_AND_B),
+    ("```json\n[[5, 10],\n [15, 20.5],]\n```\nIt is not 30 - 40.", A_AND_B),
+    ("Between 1 and 40 s I see it twice: [[5, 10], [15, 20.5]].", A_AND_B),
+    ("[['5.0s', '10.0s'], ['00:15', '00:20.5']]", A_AND_B),
+    ("[5, 10], [15, 20.5]", A_AND_B),
+    ("[(5, 10), (15, 20.5)]", A_AND_B),
+    ("From 5.0 to 10.0 seconds, and from 15.0 to 20.5 seconds.", A_AND_B),
+    ("It is seen from 5 to 10 and 15 to 20.5.", A_AND_B),
+    ("5 - 10, 15 - 20.5", A_AND_B),
+    ("- 00:05 to 00:10\n- 00:15 to 00:20.5", A_AND_B),
+    ("The event happens in 5 - 10 seconds.\nThe event happens in 15 - 20.5 seconds.", A_AND_B),
+    ('[{"start": 5, "end": 10}, {"end": 20.5, "start": 15}]', A_AND_B),
+    ("starts at 5 s and ends at 10 s, then starts at 15 s and ends at 20.5 s", A_AND_B),
+    ("<think>at 1 - 2</think><answer>[[5, 10], [15, 20.5]]</answer>", A_AND_B),
+    ("[[15, 20.5], [5, 10], [5, 10]]", ((15.0, 20.5), (5.0, 10.0), (5.0, 10.0))),  # as written
+    ("[[10, 5], [3, 3]]", ((10.0, 5.0), (3.0, 3.0))),
+    ("[[5, 10], [-3, 4], [1]]", ((5.0, 10.0),)),
+    ("1 - 2 - 3 - 4", ((1.0, 2.0), (3.0, 4.0))),
+    ("5 to 10", ((5.0, 10.0),)),
+    ("[[1, 2], [3", ((1.0, 2.0),)),  # cut
+    ("[]", ()),
+    ("[[]] or 7", ()),
+]
+
+
+@pytest.mark.parametrize(("text", "spans"), SETS)
+def test_a_set_is_all_intervals_and_one_answer_the_first(text, spans):
+    assert parse_spans(text, as_set=True) == spans
+    one = parse_spans(text, as_set=False)
+    assert len(one) <= 1 and one == ((first,) if (first := parse_span(text)) else ())
+
+
+times = st.integers(0, 36_000).map(lambda tenths: tenths / 10)
+FORMATS = [
+    ("[{}]", "[{:.1f}, {:.1f}]", ", "),
+    ("From {}.", "{:.1f} to {:.1f} seconds", ", and from "),
+    ("{}", "The event happens in {:.1f} - {:.1f} seconds.", "\n"),
+]
+
+
+@given(st.lists(st.tuples(times, times), min_size=1, max_size=5), st.sampled_from(FORMATS))
+def test_any_set_is_read_back(spans, form):
+    around, pair, between = form
+    assert parse_spans(around.format(between.join(pair.format(*s) for s in spans)), as_set=True) == tuple(
+        spans
+    )
+
+
+@given(st.text(alphabet="[], 0123456789.-:to\"'sand\n", max_size=60))
+def test_reading_a_set_never_raises_and_begins_where_one_answer_does(text):
+    spans, one = parse_spans(text, as_set=True), parse_span(text)
+    assert bool(spans) == (one is not None)

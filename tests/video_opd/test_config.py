@@ -5,7 +5,7 @@ import yaml
 
 import launch
 from video_opd import ROOT
-from video_opd.answers import parse_span
+from video_opd.answers import parse_spans
 from video_opd.config import Config
 from video_opd.config_data import STYLES
 from video_opd.config_file import describe_keys, dump_config, load_config, resolve_paths
@@ -101,6 +101,8 @@ def test_a_missing_key_is_named_in_full(path, section, key):
         "prompt.template=When?",
         "prompt.answer_template={begin}",
         "prompt.style=own",
+        "prompt.answer_template='{spans:.1f} {start}'",
+        "prompt.answer_template='{spans:x}'",
         "data.eval.unreadable=drop",
         "data.eval.faulty=drop",
         "video.min_frames=1000",
@@ -120,7 +122,10 @@ def test_a_bad_value_is_named_by_its_key(path, override):
 def test_a_prompt_style_sets_what_is_not_given_and_its_answers_are_understood(path, style, tmp_path):
     prompt = load_config(path, [f"prompt.style={style}"]).prompt
     assert {key: getattr(prompt, key) for key in STYLES[style]} == STYLES[style]
-    assert parse_span(prompt.answer_template.format(start=3.5, end=12.0)) == (3.5, 12.0)
+    truth = ((3.5, 12.0), (20.0, 21.5))
+    text, written = prompt.answer(truth)
+    assert written == (truth if style == "timelens2" else truth[:1])
+    assert parse_spans(text, prompt.asks_for_sets) == written
     own = load_config(
         path, [f"prompt.style={style}", "prompt.template=When {query}?", "prompt.video_first=false"]
     )
@@ -216,6 +221,22 @@ def test_an_override_cannot_go_inside_a_value(path, override):
 def test_an_override_that_is_not_yaml_is_named(path, override):
     message = problem(path, override)
     assert repr(override) in message and "not YAML" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["loss.kind=grpo", "rollout.rollouts_per_prompt=2"], "use merged_iou"),
+        (["loss.task_weight=1", "loss.rewards=[video_opd.rewards:time_r1]"], "use merged_iou"),
+        (
+            ["loss.task_weight=1", "loss.rewards=[video_opd.rewards:merged_iou]", "loss.task_gate=0.5"],
+            "task_gate",
+        ),
+        (["curriculum.kind=tvdf"], "multi_span_iou=best"),
+    ],
+)
+def test_sets_are_not_scored_by_their_first_interval(path, overrides, told):
+    assert told in problem(path, "prompt.style=timelens2", *overrides)
 
 
 @pytest.mark.parametrize("text", ["a: [1,\nb: 2", "\tkey: value", "a: b: c", "key: \x00"])

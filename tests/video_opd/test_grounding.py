@@ -20,6 +20,7 @@ from video_opd.grounding import (
     prompt_iou,
     summarise,
     temporal_iou,
+    wasserstein_s,
 )
 from video_opd.types import Prediction, Span
 
@@ -98,6 +99,39 @@ def test_merged_iou_leaves_out_what_is_no_interval(bad):
     truth = [(0.0, 4.0), (6.0, 8.0)]
     assert merged_iou([], truth) == merged_iou([bad], truth) == merged_iou(truth, [bad]) == 0.0
     assert merged_iou([bad, (6.0, 8.0)], truth) == pytest.approx(2 / 6)
+
+
+def literal_wasserstein(a: list[tuple[int, int]], b: list[tuple[int, int]], atoms_a_cell: int) -> float:
+    """Both sets as equally many atoms, spread evenly over their cells of a second, and moved in order."""
+    cells = [sorted({t for start, end in of for t in range(start, end)}) for of in (a, b)]
+    num = len(cells[0]) * len(cells[1]) * atoms_a_cell
+    atoms = [np.sort([t + x for t in of for x in _even(num // len(of))]) for of in cells]
+    return float(np.abs(atoms[0] - atoms[1]).mean())
+
+
+def _even(num: int) -> np.ndarray:
+    return (np.arange(num) + 0.5) / num
+
+
+def test_wasserstein_is_the_mean_way_of_atoms_moved_in_order():
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        starts, lengths = rng.integers(0, 20, (2, 3)), rng.integers(1, 8, (2, 3))
+        a, b = (
+            list(zip(s.tolist(), (s + n).tolist(), strict=True)) for s, n in zip(starts, lengths, strict=True)
+        )
+        assert wasserstein_s(a, b) == pytest.approx(literal_wasserstein(a, b, 30), abs=0.04)
+        assert wasserstein_s(a, b) == pytest.approx(wasserstein_s(b, a), abs=1e-12)
+        shifted = [(start + 7.5, end + 7.5) for start, end in a]
+        assert wasserstein_s(a, shifted) == pytest.approx(7.5, abs=1e-12)
+
+
+def test_wasserstein_by_hand():
+    assert wasserstein_s([(0, 2)], [(4, 8)]) == 5.0, "centres 1 and 6"
+    assert wasserstein_s([(0, 4)], [(1, 3)]) == 0.5, "4u and 1 + 2u cross at 1/2"
+    assert wasserstein_s([(9, 10), (0, 1)], [(0, 10)]) == pytest.approx(2.0)
+    assert wasserstein_s([(0, 2), (1, 4), (4, 5)], [(0, 5)]) == 0.0
+    assert wasserstein_s([], [(0, 1)]) == wasserstein_s([(0, 1)], [(2, 2)]) == math.inf
 
 
 def test_a_prompt_of_several_spans_is_read_as_its_nearest_or_as_their_union():

@@ -9,7 +9,6 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from video_opd.answers import parse_spans
 from video_opd.models.admission import Admission, Beginning, beginning_of
 from video_opd.models.feed import Ahead
 from video_opd.models.prompting import PromptEncoder
@@ -293,6 +292,8 @@ async def predict(
             if isinstance(result, FailedPrompt):
                 answers[result.prompt_id] = result
             else:
-                name, texts = result.prompt.prompt_id, [encoder.written(c.text) for c in result.completions]
-                answers[name] = [Prediction(prompt_id=name, text=t, spans_s=parse_spans(t)) for t in texts]
+                name, style = result.prompt.prompt_id, result.prompt.style
+                texts = [encoder.written(c.text) for c in result.completions]
+                read = ((text, encoder.spans_in(text, style)) for text in texts)
+                answers[name] = [Prediction(prompt_id=name, text=t, spans_s=spans) for t, spans in read]
     return [answers[p.prompt_id] for p in prompts]

@@ -4,13 +4,14 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from video_opd.answers import opened_thought
+from video_opd.answers import opened_thought, parse_spans
 from video_opd.config_data import PromptConfig, VideoConfig
 from video_opd.errors import ClipError, DataError, ModelError, ParityError
 from video_opd.logs import log
@@ -85,10 +86,15 @@ def fingerprint(
     return digest.hexdigest()
 
 
-def grey_frames(clip: Clip) -> tuple[np.ndarray, str]:
-    """uint8[F, H, W, 3], read-only: a blank video in the place of the clip's frames; and its digest."""
-    shape = len(clip.frame_indices), *clip.frame_size, 3
-    return np.broadcast_to(np.uint8(GREY), shape), f"grey {shape}"
+def grey_frames(shape: Sequence[int]) -> tuple[np.ndarray, str]:
+    """uint8[F, H, W, 3] of a blank video, read-only, and their digest."""
+    return np.broadcast_to(np.uint8(GREY), shape), f"grey {tuple(shape)}"
+
+
+def without_video(prompt: EncodedPrompt) -> EncodedPrompt:
+    """The same tokens at the same times with grey frames of the same size."""
+    frames, digest = grey_frames(prompt.frames.shape)
+    return replace(prompt, frames=frames, frames_digest=digest, fingerprint=f"{prompt.fingerprint} grey")
 
 
 class PromptEncoder:
@@ -124,17 +130,18 @@ class PromptEncoder:
     def _to_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def answer_ids(self, span: Span, style: str | None = None) -> np.ndarray:
-        """int32[N]: an interval written by the answer_template of a prompt's style, with the end token."""
-        text = (
-            self._config.of_style(style).answer_template.format(start=span[0], end=span[1])
-            + self.tokenizer.eos_token
-        )
-        return np.asarray(self._to_ids(text), dtype=np.int32)
+    def answer_ids(self, spans: Sequence[Span], style: str | None = None) -> np.ndarray:
+        """int32[N]: the ground truth as the answer_template of a prompt's style, with the end token."""
+        text, _ = self._config.of_style(style).answer(spans)
+        return np.asarray(self._to_ids(text + self.tokenizer.eos_token), dtype=np.int32)
 
     def written(self, response: str) -> str:
         """The response with the tag of the thought that its prompt, and not the response, has opened."""
         return self._thought + response
+
+    def spans_in(self, text: str, style: str | None) -> tuple[Span, ...]:
+        """The interval that a response, as `written`, names; all if prompts of the style ask for sets."""
+        return parse_spans(text, self._config.of_style(style).asks_for_sets)
 
     def encode_all(self, prompts: Sequence[Prompt], blank_video: bool = False) -> list[Encoded]:
         """encode for each, in order, or a FailedPrompt. video.decode_workers clips are read at once."""
@@ -179,7 +186,7 @@ class PromptEncoder:
             frames, digest = self.frame_cache.read_with_digest(clip)
         digest = digest or digest_of(frames)
         if blank_video:
-            frames, digest = grey_frames(clip)
+            frames, digest = grey_frames(frames.shape)
         metadata, unexpanded = video_metadata(clip), self._unexpanded(prompt)
         video = self._video_text(json.dumps(metadata))
         self._check_size(clip, video)
@@ -200,6 +207,7 @@ class PromptEncoder:
             token_types=token_types,
             second_per_grid=video.second_per_grid,
             fingerprint=fingerprint(token_ids, video.grid_thw, clip.frame_indices, digest, timing),
+            style=prompt.style,
         )
 
     def token_ids(self, prompt: Prompt) -> np.ndarray:
@@ -262,7 +270,10 @@ class PromptEncoder:
 
 
 def check_parity(encoded: EncodedPrompt, trajectory: Trajectory, party: str) -> None:
-    """Raises ParityError unless `party` sees the prompt as the trajectory's actor, if any, did."""
+    """Raises ParityError unless `party` sees the prompt as the trajectory's actor, if any, did.
+
+    Not for a teacher with a view of its own: it shares the response's tokens alone.
+    """
     if trajectory.prompt_fingerprint in (None, encoded.fingerprint):
         return
     ours = f"{party} sees {encoded.fingerprint} (grid {encoded.video_grid_thw})"

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from video_opd.config_data import STYLES, DatasetConfig, VideoConfig
+from video_opd.config_data import STYLES, DatasetConfig, PromptConfig, VideoConfig
 from video_opd.config_file import parse_section
 from video_opd.datasets import __main__ as command
 from video_opd.datasets import read_prompts
@@ -70,7 +70,7 @@ def test_rows_become_prompts_named_or_detected_below_either_folder(name, videos,
 @pytest.mark.parametrize("style", STYLES)
 def test_queries_and_intervals_in_every_published_style(style, folder):
     of = STYLES[style]
-    user, answer = of["template"].format(query="two men\nwave"), of["answer_template"].format(start=1, end=4)
+    user, (answer, _) = of["template"].format(query="two men\nwave"), PromptConfig(**of).answer([(1, 4)])
     needed = {k: row(user, answer)[k] for k in ("video", "user_query", "assistant_response")}
     for rows in ([row(user, answer)], [needed]):
         assert read(dataset(folder, rows)) == [("a:1", "two men\nwave", ((1.0, 4.0),))]
