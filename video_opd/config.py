@@ -338,14 +338,6 @@ class Config(ConfigSection):
         names = [t.name for t in self.teachers]
         if len(set(names)) < len(names):
             yield f"teachers {', '.join(names)}: give each a name of its own"
-        yield from (p for t in self.teachers for p in t.view_problems(self.prompt, self.video))
-
-    def problems(self) -> Iterator[str]:
-        if self.data.weights and not self.curriculum.selects_at_random:
-            drawn = "need prompts that are drawn at random"
-            random = "kind=uniform, or kind=tvdf with dbtp=false and without pool_sample and select_by=video"
-            yield f"the weights of data.train {drawn} ({random}): leave them out, or change curriculum"
-        yield from self._teacher_problems()
         if self.loss.kl_coef and any(t.weight < 0 for t in self.teachers):
             yield "loss.kl_coef is a KL to one reference: give the teachers positive weights"
         yield from (p for t in self.teachers for p in t.view_problems(self.prompt, self.video))
