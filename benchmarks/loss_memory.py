@@ -58,9 +58,11 @@ def compare(num_tokens: int, device: str) -> Row:
 
 
 def main() -> None:
-    quick = make_parser("loss_memory", __doc__, "512 response tokens only").parse_args().quick
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    rows = [compare(n, device) for device in devices for n in ((512,) if quick else (512, 4096, 16384))]
+    parser = make_parser("loss_memory", __doc__, "512 response tokens only")
+    parser.add_argument("--devices", nargs="+", choices=("cpu", "cuda"), help="default: all that are here")
+    asked = parser.parse_args()
+    devices = asked.devices or (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+    rows = [compare(n, device) for device in devices for n in ((512,) if asked.quick else (512, 4096, 16384))]
     title = f"vocabulary {VOCABULARY:,}, hidden size {HIDDEN}, chunks of {CHUNK} rows"
     print_result({"rows": rows}, title, rows)
 

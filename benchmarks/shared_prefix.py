@@ -184,10 +184,12 @@ def summary(rows: Sequence[Row]) -> Row:
 
 
 def main() -> None:
-    quick = make_parser("shared_prefix", __doc__, "512 video tokens").parse_args().quick
+    parser = make_parser("shared_prefix", __doc__, "512 video tokens")
+    parser.add_argument("--devices", nargs="+", choices=("cpu", "cuda"), help="default: all that are here")
+    asked, rows = parser.parse_args(), []
     os.environ["OMP_NUM_THREADS"] = "1"
-    devices, rows = ["cpu", "cuda"] if in_new_process(has_gpu) else ["cpu"], []
-    tokens = VIDEO_TOKENS[:1] if quick else VIDEO_TOKENS
+    devices = asked.devices or (["cpu", "cuda"] if in_new_process(has_gpu) else ["cpu"])
+    tokens = VIDEO_TOKENS[:1] if asked.quick else VIDEO_TOKENS
     for device, most, pair in itertools.product(devices, tokens, QUERIES_AND_ROLLOUTS):
         rows += rows_of((*pair, most), device, REPEATS)
         print(*rows[-len(PHASES) :], sep="\n", file=sys.stderr, flush=True)  # in case the rest takes too long

@@ -1,11 +1,13 @@
 """Prompts of several sources in the shares of their weights: docs/data.md, several sources."""
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.random import Generator
+
+Shuffle = Callable[[np.ndarray], np.ndarray]  # of places
 
 
 def apportion(n: int, weights: np.ndarray, drawn: np.ndarray, room: np.ndarray) -> np.ndarray:
@@ -34,16 +36,17 @@ class Mixture:
         self._drawn = np.zeros(len(weights), np.int64)
         self._left: list[deque[int]] = [deque() for _ in weights]  # of each source's pass, in order
 
-    def next_pass(self, alive: np.ndarray, rng: Generator) -> np.ndarray:
+    def next_pass(self, alive: np.ndarray, shuffle: Shuffle) -> np.ndarray:
         """int64[N]: as many draws as there are places in `alive`, int64[N], of which they are.
 
         The sources' numbers go on from the passes before; one without alive places is left out.
+        shuffle: makes the order of a source's places.
         """
         of_source = self._by_source(alive)
         room = np.array([len(alive) if len(places) else 0 for places in of_source])
         numbers = apportion(len(alive), self._weights, self._drawn, room)
         self._drawn += numbers
-        taken = [self._take(s, of_source[s], n, rng) for s, n in enumerate(numbers)]
+        taken = [self._take(s, of_source[s], n, shuffle) for s, n in enumerate(numbers)]
         return np.array([place for of_one in taken for place in of_one], np.int64)
 
     def select(self, alive: np.ndarray, n: int, rng: Generator) -> np.ndarray:
@@ -57,11 +60,11 @@ class Mixture:
     def _by_source(self, places: np.ndarray) -> list[np.ndarray]:
         return [places[self._source[places] == s] for s in range(len(self._weights))]
 
-    def _take(self, s: int, alive: np.ndarray, n: int, rng: Generator) -> list[int]:
+    def _take(self, s: int, alive: np.ndarray, n: int, shuffle: Shuffle) -> list[int]:
         usable, left, taken = set(alive.tolist()), self._left[s], []
         while len(taken) < n:
             if not left:
-                left.extend(rng.permutation(alive).tolist())
+                left.extend(shuffle(alive).tolist())
             if (place := left.popleft()) in usable:
                 taken.append(place)
         return taken

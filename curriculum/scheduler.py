@@ -272,7 +272,7 @@ class Scheduler:
             dropped = f"{np.count_nonzero(self._dropped)} of {len(self._prompts)} were dropped"
             raise RunError(f"the curriculum has {lack} ({dropped}): add data or lower groups_per_step")
         if self._mixture and self._curriculum.kind == "uniform":
-            alive = self._mixture.next_pass(alive, self._rng)
+            alive = self._mixture.next_pass(alive, self._shuffle)
         self._queue.extend(self._shuffle(alive).tolist())
 
     def _shuffle(self, which: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
   python -m evaluation --run runs/NAME                                    its last checkpoint's student
   python -m evaluation --model FOLDER --config CONFIG.yaml [key=value ...]
-  python -m evaluation --predictions FILE.parquet [--config CONFIG.yaml]  without a model
+  python -m evaluation --predictions FILE [--config CONFIG.yaml]          without a model
   python -m evaluation compare A B                                        two runs or files, prompt by prompt
 
 The questions are those of the config's data.eval. docs/evaluation.md says what every number means.
@@ -25,7 +25,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import video_opd  # noqa: F401  # first: makes transformers importable
-from evaluation import scoring
+from evaluation import scoring, timelens
 from evaluation.compare import check_same_questions, compare, print_comparison
 from evaluation.predictions import count_others, read_answers, read_questions, write_answers
 from evaluation.protocols import PROTOCOLS, Protocol, protocol_named
@@ -119,11 +119,18 @@ def answers_of_model(config: Config, baselines: bool) -> Answers:
 
 def answers_of_file(path: Path, config: Config | None, baselines: bool) -> Answers:
     """The file's answers to the config's questions, or without a config to its own. Raises InputError."""
-    texts, why_missing = read_answers(path)
+    is_timelens = path.suffix in timelens.SUFFIXES
     if config is None:
+        if is_timelens:
+            return Answers(*timelens.own_questions(path), why_missing={}, train=[], seed=0)
+        texts, why_missing = read_answers(path)
         return Answers(read_questions(path), texts, why_missing, train=[], seed=0)
     prompts, train = read_splits(config, NO_FRAMES, baselines)
     questions = questions_of(prompts)
+    if is_timelens:
+        texts, why_missing = timelens.answers_to(questions, path), {}
+    else:
+        texts, why_missing = read_answers(path)
     others = count_others(questions, texts, path)
     return Answers(questions, texts, why_missing, train, config.seed, other_prompts=others)
 
@@ -184,7 +191,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     model = "transformers folder, or ORG/NAME[@REVISION] of the Hugging Face hub; needs --config"
     what.add_argument("--model", type=Path, metavar="MODEL", help=model)
     what.add_argument("--run", type=Path, metavar="RUN", help="run folder, e.g. runs/NAME")
-    file = "Parquet with the columns prompt_id and text"
+    file = "Parquet with the columns prompt_id and text, or TimeLens' JSON of predictions"
     what.add_argument("--predictions", type=Path, metavar="FILE", help=file)
     needed = "YAML file that names the data; not needed for --predictions that this command wrote"
     add("--config", type=Path, help=needed)

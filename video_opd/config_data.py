@@ -52,9 +52,10 @@ Cleaning = Literal["as_written", "strip", "parse_query", "time_r1"]
 Annotators = Literal["mean", "majority", "first", "all"]
 PromptStyle = Literal["timelens", "time_r1", "time_r1_think", "timelens2"]
 JsonFormat = Literal["charades_json", "activitynet", "qvhighlights", "timelens_bench", "timelens_100k"]
-ListFormat = Literal["time_r1", "tvgbench", "didemo", "tacos", "videomind"]
+ListFormat = Literal["time_r1", "tvgbench", "didemo", "tacos", "videomind", "vue_tr", "moment_seeker"]
+EventFormat = Literal["timelens2", "timelens2_chat", "ego4d_nlq"]
 ParquetFormat = Literal["video_opd", "manifest"]
-AnnotationFormat = Literal["auto", "charades_sta", "csv", JsonFormat, ListFormat, ParquetFormat]
+AnnotationFormat = Literal["auto", "charades_sta", "csv", JsonFormat, ListFormat, EventFormat, ParquetFormat]
 
 
 class ConfigSection(BaseModel):
@@ -95,8 +96,12 @@ class DatasetConfig(ConfigSection):
     cleaning: Cleaning | None = key(None, "how queries are cleaned; None: as the format's codebase does")
     round_s: NonNegativeFloat | None = key(None, "times become multiples of it; 0: no; None: as the codebase")
     annotators: Annotators | None = key(None, "didemo: which annotators' intervals count; None: mean")
-    cuts: Literal["apply", "ignore"] | None = key(None, "apply: annotated parts are the clips; None: apply")
-    query_pattern: RegularExpression | None = key(None, "video_opd: its one group is the query; None: known")
+    cuts: Literal["apply", "ignore"] | None = key(
+        None, "apply: annotated parts are the clips; None: apply, ego4d_nlq: ignore"
+    )
+    query_pattern: RegularExpression | None = key(
+        None, "video_opd, timelens2_chat: its group is the query; None: known"
+    )
     clamp_s: NonNegativeFloat = key(0.0, "train: cut intervals that end up to this far beyond the clip's end")
     max_prompts: PositiveInt | None = key(None, "use only this many prompts, the first ones")
     unreadable: Literal["error", "drop"] = key("error", "train: a bad video ends the launch, or is left out")

@@ -81,33 +81,50 @@ class Checks:
 
 def build_model(bench: Bench, folder: Path) -> None:
     """A model folder: random weights, the published widths, a few layers, the demo's tokenizer."""
+    config = write_model_files(bench, folder)
+    model = draw_model(bench, config)
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def write_model_files(bench: Bench, folder: Path, whole: bool = False) -> Any:
+    """All of a model folder but weights; whole: of the published depth. Returns transformers' config."""
     shapes, tokenizer = read_json(SHAPES / f"{bench.model}.json"), build_tokenizer()
     tokenizer.model_max_length = MAX_POSITIONS
     ids: dict[str, Any] = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL}
-    config = model_config(shapes, bench.tiny, ids)
-    torch.manual_seed(0)
-    with torch.device(bench.device):
-        model: Any = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, bench.dtype))
-        draw_weights(model, size_of(bench).video_tokens)
+    config = model_config(shapes, bench.tiny, ids, whole)
+    config.save_pretrained(folder)
     end = [ids["<|im_end|>"], ids["<|endoftext|>"]]
-    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=ids["<|endoftext|>"])
-    model.save_pretrained(folder)
+    GenerationConfig(eos_token_id=end, pad_token_id=ids["<|endoftext|>"]).save_pretrained(folder)
     build_processor(shapes, tokenizer).save_pretrained(folder)
     pad_vocabulary(folder / "tokenizer.json", config.text_config.vocab_size)
+    return config
 
 
-def model_config(shapes: dict[str, Any], tiny: bool, ids: dict[str, int]) -> Any:
+def draw_model(bench: Bench, config: Any, **how: Any) -> Any:
+    """The model with random weights, on the bench's device. how: for transformers' from_config."""
+    torch.manual_seed(0)
+    with torch.device(bench.device):
+        model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, bench.dtype), **how)
+        draw_weights(model, size_of(bench).video_tokens)
+    return model
+
+
+def model_config(shapes: dict[str, Any], tiny: bool, ids: dict[str, int], whole: bool = False) -> Any:
     """transformers' config of a model with the widths of `shapes`, a file of configs/shapes."""
     kind, layers = shapes["model_type"], TINY_LAYERS if tiny else LAYERS
-    text = shapes["text_config"] | {"num_hidden_layers": layers["text"]}
-    vision = shapes["vision_config"] | {"depth": layers["vision"]}
+    text, vision = shapes["text_config"], shapes["vision_config"]
+    if not whole:
+        text = text | {"num_hidden_layers": layers["text"]}
+        vision = vision | {"depth": layers["vision"]}
     if tiny:
         text, vision = text | TINY_TEXT, vision | TINY_VISION
         text |= {"head_dim": TINY_HEAD_DIM} if "head_dim" in text else {}
-    if kind == "qwen3_vl":
-        vision["deepstack_visual_indexes"] = list(range(layers["vision"]))[-3:]
-    else:
-        vision |= {"fullatt_block_indexes": [layers["vision"] - 1], "tokens_per_second": 2}
+    if kind == "qwen2_5_vl":
+        vision = vision | {"tokens_per_second": 2}
+    if not whole:
+        last = {"qwen3_vl": ("deepstack_visual_indexes", 3), "qwen2_5_vl": ("fullatt_block_indexes", 1)}[kind]
+        vision[last[0]] = list(range(layers["vision"]))[-last[1] :]
     half = text.get("head_dim", text["hidden_size"] // text["num_attention_heads"]) // 2
     rope = {"rope_type": "default", "rope_theta": 1e6}
     rope |= {"mrope_section": [part * half // 64 for part in ROPE_PARTS[kind]]}

@@ -1,6 +1,7 @@
 """Both engines of the teacher against transformers in float32."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from benchmarks.command import timed
 from benchmarks.gpu_check.measure import Arrays, Setting, check_memory, planned, release, within
-from benchmarks.gpu_check.part import Bench
+from benchmarks.gpu_check.part import Bench, NotHere
 from benchmarks.gpu_check.tree import compare
 from teacher_service.engine import ENGINES, TokenScores, Wanted, top_k_of
 from video_opd.config import Config
@@ -52,15 +53,18 @@ class Checks(Setting):
         return check_memory(self._with("transformers"), "teacher")
 
     def vllm(self) -> str:
+        _need_vllm()
         return self._scores("vllm")
 
     def vllm_alike(self) -> str:
         """Responses to one prompt that begin alike: vLLM gives no scores of what its prefix cache holds."""
+        _need_vllm()
         scores = self._engine.score(*self._cases[1])
         return within([s.logprobs for s in scores], self._expected[1], self.tolerance)
 
     def vllm_top_k(self) -> str:
         """With an empty prefix cache, with a full one, and with responses that begin alike."""
+        _need_vllm()
         self._engine.wanted = Wanted(top_k=TOP_K)
         self._engine._llm.reset_prefix_cache()
         told = [self._top_k(self._cases[i], self._expected[i], self._expected_best[i]) for i in (0, 0, 1)]
@@ -74,6 +78,7 @@ class Checks(Setting):
         return "; ".join(self._top_k(*of_cases) for of_cases in every)
 
     def vllm_memory(self) -> str:
+        _need_vllm()
         return check_memory(self._with("vllm"), "teacher")
 
     def _scores(self, engine: str) -> str:
@@ -111,3 +116,8 @@ class Checks(Setting):
     def _with(self, engine: str) -> Config:
         pool = self.config.teacher_pool.model_copy(update={"engine": engine})
         return self.config.model_copy(update={"teacher_pool": pool})
+
+
+def _need_vllm() -> None:
+    if find_spec("vllm") is None:
+        raise NotHere("vLLM is not installed")

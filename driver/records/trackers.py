@@ -5,6 +5,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class Trackers:
         if self._has_begun:
             return
         self._has_begun = True
-        if self._path.exists():
+        with suppress(FileNotFoundError, ValueError):  # damaged: as without it, they get runs of their own
             self._state = json.loads(self._path.read_text())
         for name, feed in self._feeds.items():
             feed.begin(self._about, self._state.get(name, {}), lines)

@@ -16,8 +16,8 @@ from curriculum.mixture import Mixture, apportion
 from curriculum.scheduler import Scheduler
 from driver.records.step import source_metrics
 from preflight.inputs import check_source_weights, fit_lengths
-from tests.curriculum.test_scheduler import issue_and_train, make_config
-from tests.fakes import make_prompt
+from tests.curriculum.test_scheduler import issue, issue_and_train, make_config, train
+from tests.fakes import make_clip, make_prompt
 from video_opd import ROOT
 from video_opd.config import Config, CurriculumConfig
 from video_opd.config_data import DataConfig
@@ -83,7 +83,7 @@ def test_passes_have_the_shares_and_a_source_repeats_nothing_before_all_of_it_ca
     of = dict(zip(names, sizes, strict=False))
     sources = [name for name in names for _ in range(of[name])]
     mixture = Mixture(sources, dict(zip(names, map(float, weights), strict=True)))
-    drawn = [i for _ in range(6) for i in mixture.next_pass(np.arange(len(sources)), rng)]
+    drawn = [i for _ in range(6) for i in mixture.next_pass(np.arange(len(sources)), rng.permutation)]
     assert len(drawn) == 6 * len(sources)
     for name, weight in zip(names, weights, strict=True):
         own = [i for i in drawn if sources[i] == name]
@@ -97,7 +97,7 @@ def test_passes_have_the_shares_and_a_source_repeats_nothing_before_all_of_it_ca
 
 def test_a_source_of_a_tiny_weight_comes_after_enough_passes():
     mixture, rng = Mixture(["a"] * 9 + ["b"], {"a": 99.0, "b": 1.0}), np.random.default_rng(0)
-    passes = [mixture.next_pass(np.arange(10), rng).tolist() for _ in range(20)]
+    passes = [mixture.next_pass(np.arange(10), rng.permutation).tolist() for _ in range(20)]
     assert [one.count(9) for one in passes].count(1) == 2 == sum(one.count(9) for one in passes)
 
 
@@ -110,6 +110,21 @@ def test_a_uniform_curriculum_issues_the_weights_not_the_sizes(seed):
     assert set(Counter(issued).values()) == {30, 180 // 6, 60 // 18, 60 // 18 + 1}
     other = issue_and_train(Scheduler(pool_of({"few": 6, "many": 18}), config), 1, 240)
     assert issued == other, "seeded"
+
+
+def test_whole_videos_may_be_drawn_by_weight():
+    config = with_weights(make_config(groups_per_step=4, group_by_video=True), {"few": 3.0, "many": 1.0})
+    pool = [
+        replace(p, clip=make_clip(f"{p.source}{i // 2}"))
+        for i, p in enumerate(pool_of({"few": 8, "many": 24}))
+    ]
+    scheduler, video, counts = Scheduler(pool, config), {p.prompt_id: p.clip.clip_id for p in pool}, Counter()
+    for _ in range(64):
+        issued = issue(scheduler, 4)
+        train(scheduler, issued)
+        assert set(Counter(video[i] for i in issued).values()) == {2}
+        counts.update(map(source_of, issued))
+    assert abs(counts["few"] / counts.total() - 0.75) < 0.02
 
 
 def test_without_weights_the_pool_is_the_union():
@@ -130,7 +145,7 @@ def test_a_random_selection_has_the_shares_and_fills_up_what_a_source_lacks():
         assert Counter(map(source_of, issued)) == selected and len(set(issued)) == 12
 
 
-@given(stop=st.integers(0, 40))
+@pytest.mark.parametrize("stop", [0, 1, 7, 23, 40])
 def test_a_resumed_mixture_issues_what_an_uninterrupted_one_does(stop):
     config, pool = with_weights(make_config(), {"a": 1.0, "b": 2.0}), pool_of({"a": 3, "b": 4})
     whole = Scheduler(pool, config)

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,6 +24,7 @@ from evaluation.scoring import (
 )
 from evaluation.timelines import NUM_SHOWN, draw_timelines
 from tests.fakes import make_prompt
+from video_opd import ROOT
 from video_opd.answers import parse_spans
 from video_opd.config_file import load_config
 from video_opd.errors import DataError, ParityError
@@ -32,7 +32,7 @@ from video_opd.grounding import blind_baselines, evaluate
 from video_opd.schemas import EVALUATION
 from video_opd.types import FailedPrompt, Prediction, Span
 
-DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
+DEMO = ROOT / "configs" / "demo.yaml"
 STRICT = PROTOCOLS["strict"]
 TEXTS = {
     "right": "From 2.0 to 6.0 seconds.",
@@ -277,18 +277,6 @@ def test_a_dump_is_scored_again_without_a_model_or_a_config(dump, tmp_path, caps
         row["prompt_id"]: row for row in pq.read_table(tmp_path / "out" / f"{protocol}.parquet").to_pylist()
     }
     assert rows["damaged"]["failure"] == "video v.mp4 cannot be decoded"
-
-
-@pytest.fixture
-def config(split_folder) -> list[str]:
-    """Arguments that make the questions those of a few real clips; the model folder need not exist."""
-    files = {"annotations": "annotations.txt", "lengths": "lengths.csv", "videos": "videos"}
-    data = [
-        f"data.{split}.{key}={split_folder / name}"
-        for split in ("train", "eval")
-        for key, name in files.items()
-    ]
-    return ["--config", str(DEMO), "student=/nowhere", *data]
 
 
 def test_predictions_of_another_program_are_scored_on_the_configs_split(

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, get_args
 
 from video_opd.config_data import AnnotationFormat, DatasetConfig
-from video_opd.datasets import fields, released, table
+from video_opd.datasets import conversations, ego4d, fields, released, table
 from video_opd.datasets.annotation import Annotation
 from video_opd.datasets.manifest import is_parquet, read_manifest
 from video_opd.datasets.source import Record, Source, as_record, describe, is_by_video, read_source
@@ -79,20 +79,18 @@ def _from_records(dataset: DatasetConfig, _: Format) -> Iterator[Record]:
     yield from read_source(dataset.annotations).records()
 
 
-def _from_rows(dataset: DatasetConfig, _: Format) -> Iterator[Record]:
-    yield from released.rows(dataset)
+def _by(rows: Callable[[DatasetConfig], Iterator[Record]]) -> Callable[..., Iterator[Record]]:
+    """A layout that has a file of its own."""
+    return lambda dataset, _: rows(dataset)
 
 
-def _from_table(dataset: DatasetConfig, _: Format) -> Iterator[Record]:
-    yield from table.rows(dataset)
-
-
-def _from_events(dataset: DatasetConfig, _: Format) -> Iterator[Record]:
-    """One record per event of a video's record."""
+def _from_events(key: str, dataset: DatasetConfig, form: Format) -> Iterator[Record]:
+    """One record per event of a video's record, which has a list of them."""
     for where, number, record in read_source(dataset.annotations).records():
-        events = fields.get(record, "events", where)
+        events = fields.get(record, key, where)
         if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
-            raise fields.wrong("events must be a list of objects with query and span", events, where)
+            expected = f"{key} must be a list of objects with {form.query} and {form.spans}"
+            raise fields.wrong(expected, events, where)
         for place, event in enumerate(events, 1):
             yield f"{where}, event {place}", f"{number}.{place}", record | event
 
@@ -162,10 +160,23 @@ _LINES = Format(_from_lines, "video", "sentence", "span", fields.one_pair, clean
 _TIME_R1 = Format(_from_records, "video", "sentence", "timestamp", fields.one_pair, cleaning="time_r1")
 _TVGBENCH = Format(_from_records, "path", "question", "answer", _answer, cleaning="as_written")
 _DIDEMO = Format(_from_records, "video", "description", "times", _chunks, round_s=1.0, clamp_s=CHUNK_S)
-_RELEASED = Format(_from_rows, *released.COLUMNS, released.interval, cleaning="as_written")
+_RELEASED = Format(_by(released.rows), *released.COLUMNS, released.interval, cleaning="as_written")
 _QVHIGHLIGHTS = Format(_from_records, "vid", "query", "relevant_windows", cleaning="as_written")
+_EVENTS = Format(partial(_from_events, "events"), "video_path", "query", "span", marks="video_path events")
+_TEXTS = Format(partial(_from_events, "annotations"), "video_id", "text", "timestamps")
+_TURNS = Format(_by(conversations.rows), "video", "query", "answer", conversations.intervals)
+_VUE_TR = Format(_from_records, "video_id", "query", "gt", cleaning="as_written")
+_SEEKER = Format(
+    _from_records, "src_video_path", "qry_text", "answering_time_interval", cleaning="as_written"
+)
+_CLIPS = Format(_by(ego4d.rows), "video", "query", "span", labelled=False, cut=partial(_part, "start", "end"))
 FORMATS = {  # the first whose marks are all there is detected
-    "timelens_100k": Format(_from_events, "video_path", "query", "span", marks="video_path events"),
+    "timelens_100k": _EVENTS,
+    "timelens2": replace(_TEXTS, marks="video_id annotations", cleaning="as_written"),
+    "timelens2_chat": replace(_TURNS, marks="messages", cleaning="strip", options={"query_pattern": None}),
+    "vue_tr": replace(_VUE_TR, marks="video_id query gt"),
+    "moment_seeker": _SEEKER,
+    "ego4d_nlq": replace(_CLIPS, marks="videos", cleaning="strip", options={"cuts": "ignore"}),
     "time_r1": replace(_TIME_R1, cut=partial(_part, "video_start", "video_end"), options=CUTS),
     "tvgbench": replace(_TVGBENCH, cut=partial(_part, "start", "end"), options=CUTS),
     "didemo": replace(_DIDEMO, cut=_first_chunks, options=ANNOTATORS | CUTS),
@@ -176,7 +187,7 @@ FORMATS = {  # the first whose marks are all there is detected
     "activitynet": _SENTENCES,  # known by its videos' ids
     "timelens_bench": Format(_from_videos, "video", "queries", "spans", fields.one_pair),
     "charades_sta": replace(_LINES, marks="##", options={"lengths": None}),
-    "csv": Format(_from_table, "video", "query", "spans", marks="header", cleaning="strip"),
+    "csv": Format(_by(table.rows), "video", "query", "spans", marks="header", cleaning="strip"),
     "video_opd": replace(_RELEASED, options={"query_pattern": None}),  # Parquet: detected by its columns
 }
 """The names are those of config_data.AnnotationFormat, except `auto` and `manifest`."""

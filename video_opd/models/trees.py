@@ -19,6 +19,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3_vl.modeling_qwen3_vl import eager_attention_forward
 
+from video_opd.models.merged_attention import branch_attention, is_fused
+
 Attend = Callable[..., tuple[torch.Tensor, Any]]
 MASK_ALIGNMENT = 8  # numbers; torch would copy a mask with other rows for each call of CUDA's kernels
 
@@ -110,13 +112,15 @@ class Call(NamedTuple):
 
     prefix: int | None  # place of the segment that is its prefix
     mask: torch.Tensor | None  # [1, 1, rows, tokens of prefix and segment], 0 or -inf; None: the kernel knows
+    branches: tuple[int, ...] = ()  # the segment is all of these, without masks: see merged_attention.py
 
 
 class Packing:
     """Which tokens of packed trees attend to which: made once, for all layers.
 
     Segments are prefixes and branches. A branch asks its prefix and itself, with keys and values side by
-    side, at once: as many pairs of tokens as needed, and masks that grow with the branches alone.
+    side, at once: as many pairs of tokens as needed, and masks that grow with the branches alone. sdpa on a
+    GPU in half precision needs neither: there the branches of a tree are one segment.
     """
 
     def __init__(
@@ -143,6 +147,10 @@ class Packing:
                 self._add(tree.num_tokens)
                 continue
             prefix = self._add(tree.prefix) if tree.prefix else None
+            if prefix is not None and attention == "sdpa" and is_fused(device, dtype):
+                self.sizes.append(sum(branches))
+                self.calls.append(Call(prefix, None, tuple(branches)))
+                continue
             for length in branches:
                 self._add(length, prefix)
 
@@ -186,7 +194,11 @@ def attend(
         return alone(module, query, key, value, attention_mask, **how)
     queries, keys, values = (states.split(packing.sizes, dim=2) for states in (query, key, value))
     attended = []
-    for q, k, v, (prefix, mask) in zip(queries, keys, values, packing.calls, strict=True):
+    for q, k, v, (prefix, mask, branches) in zip(queries, keys, values, packing.calls, strict=True):
+        if prefix is not None and branches:
+            of_prefix = keys[prefix], values[prefix]
+            attended.append(branch_attention(q, of_prefix, k, v, branches, how["scaling"]).transpose(1, 2))
+            continue
         if prefix is not None:
             k, v = torch.cat([keys[prefix], k], dim=2), torch.cat([values[prefix], v], dim=2)
         function = alone if mask is None else under_mask

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from video_opd.config_learner import LearnerConfig
+from video_opd.hub import is_hub_model
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of the language models; those that LoRA may reach in actors."""
@@ -24,10 +25,13 @@ def vllm_options(learner: LearnerConfig) -> dict[str, Any]:
 def write_adapter(folder: Path, named: dict[str, torch.Tensor], learner: LearnerConfig, base: str) -> None:
     """Writes a new PEFT folder. named: A[r, inputs] and B[outputs, r] of each layer, by PEFT's names.
 
-    base: the model folder without adapters. vLLM and PEFT scale B A by lora_alpha / lora_rank.
+    base: the model without adapters, a folder or a model of the hub. vLLM and PEFT scale B A by
+    lora_alpha / lora_rank.
     """
     layers = sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in named})
-    config = {"peft_type": "LORA", "base_model_name_or_path": base, "target_modules": layers}
+    name, _, commit = base.partition("@") if is_hub_model(base) else (base, "", "")
+    config: dict[str, Any] = {"peft_type": "LORA", "base_model_name_or_path": name, "target_modules": layers}
+    config |= {"revision": commit} if commit else {}
     config |= {"r": learner.lora_rank, "lora_alpha": learner.lora_alpha, "inference_mode": True}
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -52,6 +52,29 @@ GOLDEN: dict[str, list[tuple]] = {
         ("I28Y0:3", "I28Y0.webm", "A door opens", [[1.0, 4.0]], None, None, None),
         ("3MSZA:6", "3MSZA.mp4", "she sits", [[1.0, 2.0]], None, None, None),
     ],
+    "vue_tr": [  # V1 and V2
+        ("3MSZA:1", "3MSZA.mp4", " a bookshelf", [[1.0, 3.0], [5.0, 8.5]], 12.0, None, None),
+        ("v_QOlSCBRmfWY:2", "v_QOlSCBRmfWY.mkv", "Child's Pose", [[0.0, 12.0]], 12.0, None, None),
+    ],
+    "moment_seeker": [
+        ("3MSZA:1", "3MSZA.mp4", "A player scores a goal.", [[1.0, 2.5], [4.0, 6.0]], None, None, None),
+        ("KWZSA:2", "KWZSA.mp4", "Where is the cup?", [[10.0, 11.5]], None, None, None),
+    ],
+    "timelens2": [
+        ("3MSZA:1.1", "3MSZA.mp4", "The lamp is  on.", [[1.0, 2.5], [4.0, 6.0]], None, None, None),
+        ("3MSZA:1.2", "3MSZA.mp4", "a door", [[0.5, 3.0]], None, None, None),
+        ("ABCDEFGHIJK:2.1", "ABCDEFGHIJK.m4v", "the end", [[9.5, 12.0]], None, None, None),
+    ],
+    "timelens2_chat": [  # the published layout, and XTuner's
+        ("3MSZA:1.1", "3MSZA.mp4", "When is the lamp on?", [[1.0, 2.0], [4.0, 6.0]], None, None, None),
+        ("3MSZA:1.2", "3MSZA.mp4", "Show the door.", [[0.5, 3.0]], None, None, None),
+        ("BVs52yd-RUQ:2.1", "cosmo_cap/BVs52yd-RUQ.mp4", "Find the end.", [[9.5, 12.0]], None, None, None),
+    ],
+    "ego4d_nlq": [  # files of clips; the second query has no text
+        ("3MSZA:1", "3MSZA.mp4", "what did I put in the bowl?", [[1.5, 3.0]], 12.0, None, None),
+        ("3MSZA:3", "3MSZA.mp4", "Where is the pan?", [[0.0, 8.9]], 12.0, None, None),
+        ("I28Y0:4", "I28Y0.webm", "How many eggs?", [[0.5, 7.75]], 12.0, None, None),
+    ],
     "charades_json": [
         ("3MSZA:1", "3MSZA.mp4", "person turn a light on.", [[2.4, 8.2]], 12.0, None, None),
         ("3MSZA:2", "3MSZA.mp4", "Person  sits.", [[1.0, 5.0]], 12.0, None, None),
@@ -335,6 +358,27 @@ def test_a_clip_is_planned_once_for_each_part_of_a_file(videos, tmp_path, monkey
     assert read[1].clip is read[3].clip and read[0].clip is read[4].clip and read[1].clip is not read[2].clip
 
 
+def test_a_clip_of_ego4d_may_be_a_part_of_its_video_and_a_test_file_has_no_times(
+    videos, tmp_path, monkeypatch, caplog
+):
+    planned = Planned(monkeypatch)
+    read = read_prompts(config(golden_file("ego4d_nlq"), videos, cuts="apply"), VIDEO, 32)
+    assert [(p.prompt_id, p.answer_spans_s) for p in read][-1] == ("KWZSA:4", ((0.5, 7.75),))
+    assert planned.cuts == {"KWZSA@0-12": (0.0, 12.0), "KWZSA@2.5-14.5": (2.5, 14.5)}
+    assert "1 of 4 queries have no text and are left out" in caplog.text
+    path = tmp_path / "nlq_test_unannotated.json"
+    path.write_text(re.sub(r'"clip_(start|end)_sec": [0-9.]+, ', "", golden_file("ego4d_nlq").read_text()))
+    assert {p.answer_spans_s for p in read_prompts(config(path, videos), VIDEO, 32)} == {None}
+
+
+def test_a_pattern_finds_the_query_in_a_question(videos, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(golden_file("timelens2_chat").read_text().replace("Show the door.", 'Show \\"it\\"!'))
+    pattern = r'(?:"|When is )(.*?)(?:"|\?|$)'
+    read = read_prompts(config(path, videos, query_pattern=pattern, max_prompts=2), VIDEO, 32)
+    assert [p.query for p in read] == ["the lamp on", "it"]
+
+
 def test_cuts_may_be_ignored_where_files_are_cut_already(videos, tmp_path):
     dataset = config(golden_file("time_r1"), videos, cuts="ignore")
     assert [p.clip.clip_id for p in read_prompts(dataset, VIDEO, 32)][-1] == "KgO7MJNO3oo"
@@ -426,6 +470,11 @@ KEYS = {
     "qvhighlights": ["vid", "query"],
     "timelens_bench": ["spans", "queries"],
     "timelens_100k": ["video_path", "events", "query", "span"],
+    "timelens2": ["video_id", "annotations", "text", "timestamps"],
+    "timelens2_chat": ["messages", "url"],
+    "vue_tr": ["video_id", "query", "gt"],
+    "moment_seeker": ["src_video_path", "qry_text", "answering_time_interval"],
+    "ego4d_nlq": ["videos", "clips", "clip_uid", "video_start_sec", "annotations", "language_queries"],
     "time_r1": ["video", "timestamp", "sentence"],
     "tvgbench": ["path", "question", "answer"],
     "didemo": ["video", "description", "times"],
@@ -478,6 +527,33 @@ BAD = {  # golden file -> (text in it, what stands there instead, what the error
         ('"span": [3, 4.5]', '"span": [[3, 4.5], 5]', "span must be a number"),
         ('[{"query": "a cat", "span": [3, 4.5]}]', '["a cat"]', "events must be a list of objects"),
         ('"didemo/5', '"../didemo/5', "is not inside"),
+    ],
+    "timelens2": [
+        ("[[0.5, 3]]", "[[3, 0.5]]", "3.0 to 0.5 is not an interval"),
+        (
+            '[{"text": "the end", "timestamps": [[9.5, 12.0]]}]',
+            '"x"',
+            "must be a list of objects with text and",
+        ),
+    ],
+    "timelens2_chat": [
+        ("9.5-12.0", "from 9.5", "answer must name an even number of times"),
+        ("9.5-12.0", "9.5-1:75", "answer must be seconds (62.5) or a clock time"),
+        ("9.5-12.0", "no", "there is no interval"),
+        ('"role": "assistant"', '"role": "user"', "messages must be turns of user and assistant"),
+        ('video_url": {', 'video": {', "there must be a video_id, or a video_url in the first message"),
+        ("Show the door.", " ", "the question does not match query_pattern"),
+    ],
+    "vue_tr": [
+        ("[[1, 3], [5, 8.5]]", '["0:01", "0:03"]', "gt must be a number, found '0:01'"),
+        ("[[1, 3], [5, 8.5]]", "[]", "there is no interval"),
+    ],
+    "moment_seeker": [("[[10.0, 11.5]]", "[[10.0]]", "answering_time_interval must be [start, end]")],
+    "ego4d_nlq": [
+        ('"clip_start_sec": 1.5, ', "", "query 1: clip_start_sec must be a number, found 'None'"),
+        ('"clip_end_sec": 3.0', '"clip_end_sec": 1.5', "1.5 to 1.5 is not an interval"),
+        ('"clip_end_sec": 3.0', '"clip_end_sec": 30', "the annotation ends at 30.0 s"),
+        ('"video_start_sec": 2.5', '"video_start_sec": null', "clip I28Y0: video_start_sec must be a number"),
     ],
     "time_r1": [
         ('"timestamp": [1.0, 4.0]', '"timestamp": [[1.0, 4.0]]', "timestamp must be [start, end]"),

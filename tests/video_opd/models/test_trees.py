@@ -251,7 +251,7 @@ def test_tokens_of_a_tree_attend_as_those_of_each_sequence_alone(attention, monk
 def test_masks_grow_with_branches_alone_and_those_alike_are_made_once():
     trees = [Tree((0, 1, 2), prefix=1000, branches=(3, 5, 3)), Tree((3,), prefix=500, branches=(0,))]
     packing = Packing(trees, "sdpa", 2, torch.float32, "cpu")
-    masks = [mask for _, mask in packing.calls if mask is not None]
+    masks = [call.mask for call in packing.calls if call.mask is not None]
     assert [tuple(mask.shape) for mask in masks] == [(1, 1, 6, 1003), (1, 1, 10, 1005), (1, 1, 6, 1003)]
     assert masks[0] is masks[2] and all(stride % 8 == 0 for mask in masks for stride in mask.stride()[:-1])
 
