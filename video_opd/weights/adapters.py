@@ -25,7 +25,8 @@ def vllm_options(learner: LearnerConfig) -> dict[str, Any]:
 def write_adapter(folder: Path, named: dict[str, torch.Tensor], learner: LearnerConfig, base: str) -> None:
     """Writes a new PEFT folder. named: A[r, inputs] and B[outputs, r] of each layer, by PEFT's names.
 
-    base: the model without adapters, a folder or a model of the hub. vLLM and PEFT scale B A by lora_alpha / lora_rank.
+    base: the model without adapters, a folder or a model of the hub. vLLM and PEFT scale B A by
+    lora_alpha / lora_rank.
     """
     layers = sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in named})
     name, _, commit = base.partition("@") if is_hub_model(base) else (base, "", "")
