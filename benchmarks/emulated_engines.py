@@ -11,6 +11,7 @@ from benchmarks.events import ROLE, record_calls
 from learner.rank import LearnerRank
 from teacher_service.replica import TeacherReplica
 from video_opd.config import Config
+from video_opd.config_teachers import TeacherModel
 from video_opd.models.prompting import PromptEncoder
 from video_opd.video import frame_cache
 
@@ -47,12 +48,12 @@ class SleepyActor(RolloutActor):
 class SleepyReplica(TeacherReplica):
     """vLLM's own engine, whose model sleeps."""
 
-    def _load(self, config: Config, model: str) -> Any:
+    def _load(self, config: Config, teacher: TeacherModel) -> Any:
         from benchmarks.emulated_vllm import emulate_vllm
 
         record_inputs("teacher")
         emulate_vllm(SCORE)
-        return super()._load(config, model)
+        return super()._load(config, teacher)
 
 
 class SleepyRank(LearnerRank):

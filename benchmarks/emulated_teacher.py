@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.command import make_clip
 from teacher_service.replica import TeacherReplica
 from video_opd.config import Config
+from video_opd.config_teachers import TeacherModel
 from video_opd.types import EncodedPrompt, FinishReason, Prompt, Trajectory, TrajectoryGroup
 
 CALL_S = "EMULATED_CALL_S"  # in config.worker_env: how many seconds the engine sleeps in a call
@@ -44,7 +45,7 @@ class EmulatedTeacher:
 class EmulatedReplica(TeacherReplica):
     """A real replica of an emulated teacher."""
 
-    def _load(self, config: Config, model: str) -> Any:
+    def _load(self, config: Config, teacher: TeacherModel) -> Any:
         emulated = EmulatedTeacher()
         return emulated, emulated
 

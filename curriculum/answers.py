@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from video_opd.config import Config
+from video_opd.config_teachers import TeacherModel
 from video_opd.content import file_digest, folder_digest
 from video_opd.schemas import ANSWERS, answers_in, answers_table, write_parquet
 from video_opd.types import Prediction, Prompt
@@ -49,7 +50,7 @@ def student_settings_key(config: Config, step: int) -> str:
     rollout, teachers = config.rollout, config.teacher_models
     sampled: tuple = sampling(config.curriculum.num_student_predictions)
     if config.curriculum.scores_student:
-        scored = [(folder_digest(t.model), t.weight, t.prompts) for t in teachers]
+        scored = [(folder_digest(t.model), t.weight, t.prompts, *_view(t)) for t in teachers]
         sampled = (rollout.temperature, config.teacher_engine, config.teacher_pool.dtype, scored)
     weights = folder_digest(config.student), step, rollout.dtype, rollout.max_response_tokens
     return _digest((*weights, config.seed, sampled))
@@ -67,12 +68,18 @@ def prompt_keys(prompts: Sequence[Prompt], config: Config) -> list[str]:
     paths = list(dict.fromkeys(p.clip.video_path for p in prompts))
     with ThreadPoolExecutor(NUM_READERS) as readers:
         videos = dict(zip(paths, readers.map(digest, paths), strict=True))
-    models = {t.name: folder_digest(t.model) for t in config.teachers}
+    models = {t.name: (folder_digest(t.model), *_view(t)) for t in config.teachers}
 
     def teacher(prompt: Prompt) -> tuple[str, ...]:
-        return (models[config.teachers_of(prompt.prompt_id)[0].name],) if models else ()
+        return models[config.teachers_of(prompt.prompt_id)[0].name] if models else ()
 
     return [_digest((videos[p.clip.video_path], *_shown(p, config), *teacher(p))) for p in prompts]
+
+
+def _view(teacher: TeacherModel) -> tuple[str, ...]:
+    """What it sees otherwise than the student; empty: nothing."""
+    own = teacher.prompt, teacher.video, teacher.crop_margin_frac
+    return (repr(own),) if teacher.has_view else ()
 
 
 def student_prompt_keys(prompts: Sequence[Prompt], config: Config) -> list[str]:

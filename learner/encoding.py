@@ -70,8 +70,9 @@ def _micro_batch(
         prompt = encoded[frames_key(row.prompt.clip)][row.prompt.prompt_id]
         if isinstance(prompt, FailedPrompt):
             batch.failed.extend([prompt] if row.weight else [])
-            row = replace(row, weight=0.0)
-            prompt = encoder.encode(row.prompt, False, *grey_frames(row.prompt.clip))
+            clip, row = row.prompt.clip, replace(row, weight=0.0)
+            shape = len(clip.frame_indices), *clip.frame_size, 3
+            prompt = encoder.encode(row.prompt, False, *grey_frames(shape))
         else:
             check_parity(prompt, row.trajectory, "the learner")
         batch.rows.append(row)

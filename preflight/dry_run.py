@@ -106,6 +106,10 @@ def _describe_teacher(config: Config, teacher: TeacherModel) -> str:
         line += f", {pool.min_replicas or 1} to {pool.max_replicas} as calls queue"
     if config.teachers:
         line += f"; {teacher.name}, weight {teacher.weight:g}, prompts {teacher.prompts or 'all'}"
+    if teacher.has_view:
+        own = [f"{k}={v}" for k, v in (teacher.prompt | teacher.video).items()]
+        own += [] if teacher.crop_margin_frac is None else [f"crop_margin_frac={teacher.crop_margin_frac:g}"]
+        line += f"; sees {', '.join(own)}"
     return line
 
 

@@ -5,15 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preflight.adapters import check_targets
+from preflight.memory import Workload
 from preflight.model_shapes import ModelShapes, can_shard, find_shapes, model_bytes, read_shapes
 from preflight.options import check_options
+from preflight.views import check_crop, view_of
 from video_opd import ROOT
 from video_opd.config import Config
 from video_opd.config_teachers import TeacherModel, weights_problem
 from video_opd.datasets import Split, read_sources, read_split
 from video_opd.errors import ConfigError, DataError
 from video_opd.logs import log
-from video_opd.models.lengths import PromptLengths, limits, too_long
+from video_opd.models.lengths import Limit, PromptLengths, limits, teacher_limits, too_long
 from video_opd.models.model_files import ModelInfo, check_same_tokenizer, read_model_info
 from video_opd.rewards import load_rewards
 from video_opd.types import Prompt
@@ -31,6 +33,7 @@ class Plan:
     train: Split
     eval: Split
     longest: Mapping[str, int]  # tokens of the longest prompt, by "train" and "eval"
+    views: tuple[Workload, ...] = ()  # of teachers that see more than the student
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Draft:
     eval: Split | None
     longest: Mapping[str, int]  # as Plan's; empty: there is no split or no tokenizer
     unchecked: tuple[str, ...]  # what a launch checks and this could not
+    views: tuple[Workload, ...] = ()  # as Plan's
 
 
 def make_plan(config: Config, resumes: bool = False) -> Plan:
@@ -67,11 +71,12 @@ def make_plan(config: Config, resumes: bool = False) -> Plan:
     longest = {}
     for name, split in splits.items():
         splits[name], longest[name] = fit_lengths(config, name, split, lengths)
+    views = check_views(config, splits, {t.model: read_shapes(t.model) for t in asked_teachers(config)})
     train, evaluation = splits["train"], splits["eval"]
     check_pool(config, train, resumes)
     check_source_weights(config, train.prompts)
     check_routes(config, train.prompts, evaluation.prompts)
-    return Plan(student, train, evaluation, longest)
+    return Plan(student, train, evaluation, longest, views)
 
 
 def _read(config: Config, name: str, multiple: int, resumes: bool = False) -> Split:
@@ -107,7 +112,46 @@ def fit_lengths(config: Config, name: str, split: Split, lengths: PromptLengths)
 
     Raises DataError for such a prompt, unless too_long=drop and others are left."""
     of_prompts = lengths.of(split.prompts)
-    failed = too_long(split.prompts, of_prompts, limits(config, trained=name == "train"))
+    bounds = limits(config, trained=name == "train")
+    short = without_long(config, name, split, split.prompts, of_prompts, bounds)
+    left = {p.prompt_id for p in short.prompts}
+    pairs = zip(split.prompts, of_prompts, strict=True)
+    return short, max(n for p, n in pairs if p.prompt_id in left)
+
+
+def check_views(
+    config: Config, splits: dict[str, Split], shapes: Mapping[str, ModelShapes]
+) -> tuple[Workload, ...]:
+    """Checks what teachers with a view of their own see; the work of each view.
+
+    Removes prompts that are too long for it from the splits. shapes: of each teacher's folder. They score
+    the training split, cropped, and answer the held-out one, and with TRPV the other, uncropped.
+    Raises DataError and ConfigError."""
+    works = []
+    for teacher in (t for t in asked_teachers(config) if t.has_view):
+        own = shapes[teacher.model]
+        check_crop(teacher, own, splits["train"].prompts if "train" in splits else [])
+        asked = [("train", True)] + [("train", False)] * config.curriculum.asks_teacher + [("eval", False)]
+        for name, is_cropped in asked:
+            if name not in splits or not (view := view_of(config, teacher, own, splits[name], is_cropped)):
+                continue
+            check_decoding(config, view.prompts)
+            bounds = teacher_limits(config)
+            splits[name] = without_long(config, name, splits[name], view.prompts, view.lengths, bounds)
+            works.append(view.work)
+    return tuple(works)
+
+
+def without_long(
+    config: Config,
+    name: str,
+    split: Split,
+    prompts: Sequence[Prompt],
+    lengths: Sequence[int],
+    bounds: Sequence[Limit],
+) -> Split:
+    """The split without those of its `prompts`, of so many tokens, that exceed a bound. As fit_lengths."""
+    failed = too_long(prompts, lengths, bounds)
     sources = config.data.sources if name == "train" else {"": config.data.eval}
     of_source = {p.prompt_id: sources[p.source].too_long for p in split.prompts if p.prompt_id in failed}
     refused = [prompt_id for prompt_id, choice in of_source.items() if choice == "error"]
@@ -116,10 +160,9 @@ def fit_lengths(config: Config, name: str, split: Split, lengths: PromptLengths)
         may_drop = name == "train" and refused
         drop = f"; data.{name}.too_long=drop leaves them out" if may_drop else ""
         raise DataError(f"prompt {first}: {failed[first]} ({len(failed)} such prompts in data.{name}{drop})")
-    left = [n for p, n in zip(split.prompts, of_prompts, strict=True) if p.prompt_id not in failed]
     if failed:
         log.warning("data.%s: %d of %d prompts are too long and dropped", name, len(failed), len(split))
-    return split.without(failed), max(left)
+    return split.without(failed)
 
 
 def make_draft(config: Config) -> Draft:
@@ -157,13 +200,16 @@ def make_draft(config: Config) -> Draft:
         splits[name] = _read(config, name, student.size_multiple)
         if lengths:
             splits[name], longest[name] = fit_lengths(config, name, splits[name], lengths)
+    views: tuple[Workload, ...] = ()
+    if all((Path(folder) / "tokenizer.json").is_file() for folder in teachers):
+        views = check_views(config, splits, teachers)
     train, evaluation = splits.get("train"), splits.get("eval")
     if train:
         check_pool(config, train)
         check_source_weights(config, train.prompts)
     check_routes(config, *(split.prompts if split else [] for split in (train, evaluation)))
     largest = largest_teacher(list(teachers.values()))
-    return Draft(student, largest, train, evaluation, longest, unchecked=tuple(unchecked))
+    return Draft(student, largest, train, evaluation, longest, tuple(unchecked), views)
 
 
 def asked_teachers(config: Config) -> tuple[TeacherModel, ...]:

@@ -39,6 +39,7 @@ class MemoryPlan:
     evaluation: Workload
     gpu_bytes: int  # of one GPU
     host_bytes: int  # of this machine
+    views: tuple[Workload, ...] = ()  # of teachers that see more than the student
 
     @property
     def roles(self) -> list[RoleMemory]:
@@ -55,7 +56,8 @@ class MemoryPlan:
         if config.rollout.num_actors:
             roles.append(memory.actors_memory(config, self.student, both, self.gpu_bytes))
         if config.needs_teacher and self.teacher:
-            roles.append(memory.teacher_memory(config, self.teacher, both, self.gpu_bytes))
+            seen = Workload(*map(max, astuple(both), *map(astuple, self.views))) if self.views else both
+            roles.append(memory.teacher_memory(config, self.teacher, seen, self.gpu_bytes))
         return [*roles, *memory.support_memory(config, self.student)]
 
 
@@ -75,7 +77,8 @@ def memory_plan(config: Config, draft: Plan | Draft, gpu_memory_gib: float | Non
         else workload_of_budget(config.video, student)
         for name, split in (("train", draft.train), ("eval", draft.eval))
     )
-    return MemoryPlan(config, student, teacher, train, evaluation, gpu_bytes, psutil.virtual_memory().total)
+    host_bytes = psutil.virtual_memory().total
+    return MemoryPlan(config, student, teacher, train, evaluation, gpu_bytes, host_bytes, draft.views)
 
 
 def _gpu_bytes() -> int:

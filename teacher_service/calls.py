@@ -46,8 +46,9 @@ MakeReady = Callable[[Sequence[Prompt]], Iterator[Ready | FailedPrompt]]
 class ScoreCall:
     """The trajectories of a call, those of one clip next to each other. Each prompt is encoded once."""
 
-    def __init__(self, groups: Sequence[TrajectoryGroup], make_ready: MakeReady):
-        """Begins to encode."""
+    def __init__(self, groups: Sequence[TrajectoryGroup], make_ready: MakeReady, same_view: bool = True):
+        """Begins to encode. same_view: the prompts are to be those that the actor saw."""
+        self._same_view = same_view
         self.answer: Future[Reply] = Future()
         self._groups = groups
         pairs = [(g.prompt, t) for g in groups for t in g.trajectories]
@@ -59,7 +60,8 @@ class ScoreCall:
         self._scores: dict[int, TeacherScores] = {}
 
     def ready(self, row: Row) -> Ready | None:
-        """The row's prompt, as soon as it is ready; None if its clip cannot be read. Raises ParityError.
+        """The row's prompt, as soon as it is ready; None if its clip cannot be read. Raises ParityError,
+        but not for a teacher with a view of its own, of which only the response's tokens are the actor's.
 
         Each row is asked for once, in their order.
         """
@@ -72,7 +74,8 @@ class ScoreCall:
         self._num_left[name] -= 1
         if not self._num_left[name]:
             del self._held[name]
-        check_parity(ready.prompt, row.trajectory, "the teacher")
+        if self._same_view:
+            check_parity(ready.prompt, row.trajectory, "the teacher")
         return ready
 
     def add(self, row: Row, scores: TeacherScores) -> None:

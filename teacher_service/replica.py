@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from video_opd.config import Config
 from video_opd.config_teachers import TeacherModel
 from video_opd.hub import fetch
 from video_opd.logs import log, start_role_log
-from video_opd.models.prompting import PromptEncoder, grey_frames
+from video_opd.models.prompting import PromptEncoder, without_video
 from video_opd.passes import passes_by_cut
 from video_opd.types import (
     EncodedPrompt,
@@ -45,25 +46,30 @@ class TeacherReplica:
     def __init__(self, config: Config, teacher: TeacherModel):
         start_role_log(config.run_name, f"teacher-{teacher.name}")
         started, self._pool = time.monotonic(), config.teacher_pool
-        self._teacher_id = teacher.name
+        self._teacher = teacher
         self._max_tokens = config.rollout.max_response_tokens
         self._are_given = bool(config.loss.student_top_k)  # the tokens of top-K
         self._scores_grey = config.loss.visual_weight is not None
         self._waiting: deque[ScoreCall] = deque()
         # One call after the other, and all in one thread: CUDA's streams are those of a thread
         self._thread = ThreadPoolExecutor(1, "engine")
-        self._encoder, self._engine = self._thread.submit(self._load, config, fetch(teacher.model)).result()
+        fetched = teacher.model_copy(update={"model": fetch(teacher.model)})
+        self._encoder, self._engine = self._thread.submit(self._load, config, fetched).result()
         log.info("started in %.1f s", time.monotonic() - started)
 
-    def _load(self, config: Config, model: str) -> tuple[PromptEncoder, "ScoringEngine"]:
+    def _load(self, config: Config, teacher: TeacherModel) -> tuple[PromptEncoder, "ScoringEngine"]:
         """The encoder and the engine; benchmarks and tests replace them."""
         from teacher_service.engine import ENGINES, Wanted  # torch takes seconds to import
+        from teacher_service.views import ViewEncoder
 
         pool, needs, trust = config.teacher_pool, config.loss.needs.teacher, config.trust_remote_code
-        encoder = PromptEncoder(model, config.prompt, config.video, trust)
+        if teacher.has_view:
+            encoder = ViewEncoder(config, teacher)
+        else:
+            encoder = PromptEncoder(teacher.model, config.prompt, config.video, trust)
         wanted = Wanted(config.loss.top_k if needs == "top_k" else 0, self._are_given, needs == "hidden")
         how = wanted, config.seed, encoder, trust, config.rollout.temperature
-        return encoder, ENGINES[config.teacher_engine](model, pool, *how)
+        return encoder, ENGINES[config.teacher_engine](teacher.model, pool, *how)
 
     async def score(self, groups: Sequence[TrajectoryGroup]) -> Reply:
         """A ScoreResult per group, in order: scores, or a FailedPrompt where the clip cannot be read.
@@ -71,14 +77,19 @@ class TeacherReplica:
         With loss.visual_weight each pass is made once more on grey frames, for the log-probs alone.
         When the engine is free it takes as many of the waiting calls as fill a pass.
         """
-        call = ScoreCall(groups, partial(self._make_ready, with_grey=self._scores_grey))
+        make_ready = partial(self._make_ready, with_grey=self._scores_grey)
+        call = ScoreCall(groups, make_ready, not self._teacher.has_view)
         await asyncio.sleep(self._pool.batch_wait_s)
         self._waiting.append(call)
         self._thread.submit(self._score_waiting)
         return await asyncio.wrap_future(call.answer)
 
     async def predict(self, prompts: Prompts, num_answers: int, temperature: float) -> Reply:
-        """The teacher's own answers to each prompt, for evaluation and for the curriculum."""
+        """The teacher's own answers to each prompt, for evaluation and for the curriculum.
+
+        It is not shown where the true spans are: crop_margin_frac is for scores.
+        """
+        prompts = [replace(p, answer_spans_s=None) for p in prompts]
         passes = passes_by_cut(prompts, self._pool.micro_batch)
         coming = self._make_ready([prompts[i] for places in passes for i in places])
         work = self._predict, passes, coming, num_answers, temperature
@@ -86,15 +97,11 @@ class TeacherReplica:
 
     def _make_ready(self, prompts: Prompts, with_grey: bool = False) -> Iterator[Ready | FailedPrompt]:
         """Each prompt, in order, encoded and prepared ahead of the caller."""
-        asked = {p.prompt_id: p for p in prompts}
 
         def ready(encoded: EncodedPrompt) -> Ready:
-            prepared = self._engine.prepare(encoded)
-            if not with_grey:
-                return Ready(encoded, prepared)
-            prompt = asked[encoded.prompt_id]
-            grey = self._encoder.encode(prompt, False, *grey_frames(prompt.clip))
-            return Ready(encoded, prepared, Ready(grey, self._engine.prepare(grey)))
+            grey = without_video(encoded) if with_grey else None
+            of_grey = grey and Ready(grey, self._engine.prepare(grey))
+            return Ready(encoded, self._engine.prepare(encoded), of_grey)
 
         return self._encoder.prepare_ahead(prompts, ready)
 
@@ -150,7 +157,7 @@ class TeacherReplica:
     ) -> TeacherScores:
         return TeacherScores(
             trajectory_id=trajectory.trajectory_id,
-            teacher_id=self._teacher_id,
+            teacher_id=self._teacher.name,
             teacher_logprobs=scores.logprobs,
             top_k=scores.top_k,
             hidden=scores.hidden,

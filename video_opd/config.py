@@ -332,11 +332,7 @@ class Config(ConfigSection):
         if self.loss.task_gate is not None:
             yield "loss.task_gate looks at one interval, a prompt asks for sets: leave it out"
 
-    def problems(self) -> Iterator[str]:
-        if self.data.weights and not self.curriculum.selects_at_random:
-            drawn = "need prompts that are drawn at random"
-            random = "kind=uniform, or kind=tvdf with dbtp=false and without pool_sample and select_by=video"
-            yield f"the weights of data.train {drawn} ({random}): leave them out, or change curriculum"
+    def _teacher_problems(self) -> Iterator[str]:
         if self.teacher is not None and self.teachers:
             yield "teacher and teachers are both set: list all under teachers, and set teacher=null"
         names = [t.name for t in self.teachers]
@@ -344,6 +340,14 @@ class Config(ConfigSection):
             yield f"teachers {', '.join(names)}: give each a name of its own"
         if self.loss.kl_coef and any(t.weight < 0 for t in self.teachers):
             yield "loss.kl_coef is a KL to one reference: give the teachers positive weights"
+        yield from (p for t in self.teachers for p in t.view_problems(self.prompt, self.video))
+
+    def problems(self) -> Iterator[str]:
+        if self.data.weights and not self.curriculum.selects_at_random:
+            drawn = "need prompts that are drawn at random"
+            random = "kind=uniform, or kind=tvdf with dbtp=false and without pool_sample and select_by=video"
+            yield f"the weights of data.train {drawn} ({random}): leave them out, or change curriculum"
+        yield from self._teacher_problems()
         if len({*self.trackers}) < len(self.trackers):
             yield f"trackers names {', '.join(self.trackers)}: name each once"
         if self.video.decode_timeout_s >= self.request_timeout_s:

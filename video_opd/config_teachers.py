@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from video_opd.config_data import (
     ATTENTION,
@@ -17,7 +17,9 @@ from video_opd.config_data import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    PromptConfig,
     RegularExpression,
+    VideoConfig,
     attention_problem,
     key,
 )
@@ -79,13 +81,51 @@ class TeacherConfig(ConfigSection):
             yield f"num_replicas={self.num_replicas} is not within min_replicas={low}, max_replicas={high}"
 
 
+VIEW_KEYS = {"fps", "min_frames", "max_frames", "max_video_tokens", "max_frame_tokens"}
+"""Of VideoConfig, what a teacher may have otherwise."""
+
+
 class TeacherModel(ConfigSection):
-    """One of several teachers."""
+    """One of several teachers. With `prompt`, `video` or `crop_margin_frac` it sees more than the student."""
 
     name: FileName = Field(pattern=r"^[\w.-]+$", description="in metrics, teacher ids and commands")
     model: str = Field(description="transformers folder, or ORG/NAME[@REVISION] of the hub")
     weight: FiniteFloat = key(1.0, "where several score a prompt: relative; with negative ones, as it is")
     prompts: RegularExpression | None = key(None, "regular expression of the prompt ids it scores; None: all")
+    prompt: dict[str, Any] = key({}, "keys of `prompt` that it has otherwise: style, template, video_first")
+    video: dict[str, Any] = key({}, f"keys of `video` that it has otherwise: {', '.join(sorted(VIEW_KEYS))}")
+    crop_margin_frac: NonNegativeFloat | None = key(
+        None, "it scores on the true span and this share of its length on both sides; None: on the whole clip"
+    )
+
+    @property
+    def has_view(self) -> bool:
+        """Whether it sees another prompt, or other frames, than the student."""
+        return bool(self.prompt or self.video or self.crop_margin_frac is not None)
+
+    def view(self, prompt: PromptConfig, video: VideoConfig) -> tuple[PromptConfig, VideoConfig]:
+        """What it has in the place of the run's. Raises ValidationError."""
+        of_run = {} if "style" in self.prompt else prompt.model_dump()  # a style sets all keys
+        return PromptConfig(**of_run | self.prompt), VideoConfig(**video.model_dump() | self.video)
+
+    def view_problems(self, prompt: PromptConfig, video: VideoConfig) -> Iterator[str]:
+        """What is wrong with its view, given the run's."""
+        what = f"teachers {self.name}"
+        if unknown := sorted(self.video.keys() - VIEW_KEYS):
+            yield f"{what}: video.{unknown[0]} is the same for all: leave it out"
+        try:
+            own_prompt, own_video = self.view(prompt, video)
+        except ValidationError as error:
+            first = error.errors()[0]
+            yield f"{what}: prompt or video: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+            return
+        same = [own_prompt.template, own_prompt.video_first, own_video] == [
+            prompt.template,
+            prompt.video_first,
+            video,
+        ]
+        if self.has_view and same and self.crop_margin_frac is None:
+            yield f"{what}: its prompt and video are the run's, so they change nothing: leave them out"
 
     def scores(self, prompt_id: str) -> bool:
         return self.prompts is None or re.search(self.prompts, prompt_id) is not None

@@ -1,8 +1,9 @@
 """A plan's splits: what a start refuses, what a resume goes on without, and prompts that are too long."""
 
+import json
 import shutil
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from curriculum.state import check_state
 from driver.progress import setup_of
 from preflight.dry_run import describe
 from preflight.inputs import check_pool, check_routes, make_draft, make_plan
+from preflight.memory_fit import memory_plan
+from preflight.model_shapes import read_shapes
+from preflight.views import check_crop
+from teacher_service.views import ViewEncoder
 from tests.fakes import make_prompt
 from video_opd import ROOT
 from video_opd.config import Config
@@ -200,3 +205,43 @@ def test_the_routes_of_many_prompts_are_checked_without_making_teachers_anew(run
     monkeypatch.setattr(TeacherModel, "scores", lambda *_: True)
     check_routes(config, [make_prompt(f"p{i}") for i in range(100)], [])
     assert len(made) < 5
+
+
+def teachers(**view: Any) -> list[str]:
+    """Overrides for the student as its own teacher."""
+    own = [{"name": "self", "model": str(ROOT / "demo/models/student"), **view}]
+    return ["teacher=null", f"teachers={json.dumps(own)}"]
+
+
+def test_what_a_teacher_alone_sees_is_counted_and_bounds_the_prompts(run):
+    plain = make_plan(run.config(*teachers()))
+    assert plain.views == ()
+    more = {"video": {"fps": 4.0, "max_frames": 48, "max_video_tokens": 512}}
+    plan = make_plan(run.config(*teachers(**more)))
+    asked = len(plan.views)
+    assert asked == 2 and min(v.max_prompt_tokens for v in plan.views) > max(plain.longest.values())
+    config = run.config(*teachers(**more))
+    assert make_draft(config).views == plan.views
+    encoder = ViewEncoder(config, config.teachers[0])
+    splits = plan.train.prompts, plan.eval.prompts
+    lengths = [max(len(encoder.token_ids(encoder.seen(p))) for p in prompts) for prompts in splits]
+    assert [v.max_prompt_tokens for v in plan.views] == lengths
+    peaks = [memory_plan(c, p, 80).roles for c, p in ((run.config(*teachers()), plain), (config, plan))]
+    before, after = (next(r.host.peak_bytes for r in of if r.role == "teacher") for of in peaks)
+    assert after > before
+    bounded = ["teacher_pool.engine=vllm", f"teacher_pool.max_model_len={max(lengths)}"]
+    make_plan(run.config(*teachers(), *bounded))
+    with pytest.raises(DataError, match=r"exceed teacher_pool\.max_model_len"):
+        make_plan(run.config(*teachers(**more), *bounded))
+
+
+def test_a_crop_needs_true_spans_and_a_teacher_that_reads_times(run):
+    plan = make_plan(run.config(*teachers(crop_margin_frac=0.5)))
+    assert plan.views[0].max_video_tokens <= plan.views[1].max_video_tokens
+    (teacher,) = run.config(*teachers(crop_margin_frac=0.5)).teachers
+    shapes = read_shapes(teacher.model)
+    unlabelled = [make_prompt("a"), make_prompt("b", None), make_prompt("c", None)]
+    with pytest.raises(ConfigError, match="needs ground truth, which prompt b and 1 others lack"):
+        check_crop(teacher, shapes, unlabelled)
+    with pytest.raises(ConfigError, match="qwen2_5_vl counts times from the first frame"):
+        check_crop(teacher, replace(shapes, model_type="qwen2_5_vl"), [])

@@ -1,6 +1,7 @@
 """Both teacher engines against plain transformers: log-probs, top-K, predictions; and teacher = student."""
 
 import asyncio
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,9 +18,10 @@ from tests.attention import compare, compare_first_tokens
 from tests.real.conftest import reference_logprobs, scored_groups
 from video_opd.config import Config
 from video_opd.config_learner import LossConfig
+from video_opd.config_teachers import TeacherModel
 from video_opd.models.forward import load_head, load_model
 from video_opd.models.policy import Policy
-from video_opd.models.prompting import PromptEncoder, grey_frames
+from video_opd.models.prompting import PromptEncoder, without_video
 from video_opd.types import Prompt
 
 K = 5
@@ -93,7 +95,7 @@ def test_logprobs_on_grey_frames_are_plain_transformers_and_leave_what_is_wanted
 ):
     model = load_model(config.teacher, "float32").eval()
     asked, responses = prompts[:4], cases[1][:4]
-    grey = [teacher_encoder.encode(p, False, *grey_frames(p.clip)) for p in asked]
+    grey = [without_video(p) for p in cases[0][:4]]
     for prompt, encoded, response, found in zip(
         asked, cases[0], responses, engine.logprobs(grey, responses), strict=False
     ):
@@ -232,3 +234,34 @@ def test_shipped_hidden_states_and_the_head_read_from_the_folder_give_the_teache
         ours = Policy(1.0, teacher_encoder.pad_ids, "cpu")(torch.from_numpy(scores.hidden).matmul(head.T))
         ours = ours.log_softmax(-1).numpy()
         assert np.abs(ours - reference_logprobs(model, prompt, response)).max() < TOLERANCE
+
+
+def test_the_student_that_sees_more_scores_the_same_tokens_after_its_own_prompt(config, prompts, encoder):
+    """Cropped, at twice the rate and after another text: plain transformers on what it says that it sees."""
+    view: Any = {"prompt": {"template": "Event: {query}. When?"}, "video": {"fps": 2 * config.video.fps}}
+    groups = [g.group for g in scored_groups(prompts[:3], encoder, seed=0)]
+    found: dict[str, list[np.ndarray]] = {}
+    for name, own in {"plain": {}, "crop": {"crop_margin_frac": 0.25}, "more": view}.items():
+        replica: Any = TeacherReplica(config, TeacherModel(name=name, model=config.student, **own))
+        reply = asyncio.run(replica.score(groups))
+        found[name] = [scores.teacher_logprobs for scores in flat(reply)]
+        encoded = [replica._encoder.encode(p) for p in prompts[:3]]
+        model, responses = replica._engine._model, [g.trajectories[0].response_token_ids for g in groups]
+        for prompt, response, logprobs in zip(encoded, responses, found[name], strict=True):
+            exact = reference_logprobs(model, prompt, response)[np.arange(len(response)), response]
+            assert np.abs(logprobs - exact).max() < TOLERANCE
+        texts = [encoder.tokenizer.decode(e.token_ids) for e in encoded]
+        assert all(("Event: " in text) == (name == "more") for text in texts)
+        for prompt, text in zip(prompts, texts, strict=False):
+            ((start, end),) = prompt.answer_spans_s
+            wide = max(0.25 * (end - start), (config.video.min_frames / config.video.fps - (end - start)) / 2)
+            times = [float(t) for t in re.findall(r"<([\d.]+) seconds>", text)]
+            inside = [start - wide - 0.05 <= t <= end + wide + 0.05 for t in times]
+            assert times and all(inside) == (name == "crop"), (name, times, start, end)
+        answers = asyncio.run(replica.predict(prompts[:1], 1, 0.0)).results[0]
+        hidden = replica._encoder.encode(replace(prompts[0], answer_spans_s=None))
+        assert answers[0].text == replica._engine.predict([hidden], 1, 0.0, 64)[0][0], "it is not cropped"
+        replica._thread.shutdown()
+    for name in ("crop", "more"):
+        difference = np.concatenate(found[name]) - np.concatenate(found["plain"])
+        assert np.abs(difference).max() > 1000 * TOLERANCE

@@ -111,7 +111,7 @@ class Parts:
 
 def replica_of(parts: Parts, **pool: Any) -> TeacherReplica:
     class Replica(TeacherReplica):
-        def _load(self, config: Config, model: str) -> Any:
+        def _load(self, config: Config, teacher: TeacherModel) -> Any:
             parts.threads.add(threading.get_ident())
             return parts, parts
 

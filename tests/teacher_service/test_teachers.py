@@ -66,6 +66,15 @@ def scores_of(values: Sequence[float], name: str = "t", entropy: bool = True) ->
         ),
         (ALONE | {"teachers": [MATHS | {"name": "a/b"}]}, "name"),
         (ALONE | {"teachers": [{"name": "m"}]}, "missing key teachers.0.model"),
+        (ALONE | {"teachers": [MATHS | {"video": {"decoder": "pyav"}}]}, "video.decoder is the same for all"),
+        (ALONE | {"teachers": [MATHS | {"video": {"fps": -1}}]}, "teachers maths: .* fps: "),
+        (ALONE | {"teachers": [MATHS | {"prompt": {"template": "When?"}}]}, "must contain {query}"),
+        (ALONE | {"teachers": [MATHS | {"video": {"fps": 2.0}}]}, "so they change nothing"),
+        (
+            ALONE | {"teachers": [MATHS | {"prompt": {"answer_template": "{start}"}}]},
+            "so they change nothing",
+        ),
+        (ALONE | {"teachers": [MATHS | {"crop_margin_frac": -0.1}]}, "crop_margin_frac"),
         (ALONE, "needs a teacher"),
     ],
 )

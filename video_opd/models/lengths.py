@@ -137,10 +137,17 @@ def limits(config: Config, trained: bool) -> list[Limit]:
     sampled = config.loss.needs.rollouts or config.curriculum.asks_student if trained else True
     if config.rollout.num_actors and sampled:
         found.append(rollout_limit(config))
-    if config.needs_teacher and config.teacher_engine == "vllm":  # which samples one more token
-        response = config.rollout.max_response_tokens + 1
-        found.append(Limit("teacher_pool.max_model_len", config.teacher_pool.max_model_len, response))
+    if config.needs_teacher and not all(t.has_view for t in config.teacher_models):
+        found += teacher_limits(config)
     return found
+
+
+def teacher_limits(config: Config) -> list[Limit]:
+    """Of the teachers' engines."""
+    if config.teacher_engine != "vllm":
+        return []
+    response = config.rollout.max_response_tokens + 1  # vLLM samples one more token
+    return [Limit("teacher_pool.max_model_len", config.teacher_pool.max_model_len, response)]
 
 
 def too_long(prompts: Sequence[Prompt], lengths: Sequence[int], bounds: Sequence[Limit]) -> Mapping[str, str]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -85,10 +86,15 @@ def fingerprint(
     return digest.hexdigest()
 
 
-def grey_frames(clip: Clip) -> tuple[np.ndarray, str]:
-    """uint8[F, H, W, 3], read-only: a blank video in the place of the clip's frames; and its digest."""
-    shape = len(clip.frame_indices), *clip.frame_size, 3
-    return np.broadcast_to(np.uint8(GREY), shape), f"grey {shape}"
+def grey_frames(shape: Sequence[int]) -> tuple[np.ndarray, str]:
+    """uint8[F, H, W, 3] of a blank video, read-only, and their digest."""
+    return np.broadcast_to(np.uint8(GREY), shape), f"grey {tuple(shape)}"
+
+
+def without_video(prompt: EncodedPrompt) -> EncodedPrompt:
+    """The same tokens at the same times with grey frames of the same size."""
+    frames, digest = grey_frames(prompt.frames.shape)
+    return replace(prompt, frames=frames, frames_digest=digest, fingerprint=f"{prompt.fingerprint} grey")
 
 
 class PromptEncoder:
@@ -180,7 +186,7 @@ class PromptEncoder:
             frames, digest = self.frame_cache.read_with_digest(clip)
         digest = digest or digest_of(frames)
         if blank_video:
-            frames, digest = grey_frames(clip)
+            frames, digest = grey_frames(frames.shape)
         metadata, unexpanded = video_metadata(clip), self._unexpanded(prompt)
         video = self._video_text(json.dumps(metadata))
         self._check_size(clip, video)
@@ -264,7 +270,10 @@ class PromptEncoder:
 
 
 def check_parity(encoded: EncodedPrompt, trajectory: Trajectory, party: str) -> None:
-    """Raises ParityError unless `party` sees the prompt as the trajectory's actor, if any, did."""
+    """Raises ParityError unless `party` sees the prompt as the trajectory's actor, if any, did.
+
+    Not for a teacher with a view of its own: it shares the response's tokens alone.
+    """
     if trajectory.prompt_fingerprint in (None, encoded.fingerprint):
         return
     ours = f"{party} sees {encoded.fingerprint} (grid {encoded.video_grid_thw})"

@@ -1,0 +1,62 @@
+"""Teachers that see more than the student: what they see of each prompt, checked before a start."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from preflight.memory import Workload, workload_of
+from preflight.model_shapes import ModelShapes
+from video_opd.config import Config
+from video_opd.config_teachers import TeacherModel
+from video_opd.datasets import Split
+from video_opd.errors import ClipError, ConfigError, DataError
+from video_opd.models.lengths import PromptLengths
+from video_opd.types import Prompt
+from video_opd.video.descriptions import describe_all
+from video_opd.video.views import viewed
+
+
+@dataclass(frozen=True)
+class View:
+    """What a teacher sees of a split's prompts."""
+
+    prompts: list[Prompt]
+    lengths: list[int]  # tokens of each
+    work: Workload
+
+
+def check_crop(teacher: TeacherModel, shapes: ModelShapes, train: Sequence[Prompt]) -> None:
+    """A crop needs true spans, and times that are written before frames. Raises ConfigError."""
+    if teacher.crop_margin_frac is None:
+        return
+    what = f"teachers {teacher.name}: crop_margin_frac"
+    if shapes.model_type != "qwen3_vl":
+        counts = f"{shapes.model_type} counts times from the first frame that it is shown"
+        raise ConfigError(f"{what}: {counts}: use a Qwen3-VL teacher, or leave it out")
+    unlabelled = [p.prompt_id for p in train if teacher.scores(p.prompt_id) and not p.answer_spans_s]
+    if unlabelled:
+        others = f" and {len(unlabelled) - 1} others" if unlabelled[1:] else ""
+        has = f"{what} needs ground truth, which prompt {unlabelled[0]}{others} lack"
+        raise ConfigError(f"{has}: label or remove them, or route them elsewhere by `prompts`")
+
+
+def view_of(
+    config: Config, teacher: TeacherModel, shapes: ModelShapes, split: Split, is_cropped: bool
+) -> View | None:
+    """What it sees of its prompts; None: it has none. Raises DataError where that cannot be made."""
+    own = [p for p in split.prompts if teacher.scores(p.prompt_id)]
+    if not own:
+        return None
+    prompt, video = teacher.view(config.prompt, config.video)
+    infos = describe_all(dict.fromkeys(p.clip.video_path for p in own), video, config.runs_dir)
+    seen = []
+    for asked in own if is_cropped else [replace(p, answer_spans_s=None) for p in own]:
+        try:
+            info = infos[asked.clip.video_path]
+            if isinstance(info, ClipError):
+                raise info
+            seen.append(viewed(asked, teacher, video, shapes.size_multiple, info))
+        except ClipError as error:
+            what = f"prompt {asked.prompt_id}, as teacher {teacher.name} sees it"
+            raise DataError(f"{what}: {error}: change its video or crop_margin_frac, or the data") from error
+    lengths = PromptLengths(teacher.model, shapes.model_type, shapes.size_multiple, prompt).of(seen)
+    return View(seen, lengths, workload_of(seen, shapes, max(lengths)))
