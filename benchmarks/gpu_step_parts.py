@@ -9,19 +9,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.command import Row
 from benchmarks.emulated_teacher import make_trajectory
 from benchmarks.gpu_check.measure import Setting, device_bytes, release
-from benchmarks.gpu_check.models import REAL, TINY, draw_model, write_clips, write_model_files
+from benchmarks.gpu_check.models import REAL, TINY, draw_model, make_config, write_clips, write_model_files
 from benchmarks.gpu_check.part import Bench
 from benchmarks.shared_prefix_parts import padded_hidden
 from learner import loading
@@ -34,10 +32,9 @@ from preflight.time_fit import time_plan
 from preflight.time_plan import TimePlan
 from teacher_service.engine import TransformersEngine, Wanted
 from video_opd.config import Config
-from video_opd.models import forward, trees
+from video_opd.models import forward
 from video_opd.models.patches import patches as patches_of
 from video_opd.models.qwen_vl import adapt
-from video_opd.models.trees import Packing, Tree
 from video_opd.types import ScoredGroup, TeacherScores, TrajectoryGroup
 
 CLIPS, RESPONSE = 4, 64  # clips of a step, one prompt each; tokens of a response
@@ -94,8 +91,6 @@ class Whole:
         return [*options, f"groups_per_step={rows}", "learner.lr=1e-6", *self.how]
 
     def config(self, way: str) -> Config:
-        from benchmarks.gpu_check.models import make_config
-
         return make_config(self.bench, *self._options(way))
 
     def make_engine(self, config: Config) -> Any:
@@ -209,18 +204,11 @@ class Update(Whole):
             trajectories, scores = [], []
             for j, response in enumerate(responses[i * number : (i + 1) * number]):
                 made = make_trajectory(prompt.prompt_id, 0, j, (encoded.token_ids, response))
-                old = rng.normal(-12, 1, (2, len(response))).astype(np.float32)
-                trajectories.append(
-                    replace(made, prompt_fingerprint=encoded.fingerprint, actor_logprobs=old[0])
-                )
-                scores.append(
-                    TeacherScores(
-                        trajectory_id=made.trajectory_id,
-                        teacher_id="teacher",
-                        teacher_logprobs=old[1],
-                        top_k=None,
-                    )
-                )
+                actor, teacher = rng.normal(-12, 1, (2, len(response))).astype(np.float32)
+                known = {"prompt_fingerprint": encoded.fingerprint, "actor_logprobs": actor}
+                trajectories.append(replace(made, **known))
+                found = {"teacher_id": "teacher", "teacher_logprobs": teacher, "top_k": None}
+                scores.append(TeacherScores(trajectory_id=made.trajectory_id, **found))
             group = TrajectoryGroup(prompt=prompt, trajectories=tuple(trajectories))
             groups.append(ScoredGroup(group=group, scores=tuple(scores)))
         return groups
@@ -278,67 +266,3 @@ def patches(bench: Bench, _: int) -> list[Row]:
     there = patches_of(frames.to(bench.device), prompt.patching).cpu()
     apart = (here - there).abs().max().item()
     return [{"case": "patches", "equal": str(torch.equal(here, there)), "gap_max": apart}]
-
-
-def attention(bench: Bench, repeats: int) -> list[Row]:
-    """One layer's attention of the 8B model, forward and with backward, by itself."""
-    prefix, branch, number = (64, 16, 8) if bench.tiny else (8192, 160, 8)
-    heads, key_heads, width = 32, 8, 128
-    tree = Tree(tuple(range(number)), prefix, (branch,) * number)
-    one, alone = Tree((0,), 0, (tree.num_tokens,)), Tree((0,), 0, (prefix + branch,))
-    module = SimpleNamespace(num_key_value_groups=heads // key_heads, is_causal=True, training=False)
-    dtype = torch.bfloat16
-    rows = []
-
-    def inputs(tokens: int) -> list[torch.Tensor]:
-        return [
-            torch.randn(1, n, tokens, width, device=bench.device, dtype=dtype, requires_grad=True)
-            for n in (heads, key_heads, key_heads)
-        ]
-
-    def row(name: str, tokens: int, pairs: float, compute: Callable[..., torch.Tensor]) -> None:
-        states = inputs(tokens)
-
-        def both() -> None:
-            compute(*states).sum().backward()
-
-        with torch.no_grad():
-            forward_s = [clocked(lambda: compute(*states)) for _ in range(repeats + 2)][2:]
-        both_s = [clocked(both) for _ in range(repeats + 2)][2:]
-        tera = 4 * heads * width * pairs / 1e12
-        found: Row = {"case": f"attention {name}", "forward_ms": 1e3 * statistics.median(forward_s)}
-        found |= {"both_ms": 1e3 * statistics.median(both_s)}
-        found |= {"TFLOP/s": tera / statistics.median(forward_s)}
-        if bench.device == "cuda":
-            profile(both, f"attention {name}")
-        rows.append(found)
-
-    def packed(of: Tree) -> Callable[..., torch.Tensor]:
-        packing = Packing([of], "sdpa", heads // key_heads, dtype, bench.device)
-        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        return lambda q, k, v: sdpa(module, q, k, v, None, packing=packing, scaling=width**-0.5)[0]
-
-    def under_one_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
-
-    def repeated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        k, v = (s.repeat_interleave(heads // key_heads, 1) for s in (k, v))
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
-
-    total = tree.num_tokens
-    segment = (
-        torch.arange(total, device=bench.device).sub(prefix).div(branch, rounding_mode="floor").clamp(-1)
-    )
-    mask = (segment[:, None] == segment) | (segment == -1)
-    mask = mask.tril()
-    pairs = float(mask.sum())
-    row("one sequence", prefix + branch, (prefix + branch) ** 2 / 2, packed(alone))
-    row("one sequence, all tokens", total, total**2 / 2, packed(one))
-    row("tree", total, pairs, packed(tree))
-    with patch.object(trees, "is_fused", lambda *_: False):
-        under_masks = packed(tree)
-    row("tree, branch by branch under masks", total, pairs, under_masks)
-    row("tree, prefix alone", prefix, prefix**2 / 2, packed(Tree((0,), 0, (prefix,))))
-    row("one mask, keys repeated", total, pairs, repeated)
-    row("one mask", total, pairs, under_one_mask)
-    return rows

@@ -72,6 +72,7 @@ class Checks(Setting):
 
     def vllm_given(self) -> str:
         """Of tokens that are given beside the response, as the student's likeliest are."""
+        _need_vllm()
         self._engine.wanted = Wanted(TOP_K, is_given=True)
         self._engine._llm.reset_prefix_cache()
         every = zip(self._cases, self._expected, self._expected_given, self._given, strict=True)
