@@ -61,10 +61,9 @@ def fetch(model: str, weights: bool = True) -> str:
     except errors.LocalEntryNotFoundError as error:
         where = "HF_HUB_OFFLINE=1" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         is_partial = isinstance(error, errors.IncompleteSnapshotError)
-        lacks = (
-            f"the cache {constants.HF_HUB_CACHE} {'has only some of its files' if is_partial else 'lacks it'}"
-        )
-        why = f"{where}, and {lacks}: `hf download {name}` where there is a network"
+        lacks = "has only some of its files" if is_partial else "lacks it"
+        got = f"`hf download {name}` where there is a network"
+        why = f"{where}, and the cache {constants.HF_HUB_CACHE} {lacks}: {got}"
     except Exception as error:  # of the hub, the network or the disk
         why = (str(error).splitlines() or [type(error).__name__])[0]
     raise ModelError(f"{model} cannot be had from the hub, and no folder has that name: {why}")

@@ -260,7 +260,9 @@ def test_the_student_that_sees_more_scores_the_same_tokens_after_its_own_prompt(
             assert times and all(inside) == (name == "crop"), (name, times, start, end)
         answers = asyncio.run(replica.predict(prompts[:1], 1, 0.0)).results[0]
         hidden = replica._encoder.encode(replace(prompts[0], answer_spans_s=None))
-        assert answers[0].text == replica._engine.predict([hidden], 1, 0.0, 64)[0][0], "it is not cropped"
+        assert answers[0].text == replica._engine.predict([hidden], 1, 0.0, replica._max_tokens)[0][0], (
+            "it is not cropped"
+        )
         replica._thread.shutdown()
     for name in ("crop", "more"):
         difference = np.concatenate(found[name]) - np.concatenate(found["plain"])
