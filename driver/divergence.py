@@ -23,7 +23,7 @@ async def scored_rollouts(run: Run, prompts: Sequence[Prompt], arrived: Arrived)
         async for reference, results in run.actors.rollout(call, for_selection=True):
             groups = [r for r in results if isinstance(r, TrajectoryGroup)]
             sent = reference if len(groups) == len(results) else groups
-            scores = await ask_teacher(run, sent, groups) if groups else []
+            scores = await ask_teacher(run, sent, groups, for_selection=True) if groups else []
             found |= {r.prompt_id: r for r in results if isinstance(r, FailedPrompt)}
             found |= {g.prompt.prompt_id: _answer(g, s) for g, s in zip(groups, scores, strict=True)}
         return [found[prompt.prompt_id] for prompt in call]

@@ -56,14 +56,19 @@ async def score(
     ]
 
 
-async def ask_teacher(run: Run, sent: Any, asked: Sequence[TrajectoryGroup]) -> list[ScoreResult]:
-    """sent: the groups `asked`, or a reference to them, which the teacher fetches past the driver."""
+async def ask_teacher(
+    run: Run, sent: Any, asked: Sequence[TrajectoryGroup], for_selection: bool = False
+) -> list[ScoreResult]:
+    """sent: the groups `asked`, or a reference to them, which the teacher fetches past the driver.
+
+    for_selection: see TeacherReplica.score.
+    """
     assert run.teacher, "the objective or the curriculum needs a teacher"
     with run.clock("score"):
         try:
-            scores = await run.teacher.score(sent)
+            scores = await run.teacher.score(sent, for_selection)
         except ObjectLostError:  # with the actor's node; the driver has the value
-            scores = await run.teacher.score(asked)
+            scores = await run.teacher.score(asked, for_selection)
     tokens = sum(num_tokens(g.trajectories) for g in asked)
     run.totals.update(scored_rollouts=sum(len(g.trajectories) for g in asked), scored_tokens=tokens)
     run.clock.count("score", tokens)

@@ -38,7 +38,8 @@ class ResponseTokens:
 def sampled_advantage(teacher: np.ndarray, actor: np.ndarray, loss: LossConfig) -> np.ndarray:
     """r_t = log pi_T(a_t|s_t) - log pi_old(a_t|s_t) (eq. 5) for all tokens of the batch, float32[tokens].
 
-    Options, off in the paper: `clamp` bounds |r|; `center` then subtracts the batch mean, a baseline.
+    Options, off in the paper: `clamp` bounds |r|; `center` then subtracts the batch mean, a baseline. That
+    mean is of r alone: weights (learner/signals.py) come after it, so weighted signals need not sum to 0.
     """
     advantage = teacher - actor
     if loss.clamp is not None:

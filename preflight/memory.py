@@ -276,11 +276,12 @@ def teacher_memory(config: Config, teacher: ModelShapes, work: Workload, gpu_byt
     calls, prompts_a_call = 2 * pool.max_batch_requests, config.rollout.prompts_per_call
     if config.curriculum.group_by_video:
         prompts_a_call = max(prompts_a_call, config.groups_per_step)
-    host = _prompts_bytes(config, work, pool.micro_batch, calls, calls * prompts_a_call)
+    clips = config.teacher_clips
+    host = _prompts_bytes(config, work, pool.micro_batch, calls, calls * prompts_a_call, clips)
     if config.teacher_engine == "vllm":
         computing = vllm_memory(config, pool, teacher, work, gpu_bytes)
         loading = _largest_tensor(teacher, pool.dtype)
-        host |= _processed_bytes(host, work)
+        host |= _processed_bytes(host, work, clips)
     else:
         batch, video, curriculum = pool.micro_batch, work.max_video_tokens, config.curriculum
         length = longest_sequence(config, work, pool.max_model_len)
@@ -359,19 +360,21 @@ def support_memory(config: Config, student: ModelShapes) -> list[RoleMemory]:
     return [RoleMemory(name, 1, 0.0, None, ProcessMemory(terms, {})) for name, terms in held.items()]
 
 
-def _prompts_bytes(config: Config, work: Workload, in_engine: int, calls: int, most: int) -> dict[str, int]:
+def _prompts_bytes(
+    config: Config, work: Workload, in_engine: int, calls: int, most: int, clips: int = 1
+) -> dict[str, int]:
     """On the host: frames (mapped files of the node's cache) of the prompts in the engine, and ahead of it.
 
     Ahead: video.feed_bytes, and one prompt of each call under way (video_opd/models/feed.py). most: prompts
-    of those calls."""
-    ahead = calls + config.video.feed_bytes // max(1, work.clip_bytes)
+    of those calls. clips: Config.teacher_clips."""
+    ahead = calls + config.video.feed_bytes // max(1, clips * work.clip_bytes)
     return {"decoded frames": min(most, in_engine + ahead) * work.clip_bytes}
 
 
-def _processed_bytes(frames: Mapping[str, int], work: Workload) -> dict[str, int]:
+def _processed_bytes(frames: Mapping[str, int], work: Workload, clips: int = 1) -> dict[str, int]:
     """On the host, of vLLM: patches of those prompts, as bytes; with others, its cache has PROCESSED_GIB."""
     cache, pool = int(PROCESSED_GIB * GIB), work.num_clips * work.clip_bytes
-    return {"processed clips": max(frames["decoded frames"], min(cache, pool or cache))}
+    return {"processed clips": max(clips * frames["decoded frames"], min(cache, pool or cache))}
 
 
 def _bucket_bytes(config: Config, student: ModelShapes) -> dict[str, int]:

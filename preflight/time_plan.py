@@ -253,8 +253,8 @@ class TimePlan:
         tree = tree_of(self.config, size, prompts, 1, rollout.max_response_tokens, most)
         rows = tree.members * rollout.max_response_tokens
         operations = time.tree_forward(shapes, size, tree, rows, self._teacher_attention)
-        prefill_s = self._views * self._prefill_s(engine, shapes, operations * (1 / tree.members), size)
-        feed_s = self._pass_feed_s(pool, engine.num_cpus, self._views * self._teacher_pixels_s)
+        prefill_s = self._prefill_s(engine, shapes, operations * (1 / tree.members), size)
+        feed_s = self._pass_feed_s(pool, engine.num_cpus, self._teacher_pixels_s)
         return num_prompts / engine.num_replicas * max(prefill_s, feed_s)
 
     def _pass_feed_s(self, pool: Pool, num_cpus: float, a_token_s: float) -> float:
@@ -368,7 +368,7 @@ class TimePlan:
 
     @property
     def _views(self) -> int:
-        """Passes to score a response: one more on grey frames with loss.visual_weight."""
+        """Passes to score a response that is trained on: one more on grey frames with loss.visual_weight."""
         return 2 if self.config.loss.visual_weight else 1
 
     @property

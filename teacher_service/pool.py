@@ -142,12 +142,14 @@ class TeacherPool:
                 raise RunError(f"teacher {self._teacher.name} did not start: {why.strip()[-2000:]}")
             await asyncio.sleep(START_POLL_S)
 
-    async def score(self, groups: ray.ObjectRef | Sequence[TrajectoryGroup]) -> list[ScoreResult]:
+    async def score(
+        self, groups: ray.ObjectRef | Sequence[TrajectoryGroup], for_selection: bool = False
+    ) -> list[ScoreResult]:
         """See TeacherReplica.score. The replica itself fetches a reference.
 
         Raises PartLostError after max_retries repeats, and ObjectLostError if the referenced object is lost.
         """
-        return await self._call("score", groups)
+        return await self._call("score", groups, for_selection)
 
     async def predict(
         self,

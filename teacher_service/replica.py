@@ -62,6 +62,9 @@ class TeacherReplica:
         from teacher_service.engine import ENGINES, Wanted  # torch takes seconds to import
         from teacher_service.views import ViewEncoder
 
+        # Prompts ahead of the engine hold all their processed clips
+        held = {"feed_bytes": max(1, config.video.feed_bytes // config.teacher_clips)}
+        config = config.model_copy(update={"video": config.video.model_copy(update=held)})
         pool, needs, trust = config.teacher_pool, config.loss.needs.teacher, config.trust_remote_code
         if teacher.has_view:
             encoder = ViewEncoder(config, teacher)
@@ -71,13 +74,14 @@ class TeacherReplica:
         how = wanted, config.seed, encoder, trust, config.rollout.temperature
         return encoder, ENGINES[config.teacher_engine](teacher.model, pool, *how)
 
-    async def score(self, groups: Sequence[TrajectoryGroup]) -> Reply:
+    async def score(self, groups: Sequence[TrajectoryGroup], for_selection: bool = False) -> Reply:
         """A ScoreResult per group, in order: scores, or a FailedPrompt where the clip cannot be read.
 
-        With loss.visual_weight each pass is made once more on grey frames, for the log-probs alone.
+        With loss.visual_weight each pass is made once more on grey frames, for the log-probs alone;
+        for_selection: not, as these choose prompts and are not trained on.
         When the engine is free it takes as many of the waiting calls as fill a pass.
         """
-        make_ready = partial(self._make_ready, with_grey=self._scores_grey)
+        make_ready = partial(self._make_ready, with_grey=self._scores_grey and not for_selection)
         call = ScoreCall(groups, make_ready, not self._teacher.has_view)
         await asyncio.sleep(self._pool.batch_wait_s)
         self._waiting.append(call)
@@ -141,16 +145,21 @@ class TeacherReplica:
             assert len(given) == (len(batch) if self._are_given else 0), "top-K ids of some responses alone"
             scored = self._engine.score(prompts, responses, prepared, given or None) if batch else []
             separate_tokens += num_tokens
-            of_grey: Sequence[np.ndarray | None] = [None] * len(batch)
-            if grey := [r.grey for *_, r in batch if r.grey]:
-                prompts, prepared = [g.prompt for g in grey], [g.prepared for g in grey]
-                of_grey = self._engine.logprobs(prompts, responses, prepared)
-                separate_tokens += num_tokens
+            pairs = [(r.grey, response) for (*_, r), response in zip(batch, responses, strict=True) if r.grey]
+            of_grey = iter(self._score_grey(pairs))
+            separate_tokens += sum(len(g.prompt.token_ids) + len(response) for g, response in pairs)
             engine_s += time.perf_counter() - started
-            for (call, row, _), scores, unseen in zip(batch, scored, of_grey, strict=True):
-                call.add(row, self._named(row.trajectory, scores, unseen))
+            for (call, row, ready), scores in zip(batch, scored, strict=True):
+                call.add(row, self._named(row.trajectory, scores, next(of_grey) if ready.grey else None))
         tokens = self._engine.num_computed_tokens - computed_before, separate_tokens
         return [Reply(call.results(), engine_s, len(calls), *tokens) for call in calls]
+
+    def _score_grey(self, pairs: Sequence[tuple[Ready, np.ndarray]]) -> list[np.ndarray]:
+        """float32[N] of each response after its prompt with grey frames."""
+        if not pairs:
+            return []
+        grey, responses = zip(*pairs, strict=True)
+        return self._engine.logprobs([g.prompt for g in grey], responses, [g.prepared for g in grey])
 
     def _named(
         self, trajectory: Trajectory, scores: "TokenScores", grey_logprobs: np.ndarray | None

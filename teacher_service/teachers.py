@@ -61,7 +61,9 @@ class Teachers:
     async def start(self) -> None:
         await asyncio.gather(*(pool.start() for pool in self.pools.values()))
 
-    async def score(self, groups: ray.ObjectRef | Sequence[TrajectoryGroup]) -> list[ScoreResult]:
+    async def score(
+        self, groups: ray.ObjectRef | Sequence[TrajectoryGroup], for_selection: bool = False
+    ) -> list[ScoreResult]:
         """Scores each group with all its teachers. A reference is read here for routing."""
         read: Any = groups
         if isinstance(groups, ray.ObjectRef):
@@ -72,7 +74,9 @@ class Teachers:
         async def score(name: str) -> dict[int, ScoreResult]:
             own = [i for i, of_group in enumerate(teachers) if name in (t.name for t in of_group)]
             part = groups if len(own) == len(read) else [read[i] for i in own]
-            return dict(zip(own, await self.pools[name].score(part), strict=True)) if own else {}
+            if not own:
+                return {}
+            return dict(zip(own, await self.pools[name].score(part, for_selection), strict=True))
 
         results = await asyncio.gather(*map(score, self.pools))
         by_name = dict(zip(self.pools, results, strict=True))

@@ -217,6 +217,11 @@ class Config(ConfigSection):
         return "vllm" if pool.num_gpus or pool.tensor_parallel > 1 else "transformers"
 
     @property
+    def teacher_clips(self) -> int:
+        """Processed clips that a teacher holds of a prompt: vLLM's with loss.visual_weight a grey one too."""
+        return 2 if self.loss.visual_weight is not None and self.teacher_engine == "vllm" else 1
+
+    @property
     def shares_gpus(self) -> bool:
         """Whether processes of several roles, or several of one, may be on one GPU."""
         return any(0 < part.num_gpus < 1 for part in (self.learner, self.rollout, self.teacher_pool))

@@ -59,7 +59,7 @@ def config_of(kind: str, loss: str, options: str = "", *more: str) -> Config:
 class Teacher:
     """Scores every trajectory that it is sent."""
 
-    async def score(self, groups: list[TrajectoryGroup]) -> list[tuple]:
+    async def score(self, groups: list[TrajectoryGroup], for_selection: bool) -> list[tuple]:
         scored = [make_group(g.prompt.prompt_id, [3] * len(SOLVED)) for g in groups]
         by_id = [{s.trajectory_id: s for s in of.scores} for of in scored]
         pairs = zip(groups, by_id, strict=True)

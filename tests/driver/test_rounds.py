@@ -302,7 +302,8 @@ class Student(Model):
 class Teacher(Model):
     """Gives each token a log-prob of -3."""
 
-    async def score(self, sent: Any) -> list[Any]:
+    async def score(self, sent: Any, for_selection: bool) -> list[Any]:
+        assert for_selection, "no scores on grey frames"
         groups = sent[1] if isinstance(sent, tuple) else sent
         assert all(isinstance(g, TrajectoryGroup) for g in groups), "a reference is to scorable results alone"
         names = [g.prompt.prompt_id for g in groups]

@@ -43,7 +43,8 @@ def make_run(config: Config) -> Any:
         groups = [make_group(p.prompt_id).group for p in prompts]
         yield "reference", groups
 
-    async def score(groups):
+    async def score(groups, for_selection):
+        assert not for_selection
         trajectories = [t for g in groups for t in g.trajectories]
         scored = [make_group(t.prompt_id, [len(t.response_token_ids)]).scores for t in trajectories]
         return [

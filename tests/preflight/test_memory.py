@@ -401,6 +401,9 @@ def test_prompts_on_the_host_are_frames_without_float32_pixels_and_what_vllm_pro
     assert scores["decoded frames"] == (4 + 6 + 16) * clip and scores["uploaded frames"] == 4 * clip
     by_vllm = host(teacher_memory, work, *sizes, "teacher_pool.engine=vllm")
     assert by_vllm["processed clips"] == 26 * clip and "uploaded frames" not in by_vllm
+    grey = host(teacher_memory, work, *sizes, "teacher_pool.engine=vllm", "loss.visual_weight=0.5")
+    assert grey["processed clips"] == 2 * (4 + 6 + 8) * clip, "each with its grey frames"
+    assert host(teacher_memory, work, *sizes, "loss.visual_weight=0.5") == scores, "grey frames are no memory"
 
 
 # --- activations, against the tensors of real passes ---
@@ -419,7 +422,7 @@ def test_trees_attend_as_they_are_planned_to(kind, attention):
     batch = batch_of(**TREES[kind])
     packing = Packing(batch.trees, attention, 2, torch.float32, torch.device("cpu"))
     causal = masked = joined = 0
-    for length, (prefix, mask) in zip(packing.sizes, packing.calls, strict=True):
+    for length, (prefix, mask, _) in zip(packing.sizes, packing.calls, strict=True):
         before = 0 if prefix is None else packing.sizes[prefix]
         joined += before + length if before else 0
         if mask is None:

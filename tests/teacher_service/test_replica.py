@@ -91,6 +91,15 @@ class Parts:
         pairs = zip(responses, given or [None] * len(responses), strict=True)
         return [SimpleNamespace(logprobs=-r.astype(np.float32), top_k=ids, **unasked) for r, ids in pairs]
 
+    def logprobs(
+        self, prompts: Sequence[EncodedPrompt], responses: Sequence[np.ndarray], prepared: Sequence[str]
+    ) -> list[np.ndarray]:
+        self._asked(prompts, prepared)
+        return [
+            np.full(len(r), float(p.prompt_id[-1]), np.float32)
+            for p, r in zip(prompts, responses, strict=True)
+        ]
+
     def predict(
         self,
         prompts: Sequence[EncodedPrompt],
@@ -330,3 +339,31 @@ def test_the_engines_seconds_do_not_count_the_wait_for_an_encode(monkeypatch):
         all_of(replica.score(groups), replica.predict([g.prompt for g in groups], 1, 0.0))
     )
     assert (scored.engine_s, answered.engine_s) == (2.0, 2.0)
+
+
+def test_a_pass_scores_on_grey_frames_what_is_trained_on_alone(monkeypatch):
+    """The middle one of three calls in a pass is for a selection."""
+    monkeypatch.setattr(
+        "teacher_service.replica.without_video", lambda p: replace(p, prompt_id=f"grey{p.prompt_id}")
+    )
+    parts = Parts()
+    replica = replica_of(parts, micro_batch=8)
+    replica._scores_grey = True
+    groups = [group("1", (2,)), group("2", (3,)), group("3", (4, 1))]
+
+    async def go() -> list[Reply]:
+        with busy(replica):
+            calls = [asyncio.ensure_future(replica.score([g], g is groups[1])) for g in groups]
+            while len(replica._waiting) < 3:
+                await asyncio.sleep(0.01)
+        return await all_of(*calls)
+
+    replies = asyncio.run(go())
+    assert parts.passes == [["1", "2", "3", "3"], ["grey1", "grey3", "grey3"]]
+    for reply, asked, grey in zip(replies, groups, (1, None, 3), strict=True):
+        check(reply, [asked])
+        for scores in reply.results[0]:
+            n = len(scores.teacher_logprobs)
+            assert (grey is None) == (scores.grey_logprobs is None)
+            assert grey is None or scores.grey_logprobs.tolist() == [float(grey)] * n
+    assert replies[0].separate_tokens == (2 + 3 + 4 + 1) + (2 + 4 + 1)

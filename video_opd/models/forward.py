@@ -114,16 +114,16 @@ def collate(
 
 def _videos(prompts: Sequence[EncodedPrompt], trees: Sequence[Tree], clips: Sequence[int]) -> tuple[int, ...]:
     """The clip of each video among the packed tokens; clips: of prompts. A prefix has one, or each branch."""
-    videos = []
+    shown: list[tuple[int, Any]] = []  # with its times: equal frames, as grey ones, may have others
     for tree in trees:
-        first = tree.members[0]
-        shares = np.flatnonzero(prompts[first].token_types)[-1] < tree.prefix
-        videos += [clips[first]] * (1 if shares else len(tree.members))
-    most_shown = max(videos, key=videos.count)
-    if videos.count(most_shown) > 1:
-        of_clip = [tree for tree in trees if clips[tree.members[0]] == most_shown]
-        _tell_once(of_clip, videos.count(most_shown))
-    return tuple(videos)
+        shares = np.flatnonzero(prompts[tree.members[0]].token_types)[-1] < tree.prefix
+        members = tree.members[:1] if shares else tree.members
+        shown += [(clips[i], prompts[i].video_metadata) for i in members]
+    videos, most_shown = tuple(clip for clip, _ in shown), max(shown, key=shown.count)
+    if shown.count(most_shown) > 1:
+        of_clip = [tree for tree in trees if clips[tree.members[0]] == most_shown[0]]
+        _tell_once(of_clip, videos.count(most_shown[0]))
+    return videos
 
 
 def _tell_once(trees: Sequence[Tree], num_videos: int) -> None:

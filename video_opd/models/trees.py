@@ -196,6 +196,7 @@ def attend(
     attended = []
     for q, k, v, (prefix, mask, branches) in zip(queries, keys, values, packing.calls, strict=True):
         if prefix is not None and branches:
+            assert not how.get("dropout"), "merged attention has no dropout: set attention_dropout to 0"
             of_prefix = keys[prefix], values[prefix]
             attended.append(branch_attention(q, of_prefix, k, v, branches, how["scaling"]).transpose(1, 2))
             continue

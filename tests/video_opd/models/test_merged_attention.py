@@ -4,6 +4,7 @@ import math
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
 from video_opd.models import trees
@@ -48,6 +49,19 @@ def test_branches_have_the_attention_and_gradients_of_a_softmax_over_prefix_and_
         torch.testing.assert_close(*of_state, rtol=1e-9, atol=1e-11)
 
 
+def test_the_calls_on_a_gpu_are_those_that_the_installed_torch_has():
+    """Its private operators, without numbers: forward and backward, four query heads of a key head."""
+    sizes = [(8, 18), (2, PREFIX), (2, PREFIX), (2, 18), (2, 18)]
+    made = [
+        torch.empty(1, h, n, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for h, n in sizes
+    ]
+    query, *prefix, key, value = made
+    found = branch_attention(query, (prefix[0], prefix[1]), key, value, BRANCHES, 0.1)
+    assert (found.shape, found.dtype) == (query.shape, torch.bfloat16)
+    gradients = torch.autograd.grad(found.sum(), made)
+    assert [g.shape for g in gradients] == [state.shape for state in made]
+
+
 def test_half_precision_on_a_gpu_packs_the_branches_of_a_tree_as_one_segment_without_masks(monkeypatch):
     assert is_fused("cuda:1", torch.bfloat16)
     assert not is_fused("cuda", torch.float32) and not is_fused("cpu", torch.bfloat16)
@@ -71,3 +85,7 @@ def test_a_packing_attends_in_the_order_of_its_tokens(monkeypatch):
         attend = trees.ALL_ATTENTION_FUNCTIONS["sdpa"]
         found[fused] = attend(module, *states, None, packing=packing, scaling=0.3, dropout=0.0)[0].numpy()
     np.testing.assert_allclose(found[True], found[False], rtol=1e-10, atol=1e-12)
+    monkeypatch.setattr(trees, "is_fused", lambda *_: True)
+    packing = trees.Packing([tree], "sdpa", 1, torch.float64, "cpu")
+    with pytest.raises(AssertionError, match="has no dropout"):
+        attend(module, *states, None, packing=packing, scaling=0.3, dropout=0.1)
