@@ -220,7 +220,7 @@ class FakePool:
         self.name, self.logprob = name, logprob
         self.asked: list[str] = []
 
-    async def score(self, groups: Sequence[TrajectoryGroup]) -> list[ScoreResult]:
+    async def score(self, groups: Sequence[TrajectoryGroup], for_selection: bool) -> list[ScoreResult]:
         self.asked += [g.prompt.prompt_id for g in groups]
         return [
             tuple(
