@@ -20,7 +20,7 @@ DEMO = ROOT / "demo" / "models"
 
 def add_model(
     hub: Path, name: str, source: Path, commit: str, ref: str = "main", leave_out: str = ""
-) -> Path:
+) -> None:
     """Writes one commit of a model as huggingface_hub does: links into blobs, and a ref."""
     repo = hub / f"models--{name.replace('/', '--')}"
     snapshot = repo / "snapshots" / commit
