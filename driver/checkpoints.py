@@ -9,6 +9,7 @@ from curriculum.answers import forget_student_answers
 from driver.export import SNAPSHOTS, STUDENT, export_snapshot, export_student, exported_step, snapshot_steps
 from driver.held_out import AFTER, BEFORE, NO_VIDEO, TEACHER, at_step, best_step, miou_by_step
 from driver.progress import find_saved_run, setup_of, write_progress
+from driver.records.tracker_kinds import TENSORBOARD
 from driver.records.trackers import STATE as TRACKERS
 from driver.run import Run
 from driver.run_state import Phase
@@ -127,8 +128,9 @@ def set_aside_after(run_dir: Path, step: int) -> Path | None:
             shutil.copytree(run_dir / name, folder / name)
         elif (run_dir / name).exists():
             shutil.copy2(run_dir / name, folder / name)
-    if (run_dir / TRACKERS).exists():  # what follows is another run there
-        (run_dir / TRACKERS).rename(folder / TRACKERS)
+    for name in (TRACKERS, TENSORBOARD):  # what follows is another run there
+        if (run_dir / name).exists():
+            (run_dir / name).rename(folder / name)
     if (exported_step(run_dir) or 0) > step:
         (run_dir / STUDENT).rename(folder / STUDENT)
     for number in later:

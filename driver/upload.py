@@ -14,6 +14,7 @@ import fsspec
 from fsspec.implementations.dirfs import DirFileSystem
 
 from driver.copied_files import put_together, read_list, send_new
+from driver.records.tracker_kinds import TENSORBOARD
 from driver.records.trackers import STATE as TRACKERS
 from video_opd.cluster.faults import cause_of
 from video_opd.content import is_inside
@@ -26,7 +27,7 @@ from video_opd.logs import log
 T = TypeVar("T")
 CONFIG = "config.yaml"
 # What a resume needs besides a checkpoint.
-_BESIDE = (CONFIG, "metrics.jsonl", "trajectories", "curriculum", "tensorboard", TRACKERS, LOG_FILE)
+_BESIDE = (CONFIG, "metrics.jsonl", "trajectories", "curriculum", TENSORBOARD, TRACKERS, LOG_FILE)
 _FIRST_WAIT_S = 1.0
 
 

@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -164,9 +164,8 @@ def evaluate(answers: Answers, protocol: Protocol, baselines: bool, folder: Path
 def print_result(result: dict[str, Any], folder: Path) -> None:
     main, name = result["result"], result["protocol"]
     metrics = result["intervals_95"]
-    headings = (m.replace("miou", "mIoU").replace("r1", "R1").replace("_auc", " AUC") for m in metrics)
     title = f"protocol {name}, {main['n']} prompts on {result['num_videos']} videos"
-    table = Table("", *headings, title=title)
+    table = Table("", *map(scoring.heading, metrics), title=title)
     table.add_row("answers", *(f"{main[m]:.3f}" for m in metrics))
     table.add_row("95 % interval", *("{:.3f}–{:.3f}".format(*interval) for interval in metrics.values()))
     for baseline, values in result["baselines"].items():
@@ -251,13 +250,20 @@ def answers_of_run(folder: Path, protocol: Protocol) -> tuple[Answers, str]:
     config = resolve_paths(load_config(config_of_run(folder)), Path.cwd())
     evaluated, summary = folder / "evaluation" / f"{protocol.name}.parquet", folder / "summary.json"
     if evaluated.exists():
-        return answers_of_file(evaluated, config=None, baselines=False), config.video.budget
+        return answers_of_file(evaluated, config=None, baselines=False), video_of(evaluated)
     texts = json.loads(summary.read_text())["examples"].get("student_after") if summary.exists() else None
     if not texts:
         advice = f"run `python -m evaluation --run {folder} --protocol {protocol.name}` first"
         raise DataError(f"{folder} has no answers of its last student: {advice}")
     questions = questions_of(read_splits(config, NO_FRAMES, baselines=False)[0])
     return Answers(questions, texts, {}, train=[], seed=0), config.video.budget
+
+
+def video_of(evaluated: Path) -> str:
+    """The video budget of PROTOCOL.parquet: values given to --run may have changed that of the config."""
+    with suppress(OSError, ValueError, KeyError):
+        return json.loads(evaluated.with_suffix(".json").read_text())["video"]
+    return UNKNOWN
 
 
 def run_compare(arguments: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from evaluation.scoring import (
     INTERVAL_PERCENT,
     Question,
     ScoredAnswer,
+    heading,
     mean_of_counted,
     metric_names,
     metric_values,
@@ -83,7 +84,7 @@ def print_comparison(result: dict[str, Any]) -> None:
     for name, m in result["metrics"].items():
         low, high = m["interval_95"]
         values = f"{m['a']:.3f}", f"{m['b']:.3f}", f"{m['difference']:+.3f}", f"{low:+.3f} to {high:+.3f}"
-        table.add_row(name.replace("miou", "mIoU").replace("r1", "R1"), *values)
+        table.add_row(heading(name), *values)
     Console().print(table)
     print(*(f"{side.upper()}: {result[side]['name']}, {result[side]['video']}" for side in "ab"), sep="\n")
     print(f"prompts: {result['better']} better in B, {result['worse']} worse, {result['same']} the same")

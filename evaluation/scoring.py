@@ -116,6 +116,11 @@ def metric_names(protocol: Protocol) -> tuple[str, ...]:
     return *METRICS, *protocol.areas
 
 
+def heading(metric: str) -> str:
+    """A metric's name in tables: mIoU, R1@0.5, IoU AUC."""
+    return metric.replace("iou", "IoU").replace("r1", "R1").replace("_auc", " AUC")
+
+
 def metric_values(scored: Sequence[ScoredAnswer], protocol: Protocol) -> np.ndarray:
     """float64[prompts, metrics]: what each prompt adds to the means, in metric_names' order; NaN: nothing."""
     ious = np.array([a.iou for a in scored])

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ray._common.usage import usage_lib as ray_usage
 
 from driver.upload import fetch_run
 from learner import safe_load
@@ -366,3 +367,8 @@ def test_a_playlist_called_a_video_does_not_open_the_files_that_it_names(
     with pytest.raises(ClipError) as caught:
         plan_clip("x", path, config, 32)
     one_line(caught.value, str(path), "does not begin as a video file does")
+
+
+def test_ray_and_vllm_send_no_statistics():
+    assert not ray_usage.usage_stats_enabled()
+    assert os.environ["VLLM_NO_USAGE_STATS"] == "1"  # vLLM's own switch

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from video_opd.answers import parse_spans
 from video_opd.grounding import duration_s, merge, prompt_iou
@@ -123,15 +124,16 @@ def disputed_answers(trajectories: Path, student: Path) -> list[DisputedAnswer]:
 
 
 def _last_rows(trajectories: Path) -> Iterator[dict[str, Any]]:
-    """Rows of the last steps that a teacher scored. A batch that a crash cut off is left out."""
+    """Rollouts of the last steps that a teacher scored. A batch that a crash cut off is left out."""
     batches = deque[pa.RecordBatch](maxlen=LAST_STEPS)
     for path in sorted(trajectories.glob("from-step-*.arrows")):
         with suppress(pa.ArrowInvalid), pa.memory_map(str(path)) as source:
             batches.extend(pa.ipc.open_stream(source))
     columns = ["step", "prompt_id", "response_token_ids", "actor_logprobs", "teacher_logprobs"]
     for batch in batches:
-        scored = batch.select(columns).filter(batch["teacher_logprobs"].is_valid())
-        yield from scored.to_pylist()
+        sampled = batch["prompt_fingerprint"].is_valid()  # not the ground truth: no student's log-probs
+        scored = pc.and_(sampled, batch["teacher_logprobs"].is_valid())
+        yield from batch.select(columns).filter(scored).to_pylist()
 
 
 def _tokens(row: Mapping[str, Any], tokenizer: Any) -> list[tuple[str, str, str]]:

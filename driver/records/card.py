@@ -58,6 +58,6 @@ def describe_command(arguments: Sequence[str]) -> str:
     shown = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        secret = key.startswith("worker_env")
-        shown.append(f"{key}={MASK}" if equals and secret else f"{key}{equals}{masked(value, key)}")
+        secret = equals and key.startswith("worker_env")
+        shown.append(f"{key}={MASK}" if secret else masked(f"{key}{equals}{masked(value, key)}"))
     return shlex.join(["python", "launch.py", *shown])

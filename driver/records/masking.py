@@ -12,7 +12,7 @@ _IN_TEXT = (
         r"\b(hf_|sk-|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|AKIA|ASIA|AIza)[\w-]{12,}"
     ),  # by their form
     re.compile(r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+"),  # a JSON web token
-    re.compile(r"(?<=://)[^/\s@]+(?=@)"),  # the user and password of a URL
+    re.compile(r"(?<=://)[^/?#\s]+(?=@)"),  # the user and password of a URL, which may hold an @
     re.compile(
         r"(?<=[?&])[\w.-]*(?:key|token|secret|password|sig|signature|credential)=[^&\s]+", re.IGNORECASE
     ),

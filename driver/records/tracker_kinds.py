@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-PROJECT = "video-opd"
+PROJECT, TENSORBOARD = "video-opd", "tensorboard"
+SEND_S = 60.0  # what a tracker gets to send the rest
 _NOT_MLFLOW = re.compile(r"[^\w./: -]")  # characters that MLflow takes in no name of a metric
 
 
@@ -53,7 +54,7 @@ class TensorBoard:
         from tensorboard.compat.proto import event_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        folder = about.folder / "tensorboard"
+        folder = about.folder / TENSORBOARD
         run = known if known and folder.is_dir() else uuid.uuid4().hex
         self._board = EventFileWriter(str(folder))
         self._event: Any = vars(event_pb2)["Event"]  # one a step: tensorboard's Writer takes 20 times as long
@@ -80,6 +81,8 @@ class WeightsAndBiases:
         quiet: dict[str, Any] = dict.fromkeys(("disable_git", "disable_code", "silent"), True)
         quiet |= dict.fromkeys(("x_disable_meta", "x_disable_stats", "x_disable_machine_info"), True)
         quiet |= {"save_code": False, "x_save_requirements": False, "console": "off"}
+        # Without them the process waits at its exit for as long as the server does not answer.
+        quiet |= {"finish_timeout": 0.8 * SEND_S, "finish_timeout_raises": True}
         self._wandb: Any = wandb
         mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
         self._run = wandb.init(

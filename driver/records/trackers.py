@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from driver.records.masking import masked, masked_config
-from driver.records.tracker_kinds import KINDS, About, Tracker
+from driver.records.tracker_kinds import KINDS, SEND_S, About, Tracker
 from video_opd.cluster.faults import cause_of
 from video_opd.config import Config
 from video_opd.files.run_folder import environment, write_json
 from video_opd.logs import log
 
 STATE = "trackers.json"  # of a run folder; by tracker: id of the run there, first step that was not sent
-SEND_S, GIVE_UP_S = 60.0, 10.0  # what trackers get to send the rest; after a run that failed
+GIVE_UP_S = 10.0  # as SEND_S, after a run that failed
 NOT_METRICS = ("step", "policy_version", "wall_s")
 
 

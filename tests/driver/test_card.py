@@ -14,11 +14,13 @@ from video_opd.grounding import blind_baselines
 COMMIT = "c" * 40
 
 
-def written(folder, student: str, miou: float | None = None) -> ModelCard:
+def written(folder, student: str, miou: float | None = None, style: str = "timelens") -> ModelCard:
     tree = MINIMAL | {"student": student, "teacher": "/models/Teacher-8B", "worker_env": {"A": "b"}}
+    tree |= {"prompt": {"style": style}}
     scores = dict.fromkeys(("teacher", "student_before", "student_after"), SCORES)
     summary = scores | {"baselines": blind_baselines(PROMPTS, PROMPTS) | {"no_video": None}, "steps": 9}
     command = ["--config", "my config.yaml", "worker_env.KEY=sesame", "checkpoint_url=s3://me:sesame@b/x"]
+    command += ["--resume", "s3://me:sesame@sesame@b/x?signature=sesame"]
     write_card(folder, parse_config(tree, "test"), summary, command)  # without a student: nothing
     (folder / STUDENT).mkdir()
     (folder / STUDENT / CARD).write_text(json.dumps({"step": 7, "miou": miou}))
@@ -35,13 +37,16 @@ def test_the_card_of_a_model_of_the_hub(tmp_path):
         *(f"Org/Student-2B@{COMMIT}", "/models/Teacher-8B", "loss.kind=opd", "7 of a run of 9", "mIoU 0.500"),
         "| student before | 0.500 | 1.000 | 0.500 | 0.000 |",
         "| video | 2 frames a second, 4 to 768, at most 8192 tokens |",
-        "python launch.py --config 'my config.yaml' 'worker_env.KEY=***' 'checkpoint_url=s3://***@b/x'",
+        "python launch.py --config 'my config.yaml' 'worker_env.KEY=***' 'checkpoint_url=s3://***@b/x'"
+        " --resume 's3://***@b/x?***'",
+        "Greedy answers,\nthe first interval of each;\nan answer without",
     ):
         assert told in card.text
     assert "sesame" not in text
 
 
 def test_the_card_of_a_folder_names_no_base_on_the_hub(tmp_path):
-    card = written(tmp_path, "/models/Student-2B")
+    card = written(tmp_path, "/models/Student-2B", style="timelens2")
     assert card.data.base_model is None and "| base model | /models/Student-2B |" in card.text
     assert "the best of the run" not in card.text
+    assert "all intervals of each against all true ones" in card.text and "first interval" not in card.text

@@ -295,11 +295,17 @@ def test_what_is_later_is_set_aside_with_copies_of_what_will_be_cut_back(tmp_pat
     (tmp_path / "metrics.jsonl").write_text("lines")
     (tmp_path / "trajectories").mkdir()
     (tmp_path / "trajectories" / "from-step-000000.arrows").write_text("rows")
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard" / "events").write_text("all")
+    (tmp_path / "trackers.json").write_text("ids")
     folder = set_aside_after(tmp_path, 2)
     assert folder and checkpoint_steps(tmp_path) == [2, 6], "the partial one is nobody's"
     assert read(folder / "checkpoints" / "step-4").step == 4
     assert (folder / "metrics.jsonl").read_text() == "lines" == (tmp_path / "metrics.jsonl").read_text()
     assert (folder / "trajectories" / "from-step-000000.arrows").read_text() == "rows"
+    assert (folder / "tensorboard" / "events").read_text() == "all" and (folder / "trackers.json").exists()
+    left = {p.name for p in tmp_path.iterdir()}
+    assert not left & {"tensorboard", "trackers.json"}, "trackers get all steps anew: no step comes twice"
     assert set_aside_after(tmp_path, 2) is None
     write_checkpoint(tmp_path, 4)
     second = set_aside_after(tmp_path, 2)

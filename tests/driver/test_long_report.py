@@ -51,7 +51,7 @@ def row(prompt_id: str, text: str, student: list[float], teacher: list[float] | 
         "actor_logprobs": np.log(student),
         "teacher_logprobs": None if teacher is None else np.log(teacher),
     }
-    return {"prompt_id": prompt_id, "response_token_ids": ids} | logprobs
+    return {"prompt_id": prompt_id, "prompt_fingerprint": "f", "response_token_ids": ids} | logprobs
 
 
 def summary_of(prompts, examples) -> dict:
@@ -180,6 +180,7 @@ def test_disputed_tokens_are_coloured_by_who_doubts_them(tmp_path):
         row("mild", "From 1", [0.5, 0.5], [0.5, 0.4]),
         row("sharp", "From 1", [0.9, 0.01], [0.9 / math.e**3, 0.01 * math.e**1.5]),
         row("nobody's", "From 1", [0.9, 0.9], None),
+        row("truth", "From 1", [1.0, 1.0], [0.01, 0.01]) | {"prompt_fingerprint": None},  # nobody sampled it
         row("sharp", "From 2", [0.5, 0.5], [0.5, 0.4]),
     ]
     write_trajectories(tmp_path, 0, rows)

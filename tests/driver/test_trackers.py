@@ -49,6 +49,7 @@ def write(run: Path, trackers: Trackers, start: int, end: int, value: float = 0.
 def feed(run: Path) -> None:
     """Steps 0 to 3, then a resume from step 2, whose values are others, to step 5; the report."""
     run.mkdir()
+    feeds.SEND_S = 300.0  # on a busy machine MLflow takes longer than a minute to be imported
     secrets: Any = {
         "worker_env": {"WANDB_API_KEY": SECRET},
         "checkpoint_url": f"s3://me:{SECRET}@bucket/runs",

@@ -107,6 +107,8 @@ def test_two_files_are_compared_in_any_order_of_their_rows(files, capsys):
     assert "mIoU" in out and "0.625" in out and "0.550" in out and "-0.075" in out
     assert "prompts: 1 better in B, 1 worse, 2 the same" in out
     assert "worse: IoU 0.80 -> 0.40  r  a <b> $q$" in out
+    assert main(["compare", *files, "--protocol", "vue_tr"]) == 0
+    assert "IoU AUC" in capsys.readouterr().out
     assert main(["compare", *files, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["metrics"].keys() == set(METRICS) and result["a"]["name"] == files[0]
@@ -132,7 +134,12 @@ def test_a_run_is_its_evaluation_or_else_its_last_answers(files, split_folder, t
     (run / "evaluation").mkdir()
     Path(files[0]).rename(run / "evaluation" / "strict.parquet")
     assert main(["compare", str(run), files[1], "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["n"] == 4, "the evaluation's, not summary.json's"
+    result = json.loads(capsys.readouterr().out)
+    assert result["n"] == 4, "the evaluation's, not summary.json's"
+    assert result["a"]["video"].startswith("unknown"), "not the config's: --run takes other values too"
+    (run / "evaluation" / "strict.json").write_text(json.dumps({"video": "1 frame a second"}))
+    assert main(["compare", str(run), files[1], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["a"]["video"] == "1 frame a second"
 
 
 def test_other_questions_are_refused_and_counted(files, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Iterator
+from contextlib import suppress
 
 from video_opd.config_data import DatasetConfig
 from video_opd.datasets import fields
@@ -20,10 +21,11 @@ def header(source: Source) -> tuple[str, list[str]]:
     ("", []) if there is none.
     """
     first = source.text.lstrip("\n").partition("\n")[0]
-    for separator in SEPARATORS:
-        names = [name.strip().lower() for name in next(csv.reader([first], delimiter=separator), [])]
-        if all(names.count(column) == 1 for column in COLUMNS):
-            return separator, names
+    with suppress(csv.Error):  # a line that is too long for a table
+        for separator in SEPARATORS:
+            names = [name.strip().lower() for name in next(csv.reader([first], delimiter=separator), [])]
+            if all(names.count(column) == 1 for column in COLUMNS):
+                return separator, names
     return "", []
 
 

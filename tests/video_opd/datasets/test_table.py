@@ -92,3 +92,11 @@ def test_a_header_that_lacks_a_column_or_mixes_separators_is_named(first, tmp_pa
 def test_clock_times_are_seconds():
     values = {"7": 7, "62.5": 62.5, "1:02": 62, "75:00.25": 4500.25, "0:01:02.5": 62.5, "12:00:00": 43200}
     assert {value: clock_seconds(value, "start", "here") for value in values} == values
+
+
+def test_a_line_that_is_too_long_for_a_table_is_no_header(tmp_path):
+    (tmp_path / "a.txt").write_text("a" * 200_000)
+    with pytest.raises(DataError, match="none of the known formats"):
+        detect(read_source(tmp_path / "a.txt"))
+    with pytest.raises(DataError, match="must name the columns"):
+        read(tmp_path / "a.txt")
