@@ -102,6 +102,20 @@ OPTIONS: dict[str, Option] = {
         "learner/reverse_kl",
         "kind: opd_topk, top_k: 32, divergence: jsd",
     ),
+    "self-teacher, crop": Option(
+        "opd_topk",
+        "ours; self-distillation with privileged views",
+        "there is no larger teacher, and labels say where to look",
+        "learner/reverse_kl",
+        teachers=(f"name: self, {START}, crop_margin_frac: 0.5",),
+    ),
+    "self-teacher, crop, following": Option(
+        "opd_topk",
+        "the same",
+        "the same, in a long run: the frozen start would hold the student back",
+        "learner/reverse_kl",
+        teachers=(f"name: self, {START}, crop_margin_frac: 0.5, follows: student, delay: 4",),
+    ),
 }
 
 
