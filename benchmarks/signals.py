@@ -177,7 +177,10 @@ def main() -> None:
         return (kind[0] if kind[0] in LOSSES else OPTIONS[kind[0]].base, "none")
 
     of = study.Study(arguments, study.open_rows(arguments), wanted, overrides, tuned_as, False)
-    report(of, of.learn(of.tune()))
+    found = of.tune()
+    if arguments.sweep:
+        return study.sweep(of, found)
+    report(of, of.learn(found))
 
 
 if __name__ == "__main__":
