@@ -154,7 +154,7 @@ class Score(Whole):
 
     def make_engine(self, config: Config) -> TransformersEngine:
         how = Wanted(), 0, self.setting.encoder, False, config.rollout.temperature
-        return TransformersEngine(config.teacher, config.teacher_pool, *how)
+        return TransformersEngine(config.student, config.teacher_pool, *how)
 
     def step(self, config: Config, responses: Sequence[np.ndarray]) -> list[np.ndarray]:
         number, found = config.teacher_pool.micro_batch, []

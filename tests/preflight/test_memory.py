@@ -419,7 +419,8 @@ def test_trees_attend_as_they_are_planned_to(kind, attention):
     batch = batch_of(**TREES[kind])
     packing = Packing(batch.trees, attention, 2, torch.float32, torch.device("cpu"))
     causal = masked = joined = 0
-    for length, (prefix, mask) in zip(packing.sizes, packing.calls, strict=True):
+    for length, call in zip(packing.sizes, packing.calls, strict=True):
+        prefix, mask = call.prefix, call.mask
         before = 0 if prefix is None else packing.sizes[prefix]
         joined += before + length if before else 0
         if mask is None:

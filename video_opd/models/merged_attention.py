@@ -31,7 +31,7 @@ def _forward(
 ) -> _Part:
     if query.device.type == "cpu":  # as a reference: for heads as many as key heads
         found = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
-        return _Part(*found, ())
+        return _Part(found[0], found[1], ())
     output, log_sum, *further = _aten._scaled_dot_product_flash_attention(
         query, key, value, 0.0, causal, False, scale=scale
     )
@@ -63,13 +63,12 @@ class _Merged(torch.autograd.Function):
     ) -> torch.Tensor:
         to_prefix = _forward(query, prefix_key, prefix_value, False, scale)
         branches = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-        inside = [_forward(*of_branch, True, scale) for of_branch in branches]
+        inside = [_forward(q, k, v, True, scale) for q, k, v in branches]
         log_sums = torch.cat([part.log_sum for part in inside], dim=2)
         outputs = torch.cat([part.output for part in inside], dim=2)
         log_sum = torch.logaddexp(to_prefix.log_sum, log_sums)
         shares = ((part - log_sum).exp()[..., None] for part in (to_prefix.log_sum, log_sums))
-        parts = zip(shares, (to_prefix.output, outputs), strict=True)
-        output = sum(share * part for share, part in parts).to(query.dtype)
+        output = (next(shares) * to_prefix.output + next(shares) * outputs).to(query.dtype)
         ctx.save_for_backward(query, prefix_key, prefix_value, key, value, output, log_sum)
         ctx.lengths, ctx.scale = lengths, scale
         ctx.further = [part.further for part in (to_prefix, *inside)]

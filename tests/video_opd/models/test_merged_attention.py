@@ -1,6 +1,7 @@
 """Attention of branches without masks, against softmax over all keys in float64."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -60,13 +61,13 @@ def test_half_precision_on_a_gpu_packs_the_branches_of_a_tree_as_one_segment_wit
 
 def test_a_packing_attends_in_the_order_of_its_tokens(monkeypatch):
     """One layer through `attend`, merged, against the same layer under masks."""
-    tree, module = trees.Tree((0, 1, 2), PREFIX, BRANCHES), torch.nn.Module()
+    tree = trees.Tree((0, 1, 2), PREFIX, BRANCHES)
+    module = SimpleNamespace(is_causal=True, num_key_value_groups=1, training=False)
     states = [torch.randn(1, HEADS, tree.num_tokens, WIDTH, dtype=torch.float64) for _ in range(3)]
     found = {}
     for fused in (True, False):
         monkeypatch.setattr(trees, "is_fused", lambda *_, fused=fused: fused)
         packing = trees.Packing([tree], "sdpa", 1, torch.float64, "cpu")
         attend = trees.ALL_ATTENTION_FUNCTIONS["sdpa"]
-        module.is_causal, module.num_key_value_groups = True, 1
         found[fused] = attend(module, *states, None, packing=packing, scaling=0.3, dropout=0.0)[0].numpy()
     np.testing.assert_allclose(found[True], found[False], rtol=1e-10, atol=1e-12)
