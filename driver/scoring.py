@@ -67,7 +67,9 @@ async def ask_teacher(run: Run, sent: Any, asked: Sequence[TrajectoryGroup]) -> 
         except ObjectLostError:  # with the actor's node; the driver has the value
             scores = await run.teacher.score(asked)
         except WeightsLostError as error:  # which a teacher that follows the student was to load
-            raise LearnerLostError(f"a teacher lacks the student's {cause_of(error)}") from error
+            raise LearnerLostError(
+                f"a teacher lacks the student: {cause_of(getattr(error, 'cause', error))}"
+            ) from error
     tokens = sum(num_tokens(g.trajectories) for g in asked)
     run.totals.update(scored_rollouts=sum(len(g.trajectories) for g in asked), scored_tokens=tokens)
     run.clock.count("score", tokens)

@@ -16,6 +16,7 @@ from ray.exceptions import ObjectLostError
 
 from teacher_service.calls import Ready, Reply, ScoreCall, in_passes
 from teacher_service.following import Weights
+from video_opd.cluster.faults import cause_of
 from video_opd.config import Config
 from video_opd.config_teachers import TeacherModel
 from video_opd.errors import WeightsLostError
@@ -145,9 +146,7 @@ class TeacherReplica:
         try:
             fetched = ray.get(list(weights.buckets))
         except ObjectLostError as error:
-            raise WeightsLostError(
-                f"weights of version {weights.policy_version} are gone: {error}"
-            ) from error
+            raise WeightsLostError(f"weights {weights.policy_version} are gone: {cause_of(error)}") from error
         check_whole(fetched, weights.policy_version)
         self._held = "a mixture"
         self._engine.load_weights(unpack(fetched))
