@@ -83,6 +83,11 @@ class ActorPool:
     def num_wanted(self) -> int:
         return self._members.num_wanted
 
+    @property
+    def published_buckets(self) -> tuple[ray.ObjectRef, ...]:
+        """Of the published version; empty: it is not in the object store."""
+        return tuple(self._published.buckets or ()) if self._published else ()
+
     async def start(self) -> None:
         """Returns when every engine is up."""
         await self._members.start(self._created)

@@ -23,6 +23,7 @@ from driver.upload import Uploads
 from learner.learner import Learner
 from preflight.inputs import Plan
 from preflight.memory_fit import MemoryPlan, with_kv_caches
+from teacher_service.following import Weights
 from teacher_service.pool import TeacherPool
 from teacher_service.teachers import Teachers, create_teacher
 from video_opd.cluster.faults import cause_of
@@ -151,6 +152,8 @@ async def publish_weights(run: Run, policy_version: int) -> None:
         raise LearnerLostError(
             f"weights of version {policy_version} went with the learner: {cause_of(error)}"
         ) from error
+    if isinstance(run.teacher, Teachers):
+        run.teacher.take_published(Weights(policy_version, run.actors.published_buckets))
     run.totals["published_bytes"] += update.num_bytes
     count("published_bytes", update.num_bytes)
     count("publish_seconds", update.duration_s)

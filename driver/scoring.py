@@ -12,6 +12,8 @@ from driver.demonstrations import demonstrations, is_demonstrated
 from driver.records.step import num_tokens
 from driver.run import Run
 from teacher_service.calls import ScoreResult
+from video_opd.cluster.faults import cause_of
+from video_opd.errors import LearnerLostError, WeightsLostError
 from video_opd.rewards import mean_reward, next_baseline, total_reward
 from video_opd.types import FailedPrompt, Prompt, ScoredGroup, TrajectoryGroup
 
@@ -69,6 +71,10 @@ async def ask_teacher(
             scores = await run.teacher.score(sent, for_selection)
         except ObjectLostError:  # with the actor's node; the driver has the value
             scores = await run.teacher.score(asked, for_selection)
+        except WeightsLostError as error:  # which a teacher that follows the student was to load
+            raise LearnerLostError(
+                f"a teacher lacks the student: {cause_of(getattr(error, 'cause', error))}"
+            ) from error
     tokens = sum(num_tokens(g.trajectories) for g in asked)
     run.totals.update(scored_rollouts=sum(len(g.trajectories) for g in asked), scored_tokens=tokens)
     run.clock.count("score", tokens)

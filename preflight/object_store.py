@@ -17,10 +17,13 @@ class StorePlan:
 
     weights: int  # on nodes of the learner and of actors: one version, and ROOM
     trajectories: int  # on any node, the head too
+    followed: int  # on nodes of the learner: the versions that are kept for teachers that follow the student
 
 
 def store_plan(plan: MemoryPlan) -> StorePlan:
-    return StorePlan(int(ROOM * published_bytes(plan.config, plan.student)), _trajectories_bytes(plan))
+    config, weights = plan.config, published_bytes(plan.config, plan.student)
+    versions = max((t.delay + config.max_policy_lag + 1 for t in config.followers), default=0)
+    return StorePlan(int(ROOM * weights), _trajectories_bytes(plan), int(versions * weights))
 
 
 def _trajectories_bytes(plan: MemoryPlan) -> int:
@@ -41,8 +44,9 @@ def _trajectories_bytes(plan: MemoryPlan) -> int:
 
 def describe_store(plan: StorePlan) -> str:
     """One line for people."""
-    total, weights, others = (n / GIB for n in (plan.weights + plan.trajectories, *astuple(plan)))
+    total, weights, others, followed = (n / GIB for n in (sum(astuple(plan)), *astuple(plan)))
     parts = f"weights {weights:.2f}, where a rank or an actor is, and trajectories {others:.2f}"
+    parts += f", and earlier weights {followed:.2f}, where a rank is" if followed else ""
     return f"store     {total:.2f} GiB of Ray's object store on a node: {parts}"
 
 
@@ -54,7 +58,9 @@ def small_stores(plan: StorePlan, nodes: Sequence[Mapping[str, Any]]) -> str | N
     small = []
     for node in (n for n in nodes if n["Alive"]):
         has = node["Resources"]
-        needed = plan.trajectories + (plan.weights if has.get("learner") or has.get("rollout") else 0)
+        loads = has.get("learner") or has.get("rollout") or (plan.followed and has.get("teacher"))
+        needed = plan.trajectories + (plan.weights if loads else 0)
+        needed += plan.followed if has.get("learner") else 0
         if (store := has.get("object_store_memory", 0)) < needed:
             small.append((needed, store, node["NodeManagerAddress"]))
     if not small:

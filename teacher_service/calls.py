@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from teacher_service.following import Weights
 from video_opd.models.prompting import check_parity
 from video_opd.passes import by_video, passes_by_cut
 from video_opd.types import EncodedPrompt, FailedPrompt, Prompt, TeacherScores, Trajectory, TrajectoryGroup
@@ -21,6 +22,7 @@ class Reply(NamedTuple):
     num_calls: int  # in the batch
     computed_tokens: int = 0  # to score the batch: what its sequences share once
     separate_tokens: int = 0  # of its sequences, each alone
+    policy_version: int | None = None  # of the weights that scored it; None: those of the teacher's folder
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,18 @@ MakeReady = Callable[[Sequence[Prompt]], Iterator[Ready | FailedPrompt]]
 class ScoreCall:
     """The trajectories of a call, those of one clip next to each other. Each prompt is encoded once."""
 
-    def __init__(self, groups: Sequence[TrajectoryGroup], make_ready: MakeReady, same_view: bool = True):
-        """Begins to encode. same_view: the prompts are to be those that the actor saw."""
-        self._same_view = same_view
+    def __init__(
+        self,
+        groups: Sequence[TrajectoryGroup],
+        make_ready: MakeReady,
+        same_view: bool = True,
+        weights: Weights | None = None,
+    ):
+        """Begins to encode. same_view: the prompts are to be those that the actor saw.
+
+        weights: which score it; None: those of the teacher's folder.
+        """
+        self._same_view, self.weights = same_view, weights
         self.answer: Future[Reply] = Future()
         self._groups = groups
         pairs = [(g.prompt, t) for g in groups for t in g.trajectories]

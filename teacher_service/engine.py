@@ -18,6 +18,7 @@ from video_opd.models.prompting import PromptEncoder
 from video_opd.models.shared_gpu import starting_alone
 from video_opd.models.vllm_engine import check_expansion, most_likely, start_vllm, vllm_prompt
 from video_opd.types import EncodedPrompt, TopK
+from video_opd.weights.buckets import Named
 
 Encoded = Sequence[EncodedPrompt]
 Prepared = Sequence[Any] | None
@@ -65,6 +66,10 @@ class ScoringEngine(ABC):
     def prepare(self, prompt: EncodedPrompt) -> Any:
         """What `score` and `predict` otherwise make of the prompt first; from any thread."""
         return None
+
+    def load_weights(self, named: Named) -> None:
+        """Replaces all weights, by the names of the plain transformers model."""
+        raise NotImplementedError(f"{type(self).__name__} keeps the weights of its folder")
 
     @abstractmethod
     def score(
@@ -125,6 +130,13 @@ class TransformersEngine(ScoringEngine):
             self._model.eval().to(self._device)
         self._logits = forward.ResponseLogits(self._model)
         self._policy = Policy(self.temperature, self.encoder.pad_ids, self._device)
+
+    @torch.no_grad()
+    def load_weights(self, named: Named) -> None:
+        own = dict(self._model.named_parameters())
+        for name, tensor in named:
+            own.pop(name).copy_(tensor)
+        assert not own, f"weights without {min(own)}"
 
     @torch.inference_mode()
     def score(

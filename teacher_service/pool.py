@@ -17,6 +17,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ApplicationStatus
 
 from teacher_service.calls import Reply, ScoreResult
+from teacher_service.following import Weights
 from teacher_service.replica import Answers, Prompts, TeacherReplica
 from teacher_service.scaling import DEPLOYMENT, GONE_WRONG, Bounds, app_name, autoscaling, read_pool
 from video_opd.cluster.deadline import with_deadline
@@ -41,6 +42,7 @@ class Usage:
     def __init__(self, now_s: float, running: float):
         self._since_s, self._running = now_s, running
         self._sums: defaultdict[str, float] = defaultdict(float)  # since then
+        self._version: dict[str, float] = {}  # of the weights of the last call; empty: the folder's
 
     def add(self, call_s: float, reply: Reply) -> None:
         """Adds a call answered after `call_s`, with its share of what its merged batch took."""
@@ -48,6 +50,8 @@ class Usage:
         self._sums["queue_s"] += max(0.0, call_s - reply.engine_s)
         for name in ("engine_s", "computed_tokens", "separate_tokens"):
             self._sums[name] += getattr(reply, name) / reply.num_calls
+        if reply.policy_version is not None:
+            self._version = {"version": float(reply.policy_version)}
 
     def add_retry(self) -> None:
         self._sums["retries"] += 1
@@ -66,6 +70,7 @@ class Usage:
             "retries": sums["retries"],
             "computed_tokens": float(round(sums["computed_tokens"])),
             "separate_tokens": float(round(sums["separate_tokens"])),
+            **self._version,
         }
 
 
@@ -143,13 +148,20 @@ class TeacherPool:
             await asyncio.sleep(START_POLL_S)
 
     async def score(
-        self, groups: ray.ObjectRef | Sequence[TrajectoryGroup], for_selection: bool = False
+        self,
+        groups: ray.ObjectRef | Sequence[TrajectoryGroup],
+        for_selection: bool = False,
+        weights: Weights | None = None,
     ) -> list[ScoreResult]:
-        """See TeacherReplica.score. The replica itself fetches a reference.
+        """See TeacherReplica.score. The replica itself fetches references.
 
-        Raises PartLostError after max_retries repeats, and ObjectLostError if the referenced object is lost.
+        Raises PartLostError after max_retries repeats, ObjectLostError if the groups' object is lost, and
+        WeightsLostError if those of the weights are.
         """
-        return await self._call("score", groups, for_selection)
+        reply = await self._call("score", groups, for_selection, weights)
+        wanted, used = weights and weights.policy_version, reply.policy_version
+        assert used == wanted, f"weights {used} scored what weights {wanted} were to score"
+        return reply.results
 
     async def predict(
         self,
@@ -162,7 +174,8 @@ class TeacherPool:
         pool = self._config.teacher_pool
 
         async def ask(call: Prompts) -> Answers:
-            return await self._call("predict", call, num_answers, temperature, turns=MOST_TURNS)
+            reply = await self._call("predict", call, num_answers, temperature, turns=MOST_TURNS)
+            return reply.results
 
         async def at_once() -> int:  # calls wait here, without a deadline, rather than at the replicas
             running, _ = await self._replicas()
@@ -171,8 +184,8 @@ class TeacherPool:
 
         return await ask_by_video(prompts, self._config.rollout.prompts_per_call, ask, at_once, arrived)
 
-    async def _call(self, method: str, *arguments: Any, turns: int = 1) -> Any:
-        """The results of a call, repeated when lost. What the replica raises is final, even a LOST error.
+    async def _call(self, method: str, *arguments: Any, turns: int = 1) -> Reply:
+        """The reply to a call, repeated when lost. What the replica raises is final, even a LOST error.
 
         turns: of as many calls, each with its own deadline, this one may be the last.
         """
@@ -195,7 +208,7 @@ class TeacherPool:
         if isinstance(reply, RayTaskError):
             raise reply
         self._usage.add(time.monotonic() - started, reply)
-        return reply.results
+        return reply
 
     async def _attempt(self, method: str, arguments: Sequence[Any], what: str, turns: int) -> Reply:
         deadline = time.monotonic() + turns * self._config.request_timeout_s
@@ -227,7 +240,7 @@ class TeacherPool:
 
     async def take_metrics(self) -> dict[str, float]:
         """teacher/queue_s, /utilisation, /replicas, /replicas_wanted, /retries, /computed_tokens,
-        /separate_tokens; see Usage.
+        /separate_tokens, and /version of a teacher that follows the student; see Usage.
 
         Serve is not asked, for a step would wait for it: the replicas are those of the last `counts`.
         """

@@ -11,10 +11,15 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
+import ray
+from ray.exceptions import ObjectLostError
 
 from teacher_service.calls import Ready, Reply, ScoreCall, in_passes
+from teacher_service.following import Weights
+from video_opd.cluster.faults import cause_of
 from video_opd.config import Config
 from video_opd.config_teachers import TeacherModel
+from video_opd.errors import WeightsLostError
 from video_opd.hub import fetch
 from video_opd.logs import log, start_role_log
 from video_opd.models.prompting import PromptEncoder, without_video
@@ -51,6 +56,7 @@ class TeacherReplica:
         self._are_given = bool(config.loss.student_top_k)  # the tokens of top-K
         self._scores_grey = config.loss.visual_weight is not None
         self._waiting: deque[ScoreCall] = deque()
+        self._held: str | None = None  # name of the Weights that the engine has; None: its folder's
         # One call after the other, and all in one thread: CUDA's streams are those of a thread
         self._thread = ThreadPoolExecutor(1, "engine")
         fetched = teacher.model_copy(update={"model": fetch(teacher.model)})
@@ -74,15 +80,21 @@ class TeacherReplica:
         how = wanted, config.seed, encoder, trust, config.rollout.temperature
         return encoder, ENGINES[config.teacher_engine](teacher.model, pool, *how)
 
-    async def score(self, groups: Sequence[TrajectoryGroup], for_selection: bool = False) -> Reply:
+    async def score(
+        self,
+        groups: Sequence[TrajectoryGroup],
+        for_selection: bool = False,
+        weights: Weights | None = None,
+    ) -> Reply:
         """A ScoreResult per group, in order: scores, or a FailedPrompt where the clip cannot be read.
 
         With loss.visual_weight each pass is made once more on grey frames, for the log-probs alone;
         for_selection: not, as these choose prompts and are not trained on.
-        When the engine is free it takes as many of the waiting calls as fill a pass.
+        When the engine is free it takes as many of the waiting calls as fill a pass. `weights` of a teacher
+        that follows the student: the engine loads them first, unless it has them. Raises WeightsLostError.
         """
         make_ready = partial(self._make_ready, with_grey=self._scores_grey and not for_selection)
-        call = ScoreCall(groups, make_ready, not self._teacher.has_view)
+        call = ScoreCall(groups, make_ready, not self._teacher.has_view, weights)
         await asyncio.sleep(self._pool.batch_wait_s)
         self._waiting.append(call)
         self._thread.submit(self._score_waiting)
@@ -123,16 +135,37 @@ class TeacherReplica:
                 call.answer.set_result(reply)
 
     def _take_calls(self) -> list[ScoreCall]:
-        """Waiting calls that nobody has given up, until their rows fill a pass."""
+        """Waiting calls that nobody has given up, for the same weights, until their rows fill a pass."""
         calls: list[ScoreCall] = []
         most, size = self._pool.max_batch_requests, self._pool.micro_batch
         while self._waiting and len(calls) < most and sum(len(c.rows) for c in calls) < size:
+            if calls and self._waiting[0].weights != calls[0].weights:
+                break
             call = self._waiting.popleft()
             if call.answer.set_running_or_notify_cancel():
                 calls.append(call)
         return calls
 
+    def _load_weights(self, weights: Weights) -> None:
+        """Raises WeightsLostError, before any change, unless the version is there and whole."""
+        from video_opd.weights.buckets import check_whole, unpack
+
+        if self._held == weights.name:
+            return
+        try:
+            fetched = ray.get(list(weights.buckets))
+        except ObjectLostError as error:
+            raise WeightsLostError(f"weights {weights.policy_version} are gone: {cause_of(error)}") from error
+        check_whole(fetched, weights.policy_version)
+        self._held = "a mixture"
+        self._engine.load_weights(unpack(fetched))
+        self._held = weights.name
+        log.info("scores with the student's weights %d now", weights.policy_version)
+
     def _score(self, calls: Sequence[ScoreCall]) -> list[Reply]:
+        if weights := calls[0].weights:
+            self._load_weights(weights)
+        version = weights and weights.policy_version
         engine_s, separate_tokens, computed_before = 0.0, 0, self._engine.num_computed_tokens
         for rows in in_passes(calls, self._pool.micro_batch):
             found = [(call, row, call.ready(row)) for call, row in rows]
@@ -152,7 +185,7 @@ class TeacherReplica:
             for (call, row, ready), scores in zip(batch, scored, strict=True):
                 call.add(row, self._named(row.trajectory, scores, next(of_grey) if ready.grey else None))
         tokens = self._engine.num_computed_tokens - computed_before, separate_tokens
-        return [Reply(call.results(), engine_s, len(calls), *tokens) for call in calls]
+        return [Reply(call.results(), engine_s, len(calls), *tokens, version) for call in calls]
 
     def _score_grey(self, pairs: Sequence[tuple[Ready, np.ndarray]]) -> list[np.ndarray]:
         """float32[N] of each response after its prompt with grey frames."""
@@ -182,6 +215,7 @@ class TeacherReplica:
         temperature: float,
     ) -> Reply:
         """passes: the places of the prompts that are `coming`, in their order."""
+        assert self._held is None, "a teacher answers with the weights of its folder"
         answers: dict[int, list[Prediction] | FailedPrompt] = {}
         engine_s = 0.0
         sampling = num_answers, temperature, self._max_tokens

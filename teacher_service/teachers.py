@@ -1,6 +1,7 @@
 """Several teachers with the interface of one: each prompt has its own teachers, whose scores are combined."""
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import ray
 
 from teacher_service.calls import ScoreResult
+from teacher_service.following import PublishedVersions, Weights
 from teacher_service.pool import TeacherPool
 from teacher_service.replica import Answers, Prompts, TeacherReplica
 from video_opd.cluster.deadline import with_deadline
@@ -57,14 +59,24 @@ class Teachers:
     def __init__(self, run: str, config: Config, replica: type[TeacherReplica] = TeacherReplica):
         self._config = config
         self.pools = {t.name: TeacherPool(run, config, t, replica) for t in config.teacher_models}
+        lag = config.max_policy_lag
+        self._student = {t.name: PublishedVersions(t.delay, lag) for t in config.followers}
 
     async def start(self) -> None:
         await asyncio.gather(*(pool.start() for pool in self.pools.values()))
 
+    def take_published(self, weights: Weights) -> None:
+        """The student's new version, for the teachers that follow it."""
+        for versions in self._student.values():
+            versions.add(weights)
+
     async def score(
         self, groups: ray.ObjectRef | Sequence[TrajectoryGroup], for_selection: bool = False
     ) -> list[ScoreResult]:
-        """Scores each group with all its teachers. A reference is read here for routing."""
+        """Scores each group with all its teachers. A reference is read here for routing.
+
+        A teacher that follows the student gets a call for each version of its weights.
+        """
         read: Any = groups
         if isinstance(groups, ray.ObjectRef):
             reading = asyncio.ensure_future(groups)
@@ -73,10 +85,17 @@ class Teachers:
 
         async def score(name: str) -> dict[int, ScoreResult]:
             own = [i for i, of_group in enumerate(teachers) if name in (t.name for t in of_group)]
+            versions = self._student.get(name)
+            calls = defaultdict[Weights | None, list[int]](list)
+            for i in own:
+                calls[versions and versions.behind(read[i].trajectories[0].policy_version)].append(i)
+            parts = await asyncio.gather(*(ask(name, *call) for call in calls.items()))
+            return {i: result for part in parts for i, result in part.items()}
+
+        async def ask(name: str, weights: Weights | None, own: list[int]) -> dict[int, ScoreResult]:
             part = groups if len(own) == len(read) else [read[i] for i in own]
-            if not own:
-                return {}
-            return dict(zip(own, await self.pools[name].score(part, for_selection), strict=True))
+            scores = await self.pools[name].score(part, for_selection, weights)
+            return dict(zip(own, scores, strict=True))
 
         results = await asyncio.gather(*map(score, self.pools))
         by_name = dict(zip(self.pools, results, strict=True))

@@ -212,7 +212,7 @@ class Config(ConfigSection):
         pool = self.teacher_pool
         if pool.engine != "auto":
             return pool.engine
-        if self.loss.needs.teacher == "hidden" or pool.attn_implementation != "sdpa":
+        if self.loss.needs.teacher == "hidden" or pool.attn_implementation != "sdpa" or self.followers:
             return "transformers"
         return "vllm" if pool.num_gpus or pool.tensor_parallel > 1 else "transformers"
 
@@ -233,7 +233,7 @@ class Config(ConfigSection):
         `ipc` only of weights that a rank has whole: of others it would hold a copy beside its share.
         """
         learner, num_gpus = self.learner, (self.learner.num_gpus, self.rollout.num_gpus)
-        if learner.publishes_adapters:
+        if learner.publishes_adapters or self.followers:
             return "object_store"
         if learner.weight_transfer != "auto":
             return learner.weight_transfer
@@ -249,6 +249,11 @@ class Config(ConfigSection):
             return self.teachers
         name = re.sub(r"[^\w.-]", "_", model_name(self.teacher))
         return (TeacherModel(name=name, model=self.teacher),)
+
+    @property
+    def followers(self) -> tuple[TeacherModel, ...]:
+        """The teachers whose weights follow the student's."""
+        return tuple(t for t in self.teachers if t.follows == "student")
 
     def teachers_of(self, prompt_id: str) -> tuple[TeacherModel, ...]:
         """The teachers that score the prompt. The first one gives the teacher's answer to it."""
@@ -346,6 +351,9 @@ class Config(ConfigSection):
         if self.loss.kl_coef and any(t.weight < 0 for t in self.teachers):
             yield "loss.kl_coef is a KL to one reference: give the teachers positive weights"
         yield from (p for t in self.teachers for p in t.view_problems(self.prompt, self.video))
+        answers = self.curriculum.asks_teacher or self.curriculum.scores_student
+        of_run = self.student, self.loss, self.learner, self.teacher_pool, answers
+        yield from (p for t in self.followers for p in t.follow_problems(*of_run))
 
     def problems(self) -> Iterator[str]:
         if self.data.weights and not self.curriculum.selects_at_random:

@@ -15,6 +15,7 @@ from video_opd.config_data import (
     FiniteFloat,
     Fraction,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     PromptConfig,
@@ -23,6 +24,7 @@ from video_opd.config_data import (
     attention_problem,
     key,
 )
+from video_opd.config_learner import LearnerConfig, LossConfig
 
 WEIGHT_TOLERANCE = 1e-6
 
@@ -97,6 +99,8 @@ class TeacherModel(ConfigSection):
     crop_margin_frac: NonNegativeFloat | None = key(
         None, "it scores on the true span and this share of its length on both sides; None: on the whole clip"
     )
+    follows: Literal["none", "student"] = key("none", "student: it scores with the student's earlier weights")
+    delay: NonNegativeInt = key(0, "of follows=student: by how many policy versions, 1 or more")
 
     @property
     def has_view(self) -> bool:
@@ -127,12 +131,35 @@ class TeacherModel(ConfigSection):
         if self.has_view and same and self.crop_margin_frac is None:
             yield f"{what}: its prompt and video are the run's, so they change nothing: leave them out"
 
+    def follow_problems(
+        self, student: str, loss: LossConfig, learner: LearnerConfig, pool: TeacherConfig, answers: bool
+    ) -> Iterator[str]:
+        """What does not allow it to follow the student. answers: whether the curriculum asks teachers."""
+        what = f"teachers {self.name}: follows=student"
+        if self.model != student:
+            yield f"{what} needs the student's own model, {student}, not {self.model}"
+        if loss.kind not in ("opd", "opd_topk"):
+            yield f"{what} is for loss.kind=opd and opd_topk, not {loss.kind}: leave follows out"
+        if pool.engine == "vllm" or pool.tensor_parallel > 1:
+            yield f"{what} needs teacher_pool.engine=transformers and tensor_parallel=1"
+        if learner.publishes_adapters:
+            yield f"{what} takes merged weights: set learner.lora_publish=merged"
+        if learner.weight_transfer not in ("auto", "object_store"):
+            yield f"{what} takes weights from the object store: set learner.weight_transfer=object_store"
+        if answers:
+            once = "which are compared over the run and reused"
+            yield f"{what} changes the answers and scores of the curriculum, {once}: use kind=uniform"
+
     def scores(self, prompt_id: str) -> bool:
         return self.prompts is None or re.search(self.prompts, prompt_id) is not None
 
     def problems(self) -> Iterator[str]:
         if not self.weight:
             yield f"teacher {self.name} with weight=0 says nothing: leave it out"
+        if self.follows == "student" and not self.delay:
+            yield f"teacher {self.name} with follows=student needs delay: set 1 or more policy versions"
+        if self.follows == "none" and self.delay:
+            yield f"teacher {self.name}: delay={self.delay} does nothing without follows=student"
 
 
 def shares_of(weights: Sequence[float]) -> list[float]:

@@ -165,6 +165,21 @@ def test_the_store_is_planned_for_one_version_of_the_weights():
     assert of_student == of_teacher + (of_teacher - stores().trajectories) // 2, "its ids travel twice"
 
 
+def test_the_store_holds_the_versions_that_a_teacher_follows():
+    alone = stores(IN_STORE)
+    student = config_8b().student
+    own = f"teachers=[{{name: self, model: '{student}', crop_margin_frac: 0.5, follows: student, delay: 3}}]"
+    following = "teacher=null", own, "loss.kind=opd_topk", "curriculum.kind=uniform", "max_policy_lag=1"
+    plan = stores(*following)
+    assert plan.weights == alone.weights and alone.followed == 0
+    assert plan.followed == pytest.approx(5 * plan.weights / 1.25), "of versions n - 4 to n"
+    gib = (plan.weights + plan.trajectories) / GIB + 0.1
+    assert small_stores(plan, [node("10.0.0.1", gib, rollout=1), node("10.0.0.2", gib, teacher=1)]) is None
+    said = small_stores(plan, [node("10.0.0.1", gib, learner=1)])
+    assert said and f"={plan.weights + plan.trajectories + plan.followed} " in said
+    assert small_stores(plan, [node("10.0.0.1", plan.weights / GIB, teacher=1)]), "it loads a version"
+
+
 @pytest.mark.parametrize("way", ["object_store", "collective"])
 def test_adapters_take_megabytes_of_the_store_whatever_the_way_of_weights(way):
     of_layer = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 12288)  # q, o; k, v; MLP

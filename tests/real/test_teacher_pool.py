@@ -12,8 +12,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 import psutil
 import pytest
 import ray
+import torch
 from ray.exceptions import ObjectLostError
 
 import preflight.nodes
@@ -29,14 +31,18 @@ from benchmarks.emulated_teacher import EmulatedReplica, make_groups
 from driver.idle_gpus import FEWEST_PROMPTS, more_replicas
 from preflight.gpus import read_machine
 from teacher_service.engine import TransformersEngine, Wanted
+from teacher_service.following import Weights
 from teacher_service.pool import TeacherPool
 from teacher_service.scaling import Bounds, PoolStatus, delete_orphans, ongoing_calls, read_pool, read_pools
 from teacher_service.teachers import Teachers
 from tests.preflight.test_memory_fit import config_of, plan_of
-from tests.real.conftest import DEMO, scored_groups
+from tests.real.conftest import DEMO, reference_logprobs, scored_groups
 from video_opd import ROOT
 from video_opd.config_file import load_config
 from video_opd.config_teachers import TeacherModel
+from video_opd.models.forward import load_model
+from video_opd.types import TrajectoryGroup
+from video_opd.weights.buckets import to_buckets
 
 RUN, CALL_S, CALLERS, PATIENCE_S = "pool-test", 0.1, 6, 600.0
 MOST_ONGOING = 2  # of a replica: deployment_options, with max_batch_requests=1
@@ -297,6 +303,62 @@ def test_two_tiny_teachers_say_what_their_engines_say(local_ray, config, prompts
         assert all(math.isfinite(value) and value >= 0 for value in metrics.values())
 
     asyncio.run(score())
+
+
+def test_a_teacher_that_follows_scores_with_the_students_version_of_then_also_from_a_new_replica(
+    local_ray, config, prompts, encoder
+):
+    """Version n of the student has its first weights, moved n times; trajectories are of version 3."""
+    own = TeacherModel(name="self", model=config.student, follows="student", delay=2)
+    parts = {"teacher": None, "teachers": (own,), "max_retries": 3}
+    parts["teacher_pool"] = config.teacher_pool.model_copy(update={"health_check_s": 1})
+    config = config.model_copy(update=parts)
+    made = [g.group for g in scored_groups(prompts[:2], encoder, seed=0)]
+    groups = [replace(g, trajectories=(replace(g.trajectories[0], policy_version=3),)) for g in made]
+    pairs = [(encoder.encode(g.prompt), g.trajectories[0].response_token_ids) for g in groups]
+    model, exact, published = load_model(config.student, "float32").eval(), [], []
+    for version in range(5):
+        picked = [reference_logprobs(model, p, r)[np.arange(len(r)), r] for p, r in pairs]
+        exact.append(np.concatenate(picked))
+        buckets = to_buckets(model.named_parameters(), version, 1 << 20)
+        published.append(Weights(version, tuple(map(ray.put, buckets))))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.9)
+
+    async def scored(teachers: Teachers, groups: Sequence[TrajectoryGroup]) -> np.ndarray:
+        results = await teachers.score(groups)
+        return np.concatenate([s.teacher_logprobs for of in results if isinstance(of, tuple) for s in of])
+
+    async def score() -> list[np.ndarray]:
+        teachers = Teachers("video_opd/following", config)
+        await teachers.start()
+        (pool,) = teachers.pools.values()
+        try:
+            for weights in published[:4]:
+                teachers.take_published(weights)
+            found = [await scored(teachers, groups)]
+            assert (await teachers.take_metrics())["teacher/self/version"] == 1
+            (pid,) = read_pool(pool.app).pids
+            os.kill(pid, signal.SIGKILL)
+            await until(pool, lambda p: p.running == 1 and pid not in p.pids)
+            found.append(await scored(teachers, groups))
+            teachers.take_published(published[4])
+            rows = [(replace(g.trajectories[0], policy_version=4),) for g in groups]
+            found.append(
+                await scored(
+                    teachers, [replace(g, trajectories=t) for g, t in zip(groups, rows, strict=True)]
+                )
+            )
+            assert (await teachers.take_metrics())["teacher/self/version"] == 2
+        finally:
+            pool.stop()
+        return found
+
+    first, replaced, later = asyncio.run(score())
+    for found, version in ((first, 1), (replaced, 1), (later, 2)):
+        assert np.abs(found - exact[version]).max() < 1e-4
+    assert min(np.abs(a - b).max() for a, b in pairwise(exact)) > 1e-2
 
 
 def test_what_a_killed_driver_left_is_deleted_and_nothing_else(pool):

@@ -16,6 +16,7 @@ from learner.engine import rows_of
 from learner.loss import sampled_advantage
 from preflight.inputs import check_routes
 from teacher_service.calls import ScoreResult
+from teacher_service.following import Weights
 from teacher_service.teachers import Teachers, combine, combine_results, create_teacher
 from tests.fakes import make_group, make_prompt
 from tests.video_opd.test_config import MINIMAL
@@ -219,9 +220,16 @@ class FakePool:
     def __init__(self, name: str, logprob: float):
         self.name, self.logprob = name, logprob
         self.asked: list[str] = []
+        self.weights: list[Weights | None] = []  # of each call
 
-    async def score(self, groups: Sequence[TrajectoryGroup], for_selection: bool) -> list[ScoreResult]:
+    async def score(
+        self,
+        groups: Sequence[TrajectoryGroup],
+        for_selection: bool = False,
+        weights: Weights | None = None,
+    ) -> list[ScoreResult]:
         self.asked += [g.prompt.prompt_id for g in groups]
+        self.weights.append(weights)
         return [
             tuple(
                 TeacherScores(
