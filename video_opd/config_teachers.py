@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
@@ -136,7 +137,7 @@ class TeacherModel(ConfigSection):
     ) -> Iterator[str]:
         """What does not allow it to follow the student. answers: whether the curriculum asks teachers."""
         what = f"teachers {self.name}: follows=student"
-        if self.model != student:
+        if Path(self.model).absolute() != Path(student).absolute():
             yield f"{what} needs the student's own model, {student}, not {self.model}"
         if loss.kind not in ("opd", "opd_topk"):
             yield f"{what} is for loss.kind=opd and opd_topk, not {loss.kind}: leave follows out"

@@ -19,7 +19,8 @@ from preflight.inputs import check_source_weights, fit_lengths
 from tests.curriculum.test_scheduler import issue, issue_and_train, make_config, train
 from tests.fakes import make_clip, make_prompt
 from video_opd import ROOT
-from video_opd.config import Config, CurriculumConfig
+from video_opd.config import Config
+from video_opd.config_curriculum import CurriculumConfig
 from video_opd.config_data import DataConfig
 from video_opd.config_file import dump_config, load_config, load_demo
 from video_opd.datasets import read_sources

@@ -18,7 +18,8 @@ from curriculum.scheduler import Scheduler, observation
 from curriculum.state import check_state
 from curriculum.tvdf import SAMPLERS
 from tests.fakes import make_group, make_prompt
-from video_opd.config import Config, CurriculumConfig
+from video_opd.config import Config
+from video_opd.config_curriculum import CurriculumConfig
 from video_opd.config_file import load_demo
 from video_opd.errors import CheckpointError, ConfigError, RunError
 from video_opd.grounding import ROUNDING

@@ -11,7 +11,7 @@ import pytest
 from curriculum.__main__ import main
 from curriculum.scheduler import Scheduler, observation
 from tests.fakes import make_group, make_prompt
-from video_opd.config import CurriculumConfig
+from video_opd.config_curriculum import CurriculumConfig
 from video_opd.config_file import dump_config, load_config
 from video_opd.schemas import write_parquet
 from video_opd.types import FailedPrompt

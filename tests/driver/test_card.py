@@ -1,6 +1,7 @@
 """The model card of RUN/student is one that huggingface_hub reads, and says what the run was."""
 
 import json
+from typing import Any
 
 from huggingface_hub import ModelCard
 
@@ -14,7 +15,7 @@ from video_opd.grounding import blind_baselines
 COMMIT = "c" * 40
 
 
-def written(folder, student: str, miou: float | None = None, style: str = "timelens") -> ModelCard:
+def written(folder, student: str, miou: float | None = None, style: str = "timelens") -> Any:
     tree = MINIMAL | {"student": student, "teacher": "/models/Teacher-8B", "worker_env": {"A": "b"}}
     tree |= {"prompt": {"style": style}}
     scores = dict.fromkeys(("teacher", "student_before", "student_after"), SCORES)

@@ -21,7 +21,8 @@ from driver.buffer import TrajectoryBuffer
 from driver.rounds import next_call
 from tests.driver.test_rounds import Local
 from tests.fakes import make_group, make_prompt
-from video_opd.config import Config, CurriculumConfig
+from video_opd.config import Config
+from video_opd.config_curriculum import CurriculumConfig
 from video_opd.config_file import load_demo
 from video_opd.types import FailedPrompt, Prompt
 

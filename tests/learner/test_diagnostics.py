@@ -140,6 +140,7 @@ def test_batch_diagnostics_tell_what_the_objective_has(is_time):
     assert metrics["learner/clamped_frac"] == (np.abs(log_ratio) > 0.1).mean()
     assert metrics["learner/center"] == pytest.approx(np.clip(log_ratio, -0.1, 0.1).mean(), rel=1e-6)
     grey = tuple(replace(s, grey_logprobs=s.teacher_logprobs - np.float32(0.5)) for s in scores)
+    assert grey[0].grey_logprobs is not None
     grey[0].grey_logprobs[:] += 2.0  # there the video makes the teacher's tokens less likely
     seen = batch_diagnostics([replace(group, scores=grey)], config_of(visual_weight=0.5), is_time)
     times = np.concatenate([is_time(t.response_token_ids) for t in short])

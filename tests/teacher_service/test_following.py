@@ -124,7 +124,7 @@ def test_the_version_is_a_metric_of_teachers_that_follow_alone():
 
 
 def test_weights_that_went_with_the_learner_are_its_loss():
-    async def lost(groups: Any) -> None:
+    async def lost(*_: Any) -> None:
         raise WeightsLostError("weights of version 3 are gone")
 
     async def score() -> None:

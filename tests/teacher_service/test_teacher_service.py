@@ -118,7 +118,7 @@ class Handle:
     def score(self) -> Any:
         return self
 
-    def remote(self, _: Any) -> Any:
+    def remote(self, *_: Any) -> Any:
         self.num_calls += 1
         outcome = self._outcomes.pop(0)
 
@@ -237,8 +237,8 @@ def test_back_pressure_is_a_pause_and_no_retry(monkeypatch):
 
 def test_a_call_that_hangs_is_made_again():
     class Hanging(Handle):
-        def remote(self, groups: Any) -> Any:
-            return asyncio.sleep(60) if self.num_calls == 0 and not self.count() else super().remote(groups)
+        def remote(self, *call: Any) -> Any:
+            return asyncio.sleep(60) if self.num_calls == 0 and not self.count() else super().remote(*call)
 
         def count(self) -> None:
             self.num_calls += 1
