@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from video_opd.answers import parse_spans
 from video_opd.grounding import duration_s, merge, prompt_iou
@@ -131,9 +130,9 @@ def _last_rows(trajectories: Path) -> Iterator[dict[str, Any]]:
             batches.extend(pa.ipc.open_stream(source))
     columns = ["step", "prompt_id", "response_token_ids", "actor_logprobs", "teacher_logprobs"]
     for batch in batches:
-        sampled = batch["prompt_fingerprint"].is_valid()  # not the ground truth: no student's log-probs
-        scored = pc.and_(sampled, batch["teacher_logprobs"].is_valid())
-        yield from batch.select(columns).filter(scored).to_pylist()
+        scored = batch.filter(batch["teacher_logprobs"].is_valid())
+        sampled = scored["prompt_fingerprint"].is_valid()  # not the ground truth: no student's log-probs
+        yield from scored.select(columns).filter(sampled).to_pylist()
 
 
 def _tokens(row: Mapping[str, Any], tokenizer: Any) -> list[tuple[str, str, str]]:
