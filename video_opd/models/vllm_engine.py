@@ -184,7 +184,7 @@ class SamplingEngine:
         self._one_at_a_time = threading.Lock()
         options |= {"enforce_eager": config.enforce_eager, "max_num_seqs": config.max_num_seqs}
         options["logprobs_mode"] = "processed_logprobs"  # with the temperature and the ban
-        options["max_logprobs"] = top_k
+        options["max_logprobs"] = max(top_k, 1)  # at least one: a request may name tokens
         self._llm: Any = start_vllm(model, config, seed, **options)
 
     @property
