@@ -61,6 +61,11 @@ def take_down(machines: list[Host], output: Path, folder: Path) -> None:
     """As docs/clusters.md says. Nothing of Ray is left, though the autoscaler was starting a worker again."""
     head, *workers, desk = machines
     key = ("-tt", "-i", f"/home/{USER}/ray_bootstrap_key.pem")
+    answers = head.command("ssh", *key, workers[-1].address, "true")  # it was cut off: no route for a while
+    deadline = time.monotonic() + PATIENCE_S
+    while subprocess.run(answers, stdin=subprocess.DEVNULL, timeout=PATIENCE_S).returncode:
+        assert time.monotonic() < deadline, f"{workers[-1].address} did not answer again"
+        time.sleep(0.5)
     late = head.command("ssh", *key, workers[-1].address, "sleep 600; ray start")
     starting = subprocess.Popen(late, stdin=subprocess.DEVNULL)
     wait_for(lambda: any("sleep 600" in line for line in workers[-1].processes()), starting, "a late start")
