@@ -47,7 +47,7 @@ def report(of: study.Study, groups: Sequence[Group]) -> None:
     note = f"Learning rate {groups[0].lr:g}. {asked}. {study.setting(of, groups)}"
     fragments = {"curricula": note + tables.markdown(curricula)}
     fragments |= {"curricula_claims": tables.markdown(claims) if claims else ""}
-    study.write(of, fragments)
+    study.write(of.arguments, fragments)
     print(json.dumps({"curricula": curricula, "claims": claims}))
 
 

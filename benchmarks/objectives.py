@@ -53,7 +53,7 @@ def report(of: study.Study, found: dict, groups: Sequence[Group]) -> None:
         "objectives_claims": tables.markdown(claims) if claims else "",
     }
     tables.draw(comparison).savefig(of.arguments.out / PICTURE, dpi=110)
-    study.write(of, fragments)
+    study.write(of.arguments, fragments)
     print(json.dumps({"objectives": objectives, "claims": claims}))
 
 

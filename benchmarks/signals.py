@@ -2,8 +2,8 @@
 
 `python -m benchmarks.signals [--quick] [--out DIR]`, in the folder of the repository. The learning rate is
 the one that the objective's trials on the validation split give; benchmarks.objectives with the same DIR has
-the same trials. A metric of its own is the mean of the first and of the last quarter of the updates. Writes
-Markdown into DIR; an interrupted command goes on where it was. The last line is one JSON object.
+the same trials. Writes Markdown into DIR; an interrupted command goes on where it was. The last line is one
+JSON object.
 """
 
 import json
@@ -19,20 +19,26 @@ SEEDS = 3
 TEACHER, START = "model: demo/models/teacher", "model: demo/models/start"
 
 
+def loss_of(base: str, keys: str) -> str:
+    """The override of an objective with these keys beside its own, or with others in their place."""
+    own = keys if keys.startswith("kind") else ", ".join(filter(None, (LOSSES[base], keys)))
+    return f"loss={{{own}}}"
+
+
 class Option(NamedTuple):
     """An option of one objective: where it is from, when to use it, a metric of its own, and its keys."""
 
     base: str
     source: str
     use: str
-    metric: str  # in metrics.jsonl
+    metric: str  # in metrics.jsonl: see benchmarks.signal_moves
     loss: str = ""  # keys beside the objective's, or with `kind` in place of them
     teachers: tuple[str, ...] = ()  # instead of the one teacher
+    control: str | None = ""  # keys of a run without the option's effect; None: it has no such metric
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        own = self.loss if self.loss.startswith("kind") else f"{LOSSES[self.base]}, {self.loss}"
-        values = (f"loss={{{own if self.loss else LOSSES[self.base]}}}",)
+        values = (loss_of(self.base, self.loss),)
         if self.teachers:
             values += ("teacher=null", f"teachers=[{', '.join(f'{{{keys}}}' for keys in self.teachers)}]")
         return values
@@ -43,15 +49,16 @@ OPTIONS: dict[str, Option] = {
         "opd",
         "GRPO, arXiv 2402.03300, and its users",
         "there are labels, and the teacher is not much better than the student",
-        "learner/reward",
+        "actors/miou",
         "task_weight: 0.5",
     ),
     "task reward, gated": Option(
         "opd",
         "ours, after SCC's gate",
         "the same; what the student already solves shall not move towards the teacher",
-        "learner/gated_frac",
+        "learner/reverse_kl",
         "task_weight: 0.5, task_gate: 0.7",
+        control="task_weight: 0.5",
     ),
     "fixed advantage": Option(
         "opd",
@@ -66,26 +73,29 @@ OPTIONS: dict[str, Option] = {
         "the teacher was trained from a base that you have: go beyond it",
         "learner/reverse_kl",
         teachers=(f"name: teacher, {TEACHER}, weight: 1.25", f"name: base, {START}, weight: -0.25"),
+        control=None,
     ),
     "demonstrations": Option(
         "opd_topk",
         "GKD, arXiv 2306.13649",
         "the student's own answers are still poor, and labels are good",
-        "learner/demonstration_frac",
+        "learner/demonstration_nll",
         "on_policy_frac: 0.75",
+        control=None,
     ),
     "visual advantage": Option(
         "opd_topk",
         "VA-OPD, arXiv 2605.21924",
         "the student answers without looking: its score on grey frames is high",
-        "learner/visual_advantage",
+        "learner/reverse_kl_visual",
         "visual_weight: 0.5",
+        control="visual_weight: 0.286",  # 2 of the demo's 7 tokens: all weights are 1
     ),
     "forward KL where unsure": Option(
         "opd_topk",
         "arXiv 2603.07079",
         "the student becomes surer than its teacher: entropy falls early",
-        "learner/forward_kl_frac",
+        "learner/entropy",
         "forward_kl_entropy: 0.3",
     ),
     "student's top-K": Option(
@@ -108,6 +118,7 @@ OPTIONS: dict[str, Option] = {
         "there is no larger teacher, and labels say where to look",
         "learner/reverse_kl",
         teachers=(f"name: self, {START}, crop_margin_frac: 0.5",),
+        control=None,
     ),
     "self-teacher, crop, following": Option(
         "opd_topk",
@@ -115,6 +126,7 @@ OPTIONS: dict[str, Option] = {
         "the same, in a long run: the frozen start would hold the student back",
         "learner/reverse_kl",
         teachers=(f"name: self, {START}, crop_margin_frac: 0.5, follows: student, delay: 4",),
+        control=None,
     ),
 }
 
@@ -130,7 +142,6 @@ def rows_of(groups: Sequence[Group]) -> list[dict[str, str]]:
     rows = []
     for name, option in ((name, OPTIONS[name]) for name in of_kind if name in OPTIONS):
         group, base = of_kind[name], of_kind[option.base]
-        first, last = zip(*(row["metrics"].get(option.metric, [0.0, 0.0]) for row in group.rows), strict=True)
         keys = [option.loss, *(f"teachers: {{{keys}}}" for keys in option.teachers)]
         rows.append(
             {
@@ -143,7 +154,6 @@ def rows_of(groups: Sequence[Group]) -> list[dict[str, str]]:
                 "less the objective alone": str(
                     difference(group.read("miou") or {}, base.read("miou") or {})
                 ),
-                "its own metric": f"{option.metric}: {spread(first)}, then {spread(last)}",
             }
         )
     return rows
@@ -157,15 +167,13 @@ def report(of: study.Study, groups: Sequence[Group]) -> None:
         f"`{g.kind}` alone, learning rate {g.lr:g}: mIoU {tables.read(g, 'miou', tables.END)}" for g in alone
     ]
     text = f"{'. '.join(scores)}. {study.setting(of, groups)}{tables.markdown(signals)}"
-    study.write(of, {"signals": text})
+    study.write(of.arguments, {"signals": text})
     print(json.dumps({"signals": signals}))
 
 
 def main() -> None:
     quick = "the first option, one learning rate and seed, 4 updates"
-    parser = study.make_parser("signals", __doc__, quick, list(OPTIONS))
-    parser.set_defaults(seeds=SEEDS)
-    arguments = parser.parse_args()
+    arguments = study.make_parser("signals", __doc__, quick, list(OPTIONS), SEEDS).parse_args()
     if arguments.quick:
         arguments.kinds, arguments.seeds, arguments.steps = arguments.kinds[:1], 1, 4
         arguments.lrs = arguments.lrs[:1]

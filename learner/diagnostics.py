@@ -8,7 +8,7 @@ import torch
 
 from learner.loss import is_unsure
 from learner.signals import signal_metrics
-from learner.visual import visual_advantage
+from learner.visual import is_visual, visual_advantage
 from video_opd.config import Config
 from video_opd.config_learner import LossConfig
 from video_opd.types import ScoredGroup
@@ -38,11 +38,12 @@ class TokenRecords(NamedTuple):
     learner_logprobs: np.ndarray
     actor_logprobs: np.ndarray
     entropy: np.ndarray  # of the student's distribution
+    is_demonstration: np.ndarray  # 1 or 0
 
     @staticmethod
     def of_all_ranks(parts: Sequence["TokenRecords"], world_size: int) -> "TokenRecords":
         """The parts of all ranks together: the same on every rank."""
-        mine = np.concatenate(parts, axis=1)  # float32[3, tokens]
+        mine = np.concatenate(parts, axis=1)  # float32[4, tokens]
         gathered: list[Any] = [mine] * world_size
         if world_size > 1:
             torch.distributed.all_gather_object(gathered, mine)
@@ -50,10 +51,17 @@ class TokenRecords(NamedTuple):
 
 
 def policy_diagnostics(tokens: TokenRecords, loss: LossConfig) -> dict[str, float]:
-    """The student's entropy; with rollouts, how far the learner's policy is from the actor's, per token."""
-    if not len(tokens.entropy):  # demonstrations alone
-        return {}
-    metrics = {"learner/entropy": float(tokens.entropy.mean())}
+    """The student's entropy; with rollouts, how far the learner's policy is from the actor's, per token.
+
+    Demonstrations count in their own negative log-likelihood alone.
+    """
+    metrics, shown = {}, tokens.is_demonstration > 0
+    if shown.any():
+        metrics["learner/demonstration_nll"] = -float(tokens.learner_logprobs[shown].mean())
+        tokens = TokenRecords(*(of_tokens[~shown] for of_tokens in tokens))
+    if not len(tokens.entropy):
+        return metrics
+    metrics["learner/entropy"] = float(tokens.entropy.mean())
     if not loss.needs.rollouts:
         return metrics
     log_ratio = tokens.learner_logprobs - tokens.actor_logprobs
@@ -92,10 +100,13 @@ def batch_diagnostics(
     times = np.concatenate([is_time(t.response_token_ids) for t, _ in pairs])
     metrics |= reverse_kl(log_ratio, times)
     if loss.visual_weight:
-        advantage = np.concatenate([visual_advantage(s) for _, s in pairs])
+        of_responses = [visual_advantage(s) for _, s in pairs]
+        advantage = np.concatenate(of_responses)
         metrics["learner/visual_advantage"] = float(advantage.mean())
         if times.any():
             metrics["learner/visual_advantage_time"] = float(advantage[times].mean())
+        is_high = np.concatenate([is_visual(v, loss) for v in of_responses])
+        metrics["learner/reverse_kl_visual"] = float(-log_ratio[is_high].mean(dtype=np.float64))
     if loss.kind == "opd" and loss.clamp is not None:
         metrics["learner/clamped_frac"] = float((np.abs(log_ratio) > loss.clamp).mean())
     if (unsure := is_unsure(scores, loss)) is not None:

@@ -154,8 +154,8 @@ class LearnerEngine:
         computed, separate = self._over_ranks(computed, separate)
         if self._world_size > 1:
             torch.distributed.all_reduce(total)
-        records_and_weights = torch.cat(records, dim=1).cpu().numpy()
-        mine = TokenRecords(*records_and_weights[:3, records_and_weights[3] > 0])
+        *of_tokens, weights = torch.cat(records, dim=1).cpu().numpy()
+        mine = TokenRecords(*(values[weights > 0] for values in of_tokens))
         metrics = {
             "learner/loss": float(total) / plan.denominator,
             "learner/grad_norm": float(engine.get_global_grad_norm() or 0.0),
@@ -190,7 +190,7 @@ class LearnerEngine:
     def _loss_sum(
         self, rows: list[Row], batch: ResponseBatch, most_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The summed loss of a micro-batch; float32[4, tokens]: TokenRecords, and above 0 those to record."""
+        """The summed loss of a micro-batch; float32[5, tokens]: TokenRecords, and the tokens' weights."""
         tokens = self._response_tokens(rows, batch.targets)
 
         def loss(logits: torch.Tensor, which: slice) -> tuple[torch.Tensor, ...]:
@@ -199,8 +199,10 @@ class LearnerEngine:
 
         per_token, learner, entropy = self._engine(batch, loss, most_tokens)
         weights = self._per_token(rows, [row.weight for row in rows])
-        recorded = weights if tokens.is_demonstration is None else weights * ~tokens.is_demonstration
-        records = torch.stack([learner, tokens.actor_logprobs, entropy, recorded])
+        shown = (
+            torch.zeros_like(weights) if tokens.is_demonstration is None else tokens.is_demonstration.float()
+        )
+        records = torch.stack([learner, tokens.actor_logprobs, entropy, shown, weights])
         return (per_token * weights).sum(), records
 
     def _response_tokens(self, rows: list[Row], targets: torch.Tensor) -> ResponseTokens:

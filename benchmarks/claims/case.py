@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 Labels = Literal["clean", "wrong"]
-Part = Literal["start", "time", "tune", "learn"]
+Part = Literal["start", "time", "tune", "learn", "move"]
 GROUPS = 32  # prompts of an update
 # Phases do not overlap, so that two runs fill two cores. A constant learning rate: curves are read within.
 SHARED = ("max_policy_lag=0", f"groups_per_step={GROUPS}", "learner.warmup_frac=0", "learner.final_lr_frac=1")
@@ -19,8 +19,8 @@ EVAL_EVERY = 4  # updates; equal costs can be early in a curve, and lines betwee
 class Case:
     """One run, by all that decides it but the code, the data and the start.
 
-    part: `start` measures the start alone, `time` an update alone on the machine; `tune` is evaluated on the
-    validation split, `learn` on the evaluation split.
+    part: `start` measures the start alone, `time` an update alone on the machine; `tune` and `move` are
+    evaluated on the validation split, `learn` on the evaluation split.
     """
 
     part: Part

@@ -76,16 +76,16 @@ def result_of(summary: Mapping[str, Any], lines: Sequence[Mapping[str, float]], 
     row |= {"update_s": float(np.median(np.diff(ends))) if len(ends) > 1 else None}
     row |= {"select_s": seconds.get("select", 0.0), "train_s": seconds["train"] - seconds.get("evaluate", 0)}
     row |= {"teacher_miou": teacher["miou"] if teacher else None, "dropped": len(summary["dropped"])}
-    row |= {"metrics": first_and_last(lines, "learner/")}
+    row |= {"metrics": first_and_last(lines, "learner/", "actors/miou")}
     return row | {"suspended": summary["suspended_rollouts"], "curve": curve}
 
 
-def first_and_last(lines: Sequence[Mapping[str, float]], prefix: str) -> dict[str, list[float]]:
+def first_and_last(lines: Sequence[Mapping[str, float]], *prefixes: str) -> dict[str, list[float]]:
     """Means over the first and the last quarter of the steps, of the metrics that all these steps have."""
     few = max(1, len(lines) // 4)
     parts = lines[:few], lines[-few:]
     names = [
-        n for n in lines[0] if n.startswith(prefix) and all(n in line for part in parts for line in part)
+        n for n in lines[0] if n.startswith(prefixes) and all(n in line for part in parts for line in part)
     ]
     return {name: [float(np.mean([line[name] for line in part])) for part in parts] for name in names}
 

@@ -20,22 +20,34 @@ Overrides = Callable[[str, int], tuple[str, ...]]
 Kind = tuple[str, str]  # its name and its labels; none: it sees no label
 
 
-def make_parser(name: str, about: str | None, quick: str, names: Sequence[str]) -> argparse.ArgumentParser:
+def make_runs_parser(
+    name: str, about: str | None, quick: str, names: Sequence[str], seeds: int, steps: int
+) -> argparse.ArgumentParser:
+    """Of a command whose runs have rows."""
     parser = command.make_parser(name, about, quick, overrides=True)
     add = parser.add_argument
     add("--kinds", nargs="+", choices=names, default=list(names))
-    add("--labels", nargs="+", choices=("clean", "wrong"), help="of kinds that see labels")
-    add("--seeds", type=int, default=5, help="number of seeds")
-    add("--steps", type=int, default=kinds.STEPS, help=f"updates of {GROUPS} prompts")
-    rates = "learning rates tried on the validation split, for every objective the same"
-    add("--lrs", nargs="+", type=float, default=list(kinds.LEARNING_RATES), help=rates)
+    add("--seeds", type=int, default=seeds, help="number of seeds")
+    add("--steps", type=int, default=steps, help=f"updates of {GROUPS} prompts")
     add("--jobs", type=int, default=2, help="runs at one time; timing runs are alone")
     kept = "folder of data, runs, rows.jsonl and Markdown; a run in rows.jsonl is not done again"
     add("--out", type=Path, default=ROOT / "runs" / "claims", help=kept)
     add("--reuse", nargs="+", default=[], metavar="CODE", help="use rows of this other code, too")
+    add("--paste", type=Path, metavar="DOCUMENT", help="put the Markdown between its markers, too")
+    return parser
+
+
+def make_parser(
+    name: str, about: str | None, quick: str, names: Sequence[str], seeds: int = 5
+) -> argparse.ArgumentParser:
+    """Of a study."""
+    parser = make_runs_parser(name, about, quick, names, seeds, kinds.STEPS)
+    add = parser.add_argument
+    add("--labels", nargs="+", choices=("clean", "wrong"), help="of kinds that see labels")
+    rates = "learning rates tried on the validation split, for every objective the same"
+    add("--lrs", nargs="+", type=float, default=list(kinds.LEARNING_RATES), help=rates)
     swept = "experiment: run the kinds with each value of one configuration key"
     add("--sweep", nargs="+", metavar=("KEY", "VALUE"), help=swept)
-    add("--paste", type=Path, metavar="DOCUMENT", help="put the Markdown between its markers, too")
     return parser
 
 
@@ -87,12 +99,7 @@ class Study:
         return {name: self.rows[case]["update_s"] for name, case in timed.items() if case in self.rows}
 
     def run(self, wanted: Sequence[Case], jobs: int) -> None:
-        out = self.arguments.out
-
-        def one(case: Case) -> Row:
-            return command.in_new_process(measure, case, out)
-
-        run_missing(list(dict.fromkeys(wanted)), self.rows, jobs, self.update_s(), one)
+        run_all(wanted, self.rows, jobs, self.arguments.out, self.update_s())
 
     def print_estimate(self) -> None:
         """Of what is left, whatever learning rates tuning will give."""
@@ -129,6 +136,17 @@ class Study:
         return Group(*kind, learned[0].lr, rows)
 
 
+def run_all(
+    wanted: Sequence[Case], rows: Rows, jobs: int, out: Path, update_s: Mapping[str, float] | None = None
+) -> None:
+    """Those that have no row, each in a process of its own. update_s: see rows.py."""
+
+    def one(case: Case) -> Row:
+        return command.in_new_process(measure, case, out)
+
+    run_missing(list(dict.fromkeys(wanted)), rows, jobs, update_s or {}, one)
+
+
 def open_rows(arguments: argparse.Namespace) -> Rows:
     """Writes the data that are missing. Rows of other code or data are named, and not used."""
     arguments.out = arguments.out.resolve()
@@ -144,16 +162,16 @@ def sweep(study: Study, found: Mapping[Kind, Tuned]) -> None:
     """Runs the study's kinds with each value of --sweep; writes sweep_KEY.md."""
     key, *values = study.arguments.sweep
     groups = {value: study.learn(found, (f"{key}={value}",)) for value in values}
-    write(study, {f"sweep_{key}": tables.markdown(tables.sweep_rows(key, groups))})
+    write(study.arguments, {f"sweep_{key}": tables.markdown(tables.sweep_rows(key, groups))})
 
 
-def write(study: Study, fragments: Mapping[str, str]) -> None:
+def write(arguments: argparse.Namespace, fragments: Mapping[str, str]) -> None:
     """Writes and prints OUT/NAME.md of each fragment; puts them into the document of --paste."""
     for name, text in fragments.items():
-        write_atomically(study.arguments.out / f"{name}.md", text)
+        write_atomically(arguments.out / f"{name}.md", text)
         print(f"\n{name}\n{text}")
-    if study.arguments.paste:
-        print("pasted:", *tables.paste(study.arguments.paste, study.arguments.out))
+    if arguments.paste:
+        print("pasted:", *tables.paste(arguments.paste, arguments.out))
 
 
 def setting(study: Study, groups: Sequence[Group]) -> str:

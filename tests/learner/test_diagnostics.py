@@ -89,9 +89,9 @@ def test_entropy_is_that_of_the_distribution():
 
 def records(ratios: list[float]) -> TokenRecords:
     actor = np.full(len(ratios), -2.0, np.float32)
-    return TokenRecords(
-        actor + np.log(ratios).astype(np.float32), actor, np.linspace(0, 1, len(ratios), dtype=np.float32)
-    )
+    entropy = np.linspace(0, 1, len(ratios), dtype=np.float32)
+    learner = actor + np.log(ratios).astype(np.float32)
+    return TokenRecords(learner, actor, entropy, np.zeros(len(ratios), np.float32))
 
 
 def test_policy_diagnostics_by_hand():
@@ -110,6 +110,15 @@ def test_policy_diagnostics_by_hand():
     assert policy_diagnostics(tokens, LossConfig(kind="sft")).keys() == {"learner/entropy"}, (
         "nobody sampled: there is no ratio"
     )
+
+
+def test_demonstrations_count_in_their_own_likelihood_alone():
+    own = records([0.5, 1.0, 1.1, 3.0])
+    shown = TokenRecords(*np.float32([[-0.25, -0.75], [0.0, 0.0], [9.0, 9.0], [1.0, 1.0]]))
+    loss = LossConfig(kind="opd", on_policy_frac=0.5)
+    both = policy_diagnostics(TokenRecords.of_all_ranks([own, shown], world_size=1), loss)
+    assert both.pop("learner/demonstration_nll") == 0.5
+    assert both == policy_diagnostics(own, loss)
 
 
 def test_parts_of_a_rank_are_put_together():
@@ -148,6 +157,9 @@ def test_batch_diagnostics_tell_what_the_objective_has(is_time):
     assert seen["learner/visual_advantage"] == pytest.approx(0.5 * 5 / 8, rel=1e-5)
     of_times = 0.5 * times[3:].sum() / times.sum()
     assert seen["learner/visual_advantage_time"] == pytest.approx(of_times, rel=1e-5)
+    assert seen["learner/reverse_kl_visual"] == pytest.approx(-(log_ratio[0] + log_ratio[3]) / 2, rel=1e-5), (
+        "the first of equals in each response"
+    )
     unknown = batch_diagnostics([group], config_of(kind="opd_topk"), is_time)
     assert "teacher/entropy" not in unknown and "learner/clamped_frac" not in unknown
     rewarded = replace(group, scores=(), rewards=(0.5, 1.0))
