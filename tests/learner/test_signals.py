@@ -246,7 +246,7 @@ def test_metrics_of_the_signals_by_hand():
     by_four = signal_metrics(BY_FOUR, LossConfig(kind="opd", task_weight=0.5), None)
     assert by_four["learner/flat_groups_frac"] == 0.5 and "learner/reward_baseline" not in by_four
     assert signal_metrics(SINGLE, LossConfig(kind="opd"), None) == {}
-    shown = TokenRecords(*np.float32([[-0.5], [0.0], [1.0], [1.0]]))
+    shown = TokenRecords(*np.array([[-0.5], [0.0], [1.0], [1.0]], np.float32))
     assert policy_diagnostics(shown, loss) == {"learner/demonstration_nll": 0.5}, "there are no ratios"
 
 
