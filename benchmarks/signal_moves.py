@@ -33,26 +33,27 @@ def control_cases(option: Option, arguments: argparse.Namespace) -> list[Case]:
     return cases_of(f"{option.base} control", (loss_of(option.base, option.control),), arguments)
 
 
-def changes(rows: Sequence[Row], metric: str) -> Scores:
-    """Of each seed: the mean of the last quarter of the updates less that of the first."""
-    return {row["seed"]: row["metrics"][metric][1] - row["metrics"][metric][0] for row in rows}
+def quarters(rows: Sequence[Row], metric: str) -> tuple[Scores, Scores]:
+    """Means over the first and over the last quarter of the updates, by seed."""
+    first, last = ({row["seed"]: row["metrics"][metric][i] for row in rows} for i in range(2))
+    return first, last
 
 
 def row_of(name: str, rows: Sequence[Row], controls: Sequence[Row]) -> dict[str, str]:
     """Of the table; seeds are paired."""
-    option, absent = OPTIONS[name], tables.NOT_READ
-    first, last = zip(*(row["metrics"][option.metric] for row in rows), strict=True)
-    own = changes(rows, option.metric)
-    keys = f"`{option.control}`" if option.control else f"`{option.base}` alone"
-    beside = str(difference(own, changes(controls, option.metric))) if controls else absent
+    option, control, beside = OPTIONS[name], tables.NOT_READ, tables.NOT_READ
+    first, last = quarters(rows, option.metric)
+    if controls:
+        control = f"`{option.control}`" if option.control else f"`{option.base}` alone"
+        beside = str(difference(last, quarters(controls, option.metric)[1]))
     return {
         "option": name,
         "its own metric": f"`{option.metric}`",
-        "first quarter of the updates": spread(first),
-        "last quarter": spread(last),
-        "change": str(difference(own, dict.fromkeys(own, 0.0))),
-        "control": keys if controls else absent,
-        "change less the control's": beside,
+        "first quarter of the updates": spread(list(first.values())),
+        "last quarter": spread(list(last.values())),
+        "change": str(difference(last, first)),
+        "control": control,
+        "last quarter less the control's": beside,
     }
 
 

@@ -64,7 +64,7 @@ OPTIONS: dict[str, Option] = {
         "opd",
         "OPSA, arXiv 2608.31046",
         "a control: if it ties, what you see is not distillation",
-        "learner/entropy",
+        "actors/miou",
         "kind: opd, fixed_advantage: -1.0",
     ),
     "signed teachers": Option(
@@ -87,7 +87,7 @@ OPTIONS: dict[str, Option] = {
         "opd_topk",
         "VA-OPD, arXiv 2605.21924",
         "the student answers without looking: its score on grey frames is high",
-        "learner/reverse_kl_visual",
+        "learner/visual_advantage",
         "visual_weight: 0.5",
         control="visual_weight: 0.286",  # 2 of the demo's 7 tokens: all weights are 1
     ),

@@ -8,7 +8,7 @@ import torch
 
 from learner.loss import is_unsure
 from learner.signals import signal_metrics
-from learner.visual import is_visual, visual_advantage
+from learner.visual import visual_advantage
 from video_opd.config import Config
 from video_opd.config_learner import LossConfig
 from video_opd.types import ScoredGroup
@@ -100,13 +100,10 @@ def batch_diagnostics(
     times = np.concatenate([is_time(t.response_token_ids) for t, _ in pairs])
     metrics |= reverse_kl(log_ratio, times)
     if loss.visual_weight:
-        of_responses = [visual_advantage(s) for _, s in pairs]
-        advantage = np.concatenate(of_responses)
+        advantage = np.concatenate([visual_advantage(s) for _, s in pairs])
         metrics["learner/visual_advantage"] = float(advantage.mean())
         if times.any():
             metrics["learner/visual_advantage_time"] = float(advantage[times].mean())
-        is_high = np.concatenate([is_visual(v, loss) for v in of_responses])
-        metrics["learner/reverse_kl_visual"] = float(-log_ratio[is_high].mean(dtype=np.float64))
     if loss.kind == "opd" and loss.clamp is not None:
         metrics["learner/clamped_frac"] = float((np.abs(log_ratio) > loss.clamp).mean())
     if (unsure := is_unsure(scores, loss)) is not None:

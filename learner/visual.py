@@ -20,9 +20,9 @@ def visual_advantage(scores: TeacherScores) -> np.ndarray:
 def visual_weights(groups: Sequence[ScoredGroup], loss: LossConfig) -> list[np.ndarray]:
     """w_t = u_i h_t of each trajectory's tokens, float32[N]: factors of their distillation loss (eq. 3 to 6).
 
-    h_t: with alpha = visual_weight, the tokens of is_visual have the share alpha of a response's weight, the
-    others the rest, in equal parts: alpha N / N_high and (1 - alpha) N / N_low, or 1 where no token is left.
-    Its mean over a response is 1.
+    h_t: with p = visual_frac and alpha = visual_weight, the ceil(p N) tokens of largest v_t (earlier ones of
+    equals) have the share alpha of a response's weight, the others the rest, in equal parts: alpha N / N_high
+    and (1 - alpha) N / N_low, or 1 where no token is left. Its mean over a response is 1.
     u_i: over the G responses to a prompt, G times the softmax of the z-scores of their means of v_t. Its mean
     over a prompt is 1. The paper's losses of a response are means over tokens; here loss.reduction divides.
     """
@@ -37,20 +37,12 @@ def visual_weights(groups: Sequence[ScoredGroup], loss: LossConfig) -> list[np.n
     return weights
 
 
-def is_visual(advantage: np.ndarray, loss: LossConfig) -> np.ndarray:
-    """bool[N]: the ceil(visual_frac N) tokens of a response with the largest v_t, earlier ones of equals."""
-    num_high = ceil(loss.visual_frac * len(advantage))
-    is_high = np.zeros(len(advantage), bool)
-    is_high[np.argsort(-advantage, kind="stable")[:num_high]] = True
-    return is_high
-
-
 def _token_weights(advantage: np.ndarray, loss: LossConfig) -> np.ndarray:
     """h_t, float64[N]."""
     assert loss.visual_weight is not None
-    is_high = is_visual(advantage, loss)
-    num, num_high = len(is_high), is_high.sum()
+    num, num_high = len(advantage), ceil(loss.visual_frac * len(advantage))
     if num_high == num:
         return np.ones(num)
-    of_high, of_low = loss.visual_weight / num_high, (1.0 - loss.visual_weight) / (num - num_high)
-    return num * np.where(is_high, of_high, of_low)
+    weights = np.full(num, (1.0 - loss.visual_weight) * num / (num - num_high))
+    weights[np.argsort(-advantage, kind="stable")[:num_high]] = loss.visual_weight * num / num_high
+    return weights

@@ -96,20 +96,20 @@ def test_an_option_and_its_control_train_on_the_same_prompts_and_differ_in_the_l
             assert mine.model_copy(update={"loss": other.loss, "run_name": other.run_name}) == other
 
 
-def test_a_change_is_beside_that_of_the_control_with_the_same_seed():
+def test_a_metric_is_beside_that_of_the_control_with_the_same_seed():
     def row(seed: int, first: float, last: float) -> dict:
         return {"seed": seed, "metrics": {"learner/entropy": [first, last]}}
 
     name = "forward KL where unsure"
-    own, controls = [row(0, 0.1, 0.3), row(1, 0.2, 0.1)], [row(1, 0.2, 0.3), row(0, 0.1, 0.1)]
+    own, controls = [row(0, 0.1, 0.3), row(1, 0.2, 0.1)], [row(1, 0.2, 0.2), row(0, 0.1, 0.1)]
     found = signal_moves.row_of(name, own, controls)
     assert found["first quarter of the updates"] == "0.150 (0.100 to 0.200)"
     assert found["last quarter"] == "0.200 (0.100 to 0.300)"
     assert found["change"] == "+0.050 (-0.100 to +0.200; above in 1 of 2 seeds)"
     assert found["control"] == "`opd_topk` alone"
-    assert found["change less the control's"] == "+0.000 (-0.200 to +0.200; above in 1 of 2 seeds)"
+    assert found["last quarter less the control's"] == "+0.050 (-0.100 to +0.200; above in 1 of 2 seeds)"
     alone = signal_moves.row_of(name, own, [])
-    assert alone["control"] == alone["change less the control's"] == "-"
+    assert alone["control"] == alone["last quarter less the control's"] == "-"
 
 
 def test_the_second_command_runs_the_control_too_and_writes_its_table(tmp_path, monkeypatch, capsys):
@@ -125,5 +125,5 @@ def test_the_second_command_runs_the_control_too_and_writes_its_table(tmp_path, 
     assert {(case.part, case.kind, case.steps) for case in ran} == {
         ("move", "task reward", 4), ("move", "opd control", 4)
     }  # fmt: skip
-    assert row["change less the control's"].startswith("+0.100")
+    assert row["last quarter less the control's"].startswith("+0.100")
     assert "| task reward |" in document.read_text() and "old" not in document.read_text()
