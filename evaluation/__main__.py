@@ -14,8 +14,8 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from video_opd.config import Config
 from video_opd.config_file import load_config, resolve_paths
 from video_opd.datasets import read_prompts, read_sources
 from video_opd.errors import ConfigError, DataError
-from video_opd.files.checkpoint import find_checkpoint
+from video_opd.files.checkpoint import checkpoint_folder, checkpoint_steps, find_checkpoint
 from video_opd.files.run_folder import write_json
 from video_opd.grounding import describe_odd, odd_truth
 from video_opd.hub import model_name, on_this_node
@@ -64,6 +64,7 @@ class Answers:
     blank: Mapping[str, str | None] | None = None  # answers on grey frames; None: not asked for
     other_prompts: int = 0  # answers to none of the questions
     video: str = UNKNOWN  # VideoConfig.budget of the model that was asked
+    model: str = UNKNOWN  # its folder
 
 
 def ask_model(config: Config, prompts: Sequence[Prompt], blanks: bool) -> list[list[Answer]]:
@@ -113,8 +114,8 @@ def answers_of_model(config: Config, baselines: bool) -> Answers:
     passes = ask_model(config, prompts, blanks=baselines)
     texts, *blank = ({a.prompt_id: a.text for a in got if isinstance(a, Prediction)} for got in passes)
     why_missing = {a.prompt_id: a.reason for a in passes[0] if isinstance(a, FailedPrompt)}
-    grey = blank[0] if blank else None
-    return Answers(questions, texts, why_missing, train, config.seed, grey, video=config.video.budget)
+    answers = Answers(questions, texts, why_missing, train, config.seed, blank[0] if blank else None)
+    return replace(answers, video=config.video.budget, model=config.student)
 
 
 def answers_of_file(path: Path, config: Config | None, baselines: bool) -> Answers:
@@ -146,6 +147,7 @@ def evaluate(answers: Answers, protocol: Protocol, baselines: bool, folder: Path
     result = {
         "protocol": protocol.name,
         "source": protocol.source,
+        "model": answers.model,
         "video": answers.video,
         "result": scoring.summarise_answers(scored, protocol),
         "intervals_95": scoring.bootstrap_intervals(scored, protocol, answers.seed),
@@ -243,15 +245,20 @@ def run(parsed: argparse.Namespace) -> None:
 
 
 def answers_of_run(folder: Path, protocol: Protocol) -> tuple[Answers, str]:
-    """The answers of a run's last student, and what they were made from: files only, no model is asked.
+    """The answers of a run's last student, and its video budget: files only, no model is asked.
 
-    They are those of `python -m evaluation --run`, and of the run's own end where there are none.
+    They are those of `python -m evaluation --run`, or of the run's own end where there are none. Answers of
+    before the newest checkpoint, of a run that was resumed since, are not taken. Raises InputError.
     """
     config = resolve_paths(load_config(config_of_run(folder)), Path.cwd())
     evaluated, summary = folder / "evaluation" / f"{protocol.name}.parquet", folder / "summary.json"
-    if evaluated.exists():
-        return answers_of_file(evaluated, config=None, baselines=False), video_of(evaluated)
-    texts = json.loads(summary.read_text())["examples"].get("student_after") if summary.exists() else None
+    newest = find_checkpoint(folder).name if checkpoint_steps(folder) else None
+    about, end = read_json(evaluated.with_suffix(".json")), read_json(summary)
+    if evaluated.exists() and newest in (None, Path(about.get("model", "")).parent.name):
+        # values given to --run may have changed the video budget of the config
+        return answers_of_file(evaluated, config=None, baselines=False), about.get("video", UNKNOWN)
+    is_of_newest = end and newest in (None, checkpoint_folder(folder, end["steps"]).name)
+    texts = end["examples"].get("student_after") if is_of_newest else None
     if not texts:
         advice = f"run `python -m evaluation --run {folder} --protocol {protocol.name}` first"
         raise DataError(f"{folder} has no answers of its last student: {advice}")
@@ -259,11 +266,9 @@ def answers_of_run(folder: Path, protocol: Protocol) -> tuple[Answers, str]:
     return Answers(questions, texts, {}, train=[], seed=0), config.video.budget
 
 
-def video_of(evaluated: Path) -> str:
-    """The video budget of PROTOCOL.parquet: values given to --run may have changed that of the config."""
-    with suppress(OSError, ValueError, KeyError):
-        return json.loads(evaluated.with_suffix(".json").read_text())["video"]
-    return UNKNOWN
+def read_json(path: Path) -> dict[str, Any]:
+    """Empty if there is no such file."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def run_compare(arguments: Sequence[str]) -> None:

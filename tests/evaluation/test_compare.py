@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from evaluation import __main__ as command
 from evaluation import compare as comparison
 from evaluation.__main__ import main
 from evaluation.compare import compare
@@ -125,7 +126,7 @@ def test_a_run_is_its_evaluation_or_else_its_last_answers(files, split_folder, t
     lines = (split_folder / "annotations.txt").read_text().splitlines()
     truth = {f"{line.split()[0]}:{i}": line.split("##")[0].split()[1:] for i, line in enumerate(lines, 1)}
     texts = {name: f"{start} to {end}" for name, (start, end) in truth.items()}
-    (run / "summary.json").write_text(json.dumps({"examples": {"student_after": texts}}))
+    (run / "summary.json").write_text(json.dumps({"steps": 2, "examples": {"student_after": texts}}))
     assert main(["compare", str(run), str(run), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["metrics"]["miou"] == {"a": 1.0, "b": 1.0, "difference": 0.0, "interval_95": [0.0, 0.0]}
@@ -140,6 +141,30 @@ def test_a_run_is_its_evaluation_or_else_its_last_answers(files, split_folder, t
     (run / "evaluation" / "strict.json").write_text(json.dumps({"video": "1 frame a second"}))
     assert main(["compare", str(run), files[1], "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["a"]["video"] == "1 frame a second"
+
+
+def test_answers_of_before_the_newest_checkpoint_are_not_those_of_the_run(
+    files, tmp_path, monkeypatch, capsys
+):
+    """A run that was evaluated, and then resumed."""
+    run, later = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-8"
+    (run / "evaluation").mkdir(parents=True)
+    Path(files[0]).rename(run / "evaluation" / "strict.parquet")
+    write_config(run, load_config(DEMO, []))
+    monkeypatch.setattr(command, "checkpoint_steps", lambda folder: [4, 8])
+    monkeypatch.setattr(command, "find_checkpoint", lambda folder: later)
+    for model, is_taken in ((later.with_name("step-4") / "student", False), (later / "student", True)):
+        (run / "evaluation" / "strict.json").write_text(json.dumps({"model": str(model)}))
+        if is_taken:
+            assert main(["compare", str(run), files[1]]) == 0
+        else:
+            line = bad(capsys, "compare", str(run), files[1])
+            assert f"{run} has no answers of its last student" in line
+    (run / "summary.json").write_text(
+        json.dumps({"steps": 4, "examples": {"student_after": {"p": "1 to 2"}}})
+    )
+    (run / "evaluation" / "strict.parquet").unlink()
+    assert "has no answers of its last student" in bad(capsys, "compare", str(run), files[1])
 
 
 def test_other_questions_are_refused_and_counted(files, tmp_path, capsys):
