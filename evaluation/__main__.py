@@ -2,6 +2,7 @@
 
   python -m evaluation --run runs/NAME                                    its last checkpoint's student
   python -m evaluation --model FOLDER --config CONFIG.yaml [key=value ...]
+  python -m evaluation --teacher NAME --config CONFIG.yaml [key=value ...]  on its own view of the prompts
   python -m evaluation --predictions FILE [--config CONFIG.yaml]          without a model
   python -m evaluation compare A B                                        two runs or files, prompt by prompt
 
@@ -34,6 +35,7 @@ from evaluation.timelines import write_timelines
 from video_opd.cluster.command_line import exit_code_of
 from video_opd.config import Config
 from video_opd.config_file import load_config, resolve_paths
+from video_opd.config_teachers import TeacherModel
 from video_opd.datasets import read_prompts, read_sources
 from video_opd.errors import ConfigError, DataError
 from video_opd.files.checkpoint import checkpoint_folder, checkpoint_steps, find_checkpoint
@@ -45,6 +47,7 @@ from video_opd.models.model_files import read_model_info
 from video_opd.passes import by_video
 from video_opd.types import FailedPrompt, Prediction, Prompt
 from video_opd.video.descriptions import end_workers
+from video_opd.video.views import all_viewed
 
 COUNTS = ("n", "unparsed", "reversed", "out_of_range", "missing")
 UNKNOWN = "unknown, the answers are a file's"  # of a video budget
@@ -102,20 +105,26 @@ def read_splits(config: Config, multiple: int, baselines: bool) -> tuple[list[Pr
     return prompts, train
 
 
-def answers_of_model(config: Config, baselines: bool) -> Answers:
-    """Raises InputError before vLLM starts."""
+def answers_of_model(config: Config, baselines: bool, teacher: TeacherModel | None = None) -> Answers:
+    """The answers of `config.student`. teacher: sees the prompts. Raises InputError before vLLM starts."""
     info = read_model_info(config.student, config.trust_remote_code)
     prompts, train = read_splits(config, info.size_multiple, baselines)
+    questions, part = questions_of(prompts), ""
+    if teacher:
+        prompts = all_viewed(config, teacher, prompts, info.size_multiple)
+        prompt, video = teacher.view(config.prompt, config.video)
+        config = config.model_copy(update={"prompt": prompt, "video": video})
+        if teacher.crop_margin_frac is not None:
+            part = f", of the true span and {teacher.crop_margin_frac:g} of its length on both sides"
     lengths = PromptLengths(config.student, info.model_type, info.size_multiple, config.prompt)
     if failed := too_long(prompts, lengths.of(prompts), [rollout_limit(config)]):
         first, reason = next(iter(failed.items()))
         raise DataError(f"prompt {first}: {reason} ({len(failed)} such prompts)")
-    questions = questions_of(prompts)
     passes = ask_model(config, prompts, blanks=baselines)
     texts, *blank = ({a.prompt_id: a.text for a in got if isinstance(a, Prediction)} for got in passes)
     why_missing = {a.prompt_id: a.reason for a in passes[0] if isinstance(a, FailedPrompt)}
     answers = Answers(questions, texts, why_missing, train, config.seed, blank[0] if blank else None)
-    return replace(answers, video=config.video.budget, model=config.student)
+    return replace(answers, video=config.video.budget + part, model=config.student)
 
 
 def answers_of_file(path: Path, config: Config | None, baselines: bool) -> Answers:
@@ -192,6 +201,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     model = "transformers folder, or ORG/NAME[@REVISION] of the Hugging Face hub; needs --config"
     what.add_argument("--model", type=Path, metavar="MODEL", help=model)
     what.add_argument("--run", type=Path, metavar="RUN", help="run folder, e.g. runs/NAME")
+    teacher = "one of the config's `teachers`, on its own view (`prompt`, `video`, `crop_margin_frac`)"
+    what.add_argument("--teacher", metavar="NAME", help=teacher)
     file = "Parquet with the columns prompt_id and text, or TimeLens' JSON of predictions"
     what.add_argument("--predictions", type=Path, metavar="FILE", help=file)
     needed = "YAML file that names the data; not needed for --predictions that this command wrote"
@@ -223,11 +234,21 @@ def read_config(parsed: argparse.Namespace) -> Config | None:
         if not path:
             raise ConfigError("--model needs --config CONFIG.yaml: it names data, frames and prompt")
         overrides.append(f"student={parsed.model}")
+    elif parsed.teacher and not path:
+        raise ConfigError("--teacher needs --config CONFIG.yaml: it names the teachers")
     elif not path:
         if overrides:
             raise ConfigError(f"{overrides[0]} changes a config, and there is none: give --config")
         return None
     return resolve_paths(load_config(path, overrides), Path.cwd())
+
+
+def teacher_named(config: Config, name: str) -> TeacherModel:
+    """Raises ConfigError."""
+    names = [teacher.name for teacher in config.teacher_models]
+    if name not in names:
+        raise ConfigError(f"--teacher {name}: the config's teachers are {', '.join(names) or 'none'}")
+    return config.teacher_models[names.index(name)]
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -238,8 +259,12 @@ def run(parsed: argparse.Namespace) -> None:
     else:
         assert config is not None, "read_config gives one for a model or a run"
         os.environ.update(config.worker_env)  # as in the run's processes, before torch is imported
+        teacher = teacher_named(config, parsed.teacher) if parsed.teacher else None
+        if teacher:
+            config = config.model_copy(update={"student": teacher.model})
         config = on_this_node(config, teachers=False)
-        answers, name = answers_of_model(config, parsed.baselines), model_name(config.student)
+        answers = answers_of_model(config, parsed.baselines, teacher)
+        name = parsed.teacher or model_name(config.student)
     folder = parsed.out or (parsed.run / "evaluation" if parsed.run else Path(f"evaluation-{name}"))
     print_result(evaluate(answers, protocol, parsed.baselines, folder), folder)
 

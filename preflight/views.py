@@ -8,11 +8,10 @@ from preflight.model_shapes import ModelShapes
 from video_opd.config import Config
 from video_opd.config_teachers import TeacherModel
 from video_opd.datasets import Split
-from video_opd.errors import ClipError, ConfigError, DataError
+from video_opd.errors import ConfigError
 from video_opd.models.lengths import PromptLengths
 from video_opd.types import Prompt
-from video_opd.video.descriptions import describe_all
-from video_opd.video.views import viewed
+from video_opd.video.views import all_viewed
 
 
 @dataclass(frozen=True)
@@ -46,17 +45,8 @@ def view_of(
     own = [p for p in split.prompts if teacher.scores(p.prompt_id)]
     if not own:
         return None
-    prompt, video = teacher.view(config.prompt, config.video)
-    infos = describe_all(dict.fromkeys(p.clip.video_path for p in own), video, config.runs_dir)
-    seen = []
-    for asked in own if is_cropped else [replace(p, answer_spans_s=None) for p in own]:
-        try:
-            info = infos[asked.clip.video_path]
-            if isinstance(info, ClipError):
-                raise info
-            seen.append(viewed(asked, teacher, video, shapes.size_multiple, info))
-        except ClipError as error:
-            what = f"prompt {asked.prompt_id}, as teacher {teacher.name} sees it"
-            raise DataError(f"{what}: {error}: change its video or crop_margin_frac, or the data") from error
+    asked = own if is_cropped else [replace(p, answer_spans_s=None) for p in own]
+    seen = all_viewed(config, teacher, asked, shapes.size_multiple)
+    prompt, _ = teacher.view(config.prompt, config.video)
     lengths = PromptLengths(teacher.model, shapes.model_type, shapes.size_multiple, prompt).of(seen)
     return View(seen, lengths, workload_of(seen, shapes, max(lengths)))

@@ -362,6 +362,37 @@ def test_a_models_failures_count_and_an_engines_error_is_exit_code_1(config, tmp
     assert capsys.readouterr().err == "error: the processor sees 7 tokens\n"
 
 
+def test_a_teacher_is_asked_on_its_own_view_and_scored_against_the_whole_clips_truth(
+    config, tmp_path, monkeypatch
+):
+    """All but vLLM, which gets the crop's frames, those of one frame a second, and the teacher's model."""
+    asked = []
+
+    def ask(config, prompts, blanks):
+        asked.append((config, prompts))
+        spans = [p.answer_spans_s[0] for p in prompts]
+        texts = [f"From {start} to {end} seconds." for start, end in spans]
+        pairs = zip(prompts, texts, strict=True)
+        return [[Prediction(prompt_id=p.prompt_id, text=text, spans_s=()) for p, text in pairs]]
+
+    model = DEMO.parents[1] / "demo" / "models" / "start"
+    own = f"teachers=[{{name: own, model: {model}, video: {{fps: 1}}, crop_margin_frac: 0.5}}]"
+    monkeypatch.setattr("evaluation.__main__.ask_model", ask)
+    given = ["--teacher", "own", "--out", str(tmp_path), "--no-baselines", *config, "teacher=null", own]
+    assert main(given) == 0
+    ((of_teacher, prompts),) = asked
+    assert (of_teacher.student, of_teacher.video.fps) == (str(model), 1.0)
+    for prompt in prompts:
+        ((start, end),) = prompt.answer_spans_s
+        margin = max((end - start) / 2, (4 - (end - start)) / 2)  # 4 frames at least
+        times = prompt.clip.frame_indices / prompt.clip.video_fps
+        assert start - margin - 1 <= times[0] and times[-1] <= end + margin + 1
+        assert len(times) <= 2 * (end - start) + 3
+    result = json.loads((tmp_path / "strict.json").read_text())
+    assert (result["result"]["miou"], result["model"]) == (1.0, str(model))
+    assert result["video"].startswith("1 frames a second") and "0.5 of its length" in result["video"]
+
+
 def test_a_model_is_asked_video_by_video_and_answers_are_in_the_callers_order(monkeypatch):
     """Without vLLM: its loop and the encoder are stand-ins. The loop's thread ends, also after an error."""
     asked: list[str] = []
@@ -429,6 +460,9 @@ def test_a_file_without_questions_needs_a_config(capsys, tmp_path):
 def test_bad_arguments_are_one_line(capsys, tmp_path, dump):
     assert "protocol 'vtime' is not known" in bad(capsys, "--predictions", dump, "--protocol", "vtime")
     assert "needs --config" in bad(capsys, "--model", str(tmp_path))
+    assert "--teacher needs --config" in bad(capsys, "--teacher", "self")
+    named = bad(capsys, "--teacher", "self", "--config", str(DEMO))
+    assert "--teacher self: the config's teachers are teacher" in named
     assert "has no config.yaml" in bad(capsys, "--run", str(tmp_path))
     assert "leave out --config" in bad(capsys, "--run", str(tmp_path), "--config", str(DEMO))
     assert "there is none: give --config" in bad(capsys, "--predictions", dump, "seed=1")

@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from video_opd.config import Config
 from video_opd.config_data import VideoConfig
 from video_opd.config_teachers import TeacherModel
+from video_opd.errors import ClipError, DataError
 from video_opd.types import Prompt, Span
 from video_opd.video.clips import plan_clip
+from video_opd.video.descriptions import describe_all
 from video_opd.video.video_file import VideoInfo
 
 
@@ -40,3 +43,22 @@ def crop_of(spans: Sequence[Span], duration_s: float, margin_frac: float, least_
     start, end = min(s for s, _ in spans), max(e for _, e in spans)
     margin = max(margin_frac * (end - start), (least_s - (end - start)) / 2)
     return max(0.0, start - margin), min(duration_s, end + margin)
+
+
+def all_viewed(
+    config: Config, teacher: TeacherModel, prompts: Sequence[Prompt], multiple: int
+) -> list[Prompt]:
+    """The prompts as the teacher sees them. Raises DataError where one cannot be seen so."""
+    video = teacher.view(config.prompt, config.video)[1]
+    infos = describe_all(dict.fromkeys(p.clip.video_path for p in prompts), video, config.runs_dir)
+    seen = []
+    for prompt in prompts:
+        try:
+            info = infos[prompt.clip.video_path]
+            if isinstance(info, ClipError):
+                raise info
+            seen.append(viewed(prompt, teacher, video, multiple, info))
+        except ClipError as error:
+            what = f"prompt {prompt.prompt_id}, as teacher {teacher.name} sees it"
+            raise DataError(f"{what}: {error}: change its video or crop_margin_frac, or the data") from error
+    return seen
