@@ -1,13 +1,21 @@
 """Tiny models of both families, and Qwen2.5-VL's positions by a literal reading."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    GenerationConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
 
-from demo.models import SPECIAL, STUDENT, build_model, build_tokenizer
+from demo.models import CHAT_TEMPLATE, SPECIAL, STUDENT, build_model, build_tokenizer
 
-MERGE, PER_SECOND = 2, 2
+PATCH, MERGE, PER_SECOND = 14, 2, 2
 
 
 def qwen2_5_model(
@@ -33,7 +41,7 @@ def qwen2_5_model(
             "hidden_size": 32,
             "intermediate_size": 64,
             "num_heads": 2,
-            "patch_size": 14,
+            "patch_size": PATCH,
             "spatial_merge_size": MERGE,
             "temporal_patch_size": 2,
             "tokens_per_second": PER_SECOND,
@@ -53,6 +61,25 @@ def qwen2_5_model(
     end = [ids["<|im_end|>"], ids["<|endoftext|>"]]
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=ids["<|endoftext|>"])
     return sharpened(model)
+
+
+def write_qwen2_5(folder: Path, hidden: int, padded: int, seed: int) -> None:
+    """A model folder with untied embeddings padded by `padded` rows, as the 7B's are."""
+    pixels = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 4096}
+    shared: dict[str, Any] = {
+        "size": pixels,
+        "patch_size": PATCH,
+        "merge_size": MERGE,
+        "temporal_patch_size": 2,
+    }
+    normal: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**shared, **normal),
+        video_processor=Qwen2VLVideoProcessor(**shared, **normal),
+        tokenizer=build_tokenizer(),
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+    qwen2_5_model(hidden, hidden // 32, padded, seed).save_pretrained(folder)
 
 
 @torch.no_grad()

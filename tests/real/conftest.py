@@ -18,6 +18,7 @@ import torch
 
 from demo.clips import write_split
 from demo.models import Size, build_model, build_processor
+from tests.models import write_qwen2_5
 from video_opd.cluster.join import started_in_time
 from video_opd.config import Config
 from video_opd.config_file import load_config
@@ -74,6 +75,15 @@ def clips(tmp_path_factory) -> Path:
     for split, count in (("train", 16), ("eval", 4)):
         write_split(folder / split, split, count, ("colour", "shape"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def qwen2_5_pair(tmp_path_factory) -> list[str]:
+    """Overrides: a student and a teacher of Qwen2.5-VL, whose vocabulary is padded."""
+    folder = tmp_path_factory.mktemp("qwen2_5_pair")
+    write_qwen2_5(folder / "student", hidden=64, padded=0, seed=0)
+    write_qwen2_5(folder / "teacher", hidden=96, padded=7, seed=1)
+    return [f"{name}={folder / name}" for name in ("student", "teacher")]
 
 
 @pytest.fixture(scope="session")

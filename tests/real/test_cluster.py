@@ -134,7 +134,7 @@ def test_a_run_waits_for_its_nodes_outlives_one_and_leaves_the_cluster_running(c
         *options,
     ]
     late = subprocess.run(
-        [*command, "run_name=late", "start_timeout_s=10"], capture_output=True, text=True, timeout=PATIENCE_S
+        [*command, "run_name=late", "start_timeout_s=3"], capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert late.returncode == 2 and late.stderr.count("\n") == 1
-    assert "within 10 s, rollout: 1 of 2, teacher: 1 of 2; needed are learner (each" in late.stderr
+    assert "within 3 s, rollout: 1 of 2, teacher: 1 of 2; needed are learner (each" in late.stderr

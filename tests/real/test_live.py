@@ -54,7 +54,7 @@ UNHURRIED = """
 import asyncio, launch, sys
 learn_step = launch.learn_step
 async def unhurried(*arguments):
-    await asyncio.sleep(1)
+    await asyncio.sleep(2)
     await learn_step(*arguments)
 launch.learn_step = unhurried
 sys.exit(launch.main(sys.argv[1:]))

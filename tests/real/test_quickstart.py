@@ -34,9 +34,9 @@ TYPED_INSTEAD = {  # what a CPU without a network needs
     "hf download Qwen/Qwen3-VL-2B-Instruct --local-dir": f"cp -r {ROOT}/demo/models/student",
     "hf download Qwen/Qwen3-VL-4B-Instruct --local-dir": f"cp -r {ROOT}/demo/models/teacher",
     f"--config {CONFIG}": "--config cpu.yaml",  # the same with DEMO_PARTS of the demo's config
-    "num_steps=100 eval_every=20 checkpoint_every=20": "num_steps=4 eval_every=2 checkpoint_every=2",
+    "num_steps=100 eval_every=20 checkpoint_every=20": "num_steps=2 eval_every=1 checkpoint_every=1",
 }
-NUM_VIDEOS = 30  # 24 for training: two steps of 32 prompts a round
+NUM_VIDEOS = 30  # 24 for training: a step of 32 prompts a round
 BLOCKS = re.findall(r"^```(bash)?\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 MESSAGES = re.findall(r"^\| `(.+?)` \|", TEXT, re.MULTILINE)
 

@@ -1,24 +1,20 @@
 """Qwen2.5-VL, whose clock is in its positions: the same architecture at tiny widths through every part."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
 from actors.engine import PolicyEngine
 from demo.clips import write_mp4
-from demo.models import CHAT_TEMPLATE, build_tokenizer
 from teacher_service.engine import TransformersEngine, Wanted
 from tests.attention import compare, compare_first_tokens
-from tests.models import MERGE, literal_positions, qwen2_5_model
+from tests.models import MERGE, PATCH, literal_positions
 from tests.real.adapters import LORA, adapted, gaps, published
 from tests.real.conftest import DEMO
-from tests.real.runs import GROUPS, SHRUNK, metrics_of, run_launch
+from tests.real.runs import GROUPS
 from video_opd.config import Config
 from video_opd.config_file import load_config
 from video_opd.datasets import read_prompts
@@ -26,40 +22,15 @@ from video_opd.models.forward import ResponseLogits, collate, generate, load_mod
 from video_opd.models.prompting import PromptEncoder
 from video_opd.types import Prompt
 
-HEIGHT, WIDTH, PATCH = 56, 84, 14  # 2 x 3 video tokens a frame pair
-
-
-def build(folder: Path, hidden: int, padded: int, seed: int) -> None:
-    """A model folder with untied embeddings padded by `padded` rows, as the 7B's are."""
-    pixels = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 4096}
-    shared: dict[str, Any] = {
-        "size": pixels,
-        "patch_size": PATCH,
-        "merge_size": MERGE,
-        "temporal_patch_size": 2,
-    }
-    normal: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**shared, **normal),
-        video_processor=Qwen2VLVideoProcessor(**shared, **normal),
-        tokenizer=build_tokenizer(),
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(folder)
-    qwen2_5_model(hidden, hidden // 32, padded, seed).save_pretrained(folder)
+HEIGHT, WIDTH = 56, 84  # 2 x 3 video tokens a frame pair
 
 
 @pytest.fixture(scope="module")
-def qwen2_5(tmp_path_factory) -> list[str]:
-    """Overrides for a run of a tiny Qwen2.5-VL pair on clips of more than one video token a frame."""
+def qwen2_5(qwen2_5_pair, tmp_path_factory) -> list[str]:
+    """Overrides for the pair, on clips of more than one video token a frame."""
     folder = tmp_path_factory.mktemp("qwen2_5")
-    build(folder / "student", hidden=64, padded=0, seed=0)
-    build(folder / "teacher", hidden=96, padded=7, seed=1)
     rng = np.random.default_rng(0)
-    overrides = [
-        f"student={folder / 'student'}",
-        f"teacher={folder / 'teacher'}",
-        f"runs_dir={folder / 'runs'}",
-    ]
+    overrides = [*qwen2_5_pair]
     for split, count in (("train", GROUPS), ("eval", 2)):
         videos = folder / split / "videos"
         videos.mkdir(parents=True)
@@ -169,24 +140,3 @@ def test_every_attention_implementation_computes_the_same(config, prompts, encod
     encoded = [encoder.encode(p) for p in prompts[:3]]
     assert len({len(e.token_ids) for e in encoded}) > 1, "some are padded"
     compare(config.student, encoded, encoder, monkeypatch)
-
-
-def test_a_run_samples_scores_learns_and_publishes(shared_ray, qwen2_5, config):
-    """checks.max_logprob_gap holds the actors' log-probs to the learner's, before and after publication."""
-    more = [
-        "loss.kind=opd_full",
-        "loss.clamp=null",
-        "num_steps=2",
-        "run_name=both",
-        "learner.lr=3e-3",
-        "data.eval.max_prompts=2",
-    ]
-    done = run_launch(*qwen2_5, *SHRUNK, *more)
-    assert done.returncode == 0, done.stderr[-4000:]
-    run = Path(config.runs_dir) / "both"
-    first, second = metrics_of(run)
-    assert first["learner/loss"] > 0 and first["learner/grad_norm"] > 0
-    assert first["teacher/entropy"] > 0 and first["learner/entropy"] > 0 and first["tokens_per_s/score"] > 0
-    assert first["learner/logprob_gap_max"] < 1e-3 and second["learner/logprob_gap_max"] < 1e-3
-    assert json.loads((run / "summary.json").read_text())["student_after"]["n"] == 2
-    assert (run / "checkpoints" / "step-2" / "student" / "config.json").is_file()
