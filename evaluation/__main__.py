@@ -47,7 +47,7 @@ from video_opd.models.model_files import read_model_info
 from video_opd.passes import by_video
 from video_opd.types import FailedPrompt, Prediction, Prompt
 from video_opd.video.descriptions import end_workers
-from video_opd.video.views import all_viewed
+from video_opd.video.views import all_viewed, check_crop_model
 
 COUNTS = ("n", "unparsed", "reversed", "out_of_range", "missing")
 UNKNOWN = "unknown, the answers are a file's"  # of a video budget
@@ -111,6 +111,7 @@ def answers_of_model(config: Config, baselines: bool, teacher: TeacherModel | No
     prompts, train = read_splits(config, info.size_multiple, baselines)
     questions, part = questions_of(prompts), ""
     if teacher:
+        check_crop_model(teacher, info.model_type)
         prompts = all_viewed(config, teacher, prompts, info.size_multiple)
         prompt, video = teacher.view(config.prompt, config.video)
         config = config.model_copy(update={"prompt": prompt, "video": video})
@@ -292,8 +293,11 @@ def answers_of_run(folder: Path, protocol: Protocol) -> tuple[Answers, str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Empty if there is no such file."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    """Empty if there is no such file. Raises DataError."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}): remove it, and evaluate the run again") from error
 
 
 def run_compare(arguments: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from video_opd.datasets import Split
 from video_opd.errors import ConfigError
 from video_opd.models.lengths import PromptLengths
 from video_opd.types import Prompt
-from video_opd.video.views import all_viewed
+from video_opd.video.views import all_viewed, check_crop_model
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,12 @@ def check_crop(teacher: TeacherModel, shapes: ModelShapes, train: Sequence[Promp
     """A crop needs true spans, and times that are written before frames. Raises ConfigError."""
     if teacher.crop_margin_frac is None:
         return
-    what = f"teachers {teacher.name}: crop_margin_frac"
-    if shapes.model_type != "qwen3_vl":
-        counts = f"{shapes.model_type} counts times from the first frame that it is shown"
-        raise ConfigError(f"{what}: {counts}: use a Qwen3-VL teacher, or leave it out")
+    check_crop_model(teacher, shapes.model_type)
     unlabelled = [p.prompt_id for p in train if teacher.scores(p.prompt_id) and not p.answer_spans_s]
     if unlabelled:
         others = f" and {len(unlabelled) - 1} others" if unlabelled[1:] else ""
-        has = f"{what} needs ground truth, which prompt {unlabelled[0]}{others} lack"
-        raise ConfigError(f"{has}: label or remove them, or route them elsewhere by `prompts`")
+        has = f"needs ground truth, which prompt {unlabelled[0]}{others} lack: label or remove them"
+        raise ConfigError(f"teachers {teacher.name}: crop_margin_frac {has}, or route them by `prompts`")
 
 
 def view_of(

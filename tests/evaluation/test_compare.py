@@ -165,6 +165,8 @@ def test_answers_of_before_the_newest_checkpoint_are_not_those_of_the_run(
     )
     (run / "evaluation" / "strict.parquet").unlink()
     assert "has no answers of its last student" in bad(capsys, "compare", str(run), files[1])
+    (run / "summary.json").write_text("{")
+    assert "summary.json is not JSON" in bad(capsys, "compare", str(run), files[1])
 
 
 def test_other_questions_are_refused_and_counted(files, tmp_path, capsys):

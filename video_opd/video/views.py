@@ -6,11 +6,19 @@ from dataclasses import replace
 from video_opd.config import Config
 from video_opd.config_data import VideoConfig
 from video_opd.config_teachers import TeacherModel
-from video_opd.errors import ClipError, DataError
+from video_opd.errors import ClipError, ConfigError, DataError
 from video_opd.types import Prompt, Span
 from video_opd.video.clips import plan_clip
 from video_opd.video.descriptions import describe_all
 from video_opd.video.video_file import VideoInfo
+
+
+def check_crop_model(teacher: TeacherModel, model_type: str) -> None:
+    """A crop needs times that are written before frames. Raises ConfigError."""
+    if teacher.crop_margin_frac is not None and model_type != "qwen3_vl":
+        counts = f"{model_type} counts times from the first frame that it is shown"
+        what = f"teachers {teacher.name}: crop_margin_frac: {counts}"
+        raise ConfigError(f"{what}: use a Qwen3-VL teacher, or leave it out")
 
 
 def viewed(
