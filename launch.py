@@ -22,7 +22,7 @@ from driver.command_line import parse_arguments, prepare, read_config, resumed_f
 from driver.held_out import evaluate_end, evaluate_if_due, evaluate_start
 from driver.invariants import check_finite, check_lag, check_logprob_gap
 from driver.progress import SavedRun
-from driver.records.card import write_card
+from driver.records.card import note_command, write_card
 from driver.records.gauges import export_gauges
 from driver.records.report import print_summary, progress_bar, write_report
 from driver.records.sinks import MetricSinks, TrajectoryLog
@@ -207,7 +207,7 @@ def launch(
 ) -> dict[str, Any]:
     """Returns the summary. resume: a run folder to continue, from its newest checkpoint or `step`'s.
 
-    command: the arguments that the model card shows.
+    command: the arguments, for the model card.
 
     Raises SaveError, after everything else is written, if the last checkpoint or the student is not.
     """
@@ -228,13 +228,14 @@ def launch(
                 warn_of_small_stores(memory)
                 if saved is None:
                     write_config(folder, config)
+                note_command(folder, command)
                 said.text = f": {how_to_resume(folder)}"
                 with Trackers(folder, config) as trackers:
                     with driver_log(folder, saved.progress.step if saved else 0):
                         summary = asyncio.run(execute(config, folder, plan, memory, saved, trackers))
                         summary["trackers"] = trackers.states()
                     write_json(folder / "summary.json", summary)
-                    write_card(folder, config, summary, command)
+                    write_card(folder, config, summary)
                     trackers.attach(write_report(folder, config, plan.eval.prompts, summary))
                 print_summary(folder, summary)
             finally:

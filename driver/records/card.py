@@ -17,10 +17,17 @@ from video_opd.files.run_folder import environment, write_atomically
 from video_opd.hub import is_hub_model, model_name
 
 CARD_TEMPLATE = Path(__file__).with_name("card.md.jinja")
+COMMANDS = "commands.txt"  # in a run folder: one line for the start, and for each resume
 
 
-def write_card(folder: Path, config: Config, summary: dict[str, Any], arguments: Sequence[str]) -> None:
-    """Writes RUN/student/README.md, if there is a student. arguments: of the command that made it."""
+def note_command(folder: Path, arguments: Sequence[str]) -> None:
+    """Adds launch.py with these arguments to the commands of the run, without secrets."""
+    with (folder / COMMANDS).open("a") as file:
+        file.write(f"{describe_command(arguments)}\n")
+
+
+def write_card(folder: Path, config: Config, summary: dict[str, Any]) -> None:
+    """Writes RUN/student/README.md, if there is a student."""
     student = folder / STUDENT
     if not student.is_dir():
         return
@@ -40,7 +47,7 @@ def write_card(folder: Path, config: Config, summary: dict[str, Any], arguments:
         data=", ".join(source.annotations for source in config.data.sources.values()),
         num_prompts=summary["baselines"]["random"]["n"],
         steps=summary["steps"],
-        command=describe_command(arguments),
+        commands=(folder / COMMANDS).read_text().rstrip("\n"),
         environment=environment(),
     )
     write_atomically(student / "README.md", card)

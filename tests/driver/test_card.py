@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from driver.export import CARD, STUDENT
-from driver.records.card import write_card
+from driver.records.card import note_command, write_card
 from tests.driver.test_report import PROMPTS, SCORES
 from tests.video_opd.test_config import MINIMAL
 from video_opd.config_file import parse_config
@@ -20,12 +20,15 @@ def written(folder, student: str, miou: float | None = None, style: str = "timel
     tree |= {"prompt": {"style": style}}
     scores = dict.fromkeys(("teacher", "student_before", "student_after"), SCORES)
     summary = scores | {"baselines": blind_baselines(PROMPTS, PROMPTS) | {"no_video": None}, "steps": 9}
-    command = ["--config", "my config.yaml", "worker_env.KEY=sesame", "checkpoint_url=s3://me:sesame@b/x"]
-    command += ["--resume", "s3://me:sesame@sesame@b/x?signature=sesame"]
-    write_card(folder, parse_config(tree, "test"), summary, command)  # without a student: nothing
+    note_command(
+        folder,
+        ["--config", "my config.yaml", "worker_env.KEY=sesame", "checkpoint_url=s3://me:sesame@b/x"],
+    )
+    note_command(folder, ["--resume", "s3://me:sesame@sesame@b/x?signature=sesame"])
+    write_card(folder, parse_config(tree, "test"), summary)  # without a student: nothing
     (folder / STUDENT).mkdir()
     (folder / STUDENT / CARD).write_text(json.dumps({"step": 7, "miou": miou}))
-    write_card(folder, parse_config(tree, "test"), summary, command)
+    write_card(folder, parse_config(tree, "test"), summary)
     return ModelCard.load(folder / STUDENT / "README.md")
 
 
@@ -38,8 +41,8 @@ def test_the_card_of_a_model_of_the_hub(tmp_path):
         *(f"Org/Student-2B@{COMMIT}", "/models/Teacher-8B", "loss.kind=opd", "7 of a run of 9", "mIoU 0.500"),
         "| student before | 0.500 | 1.000 | 0.500 | 0.000 |",
         "| video | 2 frames a second, 4 to 768, at most 8192 tokens |",
-        "python launch.py --config 'my config.yaml' 'worker_env.KEY=***' 'checkpoint_url=s3://***@b/x'"
-        " --resume 's3://***@b/x?***'",
+        "python launch.py --config 'my config.yaml' 'worker_env.KEY=***' 'checkpoint_url=s3://***@b/x'\n"
+        "python launch.py --resume 's3://***@b/x?***'",
         "Greedy answers,\nthe first interval of each;\nan answer without",
     ):
         assert told in card.text

@@ -118,7 +118,7 @@ def wait_until_gone(processes: list[psutil.Process]) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while left := [p for p in processes if _lives(p)]:
         assert time.monotonic() < deadline, left
-        time.sleep(0.05)
+        time.sleep(0.1)
 
 
 def _lives(process: psutil.Process) -> bool:
@@ -148,7 +148,7 @@ def wait_for(condition: Callable[[], object], run: subprocess.Popen, what: str) 
     while not condition():
         assert run.poll() is None, f"the run ended before {what}"
         assert time.monotonic() < deadline, f"no {what}"
-        time.sleep(0.05)
+        time.sleep(0.1)
 
 
 def end(run: subprocess.Popen, folder: Path, expected: int = 0) -> str:

@@ -36,7 +36,7 @@ from tests.real.runs import (
 from video_opd.files.checkpoint import checkpoint_steps
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "2"))
-STARTING_S, STEPPING_S = 8.0, 0.5
+STARTING_S, STEPPING_S = 5.0, 0.5
 STEPS, PROMPTS = 5 * (4 + (KILLS + 1) // 2), 30  # a whole number of passes over the prompts
 
 

@@ -680,10 +680,10 @@ def problems_of_a_share(rank: Any, folder: str) -> list[str]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_each_rank_reads_its_share_of_the_student(learners, overrides, config, tmp_path, dtype):
     """Of both families; the files' dtype and another."""
-    from tests.real.test_qwen2_5 import build as build_qwen2_5  # not above: ranks import this file
+    from tests.models import write_qwen2_5  # not above: ranks import this file
 
     shutil.copytree(config.student, tmp_path / "qwen3")
-    build_qwen2_5(tmp_path / "qwen2_5", hidden=64, padded=5, seed=0)
+    write_qwen2_5(tmp_path / "qwen2_5", hidden=64, padded=5, seed=0)
     sharded = make_config(overrides, 2, 3, f"learner.dtype={dtype}")
 
     async def run():
@@ -699,10 +699,10 @@ def test_an_export_in_several_files_has_the_students_names(config, tmp_path, mon
     monkeypatch.setattr(export, "FILE_BYTES", 100_000)
     source = Path(config.student)
     if family == "qwen2_5":  # transformers 5 has other names in memory
-        from tests.real.test_qwen2_5 import build as build_qwen2_5
+        from tests.models import write_qwen2_5
 
         source = tmp_path / "source"
-        build_qwen2_5(source, hidden=64, padded=5, seed=0)
+        write_qwen2_5(source, hidden=64, padded=5, seed=0)
     model = load_model(str(source), "float32")
     changed = {n: p.detach() + 1 for n, p in model.named_parameters()}
     expected = {n: t.numpy() for n, t in changed.items()}

@@ -33,7 +33,7 @@ from video_opd import ROOT
 from video_opd.files.checkpoint import checkpoint_steps
 from video_opd.models.forward import load_model
 
-PROMPTS = 40  # more than one call of prompts_per_call
+PROMPTS, A_CALL = 16, 12  # more than one call
 GROUPS = 8
 
 
@@ -90,14 +90,15 @@ def stopped(tmp_path_factory, orphans) -> Stopped:
     folder = tmp_path_factory.mktemp("stopping")
     data = [
         option
-        for split, count in (("train", 16), ("eval", 32))
+        for split, count in (("train", 16), ("eval", 16))
         for option in write_data(folder, split, count, ("colour", "shape"))
     ]
     options = [
         *(f"{name}={ROOT / 'demo' / 'models' / name}" for name in ("student", "teacher")),
         *(f"runs_dir={folder}", "run_name=stopped", f"checkpoint_url=file://{folder / 'store'}"),
         *("num_steps=1000", f"groups_per_step={GROUPS}", "max_policy_lag=0", "eval_every=1"),
-        *(f"data.eval.max_prompts={PROMPTS}", "start_timeout_s=600", "request_timeout_s=120"),
+        *(f"data.eval.max_prompts={PROMPTS}", f"rollout.prompts_per_call={A_CALL}"),
+        *("start_timeout_s=600", "request_timeout_s=120"),
     ]
     run, of_run = start(folder, *data, *options), folder / "stopped"
     wait_for(lambda: last_step(of_run) >= 1, run, "step 1")
