@@ -203,11 +203,11 @@ def launch(
     resume: Path | None = None,
     gpu_memory_gib: float | None = None,
     step: int | None = None,
-    command: Sequence[str] = (),
+    command: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Returns the summary. resume: a run folder to continue, from its newest checkpoint or `step`'s.
 
-    command: the arguments, for the model card.
+    command: the arguments, for the model card; None: there was no command.
 
     Raises SaveError, after everything else is written, if the last checkpoint or the student is not.
     """
@@ -228,7 +228,7 @@ def launch(
                 warn_of_small_stores(memory)
                 if saved is None:
                     write_config(folder, config)
-                note_command(folder, command)
+                note_command(folder, command, resumes=resume is not None)
                 said.text = f": {how_to_resume(folder)}"
                 with Trackers(folder, config) as trackers:
                     with driver_log(folder, saved.progress.step if saved else 0):

@@ -112,7 +112,7 @@ def remove_rounds_after(run: Run, num_rounds: int) -> None:
 
 
 def set_aside_after(run_dir: Path, step: int) -> Path | None:
-    """Moves later checkpoints and snapshots, and copies what the resumed run cuts back, to a new folder.
+    """Moves what is of later steps alone, and copies what the resumed run cuts back, to a new folder.
 
     Without later checkpoints nothing is set aside: None.
     """
@@ -123,12 +123,13 @@ def set_aside_after(run_dir: Path, step: int) -> Path | None:
     number = len(list(run_dir.glob("set-aside/*"))) + 1
     folder = run_dir / "set-aside" / f"{number:02d}-after-step-{step}"
     (folder / on_disk.CHECKPOINTS).mkdir(parents=True)
-    for name in ("metrics.jsonl", "summary.json", "report.html", "trajectories", "curriculum"):
+    for name in ("metrics.jsonl", "trajectories", "curriculum"):
         if (run_dir / name).is_dir():
             shutil.copytree(run_dir / name, folder / name)
         elif (run_dir / name).exists():
             shutil.copy2(run_dir / name, folder / name)
-    for name in (TRACKERS, TENSORBOARD):  # what follows is another run there
+    trackers = (TRACKERS, TENSORBOARD)  # what follows is another run there
+    for name in (*trackers, "summary.json", "report.html", "evaluation"):
         if (run_dir / name).exists():
             (run_dir / name).rename(folder / name)
     if (exported_step(run_dir) or 0) > step:

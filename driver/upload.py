@@ -21,13 +21,14 @@ from video_opd.content import is_inside
 from video_opd.errors import CheckpointError, ConfigError, InputError, PartialCheckpointError
 from video_opd.files import checkpoint as on_disk
 from video_opd.files.checkpoint import CHECKPOINTS, MANIFEST, files_below
+from video_opd.files.run_folder import COMMANDS
 from video_opd.logs import FILE as LOG_FILE
 from video_opd.logs import log
 
 T = TypeVar("T")
 CONFIG = "config.yaml"
 # What a resume needs besides a checkpoint.
-_BESIDE = (CONFIG, "metrics.jsonl", "trajectories", "curriculum", TENSORBOARD, TRACKERS, LOG_FILE)
+_BESIDE = (CONFIG, "metrics.jsonl", "trajectories", "curriculum", TENSORBOARD, TRACKERS, LOG_FILE, COMMANDS)
 _FIRST_WAIT_S = 1.0
 
 

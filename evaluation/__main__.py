@@ -38,19 +38,19 @@ from video_opd.config_file import load_config, resolve_paths
 from video_opd.config_teachers import TeacherModel
 from video_opd.datasets import read_prompts, read_sources
 from video_opd.errors import ConfigError, DataError
-from video_opd.files.checkpoint import checkpoint_folder, checkpoint_steps, find_checkpoint
+from video_opd.files.checkpoint import checkpoint_folder, checkpoint_steps, find_checkpoint, is_partial
 from video_opd.files.run_folder import write_json
 from video_opd.grounding import describe_odd, odd_truth
 from video_opd.hub import model_name, on_this_node
 from video_opd.models.lengths import PromptLengths, rollout_limit, too_long
-from video_opd.models.model_files import read_model_info
+from video_opd.models.model_files import ModelInfo, read_model_info
 from video_opd.passes import by_video
 from video_opd.types import FailedPrompt, Prediction, Prompt
 from video_opd.video.descriptions import end_workers
 from video_opd.video.views import all_viewed, check_crop_model
 
 COUNTS = ("n", "unparsed", "reversed", "out_of_range", "missing")
-UNKNOWN = "unknown, the answers are a file's"  # of a video budget
+UNKNOWN = "unknown, the answers are a file's"  # of a video budget or a model
 Answer = Prediction | FailedPrompt
 NO_FRAMES = 1  # read_prompts' multiple when no frame is read: its size does not matter
 
@@ -106,26 +106,46 @@ def read_splits(config: Config, multiple: int, baselines: bool) -> tuple[list[Pr
 
 
 def answers_of_model(config: Config, baselines: bool, teacher: TeacherModel | None = None) -> Answers:
-    """The answers of `config.student`. teacher: sees the prompts. Raises InputError before vLLM starts."""
+    """The answers of `config.student`; of `teacher`, whose model that is, to its prompts on its view.
+
+    On a crop there are none on grey frames: the crop's times show the truth. Raises InputError before vLLM
+    starts.
+    """
     info = read_model_info(config.student, config.trust_remote_code)
     prompts, train = read_splits(config, info.size_multiple, baselines)
-    questions, part = questions_of(prompts), ""
+    prompts, crop = (prompts_of(teacher, prompts), teacher.crop_margin_frac) if teacher else (prompts, None)
+    questions = questions_of(prompts)
     if teacher:
-        check_crop_model(teacher, info.model_type)
-        prompts = all_viewed(config, teacher, prompts, info.size_multiple)
-        prompt, video = teacher.view(config.prompt, config.video)
-        config = config.model_copy(update={"prompt": prompt, "video": video})
-        if teacher.crop_margin_frac is not None:
-            part = f", of the true span and {teacher.crop_margin_frac:g} of its length on both sides"
+        config, prompts = as_seen(config, teacher, prompts, info)
     lengths = PromptLengths(config.student, info.model_type, info.size_multiple, config.prompt)
     if failed := too_long(prompts, lengths.of(prompts), [rollout_limit(config)]):
         first, reason = next(iter(failed.items()))
         raise DataError(f"prompt {first}: {reason} ({len(failed)} such prompts)")
-    passes = ask_model(config, prompts, blanks=baselines)
+    passes = ask_model(config, prompts, blanks=baselines and crop is None)
     texts, *blank = ({a.prompt_id: a.text for a in got if isinstance(a, Prediction)} for got in passes)
     why_missing = {a.prompt_id: a.reason for a in passes[0] if isinstance(a, FailedPrompt)}
     answers = Answers(questions, texts, why_missing, train, config.seed, blank[0] if blank else None)
+    part = "" if crop is None else f", of the true span and {crop:g} of its length on both sides"
     return replace(answers, video=config.video.budget + part, model=config.student)
+
+
+def prompts_of(teacher: TeacherModel, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Those that it scores in a run. Raises DataError if there are none."""
+    own = [prompt for prompt in prompts if teacher.scores(prompt.prompt_id)]
+    if not own:
+        raise DataError(f"teacher {teacher.name} scores no prompt of data.eval: its `prompts` match none")
+    return own
+
+
+def as_seen(
+    config: Config, teacher: TeacherModel, prompts: Sequence[Prompt], info: ModelInfo
+) -> tuple[Config, list[Prompt]]:
+    """The config and the prompts of the teacher's own view. Raises InputError."""
+    check_crop_model(teacher, info.model_type)
+    seen = all_viewed(config, teacher, prompts, info.size_multiple)
+    end_workers(config.video)
+    prompt, video = teacher.view(config.prompt, config.video)
+    return config.model_copy(update={"prompt": prompt, "video": video}), seen
 
 
 def answers_of_file(path: Path, config: Config | None, baselines: bool) -> Answers:
@@ -265,7 +285,7 @@ def run(parsed: argparse.Namespace) -> None:
             config = config.model_copy(update={"student": teacher.model})
         config = on_this_node(config, teachers=False)
         answers = answers_of_model(config, parsed.baselines, teacher)
-        name = parsed.teacher or model_name(config.student)
+        name = f"teacher-{teacher.name}" if teacher else model_name(config.student)
     folder = parsed.out or (parsed.run / "evaluation" if parsed.run else Path(f"evaluation-{name}"))
     print_result(evaluate(answers, protocol, parsed.baselines, folder), folder)
 
@@ -278,13 +298,14 @@ def answers_of_run(folder: Path, protocol: Protocol) -> tuple[Answers, str]:
     """
     config = resolve_paths(load_config(config_of_run(folder)), Path.cwd())
     evaluated, summary = folder / "evaluation" / f"{protocol.name}.parquet", folder / "summary.json"
-    newest = find_checkpoint(folder).name if checkpoint_steps(folder) else None
+    newest = max((s for s in checkpoint_steps(folder) if not is_partial(folder, s)), default=None)
     about, end = read_json(evaluated.with_suffix(".json")), read_json(summary)
-    if evaluated.exists() and newest in (None, Path(about.get("model", "")).parent.name):
+    asked = Path(about.get("model", "")).parent.name
+    if evaluated.exists() and (newest is None or asked == checkpoint_folder(folder, newest).name):
         # values given to --run may have changed the video budget of the config
         return answers_of_file(evaluated, config=None, baselines=False), about.get("video", UNKNOWN)
-    is_of_newest = end and newest in (None, checkpoint_folder(folder, end["steps"]).name)
-    texts = end["examples"].get("student_after") if is_of_newest else None
+    is_last = end and end["steps"] >= (newest or 0)
+    texts = end["examples"].get("student_after") if is_last else None
     if not texts:
         advice = f"run `python -m evaluation --run {folder} --protocol {protocol.name}` first"
         raise DataError(f"{folder} has no answers of its last student: {advice}")

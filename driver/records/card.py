@@ -13,17 +13,19 @@ from driver.export import CARD, STUDENT
 from driver.records.masking import MASK, masked
 from driver.records.report import COLUMNS, ROWS
 from video_opd.config import Config
-from video_opd.files.run_folder import environment, write_atomically
+from video_opd.files.run_folder import COMMANDS, environment, write_atomically
 from video_opd.hub import is_hub_model, model_name
 
 CARD_TEMPLATE = Path(__file__).with_name("card.md.jinja")
-COMMANDS = "commands.txt"  # in a run folder: one line for the start, and for each resume
 
 
-def note_command(folder: Path, arguments: Sequence[str]) -> None:
-    """Adds launch.py with these arguments to the commands of the run, without secrets."""
+def note_command(folder: Path, arguments: Sequence[str] | None, resumes: bool) -> None:
+    """Adds launch.py with these arguments, without secrets, to the run's commands; None: there was none."""
+    is_known = not resumes or (folder / COMMANDS).exists()
     with (folder / COMMANDS).open("a") as file:
-        file.write(f"{describe_command(arguments)}\n")
+        if not is_known:
+            file.write("# earlier commands are not known\n")
+        file.write(f"{'# started from Python' if arguments is None else describe_command(arguments)}\n")
 
 
 def write_card(folder: Path, config: Config, summary: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What leaves this machine, or is shown around, has no secrets: trackers, report.html, the model card."""
+"""What leaves this machine, or is shown around, has no secrets: trackers, report.html, commands, the card."""
 
 import re
 from typing import Any

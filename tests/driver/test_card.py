@@ -10,6 +10,7 @@ from driver.records.card import note_command, write_card
 from tests.driver.test_report import PROMPTS, SCORES
 from tests.video_opd.test_config import MINIMAL
 from video_opd.config_file import parse_config
+from video_opd.files.run_folder import COMMANDS
 from video_opd.grounding import blind_baselines
 
 COMMIT = "c" * 40
@@ -23,8 +24,9 @@ def written(folder, student: str, miou: float | None = None, style: str = "timel
     note_command(
         folder,
         ["--config", "my config.yaml", "worker_env.KEY=sesame", "checkpoint_url=s3://me:sesame@b/x"],
+        resumes=False,
     )
-    note_command(folder, ["--resume", "s3://me:sesame@sesame@b/x?signature=sesame"])
+    note_command(folder, ["--resume", "s3://me:sesame@sesame@b/x?signature=sesame"], resumes=True)
     write_card(folder, parse_config(tree, "test"), summary)  # without a student: nothing
     (folder / STUDENT).mkdir()
     (folder / STUDENT / CARD).write_text(json.dumps({"step": 7, "miou": miou}))
@@ -54,3 +56,14 @@ def test_the_card_of_a_folder_names_no_base_on_the_hub(tmp_path):
     assert card.data.base_model is None and "| base model | /models/Student-2B |" in card.text
     assert "the best of the run" not in card.text
     assert "all intervals of each against all true ones" in card.text and "first interval" not in card.text
+
+
+def test_a_command_that_is_not_known_is_said_to_be_so(tmp_path):
+    note_command(tmp_path, ["--resume", "x"], resumes=True)
+    note_command(tmp_path, None, resumes=True)
+    lines = (tmp_path / COMMANDS).read_text().splitlines()
+    assert lines == [
+        "# earlier commands are not known",
+        "python launch.py --resume x",
+        "# started from Python",
+    ]

@@ -298,6 +298,9 @@ def test_what_is_later_is_set_aside_with_copies_of_what_will_be_cut_back(tmp_pat
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "tensorboard" / "events").write_text("all")
     (tmp_path / "trackers.json").write_text("ids")
+    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "strict.json").write_text("{}")
     folder = set_aside_after(tmp_path, 2)
     assert folder and checkpoint_steps(tmp_path) == [2, 6], "the partial one is nobody's"
     assert read(folder / "checkpoints" / "step-4").step == 4
@@ -306,6 +309,8 @@ def test_what_is_later_is_set_aside_with_copies_of_what_will_be_cut_back(tmp_pat
     assert (folder / "tensorboard" / "events").read_text() == "all" and (folder / "trackers.json").exists()
     left = {p.name for p in tmp_path.iterdir()}
     assert not left & {"tensorboard", "trackers.json"}, "trackers get all steps anew: no step comes twice"
+    assert not left & {"summary.json", "evaluation"}, "they are of a student that is gone"
+    assert (folder / "summary.json").exists() and (folder / "evaluation" / "strict.json").exists()
     assert set_aside_after(tmp_path, 2) is None
     write_checkpoint(tmp_path, 4)
     second = set_aside_after(tmp_path, 2)

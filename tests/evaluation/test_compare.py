@@ -143,30 +143,33 @@ def test_a_run_is_its_evaluation_or_else_its_last_answers(files, split_folder, t
     assert json.loads(capsys.readouterr().out)["a"]["video"] == "1 frame a second"
 
 
-def test_answers_of_before_the_newest_checkpoint_are_not_those_of_the_run(
-    files, tmp_path, monkeypatch, capsys
-):
-    """A run that was evaluated, and then resumed."""
-    run, later = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-8"
+def test_answers_of_before_the_newest_checkpoint_are_not_the_runs(files, tmp_path, monkeypatch, capsys):
+    """Of a run that was evaluated, and then resumed. Its last checkpoint is partial: no student is there."""
+    run = tmp_path / "run"
     (run / "evaluation").mkdir(parents=True)
     Path(files[0]).rename(run / "evaluation" / "strict.parquet")
     write_config(run, load_config(DEMO, []))
-    monkeypatch.setattr(command, "checkpoint_steps", lambda folder: [4, 8])
-    monkeypatch.setattr(command, "find_checkpoint", lambda folder: later)
-    for model, is_taken in ((later.with_name("step-4") / "student", False), (later / "student", True)):
-        (run / "evaluation" / "strict.json").write_text(json.dumps({"model": str(model)}))
-        if is_taken:
-            assert main(["compare", str(run), files[1]]) == 0
-        else:
-            line = bad(capsys, "compare", str(run), files[1])
-            assert f"{run} has no answers of its last student" in line
-    (run / "summary.json").write_text(
-        json.dumps({"steps": 4, "examples": {"student_after": {"p": "1 to 2"}}})
-    )
+    monkeypatch.setattr(command, "checkpoint_steps", lambda folder: [4, 8, 12])
+    monkeypatch.setattr(command, "is_partial", lambda folder, step: step == 12)
+    asked = ["compare", str(run), files[1], "--json"]
+
+    def evaluated(step: int) -> None:
+        model = {"model": str(run / "checkpoints" / f"step-{step}" / "student")}
+        (run / "evaluation" / "strict.json").write_text(json.dumps(model))
+
+    evaluated(4)
+    assert f"{run} has no answers of its last student" in bad(capsys, *asked)
+    evaluated(8)
+    assert main(asked) == 0 and json.loads(capsys.readouterr().out)["n"] == 4
     (run / "evaluation" / "strict.parquet").unlink()
-    assert "has no answers of its last student" in bad(capsys, "compare", str(run), files[1])
+    for steps, is_taken in ((4, False), (8, True), (12, True)):  # 12: its checkpoint could not be written
+        end = {"steps": steps, "examples": {"student_after": {"p": "1 to 2"}}}
+        (run / "summary.json").write_text(json.dumps(end))
+        said = bad(capsys, *asked)  # the demo's questions are others
+        assert ("do not answer the same questions" in said or "cannot be read" in said) == is_taken, said
+        assert ("has no answers of its last student" in said) != is_taken
     (run / "summary.json").write_text("{")
-    assert "summary.json is not JSON" in bad(capsys, "compare", str(run), files[1])
+    assert "summary.json is not JSON" in bad(capsys, *asked)
 
 
 def test_other_questions_are_refused_and_counted(files, tmp_path, capsys):

@@ -24,6 +24,7 @@ from evaluation.scoring import (
 )
 from evaluation.timelines import NUM_SHOWN, draw_timelines
 from tests.fakes import make_prompt
+from tests.models import write_qwen2_5
 from video_opd import ROOT
 from video_opd.answers import parse_spans
 from video_opd.config_file import load_config
@@ -369,18 +370,21 @@ def test_a_teacher_is_asked_on_its_own_view_and_scored_against_the_whole_clips_t
     asked = []
 
     def ask(config, prompts, blanks):
-        asked.append((config, prompts))
+        asked.append((config, prompts, blanks))
         spans = [p.answer_spans_s[0] for p in prompts]
         texts = [f"From {start} to {end} seconds." for start, end in spans]
         pairs = zip(prompts, texts, strict=True)
         return [[Prediction(prompt_id=p.prompt_id, text=text, spans_s=()) for p, text in pairs]]
 
     model = DEMO.parents[1] / "demo" / "models" / "start"
-    own = f"teachers=[{{name: own, model: {model}, video: {{fps: 1}}, crop_margin_frac: 0.5}}]"
+    view = f"{{name: own, model: {model}, video: {{fps: 1}}, crop_margin_frac: 0.5, prompts: '[02468]$'}}"
     monkeypatch.setattr("evaluation.__main__.ask_model", ask)
-    given = ["--teacher", "own", "--out", str(tmp_path), "--no-baselines", *config, "teacher=null", own]
-    assert main(given) == 0
-    ((of_teacher, prompts),) = asked
+    given = ["--teacher", "own", "--out", str(tmp_path), *config, "teacher=null"]
+    others = f"{{name: others, model: {model}}}"
+    assert main([*given, f"teachers=[{view}, {others}]"]) == 0
+    ((of_teacher, prompts, blanks),) = asked
+    assert not blanks, "grey frames at the crop's times would show the truth"
+    assert prompts and all(prompt.prompt_id[-1] in "02468" for prompt in prompts), "those that it scores"
     assert (of_teacher.student, of_teacher.video.fps) == (str(model), 1.0)
     for prompt in prompts:
         ((start, end),) = prompt.answer_spans_s
@@ -391,6 +395,19 @@ def test_a_teacher_is_asked_on_its_own_view_and_scored_against_the_whole_clips_t
     result = json.loads((tmp_path / "strict.json").read_text())
     assert (result["result"]["miou"], result["model"]) == (1.0, str(model))
     assert result["video"].startswith("1 frames a second") and "0.5 of its length" in result["video"]
+    assert result["result"]["n"] == len(prompts) and "no_video" not in result["baselines"]
+
+
+def test_a_teacher_that_cannot_be_asked_on_its_view_is_one_line(config, tmp_path, capsys):
+    write_qwen2_5(tmp_path, hidden=64, padded=0, seed=0)
+    capsys.readouterr()
+    model = DEMO.parents[1] / "demo" / "models" / "start"
+    for keys, said in (
+        (f"model: {tmp_path}, crop_margin_frac: 0.5", "counts times from the first frame"),
+        (f"model: {model}, prompts: nothing", "scores no prompt of data.eval"),
+    ):
+        own = f"teachers=[{{name: own, {keys}}}, {{name: others, model: {model}}}]"
+        assert said in bad(capsys, "--teacher", "own", *config, "teacher=null", own)
 
 
 def test_a_model_is_asked_video_by_video_and_answers_are_in_the_callers_order(monkeypatch):

@@ -132,7 +132,8 @@ def test_clips_that_cannot_be_read_are_named_and_have_their_places_in_the_pool(
 
 
 def test_the_run_folder_is_complete(finished):
-    for name in ("config.yaml", "metrics.jsonl", "summary.json", "report.html", "curriculum/records.parquet"):
+    expected = ("config.yaml", "metrics.jsonl", "summary.json", "report.html", "commands.txt")
+    for name in (*expected, "curriculum/records.parquet"):
         assert (finished / name).stat().st_size > 0, name
     assert list((finished / "tensorboard").iterdir())
     assert json.loads((finished / "student" / "export.json").read_text())["step"] == STEPS

