@@ -28,6 +28,7 @@ def cases_of(kind: str, overrides: Sequence[str], arguments: argparse.Namespace)
 
 
 def control_cases(option: Option, arguments: argparse.Namespace) -> list[Case]:
+    """A run of the control for each seed; empty where the option has none."""
     if option.control is None:
         return []
     return cases_of(f"{option.base} control", (loss_of(option.base, option.control),), arguments)
@@ -40,7 +41,7 @@ def quarters(rows: Sequence[Row], metric: str) -> tuple[Scores, Scores]:
 
 
 def row_of(name: str, rows: Sequence[Row], controls: Sequence[Row]) -> dict[str, str]:
-    """Of the table; seeds are paired."""
+    """The table's row of an option; a difference is of the same seeds."""
     option, control, beside = OPTIONS[name], tables.NOT_READ, tables.NOT_READ
     first, last = quarters(rows, option.metric)
     if controls:

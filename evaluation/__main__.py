@@ -106,10 +106,11 @@ def read_splits(config: Config, multiple: int, baselines: bool) -> tuple[list[Pr
 
 
 def answers_of_model(config: Config, baselines: bool, teacher: TeacherModel | None = None) -> Answers:
-    """The answers of `config.student`; of `teacher`, whose model that is, to its prompts on its view.
+    """The answers of `config.student` to the prompts of data.eval.
 
-    On a crop there are none on grey frames: the crop's times show the truth. Raises InputError before vLLM
-    starts.
+    teacher: `config.student` is its model. It is asked its own prompts, on its own view. If that is a crop,
+    there are no answers on grey frames, because the times of a crop show the truth. Raises InputError before
+    vLLM starts.
     """
     info = read_model_info(config.student, config.trust_remote_code)
     prompts, train = read_splits(config, info.size_multiple, baselines)

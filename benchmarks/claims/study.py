@@ -23,7 +23,7 @@ Kind = tuple[str, str]  # its name and its labels; none: it sees no label
 def make_runs_parser(
     name: str, about: str | None, quick: str, names: Sequence[str], seeds: int, steps: int
 ) -> argparse.ArgumentParser:
-    """Of a command whose runs have rows."""
+    """The parser of a command that keeps a row for each run."""
     parser = command.make_parser(name, about, quick, overrides=True)
     add = parser.add_argument
     add("--kinds", nargs="+", choices=names, default=list(names))
@@ -40,7 +40,7 @@ def make_runs_parser(
 def make_parser(
     name: str, about: str | None, quick: str, names: Sequence[str], seeds: int = 5
 ) -> argparse.ArgumentParser:
-    """Of a study."""
+    """The parser of a command that compares kinds over seeds."""
     parser = make_runs_parser(name, about, quick, names, seeds, kinds.STEPS)
     add = parser.add_argument
     add("--labels", nargs="+", choices=("clean", "wrong"), help="of kinds that see labels")
@@ -139,7 +139,7 @@ class Study:
 def run_all(
     wanted: Sequence[Case], rows: Rows, jobs: int, out: Path, update_s: Mapping[str, float] | None = None
 ) -> None:
-    """Those that have no row, each in a process of its own. update_s: see rows.py."""
+    """Runs the cases that have no row, each in a process of its own. update_s: see rows.py."""
 
     def one(case: Case) -> Row:
         return command.in_new_process(measure, case, out)

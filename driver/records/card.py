@@ -20,7 +20,10 @@ CARD_TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
 def note_command(folder: Path, arguments: Sequence[str] | None, resumes: bool) -> None:
-    """Adds launch.py with these arguments, without secrets, to the run's commands; None: there was none."""
+    """Adds a line to the run's commands.txt: launch.py with these arguments, secrets masked.
+
+    None: the run was started from Python.
+    """
     is_known = not resumes or (folder / COMMANDS).exists()
     with (folder / COMMANDS).open("a") as file:
         if not is_known:
